@@ -1,0 +1,142 @@
+"""LLaVA as a small core and a set of plugins. Names are loaded when they are first used."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+    from llavakit.components import Component, InputPath, Options, Use
+    from llavakit.errors import (
+        DataError,
+        LlavaError,
+        ModelError,
+        PluginError,
+        RecipeError,
+        TrainingError,
+    )
+    from llavakit.hooks import hookimpl
+    from llavakit.interfaces import (
+        Benchmark,
+        Build,
+        ChatModel,
+        Connector,
+        Dataset,
+        Exporter,
+        Generator,
+        LanguageModel,
+        Outcome,
+        PromptTemplate,
+        Run,
+        Segment,
+        Step,
+        Stopped,
+        Tracker,
+        VisionEncoder,
+    )
+    from llavakit.model import LlavaModel
+    from llavakit.recipe import Recipe
+    from llavakit.registry import Registry
+    from llavakit.samples import ImageContext, Message, Question, Sample, Score, Turn
+
+_HOMES = {
+    "components": ("Component", "InputPath", "Options", "Use"),
+    "errors": (
+        "DataError",
+        "LlavaError",
+        "ModelError",
+        "PluginError",
+        "RecipeError",
+        "TrainingError",
+    ),
+    "hooks": ("hookimpl",),
+    "interfaces": (
+        "Benchmark",
+        "Build",
+        "ChatModel",
+        "Connector",
+        "Dataset",
+        "Exporter",
+        "Generator",
+        "LanguageModel",
+        "Outcome",
+        "PromptTemplate",
+        "Run",
+        "Segment",
+        "Step",
+        "Stopped",
+        "Tracker",
+        "VisionEncoder",
+    ),
+    "model": ("LlavaModel",),
+    "recipe": ("Recipe",),
+    "registry": ("Registry",),
+    "samples": ("ImageContext", "Message", "Question", "Sample", "Score", "Turn"),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+
+def load(
+    path: str | Path,
+    *,
+    device: str | torch.device = "auto",
+    dtype: torch.dtype | None = None,
+) -> Any:
+    """Return the model in a folder, whatever its layout: recognised by its content.
+
+    The result has `generate`, `generate_ids` and `logits`. `device="auto"` is CUDA where there is
+    one, else the CPU. Raises ModelError where the folder holds no model this installation reads.
+    """
+    from llavakit.loading import load_any
+
+    return load_any(Path(path), device=device, dtype=dtype)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME_OF:
+        return getattr(import_module(f"llavakit.{_HOME_OF[name]}"), name)
+    raise AttributeError(f"module 'llavakit' has no attribute {name!r}")
+
+
+__all__ = [
+    "Benchmark",
+    "Build",
+    "ChatModel",
+    "Component",
+    "Connector",
+    "DataError",
+    "Dataset",
+    "Exporter",
+    "Generator",
+    "ImageContext",
+    "InputPath",
+    "LanguageModel",
+    "LlavaError",
+    "LlavaModel",
+    "Message",
+    "ModelError",
+    "Options",
+    "Outcome",
+    "PluginError",
+    "PromptTemplate",
+    "Question",
+    "Recipe",
+    "RecipeError",
+    "Registry",
+    "Run",
+    "Sample",
+    "Score",
+    "Segment",
+    "Step",
+    "Stopped",
+    "Tracker",
+    "TrainingError",
+    "Turn",
+    "Use",
+    "VisionEncoder",
+    "hookimpl",
+    "load",
+]

@@ -1,0 +1,214 @@
+"""Builds a model from a recipe, and reads and writes model folders.
+
+    model.toml              the parts: component, options, widths; the hash of every file
+    connector.safetensors   the connector
+    vision/  language/      what the part's `save` wrote; a Hugging Face folder for the built-in ones
+"""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from llavakit.components import Options, Use
+from llavakit.errors import ModelError
+from llavakit.files import digest, new_folder
+from llavakit.interfaces import Connector, LanguageModel, PromptTemplate, VisionEncoder
+from llavakit.model import LlavaModel
+from llavakit.registry import Registry
+
+MANIFEST = "model.toml"
+_FORMAT = 1
+_HASHED_BYTES = 1 << 30  # larger files take longer to hash than to load
+PARTS = ("vision", "connector", "language")
+
+
+class ModelRecipe(BaseModel):
+    """The parts of the model."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    vision: Use[VisionEncoder]
+    connector: Use[Connector]
+    language: Use[LanguageModel]
+    template: Use[PromptTemplate] | None = None
+    """The language model's usual one where it is absent."""
+
+    def template_for(self, registry: Registry) -> Use[PromptTemplate]:
+        """Return the template, by default the language model's."""
+        if self.template is not None:
+            return self.template
+        language = registry.get(LanguageModel, self.language.use)
+        return Use[PromptTemplate](use=language.default_template)
+
+
+def create_model(
+    recipe: ModelRecipe,
+    registry: Registry,
+    *,
+    seed: int,
+    device: torch.device | str = "cpu",
+    vision: VisionEncoder | None = None,
+    language: LanguageModel | None = None,
+) -> LlavaModel:
+    """Return the recipe's model: pretrained parts where it names some, the rest new.
+
+    New weights depend on `seed` and the part alone. Parts that are given are taken as they are.
+    """
+    with torch.random.fork_rng():
+        if vision is None:
+            torch.manual_seed(seed)
+            vision = create_part(recipe.vision, registry)
+        if language is None:
+            torch.manual_seed(seed + 1)
+            language = create_part(recipe.language, registry)
+        torch.manual_seed(seed + 2)
+        connector = create_part(
+            recipe.connector,
+            registry,
+            vision_width=vision.width,
+            language_width=language.width,
+        )
+    return _join(recipe, registry, vision, connector, language).to(device)
+
+
+def create_part(use: Use[Any], registry: Registry, **context: Any) -> Any:
+    """Return one network as its options ask: pretrained, or new."""
+    component = registry.get(use.kind(), use.use)
+    return component.create(component.Options(**use.options), **context)  # type: ignore[attr-defined]
+
+
+def sketch_model(recipe: ModelRecipe, registry: Registry) -> LlavaModel:
+    """Return the model on the meta device: every shape, no weight, nothing read or fetched."""
+    with torch.device("meta"):
+        vision = registry.build(recipe.vision)
+        language = registry.build(recipe.language)
+        connector = registry.build(
+            recipe.connector, vision_width=vision.width, language_width=language.width
+        )
+    return _join(recipe, registry, vision, connector, language)
+
+
+def _join(
+    recipe: ModelRecipe,
+    registry: Registry,
+    vision: VisionEncoder,
+    connector: Connector,
+    language: LanguageModel,
+) -> LlavaModel:
+    template = recipe.template_for(registry)
+    choices = {
+        name: use.model_dump(mode="json")
+        for name, use in (
+            ("vision", recipe.vision),
+            ("connector", recipe.connector),
+            ("language", recipe.language),
+            ("template", template),
+        )
+    }
+    model = LlavaModel(vision, connector, language, registry.build(template), choices=choices)
+    if model.visual_tokens >= language.max_length:
+        raise ModelError(
+            f"one image takes {model.visual_tokens} tokens, but `{language.name}` reads at most "
+            f"{language.max_length}; use smaller images, a connector that shortens, or a longer "
+            "context"
+        )
+    return model
+
+
+def save_model(model: LlavaModel, folder: Path) -> None:
+    """Write a model folder, whole or not at all."""
+    with new_folder(folder) as partial:
+        for name in PARTS:
+            place = _place(partial, name)
+            place.mkdir(exist_ok=True)
+            getattr(model, name).save(place)
+        files = {
+            file.relative_to(partial).as_posix(): digest(file)
+            for file in sorted(partial.rglob("*"))
+            if file.is_file()
+        }
+        manifest = {
+            "format": _FORMAT,
+            "widths": {"vision": model.vision.width, "language": model.language.width},
+            **{name: _without_none(choice) for name, choice in model.choices.items()},
+            "sha256": files,
+        }
+        (partial / MANIFEST).write_text(tomli_w.dumps(manifest), encoding="utf-8")
+
+
+def _place(folder: Path, part: str) -> Path:
+    return folder if part == "connector" else folder / part
+
+
+def _without_none(value: Any) -> Any:
+    """TOML has no null: an option that is None is its default."""
+    if isinstance(value, dict):
+        return {key: _without_none(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list | tuple):
+        return [_without_none(item) for item in value]
+    return value
+
+
+def is_model(folder: Path) -> bool:
+    """Say whether `folder` is a model folder of ours."""
+    return (folder / MANIFEST).is_file()
+
+
+def load_model(
+    folder: Path,
+    registry: Registry,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+) -> LlavaModel:
+    """Return the model in a model folder.
+
+    Raises ModelError where a file is missing or changed, or the parts do not fit.
+    """
+    path = folder / MANIFEST
+    try:
+        manifest = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelError(f"{folder} is not a model folder: it has no {MANIFEST}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ModelError(f"{path} is not valid TOML: {error}; export the model again") from error
+    if manifest.get("format") != _FORMAT:
+        raise ModelError(
+            f"{path} has format {manifest.get('format')}, this llavakit reads {_FORMAT}; "
+            "install the llavakit that wrote it"
+        )
+    for name, known in manifest["sha256"].items():
+        file = folder / name
+        if not file.is_file():
+            raise ModelError(f"{folder} lacks {name}; copy the whole folder again")
+        # safetensors notices by itself where a large file is cut short
+        if file.stat().st_size <= _HASHED_BYTES and digest(file) != known:
+            raise ModelError(f"{file} differs from what {MANIFEST} says; copy the folder again")
+    try:
+        recipe = ModelRecipe.model_validate(
+            {name: manifest[name] for name in (*PARTS, "template")}
+        )
+        vision = _load_part(recipe.vision, registry, _place(folder, "vision"))
+        language = _load_part(recipe.language, registry, _place(folder, "language"))
+        connector = _load_part(
+            recipe.connector,
+            registry,
+            _place(folder, "connector"),
+            vision_width=vision.width,
+            language_width=language.width,
+        )
+    except (KeyError, ValidationError, RuntimeError) as error:
+        raise ModelError(f"{path} does not describe the weights beside it: {error}") from error
+    return _join(recipe, registry, vision, connector, language).to(device=device, dtype=dtype)
+
+
+def _load_part(use: Use[Any], registry: Registry, folder: Path, **context: Any) -> Any:
+    component: Any = registry.get(use.kind(), use.use)
+    options: Options = component.Options(**use.options)
+    return component.load(options, folder, **context)

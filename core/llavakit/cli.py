@@ -1,0 +1,235 @@
+"""The `llava-run` command. Nothing heavy is imported before it is known to be needed."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from llavakit.errors import LlavaError
+
+Command = Callable[[argparse.Namespace], int]
+
+_USAGE = """\
+llava-run RECIPE [--out DIR] [--set a.b.c=value ...] [--plan] [--resume]
+       llava-run COMMAND ...
+
+RECIPE is a TOML file or the name of a built-in recipe (llava-run recipes lists them).
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; return 0 when done, 2 where the user can mend it, 130 after an interrupt."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    parser = _parser()
+    commands = parser.get_default("commands")
+    if arguments and not arguments[0].startswith("-") and arguments[0] not in commands:
+        arguments.insert(0, "run")
+    parsed = parser.parse_args(arguments)
+    if not hasattr(parsed, "command"):
+        parser.print_help()
+        return 0
+    command: Command = parsed.command
+    try:
+        return command(parsed)
+    except LlavaError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output went away, as `head` does
+        sys.stderr.close()
+        return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="llava-run",
+        usage=_USAGE,
+        description="Make, try and convert LLaVA models by recipe.",
+    )
+    parser.add_argument("--version", action="version", version=_Version())
+    commands = parser.add_subparsers(metavar="COMMAND", title="commands")
+
+    run = commands.add_parser("run", help="run a recipe (the word `run` may be left out)")
+    run.add_argument("recipe", help="a recipe file, or the name of a built-in recipe")
+    run.add_argument("--out", type=Path, metavar="DIR", help="run folder (runs/NAME)")
+    run.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="change one key, for example steps.finetune.epochs=2",
+    )
+    run.add_argument("--plan", action="store_true", help="print what it will cost; run nothing")
+    run.add_argument("--resume", action="store_true", help="go on where an attempt was interrupted")
+    run.set_defaults(command=_run)
+
+    recipes = commands.add_parser("recipes", help="list the built-in recipes")
+    recipes.set_defaults(command=_recipes)
+
+    plugins = commands.add_parser("plugins", help="list the installed components by kind")
+    plugins.add_argument("--json", action="store_true", help="print JSON")
+    plugins.set_defaults(command=_plugins)
+
+    chat = commands.add_parser("chat", help="ask a model about images")
+    chat.add_argument("model", type=Path, help="a model folder")
+    chat.add_argument("--image", type=Path, action="append", default=[], metavar="FILE")
+    chat.add_argument("--prompt", help="ask this once and print only the answer")
+    chat.add_argument("--max-new-tokens", type=int, default=512, metavar="N")
+    chat.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
+    chat.add_argument("--top-p", type=float, default=1.0)
+    chat.add_argument("--seed", type=int)
+    chat.add_argument("--device", default="auto")
+    chat.set_defaults(command=_chat)
+
+    export = commands.add_parser("export", help="write a model in another layout")
+    export.add_argument("model", type=Path, help="a model folder of any layout")
+    export.add_argument("out", type=Path, help="the folder to write")
+    export.add_argument("--format", required=True, help="the exporter: see llava-run plugins")
+    export.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="its options")
+    export.set_defaults(command=_export)
+
+    imports = commands.add_parser("import", help="turn another layout into a model folder")
+    imports.add_argument("source", type=Path, help="a model folder of any layout")
+    imports.add_argument("out", type=Path, help="the folder to write")
+    imports.set_defaults(command=_import)
+
+    parser.set_defaults(commands=frozenset(commands.choices))
+    return parser
+
+
+class _Version(str):
+    """The installed version, looked up only when it is printed."""
+
+    __slots__ = ()
+
+    def __mod__(self, values: object) -> str:
+        from importlib.metadata import version
+
+        return f"llava-run {version('llavakit')}"
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from llavakit.interfaces import Stopped
+    from llavakit.planning import make_plan
+    from llavakit.recipe import Recipe, find_recipe
+    from llavakit.registry import Registry
+
+    registry = Registry.installed()
+    path = find_recipe(arguments.recipe)
+    recipe = Recipe.load(path, registry, arguments.set, inputs=not arguments.plan)
+    if arguments.plan:
+        print(make_plan(recipe, registry).render())
+        return 0
+    from llavakit.engine import run
+
+    directory = arguments.out or Path("runs") / recipe.name
+    try:
+        result = run(recipe, registry, directory, resume=arguments.resume)
+    except Stopped:
+        print(
+            f"stopped; what was done is in {directory}. Go on with: llava-run "
+            f"{arguments.recipe} --out {directory} --resume",
+            file=sys.stderr,
+        )
+        return 130
+    print(f"{recipe.name}: done, see {result.report}")
+    return 0
+
+
+def _recipes(arguments: argparse.Namespace) -> int:
+    from llavakit.recipe import recipe_folder
+
+    folder = recipe_folder()
+    for file in sorted(folder.rglob("*.toml")):
+        comment = file.read_text(encoding="utf-8").partition("\n")[0].removeprefix("#").strip()
+        print(f"{file.relative_to(folder).with_suffix('').as_posix():24}{comment}")
+    return 0
+
+
+def _plugins(arguments: argparse.Namespace) -> int:
+    import json
+
+    from llavakit.interfaces import KINDS
+    from llavakit.registry import Registry
+
+    registry = Registry.installed()
+    found = {
+        kind.__name__: [
+            {"name": name, "package": package, "version": version}
+            for name, (package, version) in sorted(registry.origins(kind).items())
+        ]
+        for kind in KINDS
+    }
+    if arguments.json:
+        print(json.dumps(found, indent=2))
+        return 0
+    for kind_name, components in found.items():
+        print(kind_name)
+        for item in components:
+            print(f"  {item['name']:20}{item['package']} {item['version']}")
+    return 0
+
+
+def _chat(arguments: argparse.Namespace) -> int:
+    import llavakit
+
+    model = llavakit.load(arguments.model, device=arguments.device)
+    settings = {
+        "max_new_tokens": arguments.max_new_tokens,
+        "temperature": arguments.temperature,
+        "top_p": arguments.top_p,
+        "seed": arguments.seed,
+    }
+    if arguments.prompt is not None:
+        print(model.generate(arguments.prompt, images=arguments.image, **settings))
+        return 0
+    while True:
+        try:
+            question = input("> ").strip()
+        except EOFError:
+            print()
+            return 0
+        if not question:
+            continue
+        for piece in model.stream(question, images=arguments.image, **settings):
+            print(piece, end="", flush=True)
+        print()
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    import llavakit
+    from llavakit.interfaces import Exporter
+    from llavakit.recipe import use_from
+    from llavakit.registry import Registry
+
+    use = use_from(Exporter, arguments.format, arguments.set)
+    exporter = Registry.installed().build(use)
+    model = llavakit.load(arguments.model, device="cpu")
+    for name, value in exporter.export(model, arguments.out).items():
+        print(f"{name}: {value}")
+    return 0
+
+
+def _import(arguments: argparse.Namespace) -> int:
+    import llavakit
+    from llavakit.assembly import save_model
+    from llavakit.errors import ModelError
+    from llavakit.model import LlavaModel
+
+    model = llavakit.load(arguments.source, device="cpu")
+    if not isinstance(model, LlavaModel):
+        raise ModelError(
+            f"{arguments.source} can be run but not turned into a model folder: its layout keeps "
+            "no weights that training could go on from"
+        )
+    save_model(model, arguments.out)
+    print(f"wrote {arguments.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

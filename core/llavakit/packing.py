@@ -1,0 +1,168 @@
+"""The packed stream: several samples laid end to end in one row of tokens, without padding.
+
+    T rows of the stream, S samples in it, N visual rows, M supervised rows, I images, E width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from llavakit.attention import KVCache
+    from llavakit.prompts import Encoded
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Where the samples of a stream begin and end. Attention never crosses a boundary."""
+
+    starts: tuple[int, ...]
+    """First row of each sample, then T: S + 1 numbers on the host, so that no kernel waits."""
+    position_ids_T: Tensor
+    """int64, counted from 0 in each sample (from the cache's length when decoding)."""
+    cache: KVCache | None = None
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], device: torch.device | str = "cpu") -> Packing:
+        """Return the packing of samples of these lengths."""
+        starts = (0, *np.cumsum(np.asarray(lengths, dtype=np.int64)).tolist())
+        positions = torch.from_numpy(np.concatenate([np.arange(n) for n in lengths]))
+        return cls(starts, positions.to(device))
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        return tuple(b - a for a, b in pairwise(self.starts))
+
+    @property
+    def last_rows_S(self) -> Tensor:
+        """Return the last row of each sample."""
+        rows = torch.tensor(self.starts[1:], device=self.position_ids_T.device)
+        return rows - 1
+
+    def to(self, device: torch.device) -> Packing:
+        return replace(self, position_ids_T=self.position_ids_T.to(device, non_blocking=True))
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Some rows of a stream, ascending."""
+
+    index_M: Tensor
+    """int64."""
+    counts: tuple[int, ...]
+    """How many of them lie in each sample, on the host."""
+
+
+@dataclass(frozen=True)
+class Stream:
+    """What a connector needs to fill the stream with text and visual embeddings."""
+
+    token_ids_T: Tensor
+    """int64; 0 at visual rows, whose text embedding nobody sees."""
+    visual_rows_N: Tensor
+    """int64: the row of each visual token, images in order."""
+    visual_kept_N: Tensor | None
+    """int64 into the flattened `[I * P']` features where truncation cut some; None for all."""
+    embed: Callable[[Tensor], Tensor]
+    embedding_VE: Tensor | None
+    """The table behind `embed` where that is a plain look-up."""
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """One micro-batch, ready for the device."""
+
+    token_ids_T: Tensor
+    packing: Packing
+    visual_rows_N: Tensor
+    visual_kept_N: Tensor | None
+    target_rows: Rows
+    """The rows whose next token is supervised."""
+    targets_M: Tensor
+    """int64: those next tokens."""
+    samples: tuple[int, ...]
+    """Index of each sample in its data set."""
+    images: tuple[tuple[int, int], ...]
+    """(sample, image of that sample) of each image, in order of their visual rows."""
+
+    def to(self, device: torch.device) -> PackedBatch:
+        """Return the batch on `device`."""
+
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(device, non_blocking=True)
+
+        kept = self.visual_kept_N
+        return replace(
+            self,
+            token_ids_T=move(self.token_ids_T),
+            packing=self.packing.to(device),
+            visual_rows_N=move(self.visual_rows_N),
+            visual_kept_N=None if kept is None else move(kept),
+            target_rows=replace(self.target_rows, index_M=move(self.target_rows.index_M)),
+            targets_M=move(self.targets_M),
+        )
+
+
+def pack(encoded: Sequence[Encoded], samples: Sequence[int], visual_tokens: int) -> PackedBatch:
+    """Lay encoded samples end to end.
+
+    `visual_tokens` is P', the rows that one image takes; `samples` are the samples' indices.
+    """
+    token_ids, learned, visual, starts, images, kept = [], [], [], [0], [], []
+    cut = False
+    for index, item in zip(samples, encoded, strict=True):
+        rows = item.expand(visual_tokens)
+        token_ids.append(rows.token_ids)
+        learned.append(rows.learned)
+        visual.append(rows.visual)
+        count = item.image_count
+        images += [(index, number) for number in range(count)]
+        full = count * visual_tokens
+        cut |= rows.visual_count < full
+        kept.append(np.arange(full) < rows.visual_count)
+        starts.append(starts[-1] + len(rows.token_ids))
+    ids_T = np.concatenate(token_ids)
+    learned_T = np.concatenate(learned)
+    # row t predicts token t + 1, within the sample; no first token is ever learned
+    learned_T[np.asarray(starts[:-1])] = False
+    target_rows = np.flatnonzero(learned_T) - 1
+    counts = np.diff(np.searchsorted(target_rows, starts))
+    return PackedBatch(
+        token_ids_T=torch.from_numpy(ids_T),
+        packing=Packing.of(np.diff(starts).tolist()),
+        visual_rows_N=torch.from_numpy(np.flatnonzero(np.concatenate(visual))),
+        visual_kept_N=torch.from_numpy(np.flatnonzero(np.concatenate(kept))) if cut else None,
+        target_rows=Rows(torch.from_numpy(target_rows), tuple(counts.tolist())),
+        targets_M=torch.from_numpy(ids_T[target_rows + 1]),
+        samples=tuple(samples),
+        images=tuple(images),
+    )
+
+
+def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Distribute items over bins of `capacity` by best fit, longest first.
+
+    Returns the indices in each bin. An item longer than `capacity` gets a bin of its own.
+    Deterministic: ties keep the order of `lengths`.
+    """
+    order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
+    bins: list[list[int]] = []
+    by_space: list[list[int]] = [[] for _ in range(capacity + 1)]  # bins with that space left
+    for index in order:
+        length = lengths[index]
+        space = next((s for s in range(min(length, capacity), capacity + 1) if by_space[s]), None)
+        if length > capacity or space is None:
+            bins.append([index])
+            chosen, space = len(bins) - 1, max(capacity, length)
+        else:
+            chosen = by_space[space].pop()
+            bins[chosen].append(index)
+        by_space[space - length].append(chosen)
+    return [sorted(items) for items in bins]

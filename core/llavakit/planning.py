@@ -1,0 +1,213 @@
+"""What a run will cost, before anything is loaded: parameters, tokens, memory, time, money."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from functools import cached_property
+
+import torch
+from pydantic import BaseModel
+from torch import nn
+
+from llavakit.assembly import PARTS, sketch_model
+from llavakit.components import Use
+from llavakit.errors import LlavaError
+from llavakit.interfaces import Dataset, Step
+from llavakit.model import LlavaModel
+from llavakit.progress import duration
+from llavakit.recipe import Machine, Recipe
+from llavakit.registry import Registry
+
+
+class StepPlan(BaseModel):
+    """What one step will cost. None: not known before it runs."""
+
+    samples: int | None = None
+    tokens: int | None = None
+    """Rows of the packed stream, over all epochs."""
+    steps: int | None = None
+    """Optimisation steps."""
+    tflop: float | None = None
+    """Necessary work in 10^12 floating-point operations."""
+    memory_gb: float | None = None
+    """Weights, gradients, optimiser and activations of one micro-batch, unsharded."""
+    trained: tuple[str, ...] = ()
+    note: str = ""
+
+
+class PartPlan(BaseModel):
+    """One component of the model."""
+
+    component: str
+    parameters: int
+    width: int
+
+
+class Plan(BaseModel):
+    """What `--plan` prints and plan.json holds."""
+
+    recipe: str
+    parts: dict[str, PartPlan]
+    visual_tokens: int
+    steps: dict[str, StepPlan]
+    machine: Machine
+    tflops: float
+    """Rate reckoned with, of all devices."""
+    measured: bool
+    """Whether that rate was measured on this machine just now."""
+
+    def hours(self, step: StepPlan) -> float | None:
+        """Return the time of a step at the rate reckoned with."""
+        return None if step.tflop is None else step.tflop / self.tflops / 3600
+
+    def render(self) -> str:
+        """Return the plan as text."""
+        rows = [["part", "component", "parameters", "width"]]
+        rows += [
+            [name, part.component, _count(part.parameters), str(part.width)]
+            for name, part in self.parts.items()
+        ]
+        total = sum(part.parameters for part in self.parts.values())
+        lines = [f"{self.recipe}: {_count(total)} parameters, {self.visual_tokens} tokens an image"]
+        lines += ["", *_table(rows), ""]
+        rows = [["step", "trains", "samples", "tokens", "steps", "TFLOP", "memory", "time"]]
+        hours = 0.0
+        for name, step in self.steps.items():
+            spent = self.hours(step)
+            hours += spent or 0.0
+            rows.append(
+                [
+                    name,
+                    " + ".join(step.trained) or "-",
+                    *(_count(value) for value in (step.samples, step.tokens, step.steps)),
+                    "?" if step.tflop is None else f"{step.tflop:,.4g}",
+                    "?" if step.memory_gb is None else f"{step.memory_gb:,.3g} GB",
+                    "?" if spent is None else duration(spent * 3600),
+                ]
+            )
+        lines += _table(rows)
+        frozen = {
+            name: [part for part in self.parts if part not in step.trained]
+            for name, step in self.steps.items()
+            if step.trained
+        }
+        lines += ["", *(f"{name}: {', '.join(parts)} frozen" for name, parts in frozen.items())]
+        lines += [f"{name}: {step.note}" for name, step in self.steps.items() if step.note]
+        source = "measured just now" if self.measured else "as the recipe's [machine] says"
+        lines.append(
+            f"total: {duration(hours * 3600)} on {self.machine.name} at {self.tflops:,.3g} TFLOP/s "
+            f"({source})"
+        )
+        price = self.machine.usd_per_hour
+        lines.append(
+            f"cost: {hours * price:,.2f} USD at {price:g} USD/h"
+            if price
+            else "cost: no price; set machine.usd_per_hour"
+        )
+        need = max((step.memory_gb or 0.0 for step in self.steps.values()), default=0.0)
+        room = self.machine.memory_gb
+        if room is not None and need > room * self.machine.devices:
+            lines.append(
+                f"memory: {need:,.0f} GB are needed, {room * self.machine.devices:,.0f} GB are there"
+            )
+        return "\n".join(lines)
+
+
+class Planner:
+    """What a step's `plan` may ask."""
+
+    def __init__(self, recipe: Recipe, registry: Registry) -> None:
+        self._recipe, self._registry = recipe, registry
+        self.steps: dict[str, StepPlan] = {}
+        """The plans of the steps before, by name."""
+
+    @cached_property
+    def model(self) -> LlavaModel:
+        """The model on the meta device: shapes without weights."""
+        return sketch_model(self._recipe.model, self._registry)
+
+    def parameters(self, part: str) -> int:
+        """Return the number of parameters of `vision`, `connector` or `language`."""
+        return count_parameters(getattr(self.model, part))
+
+    def expect(self, use: Use[Dataset]) -> tuple[int, int] | None:
+        """Return (samples, mean text tokens a sample) of a data set, where it can be known."""
+        component = self._registry.get(Dataset, use.use)
+        return component.expect(component.Options(**use.options))
+
+
+def count_parameters(module: nn.Module) -> int:
+    """Return the number of parameters, shared ones once."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def make_plan(recipe: Recipe, registry: Registry) -> Plan:
+    """Return the plan of a recipe. Raises LlavaError where its parts do not fit."""
+    planner = Planner(recipe, registry)
+    model = planner.model
+    for name, use in recipe.active_steps():
+        step = registry.get(Step, use.use)
+        options = step.Options(**use.options)
+        planner.steps[name] = step.plan(options, planner) or StepPlan()
+    widths: Mapping[str, int] = {
+        "vision": model.vision.width,
+        "connector": model.language.width,
+        "language": model.language.width,
+    }
+    machine = recipe.machine
+    rate = machine.tflops or measure_tflops()
+    return Plan(
+        recipe=recipe.name,
+        parts={
+            name: PartPlan(
+                component=getattr(model, name).name,
+                parameters=count_parameters(getattr(model, name)),
+                width=widths[name],
+            )
+            for name in PARTS
+        },
+        visual_tokens=model.visual_tokens,
+        steps=planner.steps,
+        machine=machine,
+        tflops=rate * machine.devices,
+        measured=machine.tflops is None,
+    )
+
+
+def measure_tflops() -> float:
+    """Return this machine's rate of float32 products on the CPU, bfloat16 on CUDA, sustained."""
+    cuda = torch.cuda.is_available()
+    size = 8192 if cuda else 768
+    kind = {"device": "cuda", "dtype": torch.bfloat16} if cuda else {}
+    left, right = (torch.randn(size, size, **kind) for _ in range(2))  # type: ignore[arg-type]
+    seconds = []
+    for _ in range(4):
+        begun = time.perf_counter()
+        product = left @ right
+        if cuda:
+            product[0, 0].item()
+        seconds.append(time.perf_counter() - begun)
+    share = 0.5  # what training reaches of a bare matrix product, roughly
+    return share * 2 * size**3 / min(seconds) / 1e12
+
+
+def _count(value: int | None) -> str:
+    if value is None:
+        return "?"
+    for unit, size in (("B", 10**9), ("M", 10**6), ("k", 10**4)):
+        if value >= size:
+            return f"{value / size if unit != 'k' else value / 1000:.3g}{unit}"
+    return str(value)
+
+
+def _table(rows: list[list[str]]) -> list[str]:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return [
+        "  ".join(
+            cell.ljust(width) if column < 2 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+

@@ -1,0 +1,21 @@
+"""Triton kernels on plain tensors, each beside its eager reference.
+
+Letters: N visual tokens, T rows of the packed stream, D width of the features, H width of a
+hidden layer, E width of the language model, V vocabulary, M supervised rows.
+
+    stream = project_splice(features, weight, bias, token_ids, embedding, visual_rows)     # linear
+
+    hidden = linear_gelu(features, weight_1, bias_1)                                       # mlp
+    stream = project_splice(hidden, weight_2, bias_2, token_ids, embedding, visual_rows)
+
+    loss = linear_cross_entropy(hidden, head_weight, targets, reduction="sum")
+
+Every function is one torch.library operator to torch.compile, FSDP2, autocast and export, and takes
+`impl="auto" | "reference" | "triton"` (the loss: "liger" in place of "triton").
+"""
+
+from llavakit_kernels.linear_cross_entropy import linear_cross_entropy
+from llavakit_kernels.linear_gelu import linear_gelu
+from llavakit_kernels.project_splice import project_splice, row_sources
+
+__all__ = ["linear_cross_entropy", "linear_gelu", "project_splice", "row_sources"]

@@ -1,0 +1,116 @@
+"""What the operators ask of their arguments, and which implementation serves them."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Impl = Literal["auto", "reference", "triton"]
+KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def require(condition: bool, sentence: str) -> None:
+    """Raise ValueError with a sentence that names the argument and the remedy."""
+    if not condition:
+        raise ValueError(sentence)
+
+
+def require_shape(name: str, tensor: Tensor, letters: str, *sizes: int | None) -> None:
+    """Refuse a tensor that is not [*letters]; None stands for a size that may be anything."""
+    fits = tensor.dim() == len(sizes) and all(
+        size is None or have == size for have, size in zip(tensor.shape, sizes, strict=False)
+    )
+    if not fits:
+        wanted = ", ".join(
+            letter if size is None else f"{letter}={size}"
+            for letter, size in zip(letters, sizes, strict=True)
+        )
+        raise ValueError(f"`{name}` must be [{wanted}], but its shape is {tuple(tensor.shape)}")
+
+
+def require_indices(name: str, tensor: Tensor) -> None:
+    require(
+        tensor.dtype in (torch.int64, torch.int32),
+        f"`{name}` must hold int64 or int32 indices, but is {tensor.dtype}: call .long() on it",
+    )
+
+
+def require_same_device(**tensors: Tensor | None) -> None:
+    given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    (first, anchor), *others = given.items()
+    for name, tensor in others:
+        require(
+            tensor.device == anchor.device,
+            f"`{name}` is on {tensor.device} but `{first}` on {anchor.device}: move one of them",
+        )
+
+
+def require_same_dtype(**tensors: Tensor | None) -> None:
+    given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    (first, anchor), *others = given.items()
+    require(
+        anchor.is_floating_point(),
+        f"`{first}` must be floating point, but is {anchor.dtype}",
+    )
+    for name, tensor in others:
+        require(
+            tensor.dtype == anchor.dtype,
+            f"`{name}` is {tensor.dtype} but `{first}` is {anchor.dtype}: cast one of them, "
+            "or run under torch.autocast",
+        )
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The dtype that matrix products take under the caller's torch.autocast; None outside of it."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.get_autocast_dtype(device.type)
+    return None
+
+
+def choose(impl: str, *tensors: Tensor) -> Literal["reference", "triton"]:
+    """The implementation for these tensors: `impl`, or for "auto" the kernels wherever they fit.
+
+    Raises ValueError where impl="triton" cannot serve the tensors.
+    """
+    require(
+        impl in ("auto", "reference", "triton"),
+        f'`impl` must be "auto", "reference" or "triton", but is {impl!r}',
+    )
+    if impl == "reference":
+        return "reference"
+    reason = _no_triton(tensors)
+    if reason is None:
+        # In the interpreter a kernel is thousands of times slower: only on express demand.
+        return "triton" if impl == "triton" or tensors[0].is_cuda else "reference"
+    require(impl == "auto", f'impl="triton" cannot serve here: {reason}; use impl="auto"')
+    return "reference"
+
+
+def _no_triton(tensors: tuple[Tensor, ...]) -> str | None:
+    device = tensors[0].device
+    if not _triton_installed():
+        return "triton is not installed"
+    if any(tensor.dtype not in KERNEL_DTYPES for tensor in tensors):
+        return "the kernels take bfloat16, float16 and float32"
+    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    if device.type != "cuda" or torch.version.hip is not None:
+        return f"the tensors are on {device}, and the kernels need an NVIDIA GPU"
+    if _capability(device.index) < (8, 0):
+        return "the GPU is older than compute capability 8.0"
+    return None
+
+
+@functools.cache
+def _triton_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def _capability(index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)

@@ -1,0 +1,187 @@
+# mypy: disable-error-code="import-untyped"
+"""How the matrix kernels are launched: their tile sizes by chip, autotuning, TMA descriptors.
+
+Tile sizes were chosen by compiling for sm_80 and sm_90 and reading registers, shared memory and
+spills (tests/kernels/test_compiled.py); which of them wins is measured at the first call of a size.
+All choices of one family step along the inner dimension alike, so that a resumed run which tunes
+differently still adds in the same order. Triton's warp specialisation is not among them: for
+Hopper, 3.8 ignores it at eight warps and does not compile these tiles at four.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+# The block of each operand that can come through a descriptor, named as in every kernel.
+BLOCKS = {
+    "left": ("BLOCK_M", "BLOCK_K"),
+    "right": ("BLOCK_N", "BLOCK_K"),
+    "right_inner": ("BLOCK_K", "BLOCK_N"),
+}
+
+
+def _set_descriptor_blocks(arguments: dict[str, Any]) -> None:
+    """Give the descriptors the block shape of the configuration that is about to run."""
+    for name, value in arguments.items():
+        if isinstance(value, TensorDescriptor):
+            height, width = BLOCKS[name]
+            value.block_shape = [arguments[height], arguments[width]]
+
+
+def tile(m: int, n: int, k: int, warps: int, stages: int, **more: int) -> triton.Config:
+    """A configuration: output tile m x n, inner step k; FLATTEN, HALVES and PER_SM by name."""
+    options = {"FLATTEN": 1, "HALVES": 0, "PER_SM": 1} | more
+    return triton.Config(
+        {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "GROUP_M": 8} | options,
+        num_warps=warps,
+        num_stages=stages,
+        pre_hook=_set_descriptor_blocks,
+    )
+
+
+# FLATTEN fetches the next tile's operands while the last tile is stored; HALVES stores a tile in
+# two halves, which frees registers and shared memory; PER_SM resident programs hide each other's
+# stores. Products of 16-bit operands on the tensor cores; float32 in tf32 there, or exactly without.
+TILES: dict[str, list[triton.Config]] = {
+    "hopper": [
+        tile(128, 256, 64, 8, 3, HALVES=1),
+        tile(128, 256, 64, 8, 4, HALVES=1),
+        tile(128, 256, 64, 8, 4, HALVES=1, FLATTEN=0),
+        tile(256, 128, 64, 8, 3, HALVES=1),
+        tile(128, 128, 64, 4, 3, PER_SM=2),
+    ],
+    "ampere": [
+        tile(128, 256, 32, 8, 3, FLATTEN=0),
+        tile(128, 128, 64, 8, 3, FLATTEN=0),
+        tile(128, 128, 32, 4, 4, FLATTEN=0, PER_SM=2),
+        tile(64, 128, 32, 4, 3, FLATTEN=0, PER_SM=2),
+    ],
+    "tf32": [
+        tile(128, 128, 32, 8, 3, FLATTEN=0),
+        tile(64, 128, 32, 4, 3, FLATTEN=0, PER_SM=2),
+    ],
+    "float32": [
+        tile(64, 64, 16, 4, 3, FLATTEN=0, PER_SM=2),
+        tile(128, 64, 16, 8, 2, FLATTEN=0, PER_SM=2),
+    ],
+}
+# The weight's gradient is not tuned: its sums of columns depend on the layout, and with that its
+# last bits on the choice.
+WEIGHT_GRAD_TILES = {
+    "hopper": tile(128, 256, 64, 8, 3),
+    "ampere": tile(128, 128, 32, 8, 3),
+    "tf32": tile(128, 128, 32, 8, 2),
+    "float32": tile(64, 64, 16, 4, 2),
+}
+# For the interpreter; unequal in every way, so that a wrong stride or mask shows at small sizes.
+SMALL = tile(16, 32, 16, 4, 1, HALVES=1)
+
+
+def family(tensor: Tensor) -> str:
+    """Which of TILES serves products of tensors like this one."""
+    if tensor.dtype == torch.float32:
+        return "float32" if precision(tensor) == "ieee" else "tf32"
+    return "hopper" if _properties(tensor.device).major >= 9 else "ampere"
+
+
+def weight_grad_tile(tensor: Tensor) -> triton.Config:
+    return SMALL if INTERPRETED else WEIGHT_GRAD_TILES[family(tensor)]
+
+
+def precision(tensor: Tensor) -> str:
+    """`tf32` only where the caller's torch.set_float32_matmul_precision allows it."""
+    exact = tensor.dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest"
+    return "ieee" if exact else "tf32"
+
+
+def processors(device: torch.device) -> int:
+    """Multiprocessors of the GPU; a small odd number for the interpreter."""
+    return 3 if INTERPRETED else int(_properties(device).multi_processor_count)
+
+
+@functools.cache
+def _properties(device: torch.device) -> Any:
+    return torch.cuda.get_device_properties(device)
+
+
+def size_class(rows: int) -> int:
+    """Tuning is repeated for a few ranges of row counts, not for each micro-batch's own."""
+    return 0 if rows <= 1024 else 1 if rows <= 8192 else 2
+
+
+def takes_descriptor(tensor: Tensor) -> bool:
+    """Whether the tensor memory accelerator can read this matrix: Hopper, 16-byte alignment."""
+    size = tensor.element_size()
+    return (
+        tensor.numel() > 0
+        and tensor.data_ptr() % 16 == 0
+        and tensor.stride(0) * size % 16 == 0
+        and tensor.stride(1) == 1
+        and (INTERPRETED or _properties(tensor.device).major >= 9)
+    )
+
+
+def descriptor(tensor: Tensor) -> TensorDescriptor:
+    """A descriptor whose block shape the configuration sets before the launch."""
+    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), [1, 16])
+
+
+def rows_contiguous(tensor: Tensor) -> Tensor:
+    """The matrix itself if its rows are contiguous and do not overlap, else a copy."""
+    fits = tensor.stride(-1) == 1 and tensor.stride(0) >= tensor.shape[-1]
+    return tensor if fits else tensor.contiguous()
+
+
+def launch(
+    kernel: Any,
+    grid: Callable[[Mapping[str, int]], tuple[int, ...]],
+    arguments: Mapping[str, Any],
+    like: Tensor,
+    config: triton.Config | None = None,
+) -> None:
+    """Run a matrix kernel with the best of its configurations for products of `like`.
+
+    config: run with this one; the interpreter runs SMALL where none is given.
+    """
+    if config is None and INTERPRETED:
+        config = SMALL
+    with torch.cuda.device(like.device) if like.is_cuda else contextlib.nullcontext():
+        if config is None:
+            tuned(kernel, family(like))[grid](**arguments)
+            return
+        config = for_kernel(config, kernel.arg_names)
+        given = dict(arguments) | config.kwargs
+        _set_descriptor_blocks(given)
+        # The interpreter passes over the options of the compiler.
+        kernel[grid](**given, num_warps=config.num_warps, num_stages=config.num_stages)
+
+
+@functools.cache
+def tuned(kernel: Any, which: str) -> Any:
+    """The kernel under Triton's autotuner, which measures once for a size and keeps the best."""
+    names = kernel.arg_names
+    configs = list(dict.fromkeys(for_kernel(config, names) for config in TILES[which]))
+    key = [name for name in ("E", "D", "size_class", "TMA", "MODE") if name in names]
+    return triton.autotune(configs=configs, key=key)(kernel)
+
+
+def for_kernel(config: triton.Config, names: Sequence[str]) -> triton.Config:
+    """The configuration without the options that a kernel with these arguments does not have."""
+    return triton.Config(
+        {name: value for name, value in config.kwargs.items() if name in names},
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        pre_hook=config.pre_hook,
+    )

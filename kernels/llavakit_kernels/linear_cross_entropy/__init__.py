@@ -1,0 +1,209 @@
+"""The language model's head and its cross-entropy, without the logits of all rows at once.
+
+For M supervised rows and a vocabulary V the logits, their softmax and their gradient are M x V
+each, gigabytes where hidden states are megabytes. Here they exist for one chunk of rows at a time.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from llavakit_kernels import arguments
+from llavakit_kernels.arguments import require
+from llavakit_kernels.linear_cross_entropy import liger, reference
+
+__all__ = ["linear_cross_entropy"]
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    weights: Tensor | None = None,
+    reduction: Literal["mean", "sum"] = "mean",
+    ignore_index: int = -100,
+    chunk_rows: int | None = None,
+    impl: Literal["auto", "reference", "liger"] = "auto",
+) -> Tensor:
+    """cross_entropy(hidden @ weight.T + bias, targets), a scalar in float32 (float64 for float64).
+
+    hidden: [M, E]; weight: [V, E]; bias: [V] or None; one floating dtype (under torch.autocast they
+    are cast to its dtype).
+    targets: [M] int; rows that hold ignore_index count nothing.
+    weights: [M] floating or None, a factor for each row's loss.
+    reduction: "sum", for callers that add micro-batches up and divide once, or "mean", the sum over
+    the weights of the rows that count (NaN where none does, as in torch).
+    chunk_rows: rows whose logits exist at one time; by default as many as make 2^26 logits on a CPU
+    and 2^27 on a GPU, so that small cases are one chunk.
+    impl: liger-kernel's kernels, chunks of eager PyTorch ("reference"), or the former wherever they
+    are installed and fit ("auto").
+
+    The gradients are computed in the forward, chunk by chunk and never twice, and only those that
+    are needed: a frozen head costs no product for its weight. (With a single chunk the logits'
+    gradient is kept and its products wait for the backward, which folds the loss's own gradient
+    into [M, E] where it would else rescale [V, E].)
+    Raises ValueError where a shape, dtype or device does not fit.
+    """
+    arguments.require_shape("hidden", hidden, "ME", None, None)
+    M, E = hidden.shape
+    arguments.require_shape("weight", weight, "VE", None, E)
+    arguments.require_shape("targets", targets, "M", M)
+    if bias is not None:
+        arguments.require_shape("bias", bias, "V", weight.shape[0])
+    if weights is not None:
+        arguments.require_shape("weights", weights, "M", M)
+    arguments.require_indices("targets", targets)
+    arguments.require_same_device(
+        hidden=hidden, weight=weight, targets=targets, bias=bias, weights=weights
+    )
+    require(
+        reduction in ("mean", "sum"),
+        f'`reduction` must be "mean" or "sum", but is {reduction!r}',
+    )
+    require(
+        impl in ("auto", "reference", "liger"),
+        f'`impl` must be "auto", "reference" or "liger", but is {impl!r}',
+    )
+    require(
+        chunk_rows is None or chunk_rows > 0,
+        f"`chunk_rows` must be a positive number of rows, but is {chunk_rows}",
+    )
+    dtype = arguments.autocast_dtype(hidden.device)
+    if dtype is not None:
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    arguments.require_same_dtype(hidden=hidden, weight=weight, bias=bias)
+
+    counts = targets != ignore_index
+    kept = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    row_weights = counts.to(kept) if weights is None else weights.to(kept).where(counts, 0)
+    with torch.autocast(hidden.device.type, enabled=False):
+        if _by_liger(impl, hidden, weight, bias, weights is not None):
+            loss = liger.loss_sum(hidden, weight, bias, targets.long(), ignore_index)
+        else:
+            targets = targets.long().where(counts, 0)
+            loss = _chunked(hidden, weight, bias, targets, row_weights, chunk_rows)
+    return loss if reduction == "sum" else loss / row_weights.sum()
+
+
+def _by_liger(
+    impl: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, weighted: bool
+) -> bool:
+    if impl == "reference":
+        return False
+    reason = liger.misfit(hidden, weight, bias, weighted)
+    require(
+        impl == "auto" or reason is None,
+        f'impl="liger" cannot serve here: {reason}; use impl="auto"',
+    )
+    return reason is None
+
+
+def _chunked(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    row_weights: Tensor,
+    chunk_rows: int | None,
+) -> Tensor:
+    learns = torch.is_grad_enabled()
+    loss: Tensor = torch.ops.llavakit.linear_cross_entropy(
+        hidden,
+        weight,
+        bias,
+        targets,
+        row_weights.detach(),
+        chunk_rows or reference.chunk_rows(hidden.shape[0], weight.shape[0], hidden.device.type),
+        learns and hidden.requires_grad,
+        learns and weight.requires_grad,
+        learns and bias is not None and bias.requires_grad,
+    )[0]
+    return loss
+
+
+@torch.library.custom_op("llavakit::linear_cross_entropy", mutates_args=())
+def _forward(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    row_weights: Tensor,
+    chunk_rows: int,
+    for_hidden: bool,
+    for_weight: bool,
+    for_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    needs = reference.Needs(for_hidden, for_weight, for_bias)
+    return reference.forward(hidden, weight, bias, targets, row_weights, needs, chunk_rows)
+
+
+@_forward.register_fake
+def _(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    row_weights: Tensor,
+    chunk_rows: int,
+    for_hidden: bool,
+    for_weight: bool,
+    for_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    (M, E), V = hidden.shape, weight.shape[0]
+    one_chunk = M <= chunk_rows
+    kept = one_chunk and (for_hidden or for_weight or for_bias)
+    return (
+        row_weights.new_empty(()),
+        hidden.new_empty((M, E) if for_hidden and not one_chunk else (0,)),
+        hidden.new_empty((V, E) if for_weight and not one_chunk else (0,)),
+        hidden.new_empty(V if for_bias and not one_chunk else 0),
+        hidden.new_empty((M, V) if kept else (0,)),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    hidden, weight, _, _, row_weights, chunk_rows, *_ = inputs
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    ctx.one_chunk = hidden.shape[0] <= chunk_rows
+    for_hidden, for_weight, *_ = ctx.needs_input_grad
+    if ctx.one_chunk:
+        ctx.save_for_backward(
+            output[4],
+            row_weights,
+            hidden if for_weight else None,
+            weight if for_hidden else None,
+        )
+    else:
+        ctx.save_for_backward(*output[1:4])
+
+
+def _backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    for_hidden, for_weight, for_bias, *rest = ctx.needs_input_grad
+    gradients: list[Tensor | None] = [None, None, None]
+    if grad is None:
+        pass
+    elif ctx.one_chunk:
+        logits_grad, row_weights, hidden, weight = ctx.saved_tensors
+        scale = (grad * row_weights).to(logits_grad.dtype)
+        if for_hidden:
+            gradients[0] = (logits_grad @ weight) * scale[:, None]
+        if for_weight:
+            gradients[1] = logits_grad.t() @ (hidden * scale[:, None])
+        if for_bias:
+            gradients[2] = scale @ logits_grad
+    else:
+        needed = (for_hidden, for_weight, for_bias)
+        for place, (one, computed) in enumerate(zip(needed, ctx.saved_tensors, strict=True)):
+            if one:
+                gradients[place] = computed * grad.to(computed.dtype)
+    return (*gradients, *(None,) * len(rest))
+
+
+_forward.register_autograd(_backward, setup_context=_setup_context)

@@ -1,0 +1,110 @@
+"""linear_cross_entropy chunk by chunk in eager PyTorch, gradients included.
+
+With p the softmax of a row's logits, the row's loss has the gradient p - onehot(target) for the
+logits. A chunk's logits turn into that in place and serve both products before the next chunk
+takes their memory, so that nothing is computed twice.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+# Elements of a chunk's logits: a few hundred megabytes, with rows enough for a fast product.
+LOGITS = {"cpu": 2**26, "cuda": 2**27}
+
+
+def chunk_rows(rows: int, vocabulary: int, device: str) -> int:
+    """Rows of a chunk: as many as LOGITS allows, in chunks of equal size."""
+    most = max(1, LOGITS.get(device, LOGITS["cuda"]) // max(1, vocabulary))
+    chunks = max(1, -(-rows // most))
+    return -(-rows // chunks)
+
+
+@dataclass(frozen=True)
+class Needs:
+    """The gradients to compute."""
+
+    hidden: bool
+    weight: bool
+    bias: bool
+
+    def any(self) -> bool:
+        return self.hidden or self.weight or self.bias
+
+
+def forward(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    row_weights: Tensor,
+    needs: Needs,
+    rows: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The weighted sum of the rows' losses, and gradients or what they follow from.
+
+    row_weights: [M], zero at rows that do not count; targets: [M], valid at every row.
+    Where one chunk of `rows` holds all: (loss, [0], [0], [0], the logits' gradient [M, V]).
+    Else: (loss, hidden's gradient [M, E], weight's [V, E], bias's [V], [0]).
+    """
+    M, E = hidden.shape
+    kept = row_weights.dtype
+    loss = torch.zeros((), dtype=kept, device=hidden.device)
+    none = hidden.new_empty(0)
+    if M <= rows:
+        one, logits_grad = _chunk(hidden, weight, bias, targets, row_weights, needs.any())
+        return loss + one, none, none.clone(), none.clone(), logits_grad
+
+    # Sums over many chunks stay in float32 where the weights are 16 bits wide.
+    hidden_grad = torch.empty_like(hidden) if needs.hidden else none
+    weight_grad = weight.new_zeros(weight.shape if needs.weight else (0,), dtype=kept)
+    bias_grad = weight.new_zeros(weight.shape[0] if needs.bias else 0, dtype=kept)
+    for start in range(0, M, rows):
+        part = slice(start, start + rows)
+        one, logits_grad = _chunk(
+            hidden[part], weight, bias, targets[part], row_weights[part], needs.any()
+        )
+        loss += one
+        scale = row_weights[part].to(hidden.dtype)
+        if needs.hidden:
+            product = torch.mm(logits_grad, weight, out=hidden_grad[part])
+            product *= scale[:, None]
+        if needs.weight:
+            scaled = hidden[part] * scale[:, None]
+            if weight_grad.dtype == weight.dtype:
+                weight_grad.addmm_(logits_grad.t(), scaled)
+            else:
+                weight_grad += logits_grad.t() @ scaled
+        if needs.bias:
+            bias_grad += scale @ logits_grad
+        del logits_grad  # before the next chunk's logits
+    return (
+        loss,
+        hidden_grad,
+        weight_grad.to(weight.dtype),
+        bias_grad.to(weight.dtype),
+        none.clone(),
+    )
+
+
+def _chunk(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    row_weights: Tensor,
+    gradient: bool,
+) -> tuple[Tensor, Tensor]:
+    """The chunk's loss, and p - onehot(target) in the hidden states' dtype ([0] without gradient)."""
+    log_p = torch.log_softmax(F.linear(hidden, weight, bias), -1, dtype=row_weights.dtype)
+    at_target = targets[:, None]
+    loss = -(log_p.gather(1, at_target).squeeze(1) * row_weights).sum()
+    if not gradient:
+        return loss, hidden.new_empty(0)
+    p = log_p.exp_()
+    p.scatter_add_(1, at_target, p.new_full((1, 1), -1.0).expand_as(at_target))
+    return loss, p.to(hidden.dtype)

@@ -1,0 +1,55 @@
+"""project_splice in eager PyTorch: what the kernels must equal, and the way on a CPU.
+
+It writes every row of the stream once, as they do, and never reads the device back to the host.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def forward(
+    features: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    token_ids: Tensor,
+    embedding: Tensor,
+    visual_rows: Tensor,
+    sources: Tensor,
+    *,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Shapes and dtypes as in project_splice, already checked; out: write here."""
+    T, N = token_ids.shape[0], features.shape[0]
+    if out is None:
+        out = torch.empty(T, embedding.shape[1], dtype=embedding.dtype, device=embedding.device)
+    text_rows = _text_rows(sources, N)
+    text = embedding.index_select(0, token_ids.index_select(0, text_rows))
+    out.index_copy_(0, text_rows, text)
+    visual = F.linear(features, weight, bias).to(out.dtype)
+    return out.index_copy_(0, visual_rows.long(), visual)
+
+
+def features_grad(grad: Tensor, weight: Tensor, visual_rows: Tensor) -> Tensor:
+    return grad.index_select(0, visual_rows).to(weight.dtype) @ weight
+
+
+def weight_grad(
+    grad: Tensor, features: Tensor, visual_rows: Tensor, with_bias: bool
+) -> tuple[Tensor, Tensor]:
+    rows = grad.index_select(0, visual_rows).to(features.dtype)
+    return rows.t() @ features, rows.sum(0) if with_bias else rows.new_empty(0)
+
+
+def embedding_grad(grad: Tensor, token_ids: Tensor, sources: Tensor, V: int, N: int) -> Tensor:
+    text_rows = _text_rows(sources, N)
+    return torch.ops.aten.embedding_dense_backward(
+        grad.index_select(0, text_rows), token_ids.index_select(0, text_rows).long(), V, -1, False
+    )
+
+
+def _text_rows(sources: Tensor, visual: int) -> Tensor:
+    # How many there are is known without a look at the device: a plain nonzero would wait for it.
+    return torch.nonzero_static(sources < 0, size=sources.shape[0] - visual).squeeze(1)

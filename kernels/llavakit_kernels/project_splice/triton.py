@@ -1,0 +1,232 @@
+# mypy: disable-error-code="import-untyped, untyped-decorator, no-untyped-def, no-untyped-call"
+"""Forward of project_splice in one launch: product, scatter of its rows, gather of the text's.
+
+A persistent grid walks the tiles of the product first; the programs that run out of tiles one
+round before the others begin with the text rows, so that both ends meet.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from llavakit_kernels.launch import (
+    descriptor,
+    launch,
+    precision,
+    processors,
+    rows_contiguous,
+    size_class,
+    takes_descriptor,
+)
+from llavakit_kernels.tiles import load_tile, multiply, tile_at
+
+# 16 rows of 1024 columns are 32 KB in flight for a program, enough to cover the memory's latency.
+TEXT_ROWS, TEXT_COLUMNS = 16, 1024
+
+
+@triton.jit
+def _store_visual(
+    out,
+    values,
+    bias,
+    rows,
+    valid,
+    column,
+    E,
+    out_stride,
+    WIDTH: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+):
+    at_column = column + tl.arange(0, WIDTH)
+    inside = at_column < E
+    if HAS_BIAS:
+        values += tl.load(bias + at_column, mask=inside, other=0.0).to(tl.float32)[None, :]
+    tl.store(
+        out + rows[:, None] * out_stride + at_column[None, :],
+        values.to(out.dtype.element_ty),
+        mask=valid[:, None] & inside[None, :],
+    )
+
+
+@triton.jit
+def _copy_text(
+    token_ids,
+    embedding,
+    sources,
+    out,
+    block,
+    T,
+    V,
+    E,
+    embedding_stride,
+    out_stride,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    at = block * ROWS + tl.arange(0, ROWS)
+    text = tl.load(sources + at, mask=at < T, other=0) < 0
+    if tl.max(text.to(tl.int32), 0) > 0:
+        ids = tl.load(token_ids + at, mask=text, other=0).to(tl.int64)
+        # An id outside of the vocabulary reads no memory and shows as NaN.
+        known = text & (ids >= 0) & (ids < V)
+        rows = at.to(tl.int64)
+        for column in tl.range(0, E, COLUMNS):
+            at_column = column + tl.arange(0, COLUMNS)
+            inside = at_column < E
+            values = tl.load(
+                embedding + ids[:, None] * embedding_stride + at_column[None, :],
+                mask=known[:, None] & inside[None, :],
+                other=float("nan"),
+            )
+            tl.store(
+                out + rows[:, None] * out_stride + at_column[None, :],
+                values,
+                mask=text[:, None] & inside[None, :],
+            )
+
+
+@triton.jit(do_not_specialize=["N", "T", "V", "size_class"])
+def forward_kernel(
+    left,
+    right,
+    bias,
+    token_ids,
+    embedding,
+    visual_rows,
+    sources,
+    out,
+    N,
+    T,
+    V,
+    E,
+    D,
+    left_stride,
+    right_stride,
+    embedding_stride,
+    out_stride,
+    size_class,
+    TMA: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    FLATTEN: tl.constexpr,
+    HALVES: tl.constexpr,
+    PER_SM: tl.constexpr,
+):
+    program = tl.program_id(0)
+    programs = tl.num_programs(0)
+    tiles_m = tl.cdiv(N, BLOCK_M)
+    tiles_n = tl.cdiv(E, BLOCK_N)
+    tiles = tiles_m * tiles_n
+    # The epilogue counts tiles for itself: sharing the loop's own number would tie the store of
+    # one tile to the loads of the next and undo the flattening.
+    stored = program - programs
+    for tile in tl.range(program, tiles, programs, flatten=FLATTEN):
+        m, n = tile_at(tile, tiles_m, tiles_n, GROUP_M)
+        sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for step in range(tl.cdiv(D, BLOCK_K)):
+            k = step * BLOCK_K
+            a = load_tile(left, m * BLOCK_M, k, N, D, left_stride, BLOCK_M, BLOCK_K, TMA)
+            b = load_tile(right, n * BLOCK_N, k, E, D, right_stride, BLOCK_N, BLOCK_K, TMA)
+            sums = multiply(a, b.T, sums, PRECISION)
+
+        stored += programs
+        m, n = tile_at(stored, tiles_m, tiles_n, GROUP_M)
+        at = m * BLOCK_M + tl.arange(0, BLOCK_M)
+        rows = tl.load(visual_rows + at, mask=at < N, other=-1).to(tl.int64)
+        valid = (rows >= 0) & (rows < T)
+        column = n * BLOCK_N
+        if HALVES:
+            HALF: tl.constexpr = BLOCK_N // 2
+            halves = tl.permute(tl.reshape(sums, (BLOCK_M, 2, HALF)), (0, 2, 1))
+            one, two = tl.split(halves)
+            _store_visual(out, one, bias, rows, valid, column, E, out_stride, HALF, HAS_BIAS)
+            column += HALF
+            _store_visual(out, two, bias, rows, valid, column, E, out_stride, HALF, HAS_BIAS)
+        else:
+            _store_visual(out, sums, bias, rows, valid, column, E, out_stride, BLOCK_N, HAS_BIAS)
+
+    first = (program - tiles % programs + programs) % programs
+    for block in range(first, tl.cdiv(T, ROWS), programs):
+        _copy_text(
+            token_ids,
+            embedding,
+            sources,
+            out,
+            block,
+            T,
+            V,
+            E,
+            embedding_stride,
+            out_stride,
+            ROWS,
+            COLUMNS,
+        )
+
+
+def forward(
+    features: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    token_ids: Tensor,
+    embedding: Tensor,
+    visual_rows: Tensor,
+    sources: Tensor,
+    *,
+    out: Tensor | None = None,
+    config: triton.Config | None = None,
+    tma: bool = True,
+) -> Tensor:
+    """The kernel's launch; shapes and dtypes as in project_splice, already checked.
+
+    out: write here; config, tma: run with these and not with what would be chosen.
+    """
+    (N, D), (V, E), T = features.shape, embedding.shape, token_ids.shape[0]
+    if out is None:
+        out = torch.empty(T, E, dtype=embedding.dtype, device=embedding.device)
+    if T == 0 or E == 0:
+        return out
+    left, right = rows_contiguous(features), rows_contiguous(weight)
+    embedding = rows_contiguous(embedding)
+    tma = tma and takes_descriptor(left) and takes_descriptor(right)
+    units = processors(out.device)
+
+    def grid(meta: dict[str, int]) -> tuple[int, ...]:
+        tiles = triton.cdiv(N, meta["BLOCK_M"]) * triton.cdiv(E, meta["BLOCK_N"])
+        return (min(units * meta["PER_SM"], tiles + triton.cdiv(T, TEXT_ROWS)),)
+
+    arguments = {
+        "left": descriptor(left) if tma else left,
+        "right": descriptor(right) if tma else right,
+        "bias": bias if bias is None else bias.contiguous(),
+        "token_ids": token_ids.contiguous(),
+        "embedding": embedding,
+        "visual_rows": visual_rows.contiguous(),
+        "sources": sources.contiguous(),
+        "out": out,
+        "N": N,
+        "T": T,
+        "V": V,
+        "E": E,
+        "D": D,
+        "left_stride": left.stride(0),
+        "right_stride": right.stride(0),
+        "embedding_stride": embedding.stride(0),
+        "out_stride": out.stride(0),
+        "size_class": size_class(N),
+        "TMA": tma,
+        "HAS_BIAS": bias is not None,
+        "PRECISION": precision(left),
+        "ROWS": TEXT_ROWS,
+        "COLUMNS": min(TEXT_COLUMNS, triton.next_power_of_2(E)),
+    }
+    launch(forward_kernel, grid, arguments, left, config)
+    return out

@@ -1,0 +1,76 @@
+# mypy: disable-error-code="import-untyped, untyped-decorator, no-untyped-def, no-untyped-call"
+"""Pieces that the matrix kernels share: tile order, tile loads, and the erf form of GELU."""
+
+from __future__ import annotations
+
+import os
+
+import triton
+import triton.language as tl
+
+# Triton's interpreter holds bfloat16 as integers, and its dot multiplies those.
+_UPCAST = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+
+
+@triton.jit
+def tile_at(tile, tiles_m, tiles_n, GROUP_M: tl.constexpr):
+    """The tile's row and column when GROUP_M rows of tiles are walked column by column.
+
+    The programs that run at one time then share few rows and few columns, which stay in L2.
+    """
+    per_group = GROUP_M * tiles_n
+    group = tile // per_group
+    first = group * GROUP_M
+    height = min(tiles_m - first, GROUP_M)
+    row = first + (tile % per_group) % height
+    column = (tile % per_group) // height
+    return row, column
+
+
+@triton.jit
+def load_tile(
+    source,
+    row,
+    column,
+    rows,
+    columns,
+    stride,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    TMA: tl.constexpr,
+):
+    """source[row : row + HEIGHT, column : column + WIDTH], zero outside of [rows, columns].
+
+    `source` is a tensor descriptor where TMA is true, else a pointer to rows `stride` apart.
+    """
+    if TMA:
+        tile = source.load([row, column])
+    else:
+        at_row = row + tl.arange(0, HEIGHT)
+        at_column = column + tl.arange(0, WIDTH)
+        tile = tl.load(
+            source + at_row.to(tl.int64)[:, None] * stride + at_column[None, :],
+            mask=(at_row < rows)[:, None] & (at_column < columns)[None, :],
+            other=0.0,
+        )
+    return tile
+
+
+@triton.jit
+def load_rows(source, index, valid, column, columns, stride, WIDTH: tl.constexpr):
+    """source[index, column : column + WIDTH], zero where `valid` is false; index is int64."""
+    at_column = column + tl.arange(0, WIDTH)
+    return tl.load(
+        source + index[:, None] * stride + at_column[None, :],
+        mask=valid[:, None] & (at_column < columns)[None, :],
+        other=0.0,
+    )
+
+
+@triton.jit
+def multiply(a, b, sums, PRECISION: tl.constexpr):
+    """sums + a @ b in float32, with `a` in the dtype of `b`."""
+    a = a.to(b.dtype)
+    if _UPCAST:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, sums, input_precision=PRECISION)

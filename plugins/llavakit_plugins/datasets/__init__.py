@@ -1,0 +1,13 @@
+"""Datasets."""
+
+from __future__ import annotations
+
+from llavakit import Dataset, hookimpl
+
+
+@hookimpl
+def llava_datasets() -> list[type[Dataset]]:
+    from llavakit_plugins.datasets.conversations import Conversations
+    from llavakit_plugins.datasets.mix import Mix
+
+    return [Conversations, Mix]

@@ -1,0 +1,158 @@
+"""Where a Hugging Face model's configuration and weights come from: a folder, a hub name, or new."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, model_validator
+
+from llavakit import ModelError, Options
+
+KNOWN: dict[str, dict[str, Any]] = {
+    # shapes as their config.json files give them, so that a plan works without the network
+    "openai/clip-vit-large-patch14": {
+        "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24,
+        "num_attention_heads": 16, "image_size": 224, "patch_size": 14, "projection_dim": 768,
+    },
+    "openai/clip-vit-large-patch14-336": {
+        "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24,
+        "num_attention_heads": 16, "image_size": 336, "patch_size": 14, "projection_dim": 768,
+    },
+    "openai/clip-vit-base-patch16": {
+        "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
+        "num_attention_heads": 12, "image_size": 224, "patch_size": 16, "projection_dim": 512,
+    },
+    "lmsys/vicuna-7b-v1.5": {
+        "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
+        "num_attention_heads": 32, "num_key_value_heads": 32, "vocab_size": 32000,
+        "max_position_embeddings": 4096, "rms_norm_eps": 1e-5,
+    },
+    "lmsys/vicuna-13b-v1.5": {
+        "hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40,
+        "num_attention_heads": 40, "num_key_value_heads": 40, "vocab_size": 32000,
+        "max_position_embeddings": 4096, "rms_norm_eps": 1e-5,
+    },
+    "lmsys/vicuna-7b-v1.3": {
+        "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
+        "num_attention_heads": 32, "num_key_value_heads": 32, "vocab_size": 32000,
+        "max_position_embeddings": 2048, "rms_norm_eps": 1e-6,
+    },
+    "lmsys/vicuna-13b-v1.3": {
+        "hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40,
+        "num_attention_heads": 40, "num_key_value_heads": 40, "vocab_size": 32000,
+        "max_position_embeddings": 2048, "rms_norm_eps": 1e-6,
+    },
+}  # fmt: skip
+
+
+class PretrainedOptions(Options):
+    """Weights of a folder or the hub, or a new model of a given shape."""
+
+    source: str | None = None
+    """A local folder, or a name on the hub such as `openai/clip-vit-large-patch14`."""
+    revision: str | None = None
+    """Commit or tag on the hub."""
+    config: dict[str, Any] = Field(default_factory=dict)
+    """The shape of a new model, as in a config.json; needed where there is no `source`."""
+
+    @model_validator(mode="after")
+    def _needs_a_shape(self) -> PretrainedOptions:
+        if self.source is None and not self.config:
+            raise ValueError("give `source` (a folder or hub name) or `config` (a new model)")
+        return self
+
+
+def read_config(options: PretrainedOptions) -> dict[str, Any]:
+    """Return the configuration: the source's, changed by `config`. Nothing is downloaded.
+
+    Raises ModelError where the source's configuration is not on this machine.
+    """
+    if options.source is None:
+        return options.config
+    found = find_file(options, "config.json")
+    if found is not None:
+        try:
+            table: dict[str, Any] = json.loads(found.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ModelError(f"{found} cannot be read: {error}; fetch the model again") from error
+        for part in ("vision_config", "text_config"):  # a CLIP or LLaVA as a whole
+            table = {**table, **table[part]} if _holds(table, part) else table
+    elif options.source in KNOWN:
+        table = KNOWN[options.source]
+    else:
+        raise ModelError(
+            f"`{options.source}` is neither a folder with a config.json nor in the local hub "
+            f"cache; fetch it with `hf download {options.source}`, or give its shape as `config`"
+        )
+    return {**table, **options.config}
+
+
+def _holds(table: dict[str, Any], part: str) -> bool:
+    return part == "vision_config" and isinstance(table.get(part), dict)
+
+
+def find_file(options: PretrainedOptions, name: str) -> Path | None:
+    """Return a file of the source, where it lies on this machine."""
+    assert options.source is not None
+    folder = Path(options.source)
+    if folder.is_dir():
+        return folder / name if (folder / name).is_file() else None
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        cached = try_to_load_from_cache(options.source, name, revision=options.revision)
+    except HFValidationError:  # a path that does not exist
+        return None
+    return Path(cached) if isinstance(cached, str) else None
+
+
+def missing_source(what: str, options: PretrainedOptions) -> str | None:
+    """Return a sentence on what is missing and how to get it, or None where weights are here."""
+    if options.source is None:
+        return None
+    names = (
+        "model.safetensors",
+        "model.safetensors.index.json",
+        "pytorch_model.bin",
+        "pytorch_model.bin.index.json",
+    )
+    if any(find_file(options, name) for name in names):
+        return None
+    if Path(options.source).is_dir():
+        return f"{what}: {options.source} holds no model.safetensors; copy the weights into it"
+    if os.environ.get("HF_HUB_OFFLINE", "") not in ("1", "ON", "YES", "TRUE") and online():
+        return None
+    return (
+        f"the weights of {what} `{options.source}` are not on this machine; fetch them with "
+        f"`hf download {options.source}`, or set `source` to a folder that holds them"
+    )
+
+
+def online() -> bool:
+    """Say whether the hub answers, so that a run can fetch what it lacks by itself."""
+    import httpx
+    from huggingface_hub.constants import ENDPOINT
+
+    try:
+        httpx.head(ENDPOINT, timeout=3.0)
+    except httpx.HTTPError:
+        return False
+    return True
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Keep transformers' own progress bars off the terminal: a step shows one already."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.enable_progress_bar()

@@ -1,0 +1,72 @@
+"""Writes the trained model for others, reads it back as they would, and tries it."""
+
+from __future__ import annotations
+
+
+import llavakit
+from llavakit import Dataset, Exporter, InputPath, ModelError, Options, Outcome, Run, Step, Use
+from llavakit.assembly import save_model
+from llavakit.images import save_thumbnail
+from llavakit.reporting import Card, Gallery
+from llavakit.samples import IMAGE
+
+
+class ExportOptions(Options):
+    format: Use[Exporter] | None = None
+    """The layout; a model folder of llavakit where absent."""
+    init: InputPath | None = None
+    """A model folder; the newest of the earlier steps where absent."""
+    tries: Use[Dataset] | None = None
+    """Samples whose first question is asked of what was exported."""
+    count: int = 8
+    max_new_tokens: int = 96
+
+
+class Export(Step):
+    name = "export"
+    Options = ExportOptions
+    needs_model = True
+
+    def __init__(self, options: ExportOptions) -> None:
+        self.options = options
+
+    def run(self, run: Run) -> Outcome:
+        model = run.model(self.options.init).eval()
+        metrics: dict[str, float] = {}
+        folder = run.directory / "model"
+        if self.options.format is None:
+            save_model(model, folder)
+        else:
+            folder = run.directory / self.options.format.use
+            proof = run.build(self.options.format).export(model, folder)
+            metrics |= {k: float(v) for k, v in proof.items() if isinstance(v, int | float)}
+        exported = llavakit.load(folder, device=run.device)
+        cards: list[Card] = []
+        if self.options.tries is not None:
+            data = run.build(self.options.tries)
+            stride = max(1, len(data) // self.options.count)
+            for index in range(0, min(len(data), stride * self.options.count), stride):
+                sample = data[index]
+                question = sample.turns[0].text.replace(IMAGE, "").strip()
+                images = list(sample.images)
+                tokens = self.options.max_new_tokens
+                answer = exported.generate(question, images=images, max_new_tokens=tokens)
+                if answer != model.generate(question, images=images, max_new_tokens=tokens):
+                    raise ModelError(
+                        f"{folder} answers sample `{sample.id}` differently from the model it was "
+                        "made of; the export is not faithful"
+                    )
+                lines = [("question", question), ("answer", answer)]
+                if len(sample.turns) > 1:
+                    lines.append(("teacher", sample.turns[1].text))
+                shown = None
+                if images:
+                    shown = save_thumbnail(images[0], run.directory / "images", f"{index:03}")
+                cards.append(Card(image=shown, lines=lines))
+                run.progress(len(cards), self.options.count, "trying it")
+        parameters = sum(p.numel() for p in model.parameters())
+        metrics["parameters"] = float(parameters)
+        metrics["bytes"] = float(sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()))
+        return Outcome(metrics, [Gallery(title="The exported model's answers", cards=cards)])
+
+

@@ -1,0 +1,143 @@
+"""The two stages of training (paper, section 4.2)."""
+
+from __future__ import annotations
+
+import torch
+
+from llavakit import LlavaModel, Outcome, Run, Step
+from llavakit.assembly import save_model
+from llavakit.planning import Planner, StepPlan
+from llavakit.reporting import Curves
+from llavakit_plugins.training.corpus import Corpus
+from llavakit_plugins.training.features import Encoding
+from llavakit_plugins.training.loop import PARTS, Trainer, held_out_loss
+from llavakit_plugins.training.options import TrainOptions
+
+_SUPERVISED = 0.5  # share of a sample's text that is learned, roughly: for plans only
+
+
+class _Train(Step):
+    Options = TrainOptions
+    needs_model = True
+
+    def __init__(self, options: TrainOptions) -> None:
+        self.options = options
+
+    def run(self, run: Run) -> Outcome:
+        options = self.options
+        torch.manual_seed(run.seed)
+        model = run.model(options.init)
+        template = run.build(options.template) if options.template else model.template
+        data = run.build(options.data)
+
+        def tokenising(done: int, total: int) -> None:
+            run.progress(done, total, "tokenising")
+
+        corpus = Corpus(data, model, template, options.max_length, tokenising)
+        held_out = None
+        if options.held_out is not None:
+            held_out = Corpus(run.build(options.held_out), model, template, options.max_length)
+        run.event("corpus", samples=len(corpus), tokens=sum(corpus.lengths), cut=corpus.cut)
+        trainer = Trainer(model, corpus, options, run)
+        progress = trainer.train()
+        metrics = {
+            "loss": _tail_mean([loss for _, loss in progress.losses]),
+            "steps": float(progress.step),
+        }
+        if held_out is not None:
+            metrics["held_out_loss"] = self._held_out(model, held_out)
+        save_model(model, run.directory / "model")
+        curve = Curves(
+            title="Training loss",
+            x="step",
+            y="loss a token",
+            series={self.name: [(float(at), loss) for at, loss in progress.losses]},
+            caption=f"{progress.samples:,} samples, {progress.tokens:,} tokens, of which "
+            f"{progress.targets:,} supervised.",
+        )
+        return Outcome(metrics, [curve])
+
+    def _held_out(self, model: LlavaModel, corpus: Corpus) -> float:
+        dtype = next(model.vision.parameters()).dtype
+        features = Encoding(corpus, model, workers=0, dtype=dtype, learns=False)
+        return held_out_loss(model, corpus, self.options.micro_batch_tokens, features)
+
+    @classmethod
+    def plan(cls, options: TrainOptions, planner: Planner) -> StepPlan:
+        trained = tuple(part for part in PARTS if part in options.train)
+        memory = _memory_gb(options, planner)
+        expected = planner.expect(options.data)
+        if expected is None:
+            note = "the data is not there yet; say `expect` to have it reckoned with"
+            return StepPlan(trained=trained, memory_gb=memory, note=note)
+        samples, text = expected
+        visual = planner.model.visual_tokens
+        length = min(visual + text, options.max_length)
+        steps = -(-samples // options.batch_size) * options.epochs
+        seen = samples * options.epochs
+        if options.max_steps is not None and options.max_steps < steps:
+            steps = options.max_steps
+            seen = steps * options.batch_size
+        return StepPlan(
+            samples=seen,
+            tokens=seen * length,
+            steps=steps,
+            tflop=seen * _sample_flop(options, planner, text, length) / 1e12,
+            memory_gb=memory,
+            trained=trained,
+        )
+
+
+def _tail_mean(losses: list[float]) -> float:
+    """Return the mean of the last tenth: one step's loss is noise."""
+    tail = losses[-max(1, len(losses) // 10) :]
+    return sum(tail) / len(tail)
+
+
+def _sample_flop(options: TrainOptions, planner: Planner, text: int, length: int) -> float:
+    """Return the necessary floating-point operations of one sample, forward and backward."""
+    model = planner.model
+    head = model.language.head.weight.numel()
+    blocks = planner.parameters("language") - head
+    if (table := model.language.embedding_VE) is not None and table is not model.language.head.weight:
+        blocks -= table.numel()
+    layers, _, _ = model.language.cache_shape()
+    attention = 2 * layers * model.language.width * length**2
+    patches = model.vision.tokens(model.vision.image_size) + model.vision.prefix_tokens
+    supervised = text * _SUPERVISED
+    forward = {
+        "vision": 2.0 * planner.parameters("vision") * patches,
+        "connector": 2.0 * planner.parameters("connector") * model.visual_tokens,
+        "language": 2.0 * blocks * length + attention + 2.0 * head * supervised,
+    }
+    order = [part for part in PARTS if part in options.train]
+    total = sum(forward.values())
+    for part in PARTS[PARTS.index(order[0]) :]:  # what lies behind the first trained part
+        total += forward[part] * (part != order[0])  # gradients of its input
+        total += forward[part] * (part in options.train)  # gradients of its weights
+    return total
+
+
+def _memory_gb(options: TrainOptions, planner: Planner) -> float:
+    """Return the memory of weights, gradients, AdamW and one micro-batch's activations."""
+    half = 2 if options.precision == "bf16" else 4
+    weights = sum(
+        planner.parameters(part) * (16 if part in options.train else half) for part in PARTS
+    )
+    language = planner.model.language
+    layers, _, _ = language.cache_shape()
+    values = (2 if options.recompute else 17) * layers + 17  # a row's stored values, in widths
+    activations = options.micro_batch_tokens * values * language.width * half
+    return (weights + activations) / 1e9
+
+
+class Pretrain(_Train):
+    """Stage 1, feature alignment: as a rule only the connector learns."""
+
+    name = "pretrain"
+
+
+class Finetune(_Train):
+    """Stage 2, instruction tuning: as a rule the connector and the language model learn."""
+
+    name = "finetune"

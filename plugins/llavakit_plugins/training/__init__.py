@@ -1,0 +1,1 @@
+"""Training by recipe: batches of the packed stream, optimiser, checkpoints, the loop."""

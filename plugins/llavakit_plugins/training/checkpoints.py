@@ -1,0 +1,65 @@
+"""Checkpoints of a training step: safetensors and JSON, whole or not there, the last few kept."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from llavakit import TrainingError
+from llavakit.files import new_folder
+
+_TENSORS = "state.safetensors"
+_STATE = "state.json"
+
+
+class Checkpoints:
+    """The checkpoints below one folder, named by their step."""
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        self.folder = folder
+        self.keep = keep
+
+    def save(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+        """Write a checkpoint with the random state; then drop the oldest beyond `keep`."""
+        self.folder.mkdir(exist_ok=True)
+        random = {"random/cpu": torch.get_rng_state()}
+        if torch.cuda.is_available():
+            random["random/cuda"] = torch.cuda.get_rng_state()
+        whole = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+        with new_folder(self.folder / f"step-{step:06}") as partial:
+            save_file(whole | random, partial / _TENSORS)
+            (partial / _STATE).write_text(json.dumps(dict(state)), encoding="utf-8")
+        for old in self._all()[: -self.keep]:
+            shutil.rmtree(old)
+
+    def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """Return the newest checkpoint's tensors and state, its random state set; None for none.
+
+        Raises TrainingError where the newest checkpoint is damaged.
+        """
+        found = self._all()
+        if not found:
+            return None
+        newest = found[-1]
+        try:
+            tensors = load_file(newest / _TENSORS)
+            state: dict[str, Any] = json.loads((newest / _STATE).read_text(encoding="utf-8"))
+        except (OSError, ValueError, SafetensorError) as error:
+            raise TrainingError(
+                f"checkpoint {newest} is damaged ({error}); remove it to go on from the one before"
+            ) from error
+        torch.set_rng_state(tensors.pop("random/cpu"))
+        if (cuda := tensors.pop("random/cuda", None)) is not None and torch.cuda.is_available():
+            torch.cuda.set_rng_state(cuda)
+        return tensors, state
+
+    def _all(self) -> list[Path]:
+        return sorted(self.folder.glob("step-*"))

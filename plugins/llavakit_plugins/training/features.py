@@ -1,0 +1,127 @@
+"""Where the patch features of a micro-batch come from: the encoder, or a cache of its output.
+
+    I images, P patches, D vision width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torch.utils.data import Dataset as TorchDataset
+
+from llavakit import Dataset, LlavaModel
+from llavakit.images import open_image
+from llavakit.packing import PackedBatch
+from llavakit.samples import ImageSource
+from llavakit_plugins.training.corpus import Corpus
+
+_ENCODE_BATCH = 32
+CACHE_BYTES = 4 << 30
+
+
+class Features(Protocol):
+    """Gives micro-batches with the features of their images."""
+
+    def load(self, micros: Sequence[Sequence[int]]) -> Iterator[tuple[PackedBatch, Tensor | None]]:
+        """Yield each micro-batch, on the device, with features `[I, P, D]` or None."""
+
+
+class Encoding:
+    """Reads and encodes the images of each micro-batch when it is its turn."""
+
+    def __init__(
+        self, corpus: Corpus, model: LlavaModel, *, workers: int, dtype: torch.dtype, learns: bool
+    ) -> None:
+        self._corpus, self._model = corpus, model
+        self._workers, self._dtype, self._learns = workers, dtype, learns
+
+    def load(self, micros: Sequence[Sequence[int]]) -> Iterator[tuple[PackedBatch, Tensor | None]]:
+        device = self._model.device
+        loader = DataLoader(
+            _MicroBatches(self._corpus, self._model, micros),
+            batch_size=None,
+            num_workers=self._workers,
+            pin_memory=device.type == "cuda",
+            collate_fn=None,
+        )
+        for batch, pixels in loader:
+            features = None
+            if pixels is not None:
+                pixels = pixels.to(device, self._dtype, non_blocking=True)
+                with torch.set_grad_enabled(self._learns):
+                    features = self._model.features(pixels)
+            yield batch.to(device), features
+
+
+class _MicroBatches(TorchDataset[tuple[PackedBatch, Tensor | None]]):
+    def __init__(
+        self, corpus: Corpus, model: LlavaModel, micros: Sequence[Sequence[int]]
+    ) -> None:
+        self._corpus, self._micros = corpus, micros
+        self._prepare = model.vision.prepare
+
+    def __len__(self) -> int:
+        return len(self._micros)
+
+    def __getitem__(self, index: int) -> tuple[PackedBatch, Tensor | None]:
+        batch = self._corpus.pack(self._micros[index])
+        pixels = []
+        for sample, number in batch.images:
+            item = self._corpus.data[sample]
+            pixels.append(self._prepare(open_image(item.images[number], f"sample `{item.id}`")))
+        return batch, torch.stack(pixels) if pixels else None
+
+
+class Cached:
+    """Keeps the features of every image of a frozen encoder in memory."""
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        model: LlavaModel,
+        *,
+        dtype: torch.dtype,
+        progress: Callable[[int, int, str], None],
+    ) -> None:
+        self._corpus, self._device = corpus, model.device
+        self._place, sources = index_images(corpus.data)
+        chunks = []
+        with torch.no_grad():
+            for begin in range(0, len(sources), _ENCODE_BATCH):
+                part = sources[begin : begin + _ENCODE_BATCH]
+                pixels = [model.vision.prepare(open_image(image, name)) for image, name in part]
+                batch = torch.stack(pixels).to(model.device, dtype)
+                chunks.append(model.features(batch).to("cpu"))
+                progress(begin + len(part), len(sources), "encoding images")
+        self._features = torch.cat(chunks) if chunks else None
+
+    def load(self, micros: Sequence[Sequence[int]]) -> Iterator[tuple[PackedBatch, Tensor | None]]:
+        for samples in micros:
+            batch = self._corpus.pack(samples)
+            features = None
+            if batch.images and self._features is not None:
+                rows = torch.tensor([self._place[image] for image in batch.images])
+                features = self._features.index_select(0, rows).to(self._device)
+            yield batch.to(self._device), features
+
+
+def index_images(
+    data: Dataset,
+) -> tuple[dict[tuple[int, int], int], list[tuple[ImageSource, str]]]:
+    """Return the number of each (sample, image), and every distinct image once."""
+    numbers: dict[object, int] = {}
+    place: dict[tuple[int, int], int] = {}
+    sources: list[tuple[ImageSource, str]] = []
+    for index, sample in enumerate(data):
+        for number, image in enumerate(sample.images):
+            key = image if isinstance(image, Path) else id(image)
+            if key not in numbers:
+                numbers[key] = len(sources)
+                sources.append((image, f"sample `{sample.id}`"))
+            place[index, number] = numbers[key]
+    return place, sources

@@ -1,0 +1,224 @@
+"""The training loop: optimisation steps over micro-batches of the packed stream."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llavakit import LlavaModel, Run, Stopped, TrainingError
+from llavakit_plugins.training.checkpoints import Checkpoints
+from llavakit_plugins.training.corpus import Batch, Corpus
+from llavakit_plugins.training.features import CACHE_BYTES, Cached, Encoding, Features
+from llavakit_plugins.training.features import index_images
+from llavakit_plugins.training.optimiser import Optimiser
+from llavakit_plugins.training.options import TrainOptions
+
+PARTS = ("vision", "connector", "language")
+_NAMED = 5
+
+
+@dataclass
+class Progress:
+    """How far a training step is; all that a checkpoint holds besides tensors."""
+
+    step: int = 0
+    epoch: int = 0
+    batch: int = 0
+    """Steps done within the epoch."""
+    samples: int = 0
+    tokens: int = 0
+    targets: int = 0
+    losses: list[tuple[int, float]] = field(default_factory=list)
+
+
+class Trainer:
+    """Trains a model by its options; `run` decides folder, seed and how to report."""
+
+    def __init__(self, model: LlavaModel, corpus: Corpus, options: TrainOptions, run: Run) -> None:
+        self.model, self.corpus, self.options, self.run = model, corpus, options, run
+        self.dtypes = _set_up(model, options)
+        per_epoch = corpus.steps(options.batch_size)
+        whole = per_epoch * options.epochs
+        self.steps = min(whole, options.max_steps or whole)
+        self.optimiser = Optimiser(model, options, self.steps)
+        self.checkpoints = Checkpoints(run.directory / "checkpoints", options.keep)
+        self.progress = Progress()
+        self.features = self._features()
+
+    def _features(self) -> Features:
+        learns = "vision" in self.options.train
+        dtype = next(self.model.vision.parameters()).dtype
+        if not learns and self._worth_caching():
+            return Cached(self.corpus, self.model, dtype=dtype, progress=self.run.progress)
+        return Encoding(
+            self.corpus, self.model, workers=self.options.workers, dtype=dtype, learns=learns
+        )
+
+    def _worth_caching(self) -> bool:
+        if self.options.cache_features is not None:
+            return self.options.cache_features
+        place, sources = index_images(self.corpus.data)
+        vision = self.model.vision
+        floats = len(sources) * vision.tokens(vision.image_size) * vision.width
+        recur = len(place) * self.options.epochs > len(sources)
+        return recur and 4 * floats <= CACHE_BYTES
+
+    def train(self) -> Progress:
+        """Train to the end, from the newest checkpoint where `run.resume` says so.
+
+        Raises Stopped after saving, where the user asked to stop, and TrainingError naming the
+        samples where the loss is not finite.
+        """
+        if self.run.resume:
+            self._restore()
+        meter = _Meter(self.progress)
+        for batch in self._batches():
+            loss, norm, rate = self._step(batch)
+            progress = self.progress
+            progress.step += 1
+            progress.batch += 1
+            progress.losses.append((progress.step, loss))
+            last = progress.step == self.steps
+            if progress.step % self.options.log_every == 0 or last:
+                self.run.event(
+                    "train",
+                    at=progress.step,
+                    loss=round(loss, 6),
+                    lr=rate,
+                    grad_norm=round(norm, 6),
+                    epoch=progress.epoch,
+                    **meter.rates(progress),
+                )
+            self.run.progress(progress.step, self.steps, f"loss {loss:.3f}")
+            stopping = self.run.stopping()
+            if stopping or last or progress.step % self.options.checkpoint_every == 0:
+                self._save()
+            if stopping and not last:
+                raise Stopped
+        self._restore_dtypes()
+        return self.progress
+
+    def _batches(self) -> Iterator[Batch]:
+        """Yield the steps that are left, in the order that the seed decides."""
+        options, progress = self.options, self.progress
+        while progress.step < self.steps:
+            epoch = self.corpus.epoch(
+                self.run.seed, progress.epoch, options.batch_size, options.micro_batch_tokens
+            )
+            for number, batch in enumerate(epoch):
+                if number >= progress.batch and progress.step < self.steps:
+                    yield batch
+            if progress.step < self.steps:
+                progress.epoch += 1
+                progress.batch = 0
+
+    def _step(self, batch: Batch) -> tuple[float, float, float]:
+        """Return loss a target, gradient norm and learning rate of one optimisation step."""
+        targets = sum(self.corpus.learned_counts[sample] for sample in batch.all_samples)
+        total = torch.zeros((), device=self.model.device)
+        for packed, features in self.features.load(batch.samples):
+            with self._autocast():
+                loss = self.model.loss(packed, features) / targets
+            loss.backward()  # type: ignore[no-untyped-call]
+            total += loss.detach()
+        value = total.item()
+        if not math.isfinite(value):
+            raise TrainingError(self._blame(batch, value))
+        norm, rate = self.optimiser.step(self.progress.step)
+        self.progress.samples += len(batch.all_samples)
+        self.progress.tokens += sum(self.corpus.lengths[s] for s in batch.all_samples)
+        self.progress.targets += targets
+        return value, norm.item(), rate
+
+    def _blame(self, batch: Batch, value: float) -> str:
+        """Say which samples of a step have no finite loss: the weights are still those before."""
+        bad = []
+        with torch.no_grad(), self._autocast():
+            for packed, features in self.features.load([(s,) for s in batch.all_samples]):
+                if not torch.isfinite(self.model.loss(packed, features)):
+                    bad.append(packed.samples[0])
+        named = bad or batch.all_samples
+        names = ", ".join(f"`{self.corpus.data[sample].id}`" for sample in named[:_NAMED])
+        more = f" and {len(named) - _NAMED} more" if len(named) > _NAMED else ""
+        return (
+            f"the loss of step {self.progress.step + 1} is {value}; samples: {names}{more}. "
+            "Lower the learning rate, or look at these samples; --resume goes on from the last "
+            "checkpoint"
+        )
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        if self.options.precision == "fp32":
+            return nullcontext()
+        return torch.autocast(self.model.device.type, dtype=torch.bfloat16)
+
+    def _save(self) -> None:
+        self.checkpoints.save(self.progress.step, self.optimiser.tensors(), vars(self.progress))
+
+    def _restore(self) -> None:
+        found = self.checkpoints.load()
+        if found is not None:
+            tensors, state = found
+            self.optimiser.restore(tensors)
+            self.progress = Progress(**state)
+            self.run.event("resumed", at=self.progress.step)
+
+    def _restore_dtypes(self) -> None:
+        for part, dtype in self.dtypes.items():
+            getattr(self.model, part).to(dtype)
+        self.model.requires_grad_(False)
+
+
+def _set_up(model: LlavaModel, options: TrainOptions) -> dict[str, torch.dtype]:
+    """Freeze and thaw; return the parts' own dtypes, to be restored when training is over."""
+    dtypes = {}
+    half = torch.bfloat16 if options.precision == "bf16" else torch.float32
+    for part in PARTS:
+        module = getattr(model, part)
+        learns = part in options.train
+        dtypes[part] = next((p.dtype for p in module.parameters()), torch.float32)
+        module.requires_grad_(learns)
+        module.train(learns)
+        module.to(torch.float32 if learns else half)
+    model.language.recompute = options.recompute
+    return dtypes
+
+
+class _Meter:
+    """Samples and tokens a second since the last look."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._look(progress)
+
+    def _look(self, progress: Progress) -> None:
+        self._time, self._samples, self._tokens = (
+            time.monotonic(),
+            progress.samples,
+            progress.tokens,
+        )
+
+    def rates(self, progress: Progress) -> dict[str, float]:
+        seconds = max(time.monotonic() - self._time, 1e-9)
+        samples = (progress.samples - self._samples) / seconds
+        tokens = (progress.tokens - self._tokens) / seconds
+        self._look(progress)
+        return {"samples_per_s": round(samples, 2), "tokens_per_s": round(tokens)}
+
+
+@torch.no_grad()
+def held_out_loss(
+    model: LlavaModel, corpus: Corpus, capacity: int, features: Features
+) -> float:
+    """Return the mean loss a target token over a corpus, nothing learned."""
+    total, targets = torch.zeros((), device=model.device), 0
+    micros: Sequence[Sequence[int]] = corpus.batch(range(len(corpus)), capacity).samples
+    for packed, found in features.load(micros):
+        total += model.loss(packed, found)
+        targets += len(packed.targets_M)
+    return float(total) / targets

@@ -1,0 +1,59 @@
+"""How a model is trained."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, field_validator
+
+from llavakit import Dataset, InputPath, Options, PromptTemplate, Use
+
+Part = Literal["vision", "connector", "language"]
+
+
+class TrainOptions(Options):
+    """Defaults are the original's: AdamW, no weight decay, 3 % warm-up, cosine, clipping at 1."""
+
+    data: Use[Dataset]
+    held_out: Use[Dataset] | None = None
+    """Samples whose loss is measured but not learned."""
+    train: dict[Part, float]
+    """The parts that learn, each with its peak learning rate."""
+    template: Use[PromptTemplate] | None = None
+    """Another template than the model's, for this step's data only."""
+    init: InputPath | None = None
+    """A model folder to start from; the newest of the earlier steps where absent."""
+    epochs: int = Field(default=1, ge=1)
+    max_steps: int | None = Field(default=None, ge=1)
+    batch_size: int = Field(default=128, ge=1)
+    """Samples of one optimisation step, over all micro-batches."""
+    micro_batch_tokens: int = Field(default=8192, ge=1)
+    """Rows of the packed stream that go through the model at once; bounds the memory."""
+    max_length: int = Field(default=2048, ge=2)
+    """Longest sample in tokens, images included; longer ones are cut, as in the original."""
+    warmup: float = Field(default=0.03, ge=0, lt=1)
+    """Share of the steps in which the learning rate rises."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    weight_decay: float = Field(default=0.0, ge=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    clip: float = Field(default=1.0, gt=0)
+    """Largest norm of the gradient over all trained parts."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """With bf16 the trained weights stay float32 and products run in bfloat16."""
+    recompute: bool = False
+    """Compute activations again in the backward pass: less memory, a third more work."""
+    cache_features: bool | None = None
+    """Encode each image once, where the encoder is frozen; by default where images recur."""
+    workers: int = Field(default=0, ge=0)
+    """Processes that read images; 0 reads them in the training process."""
+    log_every: int = Field(default=10, ge=1)
+    checkpoint_every: int = Field(default=500, ge=1)
+    keep: int = Field(default=1, ge=1)
+    """How many checkpoints to keep."""
+
+    @field_validator("train")
+    @classmethod
+    def _learns_something(cls, train: dict[Part, float]) -> dict[Part, float]:
+        if not train or any(rate <= 0 for rate in train.values()):
+            raise ValueError("name at least one part with a learning rate above 0")
+        return train

@@ -1,0 +1,12 @@
+"""Vision encoders."""
+
+from __future__ import annotations
+
+from llavakit import VisionEncoder, hookimpl
+
+
+@hookimpl
+def llava_vision_encoders() -> list[type[VisionEncoder]]:
+    from llavakit_plugins.vision.clip import Clip
+
+    return [Clip]

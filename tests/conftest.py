@@ -1,0 +1,155 @@
+"""Small models and data, made with other people's classes, for every test."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach for the network
+
+WORDS = "USER : ASSISTANT a red blue circle square is what colour shape the it in picture ? .".split()
+
+VISION = {
+    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2,
+    "image_size": 32, "patch_size": 8, "projection_dim": 16,
+}  # fmt: skip
+LANGUAGE = {
+    "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "vocab_size": 64, "max_position_embeddings": 256,
+}  # fmt: skip
+
+
+def make_tokenizer() -> Any:
+    """Return a word-level tokenizer with <s>, </s>, <unk> and <pad>."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<unk>", "<s>", "</s>", "<pad>"]
+    vocabulary = {word: number for number, word in enumerate([*special, *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()]
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        pad_token="<pad>",
+    )
+
+
+@pytest.fixture(scope="session")
+def backbones(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `vision` (CLIPVisionModel) and `language` (LlamaForCausalLM), random."""
+    import torch
+    from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("backbones")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        CLIPVisionModel(CLIPVisionConfig(**VISION)).save_pretrained(folder / "vision")
+        LlamaForCausalLM(LlamaConfig(**LANGUAGE)).save_pretrained(folder / "language")
+    make_tokenizer().save_pretrained(folder / "language")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `train.json`, LLaVA's format, and `images/`: 24 samples, some text-only."""
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "images").mkdir()
+    draw = np.random.default_rng(0)
+    rows: list[dict[str, Any]] = []
+    for number in range(24):
+        colour = ("red", "blue")[number % 2]
+        shade = {"red": (220, 30, 30), "blue": (30, 30, 220)}[colour]
+        pixels = np.full((40, 32 + number, 3), shade, np.uint8)
+        pixels[: draw.integers(4, 20)] = 255
+        Image.fromarray(pixels).save(folder / "images" / f"{number}.png")
+        first = "what colour is it ?"
+        turns = [("human", f"<image>\n{first}"), ("gpt", f"it is {colour} .")]
+        row: dict[str, Any] = {"id": f"s{number}", "image": f"{number}.png"}
+        if number % 6 == 5:  # text only
+            row.pop("image")
+            turns[0] = ("human", first)
+        if number % 3 == 0:
+            turns += [("human", "what shape is the picture ?"), ("gpt", "a square .")]
+        row["conversations"] = [{"from": role, "value": text} for role, text in turns]
+        rows.append(row)
+    (folder / "train.json").write_text(json.dumps(rows))
+    return folder
+
+
+RecipeWriter = Callable[..., Path]
+
+RECIPE = """\
+name = "small"
+seed = {seed}
+device = "cpu"
+
+[model]
+connector = {{ use = "mlp" }}
+
+[model.vision]
+use = "clip"
+source = "{backbones}/vision"
+
+[model.language]
+use = "vicuna"
+source = "{backbones}/language"
+
+[model.template]
+use = "vicuna_v1"
+system = ""
+
+[[steps]]
+use = "pretrain"
+train = {{ connector = 1e-2 }}
+template = {{ use = "plain" }}
+batch_size = 8
+micro_batch_tokens = 128
+log_every = 1
+checkpoint_every = 2
+data = {{ use = "conversations", path = "{pretrain}", images = "{data}/images" }}
+
+[[steps]]
+use = "finetune"
+train = {{ connector = 1e-2, language = 1e-2 }}
+epochs = 2
+batch_size = 8
+micro_batch_tokens = 128
+log_every = 1
+checkpoint_every = 2
+data = {{ use = "conversations", path = "{data}/train.json", images = "{data}/images" }}
+"""
+
+
+@pytest.fixture
+def write_recipe(tmp_path: Path, backbones: Path, data: Path) -> RecipeWriter:
+    """A function that writes a two-stage recipe of the small model; `change` is replaced in it."""
+    rows = json.loads((data / "train.json").read_text())
+    brief = [row | {"conversations": row["conversations"][:2]} for row in rows if "image" in row]
+    pretrain = tmp_path / "pretrain.json"
+    pretrain.write_text(json.dumps(brief))
+
+    def write(*changes: tuple[str, str], seed: int = 0, name: str = "small.toml") -> Path:
+        text = RECIPE.format(seed=seed, backbones=backbones, data=data, pretrain=pretrain)
+        for old, new in changes:
+            assert old in text, f"the recipe has no {old!r}"
+            text = text.replace(old, new)
+        path = tmp_path / name
+        path.write_text(text)
+        return path
+
+    return write
