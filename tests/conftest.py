@@ -14,13 +14,32 @@ from PIL import Image
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach for the network
 
-WORDS = "USER : ASSISTANT a red blue circle square is what colour shape the it in picture ? .".split()
+WORDS = [
+    "USER",
+    ":",
+    "ASSISTANT",
+    "a",
+    "red",
+    "blue",
+    "circle",
+    "square",
+    "is",
+    "what",
+    "colour",
+    "shape",
+    "the",
+    "it",
+    "in",
+    "picture",
+    "?",
+    ".",
+]
 
-VISION = {
+VISION: dict[str, Any] = {
     "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2,
     "image_size": 32, "patch_size": 8, "projection_dim": 16,
 }  # fmt: skip
-LANGUAGE = {
+LANGUAGE: dict[str, Any] = {
     "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "vocab_size": 64, "max_position_embeddings": 256,
 }  # fmt: skip

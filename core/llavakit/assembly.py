@@ -1,8 +1,8 @@
 """Builds a model from a recipe, and reads and writes model folders.
 
-    model.toml              the parts: component, options, widths; the hash of every file
-    connector.safetensors   the connector
-    vision/  language/      what the part's `save` wrote; a Hugging Face folder for the built-in ones
+model.toml              the parts: component, options, widths; the hash of every file
+connector.safetensors   the connector
+vision/  language/      what the part's `save` wrote; a Hugging Face folder for the built-in ones
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from typing import Any
 import tomli_w
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError
+from torch import nn
 
 from llavakit.components import Options, Use
 from llavakit.errors import ModelError
@@ -136,7 +138,7 @@ def save_model(model: LlavaModel, folder: Path) -> None:
         manifest = {
             "format": _FORMAT,
             "widths": {"vision": model.vision.width, "language": model.language.width},
-            **{name: _without_none(choice) for name, choice in model.choices.items()},
+            **{name: without_none(choice) for name, choice in model.choices.items()},
             "sha256": files,
         }
         (partial / MANIFEST).write_text(tomli_w.dumps(manifest), encoding="utf-8")
@@ -146,12 +148,12 @@ def _place(folder: Path, part: str) -> Path:
     return folder if part == "connector" else folder / part
 
 
-def _without_none(value: Any) -> Any:
+def without_none(value: Any) -> Any:
     """TOML has no null: an option that is None is its default."""
     if isinstance(value, dict):
-        return {key: _without_none(item) for key, item in value.items() if item is not None}
+        return {key: without_none(item) for key, item in value.items() if item is not None}
     if isinstance(value, list | tuple):
-        return [_without_none(item) for item in value]
+        return [without_none(item) for item in value]
     return value
 
 
@@ -174,15 +176,20 @@ def load_model(
     path = folder / MANIFEST
     try:
         manifest = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ModelError(f"{folder} is not a model folder: it has no {MANIFEST}") from None
-    except tomllib.TOMLDecodeError as error:
+    except OSError as error:
+        raise ModelError(
+            f"{folder} is no model folder: cannot read {MANIFEST} ({error.strerror}); give the "
+            "folder that a run, an import or an export wrote"
+        ) from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ModelError(f"{path} is not valid TOML: {error}; export the model again") from error
     if manifest.get("format") != _FORMAT:
         raise ModelError(
             f"{path} has format {manifest.get('format')}, this llavakit reads {_FORMAT}; "
             "install the llavakit that wrote it"
         )
+    if not isinstance(manifest.get("sha256"), dict):
+        raise ModelError(f"{path} lists no files under [sha256]; copy the whole folder again")
     for name, known in manifest["sha256"].items():
         file = folder / name
         if not file.is_file():
@@ -191,9 +198,7 @@ def load_model(
         if file.stat().st_size <= _HASHED_BYTES and digest(file) != known:
             raise ModelError(f"{file} differs from what {MANIFEST} says; copy the folder again")
     try:
-        recipe = ModelRecipe.model_validate(
-            {name: manifest[name] for name in (*PARTS, "template")}
-        )
+        recipe = ModelRecipe.model_validate({name: manifest[name] for name in (*PARTS, "template")})
         vision = _load_part(recipe.vision, registry, _place(folder, "vision"))
         language = _load_part(recipe.language, registry, _place(folder, "language"))
         connector = _load_part(
@@ -203,9 +208,18 @@ def load_model(
             vision_width=vision.width,
             language_width=language.width,
         )
-    except (KeyError, ValidationError, RuntimeError) as error:
+    except (KeyError, ValidationError, RuntimeError, OSError, SafetensorError) as error:
         raise ModelError(f"{path} does not describe the weights beside it: {error}") from error
-    return _join(recipe, registry, vision, connector, language).to(device=device, dtype=dtype)
+    model = _join(recipe, registry, vision, connector, language).to(device)
+    if dtype is not None:
+        cast_weights(model, dtype)
+    return model
+
+
+def cast_weights(module: nn.Module, dtype: torch.dtype) -> None:
+    """Turn the weights to `dtype`, and leave the buffers: rotary frequencies need float32."""
+    for parameter in module.parameters():
+        parameter.data = parameter.data.to(dtype)
 
 
 def _load_part(use: Use[Any], registry: Registry, folder: Path, **context: Any) -> Any:

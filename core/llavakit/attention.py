@@ -1,6 +1,6 @@
 """Causal attention within each sample of a packed stream, and the key-value cache for decoding.
 
-    T rows, S samples, H query heads, G key-value heads, K head dimension, L longest cache.
+T rows, S samples, H query heads, G key-value heads, K head dimension, L longest cache.
 """
 
 from __future__ import annotations
@@ -223,7 +223,6 @@ def _torch_varlen(
     repeat = q_THK.shape[1] // k_TGK.shape[1]
     if repeat > 1:
         k_TGK, v_TGK = (x.repeat_interleave(repeat, dim=1) for x in (k_TGK, v_TGK))
-    attended_THK: Tensor = varlen_attn(
-        q_THK, k_TGK, v_TGK, bounds, bounds, longest, longest, **causal
-    )
+    attended_THK = varlen_attn(q_THK, k_TGK, v_TGK, bounds, bounds, longest, longest, **causal)
+    assert isinstance(attended_THK, Tensor)
     return attended_THK

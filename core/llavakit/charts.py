@@ -24,6 +24,7 @@ COLOURS = 8
 
 _MANY = 60  # from here on, a running mean over a faint raw line reads better than dots
 _BINS = 300  # about one a pixel of a small chart; each keeps its lowest and highest point
+_TINY = 1e-300  # and its inverse: beyond, sums and quotients leave the range of a float
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
@@ -56,44 +57,51 @@ def draw_lines(
     linear axis would squeeze most values to its foot. Points that are not finite leave a gap.
     """
     lines = {
-        name: sorted((p for p in points if abs(p[0]) < 1e300), key=itemgetter(0))
+        name: sorted((p for p in points if abs(p[0]) < 1 / _TINY), key=itemgetter(0))
         for name, points in series.items()
     }
     finite = [p for points in lines.values() for p in points if _finite(p)]
     skipped = sum(len(points) for points in series.values()) - len(finite)
-    notes = [f"{skipped} of {skipped + len(finite)} values are not finite and not drawn"] if skipped else []
+    notes = (
+        [f"{skipped} of {skipped + len(finite)} values are not finite and not drawn"]
+        if skipped
+        else []
+    )
     if not finite:
         return Chart(None, (), tuple(notes or ["no values"]))
 
     values = sorted(value for _, value in finite)
     if log is None:
         log = _reads_better_as_log(values)
-    elif log and values[0] <= 0:
+    elif log and values[0] < _TINY:
         log = False
         notes.append("linear axis: not every value is above zero")
-    across = _linear(min(p[0] for p in finite), max(p[0] for p in finite), tight=True)
+    xs = [x for x, _ in finite]
+    least = 1.0 if all(x == int(x) for x in xs) else 0.0
+    across = _linear(min(xs), max(xs), tight=True, least=least)
     up = _logarithmic(values[0], values[-1]) if log else _linear(values[0], values[-1])
 
     body, legend, smoothed = [], [], False
     for index, (name, points) in enumerate(lines.items()):
         style = f"s{index % COLOURS}" + (" dashed" if index >= COLOURS else "")
         whole = [p for p in points if _finite(p)]
-        shown = points
-        if len(whole) > _MANY:
+        if len(whole) < _MANY:
+            body.append(_dots(whole, across, up, style))
+        elif _is_noisy(whole):
             smoothed = True
             body.append(_path(_thin(points), across, up, f"raw {style}"))
-            shown = whole = _smooth(whole)
-        elif whole:
-            body.append(_dots(whole, across, up, style))
-        body.append(_path(_thin(shown), across, up, f"line {style}"))
+            whole = _smooth(whole)
+            mean = iter(whole)
+            points = [next(mean) if _finite(p) else p for p in points]
+        body.append(_path(_thin(points), across, up, f"line {style}"))
         legend.append(Key(name, style, whole[-1][1] if whole else None))
     if smoothed:
         notes.append("faint: every value; strong: running mean")
     label = f"{title}: {y} over {x}" + (", logarithmic" if log else "")
     svg = Markup(
         '<svg class="chart" role="img" aria-label="{}">{}{}{}'
-        '<svg viewBox="0 0 1000 1000" preserveAspectRatio="none" width="100%" height="100%">{}</svg>'
-        "</svg>"
+        '<svg viewBox="0 0 1000 1000" preserveAspectRatio="none" width="100%" height="100%">{}'
+        "</svg></svg>"
     ).format(label, _x_axis(across), _y_axis(up), _names(x, y), Markup("").join(body))
     return Chart(svg, tuple(legend), tuple(notes))
 
@@ -116,14 +124,17 @@ class _Axis:
         return (at - low) / (high - low)
 
 
-def _linear(low: float, high: float, *, tight: bool = False) -> _Axis:
-    """Return an axis with ticks at round values; `tight` ends it at the data, else at a tick."""
+def _linear(low: float, high: float, *, tight: bool = False, least: float = 0.0) -> _Axis:
+    """Return an axis with ticks at round values, at least `least` apart.
+
+    It ends at the data if `tight`, else at a tick.
+    """
     if 0 <= low < high / (20 if tight else 2):
         low = 0.0  # a distance from zero should be seen as one
     if high - low <= max(1e-12 * max(abs(low), abs(high)), 1e-280):
         pad = abs(high) / 10 if abs(high) > 1e-270 else 1.0
         low, high = low - pad, high + pad
-    rough = high / 6 - low / 6
+    rough = max(high / 6 - low / 6, least)
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(size * power for size in (1, 2, 5, 10) if size * power >= rough * 0.999)
     ticks = [index * step for index in range(math.floor(low / step), math.ceil(high / step) + 1)]
@@ -149,7 +160,7 @@ def _logarithmic(low: float, high: float) -> _Axis:
 
 def _reads_better_as_log(values: Sequence[float]) -> bool:
     low, high = values[0], values[-1]
-    return low > 0 and high / low > 20 and median(values) - low < (high - low) / 8
+    return low >= _TINY and high / low > 20 and median(values) - low < (high - low) / 8
 
 
 def _texts(ticks: Sequence[float], step: float) -> list[str]:
@@ -167,8 +178,12 @@ def _texts(ticks: Sequence[float], step: float) -> list[str]:
 
 
 def _x_axis(axis: _Axis) -> Markup:
-    item = Markup('<text class="x" x="{0:.2f}%" y="100%" dy="1.5em">{1}</text>')
-    return Markup("").join(item.format(100 * axis.place(tick), text) for tick, text in axis.ticks)
+    item = Markup('<text class="x{}" x="{:.2f}%" y="100%" dy="1.5em">{}</text>')
+    crowded = len(axis.ticks) > 5  # a narrow screen then hides every second label
+    return Markup("").join(
+        item.format(" odd" if crowded and index % 2 else "", 100 * axis.place(tick), text)
+        for index, (tick, text) in enumerate(axis.ticks)
+    )
 
 
 def _y_axis(axis: _Axis) -> Markup:
@@ -183,7 +198,7 @@ def _y_axis(axis: _Axis) -> Markup:
 
 def _names(x: str, y: str) -> Markup:
     return Markup(
-        '<text class="name y" x="0" dx="-0.6em" y="0" dy="-1em">{1}</text>'
+        '<text class="name y" x="0" y="0" dy="-1.2em">{1}</text>'
         '<text class="name x" x="50%" y="100%" dy="2.9em">{0}</text>'
     ).format(x, y)
 
@@ -212,14 +227,21 @@ def _at(point: Point, across: _Axis, up: _Axis) -> str:
     return f"{1000 * across.place(point[0]):.1f} {1000 - 1000 * up.place(point[1]):.1f}"
 
 
+def _is_noisy(points: Sequence[Point]) -> bool:
+    """Say whether the line turns as much as it moves, as a loss does and a schedule doesn't."""
+    moves = [after[1] - before[1] for before, after in pairwise(points)]
+    turns = sum(abs(after - before) for before, after in pairwise(moves))
+    return turns > sum(map(abs, moves)) / 2
+
+
 def _smooth(points: Sequence[Point]) -> list[Point]:
-    """Return the centred running mean over about a twenty-fifth of the points."""
+    """Return the running mean over about a twenty-fifth of the points, centred where it can be."""
     reach = max(2, len(points) // 50)
     sums = list(accumulate((value for _, value in points), initial=0.0))
     smooth = []
     for index, (x, _) in enumerate(points):
-        near = min(reach, index, len(points) - 1 - index)  # symmetric, so that the ends don't lag
-        first, last = index - near, index + near + 1
+        # narrow at the start, where a loss falls steeply; one-sided at the end, to be steady there
+        first, last = index - min(reach, index), min(index + min(reach, index), len(points) - 1) + 1
         smooth.append((x, (sums[last] - sums[first]) / (last - first)))
     return smooth
 
@@ -242,4 +264,4 @@ def _thin(points: Sequence[Point]) -> Sequence[Point]:
 
 
 def _finite(point: Point) -> bool:
-    return all(abs(part) < 1e300 for part in point)  # false for NaN, too
+    return abs(point[0]) < 1 / _TINY and abs(point[1]) < 1 / _TINY  # false for NaN, too

@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     parser = _parser()
     commands = parser.get_default("commands")
-    if arguments and not arguments[0].startswith("-") and arguments[0] not in commands:
+    if arguments and arguments[0] not in {*commands, "-h", "--help", "--version"}:
         arguments.insert(0, "run")
     parsed = parser.parse_args(arguments)
     if not hasattr(parsed, "command"):
@@ -89,7 +89,9 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("model", type=Path, help="a model folder of any layout")
     export.add_argument("out", type=Path, help="the folder to write")
     export.add_argument("--format", required=True, help="the exporter: see llava-run plugins")
-    export.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="its options")
+    export.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="its options"
+    )
     export.set_defaults(command=_export)
 
     imports = commands.add_parser("import", help="turn another layout into a model folder")
@@ -157,6 +159,8 @@ def _plugins(arguments: argparse.Namespace) -> int:
     from llavakit.registry import Registry
 
     registry = Registry.installed()
+    for kind in KINDS:
+        registry.all(kind)  # two of one name, or a class of another kind, is an error here, too
     found = {
         kind.__name__: [
             {"name": name, "package": package, "version": version}
@@ -203,11 +207,11 @@ def _chat(arguments: argparse.Namespace) -> int:
 def _export(arguments: argparse.Namespace) -> int:
     import llavakit
     from llavakit.interfaces import Exporter
-    from llavakit.recipe import use_from
+    from llavakit.recipe import build_from
     from llavakit.registry import Registry
 
-    use = use_from(Exporter, arguments.format, arguments.set)
-    exporter = Registry.installed().build(use)
+    exporter = build_from(Exporter, arguments.format, arguments.set, Registry.installed())
+    _refuse_to_replace(arguments.out)
     model = llavakit.load(arguments.model, device="cpu")
     for name, value in exporter.export(model, arguments.out).items():
         print(f"{name}: {value}")
@@ -220,6 +224,7 @@ def _import(arguments: argparse.Namespace) -> int:
     from llavakit.errors import ModelError
     from llavakit.model import LlavaModel
 
+    _refuse_to_replace(arguments.out)
     model = llavakit.load(arguments.source, device="cpu")
     if not isinstance(model, LlavaModel):
         raise ModelError(
@@ -229,6 +234,14 @@ def _import(arguments: argparse.Namespace) -> int:
     save_model(model, arguments.out)
     print(f"wrote {arguments.out}")
     return 0
+
+
+def _refuse_to_replace(folder: Path) -> None:
+    """Writing replaces a folder whole, so it must not be one that holds something."""
+    from llavakit.errors import ModelError
+
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        raise ModelError(f"{folder} is there already; name a new folder, or remove that one")
 
 
 if __name__ == "__main__":

@@ -85,7 +85,7 @@ def _resolve(value: object, info: ValidationInfo) -> object:
 
 _INPUT = BeforeValidator(_resolve)
 InputPath = Annotated[Path, _INPUT]
-"""A file or folder to read: relative to the working directory, or `@step/file` of an earlier step."""
+"""A file or folder to read: from the working directory, or `@step/file` of an earlier step."""
 
 LATER = Path("@")
 """Stands for the folder of a step that has not run yet, while a recipe is checked."""

@@ -20,12 +20,14 @@ from typing import Any
 
 import tomli_w
 import torch
+from pydantic import BaseModel
 
-from llavakit.assembly import create_model, is_model, load_model
+from llavakit.assembly import create_model, is_model, load_model, without_none
+from llavakit.components import Use
 from llavakit.errors import RecipeError
 from llavakit.events import EventLog
 from llavakit.files import explain_write, write_text
-from llavakit.interfaces import LanguageModel, Run, Step, Stopped, VisionEncoder
+from llavakit.interfaces import Dataset, LanguageModel, Run, Stopped, VisionEncoder
 from llavakit.loading import pick_device
 from llavakit.model import LlavaModel
 from llavakit.planning import make_plan
@@ -56,11 +58,13 @@ def run(recipe: Recipe, registry: Registry, directory: Path, *, resume: bool = F
     Raises LlavaError for what the user can mend, and Stopped after an interrupt.
     """
     device = pick_device(recipe.device)
+    plan = make_plan(recipe, registry)
+    _check_data(recipe, registry, directory)
     with explain_write(directory):
         directory.mkdir(parents=True, exist_ok=True)
     with _one_run_at_a_time(directory), _interrupts() as stopping:
         _write_facts(recipe, device, directory)
-        write_text(directory / "plan.json", make_plan(recipe, registry).model_dump_json(indent=2))
+        write_text(directory / "plan.json", plan.model_dump_json(indent=2))
         log = EventLog(directory, [registry.build(use) for use in recipe.trackers])
         folders: dict[str, Path] = {}
         records: list[StepRecord] = []
@@ -73,12 +77,12 @@ def run(recipe: Recipe, registry: Registry, directory: Path, *, resume: bool = F
                 record = _record(recipe, name)
                 log.enter(name)
                 done = _read(folder / _DONE)
-                if done is not None and done["record"] == record:
+                if done is not None and done.get("record") == record:
                     _say(f"{name}: done before")
                 else:
                     again = _prepare(folder, record, resume=resume)
                     begun = time.monotonic()
-                    with show_progress(name) as progress:
+                    with _nothing_half_begun(folder), show_progress(name) as progress:
                         outcome = registry.build(use, steps=folders).run(
                             Run(
                                 directory=folder,
@@ -98,7 +102,9 @@ def run(recipe: Recipe, registry: Registry, directory: Path, *, resume: bool = F
                         "record": record,
                         "seconds": round(seconds, 1),
                         "metrics": dict(outcome.metrics),
-                        "sections": [section.model_dump(mode="json") for section in outcome.sections],
+                        "sections": [
+                            section.model_dump(mode="json") for section in outcome.sections
+                        ],
                     }
                     log("done", seconds=round(seconds, 1), **outcome.metrics)
                     # written last: its presence means that the step finished
@@ -110,7 +116,9 @@ def run(recipe: Recipe, registry: Registry, directory: Path, *, resume: bool = F
             _link_model(directory, folders)
         finally:
             log.close()
-    return Result({name: folders[name] for name, _ in recipe.active_steps()}, directory / "report.html")
+    return Result(
+        {name: folders[name] for name, _ in recipe.active_steps()}, directory / "report.html"
+    )
 
 
 def newest_model(folders: Mapping[str, Path]) -> Path | None:
@@ -171,7 +179,9 @@ def _prepare(folder: Path, record: Record, *, resume: bool) -> bool:
             _say(f"{folder.name}: going on where it was interrupted")
             return True
         aside = _set_aside(folder)
-        _say(f"{folder.name}: starts over; the interrupted attempt is in {aside} (--resume goes on)")
+        _say(
+            f"{folder.name}: starts over; the interrupted attempt is in {aside} (--resume goes on)"
+        )
     elif folder.exists():
         aside = _set_aside(folder)
         _say(f"{folder.name}: the recipe changed, so it is done again; the old one is in {aside}")
@@ -192,14 +202,61 @@ def _set_aside(folder: Path) -> Path:
     return place
 
 
+@contextmanager
+def _nothing_half_begun(folder: Path) -> Iterator[None]:
+    """Remove the folder of a step that failed before it left anything."""
+    try:
+        yield
+    except Exception:
+        if all(item.name == _BEGUN for item in folder.iterdir()):
+            shutil.rmtree(folder)
+        raise
+
+
+def _check_data(recipe: Recipe, registry: Registry, directory: Path) -> None:
+    """Build every data set that is there already, so that no step fails on it hours later."""
+    for name, use in recipe.active_steps():
+        done = _read(directory / name / _DONE)
+        if done is None or done.get("record") != _record(recipe, name):
+            for data in _data_sets(use, registry):
+                registry.build(data)
+
+
+def _data_sets(value: object, registry: Registry) -> Iterator[Use[Dataset]]:
+    """Yield the data sets that a step chooses and that no earlier step has to make."""
+    if isinstance(value, Use):
+        if issubclass(value.kind(), Dataset):
+            if "@" not in {text[:1] for text in _texts(value.options)}:
+                yield value
+        else:
+            component = registry.get(value.kind(), value.use)
+            yield from _data_sets(component.Options.model_validate(value.options), registry)
+    elif isinstance(value, BaseModel):
+        for name in type(value).model_fields:
+            yield from _data_sets(getattr(value, name), registry)
+    elif isinstance(value, Mapping | list | tuple):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _data_sets(item, registry)
+
+
+def _texts(value: object) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping | list | tuple):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _texts(item)
+
+
 def _read(path: Path) -> dict[str, Any] | None:
     try:
-        value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(value, dict) or "record" not in value:
+            raise ValueError("it holds no record")
     except FileNotFoundError:
         return None
-    except json.JSONDecodeError as error:
+    except (OSError, ValueError) as error:
         raise RecipeError(
-            f"{path} is damaged (line {error.lineno}); move its folder away and run again"
+            f"{path} is damaged ({error}); move its folder away and run again"
         ) from error
     return value
 
@@ -214,7 +271,7 @@ def _link_model(directory: Path, folders: Mapping[str, Path]) -> None:
         partial_link = directory / ".model.partial"
         partial_link.unlink(missing_ok=True)
         if link.exists() and not link.is_symlink():
-            shutil.rmtree(link)
+            _set_aside(link)
         partial_link.symlink_to(newest.relative_to(directory), target_is_directory=True)
         partial_link.replace(link)
 
@@ -223,7 +280,7 @@ def _link_model(directory: Path, folders: Mapping[str, Path]) -> None:
 
 
 def _write_facts(recipe: Recipe, device: torch.device, directory: Path) -> None:
-    table = recipe.model_dump(mode="json", exclude_defaults=True)
+    table = without_none(recipe.model_dump(mode="json", exclude_defaults=True))
     write_text(directory / "recipe.toml", tomli_w.dumps(table))
     packages = {}
     for package in ("llavakit", "torch", "transformers", "tokenizers", "numpy", "pillow", "triton"):
@@ -248,7 +305,9 @@ def _one_run_at_a_time(directory: Path) -> Iterator[None]:
     """Hold a lock that the system releases even when the process is killed."""
     import fcntl
 
-    with (directory / ".lock").open("w") as file:
+    with explain_write(directory):
+        file = (directory / ".lock").open("w")
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -288,4 +347,3 @@ def _metrics(metrics: Mapping[str, float]) -> str:
 
 def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
-

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -32,16 +33,30 @@ class EventLog:
     def __call__(self, name: str, /, **values: Any) -> None:
         event = {"time": round(time.time(), 3), "step": self._step, "event": name, **values}
         with explain_write(Path(self._file.name)):
-            self._file.write(json.dumps(event, ensure_ascii=False) + "\n")
+            self._file.write(json.dumps(_plain(event), ensure_ascii=False) + "\n")
             self._file.flush()
         for tracker in self._trackers:
             tracker.record(event)
 
     def close(self) -> None:
         """Close the file and the trackers."""
-        self._file.close()
-        for tracker in self._trackers:
-            tracker.close()
+        try:
+            with explain_write(Path(self._file.name)):
+                self._file.close()
+        finally:
+            for tracker in self._trackers:
+                tracker.close()
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no NaN and no infinity: they become null, so that any reader can read on."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value
 
 
 def _drop_torn_line(path: Path) -> None:

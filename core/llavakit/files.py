@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from hashlib import sha256
 from pathlib import Path
 
@@ -16,11 +16,16 @@ def write_text(path: Path, text: str) -> None:
     """Replace `path` by `text`, whole or not at all. Raises LlavaError where that fails."""
     partial = path.with_name(f".{path.name}.partial")
     with explain_write(path):
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
+        try:
+            with partial.open("w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+        except BaseException:
+            with suppress(OSError):
+                partial.unlink()
+            raise
         sync(path.parent)
 
 
@@ -30,9 +35,10 @@ def new_folder(path: Path) -> Iterator[Path]:
 
     What stood at `path` is replaced. On an error nothing is left behind.
     """
-    partial = path.with_name(f".{path.name}.partial")
+    partial, old = (path.with_name(f".{path.name}.{what}") for what in ("partial", "old"))
     with explain_write(path):
-        shutil.rmtree(partial, ignore_errors=True)
+        for left in (partial, old):  # by a process that was killed
+            shutil.rmtree(left, ignore_errors=True)
         partial.mkdir(parents=True)
         try:
             yield partial
@@ -40,8 +46,6 @@ def new_folder(path: Path) -> Iterator[Path]:
                 if file.is_file():
                     sync(file)
             if path.exists():
-                old = path.with_name(f".{path.name}.old")
-                shutil.rmtree(old, ignore_errors=True)
                 path.rename(old)
                 partial.rename(path)
                 shutil.rmtree(old)
@@ -56,13 +60,15 @@ def new_folder(path: Path) -> Iterator[Path]:
 @contextmanager
 def explain_write(path: Path) -> Iterator[None]:
     """Turn a failed write (full disk, no permission) into a sentence."""
+    from safetensors import SafetensorError
+
     try:
         yield
-    except OSError as error:
-        reason = error.strerror or str(error)
+    except (OSError, SafetensorError) as error:
+        place = (error.filename if isinstance(error, OSError) else None) or path
+        reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
         raise LlavaError(
-            f"cannot write {error.filename or path}: {reason}; free some space or choose another "
-            "folder with --out"
+            f"cannot write {place}: {reason}; free some space or choose another folder with --out"
         ) from error
 
 

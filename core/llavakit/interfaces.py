@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 import torch
 from PIL.Image import Image
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from llavakit.components import Component, KindT_co, Options, Use
+from llavakit.components import Component, KindT_co, Use
 from llavakit.samples import ImageContext, Message, Question, ResponseKind, Sample, Score, Turn
 
 if TYPE_CHECKING:
@@ -141,15 +142,17 @@ class LanguageModel(Network):
         return None
 
     @abstractmethod
-    def hidden(
-        self, embeds_TE: Tensor, packing: Packing, rows: Rows | None = None
-    ) -> Tensor:
+    def hidden(self, embeds_TE: Tensor, packing: Packing, rows: Rows | None = None) -> Tensor:
         """Return final hidden states `[M, E]` (normalised), of all rows where `rows` is None."""
 
     @property
     @abstractmethod
     def head(self) -> nn.Linear:
         """The layer from hidden states to logits, `[V, E]`."""
+
+    def loss(self, hidden_ME: Tensor, targets_M: Tensor) -> Tensor:
+        """Return the summed cross-entropy, float32 `[]`, of the targets after these rows."""
+        return F.cross_entropy(self.head(hidden_ME).float(), targets_M, reduction="sum")
 
     @abstractmethod
     def cache_shape(self) -> tuple[int, int, int]:
@@ -211,6 +214,8 @@ class PromptTemplate(Component):
     """Renders turns as the text a language model was, or will be, tuned on."""
 
     hook = "llava_prompt_templates"
+    adds_bos: ClassVar[bool] = True
+    """Whether the tokenizer's own first token goes in front; False where the template writes it."""
 
     @abstractmethod
     def segments(
@@ -325,7 +330,7 @@ class ModelSource(Protocol):
         """Return the recipe's model around parts that were made elsewhere."""
 
 
-class Stopped(Exception):  # noqa: N818 - a request of the user, not an error
+class Stopped(Exception):
     """A step stopped because it was asked to, after saving what it had."""
 
 
@@ -352,7 +357,6 @@ class Step(Component):
     def plan(cls, options: Any, planner: Planner) -> StepPlan | None:
         """Return what the step will cost, without loading anything; None where negligible."""
         return None
-
 
 
 KINDS: tuple[type[Component], ...] = (

@@ -20,9 +20,15 @@ def pick_device(name: str | torch.device) -> torch.device:
     try:
         device = torch.device(_automatic() if name == "auto" else name)
     except RuntimeError as error:
-        raise ModelError(f"device `{name}` is not one torch knows; use auto, cpu or cuda") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ModelError(f"device `{name}` is not available on this machine; use cpu or auto")
+        raise ModelError(
+            f"device `{name}` is not one torch knows; use auto, cpu or cuda"
+        ) from error
+    try:
+        torch.zeros(1, device=device).sum().item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ModelError(
+            f"device `{name}` is not available on this machine; use cpu or auto"
+        ) from error
     return device
 
 

@@ -1,7 +1,7 @@
 """The model: vision encoder, connector and language model around one packed stream.
 
-    I images, P patches, P' visual tokens of an image, D vision width, E language width,
-    T rows of the stream, M supervised rows, S sequences, V vocabulary.
+I images, P patches, P' visual tokens of an image, D vision width, E language width,
+T rows of the stream, M supervised rows, S sequences, V vocabulary.
 """
 
 from __future__ import annotations
@@ -84,14 +84,9 @@ class LlavaModel(nn.Module):
         Divide by the number of targets of the whole optimisation step: then every target weighs
         the same, however the step was cut into micro-batches.
         """
-        from llavakit_kernels.linear_cross_entropy import linear_cross_entropy
-
         embeds_TE = self.embed(batch, features_IPD)
         hidden_ME = self.language.hidden(embeds_TE, batch.packing, batch.target_rows)
-        head = self.language.head
-        return linear_cross_entropy(
-            hidden_ME, head.weight, batch.targets_M, bias=head.bias, reduction="sum"
-        )
+        return self.language.loss(hidden_ME, batch.targets_M)
 
     # -- trying it -----------------------------------------------------------------------------
 
@@ -127,7 +122,9 @@ class LlavaModel(nn.Module):
         return encoded
 
     @torch.inference_mode()
-    def logits(self, prompt: str, images: Sequence[ImageSource] = (), *, raw: bool = False) -> Tensor:
+    def logits(
+        self, prompt: str, images: Sequence[ImageSource] = (), *, raw: bool = False
+    ) -> Tensor:
         """Return logits `[T, V]`, float32, of every row of the spliced sequence."""
         batch = pack([self.prompt(prompt, images, raw=raw)], [0], self.visual_tokens)
         hidden_TE = self.language.hidden(
@@ -240,5 +237,3 @@ class LlavaModel(nn.Module):
         for stop in self.template.stop(self.language.tokenizer):
             text = text.split(stop)[0]
         return text.strip()
-
-

@@ -1,6 +1,6 @@
 """The packed stream: several samples laid end to end in one row of tokens, without padding.
 
-    T rows of the stream, S samples in it, N visual rows, M supervised rows, I images, E width.
+T rows of the stream, S samples in it, N visual rows, M supervised rows, I images, E width.
 """
 
 from __future__ import annotations

@@ -12,7 +12,6 @@ from torch import nn
 
 from llavakit.assembly import PARTS, sketch_model
 from llavakit.components import Use
-from llavakit.errors import LlavaError
 from llavakit.interfaces import Dataset, Step
 from llavakit.model import LlavaModel
 from llavakit.progress import duration
@@ -107,10 +106,8 @@ class Plan(BaseModel):
         )
         need = max((step.memory_gb or 0.0 for step in self.steps.values()), default=0.0)
         room = self.machine.memory_gb
-        if room is not None and need > room * self.machine.devices:
-            lines.append(
-                f"memory: {need:,.0f} GB are needed, {room * self.machine.devices:,.0f} GB are there"
-            )
+        if room is not None and need > room:
+            lines.append(f"memory: {need:,.0f} GB are needed, one device has {room:,.0f} GB")
         return "\n".join(lines)
 
 
@@ -179,8 +176,8 @@ def measure_tflops() -> float:
     """Return this machine's rate of float32 products on the CPU, bfloat16 on CUDA, sustained."""
     cuda = torch.cuda.is_available()
     size = 8192 if cuda else 768
-    kind = {"device": "cuda", "dtype": torch.bfloat16} if cuda else {}
-    left, right = (torch.randn(size, size, **kind) for _ in range(2))  # type: ignore[arg-type]
+    device, dtype = ("cuda", torch.bfloat16) if cuda else ("cpu", torch.float32)
+    left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     seconds = []
     for _ in range(4):
         begun = time.perf_counter()
@@ -210,4 +207,3 @@ def _table(rows: list[list[str]]) -> list[str]:
         ).rstrip()
         for row in rows
     ]
-

@@ -4,71 +4,157 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TextIO
+from typing import Protocol, TextIO
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+from rich.progress import BarColumn, ProgressColumn, Task, TaskID, TextColumn
 from rich.progress import Progress as Bars
-from rich.progress import TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Column
+from rich.text import Text
 
-_PLAIN_SECONDS = 10.0
+_LINE_SECONDS = 10.0  # between plain lines, at least
+_PHASE_SECONDS = 1.0  # before a line at a phase's begin or end, at least
+
+Clock = Callable[[], float]
+
+
+class Display(Protocol):
+    """Shows how far a step is; call it as often as you like.
+
+    Another total, or a smaller `done`, begins another phase, with a time left of its own. A total
+    of 0 or less is unknown.
+    """
+
+    def __call__(self, done: int, total: int, note: str = "") -> None: ...
 
 
 @contextmanager
-def show_progress(label: str, stream: TextIO = sys.stderr) -> Iterator[Display]:
-    """Yield the display of one step; it ends with the block."""
-    if stream.isatty():
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
-        )
-        with Bars(*columns, console=Console(file=stream)) as bars:
-            yield Display(label, stream, bars)
+def show_progress(
+    label: str, stream: TextIO | None = None, clock: Clock = time.monotonic
+) -> Iterator[Display]:
+    """Yield the display of one step, by default on stderr; it ends with the block."""
+    stream = stream or sys.stderr
+    if stream.isatty() and (console := Console(file=stream)).is_interactive:
+        with _bars(console, clock) as bars:
+            yield _Bar(label, bars)
     else:
-        yield Display(label, stream, None)
+        lines = _Lines(label, stream, clock)
+        try:
+            yield lines
+        finally:
+            lines.close()
 
 
-class Display:
-    """Shows one step's progress; call it as often as you like."""
+# -- on a terminal ---------------------------------------------------------------------------------
 
-    def __init__(self, label: str, stream: TextIO, bars: Bars | None) -> None:
-        self._label, self._stream, self._bars = label, stream, bars
-        self._task = bars.add_task(label, total=None, note="") if bars else None
-        self._total = -1
-        self._begun = self._shown = time.monotonic()
-        self._first = 0
+
+class _Bar:
+    def __init__(self, label: str, bars: Bars) -> None:
+        self._label, self._bars = _printable(label), bars
+        self._done, self._total = 0, 0
+        self._task = self._begin(done=0, total=0)
 
     def __call__(self, done: int, total: int, note: str = "") -> None:
-        now = time.monotonic()
-        if total != self._total:  # another phase of the step
-            self._total, self._begun, self._first, self._shown = total, now, done, now
-            if self._bars and self._task is not None:
-                self._bars.reset(self._task, total=total, completed=done, note=note)
-            return
-        if self._bars and self._task is not None:
-            self._bars.update(self._task, completed=done, note=note)
-        elif done >= total or now - self._shown >= _PLAIN_SECONDS:
-            self._shown = now
-            line = f"{self._label}: {done}/{total}{self._left(done, now)}"
-            print(f"{line}  {note}".rstrip(), file=self._stream, flush=True)
+        if total != self._total or done < self._done:
+            self._bars.remove_task(self._task)
+            self._task = self._begin(done, total)
+        self._done, self._total = done, total
+        self._bars.update(self._task, completed=done, note=_printable(note))
 
-    def _left(self, done: int, now: float) -> str:
-        fresh = done - self._first
-        if done >= self._total or fresh <= 0:
+    def _begin(self, done: int, total: int) -> TaskID:
+        known = total if total > 0 else None
+        return self._bars.add_task(self._label, total=known, completed=done, note="")
+
+
+class _Left(ProgressColumn):
+    """The time left; once done, the time it took; before either is known, the time so far."""
+
+    def render(self, task: Task) -> Text:
+        if task.finished:
+            return Text(duration(task.finished_time or 0.0), "green")
+        if task.time_remaining is not None:
+            return Text(f"{duration(task.time_remaining)} left", "cyan")
+        return Text(duration(int(task.elapsed or 0)), "dim")
+
+
+class _Count(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        done = int(task.completed)
+        text = f"{done}" if task.total is None else f"{done}/{int(task.total)}"
+        return Text(text)
+
+
+def _bars(console: Console, clock: Clock) -> Bars:
+    # the note takes the room that is left over; where there is none, the bar gives way
+    label = Column(no_wrap=True)
+    note = Column(no_wrap=True, overflow="ellipsis", ratio=1)
+    return Bars(
+        TextColumn("{task.description}", markup=False, table_column=label),
+        BarColumn(bar_width=24, table_column=Column(min_width=4)),
+        _Count(table_column=Column(no_wrap=True)),
+        _Left(table_column=Column(no_wrap=True)),
+        TextColumn("{task.fields[note]}", style="dim", markup=False, table_column=note),
+        console=console,
+        get_time=clock,
+        refresh_per_second=5,
+        expand=True,
+    )
+
+
+# -- elsewhere -------------------------------------------------------------------------------------
+
+
+class _Lines:
+    """Says something at the first call, then now and then, and what was said last at the end."""
+
+    def __init__(self, label: str, stream: TextIO, clock: Clock) -> None:
+        self._label, self._stream, self._clock = _printable(label), stream, clock
+        self._total, self._done, self._note = -1, -1, ""
+        self._first, self._begun = 0, clock()
+        self._shown: float | None = None  # when the last line was written
+        self._news = False  # since then
+
+    def __call__(self, done: int, total: int, note: str = "") -> None:
+        now = self._clock()
+        begins = total != self._total or done < self._done
+        if begins:
+            self._first, self._begun = done, now
+        ends = done == total != self._done
+        self._total, self._done, self._note, self._news = total, done, note, True
+        pause = _PHASE_SECONDS if begins or ends else _LINE_SECONDS
+        if self._shown is None or now - self._shown >= pause:
+            self._write(now)
+
+    def close(self) -> None:
+        """Write what was not."""
+        if self._news:
+            self._write(self._clock())
+
+    def _write(self, now: float) -> None:
+        count = f"{self._done}/{self._total}" if self._total > 0 else f"{self._done}"
+        line = f"{self._label}: {count}{self._left(now)}  {_printable(self._note)}".rstrip()
+        encoding = getattr(self._stream, "encoding", None) or "utf-8"
+        print(line.encode(encoding, "replace").decode(encoding), file=self._stream, flush=True)
+        self._shown, self._news = now, False
+
+    def _left(self, now: float) -> str:
+        fresh = self._done - self._first
+        if self._done >= self._total or fresh <= 0:
             return ""
-        return f", {duration((now - self._begun) / fresh * (self._total - done))} left"
+        return f", {duration((now - self._begun) / fresh * (self._total - self._done))} left"
+
+
+def _printable(text: str) -> str:
+    """Return a text as one line without control codes."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
 
 def duration(seconds: float) -> str:
     """Return seconds as people say them: `45 s`, `3 min 20 s`, `4.5 h`."""
     if seconds < 1:
-        return f"{seconds:.2g} s"
+        return f"{seconds:.2g} s" if seconds >= 0.01 else "0 s"
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"

@@ -15,22 +15,18 @@ itself, and IMAGE_ID stands between. Where this differs from the original, it do
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from itertools import chain
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import numpy.typing as npt
 
-from llavakit.errors import DataError, ModelError
+from llavakit.errors import DataError
 from llavakit.samples import IMAGE
+from llavakit.tokenisation import BoolArray, Part, Reader
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
 
     from llavakit.interfaces import PromptTemplate, Segment
@@ -40,7 +36,6 @@ IMAGE_ID = -200
 """Stands for one image among token ids, as in the original LLaVA."""
 
 IntArray = npt.NDArray[np.int64]
-BoolArray = npt.NDArray[np.bool_]
 
 
 class Rows(NamedTuple):
@@ -98,7 +93,7 @@ def encode(
     try:
         segments = template.segments(sample.turns, tokenizer)
         # `adds_bos = False` on a template: it writes the beginning of the text itself
-        begin: bool = getattr(template, "adds_bos", True)
+        begin: bool = template.adds_bos
         ids, learned = tokenise(segments, tokenizer, begin=begin)
     except DataError as error:
         raise DataError(f"sample `{sample.id}`: {error}") from error
@@ -120,35 +115,22 @@ def tokenise(
     beginning (BOS) in front, where it has one. Raises ModelError for a tokenizer that cannot say
     which characters a token stands for, DataError for text that is no valid Unicode.
     """
-    backend = _backend(tokenizer)
-    stretches = list(_stretches(segments))
-    special = _special_tokens(tokenizer, backend)
-    if any(not part.markup and special.within(part.text) for part in chain(*stretches)):
-        backend = special.literal(backend)
-        stretches = [[special.stand_in(part) for part in parts] for parts in stretches]
-    ids: list[int] = _beginning(_backend(tokenizer)) if begin else []
+    reader = Reader.of(tokenizer)
+    ids: list[int] = reader.beginning() if begin else []
     masks = [np.zeros(len(ids), dtype=np.bool_)]
-    for number, parts in enumerate(stretches):
+    for number, parts in enumerate(_stretches(segments)):
         if number:
             ids.append(IMAGE_ID)
             masks.append(np.zeros(1, dtype=np.bool_))
-        new, mask = _read(parts, backend)
+        new, learned = reader.read(parts)
         ids += new
-        masks.append(mask)
+        masks.append(learned)
     return np.asarray(ids, dtype=np.int64), np.concatenate(masks)
 
 
-class _Part(NamedTuple):
-    """A piece of a segment between two images."""
-
-    text: str
-    learned: bool
-    markup: bool
-
-
-def _stretches(segments: Sequence[Segment]) -> Iterator[list[_Part]]:
+def _stretches(segments: Sequence[Segment]) -> Iterator[list[Part]]:
     """Yield the text between the images, in parts."""
-    parts: list[_Part] = []
+    parts: list[Part] = []
     for segment in segments:
         # an answer shows no images: the original would take a later sample's image for it
         pieces = [segment.text] if segment.learned else segment.text.split(IMAGE)
@@ -156,123 +138,5 @@ def _stretches(segments: Sequence[Segment]) -> Iterator[list[_Part]]:
             if number:
                 yield parts
                 parts = []
-            parts.append(_Part(text, segment.learned, segment.markup))
+            parts.append(Part(text, segment.learned, segment.markup))
     yield parts
-
-
-def _read(parts: Sequence[_Part], backend: Tokenizer) -> tuple[list[int], BoolArray]:
-    """Return the ids of one stretch, and which of them are learned."""
-    try:
-        encoding = backend.encode("".join(part.text for part in parts), add_special_tokens=False)
-    except (TypeError, UnicodeEncodeError) as error:  # half a surrogate pair, as JSON may hold
-        raise DataError(f"the text is no valid Unicode ({error}); mend or remove it") from error
-    ids: list[int] = encoding.ids
-    learned = np.zeros(len(ids), dtype=np.bool_)
-    if ids and any(part.learned for part in parts):
-        flat = chain.from_iterable(encoding.offsets)
-        begins, ends = np.fromiter(flat, np.int64, 2 * len(ids)).reshape(-1, 2).T
-        # GPT-2's and Llama 3's tokenizers leave spaces out of the offsets: the next token's
-        begins = np.minimum(begins[1:], np.maximum.accumulate(ends)[:-1])
-        position = 0
-        for part in parts:
-            start, position = position, position + len(part.text)
-            if part.learned:
-                learned[0] |= start == 0 < position
-                learned[1:] |= (begins < position) & (ends[1:] > start)
-    return ids, learned
-
-
-def _backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
-    """Return the tokenizers object, without what an earlier call may have left set."""
-    backend: Tokenizer | None = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        raise ModelError(
-            f"{type(tokenizer).__name__} cannot say which characters a token stands for; load "
-            "the model's fast tokenizer (a folder with tokenizer.json)"
-        )
-    if backend.padding is not None:
-        backend.no_padding()
-    if backend.truncation is not None:
-        backend.no_truncation()
-    if backend.encode_special_tokens:
-        backend.encode_special_tokens = False
-    return backend
-
-
-def _beginning(backend: Tokenizer) -> list[int]:
-    """Return the ids a tokenizer puts in front of a text by itself."""
-    if not backend.num_special_tokens_to_add(False):
-        return []
-    encoding = backend.encode("a")
-    return list(encoding.ids[: encoding.special_tokens_mask.index(0)])
-
-
-@dataclass
-class _SpecialTokens:
-    """A tokenizer's special tokens, and that tokenizer with other spellings for them.
-
-    With those, whatever the text spells out is read as ordinary text, in its place, so that the
-    tokens around it are what they would be around any other word.
-    """
-
-    vocabulary: int
-    """Size of the vocabulary when this was made; tokens may be added later."""
-    spellings: dict[str, str]
-    pattern: re.Pattern[str]
-    respelt: list[Tokenizer] = field(default_factory=list)
-
-    @classmethod
-    def of(cls, backend: Tokenizer) -> _SpecialTokens:
-        tokens = backend.get_added_tokens_decoder()
-        spellings = {  # U+FDD0 and U+FDD1 are noncharacters: no text has them
-            token.content: f"\ufdd0{number}\ufdd1"
-            for number, token in tokens.items()
-            if token.special
-        }
-        longest_first = sorted(spellings, key=len, reverse=True)
-        pattern = "|".join(re.escape(token) for token in longest_first) or r"(?!)"
-        return cls(backend.get_vocab_size(), spellings, re.compile(pattern))
-
-    def within(self, text: str) -> bool:
-        return self.pattern.search(text) is not None
-
-    def stand_in(self, part: _Part) -> _Part:
-        """Return a part of a template with the other spellings."""
-        if not part.markup:
-            return part
-        return part._replace(text=self.pattern.sub(lambda m: self.spellings[m[0]], part.text))
-
-    def literal(self, backend: Tokenizer) -> Tokenizer:
-        """Return the tokenizer that knows the other spellings only; made when first needed."""
-        if not self.respelt:
-            self.respelt.append(_respell(backend, self.spellings))
-        return self.respelt[0]
-
-
-def _respell(backend: Tokenizer, spellings: dict[str, str]) -> Tokenizer:
-    from tokenizers import Tokenizer
-
-    data = json.loads(backend.to_str())
-    for token in data["added_tokens"]:
-        token["content"] = spellings.get(token["content"], token["content"])
-    model = data["model"]
-    vocabulary = model["vocab"]
-    if isinstance(vocabulary, dict):
-        model["vocab"] = {spellings.get(token, token): i for token, i in vocabulary.items()}
-    else:  # Unigram: pairs of token and score
-        model["vocab"] = [[spellings.get(token, token), score] for token, score in vocabulary]
-    if isinstance(model.get("unk_token"), str):
-        model["unk_token"] = spellings.get(model["unk_token"], model["unk_token"])
-    data["post_processor"] = None
-    respelt: Tokenizer = Tokenizer.from_str(json.dumps(data))
-    return respelt
-
-
-_known: WeakKeyDictionary[PreTrainedTokenizerBase, _SpecialTokens] = WeakKeyDictionary()
-
-
-def _special_tokens(tokenizer: PreTrainedTokenizerBase, backend: Tokenizer) -> _SpecialTokens:
-    found = _known.get(tokenizer)
-    if found is None or found.vocabulary != backend.get_vocab_size():
-        found = _known[tokenizer] = _SpecialTokens.of(backend)
-    return found

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import os
+import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+)
 
 from llavakit.assembly import ModelRecipe
 from llavakit.components import LATER, Component, Use, is_input
 from llavakit.errors import RecipeError
 from llavakit.interfaces import Step, Tracker
 from llavakit.registry import KindT, Registry
-from llavakit.toml_lines import Span, locate
-
-Key = tuple[str | int, ...]
+from llavakit.toml_lines import Key, Place, Span, locate
 
 
 class StepUse(Use[Step]):
@@ -73,19 +79,28 @@ class Recipe(BaseSettings):
         the files and the weights that it needs must be there, too.
         Raises RecipeError with every problem at once, each at its line.
         """
-        sources, table = read_tables(path)
+        files, table = read_tables(path)
         for override in overrides:
             _override(table, override)
-        table.setdefault("name", path.stem)
+        table.setdefault("name", re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).strip("-._"))
+        names = [step.get("use") for step in _steps(table)]
+        sources = [*_environment(), *(_said(override) for override in overrides[::-1]), *files]
         try:
             recipe = cls(**table)
+        except SettingsError as error:
+            raise RecipeError(
+                f"the environment sets a table by LLAVA_…, but not as JSON: {error} "
+                f"({error.__cause__}); mend or unset that variable"
+            ) from error
         except ValidationError as error:
+            later = dict.fromkeys(filter(None, names), LATER)
             problems = list(_problems(error, cls))
+            for key, value in _sound(cls, table):
+                problems += _check_value(value, registry, key, later, inputs)
         else:
             problems = list(_check(recipe, registry, (), {}, inputs))
             if not problems:
                 return recipe
-        names = [step.get("use") for step in _steps(table)]
         raise RecipeError("\n\n".join(problem.render(sources, names) for problem in problems))
 
     @classmethod
@@ -111,10 +126,37 @@ class Recipe(BaseSettings):
 
 @dataclass(frozen=True)
 class Source:
-    """One recipe file that took part, as text."""
+    """A recipe file that took part, as text; or a key that was set elsewhere."""
 
     path: Path
     text: str
+    said: str = ""
+    """Where a single key was set, if not in a file, for example `--set seed=1`."""
+    key: Key = ()
+    """Which key that was, as it was written."""
+
+    def locate(self, *spellings: Key) -> Place:
+        """Return the place of a key in the file, or how much of it was set here."""
+        if not self.said:
+            return locate(self.text, *spellings)
+        nowhere = Span(1, 0, 0)
+        if any(self.key == key[: len(self.key)] for key in spellings):
+            return Place(nowhere, len(self.key))
+        around = [len(key) for key in spellings if key == self.key[: len(key)]]
+        return Place(nowhere, max(around, default=0) - 0.5)  # a file that says it comes first
+
+
+def _said(override: str) -> Source:
+    path = override.partition("=")[0].strip().split(".")
+    return Source(Path(), "", f"--set {override}", tuple(path))
+
+
+def _environment() -> Iterator[Source]:
+    """Yield what the environment sets, as pydantic-settings reads it."""
+    for name, value in os.environ.items():
+        if name.upper().startswith("LLAVA_"):
+            key = tuple(name[len("LLAVA_") :].lower().split("__"))
+            yield Source(Path(), "", f"environment variable {name}={value}", key)
 
 
 def recipe_folder() -> Path:
@@ -133,7 +175,9 @@ def find_recipe(name: str, beside: Path | None = None) -> Path:
         if folder is not None and (file := folder / f"{name}.toml").is_file():
             return file
     folder = recipe_folder()
-    known = sorted(file.relative_to(folder).with_suffix("").as_posix() for file in folder.rglob("*.toml"))
+    known = sorted(
+        file.relative_to(folder).with_suffix("").as_posix() for file in folder.rglob("*.toml")
+    )
     close = get_close_matches(name, known, n=1)
     hint = f"did you mean `{close[0]}`?" if close else f"there are: {', '.join(known)}"
     raise RecipeError(f"no built-in recipe is called `{name}`; {hint}")
@@ -160,7 +204,7 @@ def read_tables(path: Path) -> tuple[list[Source], dict[str, Any]]:
         tables.append(table)
         base = table.pop("base", None)
         if base is not None and not isinstance(base, str):
-            raise RecipeError(f"{current}: `base` names one recipe, for example base = \"tiny\"")
+            raise RecipeError(f'{current}: `base` names one recipe, for example base = "tiny"')
         current = None if base is None else find_recipe(base, current.parent)
     merged = tables.pop()
     while tables:
@@ -194,7 +238,9 @@ def _step_index(items: list[Any], name: str, key: Key) -> int:
         return names.index(name)
     known = ", ".join(f"{number} ({use})" for number, use in enumerate(names, start=1))
     what = "more than one entry is" if name in names else "no entry is"
-    raise RecipeError(f"`{'.'.join(map(str, key))}.{name}`: {what} called `{name}`; there are: {known}")
+    raise RecipeError(
+        f"`{'.'.join(map(str, key))}.{name}`: {what} called `{name}`; there are: {known}"
+    )
 
 
 def _steps(table: dict[str, Any]) -> list[dict[str, Any]]:
@@ -220,6 +266,8 @@ def _override(table: dict[str, Any], override: str) -> None:
                 node[index] = value
             node = node[index]
         elif isinstance(node, dict):
+            if last and part == "use" and node.get("use", value) != value:
+                node.clear()  # another component: the old one's options do not carry over
             if last:
                 node[part] = value
             node = node.setdefault(part, {})
@@ -244,6 +292,9 @@ class Problem:
         `steps` are the steps' names, by which a recipe with a `base` may address them.
         """
         source, span = self._locate(sources, steps)
+        if source.said:
+            lines = [f"{source.said}: {self.message}"]
+            return "\n".join([*lines, f" = help: {self.hint}"] if self.hint else lines)
         number = str(span.line)
         line = source.text.splitlines()[span.line - 1] if source.text else ""
         gutter = " " * len(number)
@@ -258,13 +309,37 @@ class Problem:
     def _locate(
         self, sources: Sequence[Source], steps: Sequence[str | None]
     ) -> tuple[Source, Span]:
-        """Return the file that says most of the key, the recipe's own file first."""
-        alias = None
+        """Return the source that says most of the key, the strongest one first."""
+        spellings = [self.key]
         if len(self.key) > 1 and self.key[0] == "steps" and isinstance(self.key[1], int):
-            alias = ("steps", steps[self.key[1]] or "", *self.key[2:])
-        places = [(source, *locate(source.text, self.key, alias)) for source in sources]
+            index = self.key[1]
+            for alias in (str(index + 1), steps[index] if index < len(steps) else None):
+                if isinstance(alias, str):
+                    spellings.append(("steps", alias, *self.key[2:]))
+        places = [(source, *source.locate(*spellings)) for source in sources]
         source, span, _ = max(places, key=lambda place: place[2])
         return source, span
+
+
+def _sound(
+    model: type[BaseModel], table: Mapping[str, Any], key: Key = ()
+) -> Iterator[tuple[Key, object]]:
+    """Yield what is valid by itself in a table that is not, so that its parts can be checked."""
+    for name, field in model.model_fields.items():
+        if name not in table:
+            continue
+        value, annotation = table[name], cast("Any", field.annotation)
+        try:
+            yield (*key, name), TypeAdapter[object](annotation).validate_python(value)
+        except ValidationError:
+            if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+                if isinstance(value, Mapping):
+                    yield from _sound(annotation, value, (*key, name))
+            elif isinstance(value, list):
+                adapter = TypeAdapter[object](get_args(annotation)[0])
+                for index, item in enumerate(value):
+                    with suppress(ValidationError):
+                        yield (*key, name, index), adapter.validate_python(item)
 
 
 def _check(
@@ -273,39 +348,54 @@ def _check(
     """Yield the problems of every `Use` below `node`, in file order."""
     for name, field in type(node).model_fields.items():
         value = getattr(node, name)
-        if inputs and is_input(field) and _is_absent(value):
-            yield Problem((*key, name), f"`{name}`: {value} does not exist", _path_hint(value))
-        elif isinstance(value, tuple):
-            earlier = dict(steps)
-            for index, item in enumerate(cast("tuple[object, ...]", value)):
-                if isinstance(item, StepUse) and item.skip:
-                    continue
-                yield from _check_use(item, registry, (*key, name, index), earlier, inputs)
-                if isinstance(item, StepUse):
-                    earlier |= dict.fromkeys((item.use, f"{index + 1:02}-{item.use}"), LATER)
+        if inputs and is_input(field):
+            for path in value if isinstance(value, tuple | list) else (value,):
+                if _is_absent(path):
+                    message = f"`{name}`: {path} does not exist"
+                    yield Problem((*key, name), message, _path_hint(path))
         else:
-            yield from _check_use(value, registry, (*key, name), steps, inputs)
+            yield from _check_value(value, registry, (*key, name), steps, inputs)
+
+
+def _check_value(
+    value: object, registry: Registry, key: Key, steps: Mapping[str, Path], inputs: bool
+) -> Iterator[Problem]:
+    """Yield the problems of every `Use` in a value: a choice, or a table or list with some."""
+    if isinstance(value, Use):
+        yield from _check_use(value, registry, key, steps, inputs)
+    elif isinstance(value, BaseModel):
+        yield from _check(value, registry, key, steps, inputs)
+    elif isinstance(value, Mapping):
+        for name, item in value.items():
+            yield from _check_value(item, registry, (*key, str(name)), steps, inputs)
+    elif isinstance(value, tuple | list):
+        earlier = dict(steps)
+        for index, item in enumerate(value):
+            if isinstance(item, StepUse) and item.skip:
+                continue
+            yield from _check_value(item, registry, (*key, index), earlier, inputs)
+            if isinstance(item, StepUse):
+                earlier |= dict.fromkeys((item.use, f"{index + 1:02}-{item.use}"), LATER)
 
 
 def _check_use(
-    value: object, registry: Registry, key: Key, steps: Mapping[str, Path], inputs: bool
+    use: Use[Any], registry: Registry, key: Key, steps: Mapping[str, Path], inputs: bool
 ) -> Iterator[Problem]:
-    if isinstance(value, Use):
-        try:
-            component: type[Component] = registry.get(value.kind(), value.use)
-        except RecipeError as error:
-            yield Problem((*key, "use"), str(error))
-            return
-        try:
-            options = component.Options.model_validate(value.options, context={"steps": steps})
-        except ValidationError as error:
-            yield from _problems(error, component.Options, key, f" of `{value.use}`")
-            return
-        if inputs and (sentence := component.missing(options)):
-            yield Problem((*key, "use"), sentence)
-        yield from _check(options, registry, key, steps, inputs)
-    elif isinstance(value, BaseModel):
-        yield from _check(value, registry, key, steps, inputs)
+    try:
+        component: type[Component] = registry.get(use.kind(), use.use)
+    except RecipeError as error:
+        yield Problem((*key, "use"), str(error))
+        return
+    try:
+        options = component.Options.model_validate(use.options, context={"steps": steps})
+    except ValidationError as error:
+        yield from _problems(error, component.Options, key, f" of `{use.use}`")
+        for inner, value in _sound(component.Options, use.options, key):
+            yield from _check_value(value, registry, inner, steps, inputs)
+        return
+    if inputs and (sentence := component.missing(options)):
+        yield Problem((*key, "use"), sentence)
+    yield from _check(options, registry, key, steps, inputs)
 
 
 def _is_absent(value: object) -> bool:
@@ -321,31 +411,43 @@ def _path_hint(path: Path) -> str:
     return "relative paths start at the working directory; `@step/file` is an earlier step's file"
 
 
-def use_from(kind: type[KindT], name: str, settings: Sequence[str]) -> Use[KindT]:
-    """Return a choice of one component as a command line states it, options as `key=value`."""
+def build_from(kind: type[KindT], name: str, settings: Sequence[str], registry: Registry) -> KindT:
+    """Return the component that a command line states, its options as `key=value`.
+
+    Raises RecipeError with every problem at once.
+    """
     table: dict[str, Any] = {}
     for setting in settings:
         _override(table, setting)
-    return Use[kind].model_validate({**table, "use": name})  # type: ignore[valid-type]
+    use: Use[KindT] = Use[kind].model_validate({**table, "use": name})  # type: ignore[valid-type]
+    problems = list(_check_use(use, registry, (), {}, inputs=True))
+    if problems:
+        sources = [*(_said(setting) for setting in settings), Source(Path(), "", name)]
+        raise RecipeError("\n\n".join(problem.render(sources, []) for problem in problems))
+    return registry.build(use)
 
 
 def _problems(
     error: ValidationError, model: type[BaseModel], key: Key = (), owner: str = ""
 ) -> Iterator[Problem]:
     for item in error.errors(include_url=False):
-        where, last = (*key, *item["loc"]), item["loc"][-1] if item["loc"] else ""
+        loc = tuple(part for part in item["loc"] if part != "[key]")  # of a table's own name
+        where, last = (*key, *loc), loc[-1] if loc else ""
         known = list(_fields(model, item["loc"][:-1]))
-        if item["type"] == "extra_forbidden":
+        if item["type"] == "model_type" and not isinstance(item["input"], dict | Use):
+            hint = f'write {{ use = "NAME" }}; got {_show(item["input"])}'
+            yield Problem(where, f"option `{last}`{owner} is a table", hint)
+        elif item["type"] == "extra_forbidden":
             close = get_close_matches(str(last), known, n=1)
             hint = f"did you mean `{close[0]}`?" if close else f"known: {', '.join(known)}"
             yield Problem(where, f"unknown option `{last}`{owner}", hint)
         elif item["type"] == "missing":
-            yield Problem(where[:-1], f"missing option `{last}`{owner}")
+            yield Problem(where[:-1], f"missing option `{last}`{owner}", "add it")
         else:
             message = item["msg"].removeprefix("Value error, ")
             message = message[:1].lower() + message[1:]
-            subject = f"option `{last}`{owner}" if item["loc"] else f"options{owner}"
-            hint = f"got {_show(item['input'])}" if item["loc"] else ""
+            subject = f"option `{last}`{owner}" if loc else f"options{owner}"
+            hint = f"got {_show(item['input'])}" if loc else ""
             yield Problem(where, f"{subject}: {message}", hint)
 
 
@@ -361,4 +463,6 @@ def _fields(model: type[BaseModel], path: Sequence[str | int]) -> Iterator[str]:
 
 
 def _show(value: Any) -> str:
-    return f"`{value!r}` ({type(value).__name__})"
+    text = repr(value)
+    short = text if len(text) <= 120 else f"{text[:117]}..."
+    return f"`{short}` ({type(value).__name__})"

@@ -55,8 +55,8 @@ class Registry:
         try:
             self._manager.register(plugin, name)
             self._manager.check_pending()
-        except pluggy.PluginValidationError as error:
-            raise PluginError(str(error)) from error
+        except (pluggy.PluginValidationError, ValueError) as error:
+            raise PluginError(f"plugin {name or plugin} cannot be registered: {error}") from error
         self._components.clear()
 
     def get(self, kind: type[KindT], name: str) -> type[KindT]:
@@ -74,9 +74,7 @@ class Registry:
             self._components[kind.hook] = self._collect(kind)
         return self._components[kind.hook]  # type: ignore[return-value]
 
-    def build(
-        self, use: Use[KindT], /, steps: StepFolders | None = None, **context: Any
-    ) -> KindT:
+    def build(self, use: Use[KindT], /, steps: StepFolders | None = None, **context: Any) -> KindT:
         """Return the component that a recipe chose, built with its options.
 
         `steps` are the folders that `@step/file` in the options refers to. A component that is made
@@ -103,6 +101,8 @@ class Registry:
             for component in components:
                 if not (isinstance(component, type) and issubclass(component, kind)):
                     raise PluginError(f"{_path(component)} of {plugin} is not a {kind.__name__}")
+                if not isinstance(getattr(component, "name", None), str):
+                    raise PluginError(f"{_path(component)} of {plugin} has no `name`; give it one")
                 other = found.setdefault(component.name, component)
                 if other is not component:
                     raise PluginError(
@@ -117,8 +117,10 @@ class Registry:
         """Yield each plugin that adds to a kind, and what it adds."""
         for implementation in getattr(self._manager.hook, kind.hook).get_hookimpls():
             try:
-                yield implementation.plugin_name, implementation.function()
-            except ImportError as error:
+                yield implementation.plugin_name, tuple(implementation.function())
+            except PluginError:
+                raise
+            except Exception as error:  # whatever it is, say whose it is
                 raise PluginError(
                     f"plugin {implementation.plugin_name} cannot load its {kind.__name__} "
                     f"components: {error}; install what it needs, or uninstall it"

@@ -1,17 +1,14 @@
-"""report.html and report.md: what a run did and what came of it, in one self-contained file each."""
+"""report.html and report.md: what a run did and what came of it, in one file each."""
 
 from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
-from urllib.parse import quote
 
 from pydantic import BaseModel
 
@@ -19,13 +16,10 @@ from llavakit.files import write_text
 
 if TYPE_CHECKING:
     from jinja2 import Template
-    from PIL.Image import Image
 
     from llavakit.charts import Chart
+    from llavakit.pictures import Pictures
     from llavakit.recipe import Recipe
-
-_SIDE = 384  # of an embedded image, in pixels
-_SMALL = 128  # shown magnified, so every pixel is kept: PNG
 
 
 class Curves(BaseModel):
@@ -90,8 +84,10 @@ def write_report(recipe: Recipe, directory: Path, records: Sequence[StepRecord])
     Raises LlavaError where they cannot be written. An image that is missing, damaged or outside of
     `directory` leaves a note in its place.
     """
+    from llavakit.pictures import Pictures
+
     report = _collect(recipe, directory, records)
-    pictures = _Pictures(directory)
+    pictures = Pictures(directory)
     write_text(directory / "report.html", _template().render(report=report, pictures=pictures))
     write_text(directory / "report.md", "\n".join(_markdown(report, pictures)) + "\n")
 
@@ -197,7 +193,7 @@ def _holds_tables(value: object) -> bool:
     return isinstance(value, list | tuple) and any(isinstance(item, Mapping) for item in value)
 
 
-def _text(value: object) -> str:
+def show(value: object) -> str:
     """Return a value as people read it."""
     match value:
         case None:
@@ -213,17 +209,36 @@ def _text(value: object) -> str:
         case float():
             return f"{value:,.1f}" if 1000 <= abs(value) < 1e9 else f"{value:.4g}"
         case list() | tuple():
-            return ", ".join(map(_text, value))
+            return ", ".join(map(show, value))
     return str(value)
 
 
-def _words(name: str) -> str:
+def words(name: str) -> str:
+    """Return a name without its underscores."""
     return name.replace("_", " ")
 
 
-def _is_numeric(table: Table, column: int) -> bool:
-    cells = {type(row[column]) for row in table.rows if column < len(row)} - {type(None)}
-    return bool(cells) and cells <= {int, float}
+def _cells(table: Table) -> tuple[list[bool], list[list[str]]]:
+    """Return which columns are of numbers, and every cell as text, a column's alike in digits."""
+    width = max(len(table.columns), *(len(row) for row in table.rows), 0)
+    columns = [[row[i] for row in table.rows if i < len(row)] for i in range(width)]
+    shown = [_column(column) for column in columns]
+    kinds = [{type(cell) for cell in column} - {type(None)} for column in columns]
+    numeric = [bool(kind) and kind <= {int, float} for kind in kinds]
+    texts = [iter(column) for column in shown]
+    return numeric, [[next(texts[i]) for i in range(len(row))] for row in table.rows]
+
+
+def _column(cells: Sequence[str | float | int | None]) -> list[str]:
+    floats = [cell for cell in cells if isinstance(cell, float) and math.isfinite(cell)]
+    plain = all(cell == 0 or 1e-3 <= abs(cell) < 1000 for cell in floats)
+    digits = max((len(show(cell).partition(".")[2]) for cell in floats), default=0)
+    return [
+        f"{cell:.{digits}f}"
+        if plain and isinstance(cell, float) and math.isfinite(cell)
+        else show(cell)
+        for cell in cells
+    ]
 
 
 def _verdict(gallery: Gallery) -> tuple[int, int]:
@@ -251,14 +266,14 @@ def _template() -> Template:
         lstrip_blocks=True,
     )
     style, _, _ = loader.get_source(page, "report.css")
-    page.globals["style"] = Markup(style)  # noqa: S704 - our own file
+    page.globals["style"] = Markup(style)
     page.filters |= {
+        "cells": _cells,
         "chart": _chart,
         "duration": duration,
-        "is_numeric": _is_numeric,
-        "text": _text,
+        "show": show,
         "verdict": _verdict,
-        "words": _words,
+        "words": words,
     }
     return page.get_template("report.html.jinja")
 
@@ -269,177 +284,87 @@ def _chart(curves: Curves) -> Chart:
     return draw_lines(curves.series, title=curves.title, x=curves.x, y=curves.y, log=curves.log)
 
 
-@dataclass(frozen=True)
-class _Picture:
-    """An embedded image, or a note that says why there is none."""
-
-    data: str = ""
-    width: int = 0
-    height: int = 0
-    small: bool = False
-    note: str = ""
-
-
-class _Pictures:
-    """Finds and embeds the images of the cards, each once."""
-
-    def __init__(self, directory: Path) -> None:
-        self._root = directory.resolve()
-        self._known: dict[Path, _Picture] = {}
-
-    def find(self, card: Card, folder: Path) -> tuple[Path | None, str]:
-        """Return the card's image file, or a note that says why there is none."""
-        if not card.image:
-            return None, ""
-        try:
-            path = (folder / card.image).resolve()
-            if not path.is_relative_to(self._root):
-                return None, "not shown: the image is outside of the run's folder"
-            if not path.is_file():
-                return None, f"no such image: {card.image}"
-        except (OSError, ValueError, RuntimeError) as error:  # a name no system takes, a link loop
-            return None, f"not an image path: {error}"
-        return path, ""
-
-    def link(self, card: Card, folder: Path) -> str:
-        """Return the image's path relative to the run's folder, quoted, or nothing."""
-        path, _ = self.find(card, folder)
-        return "" if path is None else quote(path.relative_to(self._root).as_posix())
-
-    def embed(self, card: Card, folder: Path) -> _Picture:
-        """Return the card's image as a data URI."""
-        path, note = self.find(card, folder)
-        if path is None:
-            return _Picture(note=note)
-        if path not in self._known:
-            self._known[path] = _embed(path)
-        return self._known[path]
-
-
-def _embed(path: Path) -> _Picture:
-    from PIL import Image, ImageOps
-
-    try:
-        with Image.open(path) as file:
-            file.draft("RGB", (2 * _SIDE, 2 * _SIDE))
-            image = ImageOps.exif_transpose(file)
-            if image.has_transparency_data:
-                image = image.convert("RGBA")
-            elif image.mode != "L":
-                image = image.convert("RGB")
-            image.thumbnail((_SIDE, _SIDE), Image.Resampling.LANCZOS)
-            data = min(_encodings(image), key=len)
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError):
-        return _Picture(note=f"cannot be read as an image: {path.name}")
-    return _Picture(data, *image.size, small=max(image.size) <= _SMALL)
-
-
-def _encodings(image: Image) -> Iterator[str]:
-    from base64 import b64encode
-    from io import BytesIO
-
-    lossless = image.mode == "RGBA" or max(image.size) <= _SMALL
-    kinds: list[tuple[str, dict[str, Any]]] = []
-    if lossless or image.getcolors(4096):  # a photograph is never smaller as PNG, and slow
-        kinds.append(("png", {"optimize": lossless}))
-    if not lossless:
-        kinds.append(("jpeg", {"quality": 85, "optimize": True}))
-    for kind, options in kinds:
-        buffer = BytesIO()
-        image.save(buffer, kind, **options)
-        yield f"data:image/{kind};base64,{b64encode(buffer.getvalue()).decode('ascii')}"
-
-
 # -- Markdown --------------------------------------------------------------------------------------
 
-_SPECIAL = re.compile(r"[\\`*\[\]<>|~]|&(?=[#\w])|(?<!\w)_|_(?!\w)")
 
-
-def _markdown(report: _Report, pictures: _Pictures) -> Iterator[str]:
+def _markdown(report: _Report, pictures: Pictures) -> Iterator[str]:
+    from llavakit.markdown import code, escape, table
     from llavakit.progress import duration
 
-    yield f"# {_escape(report.name)}\n\n{_escape(' · '.join(report.facts))}\n\n## Steps\n"
-    yield from _grid(
+    yield f"# {escape(report.name)}\n\n{escape(' · '.join(report.facts))}\n\n## Steps\n"
+    yield from table(
         ["Step", "Time", "Result"],
         [
-            [s.name, "not yet run" if s.seconds is None else duration(s.seconds), _pairs(s.metrics)]
-            for s in report.stages
+            [
+                escape(stage.name),
+                "not yet run" if stage.seconds is None else duration(stage.seconds),
+                escape(words(_pairs(stage.metrics))),
+            ]
+            for stage in report.stages
         ],
     )
     yield "\n## Model\n"
-    parts = [[part.name, part.use, part.parameters, _pairs(part.options)] for part in report.parts]
-    yield from _grid(["Part", "Component", "Parameters", "Options"], parts)
+    yield from table(
+        ["Part", "Component", "Parameters", "Options"],
+        [
+            [part.name, escape(part.use), show(part.parameters), escape(_pairs(part.options))]
+            for part in report.parts
+        ],
+    )
     for stage in report.stages:
         if stage.seconds is None:
             continue
-        yield f"\n## {_escape(stage.name)}\n\n{duration(stage.seconds)}\n"
-        if stage.metrics:
-            yield from _grid(["Metric", "Value"], [[_words(k), v] for k, v in stage.metrics.items()])
+        yield f"\n## {escape(stage.name)}\n\n{duration(stage.seconds)}\n"
+        metrics = [[escape(words(name)), show(value)] for name, value in stage.metrics.items()]
+        if metrics:
+            yield from table(["Metric", "Value"], metrics, [False, True])
         if stage.options:
-            yield f"\nOptions: {_escape(_pairs(stage.options))}"
+            yield f"\nOptions: {escape(_pairs(stage.options))}"
         for section in stage.sections:
-            yield f"\n### {_escape(section.title)}\n"
-            if section.caption.strip():
-                yield f"*{_escape(section.caption.strip())}*\n"
-            yield from _section(section, stage.folder, pictures)
+            yield f"\n### {escape(section.title)}\n"
+            if caption := escape(section.caption):
+                yield f"*{caption}*\n"
+            yield from _markdown_section(section, stage.folder, pictures)
     yield "\n## Environment\n"
-    yield from _grid(["", ""], [[name, value] for name, value in report.environment.items()])
-    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", report.recipe)), default=0))
-    yield f"\n## Recipe\n\n{fence}toml\n{report.recipe}\n{fence}"
+    facts = [[escape(name), escape(show(value))] for name, value in report.environment.items()]
+    yield from table(["Name", "Value"], facts)
+    yield f"\n## Recipe\n\n{code(report.recipe, 'toml')}"
 
 
-def _section(section: Section, folder: Path, pictures: _Pictures) -> Iterator[str]:
+def _markdown_section(section: Section, folder: Path, pictures: Pictures) -> Iterator[str]:
+    from llavakit.markdown import escape, table
+
     match section:
         case Table():
-            right = [_is_numeric(section, column) for column in range(len(section.columns))]
-            yield from _grid(section.columns, section.rows, right)
+            numeric, cells = _cells(section)
+            rows = [[escape(cell) for cell in row] for row in cells]
+            yield from table([escape(column) for column in section.columns], rows, numeric)
         case Curves():
-            yield from _grid(
-                [f"{section.y} over {section.x}", "points", "first", "last", "lowest", "highest"],
-                [[name, *_extent(points)] for name, points in section.series.items()],
-                [False, *[True] * 5],
-            )
+            head = [f"{section.y} over {section.x}", "points", "first", "last", "lowest", "highest"]
+            extents = section.series.items()
+            rows = [[escape(name), *map(show, _extent(points))] for name, points in extents]
+            yield from table([*map(escape, head)], rows, [False, *[True] * 5])
         case Gallery():
-            right_cards, judged = _verdict(section)
+            right, judged = _verdict(section)
             if judged:
-                yield f"{right_cards} of {judged} right\n"
+                yield f"{right} of {judged} right\n"
             labels = list(dict.fromkeys(label for card in section.cards for label, _ in card.lines))
-            yield _row(["", *map(_escape, labels), ""])
-            yield _row(["---"] * (len(labels) + 2))
+            rows = []
             for card in section.cards:
-                link = pictures.link(card, folder)
-                said = ["; ".join(t for la, t in card.lines if la == label) for label in labels]
+                link = pictures.link(folder, card.image)
+                said = ["; ".join(t for own, t in card.lines if own == label) for label in labels]
                 mark = {True: "✓ right", False: "✗ wrong", None: ""}[card.right]
-                yield _row([f"![]({link})" if link else "", *map(_escape, said), mark])
+                rows.append([f"![]({link})" if link else "", *map(escape, said), mark])
+            yield from table(["Image", *map(escape, labels), "Verdict"], rows)
 
 
-def _extent(points: Sequence[tuple[float, float]]) -> list[Any]:
+def _extent(points: Sequence[tuple[float, float]]) -> list[float | None]:
+    """Return how many points there are; the first, last, lowest and highest finite value."""
     values = [value for _, value in points if math.isfinite(value)]
     if not values:
         return [len(points), None, None, None, None]
     return [len(points), values[0], values[-1], min(values), max(values)]
 
 
-def _grid(
-    head: Sequence[str], rows: Sequence[Sequence[Any]], right: Sequence[bool] = ()
-) -> Iterator[str]:
-    """Yield a Markdown table; rows that are too long or short are taken as they are."""
-    width = max(len(head), *(len(row) for row in rows), 1) if rows else max(len(head), 1)
-    rules = [rule for _, rule in zip_longest(range(width), ("--:" if r else "---" for r in right))]
-    yield _row([*map(_escape, head), *[""] * (width - len(head))])
-    yield _row([rule or "---" for rule in rules])
-    for row in rows:
-        yield _row([*(_escape(_text(cell)) for cell in row), *[""] * (width - len(row))])
-
-
-def _row(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
 def _pairs(values: Mapping[str, Any]) -> str:
-    return ", ".join(f"{_words(name)} {_text(value)}" for name, value in values.items())
-
-
-def _escape(text: str) -> str:
-    lines = (_SPECIAL.sub(r"\\\g<0>", line.strip()) for line in text.splitlines())
-    return "<br>".join(line for line in lines if line)
+    return ", ".join(f"{name} {show(value)}" for name, value in values.items())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+from contextlib import AbstractContextManager, nullcontext
 from typing import Literal
 
 import torch
@@ -70,6 +71,13 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
     if torch.is_autocast_enabled(device.type):
         return torch.get_autocast_dtype(device.type)
     return None
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Keeps autocast out of an operator's own products, whose dtypes are settled by then."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
 
 
 def choose(impl: str, *tensors: Tensor) -> Literal["reference", "triton"]:

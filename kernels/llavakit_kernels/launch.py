@@ -41,8 +41,8 @@ def _set_descriptor_blocks(arguments: dict[str, Any]) -> None:
 
 
 def tile(m: int, n: int, k: int, warps: int, stages: int, **more: int) -> triton.Config:
-    """A configuration: output tile m x n, inner step k; FLATTEN, HALVES and PER_SM by name."""
-    options = {"FLATTEN": 1, "HALVES": 0, "PER_SM": 1} | more
+    """A configuration: output tile m x n, inner step k; FLATTEN, PIECES and PER_SM by name."""
+    options = {"FLATTEN": 1, "PIECES": 1, "PER_SM": 1} | more
     return triton.Config(
         {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "GROUP_M": 8} | options,
         num_warps=warps,
@@ -51,15 +51,15 @@ def tile(m: int, n: int, k: int, warps: int, stages: int, **more: int) -> triton
     )
 
 
-# FLATTEN fetches the next tile's operands while the last tile is stored; HALVES stores a tile in
-# two halves, which frees registers and shared memory; PER_SM resident programs hide each other's
-# stores. Products of 16-bit operands on the tensor cores; float32 in tf32 there, or exactly without.
-TILES: dict[str, list[triton.Config]] = {
+# FLATTEN fetches the next tile's operands while the last tile is stored; PIECES stores a tile in
+# that many parts, which frees registers and shared memory; PER_SM resident programs hide each
+# other's stores. Families: 16-bit operands by chip, float32 in tf32 or exactly.
+PRODUCT_TILES: dict[str, list[triton.Config]] = {
     "hopper": [
-        tile(128, 256, 64, 8, 3, HALVES=1),
-        tile(128, 256, 64, 8, 4, HALVES=1),
-        tile(128, 256, 64, 8, 4, HALVES=1, FLATTEN=0),
-        tile(256, 128, 64, 8, 3, HALVES=1),
+        tile(128, 256, 64, 8, 3, PIECES=2),
+        tile(128, 256, 64, 8, 4, PIECES=2),
+        tile(128, 256, 64, 8, 4, PIECES=2, FLATTEN=0),
+        tile(256, 128, 64, 8, 3, PIECES=2),
         tile(128, 128, 64, 4, 3, PER_SM=2),
     ],
     "ampere": [
@@ -77,20 +77,38 @@ TILES: dict[str, list[triton.Config]] = {
         tile(128, 64, 16, 8, 2, FLATTEN=0, PER_SM=2),
     ],
 }
+# GELU needs registers for its polynomials, and two programs on a multiprocessor to hide them.
+GELU_TILES: dict[str, list[triton.Config]] = {
+    "hopper": [
+        tile(128, 128, 64, 4, 3, PIECES=4, PER_SM=2),
+        tile(128, 128, 64, 4, 3, PIECES=4, PER_SM=2, FLATTEN=0),
+        tile(128, 256, 64, 8, 3, PIECES=4),
+        tile(128, 256, 64, 8, 4, PIECES=4),
+    ],
+    "ampere": [
+        tile(128, 128, 64, 8, 3, FLATTEN=0),
+        tile(64, 128, 32, 4, 3, FLATTEN=0, PIECES=2, PER_SM=2),
+    ],
+    "tf32": [
+        tile(128, 128, 32, 8, 3, FLATTEN=0, PIECES=2),
+    ],
+    "float32": PRODUCT_TILES["float32"],
+}
+TILES = {"product": PRODUCT_TILES, "gelu": GELU_TILES}
 # The weight's gradient is not tuned: its sums of columns depend on the layout, and with that its
-# last bits on the choice.
+# last bits on the choice. Half of its stages go to the row numbers that its loads wait for.
 WEIGHT_GRAD_TILES = {
-    "hopper": tile(128, 256, 64, 8, 3),
-    "ampere": tile(128, 128, 32, 8, 3),
-    "tf32": tile(128, 128, 32, 8, 2),
-    "float32": tile(64, 64, 16, 4, 2),
+    "hopper": tile(128, 256, 64, 8, 5),
+    "ampere": tile(128, 128, 32, 8, 5),
+    "tf32": tile(128, 128, 32, 8, 5),
+    "float32": tile(64, 64, 16, 4, 3),
 }
 # For the interpreter; unequal in every way, so that a wrong stride or mask shows at small sizes.
-SMALL = tile(16, 32, 16, 4, 1, HALVES=1)
+SMALL = tile(32, 64, 32, 4, 1, PIECES=2)
 
 
 def family(tensor: Tensor) -> str:
-    """Which of TILES serves products of tensors like this one."""
+    """Which tiles serve products of tensors like this one."""
     if tensor.dtype == torch.float32:
         return "float32" if precision(tensor) == "ieee" else "tf32"
     return "hopper" if _properties(tensor.device).major >= 9 else "ampere"
@@ -150,6 +168,7 @@ def launch(
     arguments: Mapping[str, Any],
     like: Tensor,
     config: triton.Config | None = None,
+    tiles: str = "product",
 ) -> None:
     """Run a matrix kernel with the best of its configurations for products of `like`.
 
@@ -159,7 +178,7 @@ def launch(
         config = SMALL
     with torch.cuda.device(like.device) if like.is_cuda else contextlib.nullcontext():
         if config is None:
-            tuned(kernel, family(like))[grid](**arguments)
+            tuned(kernel, tiles, family(like))[grid](**arguments)
             return
         config = for_kernel(config, kernel.arg_names)
         given = dict(arguments) | config.kwargs
@@ -169,10 +188,10 @@ def launch(
 
 
 @functools.cache
-def tuned(kernel: Any, which: str) -> Any:
+def tuned(kernel: Any, tiles: str, which: str) -> Any:
     """The kernel under Triton's autotuner, which measures once for a size and keeps the best."""
     names = kernel.arg_names
-    configs = list(dict.fromkeys(for_kernel(config, names) for config in TILES[which]))
+    configs = list(dict.fromkeys(for_kernel(config, names) for config in TILES[tiles][which]))
     key = [name for name in ("E", "D", "size_class", "TMA", "MODE") if name in names]
     return triton.autotune(configs=configs, key=key)(kernel)
 

@@ -74,3 +74,10 @@ def multiply(a, b, sums, PRECISION: tl.constexpr):
     if _UPCAST:
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, sums, input_precision=PRECISION)
+
+
+@triton.jit
+def halves(tile, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
+    """The left and the right half of a tile [HEIGHT, WIDTH]."""
+    return tl.split(tl.permute(tl.reshape(tile, (HEIGHT, 2, WIDTH // 2)), (0, 2, 1)))
+

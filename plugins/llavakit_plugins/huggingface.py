@@ -1,4 +1,4 @@
-"""Where a Hugging Face model's configuration and weights come from: a folder, a hub name, or new."""
+"""Where a Hugging Face model comes from: a folder, a hub name, or a configuration alone."""
 
 from __future__ import annotations
 
@@ -136,12 +136,16 @@ def missing_source(what: str, options: PretrainedOptions) -> str | None:
 
 def online() -> bool:
     """Say whether the hub answers, so that a run can fetch what it lacks by itself."""
-    import httpx
+    from urllib.error import HTTPError, URLError
+    from urllib.request import Request, urlopen
+
     from huggingface_hub.constants import ENDPOINT
 
     try:
-        httpx.head(ENDPOINT, timeout=3.0)
-    except httpx.HTTPError:
+        urlopen(Request(ENDPOINT, method="HEAD"), timeout=3.0).close()
+    except HTTPError:
+        return True  # it answered
+    except (URLError, OSError):
         return False
     return True
 

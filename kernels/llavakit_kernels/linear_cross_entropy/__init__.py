@@ -82,7 +82,7 @@ def linear_cross_entropy(
     counts = targets != ignore_index
     kept = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     row_weights = counts.to(kept) if weights is None else weights.to(kept).where(counts, 0)
-    with torch.autocast(hidden.device.type, enabled=False):
+    with arguments.without_autocast(hidden.device):
         if _by_liger(impl, hidden, weight, bias, weights is not None):
             loss = liger.loss_sum(hidden, weight, bias, targets.long(), ignore_index)
         else:
@@ -156,7 +156,7 @@ def _(
     for_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     (M, E), V = hidden.shape, weight.shape[0]
-    one_chunk = M <= chunk_rows
+    one_chunk = chunk_rows >= M
     kept = one_chunk and (for_hidden or for_weight or for_bias)
     return (
         row_weights.new_empty(()),

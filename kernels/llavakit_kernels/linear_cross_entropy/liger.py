@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 
 import torch
 from torch import Tensor
 
-
-@functools.cache
-def installed() -> bool:
-    return importlib.util.find_spec("liger_kernel") is not None
+INSTALLED = importlib.util.find_spec("liger_kernel") is not None
 
 
 def misfit(hidden: Tensor, weight: Tensor, bias: Tensor | None, weighted: bool) -> str | None:
     """Why liger-kernel cannot serve, or None where it can."""
-    if not installed():
+    if not INSTALLED:
         return "liger-kernel is not installed (pip install liger-kernel)"
     if not hidden.is_cuda:
         return f"the tensors are on {hidden.device}, and its kernels need a GPU"

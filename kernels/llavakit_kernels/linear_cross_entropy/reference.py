@@ -55,7 +55,7 @@ def forward(
     kept = row_weights.dtype
     loss = torch.zeros((), dtype=kept, device=hidden.device)
     none = hidden.new_empty(0)
-    if M <= rows:
+    if rows >= M:
         one, logits_grad = _chunk(hidden, weight, bias, targets, row_weights, needs.any())
         return loss + one, none, none.clone(), none.clone(), logits_grad
 

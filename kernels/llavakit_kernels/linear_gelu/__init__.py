@@ -48,7 +48,7 @@ def linear_gelu(
     learns = torch.is_grad_enabled() and any(
         given is not None and given.requires_grad for given in (features, weight, bias)
     )
-    with torch.autocast(features.device.type, enabled=False):
+    with arguments.without_autocast(features.device):
         out: Tensor = torch.ops.llavakit.linear_gelu(
             features, weight, bias, impl, learns and not recompute
         )[0]

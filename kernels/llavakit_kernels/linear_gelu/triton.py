@@ -17,7 +17,7 @@ from llavakit_kernels.launch import (
     size_class,
     takes_descriptor,
 )
-from llavakit_kernels.tiles import load_tile, multiply, tile_at
+from llavakit_kernels.tiles import halves, load_tile, multiply, tile_at
 
 FORWARD, FORWARD_AND_SAVE, BACKWARD = 0, 1, 2
 
@@ -58,6 +58,42 @@ def _store_gelu(
         tl.store(before + offsets, values.to(before.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def _store_pieces(
+    out,
+    before,
+    grad,
+    values,
+    bias,
+    row,
+    column,
+    N,
+    H,
+    grad_stride,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PIECES: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    MODE: tl.constexpr,
+):
+    if PIECES > 1:
+        HALF: tl.constexpr = WIDTH // 2
+        one, two = halves(values, HEIGHT, WIDTH)
+        _store_pieces(
+            out, before, grad, one, bias, row, column, N, H, grad_stride,
+            HEIGHT, HALF, PIECES // 2, HAS_BIAS, MODE,
+        )  # fmt: skip
+        _store_pieces(
+            out, before, grad, two, bias, row, column + HALF, N, H, grad_stride,
+            HEIGHT, HALF, PIECES // 2, HAS_BIAS, MODE,
+        )  # fmt: skip
+    else:
+        _store_gelu(
+            out, before, grad, values, bias, row, column, N, H, grad_stride,
+            HEIGHT, WIDTH, HAS_BIAS, MODE,
+        )  # fmt: skip
+
+
 @triton.jit(do_not_specialize=["N", "size_class"])
 def gelu_kernel(
     left,
@@ -82,7 +118,7 @@ def gelu_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
     FLATTEN: tl.constexpr,
-    HALVES: tl.constexpr,
+    PIECES: tl.constexpr,
     PER_SM: tl.constexpr,
 ):
     """MODE 0: out = gelu(left @ right.T + bias); 1: `before` takes gelu's argument as well;
@@ -104,23 +140,10 @@ def gelu_kernel(
         stored += programs
         m, n = tile_at(stored, tiles_m, tiles_n, GROUP_M)
         row, column = m * BLOCK_M, n * BLOCK_N
-        if HALVES:
-            HALF: tl.constexpr = BLOCK_N // 2
-            halves = tl.permute(tl.reshape(sums, (BLOCK_M, 2, HALF)), (0, 2, 1))
-            one, two = tl.split(halves)
-            _store_gelu(
-                out, before, grad, one, bias, row, column, N, E, grad_stride,
-                BLOCK_M, HALF, HAS_BIAS, MODE,
-            )  # fmt: skip
-            _store_gelu(
-                out, before, grad, two, bias, row, column + HALF, N, E, grad_stride,
-                BLOCK_M, HALF, HAS_BIAS, MODE,
-            )  # fmt: skip
-        else:
-            _store_gelu(
-                out, before, grad, sums, bias, row, column, N, E, grad_stride,
-                BLOCK_M, BLOCK_N, HAS_BIAS, MODE,
-            )  # fmt: skip
+        _store_pieces(
+            out, before, grad, sums, bias, row, column, N, E, grad_stride,
+            BLOCK_M, BLOCK_N, PIECES, HAS_BIAS, MODE,
+        )  # fmt: skip
 
 
 def forward(
@@ -197,5 +220,5 @@ def _run(
         "MODE": mode,
         "PRECISION": precision(left),
     }
-    launch(gelu_kernel, grid, arguments, left, config)
+    launch(gelu_kernel, grid, arguments, left, config, tiles="gelu")
     return out

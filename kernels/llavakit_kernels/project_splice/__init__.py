@@ -68,7 +68,7 @@ def project_splice(
         features, weight = features.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
     arguments.require_same_dtype(features=features, weight=weight, bias=bias)
-    with torch.autocast(features.device.type, enabled=False):
+    with arguments.without_autocast(features.device):
         out: Tensor = torch.ops.llavakit.project_splice(
             features,
             weight,
@@ -111,7 +111,10 @@ def _require_fit(
     arguments.require_shape("embedding", embedding, "VE", None, E)
     arguments.require_shape("visual_rows", visual_rows, "N", N)
     T = token_ids.shape[0]
-    require(N <= T, f"`visual_rows` names {N} rows, but `token_ids` makes a stream of only {T}")
+    if N > T:  # a sentence made in advance would tie a compiled graph to these sizes
+        raise ValueError(
+            f"`visual_rows` names {N} rows, but `token_ids` makes a stream of only {T}"
+        )
     if bias is not None:
         arguments.require_shape("bias", bias, "E", E)
     if sources is not None:

@@ -45,9 +45,12 @@ def weight_grad(
 
 def embedding_grad(grad: Tensor, token_ids: Tensor, sources: Tensor, V: int, N: int) -> Tensor:
     text_rows = _text_rows(sources, N)
-    return torch.ops.aten.embedding_dense_backward(
-        grad.index_select(0, text_rows), token_ids.index_select(0, text_rows).long(), V, -1, False
-    )
+    rows = grad.index_select(0, text_rows)
+    # In 16 bits torch rounds after each row that it adds.
+    exact = rows if rows.element_size() >= 4 else rows.float()
+    ids = token_ids.index_select(0, text_rows).long()
+    summed: Tensor = torch.ops.aten.embedding_dense_backward(exact, ids, V, -1, False)
+    return summed.to(grad.dtype)
 
 
 def _text_rows(sources: Tensor, visual: int) -> Tensor:

@@ -21,7 +21,7 @@ from llavakit_kernels.launch import (
     size_class,
     takes_descriptor,
 )
-from llavakit_kernels.tiles import load_tile, multiply, tile_at
+from llavakit_kernels.tiles import halves, load_tile, multiply, tile_at
 
 # 16 rows of 1024 columns are 32 KB in flight for a program, enough to cover the memory's latency.
 TEXT_ROWS, TEXT_COLUMNS = 16, 1024
@@ -118,7 +118,7 @@ def forward_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
     FLATTEN: tl.constexpr,
-    HALVES: tl.constexpr,
+    PIECES: tl.constexpr,
     PER_SM: tl.constexpr,
 ):
     program = tl.program_id(0)
@@ -144,10 +144,9 @@ def forward_kernel(
         rows = tl.load(visual_rows + at, mask=at < N, other=-1).to(tl.int64)
         valid = (rows >= 0) & (rows < T)
         column = n * BLOCK_N
-        if HALVES:
+        if PIECES == 2:
             HALF: tl.constexpr = BLOCK_N // 2
-            halves = tl.permute(tl.reshape(sums, (BLOCK_M, 2, HALF)), (0, 2, 1))
-            one, two = tl.split(halves)
+            one, two = halves(sums, BLOCK_M, BLOCK_N)
             _store_visual(out, one, bias, rows, valid, column, E, out_stride, HALF, HAS_BIAS)
             column += HALF
             _store_visual(out, two, bias, rows, valid, column, E, out_stride, HALF, HAS_BIAS)

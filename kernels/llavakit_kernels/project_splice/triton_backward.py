@@ -70,7 +70,7 @@ def features_grad_kernel(
 @triton.jit
 def _weight_grad_sums(
     grad,
-    features,
+    right_inner,
     visual_rows,
     row,
     rows_end,
@@ -80,7 +80,8 @@ def _weight_grad_sums(
     E,
     D,
     grad_stride,
-    features_stride,
+    right_stride,
+    TMA: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -94,7 +95,7 @@ def _weight_grad_sums(
         rows = tl.load(visual_rows + at, mask=at < rows_end, other=-1).to(tl.int64)
         valid = (rows >= 0) & (rows < T)
         a = load_rows(grad, rows, valid, e, E, grad_stride, BLOCK_M)
-        b = load_tile(features, start, d, rows_end, D, features_stride, BLOCK_K, BLOCK_N, False)
+        b = load_tile(right_inner, start, d, rows_end, D, right_stride, BLOCK_K, BLOCK_N, TMA)
         if COLUMN_SUMS:
             column_sums += tl.sum(a.to(tl.float32), 0)
         sums = multiply(a.T, b, sums, PRECISION)
@@ -104,7 +105,7 @@ def _weight_grad_sums(
 @triton.jit(do_not_specialize=["N", "T", "rows_each"])
 def weight_grad_kernel(
     grad,
-    features,
+    right_inner,
     visual_rows,
     weight_grad,
     bias_grad,
@@ -114,15 +115,16 @@ def weight_grad_kernel(
     D,
     rows_each,
     grad_stride,
-    features_stride,
+    right_stride,
     HAS_BIAS: tl.constexpr,
+    TMA: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    """weight_grad[part] = grad[visual_rows].T @ features, bias_grad[part] = the sum of those rows,
+    """weight_grad[part] = grad[visual_rows].T @ right_inner, bias_grad[part] = the sum of those rows,
     over the part's `rows_each` visual tokens."""
     tiles_m = tl.cdiv(E, BLOCK_M)
     tiles_n = tl.cdiv(D, BLOCK_N)
@@ -137,7 +139,7 @@ def weight_grad_kernel(
     if HAS_BIAS and n == 0:
         sums, column_sums = _weight_grad_sums(
             grad,
-            features,
+            right_inner,
             visual_rows,
             row,
             rows_end,
@@ -147,7 +149,8 @@ def weight_grad_kernel(
             E,
             D,
             grad_stride,
-            features_stride,
+            right_stride,
+            TMA,
             PRECISION,
             BLOCK_M,
             BLOCK_N,
@@ -158,7 +161,7 @@ def weight_grad_kernel(
     else:
         sums, column_sums = _weight_grad_sums(
             grad,
-            features,
+            right_inner,
             visual_rows,
             row,
             rows_end,
@@ -168,7 +171,8 @@ def weight_grad_kernel(
             E,
             D,
             grad_stride,
-            features_stride,
+            right_stride,
+            TMA,
             PRECISION,
             BLOCK_M,
             BLOCK_N,
@@ -232,6 +236,7 @@ def weight_grad(
     with_bias: bool,
     *,
     config: triton.Config | None = None,
+    tma: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of weight [E, D] and bias [E] (or [0]) from grad [T, E], in the features' dtype.
 
@@ -242,7 +247,7 @@ def weight_grad(
     config = weight_grad_tile(features) if config is None else config
     tiles = triton.cdiv(E, config.kwargs["BLOCK_M"]) * triton.cdiv(D, config.kwargs["BLOCK_N"])
     parts = _parts(tiles, N, processors(features.device))
-    # Each part but the last holds whole steps of every configuration.
+    # A part ends with a whole step of every configuration: a descriptor knows only the last end.
     rows_each = triton.cdiv(triton.cdiv(N, parts), 64) * 64
     parts = max(1, triton.cdiv(N, rows_each)) if N else 1
     kept = torch.float32 if parts > 1 else features.dtype
@@ -250,10 +255,11 @@ def weight_grad(
     bias_sums = torch.empty(parts, E if with_bias else 0, dtype=torch.float32, device=grad.device)
     if weight_sums.numel() == 0:
         return weight_sums[0].zero_(), bias_sums[0].zero_().to(features.dtype)
-    grad, features = rows_contiguous(grad), rows_contiguous(features)
+    grad, right = rows_contiguous(grad), rows_contiguous(features)
+    tma = tma and takes_descriptor(right)
     arguments = {
         "grad": grad,
-        "features": features,
+        "right_inner": descriptor(right) if tma else right,
         "visual_rows": visual_rows.contiguous(),
         "weight_grad": weight_sums,
         "bias_grad": bias_sums,
@@ -263,9 +269,10 @@ def weight_grad(
         "D": D,
         "rows_each": rows_each,
         "grad_stride": grad.stride(0),
-        "features_stride": features.stride(0),
+        "right_stride": right.stride(0),
         "HAS_BIAS": with_bias,
-        "PRECISION": precision(features),
+        "TMA": tma,
+        "PRECISION": precision(right),
     }
     launch(weight_grad_kernel, lambda _: (tiles, parts), arguments, features, config)
     if parts == 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from llavakit import DataError, Dataset, InputPath, Options, Sample, Turn
-from llavakit.images import inside
+from llavakit.images import check_image, inside
 
 _ROLES = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt"}
 _CHARACTERS_A_TOKEN = 4.2  # of English under LLaMA's tokenizer, roughly: for plans only
@@ -80,6 +81,8 @@ def read_rows(path: Path) -> list[Mapping[str, Any]]:
         rows = json.loads(path.read_bytes())
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from error
+    except RecursionError as error:
+        raise DataError(f"{path} is nested too deeply to read; mend the file") from error
     except json.JSONDecodeError as error:
         raise DataError(
             f"{path}:{error.lineno}:{error.colno}: not valid JSON: {error.msg}; mend the file"
@@ -98,12 +101,12 @@ def _sample(
 ) -> Sample:
     identity = str(row.get("id", f"#{number}"))
     where = f"sample `{identity}` of {options.path}"
-    turns = []
+    turns: list[Turn] = []
     conversations = row.get("conversations")
     if not isinstance(conversations, list):
         raise DataError(f"{where} has no list `conversations`; add it")
     for turn in conversations:
-        role = _ROLES.get(turn.get("from", "")) if isinstance(turn, dict) else None
+        role = _ROLES.get(str(turn.get("from"))) if isinstance(turn, dict) else None
         if role is None or not isinstance(turn.get("value"), str):
             raise DataError(
                 f"{where}: a turn needs `from` (human or gpt) and `value` (text), got {turn!r:.80}"
@@ -121,16 +124,24 @@ def _sample(
 
 
 def _check_images(samples: list[Sample], path: Path) -> None:
-    """Raise DataError naming images that are missing, before hours of work depend on them."""
+    """Raise DataError naming images that cannot be used, before hours of work depend on them."""
     wanted = {image: sample.id for sample in samples for image in sample.images}
-    missing = [
-        f"{image} (sample `{identity}`)"
-        for image, identity in wanted.items()
-        if isinstance(image, Path) and not image.is_file()
-    ]
+    images = {image: identity for image, identity in wanted.items() if isinstance(image, Path)}
+    missing, damaged = [], []
+    for image, identity in images.items():
+        if not os.path.isfile(image):  # unlike Path.is_file, false for any impossible name
+            missing.append(f"{image} (sample `{identity}`)")
+            continue
+        try:
+            check_image(image, f"sample `{identity}`")
+        except DataError as error:
+            damaged.append(str(error))
     if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise DataError(
             f"{path}: {len(missing)} of {len(wanted)} images are missing: "
             f"{', '.join(missing[:3])}{more}; check the images folder"
         )
+    if damaged:
+        more = f" ({len(damaged) - 1} more cannot be used)" if len(damaged) > 1 else ""
+        raise DataError(f"{path}: {damaged[0]}{more}")

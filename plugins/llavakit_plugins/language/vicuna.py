@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from llavakit import LanguageModel, ModelError
 from llavakit.attention import packed_attention, rows_attention
 from llavakit.packing import Packing, Rows
+from llavakit_kernels.linear_cross_entropy import linear_cross_entropy
 from llavakit_plugins.huggingface import PretrainedOptions, missing_source, quietly, read_config
 
 
@@ -90,6 +91,12 @@ class Vicuna(LanguageModel):
 
     def embed(self, ids_T: Tensor) -> Tensor:
         return F.embedding(ids_T, self.embedding_VE)
+
+    def loss(self, hidden_ME: Tensor, targets_M: Tensor) -> Tensor:
+        head = self.head
+        return linear_cross_entropy(
+            hidden_ME, head.weight, targets_M, bias=head.bias, reduction="sum"
+        )
 
     def cache_shape(self) -> tuple[int, int, int]:
         config = self.model.config

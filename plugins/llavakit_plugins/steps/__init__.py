@@ -7,8 +7,11 @@ from llavakit import Step, hookimpl
 
 @hookimpl
 def llava_steps() -> list[type[Step]]:
+    from llavakit_plugins.steps.backbones import Backbones
     from llavakit_plugins.steps.evaluate import Evaluate
     from llavakit_plugins.steps.export import Export
+    from llavakit_plugins.steps.generate import Generate
+    from llavakit_plugins.steps.scenes import Scenes
     from llavakit_plugins.steps.train import Finetune, Pretrain
 
-    return [Evaluate, Export, Finetune, Pretrain]
+    return [Backbones, Evaluate, Export, Finetune, Generate, Pretrain, Scenes]

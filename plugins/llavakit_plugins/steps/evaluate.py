@@ -10,8 +10,20 @@ from pathlib import Path
 import numpy as np
 from pydantic import Field
 
-from llavakit import Benchmark, Dataset, InputPath, LlavaModel, Options, Outcome, Question, Run
-from llavakit import Score, Step, Stopped, Use
+from llavakit import (
+    Benchmark,
+    Dataset,
+    InputPath,
+    LlavaModel,
+    Options,
+    Outcome,
+    Question,
+    Run,
+    Score,
+    Step,
+    Stopped,
+    Use,
+)
 from llavakit.files import write_text
 from llavakit.generation import Sampling
 from llavakit.images import save_thumbnail
@@ -119,7 +131,7 @@ class Evaluate(Step):
     ) -> Gallery:
         draw = np.random.default_rng(run.seed)
         count = min(self.options.examples, len(questions))
-        cards = []
+        cards: list[Card] = []
         for index in draw.choice(len(questions), count, replace=False).tolist():
             question = questions[index]
             shown = None
@@ -158,9 +170,7 @@ def shuffle_images(questions: Sequence[Question], seed: int) -> list[Question]:
         distinct[here]: distinct[there]
         for here, there in zip(order, [*order[1:], order[0]], strict=True)
     }
-    return [
-        Question(q.id, q.prompt, following[q.images], q.truth, q.category) for q in questions
-    ]
+    return [Question(q.id, q.prompt, following[q.images], q.truth, q.category) for q in questions]
 
 
 def _table(name: str, questions: Sequence[Question], scores: dict[str, Score]) -> Table:
@@ -181,5 +191,3 @@ def _table(name: str, questions: Sequence[Question], scores: dict[str, Score]) -
         rows=rows,
         caption="Blind: the same question with the image of another." if "blind" in scores else "",
     )
-
-

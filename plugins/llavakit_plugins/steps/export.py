@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 import llavakit
 from llavakit import Dataset, Exporter, InputPath, ModelError, Options, Outcome, Run, Step, Use
 from llavakit.assembly import save_model
@@ -68,5 +67,3 @@ class Export(Step):
         metrics["parameters"] = float(parameters)
         metrics["bytes"] = float(sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()))
         return Outcome(metrics, [Gallery(title="The exported model's answers", cards=cards)])
-
-

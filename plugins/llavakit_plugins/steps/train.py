@@ -99,7 +99,9 @@ def _sample_flop(options: TrainOptions, planner: Planner, text: int, length: int
     model = planner.model
     head = model.language.head.weight.numel()
     blocks = planner.parameters("language") - head
-    if (table := model.language.embedding_VE) is not None and table is not model.language.head.weight:
+    if (
+        table := model.language.embedding_VE
+    ) is not None and table is not model.language.head.weight:
         blocks -= table.numel()
     layers, _, _ = model.language.cache_shape()
     attention = 2 * layers * model.language.width * length**2

@@ -29,6 +29,7 @@ class Batch:
 class Corpus:
     """Every sample's ids and learned mask, end to end.
 
+    Samples are cut at `max_length`, or at the language model's own where that is less.
     Raises DataError naming samples in which nothing is learned, before training starts.
     """
 
@@ -42,6 +43,9 @@ class Corpus:
     ) -> None:
         self.data = data
         self.visual_tokens = model.visual_tokens
+        if not len(data):
+            raise DataError("the data set holds no samples; choose another")
+        max_length = min(max_length, model.language.max_length)
         self.max_length = max_length
         tokenizer = model.language.tokenizer
         ids: list[npt.NDArray[np.int32]] = []

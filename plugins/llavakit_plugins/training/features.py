@@ -1,6 +1,6 @@
 """Where the patch features of a micro-batch come from: the encoder, or a cache of its output.
 
-    I images, P patches, D vision width.
+I images, P patches, D vision width.
 """
 
 from __future__ import annotations
@@ -59,9 +59,7 @@ class Encoding:
 
 
 class _MicroBatches(TorchDataset[tuple[PackedBatch, Tensor | None]]):
-    def __init__(
-        self, corpus: Corpus, model: LlavaModel, micros: Sequence[Sequence[int]]
-    ) -> None:
+    def __init__(self, corpus: Corpus, model: LlavaModel, micros: Sequence[Sequence[int]]) -> None:
         self._corpus, self._micros = corpus, micros
         self._prepare = model.vision.prepare
 

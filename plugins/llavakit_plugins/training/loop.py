@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from llavakit import LlavaModel, Run, Stopped, TrainingError
+from llavakit.assembly import cast_weights
 from llavakit_plugins.training.checkpoints import Checkpoints
 from llavakit_plugins.training.corpus import Batch, Corpus
-from llavakit_plugins.training.features import CACHE_BYTES, Cached, Encoding, Features
-from llavakit_plugins.training.features import index_images
-from llavakit_plugins.training.optimiser import Optimiser
+from llavakit_plugins.training.features import CACHE_BYTES, Cached, Encoding, Features, index_images
+from llavakit_plugins.training.optimiser import Group, NotFinite, Optimiser, Schedule
 from llavakit_plugins.training.options import TrainOptions
 
 PARTS = ("vision", "connector", "language")
@@ -43,11 +43,19 @@ class Trainer:
 
     def __init__(self, model: LlavaModel, corpus: Corpus, options: TrainOptions, run: Run) -> None:
         self.model, self.corpus, self.options, self.run = model, corpus, options, run
-        self.dtypes = _set_up(model, options)
+        self._before = _set_up(model, options)
         per_epoch = corpus.steps(options.batch_size)
         whole = per_epoch * options.epochs
         self.steps = min(whole, options.max_steps or whole)
-        self.optimiser = Optimiser(model, options, self.steps)
+        self.optimiser = Optimiser(
+            [
+                _group(model, part, rate, options.weight_decay)
+                for part, rate in options.train.items()
+            ],
+            Schedule(self.steps, options.warmup, options.schedule),
+            betas=options.betas,
+            clip=options.clip,
+        )
         self.checkpoints = Checkpoints(run.directory / "checkpoints", options.keep)
         self.progress = Progress()
         self.features = self._features()
@@ -102,7 +110,7 @@ class Trainer:
                 self._save()
             if stopping and not last:
                 raise Stopped
-        self._restore_dtypes()
+        self._tear_down()
         return self.progress
 
     def _batches(self) -> Iterator[Batch]:
@@ -130,14 +138,18 @@ class Trainer:
             total += loss.detach()
         value = total.item()
         if not math.isfinite(value):
-            raise TrainingError(self._blame(batch, value))
-        norm, rate = self.optimiser.step(self.progress.step)
+            raise TrainingError(self._blame(batch, f"the loss of step {self.progress.step + 1} is {value}"))
+        try:
+            norm, rate = self.optimiser.step(self.progress.step)
+        except NotFinite as error:
+            what = f"the gradient of step {self.progress.step + 1} is not finite"
+            raise TrainingError(self._blame(batch, what)) from error
         self.progress.samples += len(batch.all_samples)
         self.progress.tokens += sum(self.corpus.lengths[s] for s in batch.all_samples)
         self.progress.targets += targets
         return value, norm.item(), rate
 
-    def _blame(self, batch: Batch, value: float) -> str:
+    def _blame(self, batch: Batch, what: str) -> str:
         """Say which samples of a step have no finite loss: the weights are still those before."""
         bad = []
         with torch.no_grad(), self._autocast():
@@ -148,9 +160,8 @@ class Trainer:
         names = ", ".join(f"`{self.corpus.data[sample].id}`" for sample in named[:_NAMED])
         more = f" and {len(named) - _NAMED} more" if len(named) > _NAMED else ""
         return (
-            f"the loss of step {self.progress.step + 1} is {value}; samples: {names}{more}. "
-            "Lower the learning rate, or look at these samples; --resume goes on from the last "
-            "checkpoint"
+            f"{what}; samples: {names}{more}. Lower the learning rate, or look at these samples; "
+            "--resume goes on from the last checkpoint"
         )
 
     def _autocast(self) -> AbstractContextManager[Any]:
@@ -169,25 +180,54 @@ class Trainer:
             self.progress = Progress(**state)
             self.run.event("resumed", at=self.progress.step)
 
-    def _restore_dtypes(self) -> None:
-        for part, dtype in self.dtypes.items():
-            getattr(self.model, part).to(dtype)
-        self.model.requires_grad_(False)
+    def _tear_down(self) -> None:
+        """Give every part its own precision back; one that was frozen, its own weights."""
+        for part, before in self._before.items():
+            module = getattr(self.model, part)
+            cast_weights(module, before.dtype)
+            for name, weight in before.weights.items():
+                module.get_parameter(name).data = weight.to(self.model.device)
+        self.model.requires_grad_(False).eval()
 
 
-def _set_up(model: LlavaModel, options: TrainOptions) -> dict[str, torch.dtype]:
-    """Freeze and thaw; return the parts' own dtypes, to be restored when training is over."""
-    dtypes = {}
+@dataclass(frozen=True)
+class _Before:
+    """A part as it was before training."""
+
+    dtype: torch.dtype
+    weights: Mapping[str, Tensor]
+    """Of a frozen part that is rounded to half precision meanwhile, its own, off the device."""
+
+
+def _set_up(model: LlavaModel, options: TrainOptions) -> dict[str, _Before]:
+    """Freeze and thaw; return what the parts were before."""
+    befores = {}
     half = torch.bfloat16 if options.precision == "bf16" else torch.float32
     for part in PARTS:
         module = getattr(model, part)
         learns = part in options.train
-        dtypes[part] = next((p.dtype for p in module.parameters()), torch.float32)
+        wanted = torch.float32 if learns else half
+        dtype = next((p.dtype for p in module.parameters()), wanted)
+        weights = {}
+        if not learns and dtype != wanted:
+            weights = {name: p.detach().cpu() for name, p in module.named_parameters()}
+        befores[part] = _Before(dtype, weights)
         module.requires_grad_(learns)
         module.train(learns)
-        module.to(torch.float32 if learns else half)
+        cast_weights(module, wanted)
     model.language.recompute = options.recompute
-    return dtypes
+    return befores
+
+
+def _group(model: LlavaModel, part: str, rate: float, weight_decay: float) -> Group:
+    named = {
+        f"{part}.{name}": parameter
+        for name, parameter in getattr(model, part).named_parameters()
+        if parameter.requires_grad
+    }
+    if not named:
+        raise TrainingError(f"`{part}` has no parameters that learn; take it out of `train`")
+    return Group(named, rate, weight_decay)
 
 
 class _Meter:
@@ -212,9 +252,7 @@ class _Meter:
 
 
 @torch.no_grad()
-def held_out_loss(
-    model: LlavaModel, corpus: Corpus, capacity: int, features: Features
-) -> float:
+def held_out_loss(model: LlavaModel, corpus: Corpus, capacity: int, features: Features) -> float:
     """Return the mean loss a target token over a corpus, nothing learned."""
     total, targets = torch.zeros((), device=model.device), 0
     micros: Sequence[Sequence[int]] = corpus.batch(range(len(corpus)), capacity).samples

@@ -1,86 +1,124 @@
-"""AdamW over the parts that learn, with warm-up and decay, and its state as plain tensors."""
+"""AdamW with warm-up and decay, and its state as plain tensors."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from llavakit import LlavaModel, TrainingError
-from llavakit_plugins.training.options import TrainOptions
+from llavakit import TrainingError
+
+
+class NotFinite(TrainingError):
+    """A gradient overflowed."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The learning rate over the steps, as a share of its peak."""
+
+    steps: int
+    warmup: float
+    """Share of the steps in which it rises."""
+    kind: Literal["cosine", "constant"] = "cosine"
+
+    def __call__(self, step: int) -> float:
+        """Return the share at `step`, counted from 0; as in transformers, 0 at the first."""
+        rising = math.ceil(self.warmup * self.steps)
+        if step < rising:
+            return step / rising
+        if self.kind == "constant":
+            return 1.0
+        done = (step - rising) / max(1, self.steps - rising)
+        return 0.5 * (1.0 + math.cos(math.pi * done))
+
+
+@dataclass(frozen=True)
+class Group:
+    """Parameters that share a peak learning rate, by name."""
+
+    named: Mapping[str, nn.Parameter]
+    peak: float
+    weight_decay: float = 0.0
 
 
 class Optimiser:
-    """The trained parameters, one learning rate for each part."""
+    """Clips gradients by their common norm and updates every group."""
 
-    def __init__(self, model: LlavaModel, options: TrainOptions, steps: int) -> None:
-        self.options = options
-        self.steps = steps
-        self.warmup = math.ceil(options.warmup * steps)
-        self.named: dict[str, nn.Parameter] = {}
-        groups = []
-        for part, rate in options.train.items():
-            named = {
-                f"{part}.{name}": parameter
-                for name, parameter in getattr(model, part).named_parameters()
-                if parameter.requires_grad
-            }
-            if not named:
-                raise TrainingError(
-                    f"`{part}` has no parameters that learn; take it out of `train`"
-                )
-            self.named |= named
-            groups.append({"params": list(named.values()), "lr": rate, "peak": rate})
-        self.adamw = torch.optim.AdamW(
-            groups, betas=options.betas, weight_decay=options.weight_decay, fused=True
+    def __init__(
+        self,
+        groups: list[Group],
+        schedule: Schedule,
+        *,
+        betas: tuple[float, float] = (0.9, 0.999),
+        clip: float = 1.0,
+    ) -> None:
+        self.schedule, self.clip = schedule, clip
+        self.named = {name: p for group in groups for name, p in group.named.items()}
+        self._adamw = torch.optim.AdamW(
+            [
+                {
+                    "params": list(group.named.values()),
+                    "lr": group.peak,
+                    "peak": group.peak,
+                    "weight_decay": group.weight_decay,
+                }
+                for group in groups
+            ],
+            betas=betas,
+            fused=True,
         )
 
-    def factor(self, step: int) -> float:
-        """Return the share of the peak learning rate at `step`, counted from 0."""
-        if step < self.warmup:
-            return (step + 1) / self.warmup
-        if self.options.schedule == "constant":
-            return 1.0
-        done = (step - self.warmup) / max(1, self.steps - self.warmup)
-        return 0.5 * (1.0 + math.cos(math.pi * done))
-
     def step(self, step: int) -> tuple[Tensor, float]:
-        """Clip, update and clear the gradients; return their norm and the first part's rate."""
-        norm = nn.utils.clip_grad_norm_(list(self.named.values()), self.options.clip)
-        for group in self.adamw.param_groups:
-            group["lr"] = group["peak"] * self.factor(step)
-        self.adamw.step()
-        self.adamw.zero_grad(set_to_none=True)
-        return norm, self.adamw.param_groups[0]["lr"]
+        """Update and clear the gradients; return their norm and the first group's rate.
+
+        Raises NotFinite, the weights unchanged, where the norm is no number.
+        """
+        norm = nn.utils.clip_grad_norm_(list(self.named.values()), self.clip)
+        if not math.isfinite(norm.item()):
+            self._adamw.zero_grad(set_to_none=True)
+            raise NotFinite(
+                f"the gradient of step {step + 1} has norm {norm.item()}; lower the learning rate"
+            )
+        for group in self._adamw.param_groups:
+            group["lr"] = group["peak"] * self.schedule(step)
+        self._adamw.step()
+        self._adamw.zero_grad(set_to_none=True)
+        return norm, self._adamw.param_groups[0]["lr"]
 
     def tensors(self) -> dict[str, Tensor]:
         """Return parameters and their moments by name."""
-        tensors: dict[str, Tensor] = {}
-        for name, parameter in self.named.items():
-            tensors[f"parameter/{name}"] = parameter.detach()
-            for key, value in self.adamw.state[parameter].items():
-                tensors[f"{key}/{name}"] = value
-        return tensors
+        return {
+            f"{kind}/{name}": tensor
+            for name, parameter in self.named.items()
+            for kind, tensor in self._state(parameter)
+        }
+
+    def _state(self, parameter: nn.Parameter) -> Iterator[tuple[str, Tensor]]:
+        yield "parameter", parameter.detach()
+        yield from self._adamw.state[parameter].items()
 
     @torch.no_grad()
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """Take back what `tensors` returned. Raises TrainingError where a tensor is missing."""
+        found: dict[str, dict[str, Tensor]] = {}
+        for key, tensor in tensors.items():
+            kind, _, name = key.partition("/")
+            found.setdefault(name, {})[kind] = tensor
         for name, parameter in self.named.items():
-            own = {
-                key.partition("/")[0]: value
-                for key, value in tensors.items()
-                if key.partition("/")[2] == name
-            }
-            value = own.pop("parameter", None)
+            state = found.get(name, {})
+            value = state.pop("parameter", None)
             if value is None or value.shape != parameter.shape:
                 raise TrainingError(
                     f"the checkpoint lacks `{name}` of shape {tuple(parameter.shape)}; it belongs "
                     "to another recipe: start over without --resume"
                 )
             parameter.copy_(value)
-            self.adamw.state[parameter] = {
-                key: moment if key == "step" else moment.to(parameter.device)
-                for key, moment in own.items()
+            self._adamw.state[parameter] = {
+                kind: tensor if kind == "step" else tensor.to(parameter.device)
+                for kind, tensor in state.items()
             }

@@ -1,0 +1,1 @@
+"""Backbones from nothing: a tokenizer, a contrastive CLIP and a causal language model on text."""

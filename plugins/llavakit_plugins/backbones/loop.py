@@ -1,0 +1,51 @@
+"""A bare training loop with checkpoints, for backbones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from llavakit import Run, Stopped, TrainingError
+from llavakit_plugins.training.checkpoints import Checkpoints
+from llavakit_plugins.training.optimiser import Optimiser
+
+_CHECKPOINT_EVERY = 200
+_LOG_EVERY = 20
+
+
+def optimise(
+    run: Run, name: str, optimiser: Optimiser, loss_of: Callable[[int], Tensor]
+) -> list[tuple[int, float]]:
+    """Take every step of the optimiser's schedule; return the losses by step.
+
+    `loss_of(step)` depends on nothing but the step and the weights, so that a resumed run is the
+    uninterrupted one. Raises Stopped after saving, where the user asked to stop.
+    """
+    checkpoints = Checkpoints(run.directory / f"{name}-checkpoints", keep=1)
+    steps = optimiser.schedule.steps
+    losses: list[tuple[int, float]] = []
+    if run.resume and (found := checkpoints.load()) is not None:
+        tensors, state = found
+        optimiser.restore(tensors)
+        losses = [(at, loss) for at, loss in state["losses"]]
+    for step in range(len(losses), steps):
+        loss = loss_of(step)
+        loss.backward()
+        value = loss.item()
+        if value != value:  # not a number
+            raise TrainingError(
+                f"the loss of {name} is not a number at step {step + 1}; lower its learning rate"
+            )
+        optimiser.step(step)
+        losses.append((step + 1, value))
+        last = step + 1 == steps
+        if (step + 1) % _LOG_EVERY == 0 or last:
+            run.event("train", phase=name, at=step + 1, loss=round(value, 6))
+        run.progress(step + 1, steps, f"{name} loss {value:.3f}")
+        stopping = run.stopping()
+        if stopping or last or (step + 1) % _CHECKPOINT_EVERY == 0:
+            checkpoints.save(step + 1, optimiser.tensors(), {"losses": losses})
+        if stopping:
+            raise Stopped
+    return losses

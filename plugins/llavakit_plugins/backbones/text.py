@@ -1,0 +1,98 @@
+"""Trains a small language model on text alone, before it ever meets an image."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from llavakit import Generator, ImageContext, LanguageModel, PromptTemplate, Run, Segment
+from llavakit.packing import PackedBatch, pack
+from llavakit.prompts import Encoded, tokenise
+from llavakit.samples import IMAGE, RESPONSE_KINDS
+from llavakit_plugins.backbones.loop import optimise
+from llavakit_plugins.training.optimiser import Group, Optimiser, Schedule
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+
+class TextOptions(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    steps: int = Field(default=500, ge=1)
+    batch_size: int = Field(default=48, ge=1)
+    """Documents of a step."""
+    lr: float = Field(default=3e-3, gt=0)
+    weight_decay: float = Field(default=0.05, ge=0)
+    warmup: float = Field(default=0.05, ge=0, lt=1)
+
+
+Document = list[Segment]
+
+
+def documents(
+    contexts: Sequence[ImageContext],
+    generator: Generator,
+    template: PromptTemplate,
+    tokenizer: PreTrainedTokenizerFast,
+    seed: int,
+) -> Iterator[Document]:
+    """Yield one document a context: three of its captions, or a dialogue about one of them.
+
+    In a dialogue a caption stands where the image will be, so the model learns to answer from what
+    is in front of the question. Of `tokenizer` only the special tokens matter.
+    """
+    draw = np.random.default_rng([seed, 3])
+    end = Segment(str(tokenizer.eos_token), markup=True)
+    for context in contexts:
+        captions = [str(caption) for caption in draw.permutation(context.captions)]
+        kind = RESPONSE_KINDS[int(draw.integers(3))] if draw.integers(2) else None
+        if kind is None:
+            yield [Segment(" ".join(captions[:3])), end]
+            continue
+        turns = generator.generate(context, kind)
+        yield [
+            Segment(segment.text.replace(IMAGE, captions[0]), segment.learned, segment.markup)
+            for segment in template.segments(turns, tokenizer)
+        ]
+
+
+def train_language(
+    language: LanguageModel, corpus: Sequence[Document], options: TextOptions, run: Run
+) -> list[tuple[int, float]]:
+    """Train `language` on every token of the documents; return the losses by step."""
+    encoded: list[Encoded] = []
+    for document in corpus:
+        ids, _ = tokenise(document, language.tokenizer)
+        encoded.append(Encoded(ids, np.ones(len(ids), dtype=np.bool_), language.max_length))
+    language.train()
+    named = dict(language.named_parameters())
+    decayed = {name: p for name, p in named.items() if p.ndim > 1 and "embed" not in name}
+    others = {name: p for name, p in named.items() if name not in decayed}
+    groups = [Group(decayed, options.lr, options.weight_decay), Group(others, options.lr)]
+    schedule = Schedule(options.steps, options.warmup)
+    optimiser = Optimiser(groups, schedule, betas=(0.9, 0.98))
+
+    def batch(step: int) -> PackedBatch:
+        begin = step * options.batch_size
+        chosen = []
+        for place in range(begin, begin + options.batch_size):
+            round_, within = divmod(place, len(encoded))
+            order = np.random.default_rng([run.seed, 4, round_]).permutation(len(encoded))
+            chosen.append(int(order[within]))
+        return pack([encoded[index] for index in chosen], chosen, visual_tokens=1)
+
+    def loss_of(step: int) -> Tensor:
+        packed = batch(step)
+        hidden_ME = language.hidden(
+            language.embed(packed.token_ids_T), packed.packing, packed.target_rows
+        )
+        return language.loss(hidden_ME, packed.targets_M) / len(packed.targets_M)
+
+    losses = optimise(run, "language", optimiser, loss_of)
+    language.eval()
+    return losses

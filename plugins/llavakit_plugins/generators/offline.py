@@ -1,0 +1,237 @@
+"""A teacher without a network: reads captions and boxes by rule and writes the paper's three
+response types (section 3). It never sees a picture.
+
+From boxes it takes what there is, how many and where; from captions the colour in front of a
+category's name (`a red bus`) and the ground things stand `on a … canvas`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+
+import numpy as np
+from pydantic import Field
+
+from llavakit import DataError, Generator, ImageContext, Options, Turn
+from llavakit.samples import IMAGE, Box, ResponseKind
+
+COLOURS = (
+    "red", "green", "blue", "black", "white", "yellow", "pink", "grey", "gray", "brown", "orange",
+    "purple",
+)  # fmt: skip
+NUMBERS = (
+    "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten",
+    "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen",
+    "nineteen", "twenty", "twenty-one", "twenty-two", "twenty-three", "twenty-four",
+    "twenty-five", "twenty-six", "twenty-seven",
+)  # fmt: skip
+DETAIL = (
+    "Describe the image in detail.",
+    "What can be seen in this image, in full?",
+    "Give a detailed account of the image.",
+    "Tell me everything that the image shows.",
+)
+
+
+@dataclass(frozen=True)
+class Thing:
+    """One object as the teacher understands it."""
+
+    category: str
+    place: str
+    colour: str | None
+
+
+@dataclass(frozen=True)
+class View:
+    """What the teacher makes of a context."""
+
+    things: tuple[Thing, ...]
+    ground: str | None
+    noun: str
+    """What to call the things: `digit` where all are number words, else `object`."""
+
+
+def understand(context: ImageContext) -> View:
+    """Read captions and boxes. Raises DataError where there are no boxes to read."""
+    if not context.boxes:
+        raise DataError(
+            f"context `{context.id}` has no boxes, so the offline teacher knows nothing to ask; "
+            "choose another generator or remove it"
+        )
+    text = " ".join(context.captions).lower()
+    palette = "|".join(COLOURS)
+    used: dict[str, int] = {}
+    things = []
+    for box in context.boxes:
+        name = box.category.lower()
+        colours = re.findall(rf"\b({palette}) {re.escape(name)}\b", context.captions[0].lower())
+        number = used.get(name, 0)
+        used[name] = number + 1
+        colour = colours[number] if number < len(colours) else None
+        things.append(Thing(name, place_of(box), colour))
+    ground = re.search(rf"\bon an? ({palette}) (?:canvas|background)\b", text)
+    digits = all(thing.category in NUMBERS[:10] for thing in things)
+    return View(tuple(things), ground[1] if ground else None, "digit" if digits else "object")
+
+
+def place_of(box: Box) -> str:
+    """Return where the middle of a box is: `top left`, … by halves of the image."""
+    left, top, right, bottom = box.corners
+    vertical = "top" if (top + bottom) / 2 < 0.5 else "bottom"
+    return f"{vertical} {'left' if (left + right) / 2 < 0.5 else 'right'}"
+
+
+class OfflineOptions(Options):
+    seed: int = 0
+    turns: int = Field(default=3, ge=1)
+    """Most questions of one conversation."""
+
+
+class Offline(Generator):
+    """Always the same conversation for the same context, kind and seed."""
+
+    name = "offline"
+    Options = OfflineOptions
+
+    def __init__(self, options: OfflineOptions) -> None:
+        self.options = options
+
+    def generate(self, context: ImageContext, kind: ResponseKind) -> Sequence[Turn]:
+        key = f"{self.options.seed}/{context.id}/{kind}".encode()
+        draw = np.random.default_rng(int.from_bytes(sha256(key).digest()[:8], "big"))
+        view = understand(context)
+        write = {"conversation": self._conversation, "detail": _detail, "reasoning": _reasoning}
+        pairs = write[kind](view, draw)
+        turns: list[Turn] = []
+        for number, (question, answer) in enumerate(pairs):
+            mark = f"{IMAGE}\n" if number == 0 else ""
+            turns += [Turn("human", mark + question), Turn("gpt", answer)]
+        return turns
+
+    def _conversation(self, view: View, draw: np.random.Generator) -> list[tuple[str, str]]:
+        order = draw.permutation(len(_FORMS)).tolist()
+        pairs = [pair for form in order if (pair := _FORMS[form](view, draw)) is not None]
+        return pairs[: self.options.turns]
+
+
+# -- conversation: one question of each form, each with one right answer ---------------------------
+
+Pair = tuple[str, str]
+
+
+def _pick(draw: np.random.Generator, items: Sequence[Thing]) -> Thing:
+    return items[int(draw.integers(len(items)))]
+
+
+def _alone(view: View, key: Callable[[Thing], str | None]) -> list[Thing]:
+    """Return the things that share the key with no other."""
+    keys = [key(thing) for thing in view.things]
+    return [t for t, own in zip(view.things, keys, strict=True) if own and keys.count(own) == 1]
+
+
+def _article(noun: str) -> str:
+    return f"an {noun}" if noun[0] in "aeiou" and noun != "one" else f"a {noun}"
+
+
+def _which(view: View, draw: np.random.Generator) -> Pair | None:
+    if not (alone := _alone(view, lambda thing: thing.place)):
+        return None
+    thing = _pick(draw, alone)
+    answer = _article(thing.category).capitalize()
+    return f"Which {view.noun} is at the {thing.place}?", f"{answer}."
+
+
+def _colour(view: View, draw: np.random.Generator) -> Pair | None:
+    coloured = [thing for thing in _alone(view, lambda thing: thing.place) if thing.colour]
+    if not coloured:
+        return None
+    thing = _pick(draw, coloured)
+    return f"What colour is the {view.noun} at the {thing.place}?", f"{thing.colour}.".capitalize()
+
+
+def _ground(view: View, draw: np.random.Generator) -> Pair | None:
+    if view.ground is None:
+        return None
+    return "What colour is the canvas?", f"{view.ground}.".capitalize()
+
+
+def _count(view: View, draw: np.random.Generator) -> Pair | None:
+    if len(view.things) >= len(NUMBERS):
+        return None
+    return f"How many {view.noun}s are there?", f"{NUMBERS[len(view.things)]}.".capitalize()
+
+
+def _exists(view: View, draw: np.random.Generator) -> Pair | None:
+    """Ask for a colour that is there and one that is not equally often."""
+    here = sorted({thing.colour for thing in view.things if thing.colour})
+    gone = [colour for colour in COLOURS[:4] if colour not in here]
+    if not here or not gone:
+        return None
+    there = bool(draw.integers(2))
+    colour = str(draw.choice(here if there else gone))
+    return f"Is there a {colour} {view.noun}?", "Yes." if there else "No."
+
+
+def _where(view: View, draw: np.random.Generator) -> Pair | None:
+    if not (alone := _alone(view, lambda thing: thing.category)):
+        return None
+    thing = _pick(draw, alone)
+    return f"Where is the {thing.category}?", f"At the {thing.place}."
+
+
+def _whose(view: View, draw: np.random.Generator) -> Pair | None:
+    if not (alone := _alone(view, lambda thing: thing.colour)):
+        return None
+    thing = _pick(draw, alone)
+    answer = _article(thing.category).capitalize()
+    return f"Which {view.noun} is {thing.colour}?", f"{answer}."
+
+
+_FORMS = (_which, _colour, _ground, _count, _exists, _where, _whose)
+
+
+# -- detail and reasoning --------------------------------------------------------------------------
+
+
+def _detail(view: View, draw: np.random.Generator) -> list[Pair]:
+    count = len(view.things)
+    amount = NUMBERS[count] if count < len(NUMBERS) else str(count)
+    start = f"The canvas is {view.ground} with" if view.ground else "The image shows"
+    sentences = [f"{start} {amount} {view.noun}{'' if count == 1 else 's'}."]
+    for thing in view.things:
+        named = f"{thing.colour} {thing.category}" if thing.colour else thing.category
+        sentences.append(f"The {thing.place} shows {_article(named)}.")
+    return [(str(draw.choice(DETAIL)), " ".join(sentences))]
+
+
+def _reasoning(view: View, draw: np.random.Generator) -> list[Pair]:
+    if view.noun == "digit":
+        return [_arithmetic([NUMBERS.index(thing.category) for thing in view.things], draw)]
+    categories = [thing.category for thing in view.things]
+    most = max(categories, key=categories.count)
+    number = categories.count(most)
+    amount = NUMBERS[number] if number < len(NUMBERS) else str(number)
+    are = f"is {_article(most)}" if number == 1 else f"are of the sort {most}"
+    answer = (
+        f"Of the {len(categories)} objects, {amount} {are}; no other sort has more, so the image "
+        f"is mainly about that."
+    )
+    return [("What is this image mainly about, and how can you tell?", answer)]
+
+
+def _arithmetic(digits: Sequence[int], draw: np.random.Generator) -> Pair:
+    if len(digits) == 1:
+        kind = "odd" if digits[0] % 2 else "even"
+        answer = f"The digit is {NUMBERS[digits[0]]}, so it is {kind}."
+        return "Is the digit even or odd?", answer
+    seen = f"The digits are {' and '.join(NUMBERS[digit] for digit in digits)}, so the "
+    forms = ["largest", "smallest"] + ["sum"] * (2 * (len(digits) == 2))
+    form = str(draw.choice(forms))
+    if form == "sum":
+        return "What is the sum of the digits?", f"{seen}sum is {NUMBERS[sum(digits)]}."
+    value = max(digits) if form == "largest" else min(digits)
+    return f"What is the {form} digit?", f"{seen}{form} is {NUMBERS[value]}."

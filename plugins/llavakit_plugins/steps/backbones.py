@@ -1,0 +1,80 @@
+"""Trains the recipe's vision encoder and language model from nothing, so that both stages start
+from pretrained ones, as the paper does."""
+
+from __future__ import annotations
+
+import torch
+
+from llavakit import Generator, InputPath, Options, Outcome, Run, Step, Use
+from llavakit.assembly import save_model
+from llavakit.planning import Planner, StepPlan
+from llavakit.reporting import Curves
+from llavakit_plugins.backbones.contrastive import ContrastiveOptions, train_clip
+from llavakit_plugins.backbones.text import TextOptions, documents, train_language
+from llavakit_plugins.backbones.tokenizer import train_tokenizer
+from llavakit_plugins.contexts import read_contexts
+
+_TOKENS = 60  # of a document, roughly: for plans only
+
+
+class BackbonesOptions(Options):
+    contexts: tuple[InputPath, ...]
+    """Captions and boxes, the easiest file first."""
+    images: InputPath
+    generator: Use[Generator]
+    """Writes the dialogues that the language model reads as text."""
+    contrastive: ContrastiveOptions = ContrastiveOptions()
+    text: TextOptions = TextOptions()
+
+
+class Backbones(Step):
+    """Leaves a model folder with a new connector between trained backbones."""
+
+    name = "backbones"
+    Options = BackbonesOptions
+
+    def __init__(self, options: BackbonesOptions) -> None:
+        self.options = options
+
+    def run(self, run: Run) -> Outcome:
+        options = self.options
+        files = [list(read_contexts(path)) for path in options.contexts]
+        generator = run.build(options.generator)
+        torch.manual_seed(run.seed)
+        model = run.model.new()
+        language, template = model.language, model.template
+        everything = [context for file in files for context in file]
+        corpus = list(documents(everything, generator, template, train_tokenizer([], 0), run.seed))
+        texts = ("".join(segment.text for segment in document) for document in corpus)
+        language.tokenizer = train_tokenizer(texts, language.head.out_features)
+        seen = train_clip(
+            model.vision, language.tokenizer, files, options.images, options.contrastive, run
+        )
+        read = train_language(language, corpus, options.text, run)
+        save_model(model, run.directory / "model")
+        curves = [
+            _curve("CLIP: contrastive loss", "contrastive", seen),
+            _curve("Language model: loss on text", "language", read),
+        ]
+        return Outcome({"contrastive_loss": seen[-1][1], "language_loss": read[-1][1]}, curves)
+
+    @classmethod
+    def plan(cls, options: BackbonesOptions, planner: Planner) -> StepPlan:
+        vision, text = options.contrastive, options.text
+        patches = planner.model.vision.tokens(planner.model.vision.image_size) + 1
+        seen = vision.steps * vision.batch_size
+        read = text.steps * text.batch_size
+        flop = 6.0 * planner.parameters("vision") * patches * seen
+        flop += 6.0 * planner.parameters("language") * _TOKENS * read
+        return StepPlan(
+            samples=seen + read,
+            tokens=seen * patches + read * _TOKENS,
+            steps=vision.steps + text.steps,
+            tflop=flop / 1e12,
+            trained=("vision", "language"),
+        )
+
+
+def _curve(title: str, name: str, losses: list[tuple[int, float]]) -> Curves:
+    points = [(float(at), loss) for at, loss in losses]
+    return Curves(title=title, x="step", y="loss", series={name: points})

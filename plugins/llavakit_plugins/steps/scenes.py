@@ -1,0 +1,75 @@
+"""Draws a small world to learn to see: coloured handwritten digits, with captions and boxes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import Field
+
+from llavakit import ImageContext, Options, Outcome, Run, Step
+from llavakit.reporting import Card, Gallery
+from llavakit_plugins.contexts import write_contexts
+from llavakit_plugins.scenes import FAMILY, Scene, Split, compose
+
+_SHOWN = 12
+
+
+class ScenesOptions(Options):
+    train: int = Field(default=8192, ge=FAMILY)
+    """Scenes to learn from."""
+    single: int = Field(default=0, ge=0)
+    """More scenes to learn from, of one digit each; they come first."""
+    most: int = Field(default=3, ge=1, le=3)
+    """Most digits of a scene."""
+    test: int = Field(default=512, ge=FAMILY)
+    """Held-out scenes, drawn with glyphs that no other scene has."""
+
+
+class Scenes(Step):
+    """Leaves `train.jsonl`, `single.jsonl`, `test.jsonl` and `images/`."""
+
+    name = "scenes"
+    Options = ScenesOptions
+
+    def __init__(self, options: ScenesOptions) -> None:
+        self.options = options
+
+    def run(self, run: Run) -> Outcome:
+        options = self.options
+        total = options.train + options.single + options.test
+        done = 0
+        shown: list[Card] = []
+        (run.directory / "images").mkdir(exist_ok=True)
+        plans: tuple[tuple[str, Split, int, int], ...] = (
+            ("single", "train", options.single, 1),
+            ("train", "train", options.train, options.most),
+            ("test", "test", options.test, options.most),
+        )
+        for name, split, count, most in plans:
+            contexts: list[ImageContext] = []
+            families = -(-count // FAMILY)
+            for scene in compose(split, families, run.seed, most):
+                if len(contexts) == count:
+                    break
+                contexts.append(_save(scene, f"{name}-{len(contexts):06}", run.directory))
+                done += 1
+                if done % 512 == 0 or done == total:
+                    run.progress(done, total, "drawing")
+            write_contexts(run.directory / f"{name}.jsonl", contexts)
+            if name == "test":
+                stride = max(1, len(contexts) // _SHOWN)
+                shown = [_card(context) for context in contexts[::stride][:_SHOWN]]
+        gallery = Gallery(title="Held-out scenes and what a teacher is told", cards=shown)
+        return Outcome({"train": options.train + options.single, "test": options.test}, [gallery])
+
+
+def _save(scene: Scene, identity: str, folder: Path) -> ImageContext:
+    context = scene.context(identity, f"{identity}.png")
+    scene.draw().save(folder / "images" / context.image)
+    return context
+
+
+def _card(context: ImageContext) -> Card:
+    boxes = ", ".join(f"{box.category} {list(box.corners)}" for box in context.boxes)
+    lines = [("caption", context.captions[0]), ("boxes", boxes)]
+    return Card(image=f"images/{context.image}", lines=lines)

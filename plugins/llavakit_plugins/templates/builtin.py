@@ -1,0 +1,99 @@
+"""The built-in templates: one component for each name in the table of formats."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from llavakit import ModelError, Options, PromptTemplate, Segment, Turn
+from llavakit.samples import IMAGE
+from llavakit_plugins.templates.formats import FORMATS, Format
+from llavakit_plugins.templates.placement import TemplateOptions, exchanges
+from llavakit_plugins.templates.styles import Frame, Style, image_and_caption
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class HashesOptions(TemplateOptions):
+    """Options of the templates with `###`."""
+
+    layout: Literal["original", "compact", "lines"] = "original"
+    """`compact`: `system###Human: …###Assistant:`. `lines`: each turn on a line of its own.
+    `original`: `lines` for a conversation that is complete and `compact` for one that ends with a
+    question, as the original LLaVA trains with the one and asks with the other."""
+
+
+class BuiltinTemplate(PromptTemplate):
+    """A row of the table; its subclasses differ in nothing else."""
+
+    format: ClassVar[Format]
+
+    def __init__(self, options: Options) -> None:
+        self._options = options if isinstance(options, TemplateOptions) else TemplateOptions()
+        own = self.format.system
+        self._system = own if self._options.system is None else self._options.system
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _build, (self.name, self._options)
+
+    def segments(
+        self, turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase
+    ) -> Sequence[Segment]:
+        """Return the text in order; after a human turn at the end it is open for the answer.
+
+        Raises DataError for turns that the template cannot show, ModelError where it ends answers
+        with the end token and the tokenizer has none.
+        """
+        row = self.format
+        pairs = exchanges(turns, self._options)
+        if row.image != IMAGE:
+            pairs = [
+                replace(pair, question=pair.question.replace(IMAGE, row.image)) for pair in pairs
+            ]
+        frame = Frame(
+            system=self._system,
+            roles=row.roles,
+            begin=(tokenizer.bos_token or "") if row.restart else "",
+            end=self._end(tokenizer) if row.ends else "",
+            example=row.example,
+        )
+        return list(self._style(complete=pairs[-1].answer is not None)(frame, pairs))
+
+    def stop(self, tokenizer: PreTrainedTokenizerBase) -> Sequence[str]:
+        """Return the separator that ends an answer, where it is not the end token."""
+        return self.format.stop
+
+    def _style(self, *, complete: bool) -> Style:
+        layout = self._options.layout if isinstance(self._options, HashesOptions) else "original"
+        on_lines = complete if layout == "original" else layout == "lines"
+        return self.format.trained if self.format.trained and on_lines else self.format.style
+
+    def _end(self, tokenizer: PreTrainedTokenizerBase) -> str:
+        end: str | None = tokenizer.eos_token
+        if not end:
+            raise ModelError(
+                f"the template `{self.name}` ends answers with the end token, and the tokenizer "
+                "has none; set its eos_token, or use a template with its own separator (llava_v0)"
+            )
+        return end
+
+
+def _component(name: str, row: Format) -> type[BuiltinTemplate]:
+    options: type[Options] = TemplateOptions
+    if row.trained is not None:
+        options = HashesOptions
+    elif row.style is image_and_caption:
+        options = Options  # no system text, and the caption is always behind the image
+    members = {"name": name, "format": row, "Options": options, "__doc__": f"{row.summary}."}
+    return type(f"BuiltinTemplate[{name}]", (BuiltinTemplate,), members)
+
+
+BUILTIN: dict[str, type[BuiltinTemplate]] = {
+    name: _component(name, row) for main, row in FORMATS.items() for name in (main, *row.aliases)
+}
+
+
+def _build(name: str, options: Options) -> BuiltinTemplate:
+    return BUILTIN[name](options)

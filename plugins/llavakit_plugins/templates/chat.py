@@ -1,0 +1,279 @@
+"""The tokenizer's own chat template, written in Jinja, as a prompt template.
+
+Where the turns stand and what is learned is found by rendering stand-ins for the turns' texts.
+Every sample is then rendered by the template itself and compared with that, so that the text is
+that of transformers' `apply_chat_template`, whatever the template does.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise, takewhile
+from typing import TYPE_CHECKING, Any, cast
+from weakref import WeakKeyDictionary
+
+from llavakit import DataError, LlavaError, ModelError, PromptTemplate, Segment, Turn
+from llavakit_plugins.templates.placement import TemplateOptions, exchanges
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Message = dict[str, str]
+Span = tuple[int, int]
+
+
+class ChatTemplateOptions(TemplateOptions):
+    """Options of `chat-template`.
+
+    Without `system` no system message is given, and the template may write one of its own, as
+    Qwen's does. With an empty one, none is given or an empty one, whichever makes less text.
+    """
+
+    variables: Mapping[str, bool | int | str] = {}
+    """What else the template reads, such as `{ enable_thinking = false }`."""
+
+
+@dataclass(frozen=True)
+class _Skeleton:
+    """A rendered conversation without its turns' texts."""
+
+    system: tuple[Message, ...]
+    learned: tuple[bool, ...]
+    """Which turns are learned."""
+    around: tuple[tuple[Segment, ...], ...]
+    """The template's own text: in front of each turn, and behind the last."""
+
+    def fill(self, texts: Sequence[str], rendered: str) -> list[Segment] | None:
+        """Return the segments of a rendered conversation; None where it isn't of this shape."""
+        borders = ["".join(segment.text for segment in group) for group in self.around]
+        if not rendered.startswith(borders[0]):
+            return None
+        segments = list(self.around[0])
+        position = len(borders[0])
+        for number, text in enumerate(texts):
+            border = borders[number + 1]
+            last = number + 1 == len(texts)
+            for variant in _variants(text):
+                end = position + len(variant)
+                fits = rendered.startswith(border, end) and rendered.startswith(variant, position)
+                if fits and (not last or end + len(border) == len(rendered)):
+                    break
+            else:
+                return None
+            segments.append(Segment(variant, self.learned[number]))
+            segments += self.around[number + 1]
+            position = end + len(border)
+        return segments
+
+
+def _variants(text: str) -> Iterator[str]:
+    """Yield what templates make of a turn's text: it as it is, or without space around it."""
+    yield text
+    for characters in ("\n", None):
+        yield text.lstrip(characters)
+        yield text.rstrip(characters)
+        yield text.strip(characters)
+
+
+class ChatTemplate(PromptTemplate):
+    """The tokenizer's own Jinja template.
+
+    Learned is what a template marks with `{% generation %}`. Of one that marks nothing it is what
+    the model has to write itself: from the end of the generation prompt to the first special
+    token behind the answer, or, where none follows, what stands behind the last answer as well.
+    """
+
+    name = "chat-template"
+    Options = ChatTemplateOptions
+    adds_bos = False
+    """The template writes the beginning token, if the model wants one."""
+
+    def __init__(self, options: ChatTemplateOptions) -> None:
+        self._options = options
+        self._skeletons: WeakKeyDictionary[
+            PreTrainedTokenizerBase, dict[tuple[str, int], _Skeleton]
+        ] = WeakKeyDictionary()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ChatTemplate, (self._options,)
+
+    def segments(
+        self, turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase
+    ) -> Sequence[Segment]:
+        """Return the text in order; after a human turn at the end it is open for the answer.
+
+        Raises ModelError for a tokenizer without a template that can be used, DataError for a
+        conversation whose texts the template rewrites.
+        """
+        texts = [
+            text
+            for pair in exchanges(turns, self._options)
+            for text in (pair.question, pair.answer)
+            if text is not None
+        ]
+        source = _source(tokenizer)
+        skeletons = self._skeletons.setdefault(tokenizer, {})
+        shape = (source, len(texts))
+        for attempt in range(2):
+            if attempt or shape not in skeletons:  # again, as a template may write the date
+                skeletons[shape] = self._skeleton(tokenizer, source, len(texts))
+            skeleton = skeletons[shape]
+            messages = [*skeleton.system, *_messages(texts)]
+            rendered, _ = self._render(tokenizer, source, messages)
+            segments = skeleton.fill(texts, rendered)
+            if segments is not None:
+                return segments
+        raise DataError(
+            "the tokenizer's chat template rewrites the text of a turn, so what is learned cannot "
+            "be told; reword the turn (some templates cut out `<think>` or empty answers), or use "
+            "another prompt template"
+        )
+
+    def stop(self, tokenizer: PreTrainedTokenizerBase) -> Sequence[str]:
+        """Return the text behind an answer, where it is not the end token."""
+        source = _source(tokenizer)
+        _, closing = self._edges(tokenizer, source, self._system(tokenizer, source))
+        special = _special_tokens(tokenizer).search(closing)
+        text = special[0] if special else closing.strip()
+        return () if text in ("", tokenizer.eos_token) else (text,)
+
+    def _skeleton(self, tokenizer: PreTrainedTokenizerBase, source: str, turns: int) -> _Skeleton:
+        system = self._system(tokenizer, source)
+        rendered, spans = self._render(tokenizer, source, [*system, *_stand_ins(turns)])
+        borders, starts = _split(rendered, turns)
+        if spans is None:
+            prompt, closing = self._edges(tokenizer, source, system)
+            special = _special_tokens(tokenizer)
+            spans = list(_unmarked(borders, starts, prompt, closing, special))
+        around = tuple(
+            tuple(_cut(border, start, spans)) for border, start in zip(borders, starts, strict=True)
+        )
+        ends = [start + len(border) for start, border in zip(starts, borders, strict=True)]
+        learned = tuple(any(a <= end < b for a, b in spans) for end in ends[:-1])
+        return _Skeleton(tuple(system), learned, around)
+
+    def _system(self, tokenizer: PreTrainedTokenizerBase, source: str) -> list[Message]:
+        """Return the system message to give, if any."""
+        text = self._options.system
+        message = {"role": "system", "content": text or ""}
+        choices: list[list[Message]] = [[message]] if text else [[], [message]]
+        if text is None:
+            choices = [[]]
+        lengths: dict[int, list[Message]] = {}
+        refusal: LlavaError | None = None
+        for choice in choices:
+            try:
+                rendered, _ = self._render(tokenizer, source, [*choice, *_stand_ins(1)])
+                lengths.setdefault(len(rendered), choice)
+            except ModelError as error:
+                refusal = error
+        if not lengths:
+            hint = "; leave `system` out" if text else ""
+            raise ModelError(f"{refusal}{hint}") from refusal
+        return lengths[min(lengths)]
+
+    def _edges(
+        self, tokenizer: PreTrainedTokenizerBase, source: str, system: Sequence[Message]
+    ) -> tuple[str, str]:
+        """Return the generation prompt, with what ends a question, and what ends an answer."""
+        asked, _ = self._render(tokenizer, source, [*system, *_stand_ins(1)])
+        answered, _ = self._render(tokenizer, source, [*system, *_stand_ins(2)])
+        return _split(asked, 1)[0][-1], _split(answered, 2)[0][-1]
+
+    def _render(
+        self, tokenizer: PreTrainedTokenizerBase, source: str, messages: Sequence[Message]
+    ) -> tuple[str, list[Span] | None]:
+        """Return the text, and the stretches that the template marks as generated, if it does."""
+        from jinja2 import TemplateError
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        marks = _GENERATION.search(source) is not None
+        variables: dict[str, Any] = {**tokenizer.special_tokens_map, **self._options.variables}
+        render = cast("Callable[..., tuple[list[str], list[list[Span]]]]", render_jinja_template)
+        try:
+            texts, spans = render(
+                conversations=[list(messages)],
+                chat_template=source,
+                return_assistant_tokens_mask=marks,
+                add_generation_prompt=messages[-1]["role"] == "user",
+                **variables,
+            )
+        except (TemplateError, TypeError) as error:
+            raise ModelError(
+                f"the tokenizer's chat template refuses a conversation: {error}"
+            ) from error
+        return texts[0], spans[0] if marks else None
+
+
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_STAND_IN = re.compile("\ufdd0([0-9]+)\ufdd1")  # noncharacters: no text has them
+
+
+def _source(tokenizer: PreTrainedTokenizerBase) -> str:
+    try:
+        return str(tokenizer.get_chat_template())
+    except ValueError as error:
+        raise ModelError(
+            "the tokenizer has no chat template; use another prompt template, such as `chatml`"
+        ) from error
+
+
+def _messages(texts: Sequence[str]) -> list[Message]:
+    roles = ("user", "assistant")
+    return [{"role": roles[n % 2], "content": text} for n, text in enumerate(texts)]
+
+
+def _stand_ins(turns: int) -> list[Message]:
+    return _messages([f"\ufdd0{number}\ufdd1" for number in range(turns)])
+
+
+def _split(rendered: str, turns: int) -> tuple[list[str], list[int]]:
+    """Return the texts around the stand-ins, and where each begins."""
+    marks = list(_STAND_IN.finditer(rendered))
+    if [int(mark[1]) for mark in marks] != list(range(turns)):
+        raise ModelError(
+            "the tokenizer's chat template leaves out, repeats or reorders turns, so what is "
+            "learned cannot be told; use another prompt template"
+        )
+    starts = [0, *(mark.end() for mark in marks)]
+    ends = [*(mark.start() for mark in marks), len(rendered)]
+    return [rendered[start:end] for start, end in zip(starts, ends, strict=True)], starts
+
+
+def _unmarked(
+    borders: Sequence[str],
+    starts: Sequence[int],
+    prompt: str,
+    closing: str,
+    special: re.Pattern[str],
+) -> Iterator[Span]:
+    """Yield what is learned of a template that marks nothing."""
+    for answer in range(1, len(borders) - 1, 2):  # the turn between borders[answer] and the next
+        given = _shared(borders[answer], prompt)
+        behind = borders[answer + 1]
+        end = special.search(behind)
+        written = end.end() if end else _shared(behind, closing)
+        yield starts[answer] + given, starts[answer + 1] + written
+
+
+def _shared(a: str, b: str) -> int:
+    """Return how many characters two texts have in common from their start on."""
+    pairs = zip(a, b, strict=False)
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+
+def _cut(border: str, start: int, spans: Sequence[Span]) -> Iterator[Segment]:
+    """Yield the template's text, cut where learning begins or ends."""
+    inside = {edge - start for span in spans for edge in span}
+    cuts = sorted({0, len(border), *(edge for edge in inside if 0 < edge < len(border))})
+    for begin, end in pairwise(cuts):
+        learned = any(a <= start + begin < b for a, b in spans)
+        yield Segment(border[begin:end], learned, markup=True)
+
+
+def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
+    tokens = [token for token in tokenizer.get_added_vocab() if token.strip()]
+    tokens.sort(key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, tokens)) or r"(?!)")

@@ -1,0 +1,132 @@
+"""The ways to write a conversation as text, and which of it is learned.
+
+A style takes a format, the system text and the exchanges. What is learned is what the original's
+label masks leave: an answer with the space in front of it and what ends it, so that the first
+token of the answer is learned whole, and the end token or separator with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from llavakit import DataError, Segment
+from llavakit.samples import IMAGE
+from llavakit_plugins.templates.placement import Exchange
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What stands around the turns."""
+
+    system: str
+    roles: tuple[str, str]
+    begin: str
+    """Written in front of every exchange but the first (the tokenizer begins that one)."""
+    end: str
+    """The tokenizer's end token."""
+    example: tuple[Exchange, ...] = ()
+
+
+Style: TypeAlias = Callable[[Frame, Sequence[Exchange]], Iterator[Segment]]
+
+
+def image_and_caption(frame: Frame, exchanges: Sequence[Exchange]) -> Iterator[Segment]:
+    """`<image>caption\\n`: the question is not shown (the original's stage 1 from v1.0 on)."""
+    question, answer = exchanges[0].question, exchanges[0].answer
+    if len(exchanges) > 1 or IMAGE not in question:
+        raise DataError(
+            "the template `plain` shows one image and its caption, and leaves out the question; "
+            "conversations, and samples without an image, need another template"
+        )
+    yield Segment(IMAGE * question.count(IMAGE))
+    if answer is not None:
+        yield Segment(answer, learned=True)
+        yield _markup("\n", learned=True)
+
+
+def roles_and_end_token(frame: Frame, exchanges: Sequence[Exchange]) -> Iterator[Segment]:
+    """`system USER: question ASSISTANT: answer</s>USER: …` (Vicuna v1)."""
+    human, assistant = frame.roles
+    if frame.system:
+        yield _markup(f"{frame.system} ")
+    for exchange in exchanges:
+        yield _markup(f"{human}: ")
+        yield Segment(exchange.question)
+        yield _markup(f" {assistant}:")
+        if exchange.answer is not None:
+            yield Segment(f" {exchange.answer}", learned=True)
+            yield _markup(frame.end, learned=True)
+
+
+def hashes(frame: Frame, exchanges: Sequence[Exchange]) -> Iterator[Segment]:
+    """`system###Human: question###Assistant: answer###` (Vicuna v0, as it is asked)."""
+    human, assistant = frame.roles
+    if frame.system:
+        yield _markup(f"{frame.system}###")
+    for number, exchange in enumerate([*frame.example, *exchanges]):
+        yield _markup(f"{human}: ")
+        yield Segment(exchange.question)
+        yield _markup(f"###{assistant}:")
+        if exchange.answer is not None:
+            learned = number >= len(frame.example)
+            yield Segment(f" {exchange.answer}", learned)
+            yield _markup("###", learned)
+
+
+def hashes_on_lines(frame: Frame, exchanges: Sequence[Exchange]) -> Iterator[Segment]:
+    """`system\\n\\n### Human: question\\n### Assistant: answer\\n### ` (v0, as it is trained).
+
+    All `###` are learned, and the assistant's turns with their role, as by the original.
+    """
+    human, assistant = frame.roles
+    if frame.system:
+        yield _markup(f"{frame.system}\n\n")
+    for exchange in exchanges:
+        yield _markup("###", learned=True)
+        yield _markup(f" {human}: ")
+        yield Segment(exchange.question)
+        yield _markup("\n")
+        if exchange.answer is None:
+            yield _markup(f"### {assistant}:")
+            return
+        yield _markup(f"### {assistant}: ", learned=True)
+        yield Segment(exchange.answer, learned=True)
+        yield _markup("\n", learned=True)
+    yield _markup("### ", learned=True)
+
+
+def instructions(frame: Frame, exchanges: Sequence[Exchange]) -> Iterator[Segment]:
+    """`[INST] question [/INST] answer </s><s>[INST] …` (Llama 2 and Mistral)."""
+    for number, exchange in enumerate(exchanges):
+        yield _markup(f"{frame.begin}[INST] " if number else "[INST] ")
+        if frame.system and not number:
+            yield _markup(f"<<SYS>>\n{frame.system}\n<</SYS>>\n\n")
+        yield Segment(exchange.question)
+        yield _markup(" [/INST]")
+        if exchange.answer is not None:
+            yield Segment(f" {exchange.answer} ", learned=True)
+            yield _markup(frame.end, learned=True)
+
+
+def chatml(frame: Frame, exchanges: Sequence[Exchange]) -> Iterator[Segment]:
+    """`<|im_start|>user\\nquestion<|im_end|><|im_start|>assistant\\nanswer<|im_end|>`.
+
+    Without newlines between the turns, as the original has it; models that were tuned with them
+    want `chat-template`.
+    """
+    human, assistant = frame.roles
+    if frame.system:
+        yield _markup(f"<|im_start|>system\n{frame.system}<|im_end|>")
+    for exchange in exchanges:
+        yield _markup(f"<|im_start|>{human}\n")
+        yield Segment(exchange.question)
+        yield _markup(f"<|im_end|><|im_start|>{assistant}\n")
+        if exchange.answer is not None:
+            yield Segment(exchange.answer, learned=True)
+            yield _markup("<|im_end|>", learned=True)
+
+
+def _markup(text: str, learned: bool = False) -> Segment:
+    return Segment(text, learned, markup=True)

@@ -1,0 +1,84 @@
+"""The same LLaVA twice: transformers' LlavaForConditionalGeneration, and ours with its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from tests.conftest import LANGUAGE, VISION, make_tokenizer
+from torch import Tensor
+
+from llavakit import LlavaModel, PromptTemplate, Segment, Turn
+from llavakit_plugins.connectors.mlp import Mlp, MlpOptions
+from llavakit_plugins.language.vicuna import Vicuna, VicunaOptions
+from llavakit_plugins.vision.clip import Clip, ClipOptions
+
+IMAGE_TOKEN = 63
+
+
+class Bare(PromptTemplate):
+    """The turns' text, one behind the other."""
+
+    name = "bare"
+
+    def segments(self, turns: Sequence[Turn], tokenizer: Any) -> list[Segment]:
+        return [Segment(turn.text, learned=turn.role == "gpt") for turn in turns]
+
+
+def make_pair(
+    vision: dict[str, Any] = VISION, language: dict[str, Any] = LANGUAGE, seed: int = 0
+) -> tuple[Any, LlavaModel]:
+    """Return (theirs, ours), float32 on the CPU, sharing every weight's values."""
+    from transformers import (
+        CLIPVisionConfig,
+        LlamaConfig,
+        LlamaForCausalLM,
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+    )
+
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        config = LlavaConfig(
+            vision_config=CLIPVisionConfig(**vision),
+            text_config=LlamaConfig(**language),
+            image_token_index=IMAGE_TOKEN,
+            projector_hidden_act="gelu",
+            vision_feature_layer=-2,
+            vision_feature_select_strategy="default",
+        )
+        theirs = LlavaForConditionalGeneration(config).eval()
+        for parameter in theirs.parameters():  # zero biases would hide a forgotten one
+            parameter.data += 0.02 * torch.randn_like(parameter)
+    ours_vision = Clip(ClipOptions(config=vision))
+    inner = getattr(ours_vision.model, "vision_model", ours_vision.model)
+    tower = theirs.model.vision_tower
+    inner.load_state_dict(getattr(tower, "vision_model", tower).state_dict())
+    llama = LlamaForCausalLM(LlamaConfig(**language))
+    llama.model.load_state_dict(theirs.model.language_model.state_dict())
+    llama.lm_head.load_state_dict(theirs.lm_head.state_dict())
+    ours_language = Vicuna(VicunaOptions(config=language), llama)
+    ours_language.tokenizer = make_tokenizer()
+    widths = {"vision_width": ours_vision.width, "language_width": ours_language.width}
+    connector = Mlp(MlpOptions(), **widths)
+    projector = theirs.model.multi_modal_projector
+    connector.layers[0].load_state_dict(projector.linear_1.state_dict())
+    connector.layers[2].load_state_dict(projector.linear_2.state_dict())
+    ours = LlavaModel(ours_vision, connector, ours_language, Bare(), choices={}).eval()
+    return theirs, ours
+
+
+def their_inputs(ours: LlavaModel, prompt: str, pixels: Tensor | None) -> dict[str, Tensor]:
+    """Return what their model reads for a raw prompt, image tokens repeated."""
+    ids: list[int] = []
+    for number, text in enumerate(prompt.split("<image>")):
+        if number:
+            ids += [IMAGE_TOKEN] * ours.visual_tokens
+        if text or not number:
+            ids += ours.language.tokenizer(text, add_special_tokens=number == 0)["input_ids"]
+    inputs = {
+        "input_ids": torch.tensor([ids]),
+        "attention_mask": torch.ones(1, len(ids), dtype=torch.long),
+    }
+    return inputs if pixels is None else inputs | {"pixel_values": pixels}

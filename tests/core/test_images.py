@@ -1,0 +1,181 @@
+"""Images of every mode become RGB; what cannot be used is named with its sample."""
+
+from __future__ import annotations
+
+import struct
+import timeit
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from llavakit import DataError
+from llavakit.images import check_image, inside, open_image
+
+GREY = np.linspace(0, 255, 12 * 10).reshape(12, 10)
+
+
+def grey16(folder: Path) -> Path:
+    Image.fromarray((GREY * 257).round().astype(np.uint16)).save(folder / "a.png")
+    return folder / "a.png"
+
+
+def tiff(mode: str) -> Callable[[Path], Path]:
+    def write(folder: Path) -> Path:
+        kinds = {"I": np.int32, "F": np.float32}
+        Image.fromarray(GREY.round().astype(kinds[mode])).save(folder / "a.tiff")
+        return folder / "a.tiff"
+
+    return write
+
+
+def palette(folder: Path) -> Path:
+    image = Image.fromarray(GREY.round().astype(np.uint8)).convert("P")
+    image.save(folder / "a.png", transparency=bytes(range(256)))
+    return folder / "a.png"
+
+
+def converted(mode: str, name: str) -> Callable[[Path], Path]:
+    def write(folder: Path) -> Path:
+        Image.fromarray(GREY.round().astype(np.uint8)).convert("RGB").convert(mode).save(folder / name)
+        return folder / name
+
+    return write
+
+
+def animated(folder: Path) -> Path:
+    first = Image.fromarray(GREY.round().astype(np.uint8))
+    first.save(folder / "a.gif", save_all=True, append_images=[Image.new("L", first.size, 255)])
+    return folder / "a.gif"
+
+
+def rotated(folder: Path) -> Path:
+    image = Image.fromarray(GREY.round().astype(np.uint8)).convert("RGB")
+    exif = image.getexif()
+    exif[0x0112] = 6  # lies on its side
+    image.save(folder / "a.png", exif=exif)
+    return folder / "a.png"
+
+
+@pytest.mark.parametrize(
+    ("write", "tolerance"),
+    [
+        (grey16, 0.51),
+        (tiff("I"), 0.51),
+        (tiff("F"), 0.51),
+        (palette, 0.51),
+        (converted("L", "a.bmp"), 0.51),
+        (converted("1", "a.png"), 255),
+        (converted("LA", "a.png"), 0.51),
+        (converted("RGBA", "a.png"), 0.51),
+        (converted("RGBA", "a.webp"), 12),
+        (converted("CMYK", "a.jpg"), 12),
+        (converted("L", "a.jpg"), 12),
+        (converted("YCbCr", "a.jpg"), 12),
+        (animated, 0.51),
+        (rotated, 0.51),
+    ],
+)
+def test_every_mode_becomes_rgb(
+    tmp_path: Path, write: Callable[[Path], Path], tolerance: float
+) -> None:
+    path = write(tmp_path)
+    check_image(path, "sample `a`")
+    image = open_image(path, "sample `a`")
+    assert image.mode == "RGB"
+    assert image.size == (10, 12)
+    found = np.asarray(image, np.float64)
+    assert np.abs(found - GREY[..., None]).max() <= tolerance
+
+
+def test_an_image_in_memory_is_taken_as_it_is() -> None:
+    assert open_image(Image.new("RGBA", (3, 2), (1, 2, 3, 4)), "x").getpixel((0, 0)) == (1, 2, 3)
+
+
+def bomb(path: Path) -> None:
+    """Write a small PNG that claims 60,000 x 60,000 pixels."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        check = struct.pack(">I", zlib.crc32(kind + data))
+        return struct.pack(">I", len(data)) + kind + data + check
+
+    header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
+    parts = chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(b"")), chunk(b"IEND", b"")
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
+
+
+def test_a_decompression_bomb_is_refused(tmp_path: Path) -> None:
+    bomb(tmp_path / "a.png")
+    with pytest.raises(DataError, match=r"a\.png of sample `7` .*shrink it"):
+        open_image(tmp_path / "a.png", "sample `7`")
+
+
+@pytest.fixture(params=["png", "jpg", "gif", "webp", "bmp", "tiff"])
+def photo(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    draw = np.random.default_rng(0)
+    path = tmp_path / f"a.{request.param}"
+    Image.fromarray(draw.integers(0, 255, (40, 50, 3), dtype=np.uint8)).save(path)
+    return path
+
+
+@pytest.mark.parametrize("share", [0.0, 0.02, 0.3, 0.7, 0.99])
+def test_a_truncated_file_is_found_without_training(photo: Path, share: float) -> None:
+    check_image(photo, "sample `7`")
+    data = photo.read_bytes()
+    photo.write_bytes(data[: int(len(data) * share)])
+    with pytest.raises(DataError, match="of sample `7`"):
+        check_image(photo, "sample `7`")
+
+
+def test_what_is_no_image_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.jpg"
+    path.write_text("<html>404</html>")
+    with pytest.raises(DataError, match="is not an image Pillow can read"):
+        check_image(path, "sample `7`")
+    with pytest.raises(DataError, match="cannot be read"):
+        check_image(tmp_path, "sample `7`")
+    with pytest.raises(DataError, match="cannot be read"):
+        check_image(tmp_path / "none.jpg", "sample `7`")
+
+
+def test_trailing_bytes_of_a_jpeg_do_no_harm(tmp_path: Path) -> None:
+    path = tmp_path / "a.jpg"
+    Image.new("RGB", (20, 20)).save(path)
+    path.write_bytes(path.read_bytes() + b"\0\0made by a phone")
+    check_image(path, "sample `7`")
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_no_damage_is_a_traceback(photo: Path, seed: int) -> None:
+    whole = photo.read_bytes()
+    draw = np.random.default_rng(seed)
+    for _ in range(60):
+        data = bytearray(whole)
+        for place in draw.integers(0, min(len(data), 400), 6):
+            data[place] = draw.integers(256)
+        photo.write_bytes(data)
+        try:
+            open_image(photo, "sample `7`")
+        except DataError as error:
+            assert "sample `7`" in str(error)  # noqa: PT017 - either outcome is right
+
+
+def test_the_check_costs_microseconds(tmp_path: Path) -> None:
+    path = tmp_path / "a.jpg"
+    Image.new("RGB", (640, 480)).save(path)
+    seconds = min(timeit.repeat(lambda: check_image(path, "x"), number=200, repeat=5)) / 200
+    assert seconds < 100e-6
+
+
+@pytest.mark.parametrize("name", ["/etc/passwd", "../a.png", "b/../../a.png", ".."])
+def test_a_path_that_leaves_the_folder_is_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(DataError, match="lies outside"):
+        inside(tmp_path, name, "sample `7`")
+
+
+@pytest.mark.parametrize("name", ["a.png", "b/c/a.png", "b/../a.png", "..a.png", "./a.png"])
+def test_a_path_within_the_folder_is_taken(tmp_path: Path, name: str) -> None:
+    assert inside(tmp_path, name, "sample `7`") == tmp_path / name

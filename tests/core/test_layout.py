@@ -1,0 +1,81 @@
+"""The shape of the repository, and what its command costs before it does anything."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import llavakit
+from llavakit import hooks
+from llavakit.interfaces import KINDS
+
+ROOT = Path(__file__).parents[2]
+
+PROBE = """\
+import json, resource, sys
+from llavakit.cli import main
+code = 0
+try:
+    main({arguments!r})
+except SystemExit as error:
+    code = error.code
+used = resource.getrusage(resource.RUSAGE_SELF)
+seconds = used.ru_utime + used.ru_stime
+print(json.dumps([code, seconds, sorted(sys.modules)]), file=sys.stderr)
+"""
+
+
+def probe(*arguments: str) -> tuple[int, float, set[str], str]:
+    """Run a command in a fresh process; return its code, CPU seconds, modules and output."""
+    found = subprocess.run(
+        [sys.executable, "-c", PROBE.format(arguments=list(arguments))],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    code, seconds, modules = json.loads(found.stderr.splitlines()[-1])
+    return code, seconds, set(modules), found.stdout
+
+
+def test_top_level_folders_are_source_roots_and_no_packages() -> None:
+    # a `kernels/__init__.py` would shadow the PyPI package `kernels` that transformers imports
+    for folder in ("core", "plugins", "kernels", "recipes"):
+        assert (ROOT / folder).is_dir()
+        assert not (ROOT / folder / "__init__.py").exists()
+
+
+def test_every_hook_has_a_kind_and_every_kind_a_hook() -> None:
+    specified = {
+        name
+        for name, hook in inspect.getmembers(hooks, inspect.isfunction)
+        if hasattr(hook, f"{hooks.PROJECT}_spec")
+    }
+    assert specified == {kind.hook for kind in KINDS}
+    assert len(KINDS) == 11
+    for name in specified:
+        assert (inspect.getdoc(getattr(hooks, name)) or "").startswith("Return ")
+
+
+def test_every_public_name_is_there() -> None:
+    for name in llavakit.__all__:
+        assert getattr(llavakit, name) is not None
+
+
+def test_help_is_cheap() -> None:
+    tries = [probe("--help") for _ in range(3)]
+    code, _, modules, out = tries[0]
+    assert code == 0
+    assert "llava-run RECIPE" in out
+    heavy = {"torch", "transformers", "numpy", "PIL", "pydantic", "pluggy", "rich", "matplotlib"}
+    assert not heavy & modules
+    assert min(seconds for _, seconds, _, _ in tries) < 0.4
+
+
+def test_importing_the_package_is_cheap() -> None:
+    heavy = {"torch", "transformers", "pydantic"}
+    assert not heavy & probe("recipes")[2]

@@ -1,0 +1,187 @@
+"""Plugins: found by entry point, checked, and named where they are at fault."""
+
+from __future__ import annotations
+
+import json
+import sys
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llavakit import Component, Connector, Options, PluginError, RecipeError, Registry, hookimpl
+from llavakit.interfaces import KINDS
+from llavakit_plugins.connectors.mlp import Linear
+from tests.core.conftest import Command
+
+
+def plugin_with(*components: Any) -> object:
+    class Plugin:
+        @hookimpl
+        def llava_connectors(self) -> list[Any]:
+            return list(components)
+
+    return Plugin()
+
+
+def test_the_built_in_components_register_through_entry_points_as_any_other() -> None:
+    plugins = [point for point in entry_points(group="llavakit") if point.dist]
+    assert {point.dist.name for point in plugins if point.dist} >= {"llavakit"}
+    assert Registry.installed().get(Connector, "linear") is Linear
+
+
+def test_an_empty_registry_has_nothing() -> None:
+    for kind in KINDS:
+        assert Registry.empty().all(kind) == {}
+
+
+def test_two_components_of_one_name_are_refused() -> None:
+    class Other(Linear):
+        pass
+
+    registry = Registry.empty()
+    registry.register(plugin_with(Linear), name="one")
+    registry.register(plugin_with(Other), name="two")
+    with pytest.raises(PluginError, match=r"Linear and .*Other are both called `linear`"):
+        registry.all(Connector)
+
+
+def test_one_component_twice_is_no_conflict() -> None:
+    registry = Registry.empty()
+    registry.register(plugin_with(Linear))
+    registry.register(plugin_with(Linear))
+    assert registry.all(Connector) == {"linear": Linear}
+
+
+def test_a_misspelt_hook_is_refused() -> None:
+    class Plugin:
+        @hookimpl
+        def llava_conectors(self) -> list[Any]:
+            return []
+
+    with pytest.raises(PluginError, match="unknown hook 'llava_conectors'"):
+        Registry.empty().register(Plugin())
+
+
+class Nameless(Linear):
+    name: Any = None  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("component", "sentence"),
+    [
+        (Options, r"components\.Options of mine is not a Connector"),
+        (Nameless, "Nameless of mine has no `name`"),
+        ("linear", "'linear' of mine is not a Connector"),
+        (Linear(Options(), vision_width=1, language_width=1), "of mine is not a Connector"),
+    ],
+)
+def test_what_is_no_component_of_the_kind_is_refused(component: object, sentence: str) -> None:
+    registry = Registry.empty()
+    registry.register(plugin_with(component), name="mine")
+    with pytest.raises(PluginError, match=sentence):
+        registry.all(Connector)
+
+
+def test_a_plugin_registered_twice_is_refused() -> None:
+    registry, plugin = Registry.empty(), plugin_with()
+    registry.register(plugin, name="one")
+    with pytest.raises(PluginError, match="plugin two cannot be registered"):
+        registry.register(plugin, name="two")
+
+
+@pytest.mark.parametrize("fault", [ImportError("no module named x"), KeyError("x"), None])
+def test_a_hook_that_fails_is_named(fault: Exception | None) -> None:
+    class Plugin:
+        @hookimpl
+        def llava_connectors(self) -> Any:
+            if fault is None:
+                return 3
+            raise fault
+
+    registry = Registry.empty()
+    registry.register(Plugin(), name="mine")
+    with pytest.raises(PluginError, match="plugin mine cannot load its Connector components"):
+        registry.all(Connector)
+
+
+def test_an_unknown_name_gets_a_suggestion_or_a_list() -> None:
+    registry = Registry.installed()
+    with pytest.raises(RecipeError, match="no Connector is called `liner`; did you mean `linear`"):
+        registry.get(Connector, "liner")
+    with pytest.raises(RecipeError, match=r"`xyz`; installed: linear, mlp"):
+        registry.get(Connector, "xyz")
+
+
+def distribution(folder: Path, name: str, module: str, text: str) -> None:
+    """Write an installed package as pip leaves it: a module and its metadata."""
+    (folder / f"{module}.py").write_text(text)
+    info = folder / f"{name.replace('-', '_')}-1.2.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.2\n")
+    (info / "entry_points.txt").write_text(f"[llavakit]\nmine = {module}\n")
+
+
+@pytest.fixture
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.syspath_prepend(tmp_path)
+    return tmp_path
+
+
+MINE = """\
+from llavakit import Connector, hookimpl
+
+class Mine(Connector):
+    name = "{name}"
+    def forward(self, features_BPD):
+        return features_BPD
+
+@hookimpl
+def {hook}():
+    return [Mine]
+"""
+
+
+def test_an_installed_package_is_listed_with_its_version(site: Path, llava_run: Command) -> None:
+    distribution(site, "llava-mine", "llava_mine_a", MINE.format(name="mine", hook="llava_connectors"))
+    code, out, _ = llava_run("plugins", "--json")
+    assert code == 0
+    listed = json.loads(out)
+    assert list(listed) == [kind.__name__ for kind in KINDS]
+    assert {"name": "mine", "package": "llava-mine", "version": "1.2"} in listed["Connector"]
+    assert "mine                llava-mine 1.2" in llava_run("plugins").out
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("import nothing_of_the_kind", "plugin `mine` of llava-bad failed to import: No module"),
+        ("1 / 0", "plugin `mine` of llava-bad failed to import: division by zero"),
+        ("def", "plugin `mine` of llava-bad failed to import: "),
+        (MINE.format(name="mine", hook="llava_conectors"), "unknown hook 'llava_conectors'"),
+        (MINE.format(name="mlp", hook="llava_connectors"), "are both called `mlp`"),
+        (MINE.format(name="mine", hook="llava_datasets"), "llava-bad:mine is not a Dataset"),
+    ],
+)
+def test_a_broken_package_is_named(
+    site: Path, llava_run: Command, text: str, sentence: str, request: pytest.FixtureRequest
+) -> None:
+    module = f"llava_bad_{abs(hash(text))}"
+    distribution(site, "llava-bad", module, text)
+    request.addfinalizer(lambda: sys.modules.pop(module, None))
+    code, _, err = llava_run("plugins")
+    assert code == 2
+    assert sentence in err
+    assert "Traceback" not in err
+
+
+def test_every_component_has_options_that_are_frozen_and_forbid_others() -> None:
+    registry = Registry.installed()
+    components: list[type[Component]] = [c for kind in KINDS for c in registry.all(kind).values()]
+    assert len(components) > 20
+    for component in components:
+        config = component.Options.model_config
+        assert config.get("extra") == "forbid", component
+        assert config.get("frozen"), component
+        assert component.__doc__, component

@@ -1,0 +1,186 @@
+"""The small world: what is drawn, what is said of it, and what the teacher makes of that."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from sklearn.datasets import load_digits
+
+from llavakit import DataError, ImageContext
+from llavakit.samples import RESPONSE_KINDS, Box
+from llavakit_plugins.contexts import read_contexts, write_contexts
+from llavakit_plugins.generators.offline import Offline, OfflineOptions, place_of, understand
+from llavakit_plugins.scenes import CANVASES, COLOURS, FAMILY, PLACES, SIDE, WORDS, compose
+
+SHARED = Path(__file__).parents[3] / "shared" / "data"
+
+
+def test_no_glyph_of_one_split_is_drawn_in_the_other() -> None:
+    used = {
+        split: {digit.glyph for scene in compose(split, 120, 0) for digit in scene.digits}
+        for split in ("train", "test")
+    }
+    assert used["train"]
+    assert used["test"]
+    assert not used["train"] & used["test"]
+
+
+def test_every_digit_is_the_handwritten_one_it_is_said_to_be() -> None:
+    truth = load_digits().target
+    for scene in compose("test", 30, 1):
+        for digit in scene.digits:
+            assert truth[digit.glyph] == digit.value
+
+
+def test_a_family_shares_everything_but_its_digits() -> None:
+    scenes = list(compose("train", 20, 2))
+    assert len(scenes) == 20 * FAMILY
+    for begin in range(0, len(scenes), FAMILY):
+        family = scenes[begin : begin + FAMILY]
+        looks = {
+            (scene.canvas, tuple((digit.place, digit.colour) for digit in scene.digits))
+            for scene in family
+        }
+        assert len(looks) == 1
+        assert len({tuple(digit.value for digit in scene.digits) for scene in family}) == FAMILY
+
+
+def test_the_picture_shows_what_the_annotation_says() -> None:
+    for scene in compose("train", 12, 3):
+        pixels = np.asarray(scene.draw()).astype(int)
+        assert pixels.shape == (SIDE, SIDE, 3)
+        ground = np.array(CANVASES[scene.canvas])
+        inked = np.abs(pixels - ground).sum(axis=2) > 60
+        allowed = np.zeros_like(inked)
+        for digit in scene.digits:
+            left, top, right, bottom = digit.corners
+            allowed[top:bottom, left:right] = True
+            own = pixels[top:bottom, left:right].reshape(-1, 3)
+            darkest = own[np.abs(own - np.array(COLOURS[digit.colour])).sum(axis=1).argmin()]
+            assert np.abs(darkest - np.array(COLOURS[digit.colour])).sum() < 90
+        assert not (inked & ~allowed).any()
+
+
+def test_contexts_survive_writing_and_reading(tmp_path: Path) -> None:
+    contexts = [
+        scene.context(f"{number}", f"{number}.png")
+        for number, scene in enumerate(compose("test", 3, 0))
+    ]
+    write_contexts(tmp_path / "c.jsonl", contexts)
+    assert list(read_contexts(tmp_path / "c.jsonl")) == contexts
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        ('{"id": "1"', r"c.jsonl:2:11: not valid JSON"),
+        ('{"id": "1", "image": "a.png"}', r"c.jsonl:2: a context needs .*'captions'"),
+        (
+            '{"id":"1","image":"a","captions":[],"instances":[{"category":"c","bbox":[1]}]}',
+            r"c.jsonl:2: a `bbox` has four numbers",
+        ),
+        ("[1, 2]", r"c.jsonl:2: a context needs"),
+    ],
+)
+def test_a_broken_line_is_named(tmp_path: Path, line: str, sentence: str) -> None:
+    path = tmp_path / "c.jsonl"
+    path.write_text('{"id": "0", "image": "a.png", "captions": ["A cat."]}\n' + line + "\n")
+    with pytest.raises(DataError, match=sentence):
+        list(read_contexts(path))
+
+
+def answer_from_truth(question: str, scene_words: dict[str, tuple[str, str]], canvas: str) -> str:
+    """Answer a conversation question from the drawing's own record, not from its captions."""
+    places = {place: words for place, words in scene_words.items()}
+    if match := re.fullmatch(r"Which digit is at the ([\w ]+)\?", question):
+        return places[match[1]][0]
+    if match := re.fullmatch(r"What colour is the digit at the ([\w ]+)\?", question):
+        return places[match[1]][1]
+    if question == "What colour is the canvas?":
+        return canvas
+    if question == "How many digits are there?":
+        return WORDS[len(places)]
+    if match := re.fullmatch(r"Is there a (\w+) digit\?", question):
+        return "yes" if match[1] in {colour for _, colour in places.values()} else "no"
+    if match := re.fullmatch(r"Where is the (\w+)\?", question):
+        return next(place for place, (word, _) in places.items() if word == match[1])
+    if match := re.fullmatch(r"Which digit is (\w+)\?", question):
+        return next(word for word, colour in places.values() if colour == match[1])
+    raise AssertionError(question)
+
+
+def test_every_answer_of_the_teacher_is_true_of_the_picture() -> None:
+    teacher = Offline(OfflineOptions())
+    asked = set()
+    for number, scene in enumerate(compose("train", 60, 5)):
+        words = {PLACES[d.place]: (WORDS[d.value], d.colour) for d in scene.digits}
+        turns = teacher.generate(scene.context(str(number), "x.png"), "conversation")
+        for human, gpt in zip(turns[::2], turns[1::2], strict=True):
+            question = human.text.removeprefix("<image>\n")
+            truth = answer_from_truth(question, words, scene.canvas)
+            assert truth in gpt.text.lower().rstrip(".").split(" ", 1) or truth in gpt.text.lower()
+            asked.add(question.split()[0])
+    assert asked >= {"Which", "What", "How", "Is", "Where"}
+
+
+def test_sums_and_orders_are_right() -> None:
+    teacher = Offline(OfflineOptions())
+    for number, scene in enumerate(compose("train", 40, 6)):
+        _, answer = teacher.generate(scene.context(str(number), "x.png"), "reasoning")
+        values = [digit.value for digit in scene.digits]
+        expected = {
+            "sum": sum(values), "largest": max(values), "smallest": min(values),
+        }  # fmt: skip
+        if match := re.search(r"so the (\w+) is (\w+)\.$", answer.text):
+            numbers = [*WORDS, *"ten eleven twelve thirteen fourteen fifteen".split()]
+            numbers += ["sixteen", "seventeen", "eighteen"]
+            assert numbers[expected[match[1]]] == match[2]
+        else:
+            assert answer.text.endswith("odd." if values[0] % 2 else "even.")
+
+
+def test_the_teacher_repeats_itself_and_a_seed_changes_it() -> None:
+    scene = next(iter(compose("train", 1, 0)))
+    contexts = [scene.context(str(number), "x.png") for number in range(20)]
+
+    def say(seed: int) -> list[object]:
+        teacher = Offline(OfflineOptions(seed=seed))
+        return [teacher.generate(context, kind) for context in contexts for kind in RESPONSE_KINDS]
+
+    assert say(0) == say(0)
+    assert say(0) != say(1)
+
+
+def test_a_context_without_boxes_is_named() -> None:
+    with pytest.raises(DataError, match="context `7` has no boxes"):
+        understand(ImageContext("7", "a.jpg", ("A cat.",)))
+
+
+def test_places_are_halves_of_the_image() -> None:
+    assert place_of(Box("cat", (0.0, 0.0, 0.3, 0.4))) == "top left"
+    assert place_of(Box("cat", (0.6, 0.2, 1.0, 1.0))) == "bottom right"
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the shared data are not beside the checkout")
+def test_the_teacher_speaks_of_real_images_too() -> None:
+    teacher = Offline(OfflineOptions())
+    contexts = list(read_contexts(SHARED / "coco80" / "caps_boxes.jsonl"))
+    boxed = [context for context in contexts if context.boxes]
+    assert len(boxed) > 50
+    for context in boxed:
+        for kind in RESPONSE_KINDS:
+            turns = teacher.generate(context, kind)
+            assert [turn.role for turn in turns[:2]] == ["human", "gpt"]
+            assert turns[0].text.startswith("<image>\n")
+            assert all(turn.text.strip() for turn in turns)
+        (count,) = [
+            gpt.text
+            for human, gpt in zip(
+                *(teacher.generate(context, "detail")[part::2] for part in (0, 1)), strict=True
+            )
+        ]
+        assert json.dumps(count)
