@@ -1,4 +1,3 @@
-# mypy: disable-error-code="import-untyped"
 """How the matrix kernels are launched: their tile sizes by chip, autotuning, TMA descriptors.
 
 Tile sizes were chosen by compiling for sm_80 and sm_90 and reading registers, shared memory and
@@ -22,7 +21,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-
+HOPPER_SHARED = 227 * 1024  # bytes that a Hopper or a data centre's Blackwell gives one program
 
 # The block of each operand that can come through a descriptor, named as in every kernel.
 BLOCKS = {
@@ -111,7 +110,10 @@ def family(tensor: Tensor) -> str:
     """Which tiles serve products of tensors like this one."""
     if tensor.dtype == torch.float32:
         return "float32" if precision(tensor) == "ieee" else "tf32"
-    return "hopper" if _properties(tensor.device).major >= 9 else "ampere"
+    chip = _properties(tensor.device)
+    # Consumer chips of later generations have an Ampere's shared memory.
+    roomy = chip.major >= 9 and chip.shared_memory_per_block_optin >= HOPPER_SHARED
+    return "hopper" if roomy else "ampere"
 
 
 def weight_grad_tile(tensor: Tensor) -> triton.Config:

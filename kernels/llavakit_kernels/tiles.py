@@ -1,4 +1,4 @@
-# mypy: disable-error-code="import-untyped, untyped-decorator, no-untyped-def, no-untyped-call"
+# mypy: disable-error-code="untyped-decorator, no-untyped-def, no-untyped-call"
 """Pieces that the matrix kernels share: tile order, tile loads, and the erf form of GELU."""
 
 from __future__ import annotations
@@ -80,4 +80,3 @@ def multiply(a, b, sums, PRECISION: tl.constexpr):
 def halves(tile, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
     """The left and the right half of a tile [HEIGHT, WIDTH]."""
     return tl.split(tl.permute(tl.reshape(tile, (HEIGHT, 2, WIDTH // 2)), (0, 2, 1)))
-

@@ -8,7 +8,6 @@ INDEX picks one of the kernel's configurations (all of them without it).
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import re
@@ -21,9 +20,9 @@ from typing import Any
 
 os.environ["TRITON_INTERPRET"] = "0"
 
-import triton  # type: ignore[import-untyped]
-from triton.backends.compiler import GPUTarget  # type: ignore[import-untyped]
-from triton.compiler import ASTSource  # type: ignore[import-untyped]
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 
 from llavakit_kernels import launch
 from llavakit_kernels.linear_gelu import triton as gelu
@@ -38,7 +37,7 @@ INDEX_TYPES = {
     "order": "*i64",
     "sources": "*i32",
 }
-POINTERS = ("bias", "embedding", "out", "grad", "weight_grad", "before", "table_grad")
+POINTERS = ("bias", "embedding", "out", "grad", "weight_grad", "before")
 
 
 @dataclass(frozen=True)
@@ -86,7 +85,6 @@ def kernels() -> dict[str, tuple[str, Kernel]]:
 def compile_one(family: str, kernel: Kernel, config: Any) -> dict[str, Any]:
     capability, dtype, precision = FAMILIES[family]
     names = kernel.jit.arg_names
-    config = launch.for_kernel(config, names)
     constants = {"TMA": capability >= 90, "PRECISION": precision} | kernel.constants | config.kwargs
     constants = {name: value for name, value in constants.items() if name in names}
     signature, attributes = {}, {}
@@ -112,7 +110,7 @@ def compile_one(family: str, kernel: Kernel, config: Any) -> dict[str, Any]:
     return {
         "config": str(config),
         "shared": compiled.metadata.shared,
-        "narrow_offsets": narrow_offsets(compiled.asm["ttir"]),
+        "row_offsets": row_offsets(compiled.asm["ttir"]),
         "tma": "cp.async.bulk.tensor" in compiled.asm["ptx"],
         "wgmma": "wgmma.mma_async" in compiled.asm["ptx"],
         "mma": "mma.sync" in compiled.asm["ptx"],
@@ -125,7 +123,7 @@ def _type(name: str, dtype: str, constants: dict[str, Any]) -> str:
         height, width = launch.BLOCKS[name]
         block = f"[{constants[height]},{constants[width]}]"
         return f"tensordesc<{dtype}{block}>" if constants["TMA"] else f"*{dtype}"
-    if name == "bias_grad":
+    if name in ("bias_grad", "table_grad"):
         return "*fp32"
     return INDEX_TYPES.get(name) or (f"*{dtype}" if name in POINTERS else "i32")
 
@@ -144,15 +142,14 @@ def resources(cubin: bytes) -> dict[str, int]:
     return {"registers": int(found[1]), "stack": int(found[2])}
 
 
-def narrow_offsets(ttir: str) -> list[str]:
-    """Pointer sums by 32-bit rows. A row's offset must be 64 bits; a column's is added to a pointer
-    of that row (or to a vector's start) and may be 32."""
-    narrow = []
-    for line in ttir.splitlines():
-        # One offset for each row is a column vector: tensor<ROWSx1x...>.
-        if "tt.addptr" in line and re.search(r"tensor<\d+x1xi32>", line):
-            narrow.append(line.strip())
-    return narrow
+def row_offsets(ttir: str) -> dict[str, int]:
+    """How many sums of a pointer and one offset for each row (a column vector, ROWS x 1) there are,
+    by the width of the offset. The column's offset, added to that row's pointer, may be 32 bits."""
+    sums = [line for line in ttir.splitlines() if "tt.addptr" in line]
+    return {
+        width: sum(bool(re.search(rf"tensor<\d+x1x{width}>", line)) for line in sums)
+        for width in ("i32", "i64")
+    }
 
 
 def main() -> None:
@@ -162,10 +159,8 @@ def main() -> None:
         name, _, index = name.partition(":")
         family, kernel = found[name]
         configs = kernel.configs if not index else [kernel.configs[int(index)]]
-        results[name] = [
-            compile_one(family, kernel, config)
-            for config, _ in itertools.groupby(configs, key=lambda config: config)
-        ]
+        trimmed = (launch.for_kernel(config, kernel.jit.arg_names) for config in configs)
+        results[name] = [compile_one(family, kernel, config) for config in dict.fromkeys(trimmed)]
     print(json.dumps(results))
 
 

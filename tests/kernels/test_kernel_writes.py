@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -98,7 +97,7 @@ def test_weight_gradient_of_many_images_is_summed_in_parts() -> None:
 
 
 @pytest.fixture
-def writes(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
+def writes(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The addresses of every masked store of the interpreter."""
     from triton.runtime import interpreter
 
@@ -110,7 +109,7 @@ def writes(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
         return store(self, pointers, value, mask, *rest)
 
     monkeypatch.setattr(builder, "create_masked_store", recording)
-    yield seen
+    return seen
 
 
 @pytest.mark.parametrize("config", TILES, ids=str)
@@ -122,7 +121,7 @@ def test_every_element_is_written_exactly_once(writes: list[Any], config: Any) -
 
 
 def far_apart(rows: int, columns: int) -> Tensor:
-    """A matrix of over 2^31 elements from its first row to its last; only its pages in use exist."""
+    """A matrix whose last row begins beyond 2^31 elements; only its pages in use exist."""
     stride = 2**31 // (rows - 2)
     stride -= stride % 16
     storage = torch.empty(stride * (rows - 1) + columns, dtype=torch.float16)

@@ -162,7 +162,7 @@ def test_gradients_that_nothing_needs_are_not_computed() -> None:
 
     class Names(TorchDispatchMode):
         def __init__(self) -> None:
-            super().__init__()
+            super().__init__()  # type: ignore[no-untyped-call]
             self.seen: set[str] = set()
 
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
@@ -223,11 +223,11 @@ def test_misfits_are_refused_by_name(name: str) -> None:
 def test_index_checks_on_demand() -> None:
     features, weight, bias, ids, embedding, rows = Case().arguments()
     for wrong, sentence in ((-1, "the first of them -1"), (57, "outside of the stream's 57")):
+        changed = torch.cat([rows[1:], torch.tensor([wrong])])
         with pytest.raises(ValueError, match=sentence):
-            changed = torch.cat([rows[1:], torch.tensor([wrong])])
             project_splice(features, weight, bias, ids, embedding, changed, check=True)
+    changed = torch.cat([rows[1:], rows[1:2]])
     with pytest.raises(ValueError, match="more than once"):
-        changed = torch.cat([rows[1:], rows[1:2]])
         project_splice(features, weight, bias, ids, embedding, changed, check=True)
     text = next(row for row in range(57) if row not in rows.tolist())
     ids[text] = 11
@@ -235,9 +235,7 @@ def test_index_checks_on_demand() -> None:
         project_splice(features, weight, bias, ids, embedding, rows, check=True)
     sources = torch.full((57,), -1, dtype=torch.int32)
     with pytest.raises(ValueError, match="`sources` marks 0 visual rows"):
-        project_splice(
-            features, weight, bias, ids, embedding, rows, sources=sources, check=True
-        )
+        project_splice(features, weight, bias, ids, embedding, rows, sources=sources, check=True)
 
 
 def test_implementations_are_chosen_or_refused() -> None:

@@ -10,12 +10,16 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from llavakit_kernels import arguments
 from llavakit_kernels.arguments import require
 from llavakit_kernels.linear_cross_entropy import liger, reference
 
 __all__ = ["linear_cross_entropy"]
+
+# Below this many logits an operator's own overhead is more than it saves (measured on a CPU).
+SMALL = 2**21
 
 
 def linear_cross_entropy(
@@ -39,7 +43,7 @@ def linear_cross_entropy(
     reduction: "sum", for callers that add micro-batches up and divide once, or "mean", the sum over
     the weights of the rows that count (NaN where none does, as in torch).
     chunk_rows: rows whose logits exist at one time; by default as many as make 2^26 logits on a CPU
-    and 2^27 on a GPU, so that small cases are one chunk.
+    and 2^27 on a GPU, and a case of at most 2^21 logits is left to torch's own functions.
     impl: liger-kernel's kernels, chunks of eager PyTorch ("reference"), or the former wherever they
     are installed and fit ("auto").
 
@@ -79,8 +83,15 @@ def linear_cross_entropy(
         bias = None if bias is None else bias.to(dtype)
     arguments.require_same_dtype(hidden=hidden, weight=weight, bias=bias)
 
-    counts = targets != ignore_index
     kept = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    if chunk_rows is None and weights is None and impl != "liger" and M * weight.shape[0] <= SMALL:
+        with arguments.without_autocast(hidden.device):
+            logits = F.linear(hidden, weight, bias).to(kept)
+            return F.cross_entropy(
+                logits, targets.long(), reduction=reduction, ignore_index=ignore_index
+            )
+
+    counts = targets != ignore_index
     row_weights = counts.to(kept) if weights is None else weights.to(kept).where(counts, 0)
     with arguments.without_autocast(hidden.device):
         if _by_liger(impl, hidden, weight, bias, weights is not None):

@@ -32,9 +32,7 @@ def misfit(hidden: Tensor, weight: Tensor, bias: Tensor | None, weighted: bool) 
 def loss_sum(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, ignore_index: int
 ) -> Tensor:
-    from liger_kernel.transformers.functional import (  # type: ignore[import-not-found]
-        liger_fused_linear_cross_entropy,
-    )
+    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
     loss: Tensor = liger_fused_linear_cross_entropy(
         hidden,

@@ -51,7 +51,7 @@ def forward(
     Where one chunk of `rows` holds all: (loss, [0], [0], [0], the logits' gradient [M, V]).
     Else: (loss, hidden's gradient [M, E], weight's [V, E], bias's [V], [0]).
     """
-    M, E = hidden.shape
+    M = hidden.shape[0]
     kept = row_weights.dtype
     loss = torch.zeros((), dtype=kept, device=hidden.device)
     none = hidden.new_empty(0)
@@ -99,7 +99,7 @@ def _chunk(
     row_weights: Tensor,
     gradient: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The chunk's loss, and p - onehot(target) in the hidden states' dtype ([0] without gradient)."""
+    """The chunk's loss, and p - onehot(target) in the hidden states' dtype (else [0])."""
     log_p = torch.log_softmax(F.linear(hidden, weight, bias), -1, dtype=row_weights.dtype)
     at_target = targets[:, None]
     loss = -(log_p.gather(1, at_target).squeeze(1) * row_weights).sum()

@@ -15,9 +15,8 @@ def forward(
     return F.gelu(before), before if save else before.new_empty(0)
 
 
-def before_grad(
-    grad: Tensor, features: Tensor, weight: Tensor, bias: Tensor | None
-) -> Tensor:
+def before_grad(grad: Tensor, features: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The gradient before GELU [N, H], with the product computed once more."""
     before = F.linear(features, weight, bias)
-    return torch.ops.aten.gelu_backward(grad, before)
+    before_grad: Tensor = torch.ops.aten.gelu_backward(grad, before)
+    return before_grad

@@ -1,7 +1,9 @@
-# mypy: disable-error-code="import-untyped, untyped-decorator, no-untyped-def, no-untyped-call"
-"""linear_gelu in one launch: product, bias and GELU (its erf form), forward and recomputed backward."""
+# mypy: disable-error-code="untyped-decorator, no-untyped-def, no-untyped-call"
+"""linear_gelu in one launch: product, bias and GELU, forward and recomputed backward."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import torch
 import triton
@@ -44,18 +46,22 @@ def _store_gelu(
     inside = at_column < H
     mask = (at_row < N)[:, None] & inside[None, :]
     rows = at_row.to(tl.int64)[:, None]
-    offsets = rows * H + at_column[None, :]
+    columns = at_column[None, :]
     if HAS_BIAS:
         values += tl.load(bias + at_column, mask=inside, other=0.0).to(tl.float32)[None, :]
     share = 0.5 + 0.5 * tl.erf(values * 0.7071067811865476)
     if MODE == 2:
         slope = share + values * 0.3989422804014327 * tl.exp(-0.5 * values * values)
-        above = tl.load(grad + rows * grad_stride + at_column[None, :], mask=mask, other=0.0)
-        tl.store(out + offsets, (slope * above.to(tl.float32)).to(out.dtype.element_ty), mask=mask)
+        above = tl.load(grad + rows * grad_stride + columns, mask=mask, other=0.0)
+        tl.store(
+            out + rows * H + columns,
+            (slope * above.to(tl.float32)).to(out.dtype.element_ty),
+            mask=mask,
+        )
     else:
-        tl.store(out + offsets, (values * share).to(out.dtype.element_ty), mask=mask)
+        tl.store(out + rows * H + columns, (values * share).to(out.dtype.element_ty), mask=mask)
     if MODE == 1:
-        tl.store(before + offsets, values.to(before.dtype.element_ty), mask=mask)
+        tl.store(before + rows * H + columns, values.to(before.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -197,7 +203,7 @@ def _run(
     tma = tma and takes_descriptor(left) and takes_descriptor(right)
     units = processors(out.device)
 
-    def grid(meta: dict[str, int]) -> tuple[int, ...]:
+    def grid(meta: Mapping[str, int]) -> tuple[int, ...]:
         tiles = triton.cdiv(N, meta["BLOCK_M"]) * triton.cdiv(H, meta["BLOCK_N"])
         return (min(units * meta["PER_SM"], tiles),)
 

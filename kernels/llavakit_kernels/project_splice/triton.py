@@ -1,4 +1,4 @@
-# mypy: disable-error-code="import-untyped, untyped-decorator, no-untyped-def, no-untyped-call"
+# mypy: disable-error-code="untyped-decorator, no-untyped-def, no-untyped-call"
 """Forward of project_splice in one launch: product, scatter of its rows, gather of the text's.
 
 A persistent grid walks the tiles of the product first; the programs that run out of tiles one
@@ -6,6 +6,8 @@ round before the others begin with the text rows, so that both ends meet.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import torch
 import triton
@@ -198,7 +200,7 @@ def forward(
     tma = tma and takes_descriptor(left) and takes_descriptor(right)
     units = processors(out.device)
 
-    def grid(meta: dict[str, int]) -> tuple[int, ...]:
+    def grid(meta: Mapping[str, int]) -> tuple[int, ...]:
         tiles = triton.cdiv(N, meta["BLOCK_M"]) * triton.cdiv(E, meta["BLOCK_N"])
         return (min(units * meta["PER_SM"], tiles + triton.cdiv(T, TEXT_ROWS)),)
 

@@ -1,4 +1,4 @@
-# mypy: disable-error-code="import-untyped, untyped-decorator, no-untyped-def, no-untyped-call"
+# mypy: disable-error-code="untyped-decorator, no-untyped-def, no-untyped-call"
 """Backward of project_splice for the features and the weight.
 
 Both products read the rows of the incoming gradient where they lie in the stream: the gather is
@@ -6,6 +6,8 @@ the product's prologue, and the rows are never copied together.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import torch
 import triton
@@ -124,7 +126,7 @@ def weight_grad_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    """weight_grad[part] = grad[visual_rows].T @ right_inner, bias_grad[part] = the sum of those rows,
+    """weight_grad[part] = grad[visual_rows].T @ right_inner, and bias_grad[part] = the rows' sum,
     over the part's `rows_each` visual tokens."""
     tiles_m = tl.cdiv(E, BLOCK_M)
     tiles_n = tl.cdiv(D, BLOCK_N)
@@ -206,7 +208,7 @@ def features_grad(
     grad, right = rows_contiguous(grad), rows_contiguous(weight)
     tma = tma and takes_descriptor(right)
 
-    def grid(meta: dict[str, int]) -> tuple[int, ...]:
+    def grid(meta: Mapping[str, int]) -> tuple[int, ...]:
         return (triton.cdiv(N, meta["BLOCK_M"]) * triton.cdiv(D, meta["BLOCK_N"]),)
 
     arguments = {
@@ -284,7 +286,8 @@ def _parts(tiles: int, rows: int, units: int) -> int:
     """The fewest parts that keep nine tenths of the multiprocessors busy, or the busiest choice."""
 
     def busy(parts: int) -> float:
-        return tiles * parts / (triton.cdiv(tiles * parts, units) * units)
+        rounds: int = triton.cdiv(tiles * parts, units)
+        return tiles * parts / (rounds * units)
 
     choices = range(1, max(1, min(16, rows // 512)) + 1)
     return next((parts for parts in choices if busy(parts) >= 0.9), max(choices, key=busy))

@@ -1,4 +1,4 @@
-# mypy: disable-error-code="import-untyped, untyped-decorator, no-untyped-def, no-untyped-call"
+# mypy: disable-error-code="untyped-decorator, no-untyped-def, no-untyped-call"
 """Gradient of the embedding table from the text rows of the stream's gradient."""
 
 from __future__ import annotations
