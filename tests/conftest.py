@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach for the network
+os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run on the CPU; read at the first import
 
 WORDS = [
     "USER",

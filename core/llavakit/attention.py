@@ -85,13 +85,15 @@ def packed_attention(
     if half and window is None and (varlen := _varlen()) is not None:
         return varlen(q_THK, k_TGK, v_TGK, packing, scale)
     outputs = []
-    for start, end in pairwise(packing.starts):
-        own = slice(start, end)
-        rows = torch.arange(end - start, device=q_THK.device)
-        mask = None if window is None or end - start <= window else _band(rows, rows, window)
-        outputs.append(
-            _sdpa(q_THK[own], k_TGK[own], v_TGK[own], mask, causal=mask is None, scale=scale)
-        )
+    lengths = packing.lengths
+    # split, not slices: the gradient of each slice would be as long as the whole stream
+    parts = zip(q_THK.split(lengths), k_TGK.split(lengths), v_TGK.split(lengths), strict=True)
+    for q, k, v in parts:
+        mask = None
+        if window is not None and len(q) > window:
+            places = torch.arange(len(q), device=q.device)
+            mask = _band(places, places, window)
+        outputs.append(_sdpa(q, k, v, mask, causal=mask is None, scale=scale))
     return torch.cat(outputs)
 
 
@@ -108,17 +110,16 @@ def rows_attention(
 
     For the last block, where only supervised rows go on.
     """
-    outputs = [q_MHK[:0]]
-    first = 0
-    for (start, end), count in zip(pairwise(packing.starts), rows.counts, strict=True):
-        last = first + count
-        if count:
-            columns = torch.arange(end - start, device=q_MHK.device)
-            mask = _band(rows.index_M[first:last] - start, columns, None)
-            k_CGK, v_CGK = k_TGK[start:end], v_TGK[start:end]
-            outputs.append(_sdpa(q_MHK[first:last], k_CGK, v_CGK, mask, causal=False, scale=scale))
-        first = last
-    return torch.cat(outputs)
+    outputs = []
+    lengths = packing.lengths
+    places = packing.position_ids_T.index_select(0, rows.index_M).split(rows.counts)
+    columns = torch.arange(max(lengths), device=q_MHK.device)
+    parts = zip(q_MHK.split(rows.counts), k_TGK.split(lengths), v_TGK.split(lengths), strict=True)
+    for (q, k, v), place in zip(parts, places, strict=True):
+        if len(q):
+            mask = _band(place, columns[: len(k)], None)
+            outputs.append(_sdpa(q, k, v, mask, causal=False, scale=scale))
+    return torch.cat(outputs) if outputs else q_MHK
 
 
 def _band(rows_Q: Tensor, columns_C: Tensor, window: int | None) -> Tensor:

@@ -50,7 +50,7 @@ def _parser() -> argparse.ArgumentParser:
         usage=_USAGE,
         description="Make, try and convert LLaVA models by recipe.",
     )
-    parser.add_argument("--version", action="version", version=_Version())
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version")
     commands = parser.add_subparsers(metavar="COMMAND", title="commands")
 
     run = commands.add_parser("run", help="run a recipe (the word `run` may be left out)")
@@ -103,15 +103,14 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-class _Version(str):
-    """The installed version, looked up only when it is printed."""
+class _Version(argparse.Action):
+    """Prints the installed version, looked up only then."""
 
-    __slots__ = ()
-
-    def __mod__(self, values: object) -> str:
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
         from importlib.metadata import version
 
-        return f"llava-run {version('llavakit')}"
+        print(f"llava-run {version('llavakit')}")
+        parser.exit()
 
 
 def _run(arguments: argparse.Namespace) -> int:

@@ -46,7 +46,7 @@ def open_image(source: ImageSource, where: str) -> Image.Image:
         return _rgb(source)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            warnings.simplefilter("ignore")  # what matters about a damaged file is an error below
             with Image.open(source) as image:
                 if image.width * image.height > MAX_PIXELS:
                     raise DataError(
@@ -82,8 +82,10 @@ def _rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):  # 16 or 32 bits of grey
         grey = np.asarray(image, dtype=np.float64)
         scale = 257.0 if grey.max(initial=0) > 255 else 1.0
-        image = Image.fromarray((grey / scale).clip(0, 255).astype(np.uint8))
-    return image.convert("RGB")
+        image = Image.fromarray(np.rint(grey / scale).clip(0, 255).astype(np.uint8))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # it advises to keep a palette's transparency
+        return image.convert("RGB")
 
 
 def check_image(path: Path, where: str) -> None:

@@ -7,11 +7,14 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, model_validator
 
 from llavakit import ModelError, Options
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 KNOWN: dict[str, dict[str, Any]] = {
     # shapes as their config.json files give them, so that a plan works without the network
@@ -160,3 +163,35 @@ def quietly() -> Iterator[None]:
         yield
     finally:
         logging.enable_progress_bar()
+
+
+def load_tokenizer(source: str, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """Return a fast tokenizer from a folder or the hub.
+
+    transformers 5.23 reads the merges of a bare `tokenizer.model` in the order of their ids, which
+    for runs of spaces is not that of SentencePiece's scores; they are sorted here.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+        source, revision=revision or "main"
+    )
+    options = PretrainedOptions(source=source, revision=revision)
+    model = find_file(options, "tokenizer.model")
+    if model is not None and find_file(options, "tokenizer.json") is None:
+        _merge_by_score(tokenizer, model)
+    return tokenizer
+
+
+def _merge_by_score(tokenizer: Any, model: Path) -> None:
+    from sentencepiece import SentencePieceProcessor
+    from tokenizers import Tokenizer
+
+    pieces = SentencePieceProcessor(model_file=str(model))
+    table = json.loads(tokenizer.backend_tokenizer.to_str())
+    if table["model"].get("type") != "BPE":
+        return
+    count = pieces.get_piece_size()
+    scores = {pieces.id_to_piece(number): pieces.get_score(number) for number in range(count)}
+    table["model"]["merges"].sort(key=lambda pair: -scores.get("".join(pair), 0.0))
+    tokenizer.backend_tokenizer.model = Tokenizer.from_str(json.dumps(table)).model

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,12 +13,16 @@ from torch import Tensor
 from llavakit import Generator, ImageContext, LanguageModel, PromptTemplate, Run, Segment
 from llavakit.packing import PackedBatch, pack
 from llavakit.prompts import Encoded, tokenise
-from llavakit.samples import IMAGE, RESPONSE_KINDS
+from llavakit.samples import IMAGE, ResponseKind
 from llavakit_plugins.backbones.loop import optimise
 from llavakit_plugins.training.optimiser import Group, Optimiser, Schedule
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+
+# captions alone, then what the model shall learn to answer, conversations most of all
+_KINDS: tuple[ResponseKind | None, ...] = (None, *("conversation",) * 4, "detail", "reasoning")
 
 
 class TextOptions(BaseModel):
@@ -44,15 +49,15 @@ def documents(
     """Yield one document a context: three of its captions, or a dialogue about one of them.
 
     In a dialogue a caption stands where the image will be, so the model learns to answer from what
-    is in front of the question. Of `tokenizer` only the special tokens matter.
+    is in front of the question; there only the answers are learned. Of `tokenizer` only the special tokens matter.
     """
     draw = np.random.default_rng([seed, 3])
     end = Segment(str(tokenizer.eos_token), markup=True)
     for context in contexts:
         captions = [str(caption) for caption in draw.permutation(context.captions)]
-        kind = RESPONSE_KINDS[int(draw.integers(3))] if draw.integers(2) else None
+        kind = _KINDS[int(draw.integers(len(_KINDS)))]
         if kind is None:
-            yield [Segment(" ".join(captions[:3])), end]
+            yield [Segment(" ".join(captions[:3]), learned=True), replace(end, learned=True)]
             continue
         turns = generator.generate(context, kind)
         yield [
@@ -64,11 +69,11 @@ def documents(
 def train_language(
     language: LanguageModel, corpus: Sequence[Document], options: TextOptions, run: Run
 ) -> list[tuple[int, float]]:
-    """Train `language` on every token of the documents; return the losses by step."""
+    """Train `language` on the learned tokens of the documents; return the losses by step."""
     encoded: list[Encoded] = []
     for document in corpus:
-        ids, _ = tokenise(document, language.tokenizer)
-        encoded.append(Encoded(ids, np.ones(len(ids), dtype=np.bool_), language.max_length))
+        ids, learned = tokenise(document, language.tokenizer)
+        encoded.append(Encoded(ids, learned, language.max_length))
     language.train()
     named = dict(language.named_parameters())
     decayed = {name: p for name, p in named.items() if p.ndim > 1 and "embed" not in name}

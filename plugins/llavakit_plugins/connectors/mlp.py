@@ -6,6 +6,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from llavakit import Connector, Options
+from llavakit.packing import Stream
+from llavakit_kernels import linear_gelu, project_splice
 
 
 class Linear(Connector):
@@ -20,6 +22,11 @@ class Linear(Connector):
     def forward(self, features_BPD: Tensor) -> Tensor:
         embeddings_BPE: Tensor = self.layers(features_BPD)
         return embeddings_BPE
+
+    def project_into(self, features_BPD: Tensor, stream: Stream) -> Tensor:
+        if stream.embedding_VE is None:
+            return super().project_into(features_BPD, stream)
+        return _splice(_visible(features_BPD, stream), self.layers, stream, stream.embedding_VE)
 
 
 class MlpOptions(Options):
@@ -43,3 +50,31 @@ class Mlp(Connector):
     def forward(self, features_BPD: Tensor) -> Tensor:
         embeddings_BPE: Tensor = self.layers(features_BPD)
         return embeddings_BPE
+
+    def project_into(self, features_BPD: Tensor, stream: Stream) -> Tensor:
+        if stream.embedding_VE is None:
+            return super().project_into(features_BPD, stream)
+        *hidden, last = [layer for layer in self.layers if isinstance(layer, nn.Linear)]
+        features_ND = _visible(features_BPD, stream)
+        for layer in hidden:
+            features_ND = linear_gelu(features_ND.to(layer.weight.dtype), layer.weight, layer.bias)
+        return _splice(features_ND, last, stream, stream.embedding_VE)
+
+
+def _visible(features_BPD: Tensor, stream: Stream) -> Tensor:
+    """Return one row for each visual token that truncation left."""
+    features_ND = features_BPD.flatten(0, 1)
+    kept = stream.visual_kept_N
+    return features_ND if kept is None else features_ND.index_select(0, kept)
+
+
+def _splice(features_ND: Tensor, layer: nn.Linear, stream: Stream, embedding_VE: Tensor) -> Tensor:
+    """Project and lay text and visual rows into the stream, in one launch on CUDA."""
+    return project_splice(
+        features_ND.to(layer.weight.dtype),
+        layer.weight,
+        layer.bias,
+        stream.token_ids_T,
+        embedding_VE,
+        stream.visual_rows_N,
+    )

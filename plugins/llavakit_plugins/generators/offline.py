@@ -137,12 +137,17 @@ def _article(noun: str) -> str:
     return f"an {noun}" if noun[0] in "aeiou" and noun != "one" else f"a {noun}"
 
 
+def _number(count: int) -> str:
+    return NUMBERS[count] if count < len(NUMBERS) else str(count)
+
+
 def _which(view: View, draw: np.random.Generator) -> Pair | None:
     if not (alone := _alone(view, lambda thing: thing.place)):
         return None
     thing = _pick(draw, alone)
-    answer = _article(thing.category).capitalize()
-    return f"Which {view.noun} is at the {thing.place}?", f"{answer}."
+    what = f"{view.noun} at the {thing.place}"
+    question = f"Which {view.noun} is at the {thing.place}?"
+    return question, f"The {what} is {_article(thing.category)}."
 
 
 def _colour(view: View, draw: np.random.Generator) -> Pair | None:
@@ -150,19 +155,20 @@ def _colour(view: View, draw: np.random.Generator) -> Pair | None:
     if not coloured:
         return None
     thing = _pick(draw, coloured)
-    return f"What colour is the {view.noun} at the {thing.place}?", f"{thing.colour}.".capitalize()
+    what = f"{view.noun} at the {thing.place}"
+    return f"What colour is the {what}?", f"The {what} is {thing.colour}."
 
 
 def _ground(view: View, draw: np.random.Generator) -> Pair | None:
     if view.ground is None:
         return None
-    return "What colour is the canvas?", f"{view.ground}.".capitalize()
+    return "What colour is the canvas?", f"The canvas is {view.ground}."
 
 
 def _count(view: View, draw: np.random.Generator) -> Pair | None:
-    if len(view.things) >= len(NUMBERS):
-        return None
-    return f"How many {view.noun}s are there?", f"{NUMBERS[len(view.things)]}.".capitalize()
+    count = len(view.things)
+    are = f"is one {view.noun}" if count == 1 else f"are {_number(count)} {view.noun}s"
+    return f"How many {view.noun}s are there?", f"There {are}."
 
 
 def _exists(view: View, draw: np.random.Generator) -> Pair | None:
@@ -173,22 +179,24 @@ def _exists(view: View, draw: np.random.Generator) -> Pair | None:
         return None
     there = bool(draw.integers(2))
     colour = str(draw.choice(here if there else gone))
-    return f"Is there a {colour} {view.noun}?", "Yes." if there else "No."
+    what = f"{colour} {view.noun}"
+    answer = f"Yes, there is a {what}." if there else f"No, there is no {what}."
+    return f"Is there a {what}?", answer
 
 
 def _where(view: View, draw: np.random.Generator) -> Pair | None:
     if not (alone := _alone(view, lambda thing: thing.category)):
         return None
     thing = _pick(draw, alone)
-    return f"Where is the {thing.category}?", f"At the {thing.place}."
+    return f"Where is the {thing.category}?", f"The {thing.category} is at the {thing.place}."
 
 
 def _whose(view: View, draw: np.random.Generator) -> Pair | None:
     if not (alone := _alone(view, lambda thing: thing.colour)):
         return None
     thing = _pick(draw, alone)
-    answer = _article(thing.category).capitalize()
-    return f"Which {view.noun} is {thing.colour}?", f"{answer}."
+    answer = f"The {thing.colour} {view.noun} is {_article(thing.category)}."
+    return f"Which {view.noun} is {thing.colour}?", answer
 
 
 _FORMS = (_which, _colour, _ground, _count, _exists, _where, _whose)
@@ -199,7 +207,7 @@ _FORMS = (_which, _colour, _ground, _count, _exists, _where, _whose)
 
 def _detail(view: View, draw: np.random.Generator) -> list[Pair]:
     count = len(view.things)
-    amount = NUMBERS[count] if count < len(NUMBERS) else str(count)
+    amount = _number(count)
     start = f"The canvas is {view.ground} with" if view.ground else "The image shows"
     sentences = [f"{start} {amount} {view.noun}{'' if count == 1 else 's'}."]
     for thing in view.things:
@@ -214,7 +222,7 @@ def _reasoning(view: View, draw: np.random.Generator) -> list[Pair]:
     categories = [thing.category for thing in view.things]
     most = max(categories, key=categories.count)
     number = categories.count(most)
-    amount = NUMBERS[number] if number < len(NUMBERS) else str(number)
+    amount = _number(number)
     are = f"is {_article(most)}" if number == 1 else f"are of the sort {most}"
     answer = (
         f"Of the {len(categories)} objects, {amount} {are}; no other sort has more, so the image "

@@ -20,7 +20,13 @@ from llavakit import LanguageModel, ModelError
 from llavakit.attention import packed_attention, rows_attention
 from llavakit.packing import Packing, Rows
 from llavakit_kernels.linear_cross_entropy import linear_cross_entropy
-from llavakit_plugins.huggingface import PretrainedOptions, missing_source, quietly, read_config
+from llavakit_plugins.huggingface import (
+    PretrainedOptions,
+    load_tokenizer,
+    missing_source,
+    quietly,
+    read_config,
+)
 
 
 class VicunaOptions(PretrainedOptions):
@@ -59,15 +65,15 @@ class Vicuna(LanguageModel):
 
     @classmethod
     def _pretrained(cls, source: str, options: VicunaOptions) -> Self:
-        from transformers import AutoTokenizer, LlamaForCausalLM
+        from transformers import LlamaForCausalLM
 
-        revision = (options.revision if source == options.source else None) or "main"
+        revision = options.revision if source == options.source else None
         with quietly():
             model = LlamaForCausalLM.from_pretrained(
-                source, revision=revision, dtype=getattr(torch, options.dtype)
+                source, revision=revision or "main", dtype=getattr(torch, options.dtype)
             )
         language = cls(options, model)
-        language.tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
+        language.tokenizer = load_tokenizer(source, revision)
         return language
 
     def save(self, folder: Path) -> None:

@@ -49,6 +49,8 @@ class EvaluateOptions(Options):
 
 
 class Evaluate(Step):
+    """Asks every benchmark's questions, and measures the loss of held-out data."""
+
     name = "evaluate"
     Options = EvaluateOptions
     needs_model = True

@@ -22,6 +22,8 @@ class ExportOptions(Options):
 
 
 class Export(Step):
+    """Writes the newest model, reads it back, and asks it a few questions."""
+
     name = "export"
     Options = ExportOptions
     needs_model = True

@@ -14,10 +14,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from llavakit import TrainingError
-from llavakit.files import new_folder
+from llavakit.files import digest, new_folder
 
 _TENSORS = "state.safetensors"
 _STATE = "state.json"
+_HASHED_BYTES = 1 << 30
 
 
 class Checkpoints:
@@ -29,14 +30,14 @@ class Checkpoints:
 
     def save(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
         """Write a checkpoint with the random state; then drop the oldest beyond `keep`."""
-        self.folder.mkdir(exist_ok=True)
         random = {"random/cpu": torch.get_rng_state()}
         if torch.cuda.is_available():
             random["random/cuda"] = torch.cuda.get_rng_state()
         whole = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
         with new_folder(self.folder / f"step-{step:06}") as partial:
             save_file(whole | random, partial / _TENSORS)
-            (partial / _STATE).write_text(json.dumps(dict(state)), encoding="utf-8")
+            found = {"step": step, "check": _fingerprint(partial / _TENSORS), "state": dict(state)}
+            (partial / _STATE).write_text(json.dumps(found), encoding="utf-8")
         for old in self._all()[: -self.keep]:
             shutil.rmtree(old)
 
@@ -50,11 +51,15 @@ class Checkpoints:
             return None
         newest = found[-1]
         try:
+            saved = json.loads((newest / _STATE).read_text(encoding="utf-8"))
+            if saved["check"] != _fingerprint(newest / _TENSORS):
+                raise ValueError(f"{_TENSORS} is not what was written")
             tensors = load_file(newest / _TENSORS)
-            state: dict[str, Any] = json.loads((newest / _STATE).read_text(encoding="utf-8"))
-        except (OSError, ValueError, SafetensorError) as error:
+            state: dict[str, Any] = saved["state"]
+        except (OSError, ValueError, LookupError, TypeError, SafetensorError) as error:
             raise TrainingError(
-                f"checkpoint {newest} is damaged ({error}); remove it to go on from the one before"
+                f"checkpoint {newest} is damaged ({error}); remove it to go on from the one "
+                "before, or from the step's start"
             ) from error
         torch.set_rng_state(tensors.pop("random/cpu"))
         if (cuda := tensors.pop("random/cuda", None)) is not None and torch.cuda.is_available():
@@ -62,4 +67,10 @@ class Checkpoints:
         return tensors, state
 
     def _all(self) -> list[Path]:
-        return sorted(self.folder.glob("step-*"))
+        return sorted(self.folder.glob("step-*"), key=lambda path: int(path.name[5:]))
+
+
+def _fingerprint(path: Path) -> str:
+    """Return the size of a file, and its hash where that takes seconds at most."""
+    size = path.stat().st_size
+    return f"{size} {digest(path)}" if size <= _HASHED_BYTES else f"{size}"

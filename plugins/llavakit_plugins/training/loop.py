@@ -134,11 +134,13 @@ class Trainer:
         for packed, features in self.features.load(batch.samples):
             with self._autocast():
                 loss = self.model.loss(packed, features) / targets
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             total += loss.detach()
         value = total.item()
         if not math.isfinite(value):
-            raise TrainingError(self._blame(batch, f"the loss of step {self.progress.step + 1} is {value}"))
+            raise TrainingError(
+                self._blame(batch, f"the loss of step {self.progress.step + 1} is {value}")
+            )
         try:
             norm, rate = self.optimiser.step(self.progress.step)
         except NotFinite as error:

@@ -1,0 +1,66 @@
+"""Configurations, weights and tokenizers from folders."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from llavakit import ModelError
+from llavakit_plugins.huggingface import (
+    PretrainedOptions,
+    load_tokenizer,
+    missing_source,
+    read_config,
+)
+
+LLAMA = Path(__file__).parents[3] / "shared" / "data" / "tokenizer" / "llama2.model"
+
+
+@pytest.mark.skipif(not LLAMA.is_file(), reason="the real tokenizer is not beside the checkout")
+def test_a_bare_sentencepiece_model_gives_sentencepiece_ids(tmp_path: Path) -> None:
+    from sentencepiece import SentencePieceProcessor
+
+    shutil.copy(LLAMA, tmp_path / "tokenizer.model")
+    settings = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "legacy": True}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    tokenizer = load_tokenizer(str(tmp_path))
+    oracle = SentencePieceProcessor(model_file=str(LLAMA))
+    for text in ("a  b", "Hello,   world", "x" + " " * 9 + "y", "two\n\n  lines", "日本 🐱"):
+        assert tokenizer(text)["input_ids"] == [1, *oracle.encode(text)]
+
+
+def test_a_whole_clip_gives_its_vision_half(tmp_path: Path) -> None:
+    table = {"model_type": "clip", "vision_config": {"hidden_size": 32}, "projection_dim": 8}
+    (tmp_path / "config.json").write_text(json.dumps(table))
+    found = read_config(PretrainedOptions(source=str(tmp_path), config={"image_size": 64}))
+    assert found["hidden_size"] == 32
+    assert found["image_size"] == 64
+
+
+def test_an_unknown_source_is_named() -> None:
+    with pytest.raises(ModelError, match=r"`nobody/nothing` is neither a folder .*hf download"):
+        read_config(PretrainedOptions(source="nobody/nothing"))
+
+
+def test_known_names_have_their_published_size() -> None:
+    from llavakit.planning import count_parameters
+    from llavakit_plugins.language.vicuna import Vicuna, VicunaOptions
+    from llavakit_plugins.vision.clip import Clip, ClipOptions
+
+    torch = pytest.importorskip("torch")
+    with torch.device("meta"):
+        clip = Clip(ClipOptions(source="openai/clip-vit-large-patch14"))
+        vicuna = Vicuna(VicunaOptions(source="lmsys/vicuna-7b-v1.5"))
+    assert count_parameters(clip) == 303_179_776  # as transformers counts the published weights
+    assert count_parameters(vicuna) == 6_738_415_616
+    assert clip.tokens(224) == 256
+
+
+def test_a_folder_without_weights_says_so(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    sentence = missing_source("vision encoder", PretrainedOptions(source=str(tmp_path)))
+    assert sentence is not None
+    assert "holds no model.safetensors" in sentence
