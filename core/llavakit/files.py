@@ -64,7 +64,12 @@ def explain_write(path: Path) -> Iterator[None]:
 
     try:
         yield
-    except (OSError, SafetensorError) as error:
+    except Exception as error:
+        rust = "(os error " in str(error)  # tokenizers raises nothing narrower for a full disk
+        if isinstance(error, LlavaError) or not (
+            rust or isinstance(error, OSError | SafetensorError)
+        ):
+            raise
         place = (error.filename if isinstance(error, OSError) else None) or path
         reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
         raise LlavaError(

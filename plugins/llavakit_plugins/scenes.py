@@ -1,8 +1,8 @@
 """A small world to see: handwritten digits in colour on coloured canvases, annotated as COCO is.
 
 The digits are the UCI optical digits that scikit-learn ships (8x8 grey values, 1,797 glyphs). A
-scene is a square of 4 x 4 cells; one to three of its quarters have a glyph, of some size, somewhere
-in one of their four cells.
+scene is a square of 2 x 2 cells, one to three of them holding a glyph of some size, not quite in
+the middle.
 
 Scenes come in families of eight which share canvas, places and colours, while their digits run
 through a product of candidates. Side by side in a contrastive batch they are each other's hard
@@ -26,8 +26,7 @@ from llavakit.samples import Box
 
 SIDE = 48
 """Edge of a scene in pixels."""
-CELL = 12
-"""Edge of a cell in pixels."""
+CELL = SIDE // 2
 FAMILY = 8
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 PLACES = ("top left", "top right", "bottom left", "bottom right")
@@ -43,7 +42,8 @@ CANVASES = {
     "pink": (255, 205, 220),
     "grey": (205, 205, 205),
 }
-_SIZES = (10, 11, 12)
+_SIZES = (18, 20, 22)
+_JITTER = 2
 _CANDIDATES = ((8,), (4, 2), (2, 2, 2))  # digits a place chooses from; each row's product is FAMILY
 _HELD_OUT = 5  # every fifth glyph
 
@@ -55,7 +55,7 @@ class Digit:
     """One digit of a scene."""
 
     place: int
-    """Which quarter, in reading order."""
+    """Which cell, in reading order."""
     value: int
     colour: str
     glyph: int
@@ -150,10 +150,10 @@ def _place(
     draw: np.random.Generator,
 ) -> Digit:
     size = int(draw.choice(_SIZES))
-    x, y = (int(offset) for offset in draw.integers(0, CELL - size + 1, 2))
-    column, row = (int(cell) for cell in draw.integers(0, 2, 2))
-    left = CELL * (2 * (place % 2) + column) + x
-    top = CELL * (2 * (place // 2) + row) + y
+    room = CELL - size
+    low, high = max(0, room // 2 - _JITTER), min(room, room // 2 + _JITTER)
+    x, y = (int(offset) for offset in draw.integers(low, high + 1, 2))
+    left, top = CELL * (place % 2) + x, CELL * (place // 2) + y
     corners = (left, top, left + size, top + size)
     return Digit(place, value, colour, int(draw.choice(glyphs)), corners)
 

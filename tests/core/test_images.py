@@ -40,7 +40,9 @@ def palette(folder: Path) -> Path:
 
 def converted(mode: str, name: str) -> Callable[[Path], Path]:
     def write(folder: Path) -> Path:
-        Image.fromarray(GREY.round().astype(np.uint8)).convert("RGB").convert(mode).save(folder / name)
+        Image.fromarray(GREY.round().astype(np.uint8)).convert("RGB").convert(mode).save(
+            folder / name
+        )
         return folder / name
 
     return write

@@ -7,12 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from tests.conftest import RecipeWriter
+from tests.core.conftest import Command
 
 from llavakit import Recipe, RecipeError, Registry
 from llavakit.recipe import find_recipe, recipe_folder
 from llavakit.toml_lines import find_keys, locate
-from tests.conftest import RecipeWriter
-from tests.core.conftest import Command
 
 REGISTRY = Registry.installed()
 BUILT_IN = sorted(recipe_folder().rglob("*.toml"))
@@ -201,20 +201,28 @@ def test_every_key_of_a_built_in_recipe_is_found_on_a_line_that_has_it(path: Pat
             assert text.splitlines()[span.line - 1][span.start : span.end] == key[-1]
 
 
-@pytest.mark.parametrize("text", ["[[[", "=", "a = [", "a = {", "]", ",,", "a", 'a = "', "{}", "a = [1 2"])
+@pytest.mark.parametrize(
+    "text", ["[[[", "=", "a = [", "a = {", "]", ",,", "a", 'a = "', "{}", "a = [1 2"]
+)
 def test_places_of_broken_text_come_to_an_end(text: str) -> None:
     find_keys(text)
 
 
 # -- recipes that build on others ------------------------------------------------------------------
 
-BASE = MODEL.replace('use = "mlp"', 'use = "mlp", depth = 3') + STEP + STEP.replace("pretrain", "finetune")
+BASE = (
+    MODEL.replace('use = "mlp"', 'use = "mlp", depth = 3')
+    + STEP
+    + STEP.replace("pretrain", "finetune")
+)
 
 
 def test_a_recipe_changes_single_keys_of_its_base(tmp_path: Path) -> None:
     write(tmp_path, BASE, "base.toml")
     write(tmp_path, 'base = "base"\nseed = 4\n[steps.finetune]\nepochs = 7', "middle.toml")
-    path = write(tmp_path, 'base = "middle.toml"\n[steps.1]\nbatch_size = 3\n[model.connector]\ndepth = 1')
+    path = write(
+        tmp_path, 'base = "middle.toml"\n[steps.1]\nbatch_size = 3\n[model.connector]\ndepth = 1'
+    )
     recipe = Recipe.load(path, REGISTRY)
     assert recipe.name == "r"
     assert recipe.seed == 4
@@ -378,7 +386,8 @@ def test_missing_input_files_are_found_before_anything_runs(
 ) -> None:
     path = write_recipe(("train.json", "tain.json"))
     text = refused(path, "--out", tmp_path / "out")
-    line = 1 + [n for n, line in enumerate(path.read_text().splitlines()) if "tain.json" in line][0]
+    lines = path.read_text().splitlines()
+    line = next(number for number, text in enumerate(lines, start=1) if "tain.json" in text)
     assert f"small.toml:{line}: `path`:" in text
     assert "does not exist" in text
     assert "train.json`?" in text

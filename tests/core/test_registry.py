@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.core.conftest import Command
 
 from llavakit import Component, Connector, Options, PluginError, RecipeError, Registry, hookimpl
 from llavakit.interfaces import KINDS
 from llavakit_plugins.connectors.mlp import Linear
-from tests.core.conftest import Command
 
 
 def plugin_with(*components: Any) -> object:
@@ -43,7 +43,7 @@ def test_two_components_of_one_name_are_refused() -> None:
     registry = Registry.empty()
     registry.register(plugin_with(Linear), name="one")
     registry.register(plugin_with(Other), name="two")
-    with pytest.raises(PluginError, match=r"Linear and .*Other are both called `linear`"):
+    with pytest.raises(PluginError, match=r"Other and .*Linear are both called `linear`"):
         registry.all(Connector)
 
 
@@ -144,7 +144,9 @@ def {hook}():
 
 
 def test_an_installed_package_is_listed_with_its_version(site: Path, llava_run: Command) -> None:
-    distribution(site, "llava-mine", "llava_mine_a", MINE.format(name="mine", hook="llava_connectors"))
+    distribution(
+        site, "llava-mine", "llava_mine_a", MINE.format(name="mine", hook="llava_connectors")
+    )
     code, out, _ = llava_run("plugins", "--json")
     assert code == 0
     listed = json.loads(out)

@@ -93,9 +93,8 @@ def test_a_broken_line_is_named(tmp_path: Path, line: str, sentence: str) -> Non
         list(read_contexts(path))
 
 
-def answer_from_truth(question: str, scene_words: dict[str, tuple[str, str]], canvas: str) -> str:
+def answer_from_truth(question: str, places: dict[str, tuple[str, str]], canvas: str) -> str:
     """Answer a conversation question from the drawing's own record, not from its captions."""
-    places = {place: words for place, words in scene_words.items()}
     if match := re.fullmatch(r"Which digit is at the ([\w ]+)\?", question):
         return places[match[1]][0]
     if match := re.fullmatch(r"What colour is the digit at the ([\w ]+)\?", question):
@@ -104,8 +103,8 @@ def answer_from_truth(question: str, scene_words: dict[str, tuple[str, str]], ca
         return canvas
     if question == "How many digits are there?":
         return WORDS[len(places)]
-    if match := re.fullmatch(r"Is there a (\w+) digit\?", question):
-        return "yes" if match[1] in {colour for _, colour in places.values()} else "no"
+    if match := re.fullmatch(r"Is there a digit at the ([\w ]+)\?", question):
+        return "yes" if match[1] in places else "no"
     if match := re.fullmatch(r"Where is the (\w+)\?", question):
         return next(place for place, (word, _) in places.items() if word == match[1])
     if match := re.fullmatch(r"Which digit is (\w+)\?", question):
@@ -136,7 +135,7 @@ def test_sums_and_orders_are_right() -> None:
             "sum": sum(values), "largest": max(values), "smallest": min(values),
         }  # fmt: skip
         if match := re.search(r"so the (\w+) is (\w+)\.$", answer.text):
-            numbers = [*WORDS, *"ten eleven twelve thirteen fourteen fifteen".split()]
+            numbers = [*WORDS, *["ten", "eleven", "twelve", "thirteen", "fourteen", "fifteen"]]
             numbers += ["sixteen", "seventeen", "eighteen"]
             assert numbers[expected[match[1]]] == match[2]
         else:

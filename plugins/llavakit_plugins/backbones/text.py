@@ -21,8 +21,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 
-# captions alone, then what the model shall learn to answer, conversations most of all
-_KINDS: tuple[ResponseKind | None, ...] = (None, *("conversation",) * 4, "detail", "reasoning")
+# half are captions alone: each says again what the first said, which teaches to look it up
+_KINDS: tuple[ResponseKind | None, ...] = (
+    *(None,) * 5,
+    *("conversation",) * 3,
+    "detail",
+    "reasoning",
+)
 
 
 class TextOptions(BaseModel):
@@ -46,10 +51,11 @@ def documents(
     tokenizer: PreTrainedTokenizerFast,
     seed: int,
 ) -> Iterator[Document]:
-    """Yield one document a context: three of its captions, or a dialogue about one of them.
+    """Yield one document a context: all its captions, or a dialogue about one of them.
 
     In a dialogue a caption stands where the image will be, so the model learns to answer from what
-    is in front of the question; there only the answers are learned. Of `tokenizer` only the special tokens matter.
+    is in front of the question; there only the answers are learned. Of `tokenizer` only the
+    special tokens matter.
     """
     draw = np.random.default_rng([seed, 3])
     end = Segment(str(tokenizer.eos_token), markup=True)
@@ -57,7 +63,7 @@ def documents(
         captions = [str(caption) for caption in draw.permutation(context.captions)]
         kind = _KINDS[int(draw.integers(len(_KINDS)))]
         if kind is None:
-            yield [Segment(" ".join(captions[:3]), learned=True), replace(end, learned=True)]
+            yield [Segment(" ".join(captions), learned=True), replace(end, learned=True)]
             continue
         turns = generator.generate(context, kind)
         yield [

@@ -36,6 +36,9 @@ DETAIL = (
 )
 
 
+_PLACES = ("top left", "top right", "bottom left", "bottom right")
+
+
 @dataclass(frozen=True)
 class Thing:
     """One object as the teacher understands it."""
@@ -172,14 +175,13 @@ def _count(view: View, draw: np.random.Generator) -> Pair | None:
 
 
 def _exists(view: View, draw: np.random.Generator) -> Pair | None:
-    """Ask for a colour that is there and one that is not equally often."""
-    here = sorted({thing.colour for thing in view.things if thing.colour})
-    gone = [colour for colour in COLOURS[:4] if colour not in here]
-    if not here or not gone:
+    """Ask for a place that is taken and one that is free equally often."""
+    taken = sorted({thing.place for thing in view.things})
+    free = [place for place in _PLACES if place not in taken]
+    if not free:
         return None
     there = bool(draw.integers(2))
-    colour = str(draw.choice(here if there else gone))
-    what = f"{colour} {view.noun}"
+    what = f"{view.noun} at the {draw.choice(taken if there else free)}"
     answer = f"Yes, there is a {what}." if there else f"No, there is no {what}."
     return f"Is there a {what}?", answer
 

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from llavakit import LanguageModel, ModelError
+from llavakit.assembly import cast_weights
 from llavakit.attention import packed_attention, rows_attention
 from llavakit.packing import Packing, Rows
 from llavakit_kernels.linear_cross_entropy import linear_cross_entropy
@@ -48,7 +49,8 @@ class Vicuna(LanguageModel):
 
         if model is None:
             table = {k: v for k, v in read_config(options).items() if k != "model_type"}
-            model = LlamaForCausalLM(LlamaConfig(**table)).to(getattr(torch, options.dtype))
+            model = LlamaForCausalLM(LlamaConfig(**table))
+            cast_weights(model, getattr(torch, options.dtype))
         self.model = model
         self.width: int = model.config.hidden_size
         self.max_length = options.max_length or model.config.max_position_embeddings

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from pydantic import Field
 
 from llavakit import (
     Benchmark,
+    DataError,
     Dataset,
     InputPath,
     LlavaModel,
@@ -62,22 +64,24 @@ class Evaluate(Step):
         model = run.model(self.options.init).eval()
         metrics: dict[str, float] = {}
         sections: list[Section] = []
-        for use in self.options.benchmarks:
+        names = _distinct([use.use for use in self.options.benchmarks])
+        for name, use in zip(names, self.options.benchmarks, strict=True):
             benchmark = run.build(use)
             questions = benchmark.questions()
-            answers = self._ask(run, model, questions, use.use)
+            answers = self._ask(run, model, questions, name)
             score = benchmark.score(questions, answers)
             scores = {"sighted": score}
-            self._keep(run.directory, use.use, questions, answers, score)
+            self._keep(run.directory, name, questions, answers, score)
             if self.options.blind:
                 blind = shuffle_images(questions, run.seed)
-                guesses = self._ask(run, model, blind, f"{use.use}, blind")
+                guesses = self._ask(run, model, blind, f"{name}, blind")
                 scores["blind"] = benchmark.score(questions, guesses)
-                self._keep(run.directory, f"{use.use}-blind", blind, guesses, scores["blind"])
-            for name, result in scores.items():
-                metrics |= {f"{name}_{key}": value for key, value in result.metrics.items()}
-            sections.append(_table(use.use, questions, scores))
-            sections.append(self._gallery(run, use.use, questions, answers, score))
+                self._keep(run.directory, f"{name}-blind", blind, guesses, scores["blind"])
+            prefix = f"{name}_" if len(self.options.benchmarks) > 1 else ""
+            for way, result in scores.items():
+                metrics |= {f"{prefix}{way}_{key}": v for key, v in result.metrics.items()}
+            sections.append(_table(name, questions, scores))
+            sections.append(self._gallery(run, name, questions, answers, score))
         if self.options.losses:
             sections.append(self._losses(run, model, metrics))
         return Outcome(metrics, sections)
@@ -149,12 +153,13 @@ class Evaluate(Step):
     def _losses(self, run: Run, model: LlavaModel, metrics: dict[str, float]) -> Table:
         rows: list[list[str | float | int | None]] = []
         dtype = next(model.vision.parameters()).dtype
-        for use in self.options.losses:
-            data = run.build(use)
+        data_sets = [run.build(use) for use in self.options.losses]
+        uses = zip(self.options.losses, data_sets, strict=True)
+        names = _distinct([data[0].kind or use.use for use, data in uses])
+        for name, data in zip(names, data_sets, strict=True):
             corpus = Corpus(data, model, model.template, self.options.max_length)
             features = Encoding(corpus, model, workers=0, dtype=dtype, learns=False)
             loss = held_out_loss(model, corpus, 8192, features)
-            name = data[0].kind or use.use
             metrics[f"loss_{name}"] = loss
             rows.append([name, len(data), round(loss, 4), round(float(np.exp(loss)), 3)])
         return Table(
@@ -164,15 +169,30 @@ class Evaluate(Step):
         )
 
 
+def _distinct(names: Sequence[str]) -> list[str]:
+    """Return the names, those that recur with a number behind."""
+    return [
+        name if (before := names[:place].count(name)) == 0 else f"{name}-{before + 1}"
+        for place, name in enumerate(names)
+    ]
+
+
 def shuffle_images(questions: Sequence[Question], seed: int) -> list[Question]:
-    """Return the questions, each with the images of another: no image stays in its place."""
-    distinct = sorted({question.images for question in questions}, key=str)
+    """Return the questions, each with the images of another: no image stays in its place.
+
+    Questions without an image stay as they are. Raises DataError where all have the same images.
+    """
+    distinct = sorted({question.images for question in questions} - {()}, key=str)
+    if len(distinct) == 1:
+        raise DataError(
+            "all questions are about the same image, so `blind` has no other to show; leave it out"
+        )
     order = np.random.default_rng([seed, 1]).permutation(len(distinct)).tolist()
     following = {
         distinct[here]: distinct[there]
-        for here, there in zip(order, [*order[1:], order[0]], strict=True)
+        for here, there in zip(order, [*order[1:], *order[:1]], strict=True)
     }
-    return [Question(q.id, q.prompt, following[q.images], q.truth, q.category) for q in questions]
+    return [replace(q, images=following.get(q.images, ())) for q in questions]
 
 
 def _table(name: str, questions: Sequence[Question], scores: dict[str, Score]) -> Table:

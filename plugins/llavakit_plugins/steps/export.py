@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pydantic import Field
+
 import llavakit
 from llavakit import Dataset, Exporter, InputPath, ModelError, Options, Outcome, Run, Step, Use
 from llavakit.assembly import save_model
@@ -17,7 +19,7 @@ class ExportOptions(Options):
     """A model folder; the newest of the earlier steps where absent."""
     tries: Use[Dataset] | None = None
     """Samples whose first question is asked of what was exported."""
-    count: int = 8
+    count: int = Field(default=8, ge=1)
     max_new_tokens: int = 96
 
 
