@@ -19,14 +19,13 @@ from torch import nn
 
 from llavakit.components import Options, Use
 from llavakit.errors import ModelError
-from llavakit.files import digest, new_folder
+from llavakit.files import HASHED_BYTES, digest, new_folder
 from llavakit.interfaces import Connector, LanguageModel, PromptTemplate, VisionEncoder
 from llavakit.model import LlavaModel
 from llavakit.registry import Registry
 
 MANIFEST = "model.toml"
 _FORMAT = 1
-_HASHED_BYTES = 1 << 30  # larger files take longer to hash than to load
 PARTS = ("vision", "connector", "language")
 
 
@@ -195,7 +194,7 @@ def load_model(
         if not file.is_file():
             raise ModelError(f"{folder} lacks {name}; copy the whole folder again")
         # safetensors notices by itself where a large file is cut short
-        if file.stat().st_size <= _HASHED_BYTES and digest(file) != known:
+        if file.stat().st_size <= HASHED_BYTES and digest(file) != known:
             raise ModelError(f"{file} differs from what {MANIFEST} says; copy the folder again")
     try:
         recipe = ModelRecipe.model_validate({name: manifest[name] for name in (*PARTS, "template")})

@@ -26,7 +26,7 @@ from llavakit.assembly import create_model, is_model, load_model, without_none
 from llavakit.components import Use
 from llavakit.errors import RecipeError
 from llavakit.events import EventLog
-from llavakit.files import explain_write, write_text
+from llavakit.files import HASHED_BYTES, digest, explain_write, write_text
 from llavakit.interfaces import Dataset, LanguageModel, Run, Stopped, VisionEncoder
 from llavakit.loading import pick_device
 from llavakit.model import LlavaModel
@@ -38,6 +38,7 @@ from llavakit.reporting import StepRecord, write_report
 
 _DONE = "artifact.json"
 _BEGUN = "begun.json"
+_LONGEST_PATH = 1024
 Record = Mapping[str, Any]
 
 
@@ -162,11 +163,22 @@ class _Model:
 def _record(recipe: Recipe, until: str) -> Record:
     """Return everything that decides what a step's folder holds."""
     steps: list[Any] = []
+    files: dict[str, str | int] = {}
     for name, use in recipe.active_steps():
         steps.append(use.model_dump(mode="json"))
+        for text in _texts(use.options):
+            path = Path(text)
+            if text not in files and len(text) < _LONGEST_PATH and path.is_file():
+                size = path.stat().st_size
+                files[text] = size if size > HASHED_BYTES else digest(path)
         if name == until:
             break
-    record = {"model": recipe.model.model_dump(mode="json"), "seed": recipe.seed, "steps": steps}
+    record = {
+        "model": recipe.model.model_dump(mode="json"),
+        "seed": recipe.seed,
+        "steps": steps,
+        "files": files,
+    }
     plain: Record = json.loads(json.dumps(record))  # tuples become lists, as in the file
     return plain
 
@@ -184,11 +196,16 @@ def _prepare(folder: Path, record: Record, *, resume: bool) -> bool:
         )
     elif folder.exists():
         aside = _set_aside(folder)
-        _say(f"{folder.name}: the recipe changed, so it is done again; the old one is in {aside}")
+        what = "its data" if begun and _same_but_files(begun["record"], record) else "the recipe"
+        _say(f"{folder.name}: {what} changed, so it is done again; the old one is in {aside}")
     with explain_write(folder):
         folder.mkdir(parents=True)
     write_text(folder / _BEGUN, json.dumps({"record": record}))
     return False
+
+
+def _same_but_files(before: Record, now: Record) -> bool:
+    return {**before, "files": {}} == {**now, "files": {}}
 
 
 def _set_aside(folder: Path) -> Path:

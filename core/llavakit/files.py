@@ -86,6 +86,10 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
+HASHED_BYTES = 1 << 30
+"""Larger files take longer to hash than to read otherwise; their size must do."""
+
+
 def digest(path: Path) -> str:
     """Return the SHA-256 of a file, as hex."""
     total = sha256()

@@ -291,3 +291,15 @@ def test_a_model_is_evaluated_exported_and_tried(
     for file in ("connector.safetensors", "language/model.safetensors"):
         assert (trained / file).read_bytes() == (exported / file).read_bytes()
     assert (run / "model").resolve() == exported
+
+
+def test_changed_data_are_a_changed_recipe(
+    done: tuple[Path, Path], llava_run: Command, tmp_path: Path
+) -> None:
+    path, run = done
+    data = tmp_path / "pretrain.json"
+    data.write_text(json.dumps(json.loads(data.read_text())[:-1]))
+    ended = llava_run(path, "--out", run)
+    assert ended.code == 0
+    assert "01-pretrain: its data changed" in ended.err
+    assert json.loads((run / "01-pretrain" / "artifact.json").read_text())["metrics"]["steps"] == 3

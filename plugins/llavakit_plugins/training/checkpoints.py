@@ -14,11 +14,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from llavakit import TrainingError
-from llavakit.files import digest, new_folder
+from llavakit.files import HASHED_BYTES, digest, new_folder
 
 _TENSORS = "state.safetensors"
 _STATE = "state.json"
-_HASHED_BYTES = 1 << 30
 
 
 class Checkpoints:
@@ -73,4 +72,4 @@ class Checkpoints:
 def _fingerprint(path: Path) -> str:
     """Return the size of a file, and its hash where that takes seconds at most."""
     size = path.stat().st_size
-    return f"{size} {digest(path)}" if size <= _HASHED_BYTES else f"{size}"
+    return f"{size} {digest(path)}" if size <= HASHED_BYTES else f"{size}"
