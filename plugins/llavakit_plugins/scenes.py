@@ -1,8 +1,8 @@
 """A small world to see: handwritten digits in colour on coloured canvases, annotated as COCO is.
 
 The digits are the UCI optical digits that scikit-learn ships (8x8 grey values, 1,797 glyphs). A
-scene is a square of 2 x 2 cells, one to three of them holding a glyph of some size, not quite in
-the middle.
+scene is a square of 3 x 3 cells; one to three of the four in the middle of an edge hold a glyph, of
+some size and a little off the cell's middle.
 
 Scenes come in families of eight which share canvas, places and colours, while their digits run
 through a product of candidates. Side by side in a contrastive batch they are each other's hard
@@ -24,12 +24,13 @@ from PIL import Image
 from llavakit import ImageContext, LlavaError
 from llavakit.samples import Box
 
-SIDE = 48
+SIDE = 72
 """Edge of a scene in pixels."""
-CELL = SIDE // 2
+CELL = SIDE // 3
 FAMILY = 8
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-PLACES = ("top left", "top right", "bottom left", "bottom right")
+PLACES = {"top": (1, 0), "left": (0, 1), "right": (2, 1), "bottom": (1, 2)}
+"""Column and row of each place, in reading order."""
 COLOURS = {
     "red": (200, 20, 30),
     "green": (0, 120, 40),
@@ -54,8 +55,7 @@ Split = Literal["train", "test"]
 class Digit:
     """One digit of a scene."""
 
-    place: int
-    """Which cell, in reading order."""
+    place: str
     value: int
     colour: str
     glyph: int
@@ -107,7 +107,7 @@ class Scene:
 
 
 def _phrase(digit: Digit, form: int) -> str:
-    word, place = WORDS[digit.value], PLACES[digit.place]
+    word, place = WORDS[digit.value], digit.place
     article = "an" if word == "eight" and form == 2 else "a"
     return (
         f"a {digit.colour} {word} at the {place}",
@@ -128,7 +128,7 @@ def compose(split: Split, families: int, seed: int, most: int = 3) -> Iterator[S
     draw = np.random.default_rng([seed, split == "test", most])
     for _ in range(families):
         count = int(draw.integers(1, most + 1))
-        places = sorted(draw.permutation(4)[:count].tolist())
+        places = [list(PLACES)[place] for place in sorted(draw.permutation(4)[:count].tolist())]
         colours = [str(colour) for colour in draw.choice(list(COLOURS), count)]
         canvas = str(draw.choice(list(CANVASES)))
         sizes = draw.permutation(_CANDIDATES[count - 1])
@@ -143,7 +143,7 @@ def compose(split: Split, families: int, seed: int, most: int = 3) -> Iterator[S
 
 
 def _place(
-    place: int,
+    place: str,
     value: int,
     colour: str,
     glyphs: Sequence[int] | npt.NDArray[np.int64],
@@ -153,7 +153,8 @@ def _place(
     room = CELL - size
     low, high = max(0, room // 2 - _JITTER), min(room, room // 2 + _JITTER)
     x, y = (int(offset) for offset in draw.integers(low, high + 1, 2))
-    left, top = CELL * (place % 2) + x, CELL * (place // 2) + y
+    column, row = PLACES[place]
+    left, top = CELL * column + x, CELL * row + y
     corners = (left, top, left + size, top + size)
     return Digit(place, value, colour, int(draw.choice(glyphs)), corners)
 

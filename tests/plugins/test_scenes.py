@@ -14,7 +14,7 @@ from llavakit import DataError, ImageContext
 from llavakit.samples import RESPONSE_KINDS, Box
 from llavakit_plugins.contexts import read_contexts, write_contexts
 from llavakit_plugins.generators.offline import Offline, OfflineOptions, place_of, understand
-from llavakit_plugins.scenes import CANVASES, COLOURS, FAMILY, PLACES, SIDE, WORDS, compose
+from llavakit_plugins.scenes import CANVASES, COLOURS, FAMILY, SIDE, WORDS, compose
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 
@@ -116,7 +116,7 @@ def test_every_answer_of_the_teacher_is_true_of_the_picture() -> None:
     teacher = Offline(OfflineOptions())
     asked = set()
     for number, scene in enumerate(compose("train", 60, 5)):
-        words = {PLACES[d.place]: (WORDS[d.value], d.colour) for d in scene.digits}
+        words = {d.place: (WORDS[d.value], d.colour) for d in scene.digits}
         turns = teacher.generate(scene.context(str(number), "x.png"), "conversation")
         for human, gpt in zip(turns[::2], turns[1::2], strict=True):
             question = human.text.removeprefix("<image>\n")
@@ -159,9 +159,11 @@ def test_a_context_without_boxes_is_named() -> None:
         understand(ImageContext("7", "a.jpg", ("A cat.",)))
 
 
-def test_places_are_halves_of_the_image() -> None:
-    assert place_of(Box("cat", (0.0, 0.0, 0.3, 0.4))) == "top left"
-    assert place_of(Box("cat", (0.6, 0.2, 1.0, 1.0))) == "bottom right"
+def test_a_place_is_the_nearest_edge() -> None:
+    assert place_of(Box("cat", (0.3, 0.0, 0.7, 0.2))) == "top"
+    assert place_of(Box("cat", (0.0, 0.3, 0.2, 0.9))) == "left"
+    assert place_of(Box("cat", (0.8, 0.2, 1.0, 0.7))) == "right"
+    assert place_of(Box("cat", (0.4, 0.6, 0.7, 1.0))) == "bottom"
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the shared data are not beside the checkout")

@@ -36,7 +36,7 @@ DETAIL = (
 )
 
 
-_PLACES = ("top left", "top right", "bottom left", "bottom right")
+_PLACES = ("top", "left", "right", "bottom")
 
 
 @dataclass(frozen=True)
@@ -82,10 +82,11 @@ def understand(context: ImageContext) -> View:
 
 
 def place_of(box: Box) -> str:
-    """Return where the middle of a box is: `top left`, … by halves of the image."""
+    """Return the edge that the middle of a box is nearest to: `top`, `left`, `right`, `bottom`."""
     left, top, right, bottom = box.corners
-    vertical = "top" if (top + bottom) / 2 < 0.5 else "bottom"
-    return f"{vertical} {'left' if (left + right) / 2 < 0.5 else 'right'}"
+    across, down = (left + right) / 2, (top + bottom) / 2
+    distances = (down, across, 1 - across, 1 - down)
+    return _PLACES[distances.index(min(distances))]
 
 
 class OfflineOptions(Options):
