@@ -107,12 +107,11 @@ class Scene:
 
 
 def _phrase(digit: Digit, form: int) -> str:
-    word, place = WORDS[digit.value], digit.place
-    article = "an" if word == "eight" and form == 2 else "a"
+    named = f"{digit.colour} {WORDS[digit.value]}"
     return (
-        f"a {digit.colour} {word} at the {place}",
-        f"at the {place} a {digit.colour} {word}",
-        f"the {place} shows {article} {word} in {digit.colour}",
+        f"a {named} at the {digit.place}",
+        f"at the {digit.place} a {named}",
+        f"the {digit.place} shows a {named}",
     )[form]
 
 

@@ -93,37 +93,33 @@ def test_a_broken_line_is_named(tmp_path: Path, line: str, sentence: str) -> Non
         list(read_contexts(path))
 
 
-def answer_from_truth(question: str, places: dict[str, tuple[str, str]], canvas: str) -> str:
-    """Answer a conversation question from the drawing's own record, not from its captions."""
-    if match := re.fullmatch(r"Which digit is at the ([\w ]+)\?", question):
-        return places[match[1]][0]
-    if match := re.fullmatch(r"What colour is the digit at the ([\w ]+)\?", question):
-        return places[match[1]][1]
+def answer_from_truth(question: str, places: dict[str, tuple[str, str]], canvas: str) -> list[str]:
+    """Return the words a right answer has, from the drawing's own record, not from its captions."""
+    if match := re.fullmatch(r"Which digit is at the (\w+)\?", question):
+        return [match[1], places[match[1]][0]]
+    if match := re.fullmatch(r"What colour is the digit at the (\w+)\?", question):
+        return [match[1], places[match[1]][1]]
     if question == "What colour is the canvas?":
-        return canvas
+        return [canvas]
     if question == "How many digits are there?":
-        return WORDS[len(places)]
-    if match := re.fullmatch(r"Is there a digit at the ([\w ]+)\?", question):
-        return "yes" if match[1] in places else "no"
-    if match := re.fullmatch(r"Where is the (\w+)\?", question):
-        return next(place for place, (word, _) in places.items() if word == match[1])
-    if match := re.fullmatch(r"Which digit is (\w+)\?", question):
-        return next(word for word, colour in places.values() if colour == match[1])
+        return [WORDS[len(places)]]
+    if match := re.fullmatch(r"Is there a digit at the (\w+)\?", question):
+        return ["yes", *places[match[1]]] if match[1] in places else ["no", match[1], "empty"]
     raise AssertionError(question)
 
 
 def test_every_answer_of_the_teacher_is_true_of_the_picture() -> None:
-    teacher = Offline(OfflineOptions())
+    teacher = Offline(OfflineOptions(turns=5))
     asked = set()
     for number, scene in enumerate(compose("train", 60, 5)):
-        words = {d.place: (WORDS[d.value], d.colour) for d in scene.digits}
+        places = {d.place: (WORDS[d.value], d.colour) for d in scene.digits}
         turns = teacher.generate(scene.context(str(number), "x.png"), "conversation")
         for human, gpt in zip(turns[::2], turns[1::2], strict=True):
             question = human.text.removeprefix("<image>\n")
-            truth = answer_from_truth(question, words, scene.canvas)
-            assert truth in gpt.text.lower().rstrip(".").split(" ", 1) or truth in gpt.text.lower()
+            words = set(re.findall(r"\w+", gpt.text.lower()))
+            assert words >= set(answer_from_truth(question, places, scene.canvas))
             asked.add(question.split()[0])
-    assert asked >= {"Which", "What", "How", "Is", "Where"}
+    assert asked == {"Which", "What", "How", "Is"}
 
 
 def test_sums_and_orders_are_right() -> None:

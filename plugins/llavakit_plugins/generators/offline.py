@@ -145,13 +145,17 @@ def _number(count: int) -> str:
     return NUMBERS[count] if count < len(NUMBERS) else str(count)
 
 
+def _shows(thing: Thing) -> str:
+    """Say what is at a place, the same way everywhere: short trainings learn one way."""
+    named = f"{thing.colour} {thing.category}" if thing.colour else thing.category
+    return f"the {thing.place} shows {_article(named)}"
+
+
 def _which(view: View, draw: np.random.Generator) -> Pair | None:
     if not (alone := _alone(view, lambda thing: thing.place)):
         return None
     thing = _pick(draw, alone)
-    what = f"{view.noun} at the {thing.place}"
-    question = f"Which {view.noun} is at the {thing.place}?"
-    return question, f"The {what} is {_article(thing.category)}."
+    return f"Which {view.noun} is at the {thing.place}?", f"{_shows(thing)}.".capitalize()
 
 
 def _colour(view: View, draw: np.random.Generator) -> Pair | None:
@@ -159,8 +163,8 @@ def _colour(view: View, draw: np.random.Generator) -> Pair | None:
     if not coloured:
         return None
     thing = _pick(draw, coloured)
-    what = f"{view.noun} at the {thing.place}"
-    return f"What colour is the {what}?", f"The {what} is {thing.colour}."
+    question = f"What colour is the {view.noun} at the {thing.place}?"
+    return question, f"{_shows(thing)}.".capitalize()
 
 
 def _ground(view: View, draw: np.random.Generator) -> Pair | None:
@@ -177,32 +181,18 @@ def _count(view: View, draw: np.random.Generator) -> Pair | None:
 
 def _exists(view: View, draw: np.random.Generator) -> Pair | None:
     """Ask for a place that is taken and one that is free equally often."""
-    taken = sorted({thing.place for thing in view.things})
-    free = [place for place in _PLACES if place not in taken]
-    if not free:
+    taken = _alone(view, lambda thing: thing.place)
+    free = [place for place in _PLACES if all(thing.place != place for thing in view.things)]
+    if not taken or not free:
         return None
-    there = bool(draw.integers(2))
-    what = f"{view.noun} at the {draw.choice(taken if there else free)}"
-    answer = f"Yes, there is a {what}." if there else f"No, there is no {what}."
-    return f"Is there a {what}?", answer
+    if draw.integers(2):
+        thing = _pick(draw, taken)
+        return f"Is there a {view.noun} at the {thing.place}?", f"Yes, {_shows(thing)}."
+    place = str(draw.choice(free))
+    return f"Is there a {view.noun} at the {place}?", f"No, the {place} is empty."
 
 
-def _where(view: View, draw: np.random.Generator) -> Pair | None:
-    if not (alone := _alone(view, lambda thing: thing.category)):
-        return None
-    thing = _pick(draw, alone)
-    return f"Where is the {thing.category}?", f"The {thing.category} is at the {thing.place}."
-
-
-def _whose(view: View, draw: np.random.Generator) -> Pair | None:
-    if not (alone := _alone(view, lambda thing: thing.colour)):
-        return None
-    thing = _pick(draw, alone)
-    answer = f"The {thing.colour} {view.noun} is {_article(thing.category)}."
-    return f"Which {view.noun} is {thing.colour}?", answer
-
-
-_FORMS = (_which, _colour, _ground, _count, _exists, _where, _whose)
+_FORMS = (_which, _colour, _ground, _count, _exists)
 
 
 # -- detail and reasoning --------------------------------------------------------------------------
@@ -213,9 +203,7 @@ def _detail(view: View, draw: np.random.Generator) -> list[Pair]:
     amount = _number(count)
     start = f"The canvas is {view.ground} with" if view.ground else "The image shows"
     sentences = [f"{start} {amount} {view.noun}{'' if count == 1 else 's'}."]
-    for thing in view.things:
-        named = f"{thing.colour} {thing.category}" if thing.colour else thing.category
-        sentences.append(f"The {thing.place} shows {_article(named)}.")
+    sentences += [f"{_shows(thing)}.".capitalize() for thing in view.things]
     return [(str(draw.choice(DETAIL)), " ".join(sentences))]
 
 
