@@ -63,6 +63,11 @@ class Digit:
     corners: tuple[int, int, int, int]
     """Left, top, right, bottom in pixels."""
 
+    @property
+    def named(self) -> str:
+        """Colour and value in words."""
+        return f"{self.colour} {WORDS[self.value]}"
+
 
 @dataclass(frozen=True)
 class Scene:
@@ -93,26 +98,20 @@ class Scene:
         return ImageContext(identity, image, tuple(self.captions()), boxes)
 
     def captions(self) -> Iterator[str]:
-        """Yield five captions, as COCO has five of different people; each names everything."""
-        plain, placed, shown = (
-            " and ".join(_phrase(digit, form) for digit in self.digits) for form in range(3)
-        )
+        """Yield five captions, as COCO has five of different people; each names everything.
+
+        Each says the place first and then what is there: who reads on from the place has the
+        answer, which a small language model learns soonest.
+        """
+        placed = " and ".join(f"at the {d.place} a {d.named}" for d in self.digits)
+        shown = " and ".join(f"the {d.place} shows a {d.named}" for d in self.digits)
         number = WORDS[len(self.digits)].capitalize()
         noun = "digit" if len(self.digits) == 1 else "digits"
-        yield f"{plain.capitalize()} on a {self.canvas} canvas."
-        yield f"A {self.canvas} canvas with {plain}."
+        yield f"{placed.capitalize()} on a {self.canvas} canvas."
+        yield f"A {self.canvas} canvas, {placed}."
         yield f"{number} {noun} on a {self.canvas} canvas: {placed}."
-        yield f"{placed.capitalize()} on {self.canvas}."
+        yield f"On {self.canvas}, {shown}."
         yield f"{shown.capitalize()}. The canvas is {self.canvas}."
-
-
-def _phrase(digit: Digit, form: int) -> str:
-    named = f"{digit.colour} {WORDS[digit.value]}"
-    return (
-        f"a {named} at the {digit.place}",
-        f"at the {digit.place} a {named}",
-        f"the {digit.place} shows a {named}",
-    )[form]
 
 
 def compose(split: Split, families: int, seed: int, most: int = 3) -> Iterator[Scene]:

@@ -21,10 +21,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 
-# half are captions alone: each says again what the first said, which teaches to look it up
+# captions alone say again what the first said, which teaches to look it up, as questions do
 _KINDS: tuple[ResponseKind | None, ...] = (
-    *(None,) * 5,
-    *("conversation",) * 3,
+    *(None,) * 3,
+    *("conversation",) * 5,
     "detail",
     "reasoning",
 )

@@ -155,7 +155,8 @@ def _which(view: View, draw: np.random.Generator) -> Pair | None:
     if not (alone := _alone(view, lambda thing: thing.place)):
         return None
     thing = _pick(draw, alone)
-    return f"Which {view.noun} is at the {thing.place}?", f"{_shows(thing)}.".capitalize()
+    where = f" at the {thing.place}" if len(view.things) > 1 else ""
+    return f"Which {view.noun} is there{where}?", f"{_shows(thing)}.".capitalize()
 
 
 def _colour(view: View, draw: np.random.Generator) -> Pair | None:
@@ -163,8 +164,14 @@ def _colour(view: View, draw: np.random.Generator) -> Pair | None:
     if not coloured:
         return None
     thing = _pick(draw, coloured)
-    question = f"What colour is the {view.noun} at the {thing.place}?"
-    return question, f"{_shows(thing)}.".capitalize()
+    where = f" at the {thing.place}" if len(view.things) > 1 else ""
+    return f"What colour is the {view.noun}{where}?", f"{_shows(thing)}.".capitalize()
+
+
+def _where(view: View, draw: np.random.Generator) -> Pair | None:
+    if len(view.things) > 1:
+        return None
+    return f"Where is the {view.noun}?", f"{_shows(view.things[0])}.".capitalize()
 
 
 def _ground(view: View, draw: np.random.Generator) -> Pair | None:
@@ -175,15 +182,16 @@ def _ground(view: View, draw: np.random.Generator) -> Pair | None:
 
 def _count(view: View, draw: np.random.Generator) -> Pair | None:
     count = len(view.things)
-    are = f"is one {view.noun}" if count == 1 else f"are {_number(count)} {view.noun}s"
-    return f"How many {view.noun}s are there?", f"There {are}."
+    if count == 1:  # a question is only asked where the image is needed to answer it
+        return None
+    return f"How many {view.noun}s are there?", f"There are {_number(count)} {view.noun}s."
 
 
 def _exists(view: View, draw: np.random.Generator) -> Pair | None:
     """Ask for a place that is taken and one that is free equally often."""
     taken = _alone(view, lambda thing: thing.place)
     free = [place for place in _PLACES if all(thing.place != place for thing in view.things)]
-    if not taken or not free:
+    if len(view.things) == 1 or not taken or not free:
         return None
     if draw.integers(2):
         thing = _pick(draw, taken)
@@ -192,7 +200,7 @@ def _exists(view: View, draw: np.random.Generator) -> Pair | None:
     return f"Is there a {view.noun} at the {place}?", f"No, the {place} is empty."
 
 
-_FORMS = (_which, _colour, _ground, _count, _exists)
+_FORMS = (_which, _colour, _where, _ground, _count, _exists)
 
 
 # -- detail and reasoning --------------------------------------------------------------------------

@@ -43,8 +43,8 @@ class Backbones(Step):
         torch.manual_seed(run.seed)
         model = run.model.new()
         language, template = model.language, model.template
-        everything = [context for file in files for context in file]
-        corpus = list(documents(everything, generator, template, train_tokenizer([], 0), run.seed))
+        # what is easy to see is no help in reading: the text is of the last file alone
+        corpus = list(documents(files[-1], generator, template, train_tokenizer([], 0), run.seed))
         texts = ("".join(segment.text for segment in document) for document in corpus)
         language.tokenizer = train_tokenizer(texts, language.head.out_features)
         seen = train_clip(
