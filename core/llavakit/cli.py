@@ -198,9 +198,12 @@ def _chat(arguments: argparse.Namespace) -> int:
             return 0
         if not question:
             continue
-        for piece in model.stream(question, images=arguments.image, **settings):
-            print(piece, end="", flush=True)
-        print()
+        try:
+            for piece in model.stream(question, images=arguments.image, **settings):
+                print(piece, end="", flush=True)
+            print()
+        except LlavaError as error:  # of this question; the next may do
+            print(f"error: {error}", file=sys.stderr)
 
 
 def _export(arguments: argparse.Namespace) -> int:

@@ -103,6 +103,17 @@ def test_chat_asks_again_until_the_input_ends(
     assert [line.strip() for line in out.split(">")[1:]] == [answers[0], "", answers[1], ""]
 
 
+def test_a_question_that_cannot_be_asked_does_not_end_the_chat(
+    model: Path, llava_run: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("<image> what ?\nwhat shape ?\n"))
+    code, out, err = llava_run("chat", model, "--max-new-tokens", 5)
+    answer = llavakit.load(model, device="cpu").generate("what shape ?", max_new_tokens=5)
+    assert code == 0
+    assert "0 images for 1 `<image>` placeholder" in err
+    assert answer in out
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
