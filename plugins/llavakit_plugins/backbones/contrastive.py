@@ -18,13 +18,13 @@ from torch.nn import functional as F
 
 from llavakit import ImageContext, ModelError, Run, VisionEncoder
 from llavakit.images import inside, open_image
-from llavakit_plugins.backbones.loop import optimise
+from llavakit_plugins.backbones.loop import optimise, shuffled
+from llavakit_plugins.scenes import FAMILY
 from llavakit_plugins.training.optimiser import Group, Optimiser, Schedule
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-_FAMILY = 8
 _MAX_SCALE = math.log(100)  # as CLIP clips it
 
 
@@ -154,8 +154,8 @@ class _Order:
     """Which images a step sees: whole families, shuffled anew each time all have been seen."""
 
     def __init__(self, easy: int, total: int, options: ContrastiveOptions, seed: int) -> None:
-        self._families = (easy // _FAMILY, total // _FAMILY)
-        self._per = max(1, options.batch_size // _FAMILY)
+        self._families = (easy // FAMILY, total // FAMILY)
+        self._per = max(1, options.batch_size // FAMILY)
         self._first = int(options.first * options.steps) if easy < total else 0
         self._seed = seed
 
@@ -164,10 +164,6 @@ class _Order:
         first = step < self._first
         families = self._families[0] if first else self._families[1]
         begin = (step if first else step - self._first) * self._per
-        chosen: list[int] = []
-        for place in range(begin, begin + self._per):
-            round_, within = divmod(place, families)
-            shuffled = np.random.default_rng([self._seed, first, round_]).permutation(families)
-            chosen.append(int(shuffled[within]))
-        index = [family * _FAMILY + member for family in chosen for member in range(_FAMILY)]
+        chosen = shuffled(range(begin, begin + self._per), families, self._seed, int(first))
+        index = [family * FAMILY + member for family in chosen for member in range(FAMILY)]
         return index, np.random.default_rng([self._seed, 2, step])

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 
+import numpy as np
+import numpy.typing as npt
 from torch import Tensor
 
 from llavakit import Run, Stopped, TrainingError
@@ -49,3 +52,16 @@ def optimise(
         if stopping:
             raise Stopped
     return losses
+
+
+def shuffled(places: Sequence[int], size: int, *key: int) -> list[int]:
+    """Return which of `size` items stand at these places of an endless sequence.
+
+    Each round of `size` places holds every item once, in an order that `key` and the round decide.
+    """
+    return [int(_round(size, *key, place // size)[place % size]) for place in places]
+
+
+@lru_cache(maxsize=4)
+def _round(size: int, *key: int) -> npt.NDArray[np.int64]:
+    return np.random.default_rng(key).permutation(size)

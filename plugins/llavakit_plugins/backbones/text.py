@@ -14,7 +14,7 @@ from llavakit import Generator, ImageContext, LanguageModel, PromptTemplate, Run
 from llavakit.packing import PackedBatch, pack
 from llavakit.prompts import Encoded, tokenise
 from llavakit.samples import IMAGE, ResponseKind
-from llavakit_plugins.backbones.loop import optimise
+from llavakit_plugins.backbones.loop import optimise, shuffled
 from llavakit_plugins.training.optimiser import Group, Optimiser, Schedule
 
 if TYPE_CHECKING:
@@ -90,11 +90,8 @@ def train_language(
 
     def batch(step: int) -> PackedBatch:
         begin = step * options.batch_size
-        chosen = []
-        for place in range(begin, begin + options.batch_size):
-            round_, within = divmod(place, len(encoded))
-            order = np.random.default_rng([run.seed, 4, round_]).permutation(len(encoded))
-            chosen.append(int(order[within]))
+        places = range(begin, begin + options.batch_size)
+        chosen = shuffled(places, len(encoded), run.seed, 4)
         return pack([encoded[index] for index in chosen], chosen, visual_tokens=1)
 
     def loss_of(step: int) -> Tensor:
