@@ -1,0 +1,10 @@
+"""Exporters: other layouts of a model."""
+
+from __future__ import annotations
+
+from llavakit import Exporter, hookimpl
+
+
+@hookimpl
+def llava_exporters() -> list[type[Exporter]]:
+    return []
