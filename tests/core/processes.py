@@ -26,7 +26,7 @@ _SERVER.set_forkserver_preload(
     [
         "llavakit.engine",
         "llavakit.cli",
-        "llavakit.pictures",
+        "llavakit.reporting.pictures",
         "llavakit_plugins.steps.train",
         "llavakit_plugins.vision.clip",
         "llavakit_plugins.language.vicuna",

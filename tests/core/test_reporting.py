@@ -19,11 +19,11 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 from PIL import Image
 
-from llavakit.charts import Chart, draw_lines
 from llavakit.errors import LlavaError
-from llavakit.markdown import code, escape, table
 from llavakit.recipe import Recipe
 from llavakit.reporting import Card, Curves, Gallery, Section, StepRecord, Table, write_report
+from llavakit.reporting.charts import Chart, draw_lines
+from llavakit.reporting.markdown import code, escape, table
 
 HOSTILE = (
     """<script>alert('x')</script> & <img src="http://e.org/a.png" onerror=f()> | `a` _b_ *c*"""

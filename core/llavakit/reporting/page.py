@@ -1,0 +1,47 @@
+"""report.html, one page that needs nothing beside it."""
+
+from __future__ import annotations
+
+from functools import cache
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from llavakit.progress import duration
+from llavakit.reporting.charts import Chart, draw_lines
+from llavakit.reporting.pictures import Pictures
+from llavakit.reporting.sections import Curves
+from llavakit.reporting.summary import Report
+from llavakit.reporting.values import cells, show, verdict, words
+
+
+def page(report: Report, pictures: Pictures) -> str:
+    """Return the page of a run."""
+    return _environment().get_template("report.html.jinja").render(report=report, pictures=pictures)
+
+
+@cache
+def _environment() -> Environment:
+    loader = PackageLoader("llavakit.reporting", "")
+    environment = Environment(
+        loader=loader,
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    style, _, _ = loader.get_source(environment, "report.css")
+    environment.globals["style"] = Markup(style)
+    environment.filters |= {
+        "cells": cells,
+        "chart": _chart,
+        "duration": duration,
+        "show": show,
+        "verdict": verdict,
+        "words": words,
+    }
+    return environment
+
+
+def _chart(curves: Curves) -> Chart:
+    return draw_lines(curves.series, title=curves.title, x=curves.x, y=curves.y, log=curves.log)
