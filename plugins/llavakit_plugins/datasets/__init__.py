@@ -9,5 +9,6 @@ from llavakit import Dataset, hookimpl
 def llava_datasets() -> list[type[Dataset]]:
     from llavakit_plugins.datasets.conversations import Conversations
     from llavakit_plugins.datasets.mix import Mix
+    from llavakit_plugins.datasets.scienceqa import ScienceQA
 
-    return [Conversations, Mix]
+    return [Conversations, Mix, ScienceQA]

@@ -1,0 +1,74 @@
+"""ScienceQA as training data: one turn each, reasoning and then the answer (paper, section 5.2)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import Field
+
+from llavakit import DataError, Dataset, InputPath, Options, Sample, Turn
+from llavakit.images import check_image
+from llavakit_plugins.scienceqa import Format, Problem, answer_text, question_text, read_problems
+
+_CHARACTERS_A_TOKEN = 4.2  # of English under LLaMA's tokenizer, roughly: for plans only
+
+
+class ScienceQAOptions(Options):
+    problems: InputPath
+    """ScienceQA's `problems.json`."""
+    images: InputPath | None = None
+    """The folder with `SPLIT/ID/image.png` or `ID/image.png`; beside the problems where absent."""
+    split: str = "train"
+    format: Format = "QCM-LEPA"
+    """What is asked and what is learned; see docs/evaluate.md."""
+    limit: int | None = Field(default=None, ge=1)
+    """Use only so many problems from the start."""
+
+
+class ScienceQA(Dataset):
+    """ScienceQA's problems as LLaVA's converter writes them, the image behind the question.
+
+    Raises DataError where a problem or its image cannot be used.
+    """
+
+    name = "scienceqa"
+    Options = ScienceQAOptions
+
+    def __init__(self, options: ScienceQAOptions) -> None:
+        self.options = options
+        found = read_problems(options.problems, options.split).values()
+        self.samples = [self._sample(problem) for problem in list(found)[: options.limit]]
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> Sample:
+        return self.samples[index]
+
+    @classmethod
+    def expect(cls, options: ScienceQAOptions) -> tuple[int, int] | None:
+        if not options.problems.is_file():
+            return None
+        problems = list(read_problems(options.problems, options.split).values())[: options.limit]
+        form = options.format
+        text = sum(len(question_text(p, form)) + len(answer_text(p, form)) for p in problems)
+        return len(problems), round(text / _CHARACTERS_A_TOKEN / len(problems))
+
+    def _sample(self, problem: Problem) -> Sample:
+        where = f"problem `{problem.id}` of {self.options.problems}"
+        images: tuple[Path, ...] = ()
+        if problem.image:
+            folder = self.options.images or self.options.problems.parent
+            path = problem.image_path(folder, where)
+            if not path.is_file():
+                raise DataError(f"image {path} of {where} is missing; check the images folder")
+            check_image(path, where)
+            images = (path,)
+        form = self.options.format
+        turns = (
+            Turn("human", question_text(problem, form)),
+            Turn("gpt", answer_text(problem, form)),
+        )
+        sample = Sample(problem.id, turns, images, "scienceqa")
+        sample.check(str(self.options.problems))
+        return sample

@@ -1,0 +1,115 @@
+"""Reads files of JSON rows, and joins them by id: a broken line or a doubled id is named."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from llavakit import DataError
+
+Row = Mapping[str, Any]
+_NAMED = 5  # ids that a message lists
+
+
+def read_json(path: Path) -> Any:
+    """Return the content of a JSON file.
+
+    Raises DataError where it cannot be read, with line and column where it is broken, and where an
+    object has one key twice: which of the two counts, nobody could say.
+    """
+    return _parse(_text(path), path)
+
+
+def read_lines(path: Path) -> Iterator[tuple[str, Row]]:
+    """Yield the place (`file:line`) and the object of every line of a JSON Lines file.
+
+    Raises DataError naming the line that is no JSON object.
+    """
+    for number, line in enumerate(_text(path).split("\n"), start=1):
+        if line.strip():
+            row = _parse(line, path, number)
+            if not isinstance(row, dict):
+                raise DataError(f"{path}:{number}: a row is a JSON object, got {line.strip():.60}")
+            yield f"{path}:{number}", row
+
+
+def read_rows(path: Path) -> list[tuple[str, Row]]:
+    """Return place and object of every row of a file: one JSON list, or one object a line."""
+    text = _text(path).lstrip()
+    if not text.startswith("["):
+        return list(read_lines(path))
+    rows = _parse(text, path)
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, dict):
+            raise DataError(f"{path}: row {number} is no JSON object; mend or remove it")
+    return [(f"{path}, row {number}", row) for number, row in enumerate(rows, start=1)]
+
+
+def text_of(row: Row, key: str, where: str) -> str:
+    """Return the text under `key`; a number counts as text. Raises DataError where it is not."""
+    value = row.get(key)
+    if not isinstance(value, str | int | float) or isinstance(value, bool):
+        raise DataError(f"{where}: needs `{key}` (text), got {value!r:.60}; add or mend it")
+    return str(value)
+
+
+def id_of(row: Row, where: str, keys: Sequence[str] = ("question_id", "id")) -> str | int:
+    """Return the row's id, a number as a number."""
+    for key in keys:
+        value = row.get(key)
+        if isinstance(value, str | int) and not isinstance(value, bool):
+            return value
+    raise DataError(f"{where}: needs `{keys[0]}` (a number or text); add it")
+
+
+def by_id(rows: Sequence[tuple[str, Row]], path: Path) -> dict[str, tuple[str, Row]]:
+    """Return rows by their id as text. Raises DataError naming those that are doubled."""
+    found = {str(id_of(row, where)): (where, row) for where, row in rows}
+    if len(found) < len(rows):
+        raise DataError(_doubled([str(id_of(row, where)) for where, row in rows], f"{path}"))
+    return found
+
+
+def listed(ids: Sequence[object]) -> str:
+    """Return ids as a message names them: the first few, and how many more."""
+    names = ", ".join(f"`{identity}`" for identity in ids[:_NAMED])
+    return f"{names} and {len(ids) - _NAMED} more" if len(ids) > _NAMED else names
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}; check the path") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 text (byte {error.start}); convert it") from error
+
+
+def _parse(text: str, path: Path, line: int | None = None) -> Any:
+    where = f"{path}:{line}" if line else f"{path}"
+    try:
+        return json.loads(text, object_pairs_hook=partial(_object, where))
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"{path}:{line or error.lineno}:{error.colno}: not valid JSON: {error.msg}; mend or "
+            "remove it"
+        ) from error
+    except RecursionError as error:
+        raise DataError(f"{where} is nested too deeply to read; mend the file") from error
+
+
+def _object(where: str, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise DataError(_doubled([key for key, _ in pairs], where))
+    return found
+
+
+def _doubled(names: Sequence[str], where: str) -> str:
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    are = "is" if len(twice) == 1 else "are"
+    return f"{where}: {listed(twice)} {are} there more than once; keep one of each"

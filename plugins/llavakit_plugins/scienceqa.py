@@ -1,0 +1,242 @@
+"""ScienceQA (Lu et al., 2022): its problems, how LLaVA is asked them, and what an answer says.
+
+A format is `INPUT-OUTPUT` in letters: Q question, C context, M options, L lecture, E solution,
+A answer. `QCM-LEA` asks question, context and options, and expects lecture, solution and answer.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import AfterValidator
+
+from llavakit import DataError
+from llavakit.images import inside
+from llavakit.samples import IMAGE
+from llavakit_plugins.rows import Row, listed, read_json, text_of
+
+LETTERS = "ABCDE"
+COLUMNS = ("NAT", "SOC", "LAN", "TXT", "IMG", "NO", "G1-6", "G7-12", "Avg")
+"""Table 7 of the paper: subject, modality of the context, grade, and all problems."""
+
+_SUBJECTS = {"natural science": "NAT", "social science": "SOC", "language science": "LAN"}
+_STATED = re.compile(r"The answer is ([A-Z]).")  # the dot is any character, as in every scorer
+_STATED_AFTER_REASONS = re.compile(r"###\s*ANSWER: ([A-Z])\b")
+_INPUT = re.compile(r"(?=.*Q)(?=.*M)(?!.*(.).*\1)[QCMLE]+")
+_OUTPUT = re.compile(r"LEPA|(?!.*(.).*\1)(A[LE]*|[LE]*A)")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One multiple-choice problem."""
+
+    id: str
+    question: str
+    choices: tuple[str, ...]
+    answer: int
+    """Place of the right choice, from 0."""
+    hint: str
+    """Context in words; often empty."""
+    image: str | None
+    """Name of the image file in the problem's own folder."""
+    subject: str
+    grade: int
+    lecture: str
+    solution: str
+    split: str
+
+    @property
+    def letter(self) -> str:
+        """The right answer."""
+        return LETTERS[self.answer]
+
+    @property
+    def columns(self) -> Iterator[str]:
+        """The columns of table 7 it counts in. A hint and an image are both context."""
+        yield _SUBJECTS[self.subject]
+        if self.hint:
+            yield "TXT"
+        if self.image:
+            yield "IMG"
+        if not self.hint and not self.image:
+            yield "NO"
+        yield "G1-6" if self.grade <= 6 else "G7-12"
+        yield "Avg"
+
+    def image_path(self, folder: Path, where: str) -> Path:
+        """Return the image below `folder`: in `SPLIT/ID/`, as it is released, or in `ID/`."""
+        name = f"{self.id}/{self.image}"
+        released = inside(folder, f"{self.split}/{name}", where)
+        return released if self.split and released.is_file() else inside(folder, name, where)
+
+
+def read_problems(path: Path, split: str | None = None) -> dict[str, Problem]:
+    """Return the problems of a `problems.json` by id, those of one split where it is given.
+
+    Raises DataError naming the problem that cannot be used, and where the split has none.
+    """
+    table = read_json(path)
+    if not isinstance(table, dict) or not table:
+        raise DataError(f"{path} holds no problems; ScienceQA's problems.json is one JSON object")
+    problems = (
+        _problem(identity, row, f"problem `{identity}` of {path}")
+        for identity, row in table.items()
+        if split is None or not isinstance(row, dict) or row.get("split") == split
+    )
+    found = {problem.id: problem for problem in problems}
+    if not found:
+        splits = sorted({str(row.get("split")) for row in table.values()})
+        raise DataError(f"{path} has no problem of split `{split}`; it has {listed(splits)}")
+    return found
+
+
+def _problem(identity: str, row: Any, where: str) -> Problem:
+    if not isinstance(row, dict):
+        raise DataError(f"{where} is no JSON object; mend or remove it")
+    choices, answer, image = row.get("choices"), row.get("answer"), row.get("image")
+    if not isinstance(choices, list) or not 1 <= len(choices) <= len(LETTERS):
+        raise DataError(f"{where}: `choices` is a list of 1 to {len(LETTERS)}, got {choices!r:.60}")
+    if not isinstance(answer, int) or not 0 <= answer < len(choices):
+        raise DataError(f"{where}: `answer` is the place of a choice, from 0, got {answer!r:.60}")
+    if image is not None and not isinstance(image, str):
+        raise DataError(f"{where}: `image` is a file's name or null, got {image!r:.60}")
+    subject, grade = text_of(row, "subject", where), text_of(row, "grade", where)
+    number = re.fullmatch(r"grade(\d+)", grade)
+    if subject not in _SUBJECTS or number is None:
+        raise DataError(
+            f"{where}: needs a `subject` of {', '.join(_SUBJECTS)} and a `grade` such as grade3, "
+            f"got {subject!r:.40}, {grade!r:.40}"
+        )
+    return Problem(
+        id=identity,
+        question=text_of(row, "question", where),
+        choices=tuple(map(str, choices)),
+        answer=answer,
+        hint=_optional(row, "hint", where),
+        image=image or None,
+        subject=subject,
+        grade=int(number[1]),
+        lecture=_optional(row, "lecture", where),
+        solution=_optional(row, "solution", where),
+        split=_optional(row, "split", where),
+    )
+
+
+def _optional(row: Row, key: str, where: str) -> str:
+    return "" if row.get(key) is None else text_of(row, key, where)
+
+
+# -- how it is asked -------------------------------------------------------------------------------
+
+
+def _check_format(text: str) -> str:
+    asked, _, expected = text.partition("-")
+    if not _INPUT.fullmatch(asked) or not _OUTPUT.fullmatch(expected):
+        raise ValueError(
+            "a format is INPUT-OUTPUT: letters of QCMLE with Q and M, then A with L and E in front "
+            "or behind, or LEPA; for example QCM-LEA"
+        )
+    return text
+
+
+Format = Annotated[str, AfterValidator(_check_format)]
+"""How problems are asked and answered: `QCM-LEPA` is the paper's."""
+
+
+def question_text(problem: Problem, form: str) -> str:
+    """Return what the human asks, `<image>` in the last line where there is an image."""
+    lines = {
+        "Q": f"Question: {problem.question}",
+        "C": f"Context: {problem.hint.strip() or 'N/A'}",
+        "M": "Options: "
+        + " ".join(f"({a}) {b}" for a, b in zip(LETTERS, problem.choices, strict=False)),
+    }
+    parts = re.findall(r"[LE]+|.", form.partition("-")[0])
+    text = _tidy("\n".join(lines.get(part) or _because(problem, part) for part in parts))
+    text = text.removeprefix("Question: ")
+    return f"{text}\n{IMAGE}" if problem.image else text
+
+
+def answer_text(problem: Problem, form: str) -> str:
+    """Return what the model learns to answer.
+
+    `AL` gives the lecture and `AE` the solution; the original's converter has them swapped.
+    """
+    output = form.partition("-")[2]
+    if output == "LEPA":
+        reasons = {"LECTURE": problem.lecture, "SOLUTION": problem.solution}
+        lines = [f"{name}: {text}" for name, text in reasons.items() if text.strip()]
+        return _tidy("\n".join([*lines, "###", f"ANSWER: {problem.letter}."]))
+    stated = f"The answer is {problem.letter}."
+    if output.startswith("A"):
+        return _tidy(f"{stated} {_because(problem, output[1:])}" if output[1:] else stated)
+    return _tidy(f"{_reasons(problem, output[:-1])} {stated}")
+
+
+def _because(problem: Problem, letters: str) -> str:
+    return f"BECAUSE: {_reasons(problem, letters)}"
+
+
+def _reasons(problem: Problem, letters: str) -> str:
+    return " ".join({"L": problem.lecture, "E": problem.solution}[letter] for letter in letters)
+
+
+def _tidy(text: str) -> str:
+    """Halve double spaces, once, and drop a reason that is empty, as the original does."""
+    return text.replace("  ", " ").strip().removesuffix("BECAUSE:").strip()
+
+
+# -- what an answer says ---------------------------------------------------------------------------
+
+
+def stated_letter(text: str) -> str | None:
+    """Return the letter that an answer states, or None where it states none, or several.
+
+    A bare letter counts, `X. ` in front, `The answer is X.` exactly once, or `ANSWER: X` behind the
+    `###` of the format LEPA.
+    """
+    if text in tuple(LETTERS):
+        return text
+    if text[1:3] == ". " and text[0] in LETTERS:
+        return text[0]
+    for pattern in (_STATED, _STATED_AFTER_REASONS):
+        found = pattern.findall(text)
+        if len(found) == 1:
+            return str(found[0])
+    return None
+
+
+def read_choice(text: str, problem: Problem) -> int | None:
+    """Return the place of the choice that an answer states, None where it states no choice."""
+    letter = stated_letter(text)
+    place = LETTERS.find(letter) if letter else -1
+    return place if 0 <= place < len(problem.choices) else None
+
+
+@dataclass(frozen=True)
+class Count:
+    """How many of a column's problems are answered right."""
+
+    correct: int
+    count: int
+
+    @property
+    def percent(self) -> float:
+        """The share in percent; not a number where the column is empty."""
+        return 100 * self.correct / self.count if self.count else float("nan")
+
+
+def count_columns(
+    problems: Sequence[Problem], choices: Sequence[int | None]
+) -> Mapping[str, Count]:
+    """Return the columns of table 7. A problem without a choice counts as wrong."""
+    totals = {name: [0, 0] for name in COLUMNS}
+    for problem, choice in zip(problems, choices, strict=True):
+        for column in problem.columns:
+            totals[column][0] += choice == problem.answer
+            totals[column][1] += 1
+    return {name: Count(*numbers) for name, numbers in totals.items()}
