@@ -11,11 +11,13 @@ if TYPE_CHECKING:
 
     from llavakit.components import Component, InputPath, Options, Use
     from llavakit.errors import (
+        ChatError,
         DataError,
         LlavaError,
         ModelError,
         PluginError,
         RecipeError,
+        ReplyError,
         TrainingError,
     )
     from llavakit.hooks import hookimpl
@@ -40,16 +42,18 @@ if TYPE_CHECKING:
     from llavakit.model import LlavaModel
     from llavakit.recipe import Recipe
     from llavakit.registry import Registry
-    from llavakit.samples import ImageContext, Message, Question, Sample, Score, Turn
+    from llavakit.samples import ImageContext, Message, Question, Reply, Sample, Score, Turn
 
 _HOMES = {
     "components": ("Component", "InputPath", "Options", "Use"),
     "errors": (
+        "ChatError",
         "DataError",
         "LlavaError",
         "ModelError",
         "PluginError",
         "RecipeError",
+        "ReplyError",
         "TrainingError",
     ),
     "hooks": ("hookimpl",),
@@ -74,7 +78,7 @@ _HOMES = {
     "model": ("LlavaModel",),
     "recipe": ("Recipe",),
     "registry": ("Registry",),
-    "samples": ("ImageContext", "Message", "Question", "Sample", "Score", "Turn"),
+    "samples": ("ImageContext", "Message", "Question", "Reply", "Sample", "Score", "Turn"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -104,6 +108,7 @@ def __getattr__(name: str) -> Any:
 __all__ = [
     "Benchmark",
     "Build",
+    "ChatError",
     "ChatModel",
     "Component",
     "Connector",
@@ -126,6 +131,8 @@ __all__ = [
     "Recipe",
     "RecipeError",
     "Registry",
+    "Reply",
+    "ReplyError",
     "Run",
     "Sample",
     "Score",

@@ -25,3 +25,11 @@ class ModelError(LlavaError):
 
 class TrainingError(LlavaError):
     """Training cannot go on."""
+
+
+class ChatError(LlavaError):
+    """A chat model cannot be used: no request would be answered."""
+
+
+class ReplyError(ChatError):
+    """A chat model did not answer one request; it may answer others."""

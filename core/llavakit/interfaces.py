@@ -7,6 +7,7 @@ Tensor names carry their shape (`pixels_BCHW`):
 
 from __future__ import annotations
 
+import asyncio
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from llavakit.components import Component, KindT_co, Use
-from llavakit.samples import ImageContext, Message, Question, ResponseKind, Sample, Score, Turn
+from llavakit.samples import (
+    ImageContext,
+    Message,
+    Question,
+    Reply,
+    ResponseKind,
+    Sample,
+    Score,
+    Turn,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -160,13 +170,42 @@ class LanguageModel(Network):
 
 
 class ChatModel(Component):
-    """Answers a chat, here or over a network."""
+    """Answers a chat, here or over a network.
+
+    `complete` is enough. One that answers many requests at a time overrides `reply`; one that costs
+    money says how much in `price`, before it is spent.
+    """
 
     hook = "llava_chat_models"
+    reply_limit: int | None = None
+    """Longest reply in tokens, where there is a limit."""
+
+    @property
+    def identity(self) -> str:
+        """What of its options decides its replies: replies to another identity are other ones."""
+        return self.name
 
     @abstractmethod
     def complete(self, messages: Sequence[Message]) -> str:
         """Return the text of the assistant's reply."""
+
+    async def reply(self, messages: Sequence[Message], draw: int = 0) -> Reply:
+        """Return a reply and what is known of it; `draw` numbers the replies to one question.
+
+        Raises ChatError where no request would be answered, ReplyError where this one is not.
+        """
+        return Reply(await asyncio.to_thread(self.complete, messages))
+
+    def count(self, messages: Sequence[Message]) -> int:
+        """Return how many tokens a request has; here a guess of four bytes a token."""
+        return sum(4 + len(message.content.encode()) // 4 for message in messages)
+
+    def price(self, input_tokens: int, output_tokens: int) -> float | None:
+        """Return what so many tokens cost in USD, or None where that is not known."""
+        return None
+
+    async def close(self) -> None:
+        """Close its connections; called in the event loop that `reply` was called in."""
 
 
 class Generator(Component):

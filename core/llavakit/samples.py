@@ -99,6 +99,21 @@ class Message:
 
 
 @dataclass(frozen=True)
+class Reply:
+    """What a chat model answered, and what is known of it."""
+
+    text: str
+    finish: str = "stop"
+    """Why it ends: `stop`, `length` (cut), `refusal` or `content_filter` (withheld)."""
+    model: str = ""
+    """Which model answered, as the service names it."""
+    input_tokens: int | None = None
+    output_tokens: int | None = None
+    usd: float | None = None
+    """What it cost; None where no price is known."""
+
+
+@dataclass(frozen=True)
 class Question:
     """One item of a benchmark."""
 

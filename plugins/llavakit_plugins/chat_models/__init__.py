@@ -7,4 +7,7 @@ from llavakit import ChatModel, hookimpl
 
 @hookimpl
 def llava_chat_models() -> list[type[ChatModel]]:
-    return []
+    from llavakit_plugins.chat_models.openai import OpenAI
+    from llavakit_plugins.chat_models.replay import Replay
+
+    return [OpenAI, Replay]

@@ -1,0 +1,237 @@
+"""The ledger: every reply is on the disk before it counts, so that none is asked for twice.
+
+A JSON object a line. Lines are only ever appended; the half line that a killed process leaves is
+cut when the file is opened again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
+from hashlib import sha256
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from llavakit import DataError, Message, Reply
+from llavakit.files import explain_write, sync
+
+
+@dataclass(frozen=True)
+class Request:
+    """One thing to ask; `draw` numbers the replies to the same messages, from 0."""
+
+    messages: tuple[Message, ...]
+    draw: int = 0
+    label: str = ""
+    """What it is for, in words that mean something to who reads the ledger."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of a ledger: a reply, and what it is the reply to."""
+
+    key: str
+    identity: str
+    """Hash of the chat model's identity."""
+    prompt: str
+    """Hash of the messages."""
+    draw: int
+    label: str
+    time: float
+    """When it came, in seconds since 1970 by this machine's clock."""
+    text: str
+    finish: str
+    model: str
+    input_tokens: int | None
+    output_tokens: int | None
+    usd: float | None
+
+    @property
+    def reply(self) -> Reply:
+        """The reply itself."""
+        return Reply(
+            self.text, self.finish, self.model, self.input_tokens, self.output_tokens, self.usd
+        )
+
+
+def short_hash(text: str) -> str:
+    """Return 128 bits of SHA-256, as hex."""
+    return sha256(text.encode()).hexdigest()[:32]
+
+
+def hash_messages(messages: Sequence[Message]) -> str:
+    """Return what tells one prompt from another."""
+    return short_hash(json.dumps([[message.role, message.content] for message in messages]))
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a ledger says of a request, without its text."""
+
+    key: str
+    """Tells one reply from another: the model, the messages and the draw."""
+    identity: str
+    prompt: str
+    draw: int
+    label: str
+
+    def entry(self, reply: Reply) -> Entry:
+        """Return the line for a reply that has just come."""
+        return Entry(**asdict(self), time=round(time.time(), 3), **asdict(reply))
+
+
+def asked(identity: str, request: Request) -> Asked:
+    """Return what a ledger says of a request to the chat model of this identity."""
+    model, prompt = short_hash(identity), hash_messages(request.messages)
+    key = short_hash(f"{model} {prompt} {request.draw}")
+    return Asked(key, model, prompt, request.draw, request.label)
+
+
+class Ledger:
+    """The replies so far, on the disk; in memory only where each one stands.
+
+    `earlier` are ledgers to take over what they hold of `identity`, such as those of attempts that
+    a changed recipe has set aside. Raises DataError where a line cannot be read.
+    """
+
+    def __init__(self, path: Path, *, identity: str = "", earlier: Iterable[Path] = ()) -> None:
+        self.path = path
+        self.earlier = tuple(earlier)
+        self.spent = 0.0
+        """USD, of the replies whose price is known."""
+        self.input_tokens = self.output_tokens = 0
+        self._places: dict[bytes, int] = {}
+        self._waiting: list[tuple[Entry, asyncio.Future[None]]] = []
+        self._writer: asyncio.Task[None] | None = None
+        with explain_write(path):
+            self._file = path.open("a+b")
+            sync(path.parent)
+        self._end = 0
+        try:
+            for start, entry in self._lines():
+                self._note(entry, start)
+            mine = short_hash(identity)
+            for other in self.earlier:
+                with Ledger(other) as source:
+                    self._write([entry for entry in source if entry.identity == mine])
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __contains__(self, key: str) -> bool:
+        return bytes.fromhex(key) in self._places
+
+    def __iter__(self) -> Iterator[Entry]:
+        """Yield every entry, in the order in which they came."""
+        for start in self._places.values():
+            yield self._read(start)
+
+    def get(self, key: str) -> Entry | None:
+        """Return the entry of a key, read from the disk, or None."""
+        start = self._places.get(bytes.fromhex(key))
+        return None if start is None else self._read(start)
+
+    def append(self, entry: Entry) -> None:
+        """Put one entry on the disk; when this returns, it is there."""
+        self._write([entry])
+
+    async def write(self, entry: Entry) -> None:
+        """Put one entry on the disk, together with others that come meanwhile."""
+        done = asyncio.get_running_loop().create_future()
+        self._waiting.append((entry, done))
+        if self._writer is None or self._writer.done():
+            self._writer = asyncio.create_task(self._drain())
+        await done
+
+    async def _drain(self) -> None:
+        while self._waiting:
+            batch, self._waiting = self._waiting, []
+            try:
+                # one fsync for all that came during the last one; the file belongs to one thread
+                await asyncio.to_thread(self._write, [entry for entry, _ in batch])
+            except Exception as error:
+                for _, done in batch:
+                    if not done.done():
+                        done.set_exception(error)
+            else:
+                for _, done in batch:
+                    if not done.done():
+                        done.set_result(None)
+
+    def _write(self, entries: Sequence[Entry]) -> None:
+        fresh = {entry.key: entry for entry in entries if entry.key not in self}
+        if not fresh:
+            return
+        lines = [json.dumps(asdict(entry), ensure_ascii=False) + "\n" for entry in fresh.values()]
+        # a lone surrogate is no text: it is kept as an escape, which JSON has
+        data = [line.encode("utf-8", "backslashreplace") for line in lines]
+        with explain_write(self.path):
+            self._file.write(b"".join(data))
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        start = self._end
+        for entry, line in zip(fresh.values(), data, strict=True):
+            self._note(entry, start)
+            start += len(line)
+        self._end = start
+
+    def _note(self, entry: Entry, start: int) -> None:
+        self._places.setdefault(bytes.fromhex(entry.key), start)
+        self.spent += entry.usd or 0.0
+        self.input_tokens += entry.input_tokens or 0
+        self.output_tokens += entry.output_tokens or 0
+
+    def _read(self, start: int) -> Entry:
+        # not the handle that is written to, whose place another thread moves
+        with self.path.open("rb") as file:
+            file.seek(start)
+            return _parse(file.readline(), str(self.path))
+
+    def _lines(self) -> Iterator[tuple[int, Entry]]:
+        self._file.seek(0)
+        for number, line in enumerate(self._file, start=1):
+            if not line.endswith(b"\n"):
+                with explain_write(self.path):
+                    self._file.truncate(self._end)
+                return
+            yield self._end, _parse(line, f"{self.path}:{number}")
+            self._end += len(line)
+
+
+_FIELDS = frozenset(field.name for field in fields(Entry))
+
+
+def _parse(line: bytes, where: str) -> Entry:
+    try:
+        row: dict[str, Any] = json.loads(line)
+        entry = Entry(**{name: value for name, value in row.items() if name in _FIELDS})
+        bytes.fromhex(entry.key)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise DataError(
+            f"{where} is no line of a ledger ({error}); remove that line: its reply is then asked "
+            "for again"
+        ) from error
+    return entry

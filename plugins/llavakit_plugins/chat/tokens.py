@@ -1,0 +1,95 @@
+"""Counts tokens without a network: with OpenAI's vocabularies, else by an estimate that says so.
+
+tiktoken knows which vocabulary a model has but downloads it; `bpe-openai` carries the same files
+(of the same SHA-256) in its package.
+"""
+
+from __future__ import annotations
+
+import gzip
+import os
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from hashlib import sha1
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import gettempdir
+
+from llavakit import Message
+
+ESTIMATE = "estimated from words: within 10 % of OpenAI's tokenizers, up to a third below LLaMA's"
+
+_PIECE = re.compile(r"[A-Za-z]+|\d{1,3}|[^\sA-Za-z\d]+")
+_PER_PIECE = 1.05
+_AROUND_MESSAGE = 4  # role and separators; three more open the reply
+_OPENS_REPLY = 3
+
+
+@dataclass(frozen=True)
+class Counter:
+    """Counts the tokens of a text."""
+
+    vocabulary: str
+    """Its name, or how the count is estimated."""
+    exact: bool
+    text: Callable[[str], int]
+
+    def messages(self, messages: Sequence[Message]) -> int:
+        """Return how many tokens a request has, as chat models frame messages."""
+        return _OPENS_REPLY + sum(
+            _AROUND_MESSAGE + self.text(message.content) for message in messages
+        )
+
+
+def estimate(text: str) -> int:
+    """Return about how many tokens a text has in OpenAI's vocabularies."""
+    return round(_PER_PIECE * sum(1 + len(piece) // 12 for piece in _PIECE.findall(text)))
+
+
+@cache
+def counter_for(model: str) -> Counter:
+    """Return the counter of a model; an estimate where its vocabulary is not at hand."""
+    try:
+        import tiktoken
+
+        name = tiktoken.encoding_name_for_model(model)
+    except (ImportError, KeyError):
+        name = ""
+    if not name or not _at_hand(name):
+        return Counter(ESTIMATE, False, lru_cache(maxsize=256)(estimate))
+    encoding = tiktoken.get_encoding(name)
+
+    # system messages and examples come again with every request
+    @lru_cache(maxsize=256)
+    def count(text: str) -> int:
+        return len(encoding.encode_ordinary(text))
+
+    return Counter(name, True, count)
+
+
+def _at_hand(name: str) -> bool:
+    """Put a vocabulary where tiktoken looks before it downloads; say whether it is there.
+
+    tiktoken checks its SHA-256 itself.
+    """
+    url = f"https://openaipublic.blob.core.windows.net/encodings/{name}.tiktoken"
+    folder = os.environ.get("TIKTOKEN_CACHE_DIR") or Path(gettempdir()) / "data-gym-cache"
+    place = Path(folder) / sha1(url.encode()).hexdigest()
+    if place.is_file():
+        return True
+    package = find_spec("bpe_openai")
+    if package is None or package.origin is None:
+        return False
+    packed = Path(package.origin).parent / "data" / f"{name}.tiktoken.gz"
+    if not packed.is_file():
+        return False
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        partial = place.with_name(f".{place.name}.{os.getpid()}")
+        partial.write_bytes(gzip.decompress(packed.read_bytes()))
+        partial.replace(place)
+    except OSError:  # no room there: an estimate will do, and says that it is one
+        return False
+    return True

@@ -1,0 +1,90 @@
+"""Replies from a file, so that nothing is paid for twice; what is not there can be asked and kept.
+
+The file is a ledger: that of an earlier run will do.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from pathlib import Path
+
+from llavakit import Build, ChatError, ChatModel, Message, Options, Reply, Use
+from llavakit_plugins.chat.ledger import Ledger, Request, asked, hash_messages
+
+
+class ReplayOptions(Options):
+    path: Path
+    """A file of replies, as `generate` leaves in `ledger.jsonl`."""
+    record: Use[ChatModel] | None = None
+    """Whom to ask for replies that the file has not; they are added to it."""
+
+
+class Replay(ChatModel):
+    """Gives the replies of a file, by messages and draw, whichever model they are from."""
+
+    name = "replay"
+    Options = ReplayOptions
+
+    def __init__(self, options: ReplayOptions, *, build: Build) -> None:
+        self.options = options
+        self._model = None if options.record is None else build(options.record)
+        self._ledger: Ledger | None = None
+        self._found: dict[tuple[str, int], str] = {}
+        if self._model is not None:
+            self.reply_limit = self._model.reply_limit
+
+    @property
+    def identity(self) -> str:
+        return f"replay {self._model.identity if self._model else ''}"
+
+    def complete(self, messages: Sequence[Message]) -> str:
+        async def once() -> str:
+            try:
+                return (await self.reply(messages)).text
+            finally:
+                await self.close()
+
+        return asyncio.run(once())
+
+    async def reply(self, messages: Sequence[Message], draw: int = 0) -> Reply:
+        ledger = self._open()
+        place = (hash_messages(messages), draw)
+        if place in self._found:
+            entry = ledger.get(self._found[place])
+            assert entry is not None
+            return entry.reply
+        if self._model is None:
+            last = messages[-1].content if messages else ""
+            raise ChatError(
+                f"{self.options.path} has no reply (draw {draw}) to these messages, the last of "
+                f"which begins {last[:60]!r}; the prompts changed since it was recorded: record "
+                'anew with `record = { use = "openai", ... }`'
+            )
+        reply = await self._model.reply(messages, draw)
+        fresh = asked(self._model.identity, Request(tuple(messages), draw)).entry(reply)
+        await ledger.write(fresh)
+        self._found[place] = fresh.key
+        return reply
+
+    def count(self, messages: Sequence[Message]) -> int:
+        return self._model.count(messages) if self._model else super().count(messages)
+
+    def price(self, input_tokens: int, output_tokens: int) -> float | None:
+        return self._model.price(input_tokens, output_tokens) if self._model else 0.0
+
+    async def close(self) -> None:
+        if self._model is not None:
+            await self._model.close()
+        if self._ledger is not None:
+            self._ledger.close()
+            self._ledger = None
+
+    def _open(self) -> Ledger:
+        if self._ledger is None:
+            if self._model is None and not self.options.path.is_file():
+                raise ChatError(f"there is no file of replies {self.options.path}; record one")
+            self._ledger = Ledger(self.options.path)
+            for entry in self._ledger:
+                self._found.setdefault((entry.prompt, entry.draw), entry.key)
+        return self._ledger

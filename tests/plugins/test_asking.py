@@ -1,0 +1,320 @@
+"""The ledger and asking by it: nothing twice, nothing lost, never beyond a budget."""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.plugins.chat_server import KEY, Handler, Service, completion, serve, user_text
+
+from llavakit import ChatError, DataError, Message, Reply, Stopped
+from llavakit_plugins.chat.asking import ask_all
+from llavakit_plugins.chat.ledger import Ledger, Request, asked
+from llavakit_plugins.chat_models.openai import OpenAI, OpenAIOptions
+
+PRICE = {"input": 10, "output": 100}  # a reply of 100 + 10 tokens: 0.002 USD
+
+
+@pytest.fixture(autouse=True)
+def _key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+
+
+@pytest.fixture
+def service() -> Iterator[Service]:
+    with serve() as running:
+        running.otherwise = lambda h, b: h.answer(f"Re: {user_text(b)}")
+        yield running
+
+
+def model(service: Service, **options: Any) -> OpenAI:
+    settings: dict[str, Any] = {"model": "gpt-4o", "base_url": service.url, "backoff": 0.02}
+    return OpenAI(OpenAIOptions(**{**settings, "timeout": 20.0, "poll_seconds": 0.05, **options}))
+
+
+def requests(count: int, first: int = 0) -> list[Request]:
+    return [
+        Request((Message("user", f"question {number}"),), label=f"q{number}")
+        for number in range(first, first + count)
+    ]
+
+
+def entry(number: int = 0, **changes: Any) -> Any:
+    facts = asked("a model", requests(1, number)[0])
+    return replace(facts.entry(Reply(f"text {number}", usd=0.5)), **changes)
+
+
+# -- the ledger ------------------------------------------------------------------------------------
+
+
+def test_what_is_written_is_there_when_it_is_opened_again(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.jsonl"
+    odd = "naïve 東京 🍩 \u2028 \ud800 \x00"
+    with Ledger(path) as ledger:
+        ledger.append(entry(0))
+        ledger.append(entry(1, text=odd))
+        ledger.append(entry(0, text="another"))  # of the same key: the first one counts
+        assert len(ledger) == 2
+    with Ledger(path) as again:
+        assert [item.text for item in again] == ["text 0", odd]
+        assert again.get(entry(1).key) == entry(1, text=odd, time=again.get(entry(1).key).time)  # type: ignore[union-attr]
+        assert again.get(entry(7).key) is None
+        assert again.spent == 1.0
+
+
+@pytest.mark.parametrize("cut", range(1, 60, 7))
+def test_half_a_line_is_cut_and_the_rest_is_whole(tmp_path: Path, cut: int) -> None:
+    path = tmp_path / "ledger.jsonl"
+    with Ledger(path) as ledger:
+        for number in range(3):
+            ledger.append(entry(number))
+    data = path.read_bytes()
+    path.write_bytes(data[:-cut])
+    with Ledger(path) as ledger:
+        assert [item.text for item in ledger] == ["text 0", "text 1"]
+        ledger.append(entry(2))
+    with Ledger(path) as ledger:
+        assert [item.text for item in ledger] == ["text 0", "text 1", "text 2"]
+
+
+@pytest.mark.parametrize("line", [b"{}\n", b"\xff\n", b"[1]\n", b'{"key": "zz"}\n', b"\n"])
+def test_a_damaged_line_is_named(tmp_path: Path, line: bytes) -> None:
+    path = tmp_path / "ledger.jsonl"
+    with Ledger(path) as ledger:
+        ledger.append(entry(0))
+    path.write_bytes(path.read_bytes() + line)
+    with pytest.raises(DataError, match=r"ledger\.jsonl:2 is no line of a ledger"):
+        Ledger(path)
+
+
+def test_what_earlier_attempts_paid_for_is_taken_over(tmp_path: Path) -> None:
+    for name, identity in (("one", "a model"), ("two", "another")):
+        with Ledger(tmp_path / name) as ledger:
+            facts = asked(identity, requests(1)[0])
+            ledger.append(facts.entry(Reply(name)))
+    earlier = [tmp_path / "one", tmp_path / "two"]
+    with Ledger(tmp_path / "new", identity="a model", earlier=earlier) as ledger:
+        assert [item.text for item in ledger] == ["one"]
+    with Ledger(tmp_path / "new") as ledger:
+        assert [item.text for item in ledger] == ["one"]
+
+
+# -- asking ----------------------------------------------------------------------------------------
+
+
+def test_each_is_asked_once_and_no_more_than_so_many_at_once(
+    service: Service, tmp_path: Path
+) -> None:
+    def answer(handler: Handler, body: dict[str, Any]) -> None:
+        time.sleep(0.02)
+        handler.answer(f"Re: {user_text(body)}")
+
+    service.otherwise = answer
+    seen: list[str] = []
+    with Ledger(tmp_path / "ledger") as ledger:
+        todo = [*requests(40), *requests(40)]  # everything twice
+        tally = ask_all(
+            model(service), lambda: todo, ledger, concurrency=7,
+            progress=lambda entry: seen.append(entry.label),
+        )  # fmt: skip
+        assert tally.answered == 40
+        assert sorted(entry.text for entry in ledger) == sorted(
+            f"Re: question {number}" for number in range(40)
+        )
+    assert sorted(seen) == sorted(f"q{number}" for number in range(40))
+    assert set(Counter(map(user_text, service.asked)).values()) == {1}
+    assert 2 <= service.most_at_once <= 7
+    with Ledger(tmp_path / "ledger") as ledger:
+        assert ask_all(model(service), lambda: requests(50), ledger).answered == 10
+    assert len(service.asked) == 50
+
+
+def test_a_wrong_key_ends_the_job_at_the_first_request(
+    service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-another-0123456789")
+    with Ledger(tmp_path / "ledger") as ledger, pytest.raises(ChatError, match="does not take"):
+        ask_all(model(service), lambda: requests(100), ledger, concurrency=16)
+    assert len(service.asked) == 1
+
+
+def test_one_request_that_is_refused_holds_up_no_other(service: Service, tmp_path: Path) -> None:
+    def answer(handler: Handler, body: dict[str, Any]) -> None:
+        if user_text(body) == "question 3":
+            handler.fail(400, "too long")
+        else:
+            handler.answer("Yes.")
+
+    service.otherwise = answer
+    with Ledger(tmp_path / "ledger") as ledger:
+        tally = ask_all(model(service), lambda: requests(30), ledger)
+        assert (tally.answered, len(ledger)) == (29, 29)
+    ((reason, count),) = tally.unanswered.items()
+    assert "too long" in reason
+    assert count == 1
+
+
+def test_a_service_that_refuses_everything_ends_the_job(service: Service, tmp_path: Path) -> None:
+    service.otherwise = lambda h, b: h.fail(400, "no such field")
+    with Ledger(tmp_path / "ledger") as ledger, pytest.raises(ChatError, match="in a row"):
+        ask_all(model(service), lambda: requests(1000), ledger, concurrency=4)
+    assert len(service.asked) < 30
+
+
+def test_faults_at_random_lose_nothing(service: Service, tmp_path: Path) -> None:
+    lock, seen = threading.Lock(), Counter[str]()
+    faults = [
+        lambda h: h.fail(500, "x"), lambda h: h.hang_up(), lambda h: h.half(b'{"choices"'),
+        lambda h: h.fail(429, "x", Retry_After="0"), lambda h: h.send(200, b"\xff", "text/plain"),
+    ]  # fmt: skip
+
+    def answer(handler: Handler, body: dict[str, Any]) -> None:
+        text = user_text(body)
+        with lock:
+            seen[text] += 1
+            turn = seen[text]
+        number = int(text.split()[1])
+        if turn <= number % 3:
+            faults[(number + turn) % len(faults)](handler)
+        else:
+            handler.answer(f"Re: {text}")
+
+    service.otherwise = answer
+    with Ledger(tmp_path / "ledger") as ledger:
+        tally = ask_all(model(service), lambda: requests(60), ledger, concurrency=16)
+        assert not tally.unanswered
+        assert sorted(e.text for e in ledger) == sorted(f"Re: question {n}" for n in range(60))
+
+
+def test_asking_to_stop_keeps_what_is_on_its_way(service: Service, tmp_path: Path) -> None:
+    def answer(handler: Handler, body: dict[str, Any]) -> None:
+        time.sleep(0.2)
+        handler.answer("Yes.")
+
+    service.otherwise = answer
+    with Ledger(tmp_path / "ledger") as ledger:
+        with pytest.raises(Stopped):
+            ask_all(
+                model(service), lambda: requests(500), ledger, concurrency=8,
+                stopping=lambda: len(service.asked) > 20,
+            )  # fmt: skip
+        assert len(ledger) == len(service.asked) < 500
+
+
+# -- money -----------------------------------------------------------------------------------------
+
+
+def test_a_budget_is_never_passed(service: Service, tmp_path: Path) -> None:
+    chat = model(service, price=PRICE, max_tokens=20)
+    with Ledger(tmp_path / "ledger") as ledger:
+        with pytest.raises(ChatError, match=r"at budget_usd = 0\.05: 0\.0\d+ USD are spent"):
+            ask_all(chat, lambda: requests(200), ledger, concurrency=8, budget_usd=0.05)
+        spent = ledger.spent
+        assert len(service.asked) == len(ledger)
+        assert spent == pytest.approx(len(ledger) * 0.002)
+        assert 0.04 < spent <= 0.05
+    with Ledger(tmp_path / "ledger") as ledger:  # more money: it goes on, and asks nothing twice
+        ask_all(
+            model(service, price=PRICE, max_tokens=20), lambda: requests(40), ledger, budget_usd=1
+        )
+        assert len(ledger) == len(service.asked) == 40
+
+
+def test_a_budget_needs_a_price(service: Service, tmp_path: Path) -> None:
+    with Ledger(tmp_path / "ledger") as ledger, pytest.raises(ChatError, match="no price is known"):
+        ask_all(model(service), lambda: requests(1), ledger, budget_usd=1)
+    assert not service.asked
+
+
+def test_a_service_that_counts_nothing_is_counted_here(service: Service, tmp_path: Path) -> None:
+    def answer(handler: Handler, body: dict[str, Any]) -> None:
+        handler.json(200, {**completion("Yes, it is."), "usage": None})
+
+    service.otherwise = answer
+    chat = model(service, price=PRICE)
+    with Ledger(tmp_path / "ledger") as ledger:
+        ask_all(chat, lambda: requests(1), ledger)
+        (found,) = ledger
+    sent = chat.count(requests(1)[0].messages)
+    assert found.input_tokens == sent
+    assert found.output_tokens is not None
+    assert found.usd == pytest.approx((sent * 10 + found.output_tokens * 100) / 1e6)
+
+
+# -- batches ---------------------------------------------------------------------------------------
+
+
+class Echoing(Handler):
+    def in_batch(self, body: dict[str, Any]) -> dict[str, Any]:
+        return completion(f"Re: {user_text(body)}")
+
+
+@pytest.fixture
+def batching() -> Iterator[Service]:
+    with serve(handler=Echoing) as running:
+        yield running
+
+
+def test_a_batch_is_handed_in_polled_and_collected(batching: Service, tmp_path: Path) -> None:
+    chat = model(batching, batch=True, batch_size=4, price=PRICE)
+    with Ledger(tmp_path / "ledger") as ledger:
+        tally = ask_all(chat, lambda: requests(10), ledger)
+        assert tally.answered == 10
+        for request in requests(10):
+            found = ledger.get(asked(chat.identity, request).key)
+            assert found is not None
+            assert found.text == f"Re: {request.messages[0].content}"
+            assert found.label == request.label
+            assert found.usd == pytest.approx(0.001)  # half the price
+    assert len(batching.batches) == 3
+    for content in batching.files.values():
+        for line in content.splitlines():
+            row = json.loads(line)
+            assert re.fullmatch(r"[0-9a-f]{32}", row["custom_id"])
+    with Ledger(tmp_path / "ledger") as ledger:
+        assert ask_all(chat, lambda: requests(10), ledger).answered == 0
+    assert len(batching.batches) == 3
+
+
+def test_a_batch_on_its_way_is_collected_by_the_next_run(batching: Service, tmp_path: Path) -> None:
+    chat = model(batching, batch=True, batch_size=4)
+    with Ledger(tmp_path / "ledger") as ledger, pytest.raises(Stopped):
+        ask_all(chat, lambda: requests(10), ledger, stopping=lambda: len(batching.batches) == 3)
+    assert not batching.asked
+    with Ledger(tmp_path / "ledger") as ledger:
+        assert ask_all(chat, lambda: requests(12), ledger).answered == 12
+        assert len(ledger) == 12
+    assert len(batching.batches) == 4  # the two new ones
+    assert set(Counter(map(user_text, batching.asked)).values()) == {1}
+
+
+def test_a_batch_within_a_budget(batching: Service, tmp_path: Path) -> None:
+    chat = model(batching, batch=True, price=PRICE, max_tokens=20)
+    with Ledger(tmp_path / "ledger") as ledger, pytest.raises(ChatError, match="budget_usd"):
+        ask_all(chat, lambda: requests(100), ledger, budget_usd=0.02)
+    assert 0 < len(batching.asked) <= 20
+
+
+# -- no key anywhere -------------------------------------------------------------------------------
+
+
+def test_the_key_is_nowhere(service: Service, batching: Service, tmp_path: Path) -> None:
+    service.actions = [lambda h, b: h.fail(500, f"Bearer {KEY}")]
+    service.otherwise = lambda h, b: h.answer(f"Bearer {KEY}")
+    with Ledger(tmp_path / "ledger") as ledger:
+        ask_all(model(service), lambda: requests(3), ledger)
+    (tmp_path / "batch").mkdir()
+    with Ledger(tmp_path / "batch" / "ledger") as ledger:
+        ask_all(model(batching, batch=True), lambda: requests(3), ledger)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(files) == 3
+    for path in files:
+        assert KEY not in path.read_text()
