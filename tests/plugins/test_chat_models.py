@@ -426,7 +426,9 @@ def test_what_was_recorded_is_given_again_without_asking(service: Service, tmp_p
     service.actions = [lambda h, b: h.answer("First."), lambda h, b: h.answer("Second.")]
     file = tmp_path / "replies.jsonl"
     build = Registry.installed().build
-    use = Use[ChatModel](use="openai", model="gpt-4o", base_url=service.url)
+    use = Use[ChatModel].model_validate(
+        {"use": "openai", "model": "gpt-4o", "base_url": service.url}
+    )
     recorder = Replay(ReplayOptions(path=file, record=use), build=build)
     assert [ask(recorder, draw).text for draw in (0, 1, 0)] == ["First.", "Second.", "First."]
     assert len(service.asked) == 2
