@@ -26,7 +26,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.get_default("commands")
     if arguments and arguments[0] not in {*commands, "-h", "--help", "--version"}:
         arguments.insert(0, "run")
-    parsed = parser.parse_args(arguments)
+    flags: list[str] = []
+    if arguments[:1] == ["score"]:  # its flags are known once the benchmarks are
+        arguments, flags = arguments[:1], arguments[1:]
+    parsed = parser.parse_args(arguments, argparse.Namespace(flags=flags))
     if not hasattr(parsed, "command"):
         parser.print_help()
         return 0
@@ -98,6 +101,9 @@ def _parser() -> argparse.ArgumentParser:
     imports.add_argument("source", type=Path, help="a model folder of any layout")
     imports.add_argument("out", type=Path, help="the folder to write")
     imports.set_defaults(command=_import)
+
+    score = commands.add_parser("score", help="score files of answers or reviews", add_help=False)
+    score.set_defaults(command=_score)
 
     parser.set_defaults(commands=frozenset(commands.choices))
     return parser
@@ -212,7 +218,8 @@ def _export(arguments: argparse.Namespace) -> int:
     from llavakit.recipe import build_from
     from llavakit.registry import Registry
 
-    exporter = build_from(Exporter, arguments.format, arguments.set, Registry.installed())
+    registry = Registry.installed()
+    exporter = build_from(registry.get(Exporter, arguments.format), arguments.set, registry)
     _refuse_to_replace(arguments.out)
     model = llavakit.load(arguments.model, device="cpu")
     for name, value in exporter.export(model, arguments.out).items():
@@ -236,6 +243,13 @@ def _import(arguments: argparse.Namespace) -> int:
     save_model(model, arguments.out)
     print(f"wrote {arguments.out}")
     return 0
+
+
+def _score(arguments: argparse.Namespace) -> int:
+    from llavakit.registry import Registry
+    from llavakit.scoring import score_command
+
+    return score_command(arguments.flags, Registry.installed())
 
 
 def _refuse_to_replace(folder: Path) -> None:

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from llavakit.packing import Packing, Rows, Stream
     from llavakit.planning import Planner, StepPlan
     from llavakit.reporting import Section
+    from llavakit.scoring import FileScorer
 
 
 class Network(nn.Module, Component):
@@ -271,12 +272,24 @@ class Benchmark(Component):
     """Questions with images, and what makes an answer a good one."""
 
     hook = "llava_benchmarks"
+    scorers: ClassVar[Sequence[type[FileScorer]]] = ()
+    """What `llava-run score` can do without a model, where files hold the answers already."""
 
     @abstractmethod
-    def questions(self) -> Sequence[Question]: ...
+    def questions(self) -> Sequence[Question]:
+        """Return what is asked, in the same order each time; no two of one id."""
 
     @abstractmethod
-    def score(self, questions: Sequence[Question], answers: Sequence[str]) -> Score: ...
+    def score(self, questions: Sequence[Question], answers: Sequence[str]) -> Score:
+        """Return what the answers are worth, one answer a question."""
+
+    def score_in(self, run: Run, questions: Sequence[Question], answers: Sequence[str]) -> Score:
+        """Score as `score` does, within a step: for those that take long, such as a judge's.
+
+        What is paid for is kept in `run.directory`, which belongs to these answers alone, so that
+        nothing is asked twice when the step is resumed.
+        """
+        return self.score(questions, answers)
 
 
 class Exporter(Component):

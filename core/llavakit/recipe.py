@@ -24,7 +24,7 @@ from llavakit.assembly import ModelRecipe
 from llavakit.components import LATER, Component, Use, is_input
 from llavakit.errors import RecipeError
 from llavakit.interfaces import Step, Tracker
-from llavakit.registry import KindT, Registry
+from llavakit.registry import ComponentT, Registry
 from llavakit.toml_lines import Key, Place, Span, locate
 
 
@@ -386,11 +386,22 @@ def _check_use(
     except RecipeError as error:
         yield Problem((*key, "use"), str(error))
         return
+    yield from _check_options(component, use.options, registry, key, steps, inputs)
+
+
+def _check_options(
+    component: type[Component],
+    table: Mapping[str, Any],
+    registry: Registry,
+    key: Key,
+    steps: Mapping[str, Path],
+    inputs: bool,
+) -> Iterator[Problem]:
     try:
-        options = component.Options.model_validate(use.options, context={"steps": steps})
+        options = component.Options.model_validate(table, context={"steps": steps})
     except ValidationError as error:
-        yield from _problems(error, component.Options, key, f" of `{use.use}`")
-        for inner, value in _sound(component.Options, use.options, key):
+        yield from _problems(error, component.Options, key, f" of `{component.name}`")
+        for inner, value in _sound(component.Options, table, key):
             yield from _check_value(value, registry, inner, steps, inputs)
         return
     if inputs and (sentence := component.missing(options)):
@@ -411,20 +422,27 @@ def _path_hint(path: Path) -> str:
     return "relative paths start at the working directory; `@step/file` is an earlier step's file"
 
 
-def build_from(kind: type[KindT], name: str, settings: Sequence[str], registry: Registry) -> KindT:
-    """Return the component that a command line states, its options as `key=value`.
+def build_from(
+    component: type[ComponentT],
+    settings: Sequence[str],
+    registry: Registry,
+    flags: Mapping[str, Any] | None = None,
+) -> ComponentT:
+    """Return the component with the options that a command line states.
 
+    `flags` are options by name, `settings` are `key=value` and win over them.
     Raises RecipeError with every problem at once.
     """
-    table: dict[str, Any] = {}
+    table: dict[str, Any] = dict(flags or {})
+    sources = [_said(setting) for setting in settings]
+    sources += [Source(Path(), "", f"--{name.replace('_', '-')}", (name,)) for name in flags or ()]
     for setting in settings:
         _override(table, setting)
-    use: Use[KindT] = Use[kind].model_validate({**table, "use": name})  # type: ignore[valid-type]
-    problems = list(_check_use(use, registry, (), {}, inputs=True))
+    problems = list(_check_options(component, table, registry, (), {}, inputs=True))
     if problems:
-        sources = [*(_said(setting) for setting in settings), Source(Path(), "", name)]
+        sources.append(Source(Path(), "", component.name))
         raise RecipeError("\n\n".join(problem.render(sources, []) for problem in problems))
-    return registry.build(use)
+    return registry.make(component, table)
 
 
 def _problems(

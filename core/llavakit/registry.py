@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from functools import partial
 from importlib.metadata import entry_points
@@ -16,6 +16,7 @@ from llavakit.components import Component, StepFolders, Use
 from llavakit.errors import PluginError, RecipeError
 
 KindT = TypeVar("KindT", bound=Component)
+ComponentT = TypeVar("ComponentT", bound=Component)
 
 
 class Registry:
@@ -81,8 +82,18 @@ class Registry:
         of others takes `build`, the same function for its own choices.
         """
         component = self.get(cast("type[KindT]", use.kind()), use.use)
-        factory = cast("Callable[..., KindT]", component)
-        options = component.Options.model_validate(use.options, context={"steps": steps})
+        return self.make(component, use.options, steps, **context)
+
+    def make(
+        self,
+        component: type[ComponentT],
+        stated: Mapping[str, Any],
+        steps: StepFolders | None = None,
+        **context: Any,
+    ) -> ComponentT:
+        """Return a component, known by its class, with the options that are stated."""
+        factory = cast("Callable[..., ComponentT]", component)
+        options = component.Options.model_validate(stated, context={"steps": steps})
         if "build" in signature(component.__init__).parameters:
             context["build"] = partial(self.build, steps=steps)
         return factory(options, **context)

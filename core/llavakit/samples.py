@@ -12,6 +12,8 @@ from llavakit.errors import DataError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from llavakit.reporting import Section
+
 IMAGE = "<image>"
 """The placeholder in a turn's text where an image goes (the original LLaVA's spelling)."""
 
@@ -117,7 +119,8 @@ class Reply:
 class Question:
     """One item of a benchmark."""
 
-    id: str
+    id: str | int
+    """As the file has it; joined with others as text."""
     prompt: str
     images: tuple[ImageSource, ...] = ()
     truth: str = ""
@@ -131,3 +134,7 @@ class Score:
     metrics: Mapping[str, float]
     right: Sequence[bool | None]
     """One entry a question; None where a question cannot be right or wrong by itself."""
+    sections: Sequence[Section] = ()
+    """Tables for the report; where there are none, it shows the share of right answers."""
+    remarks: Sequence[str] = ()
+    """One entry a question, such as a judge's review; or none at all."""

@@ -49,6 +49,11 @@ def read_rows(path: Path) -> list[tuple[str, Row]]:
     return [(f"{path}, row {number}", row) for number, row in enumerate(rows, start=1)]
 
 
+def first_line(path: Path) -> str:
+    """Return the first line of a file that holds something; nothing where it is empty."""
+    return _text(path).lstrip().partition("\n")[0]
+
+
 def text_of(row: Row, key: str, where: str) -> str:
     """Return the text under `key`; a number counts as text. Raises DataError where it is not."""
     value = row.get(key)

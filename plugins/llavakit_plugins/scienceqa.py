@@ -7,7 +7,7 @@ A answer. `QCM-LEA` asks question, context and options, and expects lecture, sol
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -77,7 +77,8 @@ class Problem:
 def read_problems(path: Path, split: str | None = None) -> dict[str, Problem]:
     """Return the problems of a `problems.json` by id, those of one split where it is given.
 
-    Raises DataError naming the problem that cannot be used, and where the split has none.
+    A problem that names no split belongs to every one. Raises DataError naming the problem that
+    cannot be used, and where the split has none.
     """
     table = read_json(path)
     if not isinstance(table, dict) or not table:
@@ -85,7 +86,7 @@ def read_problems(path: Path, split: str | None = None) -> dict[str, Problem]:
     problems = (
         _problem(identity, row, f"problem `{identity}` of {path}")
         for identity, row in table.items()
-        if split is None or not isinstance(row, dict) or row.get("split") == split
+        if split is None or not isinstance(row, dict) or row.get("split", split) == split
     )
     found = {problem.id: problem for problem in problems}
     if not found:
@@ -215,28 +216,3 @@ def read_choice(text: str, problem: Problem) -> int | None:
     letter = stated_letter(text)
     place = LETTERS.find(letter) if letter else -1
     return place if 0 <= place < len(problem.choices) else None
-
-
-@dataclass(frozen=True)
-class Count:
-    """How many of a column's problems are answered right."""
-
-    correct: int
-    count: int
-
-    @property
-    def percent(self) -> float:
-        """The share in percent; not a number where the column is empty."""
-        return 100 * self.correct / self.count if self.count else float("nan")
-
-
-def count_columns(
-    problems: Sequence[Problem], choices: Sequence[int | None]
-) -> Mapping[str, Count]:
-    """Return the columns of table 7. A problem without a choice counts as wrong."""
-    totals = {name: [0, 0] for name in COLUMNS}
-    for problem, choice in zip(problems, choices, strict=True):
-        for column in problem.columns:
-            totals[column][0] += choice == problem.answer
-            totals[column][1] += 1
-    return {name: Count(*numbers) for name, numbers in totals.items()}

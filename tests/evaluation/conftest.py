@@ -8,6 +8,9 @@ from typing import Any
 
 import pytest
 from PIL import Image
+from tests.core.conftest import llava_run, refused
+
+__all__ = ["llava_run", "refused"]  # fixtures, for the tests here, too
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 

@@ -25,7 +25,7 @@ class BenchmarkContract(Contract[Benchmark]):
         for question in questions:
             assert question.prompt.strip()
             for image in question.images:
-                assert open_image(image, question.id).mode == "RGB"
+                assert open_image(image, f"question {question.id}").mode == "RGB"
 
     def test_true_answers_score_higher_than_none(self) -> None:
         benchmark = self.build()

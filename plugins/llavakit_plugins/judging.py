@@ -1,0 +1,73 @@
+"""Asks a judge many things: many at a time, each once, every reply kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Self
+
+from llavakit import ChatModel, Message, Run
+from llavakit.interfaces import Progress
+from llavakit_plugins.chat.asking import ask_all
+from llavakit_plugins.chat.ledger import Entry, Ledger, Request, asked
+
+
+def _silent(done: int, total: int, note: str = "") -> None:
+    """Show nothing."""
+
+
+@dataclass(frozen=True)
+class Asking:
+    """How a judge is asked."""
+
+    concurrency: int = 8
+    ledger: Path | None = None
+    """Where replies are kept, and found again; nowhere where it is None."""
+    progress: Progress = _silent
+    stopping: Callable[[], bool] = lambda: False
+
+    @classmethod
+    def within(cls, run: Run, concurrency: int) -> Self:
+        """Return how it is done in a step: replies stay in its folder."""
+        ledger = run.directory / "judge.jsonl"
+        return cls(concurrency, ledger, run.progress, run.stopping)
+
+
+def replies(
+    judge: ChatModel, questions: Sequence[Sequence[Message]], labels: Sequence[str], asking: Asking
+) -> list[str | None]:
+    """Return the judge's reply to each question; None where the service gave none.
+
+    Raises ChatError where the service cannot be used, Stopped where the user asked to stop; what
+    was replied until then is kept.
+    """
+    requests = [
+        Request(tuple(messages), label=label)
+        for messages, label in zip(questions, labels, strict=True)
+    ]
+    with ExitStack() as stack:
+        path = asking.ledger
+        if path is None:
+            path = Path(stack.enter_context(TemporaryDirectory())) / "judge.jsonl"
+        ledger = stack.enter_context(Ledger(path, identity=judge.identity))
+        wanted = {asked(judge.identity, request).key for request in requests}
+        done = sum(key in ledger for key in wanted)
+
+        def show(entry: Entry) -> None:
+            nonlocal done
+            done += 1
+            asking.progress(done, len(wanted), "asking the judge")
+
+        ask_all(
+            judge,
+            lambda: requests,
+            ledger,
+            concurrency=asking.concurrency,
+            stopping=asking.stopping,
+            progress=show,
+        )
+        found = [ledger.get(asked(judge.identity, request).key) for request in requests]
+    return [None if entry is None else entry.text for entry in found]

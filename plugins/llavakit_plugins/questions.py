@@ -1,0 +1,79 @@
+"""Reads LLaVA's question files: one `{"question_id", "image", "text", "category"}` a line."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from llavakit import DataError, Question
+from llavakit.images import inside
+from llavakit.samples import IMAGE
+from llavakit_plugins.rows import Row, by_id, id_of, listed, read_rows, text_of
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One row of a question file."""
+
+    question: Question
+    row: Row
+    where: str
+
+
+def read_questions(path: Path, images: Path | None, limit: int | None = None) -> list[Asked]:
+    """Return the questions of a file, in its order, the first `limit` of them.
+
+    `image` is a file's name below `images` (the file's own folder where that is None), or a list of
+    names, or absent. Raises DataError naming rows that are no questions, doubled ids, and images
+    that are missing.
+    """
+    rows = read_rows(path)
+    by_id(rows, path)
+    if not rows:
+        raise DataError(f"{path} holds no questions; choose another file")
+    folder = path.parent if images is None else images
+    asked = [_asked(row, where, folder) for where, row in rows[:limit]]
+    missing = [
+        f"{image} (question `{item.question.id}`)"
+        for item in asked
+        for image in item.question.images
+        if isinstance(image, Path) and not image.is_file()
+    ]
+    if missing:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise DataError(
+            f"{path}: {len(missing)} images are missing: {', '.join(missing[:3])}{more}; check "
+            "the images folder"
+        )
+    return asked
+
+
+def with_suffix(asked: Sequence[Asked], suffix: str) -> list[Question]:
+    """Return the questions, each with a last line that says how to answer."""
+    if not suffix:
+        return [item.question for item in asked]
+    return [replace(q.question, prompt=f"{q.question.prompt}\n{suffix}") for q in asked]
+
+
+def join(asked: Sequence[Asked], found: dict[str, tuple[str, Row]], path: Path) -> list[Row]:
+    """Return the row of `path` for each question. Raises DataError naming those without."""
+    missing = [item.question.id for item in asked if str(item.question.id) not in found]
+    if missing:
+        raise DataError(f"{path} has no row for question {listed(missing)}; add it")
+    return [found[str(item.question.id)][1] for item in asked]
+
+
+def _asked(row: Row, where: str, folder: Path) -> Asked:
+    identity = id_of(row, where)
+    names = row.get("image") or []
+    names = [names] if isinstance(names, str) else names
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise DataError(f"{where}: `image` is a file's name, or a list of them, got {names!r:.80}")
+    images = tuple(inside(folder, name, where) for name in names)
+    prompt = text_of(row, "text", where)
+    marks = prompt.count(IMAGE)
+    if marks not in (0, len(images)):
+        raise DataError(f"{where}: {len(images)} images for {marks} `{IMAGE}` in the text; mend it")
+    category = str(row.get("category") or "")
+    return Asked(Question(identity, prompt.strip(), images, "", category), row, where)

@@ -1,0 +1,115 @@
+"""A judge's reviews of two answers: their scores, and what they come to (paper, section 5.1)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+_SCORES = re.compile(r"\s*(\d+(?:\.\d+)?)(?:\s*,\s*|\s+)(\d+(?:\.\d+)?)\s*")
+_HIGHEST = 10.0
+_RESAMPLES = 1000
+
+Pair = tuple[float, float]
+"""Scores of the reference and of the candidate."""
+Scores = Mapping[str, Pair | None]
+"""By question; None where a review has none."""
+RELATIVE_COLUMNS = ["category", "questions", "relative, %", "from", "to", "reference", "candidate"]
+
+
+def read_scores(text: str) -> Pair | None:
+    """Return the two scores on a review's first line, or None where it is anything else.
+
+    Two numbers from 0 to 10, with a space or a comma between them, and nothing besides.
+    """
+    found = _SCORES.fullmatch(text.partition("\n")[0])
+    if found is None:
+        return None
+    first, second = float(found[1]), float(found[2])
+    return (first, second) if max(first, second) <= _HIGHEST else None
+
+
+@dataclass(frozen=True)
+class Relative:
+    """What the scores of some questions come to."""
+
+    questions: int
+    reference: float
+    """Mean score of the reference, 0 to 10."""
+    candidate: float
+    relative: float
+    """The candidate's mean in percent of the reference's: a ratio of means, as published."""
+    low: float
+    """Lower and upper end of the 95 % bootstrap interval of `relative`, over questions."""
+    high: float
+
+    @classmethod
+    def of(cls, pairs: Sequence[Pair], seed: int = 0) -> Relative | None:
+        """Return it for at least one pair; None where the reference's scores are all 0."""
+        scores_Q2 = np.asarray(pairs, dtype=np.float64).reshape(-1, 2)
+        reference, candidate = _means(scores_Q2)
+        if not len(scores_Q2) or reference == 0:
+            return None
+        draw = np.random.default_rng(seed)
+        chosen_RQ = draw.integers(0, len(scores_Q2), (_RESAMPLES, len(scores_Q2)))
+        means_R2 = scores_Q2[chosen_RQ].mean(axis=1)
+        kept_R2 = means_R2[means_R2[:, 0] > 0]
+        low, high = np.percentile(100 * kept_R2[:, 1] / kept_R2[:, 0], (2.5, 97.5))
+        relative = 100 * candidate / reference
+        return cls(len(scores_Q2), reference, candidate, relative, float(low), float(high))
+
+
+def _means(scores_Q2: npt.NDArray[np.float64]) -> Pair:
+    if not len(scores_Q2):
+        return 0.0, 0.0
+    reference, candidate = scores_Q2.mean(axis=0).tolist()
+    return reference, candidate
+
+
+def by_category(
+    pairs: Mapping[str, Pair], categories: Mapping[str, str], seed: int = 0
+) -> dict[str, Relative]:
+    """Return the result of each category, then of `all`: over questions, not over categories."""
+    names = dict.fromkeys(category for name in pairs if (category := categories.get(name)))
+    groups = {c: [pair for name, pair in pairs.items() if categories.get(name) == c] for c in names}
+    found = {name: Relative.of(group, seed) for name, group in groups.items()}
+    found["all"] = Relative.of(list(pairs.values()), seed)
+    return {name: result for name, result in found.items() if result is not None}
+
+
+def unswapped(pair: Pair | None, row: Mapping[str, Any]) -> Pair | None:
+    """Return (reference, candidate) of a review that may have shown the candidate first."""
+    return pair[::-1] if pair and row.get("swapped") is True else pair
+
+
+def mean_pair(pairs: Iterable[Pair | None]) -> Pair | None:
+    """Return the mean of a question's reviews; None where one of them has no scores."""
+    found = list(pairs)
+    whole = [pair for pair in found if pair is not None]
+    return _means(np.asarray(whole)) if whole and len(whole) == len(found) else None
+
+
+def relative_rows(results: Mapping[str, Relative]) -> list[list[str | float | int | None]]:
+    """Return the rows of a table with `RELATIVE_COLUMNS`."""
+    return [
+        [
+            category,
+            r.questions,
+            *(round(value, 1) for value in (r.relative, r.low, r.high)),
+            *(round(value, 2) for value in (r.reference, r.candidate)),
+        ]
+        for category, r in results.items()
+    ]
+
+
+def summarise(
+    scores: Scores, categories: Mapping[str, str], seed: int = 0
+) -> tuple[dict[str, Relative], list[str]]:
+    """Return the results by category and `all`, and the questions without scores, left out."""
+    pairs = {name: pair for name, pair in scores.items() if pair is not None}
+    unparsed = [name for name, pair in scores.items() if pair is None]
+    return by_category(pairs, categories, seed), unparsed

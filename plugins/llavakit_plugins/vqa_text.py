@@ -1,0 +1,77 @@
+"""The normaliser of answers that VQA's evaluation server and its successors use.
+
+https://visualqa.org/evaluation.html; TextVQA, VizWiz and LLaVA's scripts share it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+_ARTICLES = {"a", "an", "the"}
+_NUMBERS = {
+    word: str(number)
+    for number, word in enumerate(
+        ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+    )
+} | {"none": "0"}
+_PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
+_COMMA_IN_NUMBER = re.compile(r"(?<=\d),+(?=\d)")
+_PERIOD = re.compile(r"\.(?!\d)")
+_PERIODS = int(re.UNICODE)  # the original passes this flag as the number of periods to remove
+_PROPER = """
+ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't
+haven't he'd he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've
+might've mustn't must've needn't not've o'clock oughtn't shan't should've shouldn't shouldn't've
+somebody'll somebody's someone'd someone'd've someone'll someone's something'd something'd've
+something'll that's there'd there'd've there're there's they'd they'd've they'll they're they've
+wasn't we've weren't what'll what're what's what've when's where'd where's where've who'd
+who'd've who'll who's who've why'll why're why's won't would've wouldn't wouldn't've y'all you'd
+you'd've you'll you're you've 'twas he'd've she'd've we'd've somebody'd've y'all'll y'all'd've
+'ow's'at
+"""
+
+
+def _contractions() -> dict[str, str]:
+    """Return the proper form of each contraction that lacks one apostrophe."""
+    return {
+        word[:place] + word[place + 1 :]: word
+        for word in _PROPER.split()
+        for place, letter in enumerate(word)
+        if letter == "'"
+    }
+
+
+_CONTRACTIONS = _contractions() | {"somebody'd": "somebodyd"}  # a slip of the original's table
+
+
+def normalise(text: str) -> str:
+    """Return an answer as it is compared: lower case, without articles and punctuation, digits.
+
+    As in the original, a punctuation mark is dropped where one stands at a space (or where the text
+    has a number with a comma), and becomes a space elsewhere.
+    """
+    text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
+    text = text.replace("\n", " ").replace("\t", " ").strip()
+    plain = text
+    for mark in _PUNCTUATION:
+        beside_space = f"{mark} " in text or f" {mark}" in text
+        dropped = beside_space or _COMMA_IN_NUMBER.search(text) is not None
+        plain = plain.replace(mark, "" if dropped else " ")
+    plain = _PERIOD.sub("", plain, _PERIODS)
+    words = (_NUMBERS.get(word, word) for word in plain.lower().split())
+    return " ".join(_CONTRACTIONS.get(word, word) for word in words if word not in _ARTICLES)
+
+
+def vqa_accuracy(answer: str, truths: Sequence[str]) -> float:
+    """Return the VQA accuracy, 0 to 1: three of the other people who say the same make it whole.
+
+    The mean, over every person left out, of min(1, agreeing others / 3). A single truth has to be
+    met exactly.
+    """
+    said = normalise(answer)
+    agreeing = [normalise(truth) == said for truth in truths]
+    if len(truths) == 1:
+        return float(agreeing[0])
+    total = sum(agreeing)
+    return sum(min(1.0, (total - own) / 3) for own in agreeing) / len(agreeing)
