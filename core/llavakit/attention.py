@@ -1,16 +1,14 @@
 """Causal attention within each sample of a packed stream, and the key-value cache for decoding.
 
-T rows, S samples, H query heads, G key-value heads, K head dimension, L longest cache.
+T rows, S samples, H query heads, G key-value heads, K head dimension, L longest cache; within one
+sample Q rows that look and C columns that are looked at.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import cache
-from importlib.util import find_spec
-from inspect import signature
+from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,8 +30,11 @@ class KVCache:
     def append(self, layer: int, k_TGK: Tensor, v_TGK: Tensor, packing: Packing) -> None:
         """Store the rows of a packed stream behind what each sequence already holds."""
         if self.keys[layer] is None:
-            shape = (len(self.lengths), k_TGK.shape[1], self.capacity, k_TGK.shape[2])
-            self.keys[layer], self.values[layer] = k_TGK.new_zeros(shape), v_TGK.new_zeros(shape)
+            sequences = len(self.lengths)
+            self.keys[layer], self.values[layer] = (
+                new.new_zeros(sequences, new.shape[1], self.capacity, new.shape[2])
+                for new in (k_TGK, v_TGK)
+            )
         keys, values = self.keys[layer], self.values[layer]
         assert keys is not None
         assert values is not None
@@ -63,6 +64,25 @@ class KVCache:
         self.lengths = [self.lengths[s] for s in sequences]
 
 
+@dataclass(frozen=True)
+class Scoring:
+    """How a layer turns products of queries and keys into weights."""
+
+    scale: float | None = None
+    """Factor of the products; 1/sqrt(K) where absent."""
+    window: int | None = None
+    """How far back a row sees, itself included."""
+    softcap: float | None = None
+    """Scores become `softcap * tanh(score / softcap)` (Gemma 2)."""
+    sinks_H: Tensor | None = None
+    """One score a head that takes weight and gives nothing (gpt-oss)."""
+
+    @property
+    def plain(self) -> bool:
+        """Whether torch's own scaled_dot_product_attention does all of it but the window."""
+        return self.softcap is None and self.sinks_H is None
+
+
 def packed_attention(
     q_THK: Tensor,
     k_TGK: Tensor,
@@ -72,28 +92,34 @@ def packed_attention(
     layer: int,
     scale: float | None = None,
     window: int | None = None,
+    softcap: float | None = None,
+    sinks_H: Tensor | None = None,
 ) -> Tensor:
     """Return causal attention `[T, H, K]`; no row sees another sample's.
 
-    `scale` defaults to 1/sqrt(K); `window` limits how far back a row sees, itself included.
+    The options are those of `Scoring`. In half precision on CUDA the first kernel that honours
+    them is used: FlashAttention, torch's own, FlexAttention; else each sample is read by itself.
     """
+    scoring = Scoring(scale, window, softcap, sinks_H)
     if packing.cache is not None:
         packing.cache.append(layer, k_TGK, v_TGK, packing)
         if any(packing.cache.lengths):
-            return _decode(q_THK, packing, layer, scale, window)
-    half = q_THK.is_cuda and q_THK.dtype in (torch.bfloat16, torch.float16)
-    if half and window is None and (varlen := _varlen()) is not None:
-        return varlen(q_THK, k_TGK, v_TGK, packing, scale)
+            return _decode(q_THK, packing, layer, scoring)
+    if q_THK.is_cuda and q_THK.dtype in (torch.bfloat16, torch.float16):
+        from llavakit.varlen import choose
+
+        if (kernel := choose(scoring, q_THK.shape[-1], v_TGK.shape[-1])) is not None:
+            return kernel(q_THK, k_TGK, v_TGK, packing, scoring)
     outputs = []
     lengths = packing.lengths
     # split, not slices: the gradient of each slice would be as long as the whole stream
     parts = zip(q_THK.split(lengths), k_TGK.split(lengths), v_TGK.split(lengths), strict=True)
     for q, k, v in parts:
         mask = None
-        if window is not None and len(q) > window:
+        if not scoring.plain or (window is not None and len(q) > window):
             places = torch.arange(len(q), device=q.device)
             mask = _band(places, places, window)
-        outputs.append(_sdpa(q, k, v, mask, causal=mask is None, scale=scale))
+        outputs.append(_attend(q, k, v, mask, scoring))
     return torch.cat(outputs)
 
 
@@ -118,7 +144,7 @@ def rows_attention(
     for (q, k, v), place in zip(parts, places, strict=True):
         if len(q):
             mask = _band(place, columns[: len(k)], None)
-            outputs.append(_sdpa(q, k, v, mask, causal=False, scale=scale))
+            outputs.append(_attend(q, k, v, mask, Scoring(scale)))
     return torch.cat(outputs) if outputs else q_MHK
 
 
@@ -129,30 +155,40 @@ def _band(rows_Q: Tensor, columns_C: Tensor, window: int | None) -> Tensor:
     return visible_QC if window is None else visible_QC & (distance_QC < window)
 
 
-def _sdpa(
-    q_QHK: Tensor,
-    k_CGK: Tensor,
-    v_CGK: Tensor,
-    mask: Tensor | None,
-    *,
-    causal: bool,
-    scale: float | None,
+def _attend(
+    q_QHK: Tensor, k_CGK: Tensor, v_CGK: Tensor, mask_QC: Tensor | None, scoring: Scoring
 ) -> Tensor:
-    attended_1HQK = F.scaled_dot_product_attention(
-        q_QHK.transpose(0, 1)[None],
-        k_CGK.transpose(0, 1)[None],
-        v_CGK.transpose(0, 1)[None],
-        attn_mask=mask,
-        is_causal=causal,
-        scale=scale,
-        enable_gqa=q_QHK.shape[1] != k_CGK.shape[1],
-    )
-    return attended_1HQK[0].transpose(0, 1)
+    """Return one sample's attention `[Q, H, K]`; causal where there is no mask."""
+    q_1HQK, k_1GCK, v_1GCK = (x.transpose(0, 1)[None] for x in (q_QHK, k_CGK, v_CGK))
+    return _weigh(q_1HQK, k_1GCK, v_1GCK, mask_QC, scoring)[0].transpose(0, 1)
 
 
-def _decode(
-    q_THK: Tensor, packing: Packing, layer: int, scale: float | None, window: int | None
+def _weigh(
+    q_SHQK: Tensor, k_SGCK: Tensor, v_SGCK: Tensor, mask: Tensor | None, scoring: Scoring
 ) -> Tensor:
+    """Return attention `[S, H, Q, K]`; `mask` is `[Q, C]` or `[S, 1, Q, C]`, None for causal."""
+    if scoring.plain:
+        return F.scaled_dot_product_attention(
+            q_SHQK, k_SGCK, v_SGCK,
+            attn_mask=mask, is_causal=mask is None, scale=scoring.scale,
+            enable_gqa=q_SHQK.shape[1] != k_SGCK.shape[1],
+        )  # fmt: skip
+    assert mask is not None
+    repeat = q_SHQK.shape[1] // k_SGCK.shape[1]
+    k_SHCK, v_SHCK = (x.repeat_interleave(repeat, dim=1) for x in (k_SGCK, v_SGCK))
+    scale = q_SHQK.shape[-1] ** -0.5 if scoring.scale is None else scoring.scale
+    scores_SHQC = q_SHQK @ k_SHCK.transpose(2, 3) * scale
+    if scoring.softcap is not None:
+        scores_SHQC = torch.tanh(scores_SHQC / scoring.softcap) * scoring.softcap
+    scores_SHQC = scores_SHQC.float().masked_fill(~mask, float("-inf"))
+    if scoring.sinks_H is not None:
+        sinks = scoring.sinks_H.float().view(1, -1, 1, 1).expand(*scores_SHQC.shape[:3], 1)
+        scores_SHQC = torch.cat((scores_SHQC, sinks), dim=-1)
+    weights_SHQC = scores_SHQC.softmax(dim=-1)[..., : k_SHCK.shape[2]].to(v_SHCK.dtype)
+    return weights_SHQC @ v_SHCK
+
+
+def _decode(q_THK: Tensor, packing: Packing, layer: int, scoring: Scoring) -> Tensor:
     """Attend from new rows to everything the cache holds, the new rows included."""
     store = packing.cache
     assert store is not None
@@ -161,69 +197,14 @@ def _decode(
     assert values is not None
     longest = max(held + new for held, new in zip(store.lengths, packing.lengths, strict=True))
     columns = torch.arange(longest, device=q_THK.device)
-    gqa = q_THK.shape[1] != keys.shape[1]
     if packing.starts[-1] == len(store.lengths):  # one row a sequence: all at once
-        mask_S11L = _band(packing.position_ids_T, columns, window)[:, None, None]
-        attended_SH1K = F.scaled_dot_product_attention(
-            q_THK[:, :, None], keys[:, :, :longest], values[:, :, :longest],
-            attn_mask=mask_S11L, scale=scale, enable_gqa=gqa,
-        )  # fmt: skip
-        return attended_SH1K[:, :, 0]
+        mask_S11L = _band(packing.position_ids_T, columns, scoring.window)[:, None, None]
+        held = keys[:, :, :longest], values[:, :, :longest]
+        return _weigh(q_THK[:, :, None], *held, mask_S11L, scoring)[:, :, 0]
     outputs = []
     for s, (start, end) in enumerate(pairwise(packing.starts)):
         total = store.lengths[s] + end - start
-        mask = _band(packing.position_ids_T[start:end], columns[:total], window)
+        mask = _band(packing.position_ids_T[start:end], columns[:total], scoring.window)
         k_CGK, v_CGK = keys[s, :, :total].transpose(0, 1), values[s, :, :total].transpose(0, 1)
-        outputs.append(_sdpa(q_THK[start:end], k_CGK, v_CGK, mask, causal=False, scale=scale))
+        outputs.append(_attend(q_THK[start:end], k_CGK, v_CGK, mask, scoring))
     return torch.cat(outputs)
-
-
-Varlen = Callable[[Tensor, Tensor, Tensor, Packing, float | None], Tensor]
-
-
-@cache
-def _varlen() -> Varlen | None:
-    """Return a variable-length attention for CUDA in half precision, or None."""
-    if find_spec("flash_attn") is not None:
-        return _flash_attn
-    if find_spec("torch.nn.attention.varlen") is not None:
-        return _torch_varlen
-    return None
-
-
-def _bounds(packing: Packing, like: Tensor) -> tuple[Tensor, int]:
-    return torch.tensor(packing.starts, dtype=torch.int32, device=like.device), max(packing.lengths)
-
-
-def _flash_attn(
-    q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, packing: Packing, scale: float | None
-) -> Tensor:
-    from flash_attn import flash_attn_varlen_func
-
-    bounds, longest = _bounds(packing, q_THK)
-    attended_THK: Tensor = flash_attn_varlen_func(
-        q_THK, k_TGK, v_TGK, bounds, bounds, longest, longest, softmax_scale=scale, causal=True
-    )
-    return attended_THK
-
-
-def _torch_varlen(
-    q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, packing: Packing, scale: float | None
-) -> Tensor:
-    from torch.nn.attention.varlen import varlen_attn
-
-    bounds, longest = _bounds(packing, q_THK)
-    known = signature(varlen_attn).parameters  # it gained these between 2.10 and 2.14
-    causal: dict[str, Any] = (
-        {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
-    )
-    if scale is not None and "scale" in known:
-        causal["scale"] = scale
-    elif scale is not None:
-        q_THK = q_THK * (scale * q_THK.shape[-1] ** 0.5)
-    repeat = q_THK.shape[1] // k_TGK.shape[1]
-    if repeat > 1:
-        k_TGK, v_TGK = (x.repeat_interleave(repeat, dim=1) for x in (k_TGK, v_TGK))
-    attended_THK = varlen_attn(q_THK, k_TGK, v_TGK, bounds, bounds, longest, longest, **causal)
-    assert isinstance(attended_THK, Tensor)
-    return attended_THK

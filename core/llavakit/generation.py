@@ -71,11 +71,11 @@ def generate_stream(
     hidden_SE = language.hidden(embeds_TE, prompt, last)
     cache.advance(prompt)
 
-    ends = end_tokens(language)
+    ends = language.end_ids
     active = list(range(len(room)))
     texts: list[list[int]] = [[] for _ in room]
     while True:
-        tokens_S = _choose(language.head(hidden_SE).float(), sampling, draw)
+        tokens_S = _choose(language.logits(hidden_SE).float(), sampling, draw)
         chosen = tokens_S.tolist()
         yield list(zip(active, chosen, strict=True))
         going = []
@@ -97,12 +97,6 @@ def generate_stream(
         step = Packing(tuple(range(len(active) + 1)), positions_S, cache)
         hidden_SE = language.hidden(language.embed(tokens_S), step)
         cache.advance(step)
-
-
-def end_tokens(language: LanguageModel) -> frozenset[int]:
-    """Return the tokens that end an answer."""
-    end = language.tokenizer.eos_token_id
-    return frozenset(() if end is None else (end,))
 
 
 def _choose(logits_SV: Tensor, sampling: Sampling, draw: torch.Generator) -> Tensor:

@@ -161,9 +161,20 @@ class LanguageModel(Network):
     def head(self) -> nn.Linear:
         """The layer from hidden states to logits, `[V, E]`."""
 
+    def logits(self, hidden_ME: Tensor) -> Tensor:
+        """Return logits `[M, V]`: the head's output, and what a model does to it behind that."""
+        logits_MV: Tensor = self.head(hidden_ME)
+        return logits_MV
+
     def loss(self, hidden_ME: Tensor, targets_M: Tensor) -> Tensor:
         """Return the summed cross-entropy, float32 `[]`, of the targets after these rows."""
-        return F.cross_entropy(self.head(hidden_ME).float(), targets_M, reduction="sum")
+        return F.cross_entropy(self.logits(hidden_ME).float(), targets_M, reduction="sum")
+
+    @property
+    def end_ids(self) -> frozenset[int]:
+        """The tokens that end an answer, by default the tokenizer's end token."""
+        end = self.tokenizer.eos_token_id
+        return frozenset(() if end is None else (end,))
 
     @abstractmethod
     def cache_shape(self) -> tuple[int, int, int]:

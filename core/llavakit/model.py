@@ -130,8 +130,7 @@ class LlavaModel(nn.Module):
         hidden_TE = self.language.hidden(
             self._embed_images(batch, images), batch.packing.to(self.device)
         )
-        logits_TV: Tensor = self.language.head(hidden_TE)
-        return logits_TV.float()
+        return self.language.logits(hidden_TE).float()
 
     def generate(
         self,

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -45,6 +46,23 @@ class Packing:
         """Return the last row of each sample."""
         rows = torch.tensor(self.starts[1:], device=self.position_ids_T.device)
         return rows - 1
+
+    @cached_property
+    def bounds_S(self) -> Tensor:
+        """`starts` on the device, int32, as attention kernels want it."""
+        return torch.tensor(self.starts, dtype=torch.int32, device=self.position_ids_T.device)
+
+    @cached_property
+    def samples_T(self) -> Tensor:
+        """The number of the sample that each row belongs to, int32."""
+        lengths = torch.tensor(self.lengths, device=self.position_ids_T.device)
+        numbers = torch.arange(len(lengths), dtype=torch.int32, device=lengths.device)
+        return numbers.repeat_interleave(lengths, output_size=self.starts[-1])
+
+    @cached_property
+    def block_masks(self) -> dict[int | None, Any]:
+        """FlexAttention's masks of this stream by window, kept for the layers to come."""
+        return {}
 
     def to(self, device: torch.device) -> Packing:
         return replace(self, position_ids_T=self.position_ids_T.to(device, non_blocking=True))

@@ -70,10 +70,11 @@ class PretrainedOptions(Options):
         return self
 
 
-def read_config(options: PretrainedOptions) -> dict[str, Any]:
+def read_config(options: PretrainedOptions, part: str = "vision_config") -> dict[str, Any]:
     """Return the configuration: the source's, changed by `config`. Nothing is downloaded.
 
-    Raises ModelError where the source's configuration is not on this machine.
+    Of a whole that has such a `part`, a CLIP or a LLaVA, it is the part's. Raises ModelError where
+    the source's configuration is not on this machine.
     """
     if options.source is None:
         return options.config
@@ -83,8 +84,8 @@ def read_config(options: PretrainedOptions) -> dict[str, Any]:
             table: dict[str, Any] = json.loads(found.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise ModelError(f"{found} cannot be read: {error}; fetch the model again") from error
-        for part in ("vision_config", "text_config"):  # a CLIP or LLaVA as a whole
-            table = {**table, **table[part]} if _holds(table, part) else table
+        inner = table.get(part)
+        table = {**table, **inner} if isinstance(inner, dict) else table
     elif options.source in KNOWN:
         table = KNOWN[options.source]
     else:
@@ -95,8 +96,20 @@ def read_config(options: PretrainedOptions) -> dict[str, Any]:
     return {**table, **options.config}
 
 
-def _holds(table: dict[str, Any], part: str) -> bool:
-    return part == "vision_config" and isinstance(table.get(part), dict)
+def fetch_config(options: PretrainedOptions, part: str) -> dict[str, Any]:
+    """Return the configuration of `options.source`, as `read_config`; fetch it where it must be.
+
+    Raises ModelError where it can be had neither here nor from the hub.
+    """
+    from transformers.utils.hub import cached_file
+
+    assert options.source is not None
+    if find_file(options, "config.json") is None:
+        try:
+            cached_file(options.source, "config.json", revision=options.revision or "main")
+        except OSError as error:
+            raise ModelError(f"`{options.source}` has no config.json: {error}") from error
+    return read_config(options, part)
 
 
 def find_file(options: PretrainedOptions, name: str) -> Path | None:
@@ -165,8 +178,12 @@ def quietly() -> Iterator[None]:
         logging.enable_progress_bar()
 
 
-def load_tokenizer(source: str, revision: str | None = None) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    source: str, revision: str | None = None, legacy: bool | None = None
+) -> PreTrainedTokenizerBase:
     """Return a fast tokenizer from a folder or the hub.
+
+    `legacy` says whether a LLaMA tokenizer puts a space behind special tokens too.
 
     transformers 5.23 reads the merges of a bare `tokenizer.model` in the order of their ids, which
     for runs of spaces is not that of SentencePiece's scores; they are sorted here.

@@ -112,7 +112,7 @@ class LanguageModelContract(NetworkContract[LanguageModel]):
             model.recompute = recompute
             embeds = model.embed(self.ids(model))
             embeds.retain_grad()
-            model.head(model.hidden(embeds, Packing.of(self.lengths))).square().sum().backward()
+            model.logits(model.hidden(embeds, Packing.of(self.lengths))).square().sum().backward()
             dead = [name for name, p in model.named_parameters() if p.grad is None]
             assert not dead, f"no gradient reaches {dead}"
             assert embeds.grad is not None, "no gradient reaches the embeddings, nor the connector"

@@ -8,97 +8,46 @@ the last block need not compute queries, outputs and MLP of rows that no loss lo
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from llavakit import LanguageModel, ModelError
-from llavakit.assembly import cast_weights
+from llavakit import ModelError
 from llavakit.attention import packed_attention, rows_attention
 from llavakit.packing import Packing, Rows
 from llavakit_kernels.linear_cross_entropy import linear_cross_entropy
-from llavakit_plugins.huggingface import (
-    PretrainedOptions,
-    load_tokenizer,
-    missing_source,
-    quietly,
-    read_config,
-)
+from llavakit_plugins.language.pretrained import LanguageOptions, PretrainedLanguage
+
+_KINDS = ("llama", "llava", "llava_llama")  # the latter two are the original LLaVA's
 
 
-class VicunaOptions(PretrainedOptions):
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    max_length: int | None = None
-    """Longest sequence in tokens, images included; the configuration's where absent."""
+class VicunaOptions(LanguageOptions):
+    """Options of `vicuna`."""
 
 
-class Vicuna(LanguageModel):
+class Vicuna(PretrainedLanguage):
     """A LLaMA-shaped causal language model."""
 
     name = "vicuna"
     Options = VicunaOptions
     default_template = "vicuna_v1"
 
-    def __init__(self, options: VicunaOptions, model: Any = None) -> None:
-        super().__init__()
+    @classmethod
+    def configure(cls, table: dict[str, Any]) -> tuple[type[Any], Any]:
         from transformers import LlamaConfig, LlamaForCausalLM
 
-        if model is None:
-            table = {k: v for k, v in read_config(options).items() if k != "model_type"}
-            model = LlamaForCausalLM(LlamaConfig(**table))
-            cast_weights(model, getattr(torch, options.dtype))
-        self.model = model
-        self.width: int = model.config.hidden_size
-        self.max_length = options.max_length or model.config.max_position_embeddings
-
-    @classmethod
-    def create(cls, options: VicunaOptions, **context: Any) -> Self:
-        if options.source is None:
-            return cls(options, **context)
-        return cls._pretrained(options.source, options)
-
-    @classmethod
-    def load(cls, options: VicunaOptions, folder: Path, **context: Any) -> Self:
-        return cls._pretrained(str(folder), options)
-
-    @classmethod
-    def _pretrained(cls, source: str, options: VicunaOptions) -> Self:
-        from transformers import LlamaForCausalLM
-
-        revision = options.revision if source == options.source else None
-        with quietly():
-            model = LlamaForCausalLM.from_pretrained(
-                source, revision=revision or "main", dtype=getattr(torch, options.dtype)
+        kind = table.get("model_type", "llama")
+        if kind not in _KINDS:
+            raise ModelError(
+                f"language model `{cls.name}` cannot run `{kind}`, only LLaMA's own architecture; "
+                "use `causal-lm`"
             )
-        language = cls(options, model)
-        language.tokenizer = load_tokenizer(source, revision)
-        return language
-
-    def save(self, folder: Path) -> None:
-        with quietly():
-            self.model.save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
-
-    @classmethod
-    def missing(cls, options: VicunaOptions) -> str | None:
-        return missing_source("language model", options)
-
-    @property
-    def head(self) -> nn.Linear:
-        head: nn.Linear = self.model.lm_head
-        return head
-
-    @property
-    def embedding_VE(self) -> Tensor:
-        table: Tensor = self.model.model.embed_tokens.weight
-        return table
-
-    def embed(self, ids_T: Tensor) -> Tensor:
-        return F.embedding(ids_T, self.embedding_VE)
+        return LlamaForCausalLM, LlamaConfig(
+            **{k: v for k, v in table.items() if k != "model_type"}
+        )
 
     def loss(self, hidden_ME: Tensor, targets_M: Tensor) -> Tensor:
         head = self.head
@@ -106,23 +55,9 @@ class Vicuna(LanguageModel):
             hidden_ME, head.weight, targets_M, bias=head.bias, reduction="sum"
         )
 
-    def cache_shape(self) -> tuple[int, int, int]:
-        config = self.model.config
-        heads: int = config.num_key_value_heads
-        return len(self.model.model.layers), heads, self._head_dim
-
-    @property
-    def _head_dim(self) -> int:
-        dim: int = self.model.model.layers[0].self_attn.head_dim
-        return dim
-
     def hidden(self, embeds_TE: Tensor, packing: Packing, rows: Rows | None = None) -> Tensor:
         decoder = self.model.model
-        if packing.position_ids_T.shape[0] != embeds_TE.shape[0]:
-            raise ModelError(
-                f"the stream has {embeds_TE.shape[0]} rows, its packing "
-                f"{packing.position_ids_T.shape[0]}"
-            )
+        self._check_rows(embeds_TE, packing)
         cos_1TK, sin_1TK = decoder.rotary_emb(embeds_TE, packing.position_ids_T[None])
         rotary = (cos_1TK[0, :, None], sin_1TK[0, :, None])
         hidden_TE = embeds_TE

@@ -1,0 +1,252 @@
+"""Any causal language model of transformers over the packed stream.
+
+The forward pass is transformers' own. Its attention is replaced through the interface that
+transformers has for this, by one that knows where the samples of the stream begin and end.
+
+    T rows, M selected rows, E width, H query heads, G key-value heads, K head dimension.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from llavakit import ModelError
+from llavakit.attention import packed_attention
+from llavakit.packing import Packing, Rows
+from llavakit_kernels.linear_cross_entropy import linear_cross_entropy
+from llavakit_plugins.language.pretrained import LanguageOptions, PretrainedLanguage
+
+_ATTENTION = "llavakit"  # the name that our attention has in transformers
+_SUPPORTED = {"full_attention", "sliding_attention", "attention", "dense"}
+
+
+class CausalLMOptions(LanguageOptions):
+    """Options of `causal-lm`."""
+
+
+class CausalLM(PretrainedLanguage):
+    """A causal language model of transformers: Qwen, Mistral, Phi, Gemma, SmolLM, OLMo …"""
+
+    name = "causal-lm"
+    Options = CausalLMOptions
+    default_template = "chat-template"
+
+    def __init__(self, options: CausalLMOptions, model: Any = None) -> None:
+        super().__init__(options, model)
+        head, own = self.head, f"{self.model.base_model_prefix}."
+        known = {id(parameter) for parameter in head.parameters()} if head is not None else set()
+        others = [
+            name
+            for name, parameter in self.model.named_parameters()
+            if not name.startswith(own) and id(parameter) not in known
+        ]
+        if not isinstance(head, nn.Linear) or others:
+            self._refuse(
+                self.model.config.model_type,
+                "its logits are not those of a linear layer behind its decoder",
+            )
+
+    @classmethod
+    def configure(cls, table: dict[str, Any]) -> tuple[type[Any], Any]:
+        from huggingface_hub.errors import StrictDataclassError
+        from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+        kind = table.get("model_type")
+        if kind is None:
+            raise ModelError('say which model it is in `config`, such as `model_type = "qwen2"`')
+        try:
+            config = AutoConfig.for_model(**table)
+        except (ValueError, TypeError, StrictDataclassError) as error:
+            raise ModelError(
+                f"transformers cannot make a `{kind}` of this configuration: {error}; mend `config`"
+            ) from error
+        network: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+        reason = "it is no causal language model" if network is None else _misfit(network, config)
+        if reason is not None:
+            cls._refuse(kind, reason)
+        ALL_ATTENTION_FUNCTIONS.register(_ATTENTION, _attention)
+        config._attn_implementation = _ATTENTION
+        return network, config
+
+    @classmethod
+    def _refuse(cls, kind: str, reason: str) -> NoReturn:
+        raise ModelError(
+            f"language model `{cls.name}` cannot run `{kind}`: {reason}; use a model of another "
+            "family, such as Qwen, Llama, Mistral, Phi or Gemma"
+        )
+
+    def hidden(self, embeds_TE: Tensor, packing: Packing, rows: Rows | None = None) -> Tensor:
+        self._check_rows(embeds_TE, packing)
+        config = self.model.config
+        call = _Call(packing, _windows(config))
+        with _during(call), self._recomputing(call):
+            states_1TE = self.model.base_model(
+                inputs_embeds=embeds_TE[None],
+                position_ids=packing.position_ids_T[None],
+                use_cache=False,
+            ).last_hidden_state
+        if sorted(call.layers) != list(range(config.num_hidden_layers)):
+            self._refuse(
+                config.model_type,
+                f"of its {config.num_hidden_layers} layers, those that use transformers' attention "
+                f"interface are {call.layers}: not each of them once",
+            )
+        hidden_TE: Tensor = states_1TE[0]
+        return hidden_TE if rows is None else hidden_TE.index_select(0, rows.index_M)
+
+    @contextmanager
+    def _recomputing(self, call: _Call) -> Iterator[None]:
+        """Have each layer computed again in the backward pass, where that is asked for.
+
+        transformers' own switch works in training mode only, but a frozen language model is not
+        in it, while gradients pass through it to the connector.
+        """
+        if not (self.recompute and torch.is_grad_enabled()):
+            yield
+            return
+        from transformers.modeling_layers import GradientCheckpointingLayer
+
+        layers = [m for m in self.model.modules() if isinstance(m, GradientCheckpointingLayer)]
+        for layer in layers:
+            own = partial(_call_during, call, partial(type(layer).forward, layer))
+            layer.forward = partial(checkpoint, own, use_reentrant=False)
+        try:
+            yield
+        finally:
+            for layer in layers:
+                del layer.forward
+
+    def logits(self, hidden_ME: Tensor) -> Tensor:
+        scaled: Tensor = self.head(hidden_ME * self._logit_scale)
+        cap = self._softcap
+        return scaled if cap is None else torch.tanh(scaled / cap) * cap
+
+    def loss(self, hidden_ME: Tensor, targets_M: Tensor) -> Tensor:
+        if self._softcap is not None:
+            return F.cross_entropy(self.logits(hidden_ME).float(), targets_M, reduction="sum")
+        return linear_cross_entropy(
+            hidden_ME * self._logit_scale,
+            self.head.weight,
+            targets_M,
+            bias=self.head.bias,
+            reduction="sum",
+        )
+
+    @property
+    def _softcap(self) -> float | None:
+        cap: float | None = getattr(self.model.config, "final_logit_softcapping", None)
+        return cap
+
+    @property
+    def _logit_scale(self) -> float:
+        """What logits are multiplied with: Cohere has a factor, Granite a divisor."""
+        config = self.model.config
+        scale: float = getattr(config, "logit_scale", None) or 1.0
+        return scale / (getattr(config, "logits_scaling", None) or 1.0)
+
+
+@dataclass
+class _Call:
+    """What the attention of every layer must know of one pass through them.
+
+    It does not come as an argument: not all models hand those on to their attention.
+    """
+
+    packing: Packing
+    windows: tuple[int | None, ...]
+    """How far back each layer sees, where its attention is not told."""
+    layers: list[int] = field(default_factory=list)
+    """Which layers have asked."""
+
+
+_current: ContextVar[_Call] = ContextVar("_current")
+
+
+@contextmanager
+def _during(call: _Call) -> Iterator[None]:
+    token = _current.set(call)
+    try:
+        yield
+    finally:
+        _current.reset(token)
+
+
+def _call_during(call: _Call, function: Any, *args: Any, **options: Any) -> Any:
+    """Return the function's result: in the forward pass, or when it is computed again."""
+    with _during(call):
+        return function(*args, **options)
+
+
+def _windows(config: Any) -> tuple[int | None, ...]:
+    """Return how many tokens each layer sees, itself included, as its configuration has it."""
+    count: int = config.num_hidden_layers
+    window: int | None = getattr(config, "sliding_window", None) or None
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * count
+    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+
+
+def _attention(
+    module: Any,
+    q_1HTK: Tensor,
+    k_1GTK: Tensor,
+    v_1GTK: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    is_causal: bool | None = None,
+    position_bias: Tensor | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """Return attention `[1, T, H, K]`, as transformers wants it of an attention function."""
+    call = _current.get()
+    layer = int(module.layer_idx)
+    call.layers.append(layer)
+    if dropout:
+        raise ModelError(
+            f"the stream's attention has no dropout, the model asks for {dropout}; set the "
+            "attention dropout of its `config` to 0"
+        )
+    sees_more = is_causal is False or getattr(module, "is_causal", True) is False
+    if attention_mask is not None or position_bias is not None or sees_more:
+        raise ModelError(
+            f"{type(module).__name__} looks at more than the tokens before, or weighs them by "
+            "their distance; language model `causal-lm` cannot run it"
+        )
+    q_THK, k_TGK, v_TGK = (x[0].transpose(0, 1) for x in (q_1HTK, k_1GTK, v_1GTK))
+    attended_THK = packed_attention(
+        q_THK, k_TGK, v_TGK, call.packing, layer=layer, scale=scaling,
+        window=options.get("sliding_window", call.windows[layer]), softcap=softcap, sinks_H=s_aux,
+    )  # fmt: skip
+    return attended_THK[None], None
+
+
+def _misfit(network: type[Any], config: Any) -> str | None:
+    """Return why a model cannot run over a packed stream, or None."""
+    kinds = set(getattr(config, "layer_types", None) or ()) - _SUPPORTED
+    if getattr(config, "is_encoder_decoder", False):
+        return "it has an encoder besides its decoder"
+    if kinds:
+        return f"it has layers of kind {', '.join(sorted(kinds))}, which would mix samples"
+    if getattr(config, "alibi", False):
+        return "its positions are biases of the attention (ALiBi), not rotations or embeddings"
+    if getattr(config, "hidden_size_per_layer_input", 0):
+        return "each of its layers reads token ids, and an image has none"
+    if "ALL_ATTENTION_FUNCTIONS" not in inspect.getsource(sys.modules[network.__module__]):
+        return "its attention does not go through transformers' attention interface"
+    return None

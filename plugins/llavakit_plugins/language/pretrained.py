@@ -1,0 +1,160 @@
+"""What the language models have in common: transformers' weights, configuration and tokenizer."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from llavakit import LanguageModel, ModelError
+from llavakit.assembly import cast_weights
+from llavakit.packing import Packing
+from llavakit_plugins.huggingface import (
+    PretrainedOptions,
+    fetch_config,
+    load_tokenizer,
+    missing_source,
+    quietly,
+    read_config,
+)
+from llavakit_plugins.language.weights import read_weights
+
+_BY_LENGTH = ("dynamic", "longrope")  # rotary frequencies that depend on the longest position
+
+
+class LanguageOptions(PretrainedOptions):
+    """Options of every language model."""
+
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    device: str | None = None
+    """Where weights are read to, such as `cuda`; into the CPU's memory first where absent."""
+    max_length: int | None = Field(default=None, ge=2)
+    """Longest sequence in tokens, images included; the configuration's where absent."""
+    legacy: bool | None = None
+    """Whether a LLaMA tokenizer puts a space behind special tokens, as it did for LLaVA's own
+    weights; as the tokenizer's configuration says where absent."""
+
+
+class PretrainedLanguage(LanguageModel):
+    """A causal language model of transformers, in `model`."""
+
+    Options: ClassVar[type[LanguageOptions]] = LanguageOptions
+
+    model: Any
+
+    def __init__(self, options: LanguageOptions, model: Any = None) -> None:
+        super().__init__()
+        if model is None:
+            model = _new(*self.configure(read_config(options, "text_config")))
+            cast_weights(model, getattr(torch, options.dtype))
+        self.model = model
+        self.width: int = model.get_input_embeddings().embedding_dim
+        self.max_length = _longest(self.name, model.config, options.max_length)
+
+    @classmethod
+    @abstractmethod
+    def configure(cls, table: dict[str, Any]) -> tuple[type[Any], Any]:
+        """Return transformers' class and its configuration for the content of a config.json.
+
+        Raises ModelError, with the reason, for a model that this component cannot run.
+        """
+
+    @classmethod
+    def create(cls, options: Any, **context: Any) -> Self:
+        if options.source is None:
+            return cls(options, **context)
+        return cls._pretrained(options.source, options.revision, options)
+
+    @classmethod
+    def load(cls, options: Any, folder: Path, **context: Any) -> Self:
+        return cls._pretrained(str(folder), None, options)
+
+    @classmethod
+    def _pretrained(cls, source: str, revision: str | None, options: LanguageOptions) -> Self:
+        own = options.model_copy(update={"source": source, "revision": revision})
+        network, config = cls.configure(fetch_config(own, "text_config"))
+        language = cls(options, read_weights(network, config, own))
+        language.tokenizer = load_tokenizer(source, revision, options.legacy)
+        rows = language.model.get_input_embeddings().num_embeddings
+        if len(language.tokenizer) > rows:
+            raise ModelError(
+                f"the tokenizer of {source} has {len(language.tokenizer)} tokens, its language "
+                f"model embeds {rows}; take the tokenizer that belongs to these weights"
+            )
+        return language
+
+    def save(self, folder: Path) -> None:
+        with quietly():
+            self.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+
+    @classmethod
+    def missing(cls, options: Any) -> str | None:
+        return missing_source("language model", options)
+
+    @property
+    def head(self) -> nn.Linear:
+        head: nn.Linear = self.model.get_output_embeddings()
+        return head
+
+    @property
+    def embedding_VE(self) -> Tensor | None:
+        table = self.model.get_input_embeddings()
+        # subclasses scale what they look up, as Gemma's does
+        return table.weight if type(table) is nn.Embedding else None
+
+    def embed(self, ids_T: Tensor) -> Tensor:
+        embeds_TE: Tensor = self.model.get_input_embeddings()(ids_T)
+        return embeds_TE
+
+    @property
+    def end_ids(self) -> frozenset[int]:
+        """The tokens that end an answer: the tokenizer's, and those of generation_config.json."""
+        ends = self.model.generation_config.eos_token_id
+        more = [] if ends is None else [ends] if isinstance(ends, int) else ends
+        return super().end_ids | frozenset(more)
+
+    def cache_shape(self) -> tuple[int, int, int]:
+        config = self.model.config
+        heads: int = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        per_head = config.hidden_size // config.num_attention_heads
+        width: int = getattr(config, "head_dim", None) or per_head
+        return config.num_hidden_layers, heads, width
+
+    def _check_rows(self, embeds_TE: Tensor, packing: Packing) -> None:
+        rows = packing.position_ids_T.shape[0]
+        if rows != embeds_TE.shape[0]:
+            raise ModelError(f"the stream has {embeds_TE.shape[0]} rows, its packing {rows}")
+
+
+def _new(network: type[Any], config: Any) -> Any:
+    """Return a new model of transformers. Raises ModelError where the configuration is amiss."""
+    try:
+        return network(config)
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+        raise ModelError(
+            f"transformers cannot make a {network.__name__} of this configuration "
+            f"({type(error).__name__}: {error}); mend `config`"
+        ) from error
+
+
+def _longest(name: str, config: Any, wanted: int | None) -> int:
+    """Return the longest sequence that the model reads."""
+    own: int = config.max_position_embeddings
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = [rope, *(part for part in rope.values() if isinstance(part, dict))]
+    for kind in kinds:
+        short = kind.get("original_max_position_embeddings") or own
+        if kind.get("rope_type") in _BY_LENGTH and max(wanted or short, short) > short:
+            raise ModelError(
+                f"language model `{name}` changes its positions where a sequence is longer than "
+                f"{short}, and with it those of its neighbours in the stream; use "
+                f"`max_length = {short}` or less"
+            )
+        if kind.get("rope_type") in _BY_LENGTH:
+            own = min(own, short)
+    return wanted or own

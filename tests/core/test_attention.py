@@ -1,0 +1,143 @@
+"""Packed attention against the formula written out in float64, and its kernels' choice."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from llavakit import varlen
+from llavakit.attention import KVCache, Scoring, packed_attention
+from llavakit.packing import Packing
+
+LENGTHS = (5, 1, 9)
+HEADS, GROUPS, WIDTH = 4, 2, 8
+SCORINGS: list[dict[str, Any]] = [
+    {},
+    {"scale": 0.7},
+    {"window": 3},
+    {"softcap": 0.5},
+    {"window": 3, "softcap": 0.5, "scale": 0.7},
+    {"sinks_H": torch.tensor([0.3, -1.0, 2.0, 0.0])},
+    {"window": 2, "sinks_H": torch.tensor([0.3, -1.0, 2.0, 0.0])},
+]
+
+
+def stream() -> tuple[Tensor, Tensor, Tensor]:
+    draw = torch.Generator().manual_seed(0)
+    rows = sum(LENGTHS)
+    return tuple(  # type: ignore[return-value]
+        torch.randn(rows, heads, WIDTH, generator=draw) for heads in (HEADS, GROUPS, GROUPS)
+    )
+
+
+def written_out(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float = WIDTH**-0.5,
+    window: int = 1000,
+    softcap: float | None = None,
+    sinks_H: Tensor | None = None,
+) -> Tensor:
+    """One row, one head, one visible column at a time."""
+    found = torch.zeros(q.shape, dtype=torch.float64)
+    start = 0
+    for length in LENGTHS:
+        for row in range(length):
+            for head in range(HEADS):
+                group = head * GROUPS // HEADS
+                seen = range(max(0, row - window + 1), row + 1)
+                scores = [
+                    float(q[start + row, head].double() @ k[start + c, group].double()) * scale
+                    for c in seen
+                ]
+                if softcap is not None:
+                    scores = [
+                        float(torch.tanh(torch.tensor(s / softcap))) * softcap for s in scores
+                    ]
+                sink = [] if sinks_H is None else [float(sinks_H[head])]
+                weights = torch.tensor(scores + sink, dtype=torch.float64).softmax(0)
+                for weight, c in zip(weights, seen, strict=False):
+                    found[start + row, head] += weight * v[start + c, group].double()
+        start += length
+    return found.float()
+
+
+@pytest.mark.parametrize("scoring", SCORINGS)
+def test_the_stream_gives_what_the_formula_gives(scoring: dict[str, Any]) -> None:
+    q, k, v = stream()
+    found = packed_attention(q, k, v, Packing.of(LENGTHS), layer=0, **scoring)
+    torch.testing.assert_close(found, written_out(q, k, v, **scoring), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("scoring", SCORINGS)
+def test_decoding_gives_what_the_formula_gives(scoring: dict[str, Any]) -> None:
+    """A stream of prompts, then one row a sequence, then rows of unequal number."""
+    q, k, v = stream()
+    expected = written_out(q, k, v, **scoring)
+    starts = [0, 5, 6]
+    cache = KVCache(1, LENGTHS)
+
+    def read(lengths: list[tuple[int, int]]) -> None:
+        rows = torch.cat([torch.arange(starts[s] + a, starts[s] + b) for s, (a, b) in
+                          enumerate(lengths)])  # fmt: skip
+        places = torch.cat([torch.arange(a, b) for a, b in lengths])
+        ends = torch.tensor([b - a for a, b in lengths]).cumsum(0).tolist()
+        packing = Packing((0, *ends), places, cache)
+        found = packed_attention(q[rows], k[rows], v[rows], packing, layer=0, **scoring)
+        torch.testing.assert_close(found, expected[rows], atol=1e-5, rtol=1e-5)
+        cache.advance(packing)
+
+    read([(0, 3), (0, 1), (0, 6)])
+    cache.select([0, 2])
+    starts[:] = [0, 6]
+    read([(3, 4), (6, 7)])
+    read([(4, 5), (7, 9)])
+
+
+@pytest.mark.parametrize("scoring", SCORINGS)
+def test_flex_attention_gives_what_the_formula_gives(scoring: dict[str, Any]) -> None:
+    """Uncompiled, on the CPU: the same masks and scores as the compiled kernel's."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    q, k, v = stream()
+    packing = Packing.of(LENGTHS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it is not compiled
+        found = varlen.flex_attention(q, k, v, packing, Scoring(**scoring), flex_attention)
+    torch.testing.assert_close(found, written_out(q, k, v, **scoring), atol=1e-5, rtol=1e-5)
+    again = varlen._block_mask(packing, scoring.get("window"))
+    assert varlen._block_mask(packing, scoring.get("window")) is again  # made once
+
+
+def test_no_kernel_is_chosen_that_ignores_what_a_layer_asks_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    installed: set[str] = set()
+    monkeypatch.setattr(varlen, "find_spec", lambda name: name in installed or None)
+    monkeypatch.setattr(varlen, "_known", lambda: frozenset({"window_size"} & installed))
+    plain, window, cap = Scoring(), Scoring(window=4), Scoring(softcap=1.0)
+    sinks = Scoring(sinks_H=torch.zeros(4))
+    assert [varlen.choose(s, 64, 64) for s in (plain, window, cap, sinks)] == [None] * 4
+    installed |= {"torch.nn.attention.flex_attention"}
+    flex = varlen.compiled_flex_attention
+    assert [varlen.choose(s, 64, 64) for s in (plain, window, cap, sinks)] == [flex] * 4
+    installed |= {"torch.nn.attention.varlen"}
+    torchs = varlen.torch_attention
+    assert [varlen.choose(s, 64, 64) for s in (plain, window, cap, sinks)] == [
+        torchs, flex, flex, flex,
+    ]  # fmt: skip
+    installed |= {"window_size"}
+    assert [varlen.choose(s, 64, 64) for s in (window, cap, sinks)] == [torchs, flex, flex]
+    installed |= {"flash_attn"}
+    flash = varlen.flash_attention
+    assert [varlen.choose(s, 64, 64) for s in (plain, window, cap, sinks)] == [
+        flash, flash, flash, flex,
+    ]  # fmt: skip
+    assert varlen.choose(plain, 512, 512) is flex
+    assert varlen.choose(plain, 64, 32) is None  # values narrower than keys: one by one
