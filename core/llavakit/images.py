@@ -7,12 +7,18 @@ import struct
 import warnings
 import zlib
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from llavakit.errors import DataError
 from llavakit.samples import ImageSource
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from llavakit.interfaces import VisionEncoder
 
 MAX_PIXELS = 178_956_970
 """Pillow's own limit for a decompression bomb (twice its warning level)."""
@@ -34,11 +40,12 @@ _UNDECODABLE = (
 )  # what Pillow's decoders are known to raise for damaged files
 
 
-def open_image(source: ImageSource, where: str) -> Image.Image:
+def open_image(source: ImageSource, where: str, edge: int | None = None) -> Image.Image:
     """Return an RGB image; `where` names the sample in errors.
 
     Animated images give their first frame and 16-bit ones are scaled to 8 bits. As in the original
-    LLaVA, transparency is dropped and a camera's orientation note is not applied.
+    LLaVA, transparency is dropped and a camera's orientation note is not applied. With `edge`, a
+    JPEG may be decoded at a half, a quarter or an eighth whose shorter side is not below it.
 
     Raises DataError where the file is missing, truncated, no image, or a decompression bomb.
     """
@@ -53,6 +60,9 @@ def open_image(source: ImageSource, where: str) -> Image.Image:
                         f"image {source} of {where} has {image.width}x{image.height} pixels, "
                         "more than is safe to decode; shrink it"
                     )
+                if edge is not None:
+                    short = min(image.size)
+                    image.draft(None, (image.width * edge // short, image.height * edge // short))
                 image.load()
                 return _rgb(image)
     except FileNotFoundError:
@@ -74,6 +84,11 @@ def open_image(source: ImageSource, where: str) -> Image.Image:
             f"image {source} of {where} cannot be decoded ({error}); it may be truncated: "
             "fetch it again or remove the sample"
         ) from error
+
+
+def read_pixels(encoder: VisionEncoder, source: ImageSource, where: str) -> Tensor:
+    """Return the pixels `[3, H, W]` that a vision encoder reads of an image."""
+    return encoder.prepare(open_image(source, where, encoder.decode_edge))
 
 
 def _rgb(image: Image.Image) -> Image.Image:

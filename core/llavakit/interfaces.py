@@ -87,6 +87,8 @@ class VisionEncoder(Network):
     image_size: int
     """Edge in pixels of the square that `prepare` returns."""
     prefix_tokens: int = 0
+    decode_edge: int | None = None
+    """Shorter side in pixels that does for `prepare`: larger JPEGs may be decoded smaller."""
 
     @abstractmethod
     def tokens(self, image_size: int) -> int:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from llavakit.errors import ModelError
 from llavakit.generation import Sampling, generate_stream
-from llavakit.images import open_image
+from llavakit.images import read_pixels
 from llavakit.interfaces import Connector, LanguageModel, PromptTemplate, VisionEncoder
 from llavakit.packing import PackedBatch, Stream, pack
 from llavakit.prompts import Encoded, encode, tokenise
@@ -95,7 +95,7 @@ class LlavaModel(nn.Module):
         if not images:
             return None
         dtype = next(self.vision.parameters(), torch.empty(0)).dtype
-        pixels = [self.vision.prepare(open_image(image, where)) for image in images]
+        pixels = [read_pixels(self.vision, image, where) for image in images]
         return torch.stack(pixels).to(self.device, dtype)
 
     def prompt(self, prompt: str, images: Sequence[ImageSource], *, raw: bool = False) -> Encoded:

@@ -16,19 +16,50 @@ from llavakit import ModelError, Options
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+
+def _clip(width: int, layers: int, edge: int, patch: int, **others: Any) -> dict[str, Any]:
+    return {
+        "model_type": "clip_vision_model",
+        "hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": layers,
+        "num_attention_heads": width // (80 if width == 1280 else 64),
+        "image_size": edge, "patch_size": patch, **others,
+    }  # fmt: skip
+
+
+def _siglip(size: str, edge: int, patch: int) -> dict[str, Any]:
+    width, inner, layers, heads = {
+        "base": (768, 3072, 12, 12),
+        "large": (1024, 4096, 24, 16),
+        "so400m": (1152, 4304, 27, 16),
+        "giant-opt": (1536, 6144, 40, 16),
+    }[size]
+    return {
+        "model_type": "siglip_vision_model",
+        "hidden_size": width, "intermediate_size": inner, "num_hidden_layers": layers,
+        "num_attention_heads": heads, "image_size": edge, "patch_size": patch,
+    }  # fmt: skip
+
+
 KNOWN: dict[str, dict[str, Any]] = {
     # shapes as their config.json files give them, so that a plan works without the network
-    "openai/clip-vit-large-patch14": {
-        "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24,
-        "num_attention_heads": 16, "image_size": 224, "patch_size": 14, "projection_dim": 768,
-    },
-    "openai/clip-vit-large-patch14-336": {
-        "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24,
-        "num_attention_heads": 16, "image_size": 336, "patch_size": 14, "projection_dim": 768,
-    },
-    "openai/clip-vit-base-patch16": {
-        "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
-        "num_attention_heads": 12, "image_size": 224, "patch_size": 16, "projection_dim": 512,
+    "openai/clip-vit-base-patch32": _clip(768, 12, 224, 32),
+    "openai/clip-vit-base-patch16": _clip(768, 12, 224, 16),
+    "openai/clip-vit-large-patch14": _clip(1024, 24, 224, 14),
+    "openai/clip-vit-large-patch14-336": _clip(1024, 24, 336, 14),
+    "laion/CLIP-ViT-H-14-laion2B-s32B-b79K": _clip(1280, 32, 224, 14, hidden_act="gelu"),
+    **{
+        f"google/{version}-{size}-patch{patch}-{edge}": _siglip(size, edge, patch)
+        for version, size, patch, edges in (
+            ("siglip", "base", 16, (224, 256, 384, 512)),
+            ("siglip", "large", 16, (256, 384)),
+            ("siglip", "so400m", 14, (224, 384)),
+            ("siglip2", "base", 16, (224, 256, 384, 512)),
+            ("siglip2", "large", 16, (256, 384, 512)),
+            ("siglip2", "so400m", 14, (224, 384)),
+            ("siglip2", "so400m", 16, (256, 384, 512)),
+            ("siglip2", "giant-opt", 16, (256, 384)),
+        )
+        for edge in edges
     },
     "lmsys/vicuna-7b-v1.5": {
         "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
@@ -167,14 +198,22 @@ def online() -> bool:
 
 
 @contextmanager
-def quietly() -> Iterator[None]:
-    """Keep transformers' own progress bars off the terminal: a step shows one already."""
+def quietly(*, report: bool = True) -> Iterator[None]:
+    """Keep transformers' own progress bars off the terminal: a step shows one already.
+
+    Without `report` its list of missing and unused weights is dropped too, for callers that look
+    at the missing ones themselves.
+    """
     from transformers.utils import logging
 
+    before = logging.get_verbosity()
     logging.disable_progress_bar()
+    if not report:
+        logging.set_verbosity_error()
     try:
         yield
     finally:
+        logging.set_verbosity(before)
         logging.enable_progress_bar()
 
 

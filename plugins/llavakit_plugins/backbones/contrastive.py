@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from llavakit import ImageContext, ModelError, Run, VisionEncoder
-from llavakit.images import inside, open_image
+from llavakit.images import inside, read_pixels
 from llavakit_plugins.backbones.loop import optimise, shuffled
 from llavakit_plugins.scenes import FAMILY
 from llavakit_plugins.training.optimiser import Group, Optimiser, Schedule
@@ -130,8 +130,7 @@ def _read(
     pixels = torch.empty(len(contexts), 3, vision.image_size, vision.image_size)
     for number, context in enumerate(contexts):
         where = f"context `{context.id}`"
-        image = open_image(inside(folder, context.image, where), where)
-        pixels[number] = vision.prepare(image)
+        pixels[number] = read_pixels(vision, inside(folder, context.image, where), where)
         if number % 512 == 511:
             run.progress(number + 1, len(contexts), "reading images")
     return pixels

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
 from llavakit import Dataset, LlavaModel
-from llavakit.images import open_image
+from llavakit.images import read_pixels
 from llavakit.packing import PackedBatch
 from llavakit.samples import ImageSource
 from llavakit_plugins.training.corpus import Corpus
@@ -61,7 +61,7 @@ class Encoding:
 class _MicroBatches(TorchDataset[tuple[PackedBatch, Tensor | None]]):
     def __init__(self, corpus: Corpus, model: LlavaModel, micros: Sequence[Sequence[int]]) -> None:
         self._corpus, self._micros = corpus, micros
-        self._prepare = model.vision.prepare
+        self._vision = model.vision
 
     def __len__(self) -> int:
         return len(self._micros)
@@ -71,7 +71,7 @@ class _MicroBatches(TorchDataset[tuple[PackedBatch, Tensor | None]]):
         pixels = []
         for sample, number in batch.images:
             item = self._corpus.data[sample]
-            pixels.append(self._prepare(open_image(item.images[number], f"sample `{item.id}`")))
+            pixels.append(read_pixels(self._vision, item.images[number], f"sample `{item.id}`"))
         return batch, torch.stack(pixels) if pixels else None
 
 
@@ -92,7 +92,7 @@ class Cached:
         with torch.no_grad():
             for begin in range(0, len(sources), _ENCODE_BATCH):
                 part = sources[begin : begin + _ENCODE_BATCH]
-                pixels = [model.vision.prepare(open_image(image, name)) for image, name in part]
+                pixels = [read_pixels(model.vision, image, name) for image, name in part]
                 batch = torch.stack(pixels).to(model.device, dtype)
                 chunks.append(model.features(batch).to("cpu"))
                 progress(begin + len(part), len(sources), "encoding images")

@@ -8,5 +8,7 @@ from llavakit import VisionEncoder, hookimpl
 @hookimpl
 def llava_vision_encoders() -> list[type[VisionEncoder]]:
     from llavakit_plugins.vision.clip import Clip
+    from llavakit_plugins.vision.siglip import Siglip
+    from llavakit_plugins.vision.timm import Timm
 
-    return [Clip]
+    return [Clip, Siglip, Timm]

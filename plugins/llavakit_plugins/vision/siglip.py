@@ -1,0 +1,35 @@
+"""SigLIP's vision transformer (arXiv 2303.15343), and SigLIP 2's of fixed resolution."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from llavakit_plugins.preprocessing import Aspect
+from llavakit_plugins.vision_transformers import TransformersEncoder, TransformersOptions
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class SiglipOptions(TransformersOptions):
+    aspect: Aspect = "squash"
+
+
+class Siglip(TransformersEncoder):
+    """transformers' SiglipVisionModel: every token is a patch."""
+
+    name = "siglip"
+    Options = SiglipOptions
+    mean = std = (0.5, 0.5, 0.5)
+
+    @classmethod
+    def architecture(cls) -> type[PreTrainedModel]:
+        from transformers import SiglipVisionModel
+
+        return SiglipVisionModel
+
+    def embed(self, pixels_BCHW: Tensor) -> Tensor:
+        hidden_BPD: Tensor = self.inner.embeddings(pixels_BCHW)
+        return hidden_BPD

@@ -1,0 +1,209 @@
+"""Any vision transformer of timm, by name: its weights, its own preprocessing, its registers."""
+
+from __future__ import annotations
+
+import json
+from difflib import get_close_matches
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any, Self, cast
+
+import torch
+from PIL import Image
+from pydantic import Field, model_validator
+from safetensors import SafetensorError
+from torch import Tensor
+
+from llavakit import ModelError
+from llavakit_plugins.huggingface import PretrainedOptions, missing_source
+from llavakit_plugins.preprocessing import Aspect, pad_to_square, shrink
+from llavakit_plugins.vision_transformers import EncoderOptions, VisionTransformer
+
+
+class TimmOptions(EncoderOptions):
+    model: str | None = None
+    """A name of timm's, such as `vit_small_patch14_reg4_dinov2.lvd142m`."""
+    source: Path | None = None
+    """A folder that timm wrote, or a file of weights for `model`; the hub's where absent."""
+    pretrained: bool = True
+    """Whether to take the hub's weights where there is no `source`; else they are new."""
+    config: dict[str, Any] = Field(default_factory=dict)
+    """Arguments of timm's model, such as `img_size`."""
+    aspect: Aspect | None = None
+    """How an image becomes a square; where absent, as timm evaluates the model. With `pad` nothing
+    is cut off."""
+
+    @model_validator(mode="after")
+    def _needs_a_name(self) -> TimmOptions:
+        if self.model is None and self.source is None:
+            raise ValueError("give `model` (a name of timm's) or `source` (a folder it wrote)")
+        return self
+
+
+class Timm(VisionTransformer):
+    """A vision transformer of timm: class token and registers, where it has them, then patches."""
+
+    name = "timm"
+    Options = TimmOptions
+
+    def __init__(self, options: TimmOptions, model: Any = None) -> None:
+        super().__init__()
+        self.model: Any = _build(options, pretrained=False) if model is None else model
+        self.model.to(getattr(torch, options.dtype))
+        self._require_patches(options)
+        self.prefix_tokens = self.model.num_prefix_tokens
+        self.choose(options, len(self.model.blocks))
+        if self.depth == 0:
+            raise ModelError(
+                "vision encoder `timm` cannot give the embedding; `layer` must name a block: "
+                f"1 to {len(self.model.blocks)}, or -1 for the last"
+            )
+        self.width: int = self.model.embed_dim
+        rows, columns = self.model.patch_embed.grid_size
+        self.image_size, width = self.model.patch_embed.img_size
+        if rows != columns or self.image_size != width:
+            raise ModelError(
+                f"`{options.model or options.source}` reads {width}x{self.image_size} pixels, no "
+                "square; choose another, or set `config.img_size`"
+            )
+        self._patch_size: int = self.image_size // rows
+        self._preprocess(options)
+
+    def _require_patches(self, options: TimmOptions) -> None:
+        needed = ("blocks", "num_prefix_tokens", "patch_embed", "embed_dim")
+        lacking = [name for name in needed if not hasattr(self.model, name)]
+        if lacking:
+            raise ModelError(
+                f"`{options.model or options.source}` is no vision transformer with one grid of "
+                f"patches (timm's {type(self.model).__name__} has no `{lacking[0]}`); choose a "
+                "vit, deit, beit or eva"
+            )
+
+    def _preprocess(self, options: TimmOptions) -> None:
+        from timm.data.config import resolve_data_config
+        from timm.data.transforms_factory import create_transform
+
+        edge = self.image_size
+        wanted: dict[str, Any] = {
+            "input_size": (3, edge, edge),
+            "mean": options.mean,
+            "std": options.std,
+            "interpolation": options.interpolation,
+        }
+        if options.aspect == "pad":
+            wanted["crop_pct"] = 1.0
+        elif options.aspect is not None:
+            wanted["crop_mode"] = {"crop": "center", "squash": "squash"}[options.aspect]
+        config = resolve_data_config(wanted, pretrained_cfg=self.model.pretrained_cfg)
+        with torch.device("cpu"):  # a plan builds the model on the meta device
+            self._transform = create_transform(**config)
+        self._pad_with = config["mean"] if options.aspect == "pad" else None
+        if options.fast:
+            self.decode_edge = int(edge / config["crop_pct"])
+
+    @classmethod
+    def create(cls, options: TimmOptions, **context: Any) -> Self:
+        pretrained = options.source is not None or options.pretrained
+        return cls(options, _build(options, pretrained=pretrained))
+
+    @classmethod
+    def load(cls, options: TimmOptions, folder: Path, **context: Any) -> Self:
+        return cls.create(options.model_copy(update={"source": folder}))
+
+    def save(self, folder: Path) -> None:
+        from timm.models import save_for_hf
+
+        save_for_hf(self.model, str(folder), safe_serialization=True)
+
+    @classmethod
+    def missing(cls, options: TimmOptions) -> str | None:
+        from timm.models import get_pretrained_cfg
+
+        if options.source is not None:
+            here = options.source.exists()
+            return None if here else f"vision encoder: {options.source} does not exist"
+        if not options.pretrained or options.model is None:
+            return None
+        config = get_pretrained_cfg(options.model, allow_unregistered=True)
+        hub = options.model.partition("hf-hub:")[2] or (config.hf_hub_id if config else None)
+        return missing_source("vision encoder", PretrainedOptions(source=hub)) if hub else None
+
+    def tokens(self, image_size: int) -> int:
+        return self.kept + (image_size // self._patch_size) ** 2
+
+    def prepare(self, image: Image.Image) -> Tensor:
+        if self.decode_edge is not None:
+            image = shrink(image, self.decode_edge)
+        if self._pad_with is not None:
+            image = pad_to_square(image, self._pad_with)
+        pixels_CHW: Tensor = self._transform(image)
+        return pixels_CHW
+
+    def forward(self, pixels_BCHW: Tensor) -> Tensor:
+        """Return features `[B, prefix + P, D]`."""
+        (found,) = self.model.forward_intermediates(
+            pixels_BCHW,
+            indices=[self.depth - 1],
+            return_prefix_tokens=True,
+            norm=self.normalised,
+            stop_early=True,
+            output_fmt="NLC",
+            intermediates_only=True,
+        )
+        if isinstance(found, Tensor):  # no prefix
+            return found
+        patches_BPD, prefix_BPD = found
+        return torch.cat([prefix_BPD, patches_BPD], dim=1)
+
+
+def _build(options: TimmOptions, *, pretrained: bool) -> Any:
+    """Return timm's model without its classifier, which nothing would compute."""
+    import timm
+
+    name, weights = options.model, None
+    if options.source is not None:
+        made = _architecture(options.source)
+        if made is None and name is None:
+            raise ModelError(f"{options.source} holds no config.json of timm's: give `model` too")
+        if made is not None and name is not None and name.split(".")[0] != made:
+            raise ModelError(f"{options.source} holds a `{made}`, not `{name}`; leave `model` out")
+        if made is not None:
+            name = f"local-dir:{options.source}"
+        else:
+            place = "local-dir" if options.source.is_dir() else None
+            weights = {"file": str(options.source), "source": place}
+    assert name is not None
+    try:
+        model = timm.create_model(
+            name, pretrained=pretrained, pretrained_cfg_overlay=weights, **options.config
+        )
+    except _REFUSALS as error:
+        close = get_close_matches(name.split(".")[0], timm.list_models(), n=1)
+        hint = f"; did you mean `{close[0]}`?" if "nknown model" in str(error) and close else ""
+        raise ModelError(f"timm cannot make `{name}`: {error}{hint}") from error
+    cast(Any, model).reset_classifier(0)
+    return model
+
+
+_REFUSALS = (
+    AssertionError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    SafetensorError,
+    TypeError,
+    UnpicklingError,
+    ValueError,
+)  # what timm is known to raise for names, arguments and weights that do not fit
+
+
+def _architecture(source: Path) -> str | None:
+    """Return what timm's config.json in a folder says, or None where there is none."""
+    try:
+        table = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    except OSError:
+        return None
+    except ValueError as error:
+        raise ModelError(f"{source / 'config.json'} is no JSON: {error}; copy it again") from error
+    found: str | None = table.get("architecture")
+    return found

@@ -1,0 +1,268 @@
+"""What vision transformers share: the layer whose output is taken, what stands before the patches,
+preprocessing. A family of transformers' needs some twenty lines on top (see docs/plugins.md).
+
+B images, P patches, D width.
+"""
+
+from __future__ import annotations
+
+import json
+from abc import abstractmethod
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, cast
+
+import torch
+from PIL import Image
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from llavakit import ModelError, Options, VisionEncoder
+from llavakit_plugins.huggingface import (
+    PretrainedOptions,
+    find_file,
+    missing_source,
+    quietly,
+    read_config,
+)
+from llavakit_plugins.preprocessing import MEAN, RGB, STD, Aspect, Interpolation, Square, to_square
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class EncoderOptions(Options):
+    """Which features are taken, and of which pixels."""
+
+    layer: int = -2
+    """Whose output to use, as in `hidden_states[layer]`: 0 is the embedding, -1 the last."""
+    norm: bool = False
+    """Apply the encoder's final normalisation to it."""
+    select: Literal["patch", "cls_patch"] = "patch"
+    """`cls_patch` keeps the class token, and registers, as visual tokens before the patches."""
+    mean: RGB | None = None
+    """Of each colour, of values 0..1; where absent, what the weights come with."""
+    std: RGB | None = None
+    interpolation: Interpolation | None = None
+    fast: bool = False
+    """Decode JPEGs at a fraction of their size and shrink others in blocks: several times faster,
+    2 to 3 of 255 levels away on average."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+
+
+class VisionTransformer(VisionEncoder):
+    """A transformer over patches, cut behind a layer. Layers behind it are kept, not computed."""
+
+    def choose(self, options: EncoderOptions, layers: int) -> None:
+        """Set `depth`, the number of layers to compute, and what happens to prefix tokens.
+
+        Raises ModelError where there is no such layer, or nothing to select.
+        """
+        if not -layers - 1 <= options.layer <= layers:
+            raise ModelError(
+                f"vision encoder `{self.name}` has {layers} layers, so `layer = {options.layer}` "
+                f"names none; use {-layers - 1} to {layers}"
+            )
+        self.depth = options.layer % (layers + 1)
+        self.normalised = options.norm
+        self.kept = 0
+        if options.select == "cls_patch":
+            if not self.prefix_tokens:
+                raise ModelError(
+                    f"vision encoder `{self.name}` has no class token, so `select = "
+                    '"cls_patch"` asks for nothing; use "patch"'
+                )
+            self.kept, self.prefix_tokens = self.prefix_tokens, 0
+
+
+class TransformersOptions(PretrainedOptions, EncoderOptions):
+    """Options of an encoder of transformers'."""
+
+    aspect: Aspect = "crop"
+    """Take the middle square, pad to a square with the mean colour, or squash to a square."""
+
+
+class TransformersEncoder(VisionTransformer):
+    """A vision model of transformers', from a folder, the hub, or a configuration.
+
+    A family names its class and how pixels become its first hidden states.
+    """
+
+    Options = TransformersOptions
+    mean: ClassVar[RGB] = MEAN
+    """Where neither an option nor the source's preprocessor_config.json says."""
+    std: ClassVar[RGB] = STD
+
+    @classmethod
+    @abstractmethod
+    def architecture(cls) -> type[PreTrainedModel]:
+        """Return transformers' class, imported here, when it is needed."""
+
+    @abstractmethod
+    def embed(self, pixels_BCHW: Tensor) -> Tensor:
+        """Return `hidden_states[0]`, `[B, prefix + P, D]`."""
+
+    @property
+    def blocks(self) -> Iterable[nn.Module]:
+        """The transformer's layers in order."""
+        layers: nn.ModuleList = self.inner.encoder.layers
+        return layers
+
+    @property
+    def final_norm(self) -> nn.Module:
+        """The normalisation behind the last layer."""
+        norm: nn.Module = self.inner.post_layernorm
+        return norm
+
+    def __init__(self, options: TransformersOptions, model: Any = None) -> None:
+        super().__init__()
+        if model is None:
+            cls = self.architecture()
+            config = cast(Any, cls.config_class)(**self._table(options))
+            model = cls(config).to(getattr(torch, options.dtype))
+        self.model = model
+        config = self.model.config
+        self.choose(options, config.num_hidden_layers)
+        self.width: int = config.hidden_size
+        self.image_size: int = _edge(config.image_size, self.name, "image_size")
+        self.patch_size: int = _edge(config.patch_size, self.name, "patch_size")
+        given = _read_processor(options)
+        self.square = Square(
+            self.image_size,
+            options.aspect,
+            options.mean or _colour(given.get("image_mean")) or self.mean,
+            options.std or _colour(given.get("image_std")) or self.std,
+            options.interpolation or _filter(given.get("resample")) or "bicubic",
+            options.fast,
+        )
+        self.decode_edge = self.image_size if options.fast else None
+
+    @property
+    def inner(self) -> Any:
+        """The transformer itself, which older versions of transformers wrap."""
+        return getattr(self.model, "vision_model", self.model)
+
+    @classmethod
+    def create(cls, options: TransformersOptions, **context: Any) -> Self:
+        return cls(options) if options.source is None else cls._read(options)
+
+    @classmethod
+    def load(cls, options: TransformersOptions, folder: Path, **context: Any) -> Self:
+        return cls._read(options.model_copy(update={"source": str(folder), "revision": None}))
+
+    @classmethod
+    def _read(cls, options: TransformersOptions) -> Self:
+        cls._table(options)
+        kind = cast(Any, cls.architecture())
+        try:
+            with quietly(report=False):
+                model, report = kind.from_pretrained(
+                    options.source,
+                    revision=options.revision or "main",
+                    dtype=getattr(torch, options.dtype),
+                    key_mapping={r"^(model\.)?vision_tower\.(vision_model\.)?": ""},  # of a LLaVA
+                    output_loading_info=True,
+                    **options.config,
+                )
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            raise ModelError(
+                f"the weights of vision encoder `{cls.name}` in {options.source} cannot be read: "
+                f"{error}"
+            ) from error
+        if missing := sorted(report["missing_keys"]):
+            raise ModelError(
+                f"{options.source} lacks {len(missing)} weights of vision encoder `{cls.name}`, "
+                f"`{missing[0]}` among them; is it a model of this family?"
+            )
+        return cls(options, model)
+
+    @classmethod
+    def _table(cls, options: TransformersOptions) -> dict[str, Any]:
+        """Return the configuration, without its type. Raises ModelError where that is another."""
+        table = dict(read_config(options, "vision_config"))
+        expected = cast(Any, cls.architecture()).config_class.model_type
+        found = table.pop("model_type", expected)
+        if expected not in (found, f"{found}_vision_model"):
+            raise ModelError(
+                f"{options.source or 'the configuration'} is a model of type `{found}`, but vision "
+                f"encoder `{cls.name}` is `{expected}`; choose another `use` or `source`"
+            )
+        return table
+
+    def save(self, folder: Path) -> None:
+        with quietly():
+            self.model.save_pretrained(folder)
+        table = _processor(self.square)
+        (folder / _PROCESSOR).write_text(json.dumps(table, indent=2), encoding="utf-8")
+
+    @classmethod
+    def missing(cls, options: TransformersOptions) -> str | None:
+        return missing_source("vision encoder", options)
+
+    def tokens(self, image_size: int) -> int:
+        return self.kept + (image_size // self.patch_size) ** 2
+
+    def prepare(self, image: Image.Image) -> Tensor:
+        return to_square(image, self.square)
+
+    def forward(self, pixels_BCHW: Tensor) -> Tensor:
+        """Return features `[B, prefix + P, D]`."""
+        hidden_BPD = self.embed(pixels_BCHW)
+        for block in list(self.blocks)[: self.depth]:
+            hidden_BPD = block(hidden_BPD, attention_mask=None)
+        return self.final_norm(hidden_BPD) if self.normalised else hidden_BPD
+
+
+# -- preprocessor_config.json ----------------------------------------------------------------------
+
+_PROCESSOR = "preprocessor_config.json"
+
+
+def _read_processor(options: TransformersOptions) -> dict[str, Any]:
+    found = None if options.source is None else find_file(options, _PROCESSOR)
+    if found is None:
+        return {}
+    try:
+        table: dict[str, Any] = json.loads(found.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{found} cannot be read: {error}; fetch the model again") from error
+    return table
+
+
+def _processor(square: Square) -> dict[str, Any]:
+    """Return the table from which transformers builds a processor that does the same.
+
+    It has none that pads: there it crops, which is no difference for an image padded before.
+    """
+    edges = {"height": square.size, "width": square.size}
+    squash = square.aspect == "squash"
+    return {
+        "image_processor_type": "SiglipImageProcessor" if squash else "CLIPImageProcessor",
+        "do_resize": True,
+        "size": edges if squash else {"shortest_edge": square.size},
+        "do_center_crop": not squash,
+        "crop_size": edges,
+        "resample": int(Image.Resampling[square.interpolation.upper()]),
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(square.mean),
+        "image_std": list(square.std),
+        "do_convert_rgb": True,
+    }
+
+
+def _colour(value: Any) -> RGB | None:
+    return None if value is None else cast(RGB, tuple(float(part) for part in value))
+
+
+def _filter(value: int | None) -> Interpolation | None:
+    return None if value is None else cast(Interpolation, Image.Resampling(value).name.lower())
+
+
+def _edge(value: Any, name: str, what: str) -> int:
+    """Return the edge of a square that a configuration gives as one number or two."""
+    edges = {value} if isinstance(value, int) else set(value)
+    if len(edges) != 1:
+        raise ModelError(f"vision encoder `{name}`: {what} {value} is no square; choose another")
+    return int(edges.pop())

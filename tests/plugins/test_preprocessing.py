@@ -1,0 +1,127 @@
+"""Pixels equal those of transformers' processors to the last bit; the fast path is near them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from PIL import Image
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
+from llavakit.images import open_image
+from llavakit_plugins.preprocessing import MEAN, RGB, STD, Square, pad_to_square, to_square
+
+PHOTOS = sorted((Path(__file__).parents[3] / "shared" / "data" / "images").glob("*.jpg"))
+SIZES = [(1, 1), (7, 5), (224, 224), (33, 31), (500, 31), (31, 500), (223, 225), (640, 480)]
+HALF: RGB = (0.5, 0.5, 0.5)
+
+
+def noise(size: tuple[int, int]) -> Image.Image:
+    draw = np.random.default_rng(size)
+    return Image.fromarray(draw.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+
+
+def pictures() -> list[Any]:
+    made = [pytest.param(noise(size), id=f"{size[0]}x{size[1]}") for size in SIZES]
+    return made + [pytest.param(Image.open(path), id=path.stem) for path in PHOTOS]
+
+
+def theirs(processor: Any, image: Image.Image) -> torch.Tensor:
+    pixels: torch.Tensor = processor(image, return_tensors="pt")["pixel_values"][0]
+    return pixels
+
+
+@pytest.mark.parametrize("size", [224, 31])
+@pytest.mark.parametrize("image", pictures())
+def test_crop_equals_transformers_clip_processor(image: Image.Image, size: int) -> None:
+    processor = CLIPImageProcessorPil(
+        size={"shortest_edge": size}, crop_size={"height": size, "width": size}
+    )
+    found = to_square(image, Square(size, "crop", MEAN, STD))
+    assert found.dtype == torch.float32
+    assert torch.equal(found, theirs(processor, image))
+
+
+@pytest.mark.parametrize("resample", ["bicubic", "bilinear"])
+@pytest.mark.parametrize("image", pictures())
+def test_squash_equals_transformers_siglip_processor(image: Image.Image, resample: Any) -> None:
+    processor = SiglipImageProcessorPil(
+        size={"height": 384, "width": 384},
+        resample=Image.Resampling[resample.upper()],  # SigLIP is bicubic, SigLIP 2 bilinear
+    )
+    found = to_square(image, Square(384, "squash", HALF, HALF, resample))
+    assert torch.equal(found, theirs(processor, image))
+
+
+def expand(image: Image.Image, mean: RGB) -> Image.Image:
+    """The original's way of padding, in numpy: the image in the middle of the mean colour."""
+    pixels = np.asarray(image)
+    edge = max(image.size)
+    canvas = np.empty((edge, edge, 3), np.uint8)
+    canvas[:] = [int(255 * value) for value in mean]
+    top, left = (edge - image.height) // 2, (edge - image.width) // 2
+    canvas[top : top + image.height, left : left + image.width] = pixels
+    return Image.fromarray(canvas)
+
+
+@pytest.mark.parametrize("image", pictures())
+def test_pad_equals_padding_before_transformers_processor(image: Image.Image) -> None:
+    processor = CLIPImageProcessorPil(
+        size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336}
+    )
+    found = to_square(image, Square(336, "pad", MEAN, STD))
+    assert torch.equal(found, theirs(processor, expand(image, MEAN)))
+    assert np.array_equal(pad_to_square(image, MEAN), expand(image, MEAN))
+
+
+def levels(pixels: torch.Tensor) -> npt.NDArray[np.float64]:
+    std, mean = np.array(STD)[:, None, None], np.array(MEAN)[:, None, None]
+    found: npt.NDArray[np.float64] = (pixels.double().numpy() * std + mean) * 255
+    return found
+
+
+def photograph(size: tuple[int, int], folder: Path, kind: str) -> Path:
+    """A picture as smooth and as sharp as a photograph: blobs, edges and a little noise."""
+    if PHOTOS:
+        image = Image.open(PHOTOS[-1]).convert("RGB")
+    else:
+        image = noise((24, 16)).resize((1000, 667), Image.Resampling.BICUBIC)
+    path = folder / f"a.{kind}"
+    image.resize(size, Image.Resampling.LANCZOS).save(path, quality=92, compress_level=1)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["jpg", "png"])
+@pytest.mark.parametrize("size", [(640, 480), (1500, 1000), (230, 300), (90, 60)])
+@pytest.mark.parametrize("aspect", ["crop", "pad"])
+def test_the_fast_path_is_near_the_exact_one(
+    tmp_path: Path, kind: str, size: tuple[int, int], aspect: Any
+) -> None:
+    path = photograph(size, tmp_path, kind)
+    exact = to_square(open_image(path, "x"), Square(224, aspect, MEAN, STD))
+    fast = to_square(open_image(path, "x", 224), Square(224, aspect, MEAN, STD, fast=True))
+    apart = np.abs(levels(fast) - levels(exact))
+    assert apart.mean() <= 4  # of 255 levels, as docs/recipes.md says
+
+
+def test_a_jpeg_is_decoded_no_smaller_than_asked(tmp_path: Path) -> None:
+    for size in ((447, 600), (448, 600), (449, 700), (223, 500), (1793, 1793), (2000, 896)):
+        path = tmp_path / "a.jpg"
+        noise(size).save(path)
+        image = open_image(path, "x", 224)
+        factor = max(f for f in (1, 2, 4, 8) if f == 1 or min(size) // 224 >= f)
+        assert image.size == tuple(-(-edge // factor) for edge in size)
+        assert min(image.size) >= min(224, *size)
+        assert open_image(path, "x").size == size
+
+
+@pytest.mark.parametrize("mode", ["L", "CMYK"])
+def test_small_decoding_keeps_to_rgb(tmp_path: Path, mode: str) -> None:
+    noise((900, 900)).convert(mode).save(tmp_path / "a.jpg")
+    image = open_image(tmp_path / "a.jpg", "x", 224)
+    assert (image.mode, image.size) == ("RGB", (225, 225))
