@@ -10,7 +10,7 @@ from llavakit.planning import Planner, StepPlan
 from llavakit.reporting import Curves
 from llavakit_plugins.training.corpus import Corpus
 from llavakit_plugins.training.features import Encoding
-from llavakit_plugins.training.loop import PARTS, Trainer, held_out_loss
+from llavakit_plugins.training.loop import PARTS, Trainer, held_out_loss, require_weights
 from llavakit_plugins.training.options import TrainOptions
 
 _SUPERVISED = 0.5  # share of a sample's text that is learned, roughly: for plans only
@@ -65,6 +65,8 @@ class _Train(Step):
     @classmethod
     def plan(cls, options: TrainOptions, planner: Planner) -> StepPlan:
         trained = tuple(part for part in PARTS if part in options.train)
+        for part in trained:
+            require_weights(part, planner.parameters(part))
         memory = _memory_gb(options, planner)
         expected = planner.expect(options.data)
         if expected is None:

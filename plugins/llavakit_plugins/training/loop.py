@@ -221,14 +221,19 @@ def _set_up(model: LlavaModel, options: TrainOptions) -> dict[str, _Before]:
     return befores
 
 
+def require_weights(part: str, count: int) -> None:
+    """Raise TrainingError where a part that should learn has nothing to learn with."""
+    if not count:
+        raise TrainingError(f"`{part}` has no parameters that learn; take it out of `train`")
+
+
 def _group(model: LlavaModel, part: str, rate: float, weight_decay: float) -> Group:
     named = {
         f"{part}.{name}": parameter
         for name, parameter in getattr(model, part).named_parameters()
         if parameter.requires_grad
     }
-    if not named:
-        raise TrainingError(f"`{part}` has no parameters that learn; take it out of `train`")
+    require_weights(part, len(named))
     return Group(named, rate, weight_decay)
 
 

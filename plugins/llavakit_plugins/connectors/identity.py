@@ -1,0 +1,27 @@
+"""No connector at all: patch features are the language model's embeddings as they are."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from llavakit import Connector, ModelError, Options
+
+
+class Identity(Connector):
+    """Passes patch features on. It has no weights, so a step cannot train it.
+
+    Raises ModelError where the widths of encoder and language model differ.
+    """
+
+    name = "identity"
+
+    def __init__(self, options: Options, *, vision_width: int, language_width: int) -> None:
+        super().__init__()
+        if vision_width != language_width:
+            raise ModelError(
+                f"connector `identity` needs equal widths, but the vision encoder gives "
+                f"{vision_width} and the language model takes {language_width}; use `linear`"
+            )
+
+    def forward(self, features_BPD: Tensor) -> Tensor:
+        return features_BPD
