@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -37,6 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return command(parsed)
     except LlavaError as error:
+        _let_the_leader_speak()
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -45,6 +48,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output went away, as `head` does
         sys.stderr.close()
         return 0
+
+
+def _let_the_leader_speak() -> None:
+    """Of several processes under torchrun most meet the same error; one that says it is enough.
+
+    The leader ends with it, and torchrun ends the others then.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(10)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -143,7 +155,8 @@ def _run(arguments: argparse.Namespace) -> int:
             file=sys.stderr,
         )
         return 130
-    print(f"{recipe.name}: done, see {result.report}")
+    if result is not None:  # None: another process leads
+        print(f"{recipe.name}: done, see {result.report}")
     return 0
 
 

@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -27,14 +27,24 @@ from llavakit.components import Use
 from llavakit.errors import RecipeError
 from llavakit.events import EventLog
 from llavakit.files import HASHED_BYTES, digest, explain_write, write_text
-from llavakit.interfaces import Dataset, LanguageModel, Run, Stopped, VisionEncoder
-from llavakit.loading import pick_device
+from llavakit.interfaces import (
+    Dataset,
+    Event,
+    LanguageModel,
+    Outcome,
+    Run,
+    Step,
+    Stopped,
+    Stopping,
+    VisionEncoder,
+)
 from llavakit.model import LlavaModel
 from llavakit.planning import make_plan
-from llavakit.progress import duration, show_progress
-from llavakit.recipe import Recipe
+from llavakit.progress import Display, duration, show_progress
+from llavakit.recipe import Recipe, StepUse
 from llavakit.registry import Registry
 from llavakit.reporting import StepRecord, write_report
+from llavakit.team import Team, join_team
 
 _DONE = "artifact.json"
 _BEGUN = "begun.json"
@@ -50,76 +60,163 @@ class Result:
     report: Path
 
 
-def run(recipe: Recipe, registry: Registry, directory: Path, *, resume: bool = False) -> Result:
+def run(
+    recipe: Recipe, registry: Registry, directory: Path, *, resume: bool = False
+) -> Result | None:
     """Run every step; return the folder of each, by name.
 
     A step is skipped when its folder holds the record of the same model and the same steps up to
     and including it. From the first step that differs on, old folders are set aside.
+    Where torchrun started several processes, the first of them does this; the others join it in
+    the steps that work `together`, and return None.
 
     Raises LlavaError for what the user can mend, and Stopped after an interrupt.
     """
-    device = pick_device(recipe.device)
-    plan = make_plan(recipe, registry)
-    _check_data(recipe, registry, directory)
+    with join_team(recipe.device) as (team, device):
+        if not team.leads:
+            _assist(_Work(recipe, registry, directory, team, device))
+            return None
+        work = _Work(recipe, registry, directory, team, device)
+        try:
+            _lead(work, resume=resume)
+        finally:
+            if not work.together:  # within a step the others stop as it did, or torchrun acts
+                team.share(_Order(None))
+    folders = {name: directory / name for name, _ in recipe.active_steps()}
+    return Result(folders, directory / "report.html")
+
+
+def _lead(work: _Work, *, resume: bool) -> None:
+    """Run every step, write what is to be written, and report."""
+    recipe, directory = work.recipe, work.directory
+    plan = make_plan(recipe, work.registry)
+    _check_data(recipe, work.registry, directory)
     with explain_write(directory):
         directory.mkdir(parents=True, exist_ok=True)
-    with _one_run_at_a_time(directory), _interrupts() as stopping:
-        _write_facts(recipe, device, directory)
+    with _one_run_at_a_time(directory), _interrupts(work.team) as stopping:
+        _write_facts(recipe, work.device, directory)
         write_text(directory / "plan.json", plan.model_dump_json(indent=2))
-        log = EventLog(directory, [registry.build(use) for use in recipe.trackers])
-        folders: dict[str, Path] = {}
+        log = EventLog(directory, [work.registry.build(use) for use in recipe.trackers])
+        work.log = log
         records: list[StepRecord] = []
         try:
-            log("run", recipe=recipe.name, seed=recipe.seed, device=str(device))
+            log("run", recipe=recipe.name, seed=recipe.seed, device=str(work.device))
             for name, use in recipe.active_steps():
                 if stopping():
                     raise Stopped
-                folder = directory / name
-                record = _record(recipe, name)
                 log.enter(name)
-                done = _read(folder / _DONE)
-                if done is not None and done.get("record") == record:
-                    _say(f"{name}: done before")
-                else:
-                    again = _prepare(folder, record, resume=resume)
-                    begun = time.monotonic()
-                    with _nothing_half_begun(folder), show_progress(name) as progress:
-                        outcome = registry.build(use, steps=folders).run(
-                            Run(
-                                directory=folder,
-                                earlier=dict(folders),
-                                build=partial(registry.build, steps=dict(folders)),
-                                seed=recipe.seed,
-                                resume=again,
-                                device=device,
-                                model=_Model(recipe, registry, dict(folders), device),
-                                progress=progress,
-                                event=log,
-                                stopping=stopping,
-                            )
-                        )
-                    seconds = time.monotonic() - begun
-                    done = {
-                        "record": record,
-                        "seconds": round(seconds, 1),
-                        "metrics": dict(outcome.metrics),
-                        "sections": [
-                            section.model_dump(mode="json") for section in outcome.sections
-                        ],
-                    }
-                    log("done", seconds=round(seconds, 1), **outcome.metrics)
-                    # written last: its presence means that the step finished
-                    write_text(folder / _DONE, json.dumps(done, indent=1, ensure_ascii=False))
-                    _say(f"{name}: {_metrics(outcome.metrics)}{duration(seconds)}")
-                folders |= {use.use: folder, name: folder}
-                records.append(StepRecord.model_validate({"name": name, "folder": folder, **done}))
+                records.append(_one_step(work, name, use, stopping, resume=resume))
+                work.folders |= {use.use: directory / name, name: directory / name}
                 write_report(recipe, directory, records)
-            _link_model(directory, folders)
+            _link_model(directory, work.folders)
         finally:
             log.close()
-    return Result(
-        {name: folders[name] for name, _ in recipe.active_steps()}, directory / "report.html"
-    )
+
+
+@dataclass
+class _Work:
+    """A run in one process."""
+
+    recipe: Recipe
+    registry: Registry
+    directory: Path
+    team: Team
+    device: torch.device
+    log: Event = field(default_factory=lambda: _ignore)
+    together: bool = False
+    """Whether all processes are at work on the same step."""
+    folders: dict[str, Path] = field(default_factory=dict)
+    """Of the steps that are done, by every name a recipe has for them."""
+
+    def do(
+        self, name: str, use: StepUse, progress: Display, stopping: Stopping, *, again: bool
+    ) -> Outcome:
+        """Run one step; `again` says whether to go on from what its folder holds."""
+        step = self.registry.build(use, steps=self.folders)
+        return step.run(
+            Run(
+                directory=self.directory / name,
+                earlier=dict(self.folders),
+                build=partial(self.registry.build, steps=dict(self.folders)),
+                seed=self.recipe.seed,
+                resume=again,
+                device=self.device,
+                model=_Model(self.recipe, self.registry, dict(self.folders), self.device),
+                progress=progress,
+                event=self.log,
+                stopping=stopping,
+                team=self.team if step.together else Team(),
+            )
+        )
+
+
+def _one_step(
+    work: _Work, name: str, use: StepUse, stopping: Stopping, *, resume: bool
+) -> StepRecord:
+    """Run one step, unless it is done; return what it said, now or before."""
+    folder = work.directory / name
+    record = _record(work.recipe, name)
+    done = _read(folder / _DONE)
+    if done is not None and done.get("record") == record:
+        _say(f"{name}: done before")
+        return StepRecord.model_validate({"name": name, "folder": folder, **done})
+    again = _prepare(folder, record, resume=resume)
+    begun = time.monotonic()
+    with _nothing_half_begun(folder), show_progress(name) as progress:
+        if work.registry.get(Step, use.use).together:
+            work.team.share(_Order(name, again, dict(work.folders)))
+            work.together = work.team.size > 1
+            stopping = _agreed(work.team, stopping)
+        outcome = work.do(name, use, progress, stopping, again=again)
+        work.together = False
+    seconds = time.monotonic() - begun
+    sections = [section.model_dump(mode="json") for section in outcome.sections]
+    done = {
+        "record": record,
+        "seconds": round(seconds, 1),
+        "metrics": dict(outcome.metrics),
+        "sections": sections,
+    }
+    work.log("done", seconds=round(seconds, 1), **outcome.metrics)
+    # written last: its presence means that the step finished
+    write_text(folder / _DONE, json.dumps(done, indent=1, ensure_ascii=False))
+    _say(f"{name}: {_metrics(outcome.metrics)}{duration(seconds)}")
+    return StepRecord.model_validate({"name": name, "folder": folder, **done})
+
+
+# -- several processes -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Order:
+    """What the leader asks of the others."""
+
+    step: str | None
+    """None: that was all."""
+    again: bool = False
+    folders: dict[str, Path] = field(default_factory=dict)
+
+
+def _assist(work: _Work) -> None:
+    """Take part in the steps that the leader calls for, until it says that was all."""
+    uses = dict(work.recipe.active_steps())
+    with _interrupts(work.team) as asked:
+        while (order := work.team.share(_Order(None))).step is not None:
+            work.folders = order.folders
+            stopping = _agreed(work.team, asked)
+            try:
+                work.do(order.step, uses[order.step], _ignore, stopping, again=order.again)
+            except Stopped:
+                return
+
+
+def _agreed(team: Team, stopping: Stopping) -> Stopping:
+    """Return a function that stops all processes at the same point; each must ask as often."""
+    return stopping if team.size == 1 else lambda: team.any(stopping())
+
+
+def _ignore(*_: object, **__: object) -> None:
+    """Show nothing, write nothing: the leader does."""
 
 
 def newest_model(folders: Mapping[str, Path]) -> Path | None:
@@ -335,15 +432,20 @@ def _one_run_at_a_time(directory: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _interrupts() -> Iterator[Any]:
-    """Yield a function that says whether Ctrl-C or SIGTERM came; a second one ends at once."""
+def _interrupts(team: Team) -> Iterator[Stopping]:
+    """Yield a function that says whether Ctrl-C or SIGTERM came; a second one ends at once.
+
+    In a team both come, from the terminal and from torchrun, which ends everything itself in time.
+    """
     asked: list[int] = []
 
     def ask(number: int, frame: FrameType | None) -> None:
-        if asked:
+        if asked and team.size == 1:
             raise KeyboardInterrupt
+        if not asked and team.leads:
+            again = "" if team.size > 1 else " (once more to stop at once)"
+            _say(f"stopping at the next safe point{again}")
         asked.append(number)
-        _say("stopping at the next safe point (once more to stop at once)")
 
     numbers = (signal.SIGINT, signal.SIGTERM)
     try:

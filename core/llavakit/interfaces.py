@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from llavakit.planning import Planner, StepPlan
     from llavakit.reporting import Section
     from llavakit.scoring import FileScorer
+    from llavakit.team import Team
 
 
 class Network(nn.Module, Component):
@@ -177,6 +178,12 @@ class LanguageModel(Network):
         """The tokens that end an answer, by default the tokenizer's end token."""
         end = self.tokenizer.eos_token_id
         return frozenset(() if end is None else (end,))
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        """The layers, each called as a module in `hidden`: training on several devices divides
+        the weights of one after another. Empty: all at once."""
+        return ()
 
     @abstractmethod
     def cache_shape(self) -> tuple[int, int, int]:
@@ -368,6 +375,8 @@ class Run:
     event: Event
     stopping: Stopping
     """Says whether the user asked to stop: save, then raise `Stopped`."""
+    team: Team
+    """The processes that share this step's work; one process alone unless it is `together`."""
 
 
 class Event(Protocol):
@@ -413,6 +422,9 @@ class Step(Component):
     hook = "llava_steps"
     needs_model: ClassVar[bool] = False
     """Whether it starts from the recipe's model, so that missing weights are found at once."""
+    together: ClassVar[bool] = False
+    """Whether every process of a torchrun takes part in it, not the first alone. Then `run.team`
+    says who they are, and only who leads writes to `run.directory`."""
 
     @abstractmethod
     def run(self, run: Run) -> Outcome:

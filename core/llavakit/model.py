@@ -67,7 +67,7 @@ class LlavaModel(nn.Module):
 
     def embed(self, batch: PackedBatch, features_IPD: Tensor | None) -> Tensor:
         """Return the stream's embeddings `[T, E]`, text and visual rows."""
-        if features_IPD is None or not len(batch.visual_rows_N):
+        if features_IPD is None:
             return self.language.embed(batch.token_ids_T)
         stream = Stream(
             batch.token_ids_T,

@@ -16,6 +16,7 @@ from llavakit.components import Use
 from llavakit.interfaces import LanguageModel, Outcome, Run, Step, Stopped, VisionEncoder
 from llavakit.model import LlavaModel
 from llavakit.registry import Registry
+from llavakit.team import Team
 from llavakit.testing.contract import Contract
 
 
@@ -76,6 +77,7 @@ class StepContract(Contract[Step]):
                 progress=lambda done, total, note="": None,
                 event=events,
                 stopping=lambda: stop_at is not None and next(looks) >= stop_at,
+                team=Team(),
             )
         )
         return outcome, events.seen

@@ -117,9 +117,7 @@ class CausalLM(PretrainedLanguage):
         if not (self.recompute and torch.is_grad_enabled()):
             yield
             return
-        from transformers.modeling_layers import GradientCheckpointingLayer
-
-        layers = [m for m in self.model.modules() if isinstance(m, GradientCheckpointingLayer)]
+        layers: list[Any] = self.blocks
         for layer in layers:
             own = partial(_call_during, call, partial(type(layer).forward, layer))
             layer.forward = partial(checkpoint, own, use_reentrant=False)

@@ -118,6 +118,12 @@ class PretrainedLanguage(LanguageModel):
         more = [] if ends is None else [ends] if isinstance(ends, int) else ends
         return super().end_ids | frozenset(more)
 
+    @property
+    def blocks(self) -> list[nn.Module]:
+        from transformers.modeling_layers import GradientCheckpointingLayer
+
+        return [m for m in self.model.modules() if isinstance(m, GradientCheckpointingLayer)]
+
     def cache_shape(self) -> tuple[int, int, int]:
         config = self.model.config
         heads: int = getattr(config, "num_key_value_heads", None) or config.num_attention_heads

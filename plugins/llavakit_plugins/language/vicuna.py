@@ -8,6 +8,7 @@ the last block need not compute queries, outputs and MLP of rows that no loss lo
 
 from __future__ import annotations
 
+from types import MethodType
 from typing import Any
 
 import torch
@@ -34,6 +35,12 @@ class Vicuna(PretrainedLanguage):
     name = "vicuna"
     Options = VicunaOptions
     default_template = "vicuna_v1"
+
+    def __init__(self, options: VicunaOptions, model: Any = None) -> None:
+        super().__init__(options, model)
+        for block in self.model.model.layers:
+            # called as a module, so that what watches modules (FSDP2) takes part
+            block.forward = MethodType(_block, block)
 
     @classmethod
     def configure(cls, table: dict[str, Any]) -> tuple[type[Any], Any]:
@@ -65,11 +72,11 @@ class Vicuna(PretrainedLanguage):
         for index, block in enumerate(blocks):
             if self.recompute and torch.is_grad_enabled():
                 hidden_TE = checkpoint(
-                    _block, block, index, hidden_TE, rotary, packing, None, use_reentrant=False
+                    block, index, hidden_TE, rotary, packing, None, use_reentrant=False
                 )
             else:
-                hidden_TE = _block(block, index, hidden_TE, rotary, packing, None)
-        hidden_ME = _block(last, len(blocks), hidden_TE, rotary, packing, rows)
+                hidden_TE = block(index, hidden_TE, rotary, packing, None)
+        hidden_ME = last(len(blocks), hidden_TE, rotary, packing, rows)
         return _norm(decoder.norm, hidden_ME)
 
 

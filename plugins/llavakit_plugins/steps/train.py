@@ -19,6 +19,7 @@ _SUPERVISED = 0.5  # share of a sample's text that is learned, roughly: for plan
 class _Train(Step):
     Options = TrainOptions
     needs_model = True
+    together = True
 
     def __init__(self, options: TrainOptions) -> None:
         self.options = options
@@ -40,6 +41,9 @@ class _Train(Step):
         run.event("corpus", samples=len(corpus), tokens=sum(corpus.lengths), cut=corpus.cut)
         trainer = Trainer(model, corpus, options, run)
         progress = trainer.train()
+        if not run.team.leads:
+            return Outcome({})
+        model = trainer.model
         metrics = {
             "loss": _tail_mean([loss for _, loss in progress.losses]),
             "steps": float(progress.step),

@@ -19,6 +19,14 @@ from llavakit_plugins.training.corpus import Batch, Corpus
 from llavakit_plugins.training.features import CACHE_BYTES, Cached, Encoding, Features, index_images
 from llavakit_plugins.training.optimiser import Group, NotFinite, Optimiser, Schedule
 from llavakit_plugins.training.options import TrainOptions
+from llavakit_plugins.training.parallel import (
+    Micro,
+    in_one_piece,
+    no_images,
+    own_micros,
+    shard,
+    sum_gradients,
+)
 
 PARTS = ("vision", "connector", "language")
 _NAMED = 5
@@ -43,7 +51,11 @@ class Trainer:
 
     def __init__(self, model: LlavaModel, corpus: Corpus, options: TrainOptions, run: Run) -> None:
         self.model, self.corpus, self.options, self.run = model, corpus, options, run
-        self._before = _set_up(model, options)
+        self.team = run.team
+        self.sharded = self._sharded()
+        if self.sharded:  # before the weights grow to float32
+            shard(model, self.team, half=options.precision == "bf16")
+        self._before = _set_up(model, options, remember=not self.sharded)
         per_epoch = corpus.steps(options.batch_size)
         whole = per_epoch * options.epochs
         self.steps = min(whole, options.max_steps or whole)
@@ -59,6 +71,17 @@ class Trainer:
         self.checkpoints = Checkpoints(run.directory / "checkpoints", options.keep)
         self.progress = Progress()
         self.features = self._features()
+
+    def _sharded(self) -> bool:
+        if self.team.size == 1 or self.options.shard is False:
+            return False
+        if "vision" not in self.options.train:
+            return self.options.shard or "language" in self.options.train
+        if self.options.shard:
+            raise TrainingError(
+                "an encoder that learns cannot be divided among devices; set shard = false"
+            )
+        return False
 
     def _features(self) -> Features:
         learns = "vision" in self.options.train
@@ -81,6 +104,7 @@ class Trainer:
     def train(self) -> Progress:
         """Train to the end, from the newest checkpoint where `run.resume` says so.
 
+        Afterwards `model` is the trained one, whole; of several processes only in the leader.
         Raises Stopped after saving, where the user asked to stop, and TrainingError naming the
         samples where the loss is not finite.
         """
@@ -131,16 +155,21 @@ class Trainer:
         """Return loss a target, gradient norm and learning rate of one optimisation step."""
         targets = sum(self.corpus.learned_counts[sample] for sample in batch.all_samples)
         total = torch.zeros((), device=self.model.device)
-        for packed, features in self.features.load(batch.samples):
+        micros = self._micros(batch)
+        found = self.features.load([micro.samples for micro in micros])
+        for micro, (packed, features) in zip(micros, found, strict=True):
+            if features is None and self.sharded:
+                features = no_images(self.model)
             with self._autocast():
-                loss = self.model.loss(packed, features) / targets
+                loss = self.model.loss(packed, features) / targets * float(micro.counts)
             loss.backward()
             total += loss.detach()
-        value = total.item()
+        value = self.team.sum(total).item()
         if not math.isfinite(value):
             raise TrainingError(
                 self._blame(batch, f"the loss of step {self.progress.step + 1} is {value}")
             )
+        sum_gradients(self.optimiser.named.values(), self.team)
         try:
             norm, rate = self.optimiser.step(self.progress.step)
         except NotFinite as error:
@@ -150,6 +179,13 @@ class Trainer:
         self.progress.tokens += sum(self.corpus.lengths[s] for s in batch.all_samples)
         self.progress.targets += targets
         return value, norm.item(), rate
+
+    def _micros(self, batch: Batch) -> list[Micro]:
+        """Return the micro-batches of this device."""
+        if self.team.size == 1:
+            return [Micro(samples, counts=True) for samples in batch.samples]
+        capacity = self.options.micro_batch_tokens
+        return own_micros(self.corpus, sorted(batch.all_samples), capacity, self.team)
 
     def _blame(self, batch: Batch, what: str) -> str:
         """Say which samples of a step have no finite loss: the weights are still those before."""
@@ -172,7 +208,9 @@ class Trainer:
         return torch.autocast(self.model.device.type, dtype=torch.bfloat16)
 
     def _save(self) -> None:
-        self.checkpoints.save(self.progress.step, self.optimiser.tensors(), vars(self.progress))
+        tensors = in_one_piece(self.optimiser.tensors(), self.team)
+        if self.team.leads:
+            self.checkpoints.save(self.progress.step, tensors, vars(self.progress))
 
     def _restore(self) -> None:
         found = self.checkpoints.load()
@@ -184,12 +222,26 @@ class Trainer:
 
     def _tear_down(self) -> None:
         """Give every part its own precision back; one that was frozen, its own weights."""
+        if self.sharded:
+            self._gather()
+            return
         for part, before in self._before.items():
             module = getattr(self.model, part)
             cast_weights(module, before.dtype)
             for name, weight in before.weights.items():
                 module.get_parameter(name).data = weight.to(self.model.device)
         self.model.requires_grad_(False).eval()
+
+    def _gather(self) -> None:
+        """Put what was learned into a model that is not divided."""
+        learned = in_one_piece({n: p.detach() for n, p in self.optimiser.named.items()}, self.team)
+        del self.model, self.features, self.optimiser
+        if self.team.leads:
+            self.model = self.run.model(self.options.init)
+            with torch.no_grad():
+                for name, value in learned.items():
+                    self.model.get_parameter(name).copy_(value)
+            self.model.requires_grad_(False).eval()
 
 
 @dataclass(frozen=True)
@@ -201,8 +253,8 @@ class _Before:
     """Of a frozen part that is rounded to half precision meanwhile, its own, off the device."""
 
 
-def _set_up(model: LlavaModel, options: TrainOptions) -> dict[str, _Before]:
-    """Freeze and thaw; return what the parts were before."""
+def _set_up(model: LlavaModel, options: TrainOptions, *, remember: bool) -> dict[str, _Before]:
+    """Freeze and thaw; return what the parts were before, with weights that are rounded now."""
     befores = {}
     half = torch.bfloat16 if options.precision == "bf16" else torch.float32
     for part in PARTS:
@@ -211,7 +263,7 @@ def _set_up(model: LlavaModel, options: TrainOptions) -> dict[str, _Before]:
         wanted = torch.float32 if learns else half
         dtype = next((p.dtype for p in module.parameters()), wanted)
         weights = {}
-        if not learns and dtype != wanted:
+        if remember and not learns and dtype != wanted:
             weights = {name: p.detach().cpu() for name, p in module.named_parameters()}
         befores[part] = _Before(dtype, weights)
         module.requires_grad_(learns)

@@ -9,8 +9,10 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from llavakit import TrainingError
+from llavakit_plugins.training.parallel import divided_like
 
 
 class NotFinite(TrainingError):
@@ -79,6 +81,8 @@ class Optimiser:
         Raises NotFinite, the weights unchanged, where the norm is no number.
         """
         norm = nn.utils.clip_grad_norm_(list(self.named.values()), self.clip)
+        if isinstance(norm, DTensor):
+            norm = norm.full_tensor()
         if not math.isfinite(norm.item()):
             self._adamw.zero_grad(set_to_none=True)
             raise NotFinite(
@@ -117,8 +121,8 @@ class Optimiser:
                     f"the checkpoint lacks `{name}` of shape {tuple(parameter.shape)}; it belongs "
                     "to another recipe: start over without --resume"
                 )
-            parameter.copy_(value)
+            parameter.copy_(divided_like(parameter, value))
             self._adamw.state[parameter] = {
-                kind: tensor if kind == "step" else tensor.to(parameter.device)
+                kind: tensor if kind == "step" else divided_like(parameter, tensor)
                 for kind, tensor in state.items()
             }

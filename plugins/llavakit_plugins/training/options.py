@@ -40,6 +40,9 @@ class TrainOptions(Options):
     """Largest norm of the gradient over all trained parts."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """With bf16 the trained weights stay float32 and products run in bfloat16."""
+    shard: bool | None = None
+    """On several devices: divide weights and optimiser state among them, or keep all on each; by
+    default divided where the language model learns."""
     recompute: bool = False
     """Compute activations again in the backward pass: less memory, a third more work."""
     cache_features: bool | None = None

@@ -1,0 +1,85 @@
+"""Several processes under torchrun arrive where one does, whole or divided among them."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tests.conftest import RecipeWriter
+from tests.core import processes
+from torch import Tensor
+
+from llavakit_plugins.training.parallel import deal
+
+KILLED = 66
+"""Which write of a run is its last: one between two checkpoints of stage 2."""
+GENTLE = ("--set", "steps.finetune.train={ connector = 1e-4, language = 1e-4 }")
+
+
+def llava_run(processes: int, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run the command, under torchrun where there are several processes."""
+    own = [str(Path(sys.executable).with_name("llava-run")), *map(str, arguments)]
+    if processes > 1:
+        launcher = ["-m", "torch.distributed.run", "--standalone"]
+        own = [sys.executable, *launcher, "--nproc-per-node", str(processes), *own]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    return subprocess.run(
+        own, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+
+
+def outcome(folder: Path) -> tuple[list[float], dict[str, Tensor]]:
+    lines = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+    weights = load_file(folder / "model" / "connector.safetensors")
+    weights |= load_file(folder / "model" / "language" / "model.safetensors")
+    return [line["loss"] for line in lines if line["event"] == "train"], weights
+
+
+def test_a_team_arrives_where_one_process_does(write_recipe: RecipeWriter, tmp_path: Path) -> None:
+    """24 samples, some without an image: with whole weights on both, then with divided ones."""
+    arguments = (write_recipe(), *GENTLE)
+    single = llava_run(1, *arguments, "--out", tmp_path / "one")
+    assert single.returncode == 0, single.stderr
+    losses, weights = outcome(tmp_path / "one")
+
+    whole = ("--set", "steps.finetune.shard=false")
+    first = llava_run(2, *arguments, *whole, "--out", tmp_path / "whole")
+
+    # stage 2 divides the weights by default; one process began it and was killed
+    divided = (*arguments, "--out", tmp_path / "divided")
+    assert processes.run(tmp_path, *divided, kill_at=KILLED) == -signal.SIGKILL
+    assert "02-finetune" in {folder.name for folder in (tmp_path / "divided").iterdir()}
+    second = llava_run(2, *divided, "--resume")
+
+    for together, folder in ((first, "whole"), (second, "divided")):
+        assert together.returncode == 0, together.stderr
+        assert together.stdout.count("small: done") == 1
+        found, learned = outcome(tmp_path / folder)
+        assert found[-3:] == pytest.approx(losses[-3:], abs=2e-6)
+        assert learned.keys() == weights.keys()
+        for name, weight in weights.items():
+            torch.testing.assert_close(learned[name], weight, atol=3e-6, rtol=0)
+
+
+def test_a_mistake_is_said_once(write_recipe: RecipeWriter, tmp_path: Path) -> None:
+    sets = ("--set", "steps.finetune.data.path=nowhere.json")
+    run = llava_run(2, write_recipe(), "--out", tmp_path / "run", *sets)
+    assert run.returncode != 0
+    assert run.stderr.count("error: ") == 1
+
+
+def test_samples_are_dealt_so_that_hands_are_of_like_length() -> None:
+    draw = torch.Generator().manual_seed(0)
+    lengths = torch.randint(10, 600, (128,), generator=draw).tolist()
+    hands = deal(lengths, 8)
+    assert sorted(index for hand in hands for index in hand) == list(range(128))
+    totals = [sum(lengths[index] for index in hand) for hand in hands]
+    assert max(totals) - min(totals) < 0.02 * max(totals)
+    assert deal([5], 3) == [[0], [], []]
