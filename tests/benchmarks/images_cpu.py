@@ -1,0 +1,113 @@
+"""Reading images on one core: ours, exact and fast, against transformers' processors.
+
+    python tests/benchmarks/images_cpu.py [--rounds 5] [--images 24]
+
+From JPEG files to normalised pixels of 224 and 336 pixels, decoding included. CPU time, the ways in
+alternation, median of the rounds. Exits with 1 where our exact path is not transformers' PIL
+processor to the last bit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import CLIPImageProcessor
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+from llavakit.images import open_image
+from llavakit_plugins.preprocessing import MEAN, STD, Square, to_square
+
+PHOTOS = Path(__file__).parents[3] / "shared" / "data" / "images"
+Way = Callable[[Path], Tensor]
+
+
+def write_photographs(folder: Path, size: tuple[int, int], count: int) -> list[Path]:
+    """Write JPEGs of one size: cuts of real photographs where they are at hand, else blobs."""
+    draw = np.random.default_rng(0)
+    sources = [open_image(path, "x") for path in sorted(PHOTOS.glob("*.jpg"))]
+    if not sources:
+        noise = draw.integers(0, 255, (60, 80, 3), dtype=np.uint8)
+        sources = [Image.fromarray(noise).resize((1000, 750), Image.Resampling.BICUBIC)]
+    files = []
+    for number in range(count):
+        source = sources[number % len(sources)]
+        width = int(source.width * draw.uniform(0.7, 1))
+        height = min(source.height, int(width * size[1] / size[0]))
+        cut = source.crop((0, 0, width, height)).resize(size, Image.Resampling.LANCZOS)
+        files.append(folder / f"{size[0]}-{number}.jpg")
+        cut.save(files[-1], quality=90)
+    return files
+
+
+def ways(size: int) -> dict[str, Way]:
+    edges = {"height": size, "width": size}
+    shape: dict[str, Any] = {"size": {"shortest_edge": size}, "crop_size": edges}
+    pil, default = CLIPImageProcessorPil(**shape), CLIPImageProcessor(**shape)
+    exact = Square(size, "crop", MEAN, STD)
+    fast = exact._replace(fast=True)
+
+    def theirs(processor: Any, path: Path) -> Tensor:
+        with Image.open(path) as file:
+            image = file.convert("RGB")
+        pixels: Tensor = processor(image, return_tensors="pt")["pixel_values"][0]
+        return pixels
+
+    return {
+        "transformers, PIL": lambda path: theirs(pil, path),
+        "transformers, default": lambda path: theirs(default, path),
+        "ours": lambda path: to_square(open_image(path, "x"), exact),
+        "ours, fast": lambda path: to_square(open_image(path, "x", size), fast),
+    }
+
+
+def cpu_seconds(way: Way, files: list[Path]) -> float:
+    begun = time.process_time()
+    for path in files:
+        way(path)
+    return time.process_time() - begun
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--images", type=int, default=24)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    equal = True
+    print(f"{'images/s, one core':24}{'pixels':>8}{'rate':>9}{'ratio':>8}{'levels apart':>14}")
+    with tempfile.TemporaryDirectory() as folder:
+        for size, image in ((224, (640, 480)), (336, (640, 480)), (336, (1280, 960))):
+            files = write_photographs(Path(folder), image, options.images)
+            made = ways(size)
+            times: dict[str, list[float]] = {name: [] for name in made}
+            for number in range(options.rounds + 1):
+                for name, way in made.items():
+                    spent = cpu_seconds(way, files)
+                    if number:  # the first round warms up
+                        times[name].append(spent)
+            base = times["transformers, PIL"]
+            print(f"{image[0]}x{image[1]}")
+            for name, way in made.items():
+                ratio = statistics.median(a / b for a, b in zip(base, times[name], strict=True))
+                rate = len(files) / statistics.median(times[name])
+                apart = [made["transformers, PIL"](path) - way(path) for path in files]
+                levels = 255 * float(
+                    (torch.stack(apart) * torch.tensor(STD)[:, None, None]).abs().mean()
+                )
+                equal &= name != "ours" or levels == 0
+                print(f"  {name:22}{size:8}{rate:9.0f}{ratio:7.2f}x{levels:14.3f}")
+    return 0 if equal else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
