@@ -10,13 +10,13 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import tomli_w
 import torch
@@ -28,6 +28,7 @@ from llavakit.errors import RecipeError
 from llavakit.events import EventLog
 from llavakit.files import HASHED_BYTES, digest, explain_write, write_text
 from llavakit.interfaces import (
+    Build,
     Dataset,
     Event,
     LanguageModel,
@@ -42,7 +43,7 @@ from llavakit.model import LlavaModel
 from llavakit.planning import make_plan
 from llavakit.progress import Display, duration, show_progress
 from llavakit.recipe import Recipe, StepUse
-from llavakit.registry import Registry
+from llavakit.registry import KindT, Registry
 from llavakit.reporting import StepRecord, write_report
 from llavakit.team import Team, join_team
 
@@ -90,7 +91,7 @@ def _lead(work: _Work, *, resume: bool) -> None:
     """Run every step, write what is to be written, and report."""
     recipe, directory = work.recipe, work.directory
     plan = make_plan(recipe, work.registry)
-    _check_data(recipe, work.registry, directory)
+    work.build = _check_data(recipe, work.registry, directory).build
     with explain_write(directory):
         directory.mkdir(parents=True, exist_ok=True)
     with _one_run_at_a_time(directory), _interrupts(work.team) as stopping:
@@ -123,6 +124,8 @@ class _Work:
     team: Team
     device: torch.device
     log: Event = field(default_factory=lambda: _ignore)
+    build: Build | None = None
+    """What builds components for the steps; the registry itself where absent."""
     together: bool = False
     """Whether all processes are at work on the same step."""
     folders: dict[str, Path] = field(default_factory=dict)
@@ -137,7 +140,7 @@ class _Work:
             Run(
                 directory=self.directory / name,
                 earlier=dict(self.folders),
-                build=partial(self.registry.build, steps=dict(self.folders)),
+                build=partial(self.build or self.registry.build, steps=dict(self.folders)),
                 seed=self.recipe.seed,
                 resume=again,
                 device=self.device,
@@ -327,13 +330,50 @@ def _nothing_half_begun(folder: Path) -> Iterator[None]:
         raise
 
 
-def _check_data(recipe: Recipe, registry: Registry, directory: Path) -> None:
+def _check_data(recipe: Recipe, registry: Registry, directory: Path) -> _Checked:
     """Build every data set that is there already, so that no step fails on it hours later."""
+    checked = _Checked(registry)
     for name, use in recipe.active_steps():
         done = _read(directory / name / _DONE)
         if done is None or done.get("record") != _record(recipe, name):
             for data in _data_sets(use, registry):
-                registry.build(data)
+                built = registry.build(data)
+                for note in built.notes():
+                    _say(f"{name}: {note}")
+                checked.keep(data, built)
+    return checked
+
+
+class _Checked:
+    """Builds components; a data set that was built to check it is not built again.
+
+    Each is handed out once, so that none outlives its step, and only while its files are the same.
+    """
+
+    def __init__(self, registry: Registry) -> None:
+        self._registry = registry
+        self._kept: dict[str, tuple[Any, Dataset]] = {}
+
+    def keep(self, use: Use[Dataset], data: Dataset) -> None:
+        self._kept[use.model_dump_json()] = (_stamps(use.options), data)
+
+    def build(
+        self, use: Use[KindT], /, steps: Mapping[str, Path] | None = None, **context: Any
+    ) -> KindT:
+        stamps, data = self._kept.pop(use.model_dump_json(), (None, None))
+        if isinstance(data, use.kind()) and stamps == _stamps(use.options):
+            return cast("KindT", data)
+        return self._registry.build(use, steps=steps, **context)
+
+
+def _stamps(options: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
+    """Return the size and time of every file and folder that options name."""
+    found = {}
+    for text in _texts(options):
+        with suppress(OSError, ValueError):  # most texts are no paths
+            state = Path(text).stat()
+            found[text] = (state.st_size, state.st_mtime_ns)
+    return found
 
 
 def _data_sets(value: object, registry: Registry) -> Iterator[Use[Dataset]]:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import struct
 import warnings
 import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +26,14 @@ if TYPE_CHECKING:
 
 MAX_PIXELS = 178_956_970
 """Pillow's own limit for a decompression bomb (twice its warning level)."""
+
+ImagePath = Path | str
+_READERS, _AT_ONCE = 16, 256  # threads that look at files, and files that each takes at once
+_ABSENT = (None, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
+
+
+class MissingImage(DataError):
+    """There is no such image file."""
 
 
 _UNDECODABLE = (
@@ -66,7 +78,7 @@ def open_image(source: ImageSource, where: str, edge: int | None = None) -> Imag
                 image.load()
                 return _rgb(image)
     except FileNotFoundError:
-        raise DataError(
+        raise MissingImage(
             f"image {source} of {where} does not exist; check the images folder"
         ) from None
     except UnidentifiedImageError:
@@ -103,33 +115,59 @@ def _rgb(image: Image.Image) -> Image.Image:
         return image.convert("RGB")
 
 
-def check_image(path: Path, where: str) -> None:
+def check_image(path: ImagePath, where: str) -> None:
     """Raise DataError where an image is missing, cut short or no image.
 
     Takes microseconds: a file with the right beginning and end is taken for whole, any other is
     decoded.
     """
+    found = _seems_whole(path, where)
+    if isinstance(found, DataError):
+        raise found
+    if not found:
+        open_image(Path(path), where)
+
+
+def whole_images(paths: Iterable[ImagePath]) -> Iterator[bool]:
+    """Yield for each file, in order, whether it looks whole; `check_image` judges the others.
+
+    Reads many at once: a disk or a file server that takes milliseconds for one file takes hardly
+    longer for sixteen. Holds a few thousand paths at a time.
+    """
+    remaining = iter(paths)
+    with ThreadPoolExecutor(_READERS, thread_name_prefix="whole-images") as pool:
+        while window := list(islice(remaining, _READERS * _AT_ONCE)):
+            parts = [window[begin : begin + _AT_ONCE] for begin in range(0, len(window), _AT_ONCE)]
+            yield from chain.from_iterable(pool.map(_are_whole, parts))
+
+
+def _are_whole(paths: Sequence[ImagePath]) -> list[bool]:
+    return [_seems_whole(path, "") is True for path in paths]
+
+
+def _seems_whole(path: ImagePath, where: str) -> bool | DataError:
+    """Return whether beginning and end of a file are an image's; an error where it is not there.
+
+    Calls the system itself: a file object takes five times as long.
+    """
     try:
-        with path.open("rb") as file:
-            head = file.read(16)
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(0, size - 32))
-            tail = file.read()
-    except (OSError, ValueError) as error:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            size = os.fstat(handle).st_size
+            head, tail = os.pread(handle, 16, 0), os.pread(handle, 32, max(0, size - 32))
+        finally:
+            os.close(handle)
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
         reason = getattr(error, "strerror", None) or str(error)
-        raise DataError(
-            f"image {path} of {where} cannot be read ({reason}); check the images folder"
-        ) from error
+        kind = MissingImage if getattr(error, "errno", None) in _ABSENT else DataError
+        return kind(f"image {path} of {where} cannot be read ({reason}); check the images folder")
     if head.startswith(b"\xff\xd8\xff"):
-        whole = tail.rstrip(b"\0").endswith(b"\xff\xd9")
-    elif head.startswith(b"\x89PNG\r\n\x1a\n"):
-        whole = tail.endswith(b"IEND\xaeB`\x82")
-    elif head.startswith(b"RIFF") and head[8:12] == b"WEBP":
-        whole = size >= 8 + int.from_bytes(head[4:8], "little")
-    else:
-        whole = False
-    if not whole:
-        open_image(path, where)
+        return tail.rstrip(b"\0").endswith(b"\xff\xd9")
+    if head.startswith(b"\x89PNG\r\n\x1a\n"):
+        return tail.endswith(b"IEND\xaeB`\x82")
+    if head.startswith(b"RIFF") and head[8:12] == b"WEBP":
+        return size >= 8 + int.from_bytes(head[4:8], "little")
+    return False
 
 
 def inside(folder: Path, name: str, where: str) -> Path:

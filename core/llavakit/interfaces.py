@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from llavakit.components import Component, KindT_co, Use
 from llavakit.samples import (
     ImageContext,
+    Inspected,
     Message,
     Question,
     Reply,
@@ -257,6 +258,18 @@ class Dataset(Component):
     def expect(cls, options: Any) -> tuple[int, int] | None:
         """Return (samples, mean text tokens a sample) for a plan, or None where unknown."""
         return None
+
+    @classmethod
+    def inspect(cls, options: Any) -> Iterator[Inspected] | None:
+        """Yield every row and what is wrong with it, for `llava-run check-data`.
+
+        Where None (the default) the data set is built instead, and its samples are looked at.
+        """
+        return None
+
+    def notes(self) -> Sequence[str]:
+        """Return what a reader of the run should know: samples that were left out, say."""
+        return ()
 
 
 @dataclass(frozen=True)

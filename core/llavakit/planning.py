@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from functools import cached_property
+from typing import Any
 
 import torch
 from pydantic import BaseModel
@@ -16,7 +17,7 @@ from llavakit.interfaces import Dataset, Step
 from llavakit.model import LlavaModel
 from llavakit.progress import duration
 from llavakit.recipe import Machine, Recipe
-from llavakit.registry import Registry
+from llavakit.registry import KindT, Registry
 
 
 class StepPlan(BaseModel):
@@ -127,6 +128,10 @@ class Planner:
     def parameters(self, part: str) -> int:
         """Return the number of parameters of `vision`, `connector` or `language`."""
         return count_parameters(getattr(self.model, part))
+
+    def build(self, use: Use[KindT], /, **context: Any) -> KindT:
+        """Return a component that a recipe chose, to ask it something."""
+        return self._registry.build(use, **context)
 
     def expect(self, use: Use[Dataset]) -> tuple[int, int] | None:
         """Return (samples, mean text tokens a sample) of a data set, where it can be known."""

@@ -433,6 +433,19 @@ def build_from(
     `flags` are options by name, `settings` are `key=value` and win over them.
     Raises RecipeError with every problem at once.
     """
+    return registry.make(component, state_options(component, settings, registry, flags))
+
+
+def state_options(
+    component: type[Component],
+    settings: Sequence[str],
+    registry: Registry,
+    flags: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Return the options that a command line states, checked, as a recipe would state them.
+
+    Raises RecipeError with every problem at once.
+    """
     table: dict[str, Any] = dict(flags or {})
     sources = [_said(setting) for setting in settings]
     sources += [Source(Path(), "", f"--{name.replace('_', '-')}", (name,)) for name in flags or ()]
@@ -442,7 +455,7 @@ def build_from(
     if problems:
         sources.append(Source(Path(), "", component.name))
         raise RecipeError("\n\n".join(problem.render(sources, []) for problem in problems))
-    return registry.make(component, table)
+    return table
 
 
 def _problems(

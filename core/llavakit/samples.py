@@ -69,6 +69,31 @@ def _count(number: int, noun: str) -> str:
 
 
 @dataclass(frozen=True)
+class Finding:
+    """Something about a row of data that its owner should know."""
+
+    sort: str
+    """A word or two under which findings of one sort are counted."""
+    message: str
+    stops: bool = True
+    """Whether a training on the data would stop at it."""
+
+
+@dataclass(frozen=True)
+class Inspected:
+    """A row of a data set, looked at before any training."""
+
+    id: str
+    sample: Sample | None
+    """None where the row cannot be used."""
+    findings: tuple[Finding, ...] = ()
+    images: tuple[ImageSource, ...] = ()
+    """The row's images, where those are known although there is no sample."""
+    read: float = 0.0
+    """The share of the data read up to here."""
+
+
+@dataclass(frozen=True)
 class Box:
     """One object of an image: top-left and bottom-right corners, each within 0..1."""
 

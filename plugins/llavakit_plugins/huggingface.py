@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field, model_validator
 
 from llavakit import ModelError, Options
+from llavakit.tokenizer_files import merge_by_score
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -235,19 +236,5 @@ def load_tokenizer(
     options = PretrainedOptions(source=source, revision=revision)
     model = find_file(options, "tokenizer.model")
     if model is not None and find_file(options, "tokenizer.json") is None:
-        _merge_by_score(tokenizer, model)
+        merge_by_score(tokenizer, model)
     return tokenizer
-
-
-def _merge_by_score(tokenizer: Any, model: Path) -> None:
-    from sentencepiece import SentencePieceProcessor
-    from tokenizers import Tokenizer
-
-    pieces = SentencePieceProcessor(model_file=str(model))
-    table = json.loads(tokenizer.backend_tokenizer.to_str())
-    if table["model"].get("type") != "BPE":
-        return
-    count = pieces.get_piece_size()
-    scores = {pieces.id_to_piece(number): pieces.get_score(number) for number in range(count)}
-    table["model"]["merges"].sort(key=lambda pair: -scores.get("".join(pair), 0.0))
-    tokenizer.backend_tokenizer.model = Tokenizer.from_str(json.dumps(table)).model

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from llavakit import DataError
-from llavakit.images import check_image, inside, open_image
+from llavakit.images import MissingImage, check_image, inside, open_image, whole_images
 
 GREY = np.linspace(0, 255, 12 * 10).reshape(12, 10)
 
@@ -165,6 +165,52 @@ def test_no_damage_is_a_traceback(photo: Path, seed: int) -> None:
             assert "sample `7`" in str(error)  # noqa: PT017 - either outcome is right
 
 
+def test_many_images_are_judged_in_order_as_one_by_one(photo: Path, tmp_path: Path) -> None:
+    cut = tmp_path / f"cut{photo.suffix}"
+    cut.write_bytes(photo.read_bytes()[:200])
+    few: list[Path | str] = [
+        photo,
+        cut,
+        tmp_path / "none.png",
+        str(photo),
+        "a\0b.png",
+        "",
+        tmp_path,
+    ]
+    paths = few * 900
+    whole = list(whole_images(paths))
+    quick = photo.suffix in (".png", ".jpg", ".webp")  # the others are left to be decoded
+    assert whole == [quick, False, False, quick, False, False, False] * 900
+
+
+@pytest.mark.parametrize("name", ["none.png", "a\0b.png", "", "x" * 5000, "file/a.png"])
+def test_an_image_that_is_not_there_is_told_from_a_broken_one(tmp_path: Path, name: str) -> None:
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(MissingImage, match="of sample `7` cannot be read"):
+        check_image(tmp_path / name, "sample `7`")
+    (tmp_path / "a.png").write_text("no image")
+    with pytest.raises(DataError) as caught:
+        check_image(tmp_path / "a.png", "sample `7`")
+    assert not isinstance(caught.value, MissingImage)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16", "I", "F"])
+def test_one_pixel(tmp_path: Path, mode: str) -> None:
+    path = tmp_path / ("a.tiff" if mode in ("CMYK", "I", "F") else "a.png")
+    Image.new(mode, (1, 1)).save(path)
+    check_image(path, "x")
+    assert (open_image(path, "x").mode, open_image(path, "x").size) == ("RGB", (1, 1))
+
+
+def test_transparency_of_a_palette_shows_the_colour_below(tmp_path: Path) -> None:
+    image = Image.new("P", (2, 1))
+    image.putpalette([10, 20, 30, 200, 100, 50])
+    image.putpixel((1, 0), 1)
+    image.save(tmp_path / "a.png", transparency=1)
+    found = open_image(tmp_path / "a.png", "x")
+    assert [found.getpixel((x, 0)) for x in (0, 1)] == [(10, 20, 30), (200, 100, 50)]
+
+
 def test_the_check_costs_microseconds(tmp_path: Path) -> None:
     path = tmp_path / "a.jpg"
     Image.new("RGB", (640, 480)).save(path)
@@ -181,3 +227,14 @@ def test_a_path_that_leaves_the_folder_is_refused(tmp_path: Path, name: str) -> 
 @pytest.mark.parametrize("name", ["a.png", "b/c/a.png", "b/../a.png", "..a.png", "./a.png"])
 def test_a_path_within_the_folder_is_taken(tmp_path: Path, name: str) -> None:
     assert inside(tmp_path, name, "sample `7`") == tmp_path / name
+
+
+def test_a_link_within_the_folder_may_lead_out_of_it(tmp_path: Path) -> None:
+    """Data sets are often laid out by links; whoever made them may read what they lead to."""
+    (tmp_path / "elsewhere").mkdir()
+    Image.new("RGB", (5, 4)).save(tmp_path / "elsewhere" / "a.png")
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "train").symlink_to(tmp_path / "elsewhere")
+    path = inside(tmp_path / "images", "train/a.png", "x")
+    check_image(path, "x")
+    assert open_image(path, "x").size == (5, 4)

@@ -2,39 +2,39 @@
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Mapping
+from array import array
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from llavakit import DataError, Dataset, InputPath, Options, Sample, Turn
-from llavakit.images import check_image, inside
+from llavakit.images import MissingImage, check_image, inside, whole_images
+from llavakit.samples import Finding, Inspected
+from llavakit_plugins.datasets.expected import Expected
+from llavakit_plugins.datasets.streaming import StoredRows, count_rows, read_rows
 
 _ROLES = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt"}
 _CHARACTERS_A_TOKEN = 4.2  # of English under LLaMA's tokenizer, roughly: for plans only
-
-
-class Expected(BaseModel):
-    """What a plan reckons with while the file is not there."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    samples: int = Field(ge=0)
-    tokens: int = Field(ge=0)
-    """Mean text tokens a sample."""
+_LOOKED_AT = 4096  # rows that a plan reads to learn how long they are
+_NAMED = 3
 
 
 class ConversationsOptions(Options):
     path: InputPath
+    """One JSON list, or JSON lines (`.jsonl`)."""
     images: InputPath | None = None
     """The folder that `image` is relative to; the file's own where absent."""
     kind: str = ""
     """What sort of response the file teaches, for losses by sort."""
     limit: int | None = Field(default=None, ge=1)
     """Use only so many samples from the start."""
+    unusable: Literal["refuse", "skip"] = "refuse"
+    """What to do about samples that cannot be used, and images that are missing or broken: refuse
+    the file, or leave those samples out and say which."""
     expect: Expected | None = None
 
 
@@ -42,7 +42,8 @@ class Conversations(Dataset):
     """LLaVA's training JSON, as it is.
 
     As in the original, a first turn from `gpt` is dropped. A row may have several images: then
-    `image` is a list, in the order of the placeholders.
+    `image` is a list, in the order of the placeholders. The rows stay in the file: memory holds
+    where each begins.
 
     Raises DataError where the file, a row, or an image's path cannot be used.
     """
@@ -51,56 +52,160 @@ class Conversations(Dataset):
     Options = ConversationsOptions
 
     def __init__(self, options: ConversationsOptions) -> None:
-        folder = options.images or options.path.parent
-        rows = read_rows(options.path)[: options.limit]
-        self.samples = [
-            _sample(row, number, options, folder) for number, row in enumerate(rows, start=1)
-        ]
-        _check_images(self.samples, options.path)
+        self.options = options
+        self.folder = options.images or options.path.parent
+        self._rows = StoredRows(options.path)
+        self._numbers: Sequence[int] | None = None
+        """Of the rows that are used, from 0; None for all."""
+        self._left_out: list[str] = []
+        skip = options.unusable == "skip"
+        bad: set[int] = set()
+        images: dict[str, int] = {}
+        for number, row in enumerate(islice(read_rows(options.path), options.limit)):
+            self._rows.append(row)
+            try:
+                sample = read_sample(row.value, number, options, self.folder)
+            except DataError as error:
+                if not skip:
+                    raise
+                bad.add(number)
+                self._left_out.append(str(error))
+                continue
+            for image in sample.images:
+                images.setdefault(str(image), number)
+        broken = self._broken(images)
+        if broken and not skip:
+            raise self._refusal(broken, images)
+        if broken:
+            bad |= self._about(broken)
+            self._left_out += map(str, broken.values())
+        if bad:
+            self._numbers = array("q", (n for n in range(len(self._rows)) if n not in bad))
 
     def __len__(self) -> int:
-        return len(self.samples)
+        return len(self._rows) if self._numbers is None else len(self._numbers)
 
     def __getitem__(self, index: int) -> Sample:
-        return self.samples[index]
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        number = index if self._numbers is None else self._numbers[index]
+        return read_sample(self._rows[number], number, self.options, self.folder)
+
+    def notes(self) -> list[str]:
+        if self._numbers is None:
+            return []
+        out = len(self._rows) - len(self)
+        more = f"; and {len(self._left_out) - _NAMED} more" * (len(self._left_out) > _NAMED)
+        return [
+            f"{self.options.path}: {out} of {len(self._rows)} samples are left out: "
+            f"{'; '.join(self._left_out[:_NAMED])}{more}"
+        ]
 
     @classmethod
     def expect(cls, options: ConversationsOptions) -> tuple[int, int] | None:
         if options.path.is_file():
-            rows = read_rows(options.path)[: options.limit]
-            text = sum(len(str(row.get("conversations"))) for row in rows)
-            return len(rows), round(text / _CHARACTERS_A_TOKEN / max(1, len(rows)))
-        if options.expect is None:
-            return None
-        return min(options.expect.samples, options.limit or 10**12), options.expect.tokens
+            most = min(_LOOKED_AT, options.limit or _LOOKED_AT)
+            rows = list(islice(read_rows(options.path), most))
+            count = len(rows)
+            if count == _LOOKED_AT:
+                count = count_rows(options.path, "conversations")
+            text = sum(len(str(row.value.get("conversations"))) for row in rows)
+            return min(count, options.limit or count), round(
+                text / _CHARACTERS_A_TOKEN / max(1, len(rows))
+            )
+        return options.expect.upto(options.limit) if options.expect else None
+
+    @classmethod
+    def inspect(cls, options: ConversationsOptions) -> Iterator[Inspected]:
+        folder = options.images or options.path.parent
+        size = max(1, options.path.stat().st_size)
+        for number, row in enumerate(islice(read_rows(options.path), options.limit)):
+            identity, where = _name(row.value, number, options)
+            turns = _attempt(partial(_turns, row.value, where), "conversations")
+            images = _attempt(partial(_images, row.value, where, folder), "image paths")
+            problems = [found for found in (turns, images) if isinstance(found, Finding)]
+            sample = None
+            if not isinstance(turns, Finding) and not isinstance(images, Finding):
+                sample = Sample(identity, turns, images, options.kind)
+                try:
+                    sample.check(str(options.path))
+                except DataError as error:
+                    sample = None
+                    problems.append(Finding("conversations", str(error)))
+            known = () if isinstance(images, Finding) else images
+            read = (row.start + row.length) / size
+            yield Inspected(identity, sample, tuple(problems), known, read)
+
+    def _broken(self, images: Mapping[str, int]) -> dict[str, DataError]:
+        """Return the images that cannot be used: hours of work may depend on them."""
+        found = {}
+        for (image, number), whole in zip(images.items(), whole_images(images), strict=True):
+            if not whole:
+                try:
+                    check_image(image, f"sample `{self._id(number)}`")
+                except DataError as error:
+                    found[image] = error
+        return found
+
+    def _refusal(self, broken: Mapping[str, DataError], images: Mapping[str, int]) -> DataError:
+        path, skip = self.options.path, 'or set unusable = "skip" to leave their samples out'
+        missing = [image for image, error in broken.items() if isinstance(error, MissingImage)]
+        if missing:
+            names = ", ".join(
+                f"{image} (sample `{self._id(images[image])}`)" for image in missing[:_NAMED]
+            )
+            more = f" and {len(missing) - _NAMED} more" if len(missing) > _NAMED else ""
+            return DataError(
+                f"{path}: {len(missing)} of {len(images)} images are missing: {names}{more}; "
+                f"check the images folder, {skip}"
+            )
+        more = f" ({len(broken) - 1} more cannot be used)" if len(broken) > 1 else ""
+        return DataError(f"{path}: {next(iter(broken.values()))}{more}; {skip}")
+
+    def _id(self, number: int) -> str:
+        return _name(self._rows[number], number, self.options)[0]
+
+    def _about(self, images: Mapping[str, object]) -> set[int]:
+        """Return the rows about any of these images."""
+        found = set()
+        for number in range(len(self._rows)):
+            try:
+                sample = read_sample(self._rows[number], number, self.options, self.folder)
+            except DataError:  # left out already, with its reason
+                continue
+            if any(str(image) in images for image in sample.images):
+                found.add(number)
+        return found
 
 
-def read_rows(path: Path) -> list[Mapping[str, Any]]:
-    """Return the rows of a JSON list. Raises DataError with line and column where it is broken."""
+T = TypeVar("T")
+
+
+def _attempt(read: Callable[[], T], sort: str) -> T | Finding:
     try:
-        rows = json.loads(path.read_bytes())
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}") from error
-    except RecursionError as error:
-        raise DataError(f"{path} is nested too deeply to read; mend the file") from error
-    except json.JSONDecodeError as error:
-        raise DataError(
-            f"{path}:{error.lineno}:{error.colno}: not valid JSON: {error.msg}; mend the file"
-        ) from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text (byte {error.start}); convert it") from error
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise DataError(f"{path} is not a list of objects; LLaVA's training JSON is one list")
-    if not rows:
-        raise DataError(f"{path} holds no samples; choose another file")
-    return rows
+        return read()
+    except DataError as error:
+        return Finding(sort, str(error))
 
 
-def _sample(
+def read_sample(
     row: Mapping[str, Any], number: int, options: ConversationsOptions, folder: Path
 ) -> Sample:
-    identity = str(row.get("id", f"#{number}"))
-    where = f"sample `{identity}` of {options.path}"
+    """Return the sample of a row, counted from 0. Raises DataError where it cannot be used."""
+    identity, where = _name(row, number, options)
+    sample = Sample(identity, _turns(row, where), _images(row, where, folder), options.kind)
+    sample.check(str(options.path))
+    return sample
+
+
+def _name(row: Mapping[str, Any], number: int, options: ConversationsOptions) -> tuple[str, str]:
+    """Return a row's id, its number where it has none, and how errors name it."""
+    given = row.get("id")
+    identity = f"#{number + 1}" if given is None or given == "" else str(given)
+    return identity, f"sample `{identity}` of {options.path}"
+
+
+def _turns(row: Mapping[str, Any], where: str) -> tuple[Turn, ...]:
     turns: list[Turn] = []
     conversations = row.get("conversations")
     if not isinstance(conversations, list):
@@ -113,35 +218,12 @@ def _sample(
             )
         if turns or role == "human":
             turns.append(Turn(role, turn["value"]))  # type: ignore[arg-type]
-    names = row.get("image", [])
-    names = [names] if isinstance(names, str) else names
+    return tuple(turns)
+
+
+def _images(row: Mapping[str, Any], where: str, folder: Path) -> tuple[Path, ...]:
+    names = row.get("image")
+    names = [] if names is None else [names] if isinstance(names, str) else names
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise DataError(f"{where}: `image` is a path, or a list of paths, got {names!r:.80}")
-    images = tuple(inside(folder, name, where) for name in names)
-    sample = Sample(identity, tuple(turns), images, options.kind)
-    sample.check(str(options.path))
-    return sample
-
-
-def _check_images(samples: list[Sample], path: Path) -> None:
-    """Raise DataError naming images that cannot be used, before hours of work depend on them."""
-    wanted = {image: sample.id for sample in samples for image in sample.images}
-    images = {image: identity for image, identity in wanted.items() if isinstance(image, Path)}
-    missing, damaged = [], []
-    for image, identity in images.items():
-        if not os.path.isfile(image):  # unlike Path.is_file, false for any impossible name
-            missing.append(f"{image} (sample `{identity}`)")
-            continue
-        try:
-            check_image(image, f"sample `{identity}`")
-        except DataError as error:
-            damaged.append(str(error))
-    if missing:
-        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-        raise DataError(
-            f"{path}: {len(missing)} of {len(wanted)} images are missing: "
-            f"{', '.join(missing[:3])}{more}; check the images folder"
-        )
-    if damaged:
-        more = f" ({len(damaged) - 1} more cannot be used)" if len(damaged) > 1 else ""
-        raise DataError(f"{path}: {damaged[0]}{more}")
+    return tuple(inside(folder, name, where) for name in names)

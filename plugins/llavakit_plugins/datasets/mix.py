@@ -2,28 +2,68 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any
+
+import numpy as np
+from pydantic import Field, model_validator
+
 from llavakit import Build, Dataset, Options, Sample, Use
 
 
 class MixOptions(Options):
-    parts: tuple[Use[Dataset], ...]
+    parts: tuple[Use[Dataset], ...] = Field(min_length=1)
+    weights: tuple[float, ...] | None = None
+    """How often each part is used in an epoch: 2 is twice, 0.5 a half of it drawn by `seed`; once
+    each where absent."""
+    seed: int = Field(default=0, ge=0)
+
+    @model_validator(mode="after")
+    def _one_weight_a_part(self) -> MixOptions:
+        if self.weights is not None:
+            if len(self.weights) != len(self.parts):
+                raise ValueError(f"give `weights` one number for each of {len(self.parts)} parts")
+            if min(self.weights) <= 0:
+                raise ValueError("`weights` are above 0; leave a part out that is not wanted")
+        return self
 
 
 class Mix(Dataset):
-    """The parts' samples, one part behind the other."""
+    """The parts' samples, one part behind the other, each as often as its weight says."""
 
     name = "mix"
     Options = MixOptions
 
     def __init__(self, options: MixOptions, *, build: Build) -> None:
         self.parts = [build(part) for part in options.parts]
+        weights = options.weights or (1.0,) * len(self.parts)
+        self._chosen = [
+            _choose(len(part), weight, options.seed + number)
+            for number, (part, weight) in enumerate(zip(self.parts, weights, strict=True))
+        ]
+        self._ends = list(accumulate(map(len, self._chosen)))
 
     def __len__(self) -> int:
-        return sum(map(len, self.parts))
+        return self._ends[-1]
 
     def __getitem__(self, index: int) -> Sample:
-        for part in self.parts:
-            if index < len(part):
-                return part[index]
-            index -= len(part)
-        raise IndexError(index)
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        part = bisect_right(self._ends, index)
+        place = index - (self._ends[part] - len(self._chosen[part]))
+        return self.parts[part][int(self._chosen[part][place])]
+
+    def notes(self) -> Sequence[str]:
+        return [note for part in self.parts for note in part.notes()]
+
+
+def _choose(samples: int, weight: float, seed: int) -> Any:
+    """Return the samples of one epoch: all of them as often as whole, and a draw of the rest."""
+    times = int(weight)
+    rest = round((weight - times) * samples)
+    if not rest:
+        return np.tile(np.arange(samples), times) if times != 1 else range(samples)
+    drawn = np.random.default_rng(seed).choice(samples, rest, replace=False)
+    return np.concatenate([np.tile(np.arange(samples), times), np.sort(drawn)])

@@ -8,6 +8,7 @@ from pydantic import Field
 
 from llavakit import DataError, Dataset, InputPath, Options, Sample, Turn
 from llavakit.images import check_image
+from llavakit_plugins.datasets.expected import Expected
 from llavakit_plugins.scienceqa import Format, Problem, answer_text, question_text, read_problems
 
 _CHARACTERS_A_TOKEN = 4.2  # of English under LLaMA's tokenizer, roughly: for plans only
@@ -23,6 +24,7 @@ class ScienceQAOptions(Options):
     """What is asked and what is learned; see docs/evaluate.md."""
     limit: int | None = Field(default=None, ge=1)
     """Use only so many problems from the start."""
+    expect: Expected | None = None
 
 
 class ScienceQA(Dataset):
@@ -48,7 +50,7 @@ class ScienceQA(Dataset):
     @classmethod
     def expect(cls, options: ScienceQAOptions) -> tuple[int, int] | None:
         if not options.problems.is_file():
-            return None
+            return options.expect.upto(options.limit) if options.expect else None
         problems = list(read_problems(options.problems, options.split).values())[: options.limit]
         form = options.format
         text = sum(len(question_text(p, form)) + len(answer_text(p, form)) for p in problems)

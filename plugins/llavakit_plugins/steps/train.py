@@ -9,7 +9,7 @@ from llavakit.assembly import save_model
 from llavakit.planning import Planner, StepPlan
 from llavakit.reporting import Curves
 from llavakit_plugins.training.corpus import Corpus
-from llavakit_plugins.training.features import Encoding
+from llavakit_plugins.training.features import Encoding, preparation
 from llavakit_plugins.training.loop import PARTS, Trainer, held_out_loss, require_weights
 from llavakit_plugins.training.options import TrainOptions
 
@@ -34,7 +34,14 @@ class _Train(Step):
         def tokenising(done: int, total: int) -> None:
             run.progress(done, total, "tokenising")
 
-        corpus = Corpus(data, model, template, options.max_length, tokenising)
+        corpus = Corpus(
+            data, model, template, options.max_length, tokenising, unlearned=options.unlearned
+        )
+        notes = list(data.notes())
+        if corpus.skipped:
+            notes.append(f"Nothing is learned from {corpus.name_skipped()}: they are left out.")
+        for note in notes:
+            run.event("note", text=note)
         held_out = None
         if options.held_out is not None:
             held_out = Corpus(run.build(options.held_out), model, template, options.max_length)
@@ -48,8 +55,10 @@ class _Train(Step):
             "loss": _tail_mean([loss for _, loss in progress.losses]),
             "steps": float(progress.step),
         }
+        if corpus.skipped:
+            metrics["left_out"] = float(len(corpus.skipped))
         if held_out is not None:
-            metrics["held_out_loss"] = self._held_out(model, held_out)
+            metrics["held_out_loss"] = self._held_out(model, held_out, run)
         save_model(model, run.directory / "model")
         curve = Curves(
             title="Training loss",
@@ -57,13 +66,16 @@ class _Train(Step):
             y="loss a token",
             series={self.name: [(float(at), loss) for at, loss in progress.losses]},
             caption=f"{progress.samples:,} samples, {progress.tokens:,} tokens, of which "
-            f"{progress.targets:,} supervised.",
+            f"{progress.targets:,} supervised. {' '.join(notes)}".rstrip(),
         )
         return Outcome(metrics, [curve])
 
-    def _held_out(self, model: LlavaModel, corpus: Corpus) -> float:
+    def _held_out(self, model: LlavaModel, corpus: Corpus, run: Run) -> float:
         dtype = next(model.vision.parameters()).dtype
-        features = Encoding(corpus, model, workers=0, dtype=dtype, learns=False)
+        preparing = preparation(model, self.options.prepare, run.build)
+        features = Encoding(
+            corpus, model, workers=0, dtype=dtype, learns=False, preparing=preparing
+        )
         return held_out_loss(model, corpus, self.options.micro_batch_tokens, features)
 
     @classmethod
@@ -71,6 +83,7 @@ class _Train(Step):
         trained = tuple(part for part in PARTS if part in options.train)
         for part in trained:
             require_weights(part, planner.parameters(part))
+        preparation(planner.model, options.prepare, planner.build)  # for its errors
         memory = _memory_gb(options, planner)
         expected = planner.expect(options.data)
         if expected is None:

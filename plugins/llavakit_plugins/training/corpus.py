@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 
 from llavakit import DataError, Dataset, LlavaModel, PromptTemplate
 from llavakit.packing import PackedBatch, best_fit, pack
@@ -27,10 +28,11 @@ class Batch:
 
 
 class Corpus:
-    """Every sample's ids and learned mask, end to end.
+    """Every sample's ids and learned mask, end to end: two bytes and a bit a token, as a rule.
 
     Samples are cut at `max_length`, or at the language model's own where that is less.
-    Raises DataError naming samples in which nothing is learned, before training starts.
+    Raises DataError naming samples in which nothing is learned, before training starts, unless
+    `unlearned` says to skip them.
     """
 
     def __init__(
@@ -40,6 +42,7 @@ class Corpus:
         template: PromptTemplate,
         max_length: int,
         progress: Callable[[int, int], None] = lambda done, total: None,
+        unlearned: Literal["refuse", "skip"] = "refuse",
     ) -> None:
         self.data = data
         self.visual_tokens = model.visual_tokens
@@ -48,45 +51,58 @@ class Corpus:
         max_length = min(max_length, model.language.max_length)
         self.max_length = max_length
         tokenizer = model.language.tokenizer
-        ids: list[npt.NDArray[np.int32]] = []
-        learned: list[npt.NDArray[np.bool_]] = []
-        self.lengths: list[int] = []
-        self.learned_counts: list[int] = []
+        # negative numbers stand for images, so half of the numbers are left for tokens
+        ids = array("h" if len(tokenizer) < 1 << 15 else "i")
+        learned = array("B")
+        counts = array("q")
+        self.lengths = array("i")
+        """Rows of the stream that each sample takes."""
+        self.learned_counts = array("i")
         self.cut = 0
         """Samples longer than `max_length`."""
         for number in range(len(data)):
             item = encode(data[number], template, tokenizer, max_length)
             full = len(item.ids) + item.image_count * (self.visual_tokens - 1)
             self.cut += full > max_length
-            ids.append(item.ids.astype(np.int32))
-            learned.append(item.learned)
+            ids.frombytes(item.ids.astype(ids.typecode).tobytes())
+            learned.frombytes(np.packbits(item.learned).tobytes())
+            counts.append(len(item.ids))
             self.lengths.append(item.length(self.visual_tokens))
             self.learned_counts.append(item.learned_count(self.visual_tokens))
             if number % 256 == 255 or number + 1 == len(data):
                 progress(number + 1, len(data))
-        self._starts = np.cumsum([0, *map(len, ids)])
-        self._ids = np.concatenate(ids)
-        self._learned = np.concatenate(learned)
-        self._refuse_unlearnable()
-
-    def _refuse_unlearnable(self) -> None:
-        empty = [number for number, count in enumerate(self.learned_counts) if count == 0]
-        if empty:
-            names = ", ".join(f"`{self.data[number].id}`" for number in empty[:_NAMED])
-            more = f" and {len(empty) - _NAMED} more" if len(empty) > _NAMED else ""
+        self._ids = np.frombuffer(ids, dtype=ids.typecode)
+        self._learned_bits = np.frombuffer(learned, dtype=np.uint8)
+        of_samples = np.frombuffer(counts, dtype=np.int64)
+        self._starts = np.concatenate([[0], np.cumsum(of_samples)])
+        self._bit_starts = np.concatenate([[0], np.cumsum(-(-of_samples // 8))])
+        teaches = np.asarray(self.learned_counts) > 0
+        self.samples = np.flatnonzero(teaches).tolist()
+        """The samples to learn from, by their number in `data`."""
+        self.skipped = np.flatnonzero(~teaches).tolist()
+        """Those in which nothing is learned."""
+        if self.skipped and (unlearned == "refuse" or not self.samples):
             raise DataError(
-                f"nothing is learned from {len(empty)} of {len(self)} samples ({names}{more}): "
-                f"their answers are empty or lie behind {self.max_length} tokens; remove them or "
-                "raise max_length"
+                f"nothing is learned from {self.name_skipped()}: their answers are empty or lie "
+                f"behind {self.max_length} tokens; remove them, raise max_length, or set "
+                'unlearned = "skip"'
             )
 
+    def name_skipped(self) -> str:
+        """Say how many samples teach nothing, and name the first."""
+        names = ", ".join(f"`{self.data[number].id}`" for number in self.skipped[:_NAMED])
+        more = f" and {len(self.skipped) - _NAMED} more" if len(self.skipped) > _NAMED else ""
+        return f"{len(self.skipped)} of {len(self.lengths)} samples ({names}{more})"
+
     def __len__(self) -> int:
-        return len(self.lengths)
+        return len(self.samples)
 
     def encoded(self, sample: int) -> Encoded:
         """Return one sample's ids and mask."""
-        own = slice(self._starts[sample], self._starts[sample + 1])
-        return Encoded(self._ids[own].astype(np.int64), self._learned[own], self.max_length)
+        begin, end = self._starts[sample : sample + 2]
+        bits = self._learned_bits[self._bit_starts[sample] : self._bit_starts[sample + 1]]
+        learned = np.unpackbits(bits, count=int(end - begin)).astype(np.bool_)
+        return Encoded(self._ids[begin:end].astype(np.int64), learned, self.max_length)
 
     def pack(self, samples: Sequence[int]) -> PackedBatch:
         """Return the packed stream of these samples."""
@@ -99,7 +115,8 @@ class Corpus:
 
     def epoch(self, seed: int, epoch: int, batch_size: int, capacity: int) -> Iterator[Batch]:
         """Yield the steps of one epoch, shuffled by `seed` and `epoch` alone."""
-        order = np.random.default_rng([seed, epoch]).permutation(len(self)).tolist()
+        places = np.random.default_rng([seed, epoch]).permutation(len(self))
+        order = np.asarray(self.samples)[places].tolist()
         for begin in range(0, len(order), batch_size):
             yield self.batch(order[begin : begin + batch_size], capacity)
 

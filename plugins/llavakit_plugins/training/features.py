@@ -5,16 +5,17 @@ I images, P patches, D vision width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
-from llavakit import Dataset, LlavaModel
+from llavakit import Build, LlavaModel, TrainingError, Use, VisionEncoder
 from llavakit.images import read_pixels
 from llavakit.packing import PackedBatch
 from llavakit.samples import ImageSource
@@ -22,6 +23,28 @@ from llavakit_plugins.training.corpus import Corpus
 
 _ENCODE_BATCH = 32
 CACHE_BYTES = 4 << 30
+
+
+def preparation(model: LlavaModel, changes: Mapping[str, Any], build: Build) -> VisionEncoder:
+    """Return who prepares images: the encoder, or one with some options changed, without weights.
+
+    Raises TrainingError where the encoder has no such options, or they would change its size.
+    """
+    if not changes:
+        return model.vision
+    choice = {**model.choices["vision"], **changes}
+    try:
+        with torch.device("meta"):
+            changed = build(Use[VisionEncoder].model_validate(choice))
+    except ValidationError as error:
+        found = "; ".join(f"`{'.'.join(map(str, e['loc']))}`: {e['msg']}" for e in error.errors())
+        raise TrainingError(f"`prepare` of `{model.vision.name}`: {found}; mend it") from error
+    if changed.image_size != model.vision.image_size:
+        raise TrainingError(
+            f"`prepare` changes the size of images to {changed.image_size}, but the encoder reads "
+            f"{model.vision.image_size}; change it under [model.vision]"
+        )
+    return changed
 
 
 class Features(Protocol):
@@ -35,15 +58,23 @@ class Encoding:
     """Reads and encodes the images of each micro-batch when it is its turn."""
 
     def __init__(
-        self, corpus: Corpus, model: LlavaModel, *, workers: int, dtype: torch.dtype, learns: bool
+        self,
+        corpus: Corpus,
+        model: LlavaModel,
+        *,
+        workers: int,
+        dtype: torch.dtype,
+        learns: bool,
+        preparing: VisionEncoder | None = None,
     ) -> None:
         self._corpus, self._model = corpus, model
+        self._preparing = preparing or model.vision
         self._workers, self._dtype, self._learns = workers, dtype, learns
 
     def load(self, micros: Sequence[Sequence[int]]) -> Iterator[tuple[PackedBatch, Tensor | None]]:
         device = self._model.device
         loader = DataLoader(
-            _MicroBatches(self._corpus, self._model, micros),
+            _MicroBatches(self._corpus, self._preparing, micros),
             batch_size=None,
             num_workers=self._workers,
             pin_memory=device.type == "cuda",
@@ -59,9 +90,10 @@ class Encoding:
 
 
 class _MicroBatches(TorchDataset[tuple[PackedBatch, Tensor | None]]):
-    def __init__(self, corpus: Corpus, model: LlavaModel, micros: Sequence[Sequence[int]]) -> None:
-        self._corpus, self._micros = corpus, micros
-        self._vision = model.vision
+    def __init__(
+        self, corpus: Corpus, vision: VisionEncoder, micros: Sequence[Sequence[int]]
+    ) -> None:
+        self._corpus, self._micros, self._vision = corpus, micros, vision
 
     def __len__(self) -> int:
         return len(self._micros)
@@ -85,14 +117,16 @@ class Cached:
         *,
         dtype: torch.dtype,
         progress: Callable[[int, int, str], None],
+        preparing: VisionEncoder | None = None,
     ) -> None:
         self._corpus, self._device = corpus, model.device
-        self._place, sources = index_images(corpus.data)
+        vision = preparing or model.vision
+        self._place, sources = index_images(corpus)
         chunks = []
         with torch.no_grad():
             for begin in range(0, len(sources), _ENCODE_BATCH):
                 part = sources[begin : begin + _ENCODE_BATCH]
-                pixels = [read_pixels(model.vision, image, name) for image, name in part]
+                pixels = [read_pixels(vision, image, name) for image, name in part]
                 batch = torch.stack(pixels).to(model.device, dtype)
                 chunks.append(model.features(batch).to("cpu"))
                 progress(begin + len(part), len(sources), "encoding images")
@@ -109,17 +143,35 @@ class Cached:
 
 
 def index_images(
-    data: Dataset,
+    corpus: Corpus,
 ) -> tuple[dict[tuple[int, int], int], list[tuple[ImageSource, str]]]:
     """Return the number of each (sample, image), and every distinct image once."""
     numbers: dict[object, int] = {}
     place: dict[tuple[int, int], int] = {}
     sources: list[tuple[ImageSource, str]] = []
-    for index, sample in enumerate(data):
+    for index in corpus.samples:
+        sample = corpus.data[index]
         for number, image in enumerate(sample.images):
-            key = image if isinstance(image, Path) else id(image)
+            key = _identity(image)
             if key not in numbers:
                 numbers[key] = len(sources)
                 sources.append((image, f"sample `{sample.id}`"))
             place[index, number] = numbers[key]
     return place, sources
+
+
+def images_recur(corpus: Corpus, epochs: int, most: int) -> bool:
+    """Say whether any image is met again, and there are at most so many; stops where it knows."""
+    seen: set[object] = set()
+    mentions = 0
+    for index in corpus.samples:
+        for image in corpus.data[index].images:
+            seen.add(_identity(image))
+            mentions += 1
+        if len(seen) > most:
+            return False
+    return mentions * epochs > len(seen)
+
+
+def _identity(image: ImageSource) -> object:
+    return image if isinstance(image, Path) else id(image)

@@ -16,7 +16,14 @@ from llavakit import LlavaModel, Run, Stopped, TrainingError
 from llavakit.assembly import cast_weights
 from llavakit_plugins.training.checkpoints import Checkpoints
 from llavakit_plugins.training.corpus import Batch, Corpus
-from llavakit_plugins.training.features import CACHE_BYTES, Cached, Encoding, Features, index_images
+from llavakit_plugins.training.features import (
+    CACHE_BYTES,
+    Cached,
+    Encoding,
+    Features,
+    images_recur,
+    preparation,
+)
 from llavakit_plugins.training.optimiser import Group, NotFinite, Optimiser, Schedule
 from llavakit_plugins.training.options import TrainOptions
 from llavakit_plugins.training.parallel import (
@@ -86,20 +93,30 @@ class Trainer:
     def _features(self) -> Features:
         learns = "vision" in self.options.train
         dtype = next(self.model.vision.parameters()).dtype
+        preparing = preparation(self.model, self.options.prepare, self.run.build)
         if not learns and self._worth_caching():
-            return Cached(self.corpus, self.model, dtype=dtype, progress=self.run.progress)
+            return Cached(
+                self.corpus,
+                self.model,
+                dtype=dtype,
+                progress=self.run.progress,
+                preparing=preparing,
+            )
         return Encoding(
-            self.corpus, self.model, workers=self.options.workers, dtype=dtype, learns=learns
+            self.corpus,
+            self.model,
+            workers=self.options.workers,
+            dtype=dtype,
+            learns=learns,
+            preparing=preparing,
         )
 
     def _worth_caching(self) -> bool:
         if self.options.cache_features is not None:
             return self.options.cache_features
-        place, sources = index_images(self.corpus.data)
         vision = self.model.vision
-        floats = len(sources) * vision.tokens(vision.image_size) * vision.width
-        recur = len(place) * self.options.epochs > len(sources)
-        return recur and 4 * floats <= CACHE_BYTES
+        floats = vision.tokens(vision.image_size) * vision.width
+        return images_recur(self.corpus, self.options.epochs, CACHE_BYTES // (4 * floats))
 
     def train(self) -> Progress:
         """Train to the end, from the newest checkpoint where `run.resume` says so.
@@ -314,7 +331,7 @@ class _Meter:
 def held_out_loss(model: LlavaModel, corpus: Corpus, capacity: int, features: Features) -> float:
     """Return the mean loss a target token over a corpus, nothing learned."""
     total, targets = torch.zeros((), device=model.device), 0
-    micros: Sequence[Sequence[int]] = corpus.batch(range(len(corpus)), capacity).samples
+    micros: Sequence[Sequence[int]] = corpus.batch(corpus.samples, capacity).samples
     for packed, found in features.load(micros):
         total += model.loss(packed, found)
         targets += len(packed.targets_M)

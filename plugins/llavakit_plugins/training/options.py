@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
@@ -31,6 +31,11 @@ class TrainOptions(Options):
     """Rows of the packed stream that go through the model at once; bounds the memory."""
     max_length: int = Field(default=2048, ge=2)
     """Longest sample in tokens, images included; longer ones are cut, as in the original."""
+    unlearned: Literal["refuse", "skip"] = "refuse"
+    """What to do about samples in which nothing is learned, because their answers are empty or lie
+    behind `max_length`: refuse the data, or leave those samples out and say which."""
+    prepare: dict[str, Any] = Field(default_factory=dict)
+    """Options of the vision encoder that differ for this step's images: `{ aspect = "crop" }`."""
     warmup: float = Field(default=0.03, ge=0, lt=1)
     """Share of the steps in which the learning rate rises."""
     schedule: Literal["cosine", "constant"] = "cosine"
