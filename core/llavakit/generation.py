@@ -7,7 +7,6 @@ together, one row a sequence. Nothing is padded on the left, so a batch equals o
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,27 +15,7 @@ from llavakit.attention import KVCache
 from llavakit.errors import ModelError
 from llavakit.interfaces import LanguageModel
 from llavakit.packing import Packing, Rows
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen."""
-
-    max_new_tokens: int = 64
-    temperature: float = 0.0
-    """0 takes the likeliest token."""
-    top_p: float = 1.0
-    """Sample among the likeliest tokens that together have this probability."""
-    seed: int | None = None
-    """None draws from entropy; only used where `temperature` is above 0."""
-
-    def __post_init__(self) -> None:
-        if self.max_new_tokens < 1 or self.temperature < 0 or not 0 < self.top_p <= 1:
-            raise ModelError(
-                f"cannot sample with max_new_tokens={self.max_new_tokens}, "
-                f"temperature={self.temperature}, top_p={self.top_p}; use at least one new "
-                "token, a temperature of 0 or more, and 0 < top_p <= 1"
-            )
+from llavakit.sampling import Sampling as Sampling
 
 
 @torch.inference_mode()

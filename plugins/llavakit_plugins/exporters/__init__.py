@@ -7,4 +7,6 @@ from llavakit import Exporter, hookimpl
 
 @hookimpl
 def llava_exporters() -> list[type[Exporter]]:
-    return []
+    from llavakit_plugins.exporters.onnx.exporter import Onnx
+
+    return [Onnx]

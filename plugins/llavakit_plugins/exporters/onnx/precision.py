@@ -1,0 +1,104 @@
+"""Smaller precisions of a graph: half, dynamic int8, and 8 or 4 bits in blocks (MatMulNBits)."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import onnx
+
+from llavakit_plugins.onnx_runtime.layout import DECODER, EMBEDDINGS
+
+Precision = Literal["fp32", "fp16", "int8", "q8", "q4"]
+
+
+def convert(
+    graph: str, model: onnx.ModelProto, precision: Precision, block: int
+) -> onnx.ModelProto:
+    """Return a graph in another precision; `model`, the fp32 graph, is used up.
+
+    Inputs and outputs stay float32, but for the key-value cache in fp16. `block` is the number of
+    weights that share a scale.
+    """
+    if precision == "fp32":
+        return model
+    if precision == "fp16":
+        return _half(graph, model)
+    if graph == EMBEDDINGS:  # a look-up: half the size, and nothing to compute
+        return _half(graph, model)
+    if precision == "int8":
+        return _dynamic(model)
+    return _blocks(model, 8 if precision == "q8" else 4, block)
+
+
+def _half(graph: str, model: onnx.ModelProto) -> onnx.ModelProto:
+    from onnxruntime.transformers.float16 import convert_float_to_float16
+
+    names = [value.name for value in (*model.graph.input, *model.graph.output)]
+    kept = [name for name in names if not name.startswith(("past_key_values", "present"))]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of weights beyond half precision, which are clamped
+        half: onnx.ModelProto = convert_float_to_float16(
+            model,
+            keep_io_types=kept if graph == DECODER else True,
+            disable_shape_infer=True,
+        )
+    return half
+
+
+def _dynamic(model: onnx.ModelProto) -> onnx.ModelProto:
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    return _through_files(
+        model,
+        lambda source, target: quantize_dynamic(
+            source,
+            target,
+            op_types_to_quantize=["MatMul"],
+            per_channel=True,
+            weight_type=QuantType.QInt8,
+            use_external_data_format=True,
+            extra_options={"MatMulConstBOnly": True},
+        ),
+    )
+
+
+def _blocks(model: onnx.ModelProto, bits: int, block: int) -> onnx.ModelProto:
+    from onnxruntime.quantization.matmul_nbits_quantizer import (
+        DefaultWeightOnlyQuantConfig,
+        MatMulNBitsQuantizer,
+    )
+
+    settings = DefaultWeightOnlyQuantConfig(
+        block_size=block, is_symmetric=bits == 8, accuracy_level=4, bits=bits
+    )
+    quantizer = MatMulNBitsQuantizer(model, algo_config=settings)
+    with _quiet():
+        quantizer.process()
+    found: onnx.ModelProto = quantizer.model.model
+    return found
+
+
+def _through_files(model: onnx.ModelProto, change: Callable[[Path, Path], None]) -> onnx.ModelProto:
+    """Run a converter that reads and writes files, as graphs over 2 GB must be."""
+    from tempfile import TemporaryDirectory
+
+    with TemporaryDirectory() as name, _quiet():
+        source, target = Path(name) / "source.onnx", Path(name) / "target.onnx"
+        onnx.save_model(model, source, save_as_external_data=True, location="source.onnx_data")
+        change(source, target)
+        return onnx.load(target)
+
+
+class _quiet:
+    """Keeps onnxruntime's converters from logging every node they look at."""
+
+    def __enter__(self) -> None:
+        self._before = logging.root.manager.disable
+        logging.disable(logging.WARNING)
+
+    def __exit__(self, *_: Any) -> None:
+        logging.disable(self._before)

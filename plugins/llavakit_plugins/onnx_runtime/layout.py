@@ -1,0 +1,19 @@
+"""The names in a folder of ONNX graphs, as `@huggingface/transformers` expects them."""
+
+from __future__ import annotations
+
+VISION, EMBEDDINGS, DECODER = "vision_encoder", "embed_tokens", "decoder_model_merged"
+GRAPHS = (VISION, EMBEDDINGS, DECODER)
+SUFFIXES = {"fp32": "", "fp16": "_fp16", "int8": "_int8", "q8": "_quantized", "q4": "_q4"}
+"""What a precision adds to a file's name."""
+REPORT = "export.json"
+
+
+def graph_file(graph: str, precision: str) -> str:
+    """Return where a graph lies in the folder."""
+    return f"onnx/{graph}{SUFFIXES[precision]}.onnx"
+
+
+def cache_names(layers: int, prefix: str = "past_key_values") -> list[str]:
+    """Return the names of the key-value cache's tensors, keys and values in turn."""
+    return [f"{prefix}.{layer}.{part}" for layer in range(layers) for part in ("key", "value")]

@@ -1,0 +1,178 @@
+"""onnxruntime's sessions, and decoding with a key-value cache that stays where the model runs.
+
+B sequences, T rows, E width, V vocabulary, G key-value heads, K head dimension.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from llavakit.errors import ModelError
+from llavakit_plugins.onnx_runtime.folder import Folder, Shapes
+from llavakit_plugins.onnx_runtime.layout import cache_names, graph_file
+
+if TYPE_CHECKING:
+    from onnxruntime import InferenceSession, OrtValue
+
+FloatArray = npt.NDArray[np.float32]
+IntArray = npt.NDArray[np.int64]
+CacheArray = npt.NDArray[Any]
+KEEP = "num_logits_to_keep"
+_CPU = "CPUExecutionProvider"
+_CUDA = "CUDAExecutionProvider"
+
+
+def pick_provider(device: str) -> str:
+    """Return `cuda` or `cpu`; `auto` is CUDA where onnxruntime and the machine have it.
+
+    Raises ModelError for a device that is not there.
+    """
+    runtime = runtime_module()
+    kind = device.partition(":")[0]
+    if kind not in ("auto", "cpu", "cuda"):
+        raise ModelError(f"an ONNX model runs on cpu or cuda, not on `{device}`; use one of them")
+    there = _CUDA in runtime.get_available_providers() and _has_gpu(runtime)
+    if kind == "cuda" and not there:
+        raise ModelError(
+            "onnxruntime finds no CUDA device; install onnxruntime-gpu on a machine that has "
+            "one, or use cpu"
+        )
+    return "cuda" if there and kind != "cpu" else "cpu"
+
+
+def runtime_module() -> Any:
+    """Return onnxruntime. Raises ModelError where it isn't installed."""
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise ModelError(
+            "an ONNX model needs onnxruntime; install it with `pip install 'llavakit[onnx]'`"
+        ) from error
+    return onnxruntime
+
+
+def _has_gpu(runtime: Any) -> bool:
+    devices = getattr(runtime, "get_ep_devices", None)
+    if devices is None:  # before onnxruntime 1.23
+        return True
+    from pathlib import Path
+
+    return Path("/dev/nvidiactl").exists() or any(device.ep_name == _CUDA for device in devices())
+
+
+def open_session(
+    folder: Folder, graph: str, precision: str, provider: str, threads: int | None
+) -> InferenceSession:
+    """Return a session of one graph. Raises ModelError where onnxruntime cannot load it."""
+    runtime = runtime_module()
+    options = runtime.SessionOptions()
+    options.log_severity_level = 3
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    path = folder.file(graph_file(graph, precision))
+    providers = [_CUDA, _CPU] if provider == "cuda" else [_CPU]
+    try:
+        session: InferenceSession = runtime.InferenceSession(
+            str(path), sess_options=options, providers=providers
+        )
+    except Exception as error:  # onnxruntime's errors share no base class
+        reason = str(error).strip().partition("\n")[0]
+        known = re.search(r"[Oo]pset (\d+)", reason)
+        if known is not None or "opset" in reason.lower():
+            number = known[1] if known else "of a newer kind"
+            raise ModelError(
+                f"{path} needs operator set {number}, which onnxruntime {runtime.__version__} "
+                "does not know; update onnxruntime, or export the model again"
+            ) from error
+        raise ModelError(
+            f"onnxruntime {runtime.__version__} cannot load {path}: {reason}; export the model "
+            "again, or update onnxruntime"
+        ) from error
+    if provider == "cuda" and _CUDA not in session.get_providers():
+        raise ModelError(
+            f"onnxruntime could not use CUDA for {path}; check its CUDA libraries, or use cpu"
+        )
+    return session
+
+
+class Decoder:
+    """The decoder's session and the cache of the sequences that are being written.
+
+    Sequences are padded on the right. With GroupQueryAttention the cache is one buffer that the
+    operator writes into; with plain operators every step returns a longer one. Either stays on
+    the device.
+    """
+
+    def __init__(
+        self, session: InferenceSession, shapes: Shapes, *, in_place: bool, provider: str
+    ) -> None:
+        self.session, self.shapes, self.in_place, self.device = session, shapes, in_place, provider
+        self._past = cache_names(shapes.layers)
+        self._present = cache_names(shapes.layers, "present")
+        kinds = {value.name: value.type for value in session.get_inputs()}
+        half = kinds[self._past[0]] == "tensor(float16)"
+        self._kind = np.float16 if half else np.float32
+        self._cache: list[OrtValue] = []
+        self._mask_BL: IntArray = np.zeros((0, 0), np.int64)
+
+    def read(
+        self, embeds_BTE: FloatArray, real_BT: IntArray, *, keep: int = 0, capacity: int = 0
+    ) -> tuple[FloatArray, list[CacheArray]]:
+        """Read prompts; return logits of the last `keep` rows (0: all), and the cache.
+
+        `real_BT` is 1 for tokens and 0 for the padding behind them. `capacity` is the longest that
+        a sequence may become by steps.
+        """
+        batch, rows = real_BT.shape
+        empty = np.zeros((batch, self.shapes.kv_heads, 0, self.shapes.head_dim), self._kind)
+        feeds: dict[str, npt.NDArray[Any]] = dict.fromkeys(self._past, empty)
+        feeds["inputs_embeds"], feeds["attention_mask"] = embeds_BTE, real_BT
+        places = np.arange(rows, dtype=np.int64)
+        feeds["position_ids"] = np.broadcast_to(places, real_BT.shape).copy()
+        feeds[KEEP] = np.asarray(keep, np.int64)
+        logits, *held = self.session.run(["logits", *self._present], feeds)
+        self._mask_BL = real_BT
+        self._cache = [self._place(tensor, max(capacity, rows)) for tensor in held]
+        return logits, held
+
+    def step(self, embeds_B1E: FloatArray, positions_B1: IntArray) -> FloatArray:
+        """Return logits `[B, V]` of one more row of each sequence."""
+        self._mask_BL = np.concatenate((self._mask_BL, np.ones_like(positions_B1)), axis=1)
+        binding = self.session.io_binding()
+        binding.bind_cpu_input("inputs_embeds", embeds_B1E)
+        binding.bind_cpu_input("attention_mask", self._mask_BL)
+        binding.bind_cpu_input("position_ids", positions_B1)
+        binding.bind_output("logits", "cpu")
+        for past, present, value in zip(self._past, self._present, self._cache, strict=True):
+            binding.bind_ortvalue_input(past, value)
+            if self.in_place:
+                binding.bind_ortvalue_output(present, value)
+            else:
+                binding.bind_output(present, self.device)
+        self.session.run_with_iobinding(binding)
+        outputs = binding.get_outputs()
+        if not self.in_place:
+            self._cache = list(outputs[1:])
+        logits_B1V: FloatArray = outputs[0].numpy()
+        return logits_B1V[:, -1]
+
+    def select(self, sequences: Sequence[int]) -> None:
+        """Keep only these sequences, in this order."""
+        rows = list(sequences)
+        self._cache = [self._place(value.numpy()[rows], 0) for value in self._cache]
+        self._mask_BL = self._mask_BL[rows]
+
+    def _place(self, held_BGPK: CacheArray, capacity: int) -> OrtValue:
+        """Return a tensor of the cache on the device, with room where it is written in place."""
+        if self.in_place and capacity > held_BGPK.shape[2]:
+            shape = (*held_BGPK.shape[:2], capacity, held_BGPK.shape[3])
+            room = np.zeros(shape, self._kind)  # what lies behind a sequence must not be NaN
+            room[:, :, : held_BGPK.shape[2]] = held_BGPK
+            held_BGPK = room
+        value: OrtValue = runtime_module().OrtValue.ortvalue_from_numpy(held_BGPK, self.device, 0)
+        return value

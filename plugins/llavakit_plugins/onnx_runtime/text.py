@@ -1,0 +1,43 @@
+"""The tokenizer of an exported folder, read with the `tokenizers` library alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from llavakit.errors import ModelError
+from llavakit_plugins.onnx_runtime.folder import Folder
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+
+class TextTokenizer:
+    """What `llavakit.prompts.tokenise` reads of a tokenizer, and the way back to text."""
+
+    def __init__(self, backend: Tokenizer, settings: dict[str, Any]) -> None:
+        self.backend_tokenizer = backend
+        self._cleans = bool(settings.get("clean_up_tokenization_spaces", False))
+
+    @classmethod
+    def of(cls, folder: Folder) -> TextTokenizer:
+        from tokenizers import Tokenizer
+
+        path = folder.file("tokenizer.json")
+        try:
+            backend = Tokenizer.from_file(str(path))
+        except Exception as error:  # tokenizers raises nothing narrower
+            raise ModelError(f"{path} cannot be read: {error}; copy the folder again") from error
+        return cls(backend, folder.json("tokenizer_config.json"))
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
+        """Return the text of tokens, as transformers gives it."""
+        text = self.backend_tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        return _clean_up(text) if self._cleans else text
+
+
+def _clean_up(text: str) -> str:
+    """Take away the spaces that a word-level tokenizer leaves in front of punctuation."""
+    for spaced in (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're"):
+        text = text.replace(spaced, spaced.strip() if spaced == " ' " else spaced[1:])
+    return text

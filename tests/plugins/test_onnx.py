@@ -1,0 +1,515 @@
+"""The ONNX export: what others find in the folder, and that it is the same model."""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from shutil import copytree
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from PIL import Image
+from tests.plugins.onnx_models import make_model, make_pictures
+
+import llavakit
+from llavakit import Connector, LlavaError, LlavaModel, ModelError, Options, VisionEncoder
+from llavakit.assembly import save_model
+from llavakit.cli import main
+from llavakit.generation import Sampling
+from llavakit.samples import IMAGE
+
+pytest.importorskip("onnx")
+pytest.importorskip("onnxruntime")
+
+import onnx
+import onnxruntime as runtime
+
+from llavakit_plugins.exporters.onnx import graphs as tracing
+from llavakit_plugins.exporters.onnx.exporter import Onnx, OnnxOptions
+from llavakit_plugins.exporters.onnx.pictures import find_preparation
+from llavakit_plugins.onnx_runtime import load
+
+QUESTION = "what colour is the picture ?"
+
+
+@dataclass(frozen=True)
+class Exported:
+    model: LlavaModel
+    native: Path
+    folder: Path
+    pictures: list[Path]
+    figures: Mapping[str, Any]
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    """One model, exported once for all tests: tracing takes most of their time."""
+    place = tmp_path_factory.mktemp("onnx")
+    model = make_model()
+    save_model(model, place / "native")
+    options = OnnxOptions(precisions=("fp32", "q8"), least_agreement={"q8": 0.5})
+    figures = Onnx(options).export(model, place / "exported")
+    return Exported(model, place / "native", place / "exported", make_pictures(place), figures)
+
+
+@pytest.fixture
+def traced(exported: Exported, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The graphs of `exported`, given to later exports of the same model instead of new ones."""
+    import onnx_ir as ir
+
+    def read(name: str) -> Callable[[], Any]:
+        return lambda: ir.load(exported.folder / "onnx" / f"{name}.onnx")
+
+    names = ("vision_encoder", "embed_tokens", "decoder_model_merged")
+    found: dict[str, Any] = {name: read(name) for name in names}
+    monkeypatch.setattr(tracing, "graphs", lambda *_: found)
+    return found
+
+
+# -- the same model ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("images", [0, 1, 2])
+def test_llavakit_load_gives_what_pytorch_gives(exported: Exported, images: int) -> None:
+    model, pictures = exported.model, exported.pictures[:images]
+    loaded = llavakit.load(exported.folder, device="cpu")
+    expected = model.logits(QUESTION, pictures)
+    torch.testing.assert_close(loaded.logits(QUESTION, pictures), expected, atol=1e-4, rtol=0)
+    ids = model.generate_ids(QUESTION, pictures, max_new_tokens=24)
+    assert loaded.generate_ids(QUESTION, pictures, max_new_tokens=24) == ids
+    answer = model.generate(QUESTION, images=pictures, max_new_tokens=24)
+    assert loaded.generate(QUESTION, images=pictures, max_new_tokens=24) == answer
+    assert "".join(loaded.stream(QUESTION, pictures, max_new_tokens=24)).strip() == answer
+
+
+def test_a_batch_is_answered_as_one_by_one(exported: Exported) -> None:
+    one, two = exported.pictures
+    prompts = [(QUESTION, [one]), ("a red circle is it ?", []), ("the shape", [two, one])]
+    expected = [exported.model.generate_ids(*prompt, max_new_tokens=12) for prompt in prompts]
+    loaded = load(exported.folder)
+    assert loaded.answer_ids(prompts, Sampling(12)) == expected
+    answers = exported.model.answer(prompts, Sampling(12))
+    assert loaded.answer(prompts, Sampling(12)) == answers
+
+
+def test_raw_prompts_and_placeholders_within_the_text(exported: Exported) -> None:
+    loaded, (one, two) = load(exported.folder), exported.pictures
+    text = f"the {IMAGE} is red ? {IMAGE}"
+    for raw in (False, True):
+        ids = exported.model.generate_ids(text, [one, two], max_new_tokens=6, raw=raw)
+        assert loaded.generate_ids(text, [one, two], max_new_tokens=6, raw=raw) == ids
+    with pytest.raises(ModelError, match="2 `<image>` for 1 images"):
+        loaded.generate_ids(text, [one], raw=True)
+
+
+def test_sampling_follows_the_probabilities(exported: Exported) -> None:
+    loaded = load(exported.folder)
+    settings = {"max_new_tokens": 16, "temperature": 1.5, "raw": True}
+    first = loaded.generate(QUESTION, seed=1, **settings)
+    assert first == loaded.generate(QUESTION, seed=1, **settings)
+    assert len({loaded.generate(QUESTION, seed=seed, **settings) for seed in range(6)}) > 1
+    greedy = loaded.generate(QUESTION, max_new_tokens=16, raw=True)
+    certain = loaded.generate(QUESTION, seed=1, top_p=1e-9, **settings)
+    assert certain == greedy, "the smallest nucleus holds the likeliest token alone"
+    with pytest.raises(ModelError, match="temperature=-1"):
+        loaded.generate(QUESTION, temperature=-1)
+
+
+def test_too_long_a_prompt_is_said(exported: Exported) -> None:
+    with pytest.raises(ModelError, match="reads at most 256"):
+        load(exported.folder).generate("red " * 300)
+
+
+def test_the_report_holds_the_proof(exported: Exported) -> None:
+    report = json.loads((exported.folder / "export.json").read_text())
+    assert set(report["parity"]) == {"fp32", "q8"}
+    assert report["parity"]["fp32"]["largest"] <= 1e-4
+    assert report["parity"]["fp32"]["tokens"] == 1.0
+    assert 0 < report["parity"]["q8"]["largest"] < 1
+    assert exported.figures["fp32 largest"] == report["parity"]["fp32"]["largest"]
+    assert report["settings"]["block_size"] == 32
+    small = load(exported.folder, precision="q8").logits(QUESTION, exported.pictures[:1])
+    exact = exported.model.logits(QUESTION, exported.pictures[:1]).numpy()
+    assert 1e-6 < np.abs(small - exact).max() < 1, "8 bits are near, and not the same"
+
+
+# -- what others find ----------------------------------------------------------------------------
+
+
+def test_the_graphs_are_those_clients_expect(exported: Exported) -> None:
+    decoder = onnx.load(exported.folder / "onnx/decoder_model_merged.onnx")
+    onnx.checker.check_model(onnx.load(exported.folder / "onnx/embed_tokens.onnx"))
+    operators = {node.op_type for node in decoder.graph.node}
+    assert {"GroupQueryAttention", "SkipSimplifiedLayerNormalization"} <= operators
+    assert "If" not in operators
+    shapes = {
+        value.name: [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
+        for value in (*decoder.graph.input, *decoder.graph.output)
+    }
+    assert shapes["past_key_values.1.value"] == ["batch_size", 2, "past_sequence_length", 16]
+    assert shapes["inputs_embeds"] == ["batch_size", "sequence_length", 64]
+    assert shapes["attention_mask"] == ["batch_size", "total_sequence_length"]
+    assert shapes["position_ids"] == ["batch_size", "sequence_length"]
+    assert shapes["logits"][-1] == 64
+    session = runtime.InferenceSession(decoder.SerializeToString())
+    required = [value.name for value in session.get_inputs()]
+    assert required == [
+        "inputs_embeds", "attention_mask", "position_ids",
+        "past_key_values.0.key", "past_key_values.0.value",
+        "past_key_values.1.key", "past_key_values.1.value",
+    ]  # fmt: skip
+    small = onnx.load(exported.folder / "onnx/decoder_model_merged_quantized.onnx")
+    assert "MatMulNBits" in {node.op_type for node in small.graph.node}
+    config = json.loads((exported.folder / "config.json").read_text())
+    assert config["text_config"]["num_hidden_layers"] == 2
+    assert config["transformers.js_config"]["dtype"]["decoder_model_merged"] == "fp32"
+
+
+def test_a_plain_client_reads_and_writes_the_same_tokens(exported: Exported) -> None:
+    """transformers' processor and bare onnxruntime, as someone who has never heard of us."""
+    from transformers import AutoProcessor, LlavaConfig
+
+    config = LlavaConfig.from_pretrained(exported.folder)
+    processor = AutoProcessor.from_pretrained(exported.folder)
+    picture = Image.open(exported.pictures[0])
+    content = [{"type": "image"}, {"type": "text", "text": QUESTION}]
+    prompt = processor.apply_chat_template(
+        [{"role": "user", "content": content}], add_generation_prompt=True
+    )
+    inputs = processor(images=picture, text=prompt, return_tensors="np")
+    ids = inputs["input_ids"]
+    rows = exported.model.prompt(QUESTION, exported.pictures[:1]).expand(
+        exported.model.visual_tokens
+    )
+    expected = np.where(rows.visual, config.image_token_id, rows.token_ids)
+    assert ids[0].tolist() == expected.tolist()
+    pixels = exported.model.prepare(exported.pictures[:1])
+    assert pixels is not None
+    assert np.abs(inputs["pixel_values"] - pixels.numpy()).max() < 0.06, "torchvision, not Pillow"
+    written = _generate(exported.folder, ids, pixels.numpy(), config.image_token_id, 10)
+    assert written == exported.model.generate_ids(
+        QUESTION, exported.pictures[:1], max_new_tokens=10
+    )
+
+
+def _generate(
+    folder: Path, ids: npt.NDArray[np.int64], pixels: Any, image_token: int, count: int
+) -> list[int]:
+    names = ("vision_encoder", "embed_tokens", "decoder_model_merged")
+    vision, embed, decoder = (
+        runtime.InferenceSession(str(folder / f"onnx/{name}.onnx")) for name in names
+    )
+    (features,) = vision.run(None, {"pixel_values": pixels})
+    (embeds,) = embed.run(None, {"input_ids": ids})
+    embeds[ids == image_token] = features.reshape(-1, features.shape[-1])
+    past = {
+        value.name: np.zeros((1, value.shape[1], 0, value.shape[3]), np.float32)
+        for value in decoder.get_inputs()
+        if value.name.startswith("past")
+    }
+    written: list[int] = []
+    total = 0
+    while True:
+        rows = embeds.shape[1]
+        total += rows
+        logits, *present = decoder.run(
+            None,
+            {
+                "inputs_embeds": embeds,
+                "attention_mask": np.ones((1, total), np.int64),
+                "position_ids": np.arange(total - rows, total)[None],
+                **past,
+            },
+        )
+        written.append(int(logits[0, -1].argmax()))
+        if written[-1] == 2 or len(written) == count:
+            return written
+        past = dict(zip(past, present, strict=True))
+        (embeds,) = embed.run(None, {"input_ids": np.asarray([written[-1:]])})
+
+
+# -- without torch -------------------------------------------------------------------------------
+
+_BLOCKED = """\
+import json, sys
+for name in ("torch", "transformers", "onnx"):
+    sys.modules[name] = None
+from llavakit_plugins.onnx_runtime import load
+folder, picture, question = sys.argv[1:]
+model = load(folder)
+ids = model.generate_ids(question, [picture], max_new_tokens=8)
+print(json.dumps([ids, model.generate(question, [picture]), list(model.logits(question).shape)]))
+"""
+
+
+def test_it_runs_where_torch_cannot_be_imported(exported: Exported) -> None:
+    command = [sys.executable, "-c", _BLOCKED, exported.folder, exported.pictures[0], QUESTION]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    ids, answer, shape = json.loads(done.stdout)
+    pictures = exported.pictures[:1]
+    assert ids == exported.model.generate_ids(QUESTION, pictures, max_new_tokens=8)
+    assert answer == exported.model.generate(QUESTION, pictures)
+    assert shape == list(exported.model.logits(QUESTION).shape)
+
+
+# -- from the command line -----------------------------------------------------------------------
+
+
+def test_export_and_chat(
+    exported: Exported, traced: object, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    settings = ["--set", 'precisions=["q8"]', "--set", "least_agreement={q8=0.5}"]
+    assert main(["export", str(exported.native), str(out), "--format", "onnx", *settings]) == 0
+    assert "fp32 largest" in capsys.readouterr().out
+    assert not (out / "onnx/decoder_model_merged.onnx").exists(), "only what was asked for"
+    chat = ["chat", str(exported.folder), "--image", str(exported.pictures[0]), "--device", "cpu"]
+    assert main([*chat, "--prompt", QUESTION]) == 0
+    expected = exported.model.generate(QUESTION, exported.pictures[:1], max_new_tokens=512)
+    assert capsys.readouterr().out.strip() == expected
+
+
+# -- refusals ------------------------------------------------------------------------------------
+
+
+def test_graphs_that_differ_are_refused_with_the_layer(
+    exported: Exported, traced: dict[str, Any], tmp_path: Path
+) -> None:
+    import onnx_ir as ir
+
+    def spoilt() -> Any:
+        graph = ir.load(exported.folder / "onnx/decoder_model_merged.onnx")
+        name = next(
+            n for n in graph.graph.initializers if "layers.0.mlp.down" in n or n == "val_120"
+        )
+        value = graph.graph.initializers[name]
+        assert value.const_value is not None
+        value.const_value = ir.tensor(value.const_value.numpy() * np.float32(1.01), name=name)
+        return graph
+
+    traced["decoder_model_merged"] = spoilt
+    with pytest.raises(ModelError, match=r"layer 1 \(or the output of layer 0\)"):
+        Onnx(OnnxOptions()).export(exported.model, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_precision_below_its_limit_is_refused(
+    exported: Exported, traced: object, tmp_path: Path
+) -> None:
+    options = OnnxOptions(precisions=("q4",), least_agreement={"q4": 1.01})
+    with pytest.raises(ModelError, match=r"precision q4 agrees .* `least_agreement`"):
+        Onnx(options).export(exported.model, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def small_files() -> Iterator[None]:
+    """No file may become larger than 50 kB, as on a disk that is full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_leaves_nothing(
+    exported: Exported, traced: object, tmp_path: Path, small_files: None
+) -> None:
+    with pytest.raises(LlavaError, match="cannot write"):
+        Onnx(OnnxOptions()).export(exported.model, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def _spoil(folder: Path, name: str, change: Callable[[bytes], bytes]) -> None:
+    path = folder / name
+    path.write_bytes(change(path.read_bytes()))
+
+
+def _newer(content: bytes) -> bytes:
+    model = onnx.load_model_from_string(content)
+    for known in model.opset_import:
+        if known.domain == "":
+            known.version = 99
+    return bytes(model.SerializeToString())
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("onnx/embed_tokens.onnx", None, "lacks onnx/embed_tokens.onnx; copy"),
+        ("tokenizer.json", None, "lacks tokenizer.json; copy"),
+        ("export.json", None, "lacks export.json; copy"),
+        ("export.json", lambda _: b"{", "export.json cannot be read"),
+        ("export.json", lambda c: c.replace(b'"format": 1', b'"format": 9'), "has format 9"),
+        ("onnx/vision_encoder.onnx", lambda c: c + b"\0", "differs from what export.json says"),
+    ],
+)
+def test_a_damaged_folder_is_named(
+    exported: Exported,
+    tmp_path: Path,
+    name: str,
+    change: Callable[[bytes], bytes] | None,
+    message: str,
+) -> None:
+    folder = copytree(exported.folder, tmp_path / "copy")
+    if change is None:
+        (folder / name).unlink()
+    else:
+        _spoil(folder, name, change)
+    with pytest.raises(ModelError, match=message):
+        llavakit.load(folder, device="cpu")
+
+
+def test_an_unknown_operator_set_is_named(exported: Exported, tmp_path: Path) -> None:
+    from llavakit.files import digest
+
+    folder = copytree(exported.folder, tmp_path / "copy")
+    name = "onnx/embed_tokens.onnx"
+    known = digest(folder / name)
+    _spoil(folder, name, _newer)
+    new = digest(folder / name).encode()
+    _spoil(folder, "export.json", lambda content: content.replace(known.encode(), new))
+    with pytest.raises(ModelError, match=r"operator set 99, .*update onnxruntime"):
+        llavakit.load(folder, device="cpu")
+
+
+def test_a_precision_or_device_that_is_not_there(exported: Exported) -> None:
+    with pytest.raises(ModelError, match="no precision `q4`, only fp32, q8"):
+        load(exported.folder, precision="q4")
+    with pytest.raises(ModelError, match="runs on cpu or cuda, not on `tpu`"):
+        load(exported.folder, device="tpu")
+
+
+def test_it_recognises_by_content(exported: Exported, tmp_path: Path) -> None:
+    assert Onnx.recognises(exported.folder)
+    assert not Onnx.recognises(exported.native)
+    (tmp_path / "config.json").write_text('{"model_type": "llava"}')
+    assert not Onnx.recognises(tmp_path)
+
+
+def test_without_the_extra_a_sentence_says_how_to_get_it(
+    exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ModelError, match=r"pip install 'llavakit\[onnx\]'"):
+        Onnx(OnnxOptions()).export(exported.model, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"precisions": ["q5"]}, "precisions"),
+        ({"precisions": []}, "precisions"),
+        ({"block_size": 48}, "power of two"),
+        ({"operators": "nvidia"}, "operators"),
+    ],
+)
+def test_options_are_checked(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        OnnxOptions(**options)
+
+
+@torch.library.custom_op("llavakit_test::mystery", mutates_args=())
+def mystery(x: torch.Tensor) -> torch.Tensor:
+    return x * 2
+
+
+@mystery.register_fake
+def _(x: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(x)
+
+
+class Mysterious(Connector):
+    """A connector with an operator of its own."""
+
+    name = "mysterious"
+
+    def __init__(self, options: Options, *, vision_width: int, language_width: int) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(vision_width, language_width)
+
+    def forward(self, features_BPD: torch.Tensor) -> torch.Tensor:
+        embeddings: torch.Tensor = mystery(self.layer(features_BPD))
+        return embeddings
+
+
+class Patches(VisionEncoder):
+    """One convolution."""
+
+    name = "patches"
+    width, image_size = 8, 16
+
+    def __init__(self, options: Options) -> None:
+        super().__init__()
+        self.layer = torch.nn.Conv2d(3, self.width, 8, 8)
+
+    def tokens(self, image_size: int) -> int:
+        return (image_size // 8) ** 2
+
+    def prepare(self, image: Image.Image) -> torch.Tensor:
+        pixels = np.asarray(image.resize((16, 16), Image.Resampling.BILINEAR), np.float32)
+        return torch.from_numpy(pixels.transpose(2, 0, 1) / 127.5 - 1)
+
+    def forward(self, pixels_BCHW: torch.Tensor) -> torch.Tensor:
+        features: torch.Tensor = self.layer(pixels_BCHW).flatten(2).transpose(1, 2)
+        return features
+
+
+def test_an_operator_without_onnx_form_is_named_with_its_component(
+    exported: Exported, tmp_path: Path
+) -> None:
+    model = make_model()
+    model.vision = Patches(Options())
+    model.connector = Mysterious(Options(), vision_width=8, language_width=64)
+    message = r"connector `mysterious` uses the operator `llavakit_test.mystery`"
+    with pytest.raises(ModelError, match=message):
+        Onnx(OnnxOptions()).export(model, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+_SHALLOW = {
+    "hidden_size": 32, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "image_size": 16, "patch_size": 8, "projection_dim": 16,
+}  # fmt: skip
+
+
+# -- what clients are told of images -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("aspect", ["crop", "pad"])
+def test_the_preparation_is_found(aspect: str) -> None:
+    from llavakit_plugins.vision.clip import Clip, ClipOptions
+
+    vision = Clip(ClipOptions.model_validate({"config": _SHALLOW, "aspect": aspect}))
+    found = find_preparation(vision)
+    assert (found.aspect, found.resample, found.size) == (aspect, "bicubic", 16)
+    assert found.mean == pytest.approx((0.48145466, 0.4578275, 0.40821073), abs=1e-6)
+
+
+def test_a_stretched_square_with_another_filter_is_found() -> None:
+    found = find_preparation(Patches(Options()))
+    assert (found.aspect, found.resample) == ("stretch", "bilinear")
+    assert found.mean == found.std == (0.5, 0.5, 0.5)
+
+
+def test_a_preparation_that_no_client_can_repeat_is_refused() -> None:
+    from llavakit_plugins.vision.clip import Clip, ClipOptions
+
+    class Flipped(Clip):
+        name = "flipped"
+
+        def prepare(self, image: Image.Image) -> torch.Tensor:
+            return super().prepare(image).flip(-1)
+
+    with pytest.raises(ModelError, match="`flipped` prepares images in a way"):
+        find_preparation(Flipped(ClipOptions.model_validate({"config": _SHALLOW})))

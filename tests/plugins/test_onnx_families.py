@@ -1,0 +1,110 @@
+"""Language models of many families, template by template and option by option, as ONNX."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tests.plugins.onnx_models import HEADS_OF_16, make_model, make_pictures
+
+from llavakit import Exporter, LlavaModel, Registry
+from llavakit.generation import Sampling
+from llavakit.interfaces import LanguageModel
+from llavakit.testing import ExporterContract
+
+pytest.importorskip("onnx")
+pytest.importorskip("onnxruntime")
+
+from llavakit_plugins.exporters.onnx.exporter import Onnx, OnnxOptions
+from llavakit_plugins.onnx_runtime import load
+
+pytestmark = pytest.mark.slow
+QUESTION = "what colour is it ?"
+TEMPLATE = {"use": "vicuna_v1", "system": ""}
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "tied embeddings, llama3 rotary": {
+        **HEADS_OF_16,
+        "tie_word_embeddings": True,
+        "rope_parameters": {
+            "rope_type": "llama3", "rope_theta": 10000.0, "factor": 4.0, "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0, "original_max_position_embeddings": 32,
+        },
+    },
+    "yarn rotary": {
+        **HEADS_OF_16,
+        "rope_parameters": {
+            "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+    },
+    "qwen2": {**HEADS_OF_16, "model_type": "qwen2"},
+    "qwen3": {**HEADS_OF_16, "model_type": "qwen3", "head_dim": 24},
+    "mistral": {**HEADS_OF_16, "model_type": "mistral", "sliding_window": 12},
+    "phi": {**HEADS_OF_16, "model_type": "phi", "partial_rotary_factor": 0.5},
+    "phi3": {**HEADS_OF_16, "model_type": "phi3", "pad_token_id": 3},
+    "gemma": {**HEADS_OF_16, "model_type": "gemma", "head_dim": 16},
+    "gemma2": {**HEADS_OF_16, "model_type": "gemma2", "head_dim": 16, "sliding_window": 12},
+    "stablelm": {**HEADS_OF_16, "model_type": "stablelm"},
+}  # fmt: skip
+
+
+def _build(family: str) -> LlavaModel:
+    config = FAMILIES[family]
+    use = "causal-lm" if "model_type" in config else "vicuna"
+    if use not in Registry.installed().all(LanguageModel):
+        pytest.skip(f"no language model `{use}` is installed")
+    return make_model(config, use=use, template=TEMPLATE)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("operators", ["microsoft", "plain"])
+def test_every_family_is_the_same_model(family: str, operators: str, tmp_path: Path) -> None:
+    model, (one, two) = _build(family), make_pictures(tmp_path)
+    options = OnnxOptions.model_validate({"operators": operators})
+    figures = Onnx(options).export(model, tmp_path / "out")
+    assert figures["fp32 largest"] <= 1e-4
+    loaded = load(tmp_path / "out")
+    prompts = [(QUESTION, [one]), ("red ?", []), ("is it a circle ?", [two, one])]
+    expected = [model.generate_ids(*prompt, max_new_tokens=20) for prompt in prompts]
+    assert loaded.answer_ids(prompts, Sampling(20)) == expected
+
+
+def test_every_precision_with_weights_beside_the_graph(tmp_path: Path) -> None:
+    names = ("q8", "fp16", "int8", "q4")
+    least = dict.fromkeys(names, 0.3)
+    options = OnnxOptions(
+        precisions=names, external_data_over=1000, least_agreement=least, block_size=16
+    )
+    model, (picture, _) = make_model(), make_pictures(tmp_path)
+    figures = Onnx(options).export(model, tmp_path / "out")
+    assert figures["q8 largest"] < figures["q4 largest"]
+    config = json.loads((tmp_path / "out/config.json").read_text())["transformers.js_config"]
+    assert config["use_external_data_format"]["decoder_model_merged_q4.onnx"] == 1
+    exact = model.logits(QUESTION, [picture]).numpy()
+    for name, limit in zip(names, (0.1, 0.01, 0.5, 0.5), strict=True):
+        assert list((tmp_path / "out/onnx").glob("decoder*.onnx_data")), "weights lie beside"
+        got = load(tmp_path / "out", precision=name).logits(QUESTION, [picture])
+        assert 0 < np.abs(got - exact).max() < limit, name
+
+
+def test_half_precision_weights_are_exported_from_float32(tmp_path: Path) -> None:
+    model, (picture, _) = make_model(), make_pictures(tmp_path)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(torch.bfloat16)
+    Onnx(OnnxOptions()).export(model, tmp_path / "out")
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    exact = model.float().logits(QUESTION, [picture]).numpy()
+    assert np.abs(load(tmp_path / "out").logits(QUESTION, [picture]) - exact).max() < 1e-4
+
+
+class TestOnnx(ExporterContract):
+    def build(self) -> Exporter:
+        return Onnx(OnnxOptions())
+
+    def model(self) -> LlavaModel:
+        return make_model()

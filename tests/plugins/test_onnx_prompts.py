@@ -1,0 +1,120 @@
+"""Prompt templates as Jinja: what a client renders and reads is what the model was tuned on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tests.conftest import make_tokenizer
+
+from llavakit import ModelError, PromptTemplate, Registry, Turn
+from llavakit.components import Use
+from llavakit.prompts import IMAGE_ID, encode, tokenise
+from llavakit.samples import IMAGE, Sample
+
+pytest.importorskip("onnx")
+pytest.importorskip("onnxruntime")
+
+from llavakit_plugins.exporters.onnx.client import agreeing_template, client_tokenizer, render
+from llavakit_plugins.exporters.onnx.prompts import find_format
+from llavakit_plugins.huggingface import load_tokenizer
+from llavakit_plugins.onnx_runtime.prompting import PromptFormat
+
+NAMES = [
+    "vicuna_v1", "llava_v1", "v1_mmtag", "llava_v0", "v0", "v0_mmtag", "llama_2", "llava_llama_2",
+    "mistral_instruct", "mpt", "chatml", "plain",
+]  # fmt: skip
+LLAMA = Path(__file__).parents[3] / "shared" / "data" / "tokenizer" / "llama2.model"
+
+
+def _template(name: str, **options: Any) -> PromptTemplate:
+    return Registry.installed().build(Use[PromptTemplate](use=name, **options))
+
+
+def _text(template: PromptTemplate, tokenizer: Any, *turns: str) -> str:
+    roles = ("human", "gpt")
+    parts = [Turn(roles[n % 2], text) for n, text in enumerate(turns)]  # type: ignore[arg-type]
+    return "".join(segment.text for segment in template.segments(parts, tokenizer))
+
+
+def _chat(*turns: Any) -> list[dict[str, Any]]:
+    return [{"role": ("user", "assistant")[n % 2], "content": t} for n, t in enumerate(turns)]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_client_renders_what_the_template_renders(name: str) -> None:
+    template, tokenizer = _template(name), make_tokenizer()
+    jinja = agreeing_template(template, tokenizer, find_format(template, tokenizer))
+    question = "What is it?\nSay why."
+    expected = _text(template, tokenizer, f"{IMAGE}\n{question}")
+    content = [{"type": "image"}, {"type": "text", "text": question}]
+    assert render(jinja, _chat(content)) == expected
+    assert render(jinja, _chat(f"{question}\n{IMAGE}")) == expected
+    two = [{"type": "text", "text": question}, {"type": "image"}, {"type": "image"}]
+    assert render(jinja, _chat(two)) == _text(template, tokenizer, f"{IMAGE}\n{IMAGE}\n{question}")
+    if name != "plain":
+        assert render(jinja, _chat(question)) == _text(template, tokenizer, question)
+        later = (f"{IMAGE}\n{question}", "It is red.", "And now?")
+        assert render(jinja, _chat(*later)) == _text(template, tokenizer, *later)
+    with pytest.raises(ModelError, match="system text"):
+        render(jinja, [{"role": "system", "content": "x"}, *_chat(question)])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_runtime_without_the_template_reads_the_same(name: str) -> None:
+    template, tokenizer = _template(name), make_tokenizer()
+    found = find_format(template, tokenizer)
+    form = PromptFormat.model_validate_json(found.model_dump_json())
+    for text in (f"{IMAGE}\nwhat is it ?", f"a {IMAGE} red <s> {IMAGE} </s> square", IMAGE):
+        images = (Path("x"),) * text.count(IMAGE)
+        expected = encode(Sample("x", (Turn("human", text),), images), template, tokenizer)
+        pieces: Any = form.pieces(text)
+        ids, _ = tokenise(pieces, tokenizer, begin=form.adds_bos)
+        assert ids.tolist() == expected.ids.tolist()
+
+
+def test_the_system_text_and_the_stop_texts_are_the_models_own() -> None:
+    tokenizer = make_tokenizer()
+    form = find_format(_template("llava_v0", system="Be brief."), tokenizer)
+    assert form.head.startswith("Be brief.###Human: ")
+    assert form.stops == ("###",)
+
+
+@pytest.mark.parametrize("placement", ["keep", "front"])
+def test_where_images_go(placement: str) -> None:
+    template, tokenizer = _template("vicuna_v1", image_placement=placement), make_tokenizer()
+    form = find_format(template, tokenizer)
+    assert form.placement == placement
+    jinja = agreeing_template(template, tokenizer, form)
+    text = f"a {IMAGE} b"
+    assert render(jinja, _chat(text)) == _text(template, tokenizer, text)
+
+
+def test_a_template_that_draws_the_place_of_images_is_refused() -> None:
+    template = _template("vicuna_v1", image_placement="random", seed=1)
+    with pytest.raises(ModelError, match='image_placement = "front"'):
+        find_format(template, make_tokenizer())
+
+
+@pytest.mark.skipif(not LLAMA.exists(), reason="needs ../shared/data")
+@pytest.mark.parametrize("name", ["vicuna_v1", "llama_2", "llava_v0", "v1_mmtag"])
+@pytest.mark.parametrize("legacy", [True, False])
+def test_llamas_tokenizer_reads_as_the_model_does(name: str, legacy: bool, tmp_path: Path) -> None:
+    """Behind an image LLaVA begins a text anew, and LLaMA's tokenizer puts a space there."""
+    (tmp_path / "tokenizer.model").write_bytes(LLAMA.read_bytes())
+    settings = {"tokenizer_class": "LlamaTokenizer", "legacy": legacy, "add_bos_token": True}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    tokenizer = load_tokenizer(str(tmp_path))
+    template = _template(name)
+    form = find_format(template, tokenizer)
+    jinja = agreeing_template(template, tokenizer, form)
+    backend, image_token = client_tokenizer(tokenizer, form)
+    for text in ("What is in the picture?", "Wie heißt das? 日本", "a  b\n\nc"):
+        sample = Sample("x", (Turn("human", f"{IMAGE}\n{text}"),), (Path("x"),))
+        ids = encode(sample, template, tokenizer).ids
+        expected = np.where(ids == IMAGE_ID, image_token, ids).tolist()
+        content = [{"type": "image"}, {"type": "text", "text": text}]
+        assert backend.encode(render(jinja, _chat(content))).ids == expected
