@@ -189,7 +189,7 @@ class Onnx(Exporter):
         for name, trace in graphs(model, attention, rows).items():
             traced = trace()
             if name == DECODER and self.options.operators == "microsoft":
-                fuse(traced)
+                fuse(traced, model.language.max_length)
             source = work / f"{name}.onnx"
             ir.save(traced, source, external_data=f"{name}.onnx_data")
             del traced

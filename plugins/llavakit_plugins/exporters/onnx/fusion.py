@@ -1,7 +1,7 @@
 """Rewrites a decoder's graph with onnxruntime's own operators, fewer and larger ones.
 
 Per layer, projections of queries, keys and values become one product, as do those of the gated
-MLP; the residual addition joins the norm behind it.
+MLP; the residual addition joins the norm behind it; rotary positions go into the attention.
 """
 
 from __future__ import annotations
@@ -10,16 +10,18 @@ from collections import defaultdict
 
 import numpy as np
 import onnx_ir as ir
-from onnx_ir.passes.common import CommonSubexpressionEliminationPass
+from onnx_ir.passes.common import CommonSubexpressionEliminationPass, RemoveUnusedNodesPass
 
 _MICROSOFT = "com.microsoft"
 
 
-def fuse(model: ir.Model) -> None:
-    """Rewrite a decoder in place."""
+def fuse(model: ir.Model, longest: int) -> None:
+    """Rewrite a decoder in place; no sequence will be longer than `longest`."""
     CommonSubexpressionEliminationPass()(model)
     merge_products(model.graph)
     join_residuals(model.graph)
+    rotate_in_attention(model, longest)
+    RemoveUnusedNodesPass()(model)
     model.opset_imports[_MICROSOFT] = 1
 
 
@@ -98,6 +100,125 @@ def join_residuals(graph: ir.Graph) -> None:
         graph.remove(norm, safe=True)
         total.replace_all_uses_with(added)
         graph.remove(addition, safe=True)
+
+
+def rotate_in_attention(model: ir.Model, longest: int) -> None:
+    """Let GroupQueryAttention rotate queries and keys, by a table of every position.
+
+    Where queries and keys have nothing between projection and rotation, no norm and no bias, it
+    takes the product of all three projections as it is.
+    """
+    tables: dict[tuple[str, str], tuple[ir.Value, ir.Value]] = {}
+    for node in list(model.graph):
+        if node.op_type != "GroupQueryAttention" or node.domain != _MICROSOFT:
+            continue
+        query, key = (_rotated(node.inputs[place]) for place in (0, 1))
+        value = _flat(node.inputs[2])
+        if query is None or key is None or value is None or query[1:] != key[1:]:
+            continue
+        heads = node.attributes["num_heads"].as_int()
+        cos, sin = query[1], query[2]
+        names = (cos.name or "", sin.name or "")
+        if names not in tables:
+            tables[names] = _tables(model, names, longest)
+        if 2 * tables[names][0].shape[1] * heads != _last(node.outputs[0]):  # type: ignore[index]
+            continue  # a part of each head is rotated, which not every version of it can
+        sources = [query[0], key[0], value]
+        whole = _product(sources)
+        taken = [whole, None, None] if whole is not None else sources
+        inputs = [*taken, *node.inputs[3:7], *tables[names]]
+        attributes = [*node.attributes.values(), ir.AttrInt64("do_rotary", 1)]
+        turned = ir.Node(
+            _MICROSOFT, "GroupQueryAttention", inputs, attributes,
+            num_outputs=3, name=f"{node.name}.rotary",
+        )  # fmt: skip
+        for new, old in zip(turned.outputs, node.outputs, strict=True):
+            new.name, new.type, new.shape = old.name, old.type, old.shape
+        model.graph.insert_before(node, turned)
+        for number, output in enumerate(model.graph.outputs):
+            if output in node.outputs:
+                model.graph.outputs[number] = turned.outputs[node.outputs.index(output)]
+        for new, old in zip(turned.outputs, node.outputs, strict=True):
+            old.replace_all_uses_with(new)
+        model.graph.remove(node, safe=True)
+
+
+def _rotated(flat: ir.Value | None) -> tuple[ir.Value, ir.Value, ir.Value] | None:
+    """Return what is rotated, and by which cosines and sines, behind `[B, T, H * K]`."""
+    rotation = _before(flat, ("Reshape", "Transpose"))
+    node = rotation.producer() if rotation is not None else None
+    if node is None or node.op_type != "RotaryEmbedding" or len(node.inputs) != 3:
+        return None
+    numbers = [node.attributes[n].as_int() for n in ("interleaved", "rotary_embedding_dim")
+               if n in node.attributes]  # fmt: skip
+    source = _before(node.inputs[0], ("Transpose", "Reshape"))
+    _, cos, sin = node.inputs
+    if any(numbers) or source is None or cos is None or sin is None:
+        return None
+    return source, cos, sin
+
+
+def _flat(value: ir.Value | None) -> ir.Value | None:
+    """Return what was reshaped to heads and back."""
+    while value is not None and (node := value.producer()) is not None:
+        if node.op_type != "Reshape":
+            break
+        value = node.inputs[0]
+    return value
+
+
+def _before(value: ir.Value | None, operators: tuple[str, ...]) -> ir.Value | None:
+    """Return the input of a chain of operators that ends with `value`, the last one first."""
+    for operator in operators:
+        node = value.producer() if value is not None else None
+        if node is None or node.op_type != operator:
+            return None
+        value = node.inputs[0]
+    return value
+
+
+def _product(sources: list[ir.Value]) -> ir.Value | None:
+    """Return the product that queries, keys and values are the split of, in that order."""
+    node = sources[0].producer()
+    if node is None or node.op_type != "Split" or list(node.outputs) != sources:
+        return None
+    return node.inputs[0]
+
+
+def _last(value: ir.Value) -> int:
+    size = value.shape[-1] if value.shape is not None else None
+    return size if isinstance(size, int) else -1
+
+
+def _tables(model: ir.Model, names: tuple[str, str], longest: int) -> tuple[ir.Value, ir.Value]:
+    """Return the cosines and sines `[longest, K / 2]` of every position, as the graph has them."""
+    from onnxruntime import InferenceSession
+
+    part = ir.Model(model.graph.clone(), ir_version=model.ir_version)
+    graph = part.graph
+    made = {value.name: value for node in graph for value in node.outputs}
+    graph.outputs[:] = [made[name] for name in names]
+    for value in graph.outputs:
+        value.type, value.shape = ir.TensorType(ir.DataType.FLOAT), None
+    RemoveUnusedNodesPass()(part)
+    graph.inputs[:] = [value for value in graph.inputs if value.name == "position_ids"]
+    content = ir.to_proto(part).SerializeToString()
+    session = InferenceSession(content, providers=["CPUExecutionProvider"])
+    positions = np.arange(longest, dtype=np.int64)[None]
+    found = []
+    for name, table in zip(
+        names, session.run(list(names), {"position_ids": positions}), strict=True
+    ):
+        rows = table.reshape(longest, -1)
+        value = ir.Value(
+            name=f"{name}.table",
+            const_value=ir.tensor(rows, name=f"{name}.table"),
+            type=ir.TensorType(ir.DataType.FLOAT),
+            shape=ir.Shape(rows.shape),
+        )
+        model.graph.register_initializer(value)
+        found.append(value)
+    return found[0], found[1]
 
 
 def _weight(node: ir.Node) -> ir.Value | None:

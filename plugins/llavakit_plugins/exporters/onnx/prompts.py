@@ -59,7 +59,7 @@ def chat_template(form: PromptFormat, *, space_behind_image: bool) -> str:
     a tokenizer puts a space in front of every text by itself, an image is written with a space
     behind it, so that the ids are those of our own reading, which begins anew behind an image.
     """
-    image = form.image + (" " if space_behind_image else "")
+    image = form.image.replace(IMAGE, f"{IMAGE} ") if space_behind_image else form.image
     count = "content.split('<image>') | length - 1"
     listed = (
         "{%- set texts = content | selectattr('type', 'equalto', 'text') "
