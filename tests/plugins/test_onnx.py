@@ -496,9 +496,9 @@ def test_the_preparation_is_found(aspect: str) -> None:
     assert found.mean == pytest.approx((0.48145466, 0.4578275, 0.40821073), abs=1e-6)
 
 
-def test_a_stretched_square_with_another_filter_is_found() -> None:
+def test_a_squashed_square_with_another_filter_is_found() -> None:
     found = find_preparation(Patches(Options()))
-    assert (found.aspect, found.resample) == ("stretch", "bilinear")
+    assert (found.aspect, found.resample) == ("squash", "bilinear")
     assert found.mean == found.std == (0.5, 0.5, 0.5)
 
 

@@ -72,8 +72,29 @@ def test_a_runtime_without_the_template_reads_the_same(name: str) -> None:
         images = (Path("x"),) * text.count(IMAGE)
         expected = encode(Sample("x", (Turn("human", text),), images), template, tokenizer)
         pieces: Any = form.pieces(text)
-        ids, _ = tokenise(pieces, tokenizer, begin=form.adds_bos)
-        assert ids.tolist() == expected.ids.tolist()
+        ids, _ = tokenise(pieces, tokenizer, begin=False)
+        begin = list(form.beginning) if form.adds_bos else []
+        assert [*begin, *ids.tolist()] == expected.ids.tolist()
+
+
+def test_a_tokenizers_own_chat_template_writes_its_beginning_once() -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = (
+        "{{ bos_token }}{% for m in messages %}{{ m['role'] }} : {{ m['content'] | trim }} "
+        "{{ eos_token }} {% endfor %}{% if add_generation_prompt %}assistant :{% endif %}"
+    )
+    template = _template("chat-template")
+    form = find_format(template, tokenizer)
+    assert form.trims
+    assert form.beginning == (1,)
+    jinja = agreeing_template(template, tokenizer, form)
+    backend, image_token = client_tokenizer(tokenizer, form)
+    sample = Sample("x", (Turn("human", f"{IMAGE}\nwhat is it ?"),), (Path("x"),))
+    ids = encode(sample, template, tokenizer).ids
+    expected = np.where(ids == IMAGE_ID, image_token, ids).tolist()
+    content = [{"type": "image"}, {"type": "text", "text": "what is it ?"}]
+    assert backend.encode(render(jinja, _chat(content))).ids == expected
+    assert expected.count(1) == 1
 
 
 def test_the_system_text_and_the_stop_texts_are_the_models_own() -> None:
@@ -99,22 +120,28 @@ def test_a_template_that_draws_the_place_of_images_is_refused() -> None:
         find_format(template, make_tokenizer())
 
 
-@pytest.mark.skipif(not LLAMA.exists(), reason="needs ../shared/data")
+@pytest.fixture(scope="module", params=[True, False], ids=["legacy", "not-legacy"])
+def llama(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """LLaMA's tokenizer; the two put spaces behind special tokens, or not."""
+    if not LLAMA.exists():
+        pytest.skip("needs ../shared/data")
+    folder = tmp_path_factory.mktemp("llama")
+    (folder / "tokenizer.model").write_bytes(LLAMA.read_bytes())
+    settings = {"tokenizer_class": "LlamaTokenizer", "legacy": request.param, "add_bos_token": True}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return load_tokenizer(str(folder))
+
+
 @pytest.mark.parametrize("name", ["vicuna_v1", "llama_2", "llava_v0", "v1_mmtag"])
-@pytest.mark.parametrize("legacy", [True, False])
-def test_llamas_tokenizer_reads_as_the_model_does(name: str, legacy: bool, tmp_path: Path) -> None:
+def test_llamas_tokenizer_reads_as_the_model_does(name: str, llama: Any) -> None:
     """Behind an image LLaVA begins a text anew, and LLaMA's tokenizer puts a space there."""
-    (tmp_path / "tokenizer.model").write_bytes(LLAMA.read_bytes())
-    settings = {"tokenizer_class": "LlamaTokenizer", "legacy": legacy, "add_bos_token": True}
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
-    tokenizer = load_tokenizer(str(tmp_path))
     template = _template(name)
-    form = find_format(template, tokenizer)
-    jinja = agreeing_template(template, tokenizer, form)
-    backend, image_token = client_tokenizer(tokenizer, form)
+    form = find_format(template, llama)
+    jinja = agreeing_template(template, llama, form)
+    backend, image_token = client_tokenizer(llama, form)
     for text in ("What is in the picture?", "Wie heißt das? 日本", "a  b\n\nc"):
         sample = Sample("x", (Turn("human", f"{IMAGE}\n{text}"),), (Path("x"),))
-        ids = encode(sample, template, tokenizer).ids
+        ids = encode(sample, template, llama).ids
         expected = np.where(ids == IMAGE_ID, image_token, ids).tolist()
         content = [{"type": "image"}, {"type": "text", "text": text}]
         assert backend.encode(render(jinja, _chat(content))).ids == expected

@@ -7,6 +7,8 @@ GRAPHS = (VISION, EMBEDDINGS, DECODER)
 SUFFIXES = {"fp32": "", "fp16": "_fp16", "int8": "_int8", "q8": "_quantized", "q4": "_q4"}
 """What a precision adds to a file's name."""
 REPORT = "export.json"
+KEEP = "num_logits_to_keep"
+"""The decoder's input that says how many of the last rows get logits; 0, its default, is all."""
 
 
 def graph_file(graph: str, precision: str) -> str:

@@ -86,10 +86,12 @@ class OnnxModel:
                 prompt = f"{IMAGE}\n" * len(images) + prompt
             Sample("prompt", (Turn("human", prompt),), tuple(images)).check()
             pieces = form.pieces(prompt)
-        ids, learned = tokenise(
-            cast("Any", pieces), cast("Any", self.tokenizer), begin=raw or form.adds_bos
+        ids, learned = tokenise(cast("Any", pieces), cast("Any", self.tokenizer), begin=False)
+        first = np.asarray(form.beginning if raw or form.adds_bos else (), np.int64)
+        encoded = Encoded(
+            np.concatenate((first, ids)),
+            np.concatenate((np.zeros(len(first), np.bool_), learned)),
         )
-        encoded = Encoded(ids, learned)
         if encoded.image_count != len(images):
             raise ModelError(
                 f"the prompt has {encoded.image_count} `{IMAGE}` for {len(images)} images; "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -10,12 +10,8 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict
 
 FloatArray = npt.NDArray[np.float32]
-Resample = Literal["bicubic", "bilinear", "lanczos"]
-RESAMPLES = {
-    "bicubic": Image.Resampling.BICUBIC,
-    "bilinear": Image.Resampling.BILINEAR,
-    "lanczos": Image.Resampling.LANCZOS,
-}
+Resample = Literal["bicubic", "bilinear", "lanczos", "nearest", "box", "hamming"]
+RESAMPLES = {name: Image.Resampling[name.upper()] for name in get_args(Resample)}
 
 
 class Preparation(BaseModel):
@@ -24,8 +20,8 @@ class Preparation(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     size: int
-    aspect: Literal["crop", "pad", "stretch"]
-    """Cut the middle square, pad to a square with the mean colour, or stretch to it."""
+    aspect: Literal["crop", "pad", "squash"]
+    """Cut the middle square, pad to a square with the mean colour, or squash to a square."""
     resample: Resample
     resized: int
     """The edge that the shortest side gets before the crop; `size` but for crops within."""
@@ -41,15 +37,17 @@ class Preparation(BaseModel):
             canvas = Image.new("RGB", (edge, edge), colour)
             canvas.paste(image, ((edge - image.width) // 2, (edge - image.height) // 2))
             image = canvas
-        if self.aspect == "stretch":
+        if self.aspect == "squash":
             if image.size != (self.size, self.size):
                 image = image.resize((self.size, self.size), how)
         elif min(image.size) != self.resized:
-            longest = int(max(image.size) * (self.resized / min(image.size)))
+            longest = int(self.resized * max(image.size) / min(image.size))
             wide = image.width >= image.height
             image = image.resize((longest, self.resized) if wide else (self.resized, longest), how)
         top, left = (image.height - self.size) // 2, (image.width - self.size) // 2
         image = image.crop((left, top, left + self.size, top + self.size))
-        pixels_HWC = np.asarray(image, dtype=np.float32) * np.float32(1 / 255)
+        # in float64 first, as transformers have it
+        pixels_HWC = (np.asarray(image) * (1 / 255)).astype(np.float32)
         mean, std = np.asarray(self.mean, np.float32), np.asarray(self.std, np.float32)
-        return ((pixels_HWC - mean) / std).transpose(2, 0, 1).copy()
+        normal_HWC: FloatArray = (pixels_HWC - mean) / std
+        return np.ascontiguousarray(normal_HWC.transpose(2, 0, 1))

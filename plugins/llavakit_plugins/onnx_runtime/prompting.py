@@ -39,7 +39,9 @@ class PromptFormat(BaseModel):
     trims: bool
     """Whether space around a question without images is cut off."""
     adds_bos: bool
-    """Whether the tokenizer's own first token goes in front."""
+    """Whether `beginning` goes in front; else the template writes it."""
+    beginning: tuple[int, ...]
+    """What the model's own tokenizer puts in front of a text, as it does of a raw prompt."""
     between: tuple[str, str] | None
     """Between a question and its answer, and between that and the next question; None where the
     template writes later turns in another way."""

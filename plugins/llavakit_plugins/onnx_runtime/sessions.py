@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from llavakit.errors import ModelError
 from llavakit_plugins.onnx_runtime.folder import Folder, Shapes
-from llavakit_plugins.onnx_runtime.layout import cache_names, graph_file
+from llavakit_plugins.onnx_runtime.layout import KEEP, cache_names, graph_file
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession, OrtValue
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int64]
 CacheArray = npt.NDArray[Any]
-KEEP = "num_logits_to_keep"
 _CPU = "CPUExecutionProvider"
 _CUDA = "CUDAExecutionProvider"
 

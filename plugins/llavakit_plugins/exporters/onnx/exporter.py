@@ -40,7 +40,7 @@ class OnnxOptions(Options):
     """How many weights share a scale in q8 and q4: a power of two."""
     tolerance: float = Field(default=1e-4, gt=0)
     """How far a logit of fp32 may be from PyTorch's."""
-    least_agreement: dict[str, float] = Field(default_factory=dict)
+    least_agreement: dict[Precision, float] = Field(default_factory=dict)
     """The share of rows whose likeliest token must be PyTorch's, for each smaller precision; by
     default fp16 0.95, q8 0.9, int8 0.5, q4 0.3."""
     external_data_over: int = Field(default=1_900_000_000, ge=0)
@@ -90,7 +90,7 @@ class Onnx(Exporter):
     @classmethod
     def load(cls, folder: Path, *, device: torch.device, dtype: torch.dtype | None) -> Any:
         """Return the model of the folder's first precision; its logits are a torch tensor."""
-        checked, precision = folders.read(folder, _half_where_asked(folder, dtype))
+        checked, precision = folders.read(folder, _half_where_asked(dtype))
         provider = pick_provider(device.type)
         return OnnxModel(checked, precision, provider=provider, array=torch.from_numpy)
 
@@ -145,7 +145,7 @@ class Onnx(Exporter):
             precision: OnnxModel(checked, precision)
             for precision in dict.fromkeys(("fp32", *options.precisions))
         }
-        limits = {**_LEAST, **options.least_agreement}
+        limits: dict[str, float] = {**_LEAST, **options.least_agreement}
         report["parity"] = parity.prove(model, exported, limits, options.tolerance, tried)
         report["prompts"] = [case.text for case in tried]
         if "fp32" not in options.precisions:
@@ -243,7 +243,7 @@ class _in_float32:
         self._model.train(self._training)
 
 
-def _half_where_asked(folder: Path, dtype: torch.dtype | None) -> str | None:
+def _half_where_asked(dtype: torch.dtype | None) -> str | None:
     return "fp16" if dtype in (torch.float16, torch.bfloat16) else None
 
 

@@ -223,5 +223,6 @@ def _tables(model: ir.Model, names: tuple[str, str], longest: int) -> tuple[ir.V
 
 def _weight(node: ir.Node) -> ir.Value | None:
     weight = node.inputs[1]
-    known = weight is not None and weight.const_value is not None and weight.is_initializer()
-    return weight if known and weight.shape is not None and len(weight.shape) == 2 else None
+    if weight is None or weight.const_value is None or not weight.is_initializer():
+        return None
+    return weight if weight.shape is not None and len(weight.shape) == 2 else None

@@ -18,14 +18,12 @@ from torch import Tensor, nn
 
 from llavakit import ModelError
 from llavakit_plugins.exporters.onnx.attention import Attention, Trace, attention_of
-from llavakit_plugins.onnx_runtime.layout import DECODER, EMBEDDINGS, VISION, cache_names
+from llavakit_plugins.onnx_runtime.layout import DECODER, EMBEDDINGS, KEEP, VISION, cache_names
 
 if TYPE_CHECKING:
     from llavakit import LlavaModel
 
 OPSET = 23
-KEEP = "num_logits_to_keep"
-"""How many of the last rows get logits; 0, its default, is all of them."""
 
 
 class _Vision(nn.Module):

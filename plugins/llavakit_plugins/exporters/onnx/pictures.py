@@ -15,7 +15,8 @@ from llavakit_plugins.onnx_runtime.pictures import RESAMPLES, Preparation
 if TYPE_CHECKING:
     from llavakit import VisionEncoder
 
-_LEVELS = {"bicubic": 3, "bilinear": 2, "lanczos": 1}
+_NUMBERS = {name: int(filter) for name, filter in RESAMPLES.items()}
+"""As image processors count the filters."""
 _CLOSE = 1e-4
 
 
@@ -54,8 +55,8 @@ def find_preparation(vision: VisionEncoder) -> Preparation:
             return candidate
     raise ModelError(
         f"vision encoder `{vision.name}` prepares images in a way that no client of the ONNX "
-        "folder can repeat: not by cropping, padding or stretching to a square with the usual "
-        "resampling; give its `prepare` one of these"
+        "folder can repeat: not by cropping, padding or squashing to a square with Pillow's "
+        "filters; give its `prepare` one of these"
     )
 
 
@@ -73,7 +74,7 @@ def _rounded(values: Any) -> tuple[float, float, float]:
 def _candidates(
     size: int, mean: tuple[float, float, float], std: tuple[float, float, float]
 ) -> Iterator[Preparation]:
-    for aspect, resample in product(("crop", "pad", "stretch"), RESAMPLES):
+    for aspect, resample in product(("crop", "pad", "squash"), RESAMPLES):
         yield Preparation.model_validate(
             {"size": size, "aspect": aspect, "resample": resample, "resized": size,
              "mean": mean, "std": std}
@@ -88,7 +89,7 @@ def _candidates(
 def python_settings(preparation: Preparation) -> dict[str, Any]:
     """Return the preparation as the configuration of a Python image processor."""
     size = preparation.size
-    settings = _settings(preparation, _LEVELS[preparation.resample])
+    settings = _settings(preparation, _NUMBERS[preparation.resample])
     if preparation.aspect == "pad":
         settings |= {"image_processor_type": "LlavaImageProcessor", "do_pad": True}
         settings |= {"size": {"shortest_edge": size}, "do_center_crop": True}
@@ -102,8 +103,10 @@ def javascript_settings(preparation: Preparation) -> dict[str, Any]:
     It pads behind the resize, not in front of it.
     """
     size = preparation.size
-    level = _LEVELS[preparation.resample]
-    settings = _settings(preparation, 1 if level == _LEVELS["bicubic"] else level)
+    number = _NUMBERS[preparation.resample]
+    settings = _settings(
+        preparation, _NUMBERS["lanczos"] if preparation.resample == "bicubic" else number
+    )
     if preparation.aspect == "pad":
         settings |= {"image_processor_type": "VLMImageProcessor", "image_size": size}
         settings |= {"size": {"longest_edge": size}, "do_center_crop": False}
@@ -114,13 +117,13 @@ def javascript_settings(preparation: Preparation) -> dict[str, Any]:
 def _settings(preparation: Preparation, resample: int) -> dict[str, Any]:
     size = preparation.size
     square = {"height": size, "width": size}
-    stretch = preparation.aspect == "stretch"
+    squash = preparation.aspect == "squash"
     return {
         "image_processor_type": "CLIPImageProcessor",
         "processor_class": "LlavaProcessor",
         "do_convert_rgb": True,
         "do_resize": True,
-        "size": square if stretch else {"shortest_edge": preparation.resized},
+        "size": square if squash else {"shortest_edge": preparation.resized},
         "resample": resample,
         "do_center_crop": preparation.aspect == "crop",
         "crop_size": square,

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from llavakit import DataError, ModelError, Turn
 from llavakit.samples import IMAGE
+from llavakit.tokenisation import Reader
 from llavakit_plugins.onnx_runtime.prompting import PromptFormat
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ def find_format(template: PromptTemplate, tokenizer: PreTrainedTokenizerBase) ->
             shows_question=True,
             trims=trimmed,
             adds_bos=template.adds_bos,
+            beginning=tuple(Reader.of(tokenizer).beginning()),
             between=_between(template, tokenizer, head, ask),
             stops=tuple(template.stop(tokenizer)),
         )
@@ -142,6 +144,7 @@ def _images_only(
         shows_question=False,
         trims=False,
         adds_bos=template.adds_bos,
+        beginning=tuple(Reader.of(tokenizer).beginning()),
         between=None,
         stops=tuple(template.stop(tokenizer)),
     )
