@@ -62,6 +62,12 @@ class Use(BaseModel, Generic[KindT_co]):
         return dict(self.model_extra or {})
 
 
+class SkippableUse(Use[KindT_co], Generic[KindT_co]):
+    """A choice that a recipe may also leave out: `{ use = "pope", skip = true }`."""
+
+    skip: bool = False
+
+
 StepFolders = Mapping[str, Path]
 """The folders of earlier steps, by the name a recipe refers to them with."""
 

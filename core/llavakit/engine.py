@@ -23,7 +23,7 @@ import torch
 from pydantic import BaseModel
 
 from llavakit.assembly import create_model, is_model, load_model, without_none
-from llavakit.components import Use
+from llavakit.components import SkippableUse, Use
 from llavakit.errors import RecipeError
 from llavakit.events import EventLog
 from llavakit.files import HASHED_BYTES, digest, explain_write, write_text
@@ -236,7 +236,14 @@ class _Model:
     ) -> None:
         self._recipe, self._registry, self._folders = recipe, registry, folders
         self._device = device
-        self.vision, self.language = recipe.model.vision, recipe.model.language
+
+    @property
+    def vision(self) -> Use[VisionEncoder]:
+        return self._recipe.parts().vision
+
+    @property
+    def language(self) -> Use[LanguageModel]:
+        return self._recipe.parts().language
 
     def __call__(self, folder: Path | None = None) -> LlavaModel:
         folder = folder or newest_model(self._folders)
@@ -248,7 +255,7 @@ class _Model:
         self, vision: VisionEncoder | None = None, language: LanguageModel | None = None
     ) -> LlavaModel:
         return create_model(
-            self._recipe.model,
+            self._recipe.parts(),
             self._registry,
             seed=self._recipe.seed,
             device=self._device,
@@ -274,7 +281,7 @@ def _record(recipe: Recipe, until: str) -> Record:
         if name == until:
             break
     record = {
-        "model": recipe.model.model_dump(mode="json"),
+        "model": None if recipe.model is None else recipe.model.model_dump(mode="json"),
         "seed": recipe.seed,
         "steps": steps,
         "files": files,
@@ -379,6 +386,8 @@ def _stamps(options: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
 def _data_sets(value: object, registry: Registry) -> Iterator[Use[Dataset]]:
     """Yield the data sets that a step chooses and that no earlier step has to make."""
     if isinstance(value, Use):
+        if isinstance(value, SkippableUse) and value.skip:
+            return
         if issubclass(value.kind(), Dataset):
             if "@" not in {text[:1] for text in _texts(value.options)}:
                 yield value

@@ -405,8 +405,13 @@ class Stopping(Protocol):
 class ModelSource(Protocol):
     """The model as it stands before a step: the newest one an earlier step left, else new."""
 
-    vision: Use[VisionEncoder]
-    language: Use[LanguageModel]
+    @property
+    def vision(self) -> Use[VisionEncoder]:
+        """The recipe's choice. Raises RecipeError where it has no model."""
+
+    @property
+    def language(self) -> Use[LanguageModel]:
+        """The recipe's choice. Raises RecipeError where it has no model."""
 
     def __call__(self, folder: Path | None = None) -> LlavaModel:
         """Return the model in `folder`, or as the recipe and the earlier steps have it."""

@@ -191,9 +191,14 @@ class LlavaModel(nn.Module):
         sampling: Sampling,
         *,
         raw: bool = False,
+        pixels_IHW: Tensor | None = None,
     ) -> list[str]:
-        """Return the answers to several prompts with their images, decoded as one batch."""
-        return [self._decode(ids) for ids in self.answer_ids(prompts, sampling, raw=raw)]
+        """Return the answers to several prompts with their images, decoded as one batch.
+
+        `pixels_IHW` are all their images as `prepare` returns them, where that is done already.
+        """
+        found = self.answer_ids(prompts, sampling, raw=raw, pixels_IHW=pixels_IHW)
+        return [self._decode(ids) for ids in found]
 
     def answer_ids(
         self,
@@ -201,10 +206,11 @@ class LlavaModel(nn.Module):
         sampling: Sampling,
         *,
         raw: bool = False,
+        pixels_IHW: Tensor | None = None,
     ) -> list[list[int]]:
         """Return the new tokens of each answer."""
         answers: list[list[int]] = [[] for _ in prompts]
-        for tokens in self._steps(prompts, sampling, raw=raw):
+        for tokens in self._steps(prompts, sampling, raw=raw, pixels_IHW=pixels_IHW):
             for index, token in tokens:
                 answers[index].append(token)
         return answers
@@ -215,19 +221,26 @@ class LlavaModel(nn.Module):
         sampling: Sampling,
         *,
         raw: bool,
+        pixels_IHW: Tensor | None = None,
     ) -> Iterator[list[tuple[int, int]]]:
         """Yield (prompt, token) of every prompt that still goes on, step by step."""
         encoded = [self.prompt(prompt, images, raw=raw) for prompt, images in prompts]
         batch = pack(encoded, range(len(encoded)), self.visual_tokens)
         with torch.inference_mode():
-            embeds_TE = self._embed_images(batch, [i for _, images in prompts for i in images])
+            images = [image for _, images in prompts for image in images]
+            embeds_TE = self._embed_images(batch, images, pixels_IHW)
         stops = [] if raw else list(self.template.stop(self.language.tokenizer))
         yield from generate_stream(
             self.language, embeds_TE, batch.packing.to(self.device), sampling, stops
         )
 
-    def _embed_images(self, batch: PackedBatch, images: Sequence[ImageSource]) -> Tensor:
-        pixels = self.prepare(images)
+    def _embed_images(
+        self,
+        batch: PackedBatch,
+        images: Sequence[ImageSource],
+        pixels_IHW: Tensor | None = None,
+    ) -> Tensor:
+        pixels = self.prepare(images) if pixels_IHW is None else pixels_IHW
         features = None if pixels is None else self.features(pixels)
         return self.embed(batch.to(self.device), features)
 

@@ -49,7 +49,8 @@ class Plan(BaseModel):
 
     recipe: str
     parts: dict[str, PartPlan]
-    visual_tokens: int
+    visual_tokens: int | None
+    """Of one image; None where the recipe has no model."""
     steps: dict[str, StepPlan]
     machine: Machine
     tflops: float
@@ -69,8 +70,11 @@ class Plan(BaseModel):
             for name, part in self.parts.items()
         ]
         total = sum(part.parameters for part in self.parts.values())
-        lines = [f"{self.recipe}: {_count(total)} parameters, {self.visual_tokens} tokens an image"]
-        lines += ["", *_table(rows), ""]
+        if self.parts:
+            size = f"{_count(total)} parameters, {self.visual_tokens} tokens an image"
+            lines = [f"{self.recipe}: {size}", "", *_table(rows), ""]
+        else:
+            lines = [f"{self.recipe}: no model of its own", ""]
         rows = [["step", "trains", "samples", "tokens", "steps", "TFLOP", "memory", "time"]]
         hours = 0.0
         for name, step in self.steps.items():
@@ -123,7 +127,7 @@ class Planner:
     @cached_property
     def model(self) -> LlavaModel:
         """The model on the meta device: shapes without weights."""
-        return sketch_model(self._recipe.model, self._registry)
+        return sketch_model(self._recipe.parts(), self._registry)
 
     def parameters(self, part: str) -> int:
         """Return the number of parameters of `vision`, `connector` or `language`."""
@@ -147,34 +151,38 @@ def count_parameters(module: nn.Module) -> int:
 def make_plan(recipe: Recipe, registry: Registry) -> Plan:
     """Return the plan of a recipe. Raises LlavaError where its parts do not fit."""
     planner = Planner(recipe, registry)
-    model = planner.model
+    model = None if recipe.model is None else planner.model
     for name, use in recipe.active_steps():
         step = registry.get(Step, use.use)
         options = step.Options(**use.options)
         planner.steps[name] = step.plan(options, planner) or StepPlan()
-    widths: Mapping[str, int] = {
-        "vision": model.vision.width,
-        "connector": model.language.width,
-        "language": model.language.width,
-    }
     machine = recipe.machine
     rate = machine.tflops or measure_tflops()
     return Plan(
         recipe=recipe.name,
-        parts={
-            name: PartPlan(
-                component=getattr(model, name).name,
-                parameters=count_parameters(getattr(model, name)),
-                width=widths[name],
-            )
-            for name in PARTS
-        },
-        visual_tokens=model.visual_tokens,
+        parts={} if model is None else _parts(model),
+        visual_tokens=None if model is None else model.visual_tokens,
         steps=planner.steps,
         machine=machine,
         tflops=rate * machine.devices,
         measured=machine.tflops is None,
     )
+
+
+def _parts(model: LlavaModel) -> dict[str, PartPlan]:
+    widths: Mapping[str, int] = {
+        "vision": model.vision.width,
+        "connector": model.language.width,
+        "language": model.language.width,
+    }
+    return {
+        name: PartPlan(
+            component=getattr(model, name).name,
+            parameters=count_parameters(getattr(model, name)),
+            width=widths[name],
+        )
+        for name in PARTS
+    }
 
 
 def measure_tflops() -> float:

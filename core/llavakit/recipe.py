@@ -21,17 +21,15 @@ from pydantic_settings import (
 )
 
 from llavakit.assembly import ModelRecipe
-from llavakit.components import LATER, Component, Use, is_input
+from llavakit.components import LATER, Component, SkippableUse, Use, is_input
 from llavakit.errors import RecipeError
 from llavakit.interfaces import Step, Tracker
 from llavakit.registry import ComponentT, Registry
 from llavakit.toml_lines import Key, Place, Span, locate
 
 
-class StepUse(Use[Step]):
-    """A step, which a recipe may also leave out: `{ use = "pretrain", skip = true }`."""
-
-    skip: bool = False
+class StepUse(SkippableUse[Step]):
+    """A step of a recipe."""
 
 
 class Machine(BaseModel):
@@ -59,7 +57,9 @@ class Recipe(BaseSettings):
     seed: int = Field(default=0, ge=0)
     device: str = "auto"
     """`auto` is CUDA where there is one, else the CPU."""
-    model: ModelRecipe
+    # not an optional type: pydantic would tell of a wrong part that all of it is wrong
+    model: ModelRecipe = Field(default=cast("ModelRecipe", None), validate_default=False)
+    """None where it is left out, as it may be where no step needs one; `parts` refuses that."""
     steps: tuple[StepUse, ...] = Field(min_length=1)
     trackers: tuple[Use[Tracker], ...] = ()
     machine: Machine = Machine()
@@ -97,8 +97,12 @@ class Recipe(BaseSettings):
             problems = list(_problems(error, cls))
             for key, value in _sound(cls, table):
                 problems += _check_value(value, registry, key, later, inputs)
+            if "model" not in table and not names:
+                problems += _missing_model((), registry)
         else:
             problems = list(_check(recipe, registry, (), {}, inputs))
+            if recipe.model is None and inputs:
+                problems += _missing_model(recipe.steps, registry)
             if not problems:
                 return recipe
         raise RecipeError("\n\n".join(problem.render(sources, names) for problem in problems))
@@ -113,6 +117,14 @@ class Recipe(BaseSettings):
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         return env_settings, init_settings  # the environment wins over the file
+
+    def parts(self) -> ModelRecipe:
+        """Return the model's parts. Raises RecipeError where the recipe names none."""
+        if self.model is None:
+            raise RecipeError(
+                f"recipe `{self.name}` has no [model], but one of its steps needs one; add it"
+            )
+        return self.model
 
     def active_steps(self) -> Iterator[tuple[str, StepUse]]:
         """Yield the folder name and the choice of every step that is not skipped."""
@@ -342,6 +354,22 @@ def _sound(
                         yield (*key, name, index), adapter.validate_python(item)
 
 
+def _missing_model(steps: Sequence[StepUse], registry: Registry) -> Iterator[Problem]:
+    """Yield that there is no model, unless no step needs one: `init` names another."""
+    known = registry.all(Step)
+    needing = [
+        step.use
+        for step in steps
+        if not step.skip
+        and step.use in known
+        and known[step.use].needs_model
+        and step.options.get("init") is None
+    ]
+    if needing or not steps:
+        hint = f"`{needing[0]}` needs one: add [model], or state `init`" if needing else "add it"
+        yield Problem((), "missing option `model`", hint)
+
+
 def _check(
     node: BaseModel, registry: Registry, key: Key, steps: Mapping[str, Path], inputs: bool
 ) -> Iterator[Problem]:
@@ -371,7 +399,7 @@ def _check_value(
     elif isinstance(value, tuple | list):
         earlier = dict(steps)
         for index, item in enumerate(value):
-            if isinstance(item, StepUse) and item.skip:
+            if isinstance(item, SkippableUse) and item.skip:
                 continue
             yield from _check_value(item, registry, (*key, index), earlier, inputs)
             if isinstance(item, StepUse):

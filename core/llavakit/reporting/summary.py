@@ -77,7 +77,7 @@ def collect(recipe: Recipe, directory: Path, records: Sequence[StepRecord]) -> R
     plan = _flat(_read_json(directory / "plan.json"))
     parts = [
         Part(name, use.use, plan.get(f"parts.{name}.parameters"), _flat(use.options))
-        for name in type(recipe.model).model_fields
+        for name in (type(recipe.model).model_fields if recipe.model else ())
         if (use := getattr(recipe.model, name)) is not None
     ]
     device = environment.get("device_name", environment.get("device"))

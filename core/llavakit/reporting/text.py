@@ -27,14 +27,15 @@ def lines(report: Report, pictures: Pictures) -> Iterator[str]:
             for stage in report.stages
         ],
     )
-    yield "\n## Model\n"
-    yield from table(
-        ["Part", "Component", "Parameters", "Options"],
-        [
-            [part.name, escape(part.use), show(part.parameters), escape(pairs(part.options))]
-            for part in report.parts
-        ],
-    )
+    if report.parts:
+        yield "\n## Model\n"
+        yield from table(
+            ["Part", "Component", "Parameters", "Options"],
+            [
+                [part.name, escape(part.use), show(part.parameters), escape(pairs(part.options))]
+                for part in report.parts
+            ],
+        )
     for stage in report.stages:
         if stage.seconds is None:
             continue

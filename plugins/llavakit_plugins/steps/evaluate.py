@@ -4,50 +4,74 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import replace
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from pydantic import Field
 
+import llavakit
 from llavakit import (
     Benchmark,
     DataError,
     Dataset,
     InputPath,
     LlavaModel,
+    ModelError,
     Options,
     Outcome,
     Question,
     Run,
     Score,
     Step,
-    Stopped,
     Use,
 )
+from llavakit.components import SkippableUse
 from llavakit.files import write_text
-from llavakit.generation import Sampling
 from llavakit.images import save_thumbnail
 from llavakit.reporting import Card, Gallery, Section, Table
+from llavakit.samples import IMAGE
+from llavakit_plugins.answering import AnswerFile, Pace, ask
 from llavakit_plugins.training.corpus import Corpus
 from llavakit_plugins.training.features import Encoding
 from llavakit_plugins.training.loop import held_out_loss
 
+_SUFFIX = {"sighted": "", "blind": "-blind"}
+
+
+@dataclass(frozen=True)
+class Result:
+    """A benchmark's answers and their score."""
+
+    answers: Sequence[str]
+    score: Score
+
+
+class BenchmarkUse(SkippableUse[Benchmark]):
+    """A benchmark of a recipe: `{ use = "llava-bench", label = "coco", ... }`."""
+
+    label: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Names its files and figures; the benchmark's own name where absent."""
+
 
 class EvaluateOptions(Options):
-    benchmarks: tuple[Use[Benchmark], ...] = ()
+    benchmarks: tuple[BenchmarkUse, ...] = ()
     losses: tuple[Use[Dataset], ...] = ()
     """Held-out data whose loss is measured, one by one."""
     init: InputPath | None = None
-    """A model folder; the newest of the earlier steps where absent."""
+    """A model folder of any layout; the newest of the earlier steps where absent."""
     blind: bool = False
     """Also ask with the images of other questions: what is still right needs no image."""
     batch_size: int = Field(default=64, ge=1)
+    workers: int = Field(default=2, ge=0)
+    """Threads that read and prepare the images of the next batches."""
     max_new_tokens: int = Field(default=64, ge=1)
     max_length: int = Field(default=2048, ge=2)
     examples: int = Field(default=24, ge=0)
     """Answers to show in the report."""
+    model_id: str | None = None
+    """What answer files call the model; its folder where absent."""
 
 
 class Evaluate(Step):
@@ -61,93 +85,94 @@ class Evaluate(Step):
         self.options = options
 
     def run(self, run: Run) -> Outcome:
-        model = run.model(self.options.init).eval()
+        model = self._model(run)
         metrics: dict[str, float] = {}
         sections: list[Section] = []
-        names = _distinct([use.use for use in self.options.benchmarks])
-        for name, use in zip(names, self.options.benchmarks, strict=True):
+        uses = [use for use in self.options.benchmarks if not use.skip]
+        names = _distinct([use.label or use.use for use in uses])
+        for name, use in zip(names, uses, strict=True):
             benchmark = run.build(use)
             questions = benchmark.questions()
-            answers = self._ask(run, model, questions, name)
-            score = benchmark.score(questions, answers)
-            scores = {"sighted": score}
-            self._keep(run.directory, name, questions, answers, score)
+            asked = {"sighted": questions}
             if self.options.blind:
-                blind = shuffle_images(questions, run.seed)
-                guesses = self._ask(run, model, blind, f"{name}, blind")
-                scores["blind"] = benchmark.score(questions, guesses)
-                self._keep(run.directory, f"{name}-blind", blind, guesses, scores["blind"])
-            prefix = f"{name}_" if len(self.options.benchmarks) > 1 else ""
-            for way, result in scores.items():
-                metrics |= {f"{prefix}{way}_{key}": v for key, v in result.metrics.items()}
-            sections.append(_table(name, questions, scores))
-            sections.append(self._gallery(run, name, questions, answers, score))
+                asked["blind"] = shuffle_images(questions, run.seed)
+            results = {
+                way: self._score(run, model, benchmark, own, f"{name}{_SUFFIX[way]}")
+                for way, own in asked.items()
+            }
+            prefix = f"{name}_" if len(uses) > 1 else ""
+            for way, result in results.items():
+                metrics |= {f"{prefix}{way}_{k}": v for k, v in result.score.metrics.items()}
+            sections += _tables(name, questions, {w: r.score for w, r in results.items()})
+            sections.append(self._gallery(run, name, questions, results["sighted"]))
         if self.options.losses:
             sections.append(self._losses(run, model, metrics))
         return Outcome(metrics, sections)
 
-    def _ask(
-        self, run: Run, model: LlavaModel, questions: Sequence[Question], note: str
-    ) -> list[str]:
-        """Return the greedy answers, decoded in batches of questions of like length."""
-        order = sorted(range(len(questions)), key=lambda index: len(questions[index].prompt))
-        answers = [""] * len(questions)
-        sampling = Sampling(self.options.max_new_tokens)
-        for begin in range(0, len(order), self.options.batch_size):
-            chosen = order[begin : begin + self.options.batch_size]
-            prompts = [(questions[index].prompt, questions[index].images) for index in chosen]
-            for index, answer in zip(chosen, model.answer(prompts, sampling), strict=True):
-                answers[index] = answer
-            run.progress(min(begin + len(chosen), len(order)), len(order), note)
-            if run.stopping():
-                raise Stopped
-        return answers
-
-    def _keep(
-        self,
-        folder: Path,
-        name: str,
-        questions: Sequence[Question],
-        answers: Sequence[str],
-        score: Score,
-    ) -> None:
-        lines = (
-            json.dumps(
-                {
-                    "question_id": question.id,
-                    "prompt": question.prompt,
-                    "image": [str(image) for image in question.images],
-                    "text": answer,
-                    "truth": question.truth,
-                    "right": right,
-                },
-                ensure_ascii=False,
+    def _model(self, run: Run) -> Any:
+        if self.options.init is None:
+            return run.model().eval()
+        model = llavakit.load(self.options.init, device=run.device)
+        if self.options.losses and not isinstance(model, LlavaModel):
+            raise ModelError(
+                f"{self.options.init} answers questions, but its layout tells no losses; leave "
+                "`losses` out"
             )
-            for question, answer, right in zip(questions, answers, score.right, strict=True)
-        )
-        write_text(folder / f"{name}.jsonl", "\n".join(lines) + "\n")
+        return model
 
-    def _gallery(
+    def _score(
         self,
         run: Run,
-        name: str,
+        model: Any,
+        benchmark: Benchmark,
         questions: Sequence[Question],
-        answers: Sequence[str],
-        score: Score,
+        name: str,
+    ) -> Result:
+        model_id = self.options.model_id or str(self.options.init or run.directory.parent.name)
+        file = AnswerFile(run.directory / f"{name}.jsonl", model_id, resume=run.resume)
+        answers = ask(
+            model,
+            questions,
+            file,
+            self.options.max_new_tokens,
+            Pace(self.options.batch_size, self.options.workers),
+            progress=run.progress,
+            stopping=run.stopping,
+            note=name,
+        )
+        folder = run.directory / f"{name}-scoring"
+        folder.mkdir(exist_ok=True)
+        score = benchmark.score_in(replace(run, directory=folder), questions, answers)
+        if not any(folder.iterdir()):
+            folder.rmdir()
+        rows = [
+            file.row(question, answer, right=right)
+            for question, answer, right in zip(questions, answers, score.right, strict=True)
+        ]
+        lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+        write_text(file.path, "".join(f"{line}\n" for line in lines))
+        return Result(answers, score)
+
+    def _gallery(
+        self, run: Run, name: str, questions: Sequence[Question], result: Result
     ) -> Gallery:
         draw = np.random.default_rng(run.seed)
         count = min(self.options.examples, len(questions))
         cards: list[Card] = []
         for index in draw.choice(len(questions), count, replace=False).tolist():
-            question = questions[index]
+            question, answer = questions[index], result.answers[index]
+            right = result.score.right[index]
             shown = None
             if question.images:
                 place = run.directory / "images"
                 shown = save_thumbnail(question.images[0], place, f"{name}-{len(cards):03}")
-            lines = [("question", question.prompt), ("answer", answers[index])]
-            if question.truth and question.truth != answers[index]:
-                lines.append(("truth", question.truth))
-            cards.append(Card(image=shown, lines=lines, right=score.right[index]))
+            prompt = question.prompt.replace(IMAGE, "").strip()
+            lines = [("question", prompt), ("answer", answer)]
+            if question.truth and question.truth != answer:
+                lines.append(("reference" if right is None else "truth", question.truth))
+            if result.score.remarks:
+                lines.append(("review" if right is None else "remark", result.score.remarks[index]))
+            cards.append(Card(image=shown, lines=lines, right=right))
         return Gallery(title=f"{name}: questions and answers", cards=cards)
 
     def _losses(self, run: Run, model: LlavaModel, metrics: dict[str, float]) -> Table:
@@ -195,7 +220,19 @@ def shuffle_images(questions: Sequence[Question], seed: int) -> list[Question]:
     return [replace(q, images=following.get(q.images, ())) for q in questions]
 
 
-def _table(name: str, questions: Sequence[Question], scores: dict[str, Score]) -> Table:
+def _tables(
+    name: str, questions: Sequence[Question], scores: Mapping[str, Score]
+) -> Iterator[Section]:
+    """Yield a benchmark's own tables; one of right answers where it has none."""
+    if not scores["sighted"].sections:
+        yield _table(name, questions, scores)
+    for way, score in scores.items():
+        for section in score.sections:
+            title = f"{name}: {section.title}{', blind' if way == 'blind' else ''}"
+            yield section.model_copy(update={"title": title})
+
+
+def _table(name: str, questions: Sequence[Question], scores: Mapping[str, Score]) -> Table:
     """Return how many are right, by the question's wording where that recurs."""
     forms = Counter(question.prompt for question in questions)
     common = [form for form, count in forms.most_common(20) if count > 1]

@@ -1,0 +1,191 @@
+"""Asks a model many questions: in batches of like length, every answer kept as it comes."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from llavakit import LlavaModel, Question, Stopped
+from llavakit.files import explain_write
+from llavakit.generation import Sampling
+from llavakit.interfaces import Progress
+from llavakit.samples import ImageSource
+from llavakit_plugins.rows import read_lines
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How many questions at a time, and who prepares their images."""
+
+    batch_size: int
+    workers: int
+    """Threads that read and prepare the images of the next batches; 0: none beside the model's."""
+
+
+class AnswerFile:
+    """Answers in LLaVA's format, one JSON object a line, on the disk as soon as they are given.
+
+    With `resume`, what an interrupted attempt left is read back; a line that a killed process left
+    half written is dropped.
+    """
+
+    def __init__(self, path: Path, model_id: str, *, resume: bool) -> None:
+        self.path, self._model_id = path, model_id
+        self._known: dict[tuple[str, str, tuple[str, ...]], str] = {}
+        if resume and path.is_file():
+            _drop_torn_line(path)
+            for _, row in read_lines(path):
+                key = (str(row["question_id"]), row["prompt"], tuple(row["image"]))
+                self._known[key] = row["text"]
+        else:
+            with explain_write(path):
+                path.write_bytes(b"")
+
+    def get(self, question: Question) -> str | None:
+        """Return the answer to a question with these very words and images, if there is one."""
+        return self._known.get(_key(question))
+
+    def append(self, questions: Sequence[Question], answers: Sequence[str]) -> None:
+        """Put answers on the disk; when this returns, they are there."""
+        rows = [self.row(q, a) for q, a in zip(questions, answers, strict=True)]
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        with explain_write(self.path), self.path.open("ab") as file:
+            file.write(text.encode("utf-8", "backslashreplace"))
+            file.flush()
+            os.fsync(file.fileno())
+        self._known |= {_key(q): a for q, a in zip(questions, answers, strict=True)}
+
+    def row(self, question: Question, answer: str, **metadata: Any) -> Row:
+        """Return one line: the original's keys, and what else is known of the question."""
+        names = list(_names(question.images))
+        facts = json.dumps([self._model_id, question.id, question.prompt, names, answer])
+        return {
+            "question_id": question.id,
+            "prompt": question.prompt,
+            "image": names,
+            "text": answer,
+            "truth": question.truth,
+            "category": question.category,
+            "answer_id": sha256(facts.encode()).hexdigest()[:22],
+            "model_id": self._model_id,
+            "metadata": {},
+            **metadata,
+        }
+
+
+def ask(
+    model: Any,
+    questions: Sequence[Question],
+    file: AnswerFile,
+    max_new_tokens: int,
+    pace: Pace,
+    *,
+    progress: Progress,
+    stopping: Callable[[], bool],
+    note: str = "",
+) -> list[str]:
+    """Return the greedy answers, one a question; those that `file` has are not asked again.
+
+    A LlavaModel answers in batches of questions of like length, which gives what one at a time
+    gives; any other layout that has `generate` answers one by one.
+    Raises Stopped where the user asked to stop; what was answered until then is in the file.
+    """
+    found = [file.get(question) for question in questions]
+    todo = [place for place, answer in enumerate(found) if answer is None]
+    done = len(questions) - len(todo)
+    progress(done, len(questions), note)
+    chosen = [questions[place] for place in todo]
+    answering = _batched if isinstance(model, LlavaModel) else _one_by_one
+    for places, answers in answering(model, chosen, max_new_tokens, pace):
+        file.append([chosen[place] for place in places], answers)
+        for place, answer in zip(places, answers, strict=True):
+            found[todo[place]] = answer
+        done += len(places)
+        progress(done, len(questions), note)
+        if stopping() and done < len(questions):
+            raise Stopped
+    return [answer for answer in found if answer is not None]
+
+
+Answers = Iterator[tuple[list[int], list[str]]]
+
+
+def _batched(
+    model: LlavaModel, questions: Sequence[Question], max_new_tokens: int, pace: Pace
+) -> Answers:
+    lengths = [
+        model.prompt(question.prompt, question.images).length(model.visual_tokens)
+        for question in questions
+    ]
+    order = sorted(range(len(questions)), key=lambda place: lengths[place])
+    batches = [
+        order[begin : begin + pace.batch_size] for begin in range(0, len(order), pace.batch_size)
+    ]
+    sampling = Sampling(max_new_tokens)
+    for places, pixels in _prepared(model, questions, batches, pace.workers):
+        prompts = [(questions[place].prompt, questions[place].images) for place in places]
+        yield places, model.answer(prompts, sampling, pixels_IHW=pixels)
+
+
+def _prepared(
+    model: LlavaModel, questions: Sequence[Question], batches: Sequence[list[int]], workers: int
+) -> Iterator[tuple[list[int], Tensor | None]]:
+    """Yield every batch with its pixels, prepared ahead in threads (Pillow leaves them run)."""
+
+    def prepare(places: Sequence[int]) -> Tensor | None:
+        images: list[ImageSource] = [i for place in places for i in questions[place].images]
+        names = ", ".join(f"`{questions[place].id}`" for place in places[:3])
+        return model.prepare(images, f"questions {names}{' …' if len(places) > 3 else ''}")
+
+    if not workers:
+        yield from ((places, prepare(places)) for places in batches)
+        return
+    with ThreadPoolExecutor(workers) as pool:
+        waiting: deque[tuple[list[int], Future[Tensor | None]]] = deque()
+        try:
+            for places in batches:
+                waiting.append((places, pool.submit(prepare, places)))
+                if len(waiting) > workers:
+                    ready, pixels = waiting.popleft()
+                    yield ready, pixels.result()
+            while waiting:
+                ready, pixels = waiting.popleft()
+                yield ready, pixels.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _one_by_one(
+    model: Any, questions: Sequence[Question], max_new_tokens: int, pace: Pace
+) -> Answers:
+    for place, question in enumerate(questions):
+        images = list(question.images)
+        text = model.generate(question.prompt, images=images, max_new_tokens=max_new_tokens)
+        yield [place], [text]
+
+
+def _key(question: Question) -> tuple[str, str, tuple[str, ...]]:
+    return str(question.id), question.prompt, tuple(_names(question.images))
+
+
+def _names(images: Sequence[ImageSource]) -> Iterator[str]:
+    """Yield the images' paths; one that was never a file has no name that lasts."""
+    return (str(image) if isinstance(image, Path) else "" for image in images)
+
+
+def _drop_torn_line(path: Path) -> None:
+    data = path.read_bytes()
+    if data and not data.endswith(b"\n"):
+        with explain_write(path), path.open("r+b") as file:
+            file.truncate(data.rfind(b"\n") + 1)
