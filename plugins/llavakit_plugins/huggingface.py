@@ -82,6 +82,27 @@ KNOWN: dict[str, dict[str, Any]] = {
         "num_attention_heads": 40, "num_key_value_heads": 40, "vocab_size": 32000,
         "max_position_embeddings": 2048, "rms_norm_eps": 1e-6,
     },
+    "Qwen/Qwen2.5-0.5B-Instruct": {
+        "model_type": "qwen2",
+        "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24,
+        "num_attention_heads": 14, "num_key_value_heads": 2, "vocab_size": 151936,
+        "max_position_embeddings": 32768, "rms_norm_eps": 1e-6, "rope_theta": 1e6,
+        "tie_word_embeddings": True,
+    },
+    "HuggingFaceTB/SmolLM2-135M-Instruct": {
+        "model_type": "llama",
+        "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+        "num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49152,
+        "max_position_embeddings": 8192, "rms_norm_eps": 1e-5, "rope_theta": 1e5,
+        "tie_word_embeddings": True,
+    },
+    "HuggingFaceTB/SmolLM2-360M-Instruct": {
+        "model_type": "llama",
+        "hidden_size": 960, "intermediate_size": 2560, "num_hidden_layers": 32,
+        "num_attention_heads": 15, "num_key_value_heads": 5, "vocab_size": 49152,
+        "max_position_embeddings": 8192, "rms_norm_eps": 1e-5, "rope_theta": 1e5,
+        "tie_word_embeddings": True,
+    },
 }  # fmt: skip
 
 
