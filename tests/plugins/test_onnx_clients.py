@@ -48,7 +48,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Shared:
     model = make_model()
     names = ("fp32", "fp16", "int8", "q8", "q4")
     least = dict.fromkeys(names[1:], 0.3)
-    options = OnnxOptions(precisions=names, least_agreement=least)
+    options = OnnxOptions.model_validate({"precisions": names, "least_agreement": least})
     Onnx(options).export(model, place / "model")
     draw = np.random.default_rng(5)
     grid = Image.fromarray(draw.integers(0, 256, (4, 4, 3), dtype=np.uint8))
@@ -76,7 +76,15 @@ def packages() -> Path:
 
 
 def _ask(packages: Path, shared: Shared, picture: Path, dtype: str = "") -> dict[str, Any]:
-    command = ["node", "answer.mjs", shared.folder, picture, QUESTION, "12", dtype]
+    command: list[str | Path] = [
+        "node",
+        "answer.mjs",
+        shared.folder,
+        picture,
+        QUESTION,
+        "12",
+        dtype,
+    ]
     done = subprocess.run(
         command, cwd=packages, capture_output=True, text=True, timeout=300, check=False
     )

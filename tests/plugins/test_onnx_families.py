@@ -77,9 +77,8 @@ def test_every_family_is_the_same_model(family: str, operators: str, tmp_path: P
 def test_every_precision_with_weights_beside_the_graph(tmp_path: Path) -> None:
     names = ("q8", "fp16", "int8", "q4")
     least = dict.fromkeys(names, 0.3)
-    options = OnnxOptions(
-        precisions=names, external_data_over=1000, least_agreement=least, block_size=16
-    )
+    settings = {"external_data_over": 1000, "block_size": 16, "least_agreement": least}
+    options = OnnxOptions.model_validate({"precisions": names, **settings})
     model, (picture, _) = make_model(), make_pictures(tmp_path)
     figures = Onnx(options).export(model, tmp_path / "out")
     assert figures["q8 largest"] < figures["q4 largest"]

@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 VISION, EMBEDDINGS, DECODER = "vision_encoder", "embed_tokens", "decoder_model_merged"
 GRAPHS = (VISION, EMBEDDINGS, DECODER)
-SUFFIXES = {"fp32": "", "fp16": "_fp16", "int8": "_int8", "q8": "_quantized", "q4": "_q4"}
+Precision = Literal["fp32", "fp16", "int8", "q8", "q4"]
+SUFFIXES: dict[str, str] = {
+    "fp32": "",
+    "fp16": "_fp16",
+    "int8": "_int8",
+    "q8": "_quantized",
+    "q4": "_q4",
+}
 """What a precision adds to a file's name."""
 REPORT = "export.json"
 KEEP = "num_logits_to_keep"

@@ -112,7 +112,7 @@ class OnnxModel:
     def embed(self, encoded: Encoded, images: Sequence[ImageSource]) -> FloatArray:
         """Return the embeddings `[T, E]` of a prompt, text and visual rows."""
         rows = encoded.expand(self.manifest.shapes.visual_tokens)
-        embeds_TE = self._embed(rows.token_ids[None])[0]
+        embeds_TE: FloatArray = self._embed(rows.token_ids[None])[0]
         if images:
             embeds_TE[rows.visual] = self.features(self.pixels(images)).reshape(
                 -1, embeds_TE.shape[1]

@@ -99,7 +99,8 @@ class Trace:
             version=1,
         )
         self.present[layer] = (key, value)
-        return attended.unflatten(-1, (heads, width))
+        by_head: Tensor = attended.unflatten(-1, (heads, width))
+        return by_head
 
     def _plain(
         self,

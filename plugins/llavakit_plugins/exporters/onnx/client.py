@@ -94,7 +94,9 @@ def client_tokenizer(
         table["post_processor"] = _without_specials(table["post_processor"])
     backend: Tokenizer = Tokenizer.from_str(json.dumps(table))
     backend.add_special_tokens([AddedToken(IMAGE, special=True, normalized=False)])
-    return backend, int(backend.token_to_id(IMAGE))
+    image_token = backend.token_to_id(IMAGE)
+    assert image_token is not None  # it was added
+    return backend, image_token
 
 
 def _without_specials(processor: dict[str, Any] | None) -> dict[str, Any] | None:
@@ -174,7 +176,11 @@ def _config(
         "max_position_embeddings": model.language.max_length,
     }
     vision = getattr(getattr(model.vision, "model", None), "config", None)
-    shape = vision.to_dict() if hasattr(vision, "to_dict") else {"model_type": "clip_vision_model"}
+    shape = (
+        vision.to_dict()
+        if vision is not None and hasattr(vision, "to_dict")
+        else {"model_type": "clip_vision_model"}
+    )
     shape |= {"image_size": model.vision.image_size, "hidden_size": model.vision.width}
     for table in (text, shape):
         for name in ("_name_or_path", "transformers_version", "architectures", "dtype"):

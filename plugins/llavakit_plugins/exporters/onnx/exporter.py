@@ -17,9 +17,8 @@ from llavakit import Exporter, ModelError, Options
 from llavakit.assembly import cast_weights
 from llavakit.files import digest, new_folder
 from llavakit_plugins.exporters.onnx.attention import Attention
-from llavakit_plugins.exporters.onnx.precision import Precision
 from llavakit_plugins.onnx_runtime import folder as folders
-from llavakit_plugins.onnx_runtime.layout import DECODER, GRAPHS, REPORT, graph_file
+from llavakit_plugins.onnx_runtime.layout import DECODER, GRAPHS, REPORT, Precision, graph_file
 from llavakit_plugins.onnx_runtime.model import OnnxModel
 from llavakit_plugins.onnx_runtime.sessions import pick_provider
 
@@ -141,11 +140,12 @@ class Onnx(Exporter):
         }
         manifest = folders.Manifest.model_validate(report)
         checked = folders.Folder(partial, manifest)
-        exported = {
+        exported: dict[str, OnnxModel] = {
             precision: OnnxModel(checked, precision)
             for precision in dict.fromkeys(("fp32", *options.precisions))
         }
-        limits: dict[str, float] = {**_LEAST, **options.least_agreement}
+        asked = {str(name): least for name, least in options.least_agreement.items()}
+        limits = {**_LEAST, **asked}
         report["parity"] = parity.prove(model, exported, limits, options.tolerance, tried)
         report["prompts"] = [case.text for case in tried]
         if "fp32" not in options.precisions:

@@ -103,12 +103,16 @@ def embed_graph(model: LlavaModel, rows: int) -> ir.Model:
         known = model.language.head.weight.shape[0]
         table_VE = model.language.embed(torch.arange(known)).float().numpy()
     missing = np.zeros((max(0, rows - known), table_VE.shape[1]), np.float32)
-    table = ir.tensor(np.concatenate((table_VE, missing)), name="embeddings")
+    whole_VE = np.concatenate((table_VE, missing))
+    table = ir.tensor(whole_VE, name="embeddings")
     ids = _value("input_ids", ir.DataType.INT64, ["batch_size", "sequence_length"])
     width = table_VE.shape[1]
     embeds = _value("inputs_embeds", ir.DataType.FLOAT, ["batch_size", "sequence_length", width])
     weight = ir.Value(
-        name="embeddings", const_value=table, type=ir.TensorType(table.dtype), shape=table.shape
+        name="embeddings",
+        const_value=table,
+        type=ir.TensorType(table.dtype),
+        shape=ir.Shape(whole_VE.shape),
     )
     gather = ir.Node("", "Gather", [weight, ids], outputs=[embeds], name="embed")
     graph = ir.Graph(

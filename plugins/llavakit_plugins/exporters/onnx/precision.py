@@ -6,13 +6,11 @@ import logging
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import onnx
 
-from llavakit_plugins.onnx_runtime.layout import DECODER, EMBEDDINGS
-
-Precision = Literal["fp32", "fp16", "int8", "q8", "q4"]
+from llavakit_plugins.onnx_runtime.layout import DECODER, EMBEDDINGS, Precision
 
 
 def convert(
