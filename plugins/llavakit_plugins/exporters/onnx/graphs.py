@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from llavakit import ModelError
-from llavakit_plugins.exporters.onnx.attention import Attention, Trace, attention_of
+from llavakit_plugins.exporters.onnx.attention import Attention, Trace, attention_of, own_forward
 from llavakit_plugins.onnx_runtime.layout import DECODER, EMBEDDINGS, KEEP, VISION, cache_names
 
 if TYPE_CHECKING:
@@ -141,14 +141,16 @@ def trace_decoder(model: LlavaModel, attention: Attention) -> ir.Model:
     b, t, p = (torch.export.Dim(name, max=1 << 20) for name in names)
     whole = torch.export.Dim.DYNAMIC
     held = tuple(({0: b, 2: p}, {0: b, 2: p}) for _ in range(layers))
+    decoder = _Decoder(model, attention).eval()
     try:
-        graph = _trace(
-            _Decoder(model, attention).eval(),
-            inputs,
-            ({0: b, 1: t}, {0: b, 1: whole}, {0: b, 1: t}, held, {}),
-            ["inputs_embeds", "attention_mask", "position_ids", *cache_names(layers), KEEP],
-            ["logits", *cache_names(layers, "present")],
-        )
+        with own_forward(decoder.causal):
+            graph = _trace(
+                decoder,
+                inputs,
+                ({0: b, 1: t}, {0: b, 1: whole}, {0: b, 1: t}, held, {}),
+                ["inputs_embeds", "attention_mask", "position_ids", *cache_names(layers), KEEP],
+                ["logits", *cache_names(layers, "present")],
+            )
     except ModelError as error:
         raise ModelError(f"language model `{model.language.name}` {error}") from error
     values = {value.name: value for value in (*graph.graph.inputs, *graph.graph.outputs)}
