@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -42,6 +43,7 @@ class TextOptions(BaseModel):
 
 
 Document = list[Segment]
+_WORD = re.compile(r"[^\W_]+")
 
 
 def documents(
@@ -53,21 +55,24 @@ def documents(
 ) -> Iterator[Document]:
     """Yield one document a context: all its captions, or a dialogue about one of them.
 
-    In a dialogue a caption stands where the image will be, so the model learns to answer from what
-    is in front of the question; there only the answers are learned. Of `tokenizer` only the
-    special tokens matter.
+    In front stand the words of one caption in any order, where the image will be. So the model
+    learns to find what a question asks for by what it is and not by what it stands behind: the
+    patches of an image have no grammar. Nothing else of a document goes unlearned but questions.
+    Of `tokenizer` only the special tokens matter.
     """
     draw = np.random.default_rng([seed, 3])
     end = Segment(str(tokenizer.eos_token), markup=True)
     for context in contexts:
         captions = [str(caption) for caption in draw.permutation(context.captions)]
         kind = _KINDS[int(draw.integers(len(_KINDS)))]
+        words = " ".join(map(str, draw.permutation(_WORD.findall(captions[0].lower()))))
         if kind is None:
-            yield [Segment(" ".join(captions), learned=True), replace(end, learned=True)]
+            text = Segment(f"\n{' '.join(captions)}", learned=True)
+            yield [Segment(words), text, replace(end, learned=True)]
             continue
         turns = generator.generate(context, kind)
         yield [
-            Segment(segment.text.replace(IMAGE, captions[0]), segment.learned, segment.markup)
+            Segment(segment.text.replace(IMAGE, words), segment.learned, segment.markup)
             for segment in template.segments(turns, tokenizer)
         ]
 
