@@ -26,7 +26,7 @@ from llavakit.assembly import create_model, is_model, load_model, without_none
 from llavakit.components import SkippableUse, Use
 from llavakit.errors import RecipeError
 from llavakit.events import EventLog
-from llavakit.files import HASHED_BYTES, digest, explain_write, write_text
+from llavakit.files import HASHED_BYTES, digest, explain_write, link_folder, write_text
 from llavakit.interfaces import (
     Build,
     Dataset,
@@ -430,13 +430,9 @@ def _link_model(directory: Path, folders: Mapping[str, Path]) -> None:
     if newest is None:
         return
     link = directory / "model"
-    with explain_write(link):
-        partial_link = directory / ".model.partial"
-        partial_link.unlink(missing_ok=True)
-        if link.exists() and not link.is_symlink():
-            _set_aside(link)
-        partial_link.symlink_to(newest.relative_to(directory), target_is_directory=True)
-        partial_link.replace(link)
+    if link.exists() and not link.is_symlink():
+        _set_aside(link)
+    link_folder(link, newest)
 
 
 # -- surroundings ----------------------------------------------------------------------------------

@@ -57,6 +57,15 @@ def new_folder(path: Path) -> Iterator[Path]:
             raise
 
 
+def link_folder(link: Path, folder: Path) -> None:
+    """Make `link` a relative link to a folder beside it, so that both can be moved together."""
+    partial = link.with_name(f".{link.name}.partial")
+    with explain_write(link):
+        partial.unlink(missing_ok=True)
+        partial.symlink_to(folder.relative_to(link.parent), target_is_directory=True)
+        partial.replace(link)
+
+
 @contextmanager
 def explain_write(path: Path) -> Iterator[None]:
     """Turn a failed write (full disk, no permission) into a sentence."""

@@ -35,7 +35,7 @@ from llavakit.samples import IMAGE
 from llavakit_plugins.answering import AnswerFile, Pace, ask
 from llavakit_plugins.training.corpus import Corpus
 from llavakit_plugins.training.features import Encoding
-from llavakit_plugins.training.loop import held_out_loss
+from llavakit_plugins.training.validation import held_out_loss
 
 _SUFFIX = {"sighted": "", "blind": "-blind"}
 

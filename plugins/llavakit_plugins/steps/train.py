@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
+
 import torch
 
-from llavakit import LlavaModel, Outcome, Run, Step
+from llavakit import Outcome, Run, Sample, Step
 from llavakit.assembly import save_model
+from llavakit.files import link_folder
+from llavakit.images import save_thumbnail
 from llavakit.planning import Planner, StepPlan
-from llavakit.reporting import Curves
+from llavakit.reporting import Card, Curves, Gallery, Section
+from llavakit.samples import IMAGE
 from llavakit_plugins.training.corpus import Corpus
-from llavakit_plugins.training.features import Encoding, preparation
-from llavakit_plugins.training.loop import PARTS, Trainer, held_out_loss, require_weights
+from llavakit_plugins.training.loop import PARTS, Trainer, require_weights
 from llavakit_plugins.training.options import TrainOptions
 
+_SHOWN = 6  # looks of the validation in the gallery
 _SUPERVISED = 0.5  # share of a sample's text that is learned, roughly: for plans only
 
 
@@ -46,7 +52,7 @@ class _Train(Step):
         if options.held_out is not None:
             held_out = Corpus(run.build(options.held_out), model, template, options.max_length)
         run.event("corpus", samples=len(corpus), tokens=sum(corpus.lengths), cut=corpus.cut)
-        trainer = Trainer(model, corpus, options, run)
+        trainer = Trainer(model, corpus, options, run, held_out, template)
         progress = trainer.train()
         if not run.team.leads:
             return Outcome({})
@@ -57,9 +63,16 @@ class _Train(Step):
         }
         if corpus.skipped:
             metrics["left_out"] = float(len(corpus.skipped))
-        if held_out is not None:
-            metrics["held_out_loss"] = self._held_out(model, held_out, run)
-        save_model(model, run.directory / "model")
+        if progress.looks:
+            metrics["held_out_loss"] = progress.looks[-1][1]
+        kept = run.directory / ("last" if options.keep_best else "model")
+        save_model(model, kept)
+        if (best := trainer.recall_best()) is not None:
+            metrics |= {"best_held_out_loss": best.loss, "best_step": float(best.step)}
+            kept = run.directory / "best"
+            save_model(model, kept)
+        if options.keep_best:
+            link_folder(run.directory / "model", kept)
         curve = Curves(
             title="Training loss",
             x="step",
@@ -68,15 +81,12 @@ class _Train(Step):
             caption=f"{progress.samples:,} samples, {progress.tokens:,} tokens, of which "
             f"{progress.targets:,} supervised. {' '.join(notes)}".rstrip(),
         )
-        return Outcome(metrics, [curve])
-
-    def _held_out(self, model: LlavaModel, corpus: Corpus, run: Run) -> float:
-        dtype = next(model.vision.parameters()).dtype
-        preparing = preparation(model, self.options.prepare, run.build)
-        features = Encoding(
-            corpus, model, workers=0, dtype=dtype, learns=False, preparing=preparing
-        )
-        return held_out_loss(model, corpus, self.options.micro_batch_tokens, features)
+        sections: list[Section] = [curve]
+        if options.validate_every:
+            curve.series["held out"] = [(float(at), loss) for at, loss, _ in progress.looks]
+        if trainer.asked:
+            sections.append(_gallery(trainer.asked, progress.looks, run.directory))
+        return Outcome(metrics, sections)
 
     @classmethod
     def plan(cls, options: TrainOptions, planner: Planner) -> StepPlan:
@@ -105,6 +115,24 @@ class _Train(Step):
             memory_gb=memory,
             trained=trained,
         )
+
+
+def _gallery(
+    samples: Sequence[Sample], looks: Sequence[tuple[int, float, Sequence[str]]], folder: Path
+) -> Gallery:
+    """Return what was answered over time: at the first step, at the last, and a few between."""
+    count = min(_SHOWN, len(looks))
+    places = sorted({round(n * (len(looks) - 1) / max(1, count - 1)) for n in range(count)})
+    cards = []
+    for number, sample in enumerate(samples):
+        shown = None
+        if sample.images:
+            shown = save_thumbnail(sample.images[0], folder / "images", f"{number:03}")
+        question = sample.turns[0].text.replace(IMAGE, "").strip()
+        said = [(f"step {looks[place][0]}", looks[place][2][number]) for place in places]
+        truth = [("truth", sample.turns[1].text)] if len(sample.turns) > 1 else []
+        cards.append(Card(image=shown, lines=[("question", question), *said, *truth]))
+    return Gallery(title="Held-out answers while it learns", cards=cards)
 
 
 def _tail_mean(losses: list[float]) -> float:

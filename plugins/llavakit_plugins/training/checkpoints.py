@@ -69,6 +69,39 @@ class Checkpoints:
         return sorted(self.folder.glob("step-*"), key=lambda path: int(path.name[5:]))
 
 
+class Best:
+    """The trained weights of the step that did best so far, in the checkpoints' folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def save(self, step: int, weights: Mapping[str, Tensor]) -> None:
+        """Keep the weights of `step`, beside those of an earlier step."""
+        with new_folder(self._place(step)) as partial:
+            whole = {name: weight.cpu().contiguous() for name, weight in weights.items()}
+            save_file(whole, partial / _TENSORS)
+
+    def recall(self, step: int) -> dict[str, Tensor]:
+        """Return the weights of `step`. Raises TrainingError where they are damaged."""
+        path = self._place(step) / _TENSORS
+        try:
+            return load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise TrainingError(
+                f"{path}, the best weights of this step, is damaged ({error}); remove the "
+                "step's folder and run again"
+            ) from error
+
+    def drop_all_but(self, step: int) -> None:
+        """Remove what was the best before `step`."""
+        for old in self.folder.glob("best-*"):
+            if old != self._place(step):
+                shutil.rmtree(old)
+
+    def _place(self, step: int) -> Path:
+        return self.folder / f"best-{step:06}"
+
+
 def _fingerprint(path: Path) -> str:
     """Return the size of a file, and its hash where that takes seconds at most."""
     size = path.stat().st_size

@@ -5,16 +5,16 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from llavakit import LlavaModel, Run, Stopped, TrainingError
+from llavakit import LlavaModel, PromptTemplate, Run, Sample, Stopped, TrainingError
 from llavakit.assembly import cast_weights
-from llavakit_plugins.training.checkpoints import Checkpoints
+from llavakit_plugins.training.checkpoints import Best, Checkpoints
 from llavakit_plugins.training.corpus import Batch, Corpus
 from llavakit_plugins.training.features import (
     CACHE_BYTES,
@@ -34,6 +34,7 @@ from llavakit_plugins.training.parallel import (
     shard,
     sum_gradients,
 )
+from llavakit_plugins.training.validation import Look, Validation
 
 PARTS = ("vision", "connector", "language")
 _NAMED = 5
@@ -51,12 +52,31 @@ class Progress:
     tokens: int = 0
     targets: int = 0
     losses: list[tuple[int, float]] = field(default_factory=list)
+    looks: list[tuple[int, float, Sequence[str]]] = field(default_factory=list)
+    """Of the validation: step, held-out loss, answers."""
+
+    @property
+    def best(self) -> Look | None:
+        """The look with the lowest held-out loss, the first of several."""
+        finite = [Look(*look) for look in self.looks if math.isfinite(look[1])]
+        return min(finite, key=lambda look: look.loss, default=None)
 
 
 class Trainer:
-    """Trains a model by its options; `run` decides folder, seed and how to report."""
+    """Trains a model by its options; `run` decides folder, seed and how to report.
 
-    def __init__(self, model: LlavaModel, corpus: Corpus, options: TrainOptions, run: Run) -> None:
+    `held_out` is looked at on the way, in the words of `template`, and learned from in no way.
+    """
+
+    def __init__(
+        self,
+        model: LlavaModel,
+        corpus: Corpus,
+        options: TrainOptions,
+        run: Run,
+        held_out: Corpus | None = None,
+        template: PromptTemplate | None = None,
+    ) -> None:
         self.model, self.corpus, self.options, self.run = model, corpus, options, run
         self.team = run.team
         self.sharded = self._sharded()
@@ -76,8 +96,30 @@ class Trainer:
             clip=options.clip,
         )
         self.checkpoints = Checkpoints(run.directory / "checkpoints", options.keep)
+        self.best = Best(run.directory / "checkpoints")
         self.progress = Progress()
-        self.features = self._features()
+        self.features = self._features(corpus)
+        self.validation: Validation | None = None
+        if held_out is not None:
+            self.validation = Validation(
+                model,
+                held_out,
+                self._features(held_out),
+                template or model.template,
+                capacity=options.micro_batch_tokens,
+                samples=self._answered(),
+            )
+        self.asked: Sequence[Sample] = self.validation.samples if self.validation else ()
+        """Held-out samples whose questions are answered at each look."""
+
+    def _answered(self) -> int:
+        """Return how many held-out questions are answered at each look."""
+        if not self.options.validate_every or not self.options.samples:
+            return 0
+        if self.sharded:
+            self.run.event("unanswered", reason="no answers while weights are divided by devices")
+            return 0
+        return self.options.samples
 
     def _sharded(self) -> bool:
         if self.team.size == 1 or self.options.shard is False:
@@ -90,20 +132,20 @@ class Trainer:
             )
         return False
 
-    def _features(self) -> Features:
+    def _features(self, corpus: Corpus) -> Features:
         learns = "vision" in self.options.train
         dtype = next(self.model.vision.parameters()).dtype
         preparing = preparation(self.model, self.options.prepare, self.run.build)
-        if not learns and self._worth_caching():
+        if not learns and self._worth_caching(corpus):
             return Cached(
-                self.corpus,
+                corpus,
                 self.model,
                 dtype=dtype,
                 progress=self.run.progress,
                 preparing=preparing,
             )
         return Encoding(
-            self.corpus,
+            corpus,
             self.model,
             workers=self.options.workers,
             dtype=dtype,
@@ -111,12 +153,12 @@ class Trainer:
             preparing=preparing,
         )
 
-    def _worth_caching(self) -> bool:
+    def _worth_caching(self, corpus: Corpus) -> bool:
         if self.options.cache_features is not None:
             return self.options.cache_features
         vision = self.model.vision
         floats = vision.tokens(vision.image_size) * vision.width
-        return images_recur(self.corpus, self.options.epochs, CACHE_BYTES // (4 * floats))
+        return images_recur(corpus, self.options.epochs, CACHE_BYTES // (4 * floats))
 
     def train(self) -> Progress:
         """Train to the end, from the newest checkpoint where `run.resume` says so.
@@ -127,6 +169,8 @@ class Trainer:
         """
         if self.run.resume:
             self._restore()
+        if self.options.validate_every and not self.progress.looks:
+            self._look()
         meter = _Meter(self.progress)
         for batch in self._batches():
             loss, norm, rate = self._step(batch)
@@ -146,6 +190,10 @@ class Trainer:
                     **meter.rates(progress),
                 )
             self.run.progress(progress.step, self.steps, f"loss {loss:.3f}")
+            every = self.options.validate_every
+            if last or (every is not None and progress.step % every == 0):
+                self._look()
+                meter = _Meter(progress)  # the time it took is not training's
             stopping = self.run.stopping()
             if stopping or last or progress.step % self.options.checkpoint_every == 0:
                 self._save()
@@ -219,6 +267,54 @@ class Trainer:
             "--resume goes on from the last checkpoint"
         )
 
+    def _look(self) -> None:
+        """Look at held-out samples; keep the trained weights where they are the best so far."""
+        if self.validation is None:
+            return
+        with self._undisturbed():
+            look = self.team.share(self.validation.look(self.progress.step))
+        self.progress.looks.append((look.step, look.loss, look.answers))
+        best = self.progress.best is not None and self.progress.best.step == look.step
+        samples = zip(self.asked, look.answers, strict=True)
+        self.run.event(
+            "validation",
+            at=look.step,
+            held_out_loss=round(look.loss, 6),
+            best=best,
+            answers=[{"id": sample.id, "answer": answer} for sample, answer in samples],
+        )
+        if best and self.options.validate_every:
+            weights = {name: p.detach() for name, p in self.optimiser.named.items()}
+            whole = in_one_piece(weights, self.team)
+            if self.team.leads:
+                self.best.save(look.step, whole)
+
+    @contextmanager
+    def _undisturbed(self) -> Iterator[None]:
+        """Let the model be looked at: nothing is learned, and no random number is used up."""
+        device = self.model.device
+        devices = [device] if device.type == "cuda" else []
+        with torch.random.fork_rng(devices), torch.no_grad(), self._autocast():
+            self.model.eval()
+            try:
+                yield
+            finally:
+                _thaw(self.model, self.options)
+
+    @torch.no_grad()
+    def recall_best(self) -> Look | None:
+        """Give the trained parts the weights they had at the best look; None where none was kept.
+
+        To be called after `train`, of several processes only in the leader.
+        """
+        best = self.progress.best
+        if best is None or not self.options.validate_every:
+            return None
+        self.best.drop_all_but(best.step)  # left by an attempt that was killed
+        for name, weight in self.best.recall(best.step).items():
+            self.model.get_parameter(name).copy_(weight)
+        return best
+
     def _autocast(self) -> AbstractContextManager[Any]:
         if self.options.precision == "fp32":
             return nullcontext()
@@ -228,6 +324,8 @@ class Trainer:
         tensors = in_one_piece(self.optimiser.tensors(), self.team)
         if self.team.leads:
             self.checkpoints.save(self.progress.step, tensors, vars(self.progress))
+            if self.progress.best is not None:  # an earlier checkpoint may need an earlier best
+                self.best.drop_all_but(self.progress.best.step)
 
     def _restore(self) -> None:
         found = self.checkpoints.load()
@@ -253,6 +351,7 @@ class Trainer:
         """Put what was learned into a model that is not divided."""
         learned = in_one_piece({n: p.detach() for n, p in self.optimiser.named.items()}, self.team)
         del self.model, self.features, self.optimiser
+        self.validation = None
         if self.team.leads:
             self.model = self.run.model(self.options.init)
             with torch.no_grad():
@@ -284,8 +383,8 @@ def _set_up(model: LlavaModel, options: TrainOptions, *, remember: bool) -> dict
             weights = {name: p.detach().cpu() for name, p in module.named_parameters()}
         befores[part] = _Before(dtype, weights)
         module.requires_grad_(learns)
-        module.train(learns)
         cast_weights(module, wanted)
+    _thaw(model, options)
     model.language.recompute = options.recompute
     return befores
 
@@ -294,6 +393,12 @@ def require_weights(part: str, count: int) -> None:
     """Raise TrainingError where a part that should learn has nothing to learn with."""
     if not count:
         raise TrainingError(f"`{part}` has no parameters that learn; take it out of `train`")
+
+
+def _thaw(model: LlavaModel, options: TrainOptions) -> None:
+    """Put the parts that learn in training mode, the others in evaluation mode."""
+    for part in PARTS:
+        getattr(model, part).train(part in options.train)
 
 
 def _group(model: LlavaModel, part: str, rate: float, weight_decay: float) -> Group:
@@ -325,14 +430,3 @@ class _Meter:
         tokens = (progress.tokens - self._tokens) / seconds
         self._look(progress)
         return {"samples_per_s": round(samples, 2), "tokens_per_s": round(tokens)}
-
-
-@torch.no_grad()
-def held_out_loss(model: LlavaModel, corpus: Corpus, capacity: int, features: Features) -> float:
-    """Return the mean loss a target token over a corpus, nothing learned."""
-    total, targets = torch.zeros((), device=model.device), 0
-    micros: Sequence[Sequence[int]] = corpus.batch(corpus.samples, capacity).samples
-    for packed, found in features.load(micros):
-        total += model.loss(packed, found)
-        targets += len(packed.targets_M)
-    return float(total) / targets

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from llavakit import Dataset, InputPath, Options, PromptTemplate, Use
 
@@ -17,6 +17,12 @@ class TrainOptions(Options):
     data: Use[Dataset]
     held_out: Use[Dataset] | None = None
     """Samples whose loss is measured but not learned."""
+    validate_every: int | None = Field(default=None, ge=1)
+    """Steps between looks at `held_out`; at the end only where absent."""
+    samples: int = Field(default=4, ge=0)
+    """Held-out questions that are answered at each look."""
+    keep_best: bool = False
+    """Whether the step's model is the one with the lowest held-out loss, and not the last."""
     train: dict[Part, float]
     """The parts that learn, each with its peak learning rate."""
     template: Use[PromptTemplate] | None = None
@@ -65,3 +71,11 @@ class TrainOptions(Options):
         if not train or any(rate <= 0 for rate in train.values()):
             raise ValueError("name at least one part with a learning rate above 0")
         return train
+
+    @model_validator(mode="after")
+    def _validation_has_data(self) -> Self:
+        if self.validate_every is not None and self.held_out is None:
+            raise ValueError("`validate_every` looks at `held_out`: name a data set there")
+        if self.keep_best and self.validate_every is None:
+            raise ValueError("`keep_best` needs `validate_every`, or there is only the last model")
+        return self
