@@ -1,7 +1,7 @@
 """Causal attention within each sample of a packed stream, and the key-value cache for decoding.
 
 T rows, S samples, H query heads, G key-value heads, K head dimension, L longest cache; within one
-sample Q rows that look and C columns that are looked at.
+sample Q rows that look and C columns that are looked at; R watched rows.
 """
 
 from __future__ import annotations
@@ -83,6 +83,45 @@ class Scoring:
         return self.softcap is None and self.sinks_H is None
 
 
+class Watch:
+    """Keeps the attention weights of chosen rows of a stream, layer by layer.
+
+    The weights of all rows are never computed otherwise: the fused attention has none to show.
+    """
+
+    def __init__(self, rows_R: Tensor) -> None:
+        self.rows_R = rows_R
+        self.weights: dict[int, Tensor] = {}
+        """`[H, R, T]`, float32, by layer."""
+
+    @torch.no_grad()
+    def see(
+        self,
+        layer: int,
+        q_THK: Tensor,
+        k_TGK: Tensor,
+        packing: Packing,
+        scoring: Scoring,
+    ) -> None:
+        """Compute the weights of one layer for the chosen rows alone."""
+        scale = q_THK.shape[-1] ** -0.5 if scoring.scale is None else scoring.scale
+        q_RHK = q_THK.index_select(0, self.rows_R).float()
+        k_THK = k_TGK.float().repeat_interleave(q_THK.shape[1] // k_TGK.shape[1], dim=1)
+        scores_HRT = torch.einsum("rhk,thk->hrt", q_RHK, k_THK) * scale
+        if scoring.softcap is not None:
+            scores_HRT = scoring.softcap * torch.tanh(scores_HRT / scoring.softcap)
+        lengths = torch.tensor(packing.lengths, device=q_THK.device)
+        sample_T = torch.arange(len(lengths), device=q_THK.device).repeat_interleave(lengths)
+        places_T = packing.position_ids_T
+        visible_RT = _band(places_T[self.rows_R], places_T, scoring.window)
+        visible_RT &= sample_T[self.rows_R][:, None] == sample_T[None, :]
+        scores_HRT = scores_HRT.masked_fill(~visible_RT, -torch.inf)
+        if scoring.sinks_H is not None:
+            sinks_HR1 = scoring.sinks_H.float()[:, None, None].expand(-1, len(self.rows_R), 1)
+            scores_HRT = torch.cat([scores_HRT, sinks_HR1], dim=-1)
+        self.weights[layer] = scores_HRT.softmax(dim=-1)[..., : len(places_T)]
+
+
 def packed_attention(
     q_THK: Tensor,
     k_TGK: Tensor,
@@ -101,6 +140,8 @@ def packed_attention(
     them is used: FlashAttention, torch's own, FlexAttention; else each sample is read by itself.
     """
     scoring = Scoring(scale, window, softcap, sinks_H)
+    if packing.watch is not None:
+        packing.watch.see(layer, q_THK, k_TGK, packing, scoring)
     if packing.cache is not None:
         packing.cache.append(layer, k_TGK, v_TGK, packing)
         if any(packing.cache.lengths):

@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from llavakit.errors import DataError
+from llavakit.files import explain_write
 from llavakit.samples import ImageSource
 
 if TYPE_CHECKING:
@@ -178,6 +179,17 @@ def inside(folder: Path, name: str, where: str) -> Path:
     if os.path.isabs(name) or os.path.normpath(name).split(os.sep)[0] == os.pardir:
         raise DataError(f"image `{name}` of {where} lies outside {folder}; use a path within it")
     return folder / name
+
+
+def save_image(image: Image.Image, path: Path) -> None:
+    """Write a PNG, whole or not at all. Raises LlavaError where that fails."""
+    partial = path.with_name(f".{path.name}.partial")
+    with explain_write(path):
+        try:
+            image.save(partial, "png")
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 def save_thumbnail(source: ImageSource, folder: Path, name: str, edge: int = 384) -> str:

@@ -176,12 +176,12 @@ class LlavaModel(nn.Module):
         shown = ""
         for tokens in self._steps([(prompt, images)], sampling, raw=raw):
             ids.append(tokens[0][1])
-            text = self._decode(ids)
+            text = self.decode(ids)
             # a character of several tokens, or the start of a stop text, is not shown yet
             if not text.endswith("\ufffd") and text.startswith(shown):
                 yield text[len(shown) :]
                 shown = text
-        text = self._decode(ids)
+        text = self.decode(ids)
         if text != shown:
             yield text[len(shown) :]
 
@@ -198,7 +198,7 @@ class LlavaModel(nn.Module):
         `pixels_IHW` are all their images as `prepare` returns them, where that is done already.
         """
         found = self.answer_ids(prompts, sampling, raw=raw, pixels_IHW=pixels_IHW)
-        return [self._decode(ids) for ids in found]
+        return [self.decode(ids) for ids in found]
 
     def answer_ids(
         self,
@@ -244,7 +244,8 @@ class LlavaModel(nn.Module):
         features = None if pixels is None else self.features(pixels)
         return self.embed(batch.to(self.device), features)
 
-    def _decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of an answer's tokens, up to what ends it."""
         text = str(self.language.tokenizer.decode(list(ids), skip_special_tokens=True))
         for stop in self.template.stop(self.language.tokenizer):
             text = text.split(stop)[0]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from llavakit.attention import KVCache
+    from llavakit.attention import KVCache, Watch
     from llavakit.prompts import Encoded
 
 
@@ -29,6 +29,8 @@ class Packing:
     position_ids_T: Tensor
     """int64, counted from 0 in each sample (from the cache's length when decoding)."""
     cache: KVCache | None = None
+    watch: Watch | None = None
+    """Keeps the attention weights of some rows, where somebody wants to see them."""
 
     @classmethod
     def of(cls, lengths: Sequence[int], device: torch.device | str = "cpu") -> Packing:

@@ -2,14 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from pydantic import Field
 
 import llavakit
-from llavakit import Dataset, Exporter, InputPath, ModelError, Options, Outcome, Run, Step, Use
+from llavakit import (
+    Dataset,
+    Exporter,
+    InputPath,
+    LlavaModel,
+    ModelError,
+    Options,
+    Outcome,
+    Run,
+    Step,
+    Use,
+)
 from llavakit.assembly import save_model
-from llavakit.images import save_thumbnail
+from llavakit.gaze import watch_answer
+from llavakit.generation import Sampling
+from llavakit.heatmap import draw_gaze
+from llavakit.images import save_image, save_thumbnail
 from llavakit.reporting import Card, Gallery
-from llavakit.samples import IMAGE
+from llavakit.samples import IMAGE, ImageSource
+
+_LOOKS = (
+    "Attention from the answer's tokens to the image's patches, the mean over layers and heads: "
+    "of the whole answer, and of each word. Each picture's hottest place is its largest weight."
+)
 
 
 class ExportOptions(Options):
@@ -21,6 +42,8 @@ class ExportOptions(Options):
     """Samples whose first question is asked of what was exported."""
     count: int = Field(default=8, ge=1)
     max_new_tokens: int = 96
+    heatmaps: int = Field(default=0, ge=0)
+    """How many of the tries to show with where the model looks, word by word."""
 
 
 class Export(Step):
@@ -45,6 +68,7 @@ class Export(Step):
             metrics |= {k: float(v) for k, v in proof.items() if isinstance(v, int | float)}
         exported = llavakit.load(folder, device=run.device)
         cards: list[Card] = []
+        looks: list[Card] = []
         if self.options.tries is not None:
             data = run.build(self.options.tries)
             stride = max(1, len(data) // self.options.count)
@@ -66,8 +90,24 @@ class Export(Step):
                 if images:
                     shown = save_thumbnail(images[0], run.directory / "images", f"{index:03}")
                 cards.append(Card(image=shown, lines=lines))
+                if images and len(looks) < self.options.heatmaps:
+                    sheet = self._look(run, model, question, images, f"{index:03}")
+                    looks.append(Card(image=sheet, lines=lines[:2]))
                 run.progress(len(cards), self.options.count, "trying it")
         parameters = sum(p.numel() for p in model.parameters())
         metrics["parameters"] = float(parameters)
         metrics["bytes"] = float(sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()))
-        return Outcome(metrics, [Gallery(title="The exported model's answers", cards=cards)])
+        sections = [Gallery(title="The exported model's answers", cards=cards)]
+        if looks:
+            sections.append(Gallery(title="Where it looks", cards=looks, caption=_LOOKS))
+        return Outcome(metrics, sections)
+
+    def _look(
+        self, run: Run, model: LlavaModel, question: str, images: Sequence[ImageSource], name: str
+    ) -> str:
+        """Draw where the model looks; return the picture's name in the step's folder."""
+        gaze = watch_answer(model, question, images, Sampling(self.options.max_new_tokens))
+        place = run.directory / "heatmaps" / f"{name}.png"
+        place.parent.mkdir(exist_ok=True)
+        save_image(draw_gaze(gaze, images, model.vision), place)
+        return f"{place.parent.name}/{place.name}"
