@@ -9,7 +9,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -45,9 +45,10 @@ from llavakit.progress import Display, duration, show_progress
 from llavakit.recipe import Recipe, StepUse
 from llavakit.registry import KindT, Registry
 from llavakit.reporting import StepRecord, write_report
+from llavakit.reuse import DONE as _DONE
+from llavakit.reuse import contents, find_step, take_step
 from llavakit.team import Team, join_team
 
-_DONE = "artifact.json"
 _BEGUN = "begun.json"
 _LONGEST_PATH = 1024
 Record = Mapping[str, Any]
@@ -62,12 +63,18 @@ class Result:
 
 
 def run(
-    recipe: Recipe, registry: Registry, directory: Path, *, resume: bool = False
+    recipe: Recipe,
+    registry: Registry,
+    directory: Path,
+    *,
+    resume: bool = False,
+    reuse: Sequence[Path] = (),
 ) -> Result | None:
     """Run every step; return the folder of each, by name.
 
     A step is skipped when its folder holds the record of the same model and the same steps up to
-    and including it. From the first step that differs on, old folders are set aside.
+    and including it. From the first step that differs on, old folders are set aside. A step that
+    one of the runs in `reuse` has finished is taken from there.
     Where torchrun started several processes, the first of them does this; the others join it in
     the steps that work `together`, and return None.
 
@@ -79,7 +86,7 @@ def run(
             return None
         work = _Work(recipe, registry, directory, team, device)
         try:
-            _lead(work, resume=resume)
+            _lead(work, resume=resume, reuse=reuse)
         finally:
             if not work.together:  # within a step the others stop as it did, or torchrun acts
                 team.share(_Order(None))
@@ -87,7 +94,7 @@ def run(
     return Result(folders, directory / "report.html")
 
 
-def _lead(work: _Work, *, resume: bool) -> None:
+def _lead(work: _Work, *, resume: bool, reuse: Sequence[Path]) -> None:
     """Run every step, write what is to be written, and report."""
     recipe, directory = work.recipe, work.directory
     plan = make_plan(recipe, work.registry)
@@ -106,7 +113,12 @@ def _lead(work: _Work, *, resume: bool) -> None:
                 if stopping():
                     raise Stopped
                 log.enter(name)
-                records.append(_one_step(work, name, use, stopping, resume=resume))
+                done = _done_before(work, name, reuse)
+                if done is None:
+                    done = _one_step(work, name, use, stopping, resume=resume)
+                records.append(
+                    StepRecord.model_validate({"name": name, "folder": directory / name, **done})
+                )
                 work.folders |= {use.use: directory / name, name: directory / name}
                 write_report(recipe, directory, records)
             _link_model(directory, work.folders)
@@ -153,16 +165,32 @@ class _Work:
         )
 
 
-def _one_step(
-    work: _Work, name: str, use: StepUse, stopping: Stopping, *, resume: bool
-) -> StepRecord:
-    """Run one step, unless it is done; return what it said, now or before."""
-    folder = work.directory / name
-    record = _record(work.recipe, name)
+def _done_before(work: _Work, name: str, reuse: Sequence[Path]) -> dict[str, Any] | None:
+    """Return what a step said that was done before, here or in one of the runs in `reuse`."""
+    folder, record = work.directory / name, _record(work.recipe, name)
     done = _read(folder / _DONE)
     if done is not None and done.get("record") == record:
         _say(f"{name}: done before")
-        return StepRecord.model_validate({"name": name, "folder": folder, **done})
+        return done
+    others = [run for run in reuse if run.resolve() != work.directory.resolve()]
+    found, problems = find_step(name, record, others)
+    for problem in problems:
+        _say(f"{name}: not taken: {problem}")
+    if found is None:
+        return None
+    if folder.exists():
+        _set_aside(folder)
+    take_step(found, folder)
+    work.log("taken", source=str(found))
+    _say(f"{name}: taken from {found}")
+    return _read(folder / _DONE)
+
+
+def _one_step(
+    work: _Work, name: str, use: StepUse, stopping: Stopping, *, resume: bool
+) -> dict[str, Any]:
+    """Run one step; return what it said."""
+    folder, record = work.directory / name, _record(work.recipe, name)
     again = _prepare(folder, record, resume=resume)
     begun = time.monotonic()
     with _nothing_half_begun(folder), show_progress(name) as progress:
@@ -179,12 +207,13 @@ def _one_step(
         "seconds": round(seconds, 1),
         "metrics": dict(outcome.metrics),
         "sections": sections,
+        "contents": contents(folder),
     }
     work.log("done", seconds=round(seconds, 1), **outcome.metrics)
     # written last: its presence means that the step finished
     write_text(folder / _DONE, json.dumps(done, indent=1, ensure_ascii=False))
     _say(f"{name}: {_metrics(outcome.metrics)}{duration(seconds)}")
-    return StepRecord.model_validate({"name": name, "folder": folder, **done})
+    return done
 
 
 # -- several processes -----------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,7 @@ class Generate(Step):
             for label, content in {"captions": captions, "instruct": mixed, **rows}.items():
                 _write(folder / f"{label}.json", content)
                 counts[f"{name}/{label}".lstrip("/")] = len(content)
-            shown = shown or _cards(self.options, contexts, rows)
+            shown = shown or _cards(run.directory, self.options, contexts, rows)
         table = Table(
             title="Samples by file",
             columns=["file", "samples"],
@@ -100,6 +101,7 @@ def _write(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _cards(
+    folder: Path,
     options: GenerateOptions,
     contexts: Sequence[ImageContext],
     rows: Mapping[str, Sequence[Mapping[str, Any]]],
@@ -116,6 +118,6 @@ def _cards(
         image = None
         if options.images is not None:
             found = inside(options.images, contexts[index].image, contexts[index].id)
-            image = str(found.resolve()) if found.is_file() else None
+            image = os.path.relpath(found, folder) if found.is_file() else None
         cards.append(Card(image=image, lines=lines))
     return cards

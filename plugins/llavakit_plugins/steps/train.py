@@ -15,6 +15,7 @@ from llavakit.planning import Planner, StepPlan
 from llavakit.reporting import Card, Curves, Gallery, Section
 from llavakit.samples import IMAGE
 from llavakit_plugins.training.corpus import Corpus
+from llavakit_plugins.training.features import preparation
 from llavakit_plugins.training.loop import PARTS, Trainer, require_weights
 from llavakit_plugins.training.options import TrainOptions
 

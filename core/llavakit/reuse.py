@@ -1,0 +1,117 @@
+"""Takes steps that another run finished: the same record, and files that still are what they were.
+
+A step that is done lists what it left, each file with its hash, so that a file somebody changed
+since is found. Files are linked rather than copied where the disk allows it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from llavakit.errors import RecipeError
+from llavakit.files import HASHED_BYTES, digest, explain_write
+
+DONE = "artifact.json"
+
+Contents = Mapping[str, str | int]
+
+
+def contents(folder: Path) -> Contents:
+    """Return what lies in a step's folder: the hash of each file, of a very large one its size."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != DONE)
+    return {path.relative_to(folder).as_posix(): _mark(path) for path in files}
+
+
+def _mark(path: Path) -> str | int:
+    size = path.stat().st_size
+    return size if size > HASHED_BYTES else digest(path)
+
+
+def runs_below(folders: Sequence[Path]) -> list[Path]:
+    """Return the run folders among these folders and directly below them.
+
+    Raises RecipeError for a folder that neither is a run nor holds any.
+    """
+    found: list[Path] = []
+    for folder in folders:
+        below = sorted(folder.iterdir()) if folder.is_dir() else []
+        runs = [path for path in (folder, *below) if (path / "recipe.toml").is_file()]
+        if not runs:
+            raise RecipeError(
+                f"{folder} holds no run to take finished steps from; name a run's folder, or the "
+                "folder that runs are in"
+            )
+        found += runs
+    return found
+
+
+def find_step(
+    name: str, record: Mapping[str, Any], runs: Sequence[Path]
+) -> tuple[Path | None, list[str]]:
+    """Return the folder of the same step, finished by one of the runs, and why others will not do.
+
+    The same is what has the same model, seed, steps up to it and input files, was made by this
+    version of llavakit, and has not been changed since.
+    """
+    problems = []
+    for run in runs:
+        folder = run / name
+        done = _read(folder / DONE)
+        if done.get("record") != record:
+            continue
+        if (made_by := _version(run)) != version("llavakit"):
+            problems.append(f"{folder} was made by llavakit {made_by}")
+        elif "contents" not in done:
+            problems.append(f"{folder} does not list its files")
+        elif changed := list(_changed(folder, done["contents"])):
+            problems.append(f"{folder} was changed since: {', '.join(changed[:3])}")
+        else:
+            return folder, problems
+    return None, problems
+
+
+def _changed(folder: Path, known: Contents) -> Iterator[str]:
+    for name, mark in known.items():
+        path = folder / name
+        if not path.is_file() or _mark(path) != mark:
+            yield name
+
+
+def _version(run: Path) -> str:
+    return str(_read(run / "environment.json").get("packages", {}).get("llavakit", "unknown"))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def take_step(source: Path, target: Path) -> None:
+    """Make `target`, which must not exist, the same as `source`, whole or not at all."""
+    partial = target.with_name(f".{target.name}.partial")
+    with explain_write(target):
+        shutil.rmtree(partial, ignore_errors=True)
+        try:
+            shutil.copytree(source, partial, symlinks=True, copy_function=_link)
+            partial.rename(target)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+
+def _link(source: str, target: str) -> None:
+    """Link a file: a finished step is never written to again. Copy it to another disk."""
+    with suppress(OSError):
+        os.link(source, target, follow_symlinks=False)
+        return
+    shutil.copy2(source, target, follow_symlinks=False)
