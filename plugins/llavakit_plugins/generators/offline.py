@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
+from typing import Literal
 
 import numpy as np
 from pydantic import Field
@@ -93,6 +94,8 @@ class OfflineOptions(Options):
     seed: int = 0
     turns: int = Field(default=3, ge=1)
     """Most questions of one conversation."""
+    reasoning: Literal["reason-first", "answer-first"] = "reason-first"
+    """Whether an answer to a question of reasoning says why before or after it says what."""
 
 
 class Offline(Generator):
@@ -108,7 +111,11 @@ class Offline(Generator):
         key = f"{self.options.seed}/{context.id}/{kind}".encode()
         draw = np.random.default_rng(int.from_bytes(sha256(key).digest()[:8], "big"))
         view = understand(context)
-        write = {"conversation": self._conversation, "detail": _detail, "reasoning": _reasoning}
+        write = {
+            "conversation": self._conversation,
+            "detail": _detail,
+            "reasoning": self._reasoning,
+        }
         pairs = write[kind](view, draw)
         turns: list[Turn] = []
         for number, (question, answer) in enumerate(pairs):
@@ -120,6 +127,12 @@ class Offline(Generator):
         order = draw.permutation(len(_FORMS)).tolist()
         pairs = [pair for form in order if (pair := _FORMS[form](view, draw)) is not None]
         return pairs[: self.options.turns]
+
+    def _reasoning(self, view: View, draw: np.random.Generator) -> list[tuple[str, str]]:
+        question, reason, result = _reason(view, draw)
+        if self.options.reasoning == "answer-first":
+            return [(question, f"{result}, because {reason}.".capitalize())]
+        return [(question, f"{reason}, so {result}.".capitalize())]
 
 
 # -- conversation: one question of each form, each with one right answer ---------------------------
@@ -215,30 +228,28 @@ def _detail(view: View, draw: np.random.Generator) -> list[Pair]:
     return [(str(draw.choice(DETAIL)), " ".join(sentences))]
 
 
-def _reasoning(view: View, draw: np.random.Generator) -> list[Pair]:
+def _reason(view: View, draw: np.random.Generator) -> tuple[str, str, str]:
+    """Return a question of reasoning, the reason and what follows from it."""
     if view.noun == "digit":
-        return [_arithmetic([NUMBERS.index(thing.category) for thing in view.things], draw)]
+        return _arithmetic([NUMBERS.index(thing.category) for thing in view.things], draw)
     categories = [thing.category for thing in view.things]
     most = max(categories, key=categories.count)
     number = categories.count(most)
     amount = _number(number)
     are = f"is {_article(most)}" if number == 1 else f"are of the sort {most}"
-    answer = (
-        f"Of the {len(categories)} objects, {amount} {are}; no other sort has more, so the image "
-        f"is mainly about that."
-    )
-    return [("What is this image mainly about, and how can you tell?", answer)]
+    reason = f"of the {len(categories)} objects, {amount} {are}, and no other sort has more"
+    question = "What is this image mainly about, and how can you tell?"
+    return question, reason, f"the image is mainly about {_article(most)}"
 
 
-def _arithmetic(digits: Sequence[int], draw: np.random.Generator) -> Pair:
+def _arithmetic(digits: Sequence[int], draw: np.random.Generator) -> tuple[str, str, str]:
     if len(digits) == 1:
         kind = "odd" if digits[0] % 2 else "even"
-        answer = f"The digit is {NUMBERS[digits[0]]}, so it is {kind}."
-        return "Is the digit even or odd?", answer
-    seen = f"The digits are {' and '.join(NUMBERS[digit] for digit in digits)}, so the "
+        return "Is the digit even or odd?", f"the digit is {NUMBERS[digits[0]]}", f"it is {kind}"
+    seen = f"the digits are {' and '.join(NUMBERS[digit] for digit in digits)}"
     forms = ["largest", "smallest"] + ["sum"] * (2 * (len(digits) == 2))
     form = str(draw.choice(forms))
     if form == "sum":
-        return "What is the sum of the digits?", f"{seen}sum is {NUMBERS[sum(digits)]}."
+        return "What is the sum of the digits?", seen, f"the sum is {NUMBERS[sum(digits)]}"
     value = max(digits) if form == "largest" else min(digits)
-    return f"What is the {form} digit?", f"{seen}{form} is {NUMBERS[value]}."
+    return f"What is the {form} digit?", seen, f"the {form} is {NUMBERS[value]}"
