@@ -80,6 +80,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     run.add_argument("--plan", action="store_true", help="print what it will cost; run nothing")
     run.add_argument("--resume", action="store_true", help="go on where an attempt was interrupted")
+    run.add_argument(
+        "--reuse",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="take steps that a run there has finished the same way (a run's folder, or runs)",
+    )
     run.set_defaults(command=_run)
 
     recipes = commands.add_parser("recipes", help="list the built-in recipes")
@@ -98,6 +106,9 @@ def _parser() -> argparse.ArgumentParser:
     chat.add_argument("--top-p", type=float, default=1.0)
     chat.add_argument("--seed", type=int)
     chat.add_argument("--device", default="auto")
+    chat.add_argument(
+        "--heatmap", type=Path, metavar="PNG", help="with --prompt: draw where the model looks"
+    )
     chat.set_defaults(command=_chat)
 
     export = commands.add_parser("export", help="write a model in another layout")
@@ -141,6 +152,20 @@ def _parser() -> argparse.ArgumentParser:
     )
     check.set_defaults(command=_check_data)
 
+    compare = commands.add_parser("compare", help="put runs side by side, by recipe and seed")
+    compare.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run's folder")
+    compare.add_argument(
+        "--metric",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="show only this, for example evaluate.sighted_* (evaluations)",
+    )
+    compare.add_argument("--html", type=Path, metavar="FILE", help="also write a page")
+    compare.add_argument("--csv", type=Path, metavar="FILE", help="also write a table")
+    compare.add_argument("--json", action="store_true", help="print JSON")
+    compare.set_defaults(command=_compare)
+
     parser.set_defaults(commands=frozenset(commands.choices))
     return parser
 
@@ -168,10 +193,12 @@ def _run(arguments: argparse.Namespace) -> int:
         print(make_plan(recipe, registry).render())
         return 0
     from llavakit.engine import run
+    from llavakit.reuse import runs_below
 
     directory = arguments.out or Path("runs") / recipe.name
+    reuse = runs_below(arguments.reuse)
     try:
-        result = run(recipe, registry, directory, resume=arguments.resume)
+        result = run(recipe, registry, directory, resume=arguments.resume, reuse=reuse)
     except Stopped:
         print(
             f"stopped; what was done is in {directory}. Go on with: llava-run "
@@ -223,6 +250,8 @@ def _plugins(arguments: argparse.Namespace) -> int:
 def _chat(arguments: argparse.Namespace) -> int:
     import llavakit
 
+    if arguments.heatmap is not None and (arguments.prompt is None or not arguments.image):
+        raise LlavaError("--heatmap draws one answer over its image: give --prompt and --image too")
     model = llavakit.load(arguments.model, device=arguments.device)
     settings = {
         "max_new_tokens": arguments.max_new_tokens,
@@ -230,6 +259,9 @@ def _chat(arguments: argparse.Namespace) -> int:
         "top_p": arguments.top_p,
         "seed": arguments.seed,
     }
+    if arguments.heatmap is not None:
+        _chat_with_heatmap(arguments, model)
+        return 0
     if arguments.prompt is not None:
         print(model.generate(arguments.prompt, images=arguments.image, **settings))
         return 0
@@ -247,6 +279,27 @@ def _chat(arguments: argparse.Namespace) -> int:
             print()
         except LlavaError as error:  # of this question; the next may do
             print(f"error: {error}", file=sys.stderr)
+
+
+def _chat_with_heatmap(arguments: argparse.Namespace, model: object) -> None:
+    from llavakit.errors import ModelError
+    from llavakit.gaze import watch_answer
+    from llavakit.generation import Sampling
+    from llavakit.heatmap import draw_gaze
+    from llavakit.images import save_image
+    from llavakit.model import LlavaModel
+
+    if not isinstance(model, LlavaModel):
+        raise ModelError(
+            f"{arguments.model} is in a layout that shows no attention; --heatmap needs a model "
+            "folder, or a layout that `llava-run import` turns into one"
+        )
+    sampling = Sampling(
+        arguments.max_new_tokens, arguments.temperature, arguments.top_p, arguments.seed
+    )
+    gaze = watch_answer(model, arguments.prompt, arguments.image, sampling)
+    save_image(draw_gaze(gaze, arguments.image, model.vision), arguments.heatmap)
+    print(gaze.answer)
 
 
 def _export(arguments: argparse.Namespace) -> int:
@@ -336,6 +389,23 @@ def _check_data(arguments: argparse.Namespace) -> int:
     raise DataError(
         f"{arguments.file} would stop a training: {', '.join(stopping) or 'it has no samples'}"
     )
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    from llavakit.comparing.table import compare
+    from llavakit.files import write_text
+    from llavakit.reporting.page import comparison_page
+
+    found = compare(arguments.runs, arguments.metric)
+    if arguments.csv is not None:
+        write_text(arguments.csv, found.csv())
+    if arguments.html is not None:
+        facts = [f"{sum(len(group.runs) for group in found.groups)} runs", *map(str, found.orders)]
+        sections = [found.table(), *([found.order_table()] if found.orders else [])]
+        page = comparison_page("Runs side by side", facts, sections, found.left_out)
+        write_text(arguments.html, page)
+    print(found.json() if arguments.json else found.text())
+    return 0
 
 
 def _refuse_to_replace(folder: Path) -> None:

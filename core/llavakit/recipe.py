@@ -21,6 +21,7 @@ from pydantic_settings import (
 )
 
 from llavakit.assembly import ModelRecipe
+from llavakit.comparing.published import Published
 from llavakit.components import LATER, Component, SkippableUse, Use, is_input
 from llavakit.errors import RecipeError
 from llavakit.interfaces import Step, Tracker
@@ -63,6 +64,7 @@ class Recipe(BaseSettings):
     steps: tuple[StepUse, ...] = Field(min_length=1)
     trackers: tuple[Use[Tracker], ...] = ()
     machine: Machine = Machine()
+    paper: tuple[Published, ...] = ()
 
     @classmethod
     def load(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -10,7 +11,7 @@ from markupsafe import Markup
 from llavakit.progress import duration
 from llavakit.reporting.charts import Chart, draw_lines
 from llavakit.reporting.pictures import Pictures
-from llavakit.reporting.sections import Curves
+from llavakit.reporting.sections import Curves, Table
 from llavakit.reporting.summary import Report
 from llavakit.reporting.values import cells, show, verdict, words
 
@@ -18,6 +19,14 @@ from llavakit.reporting.values import cells, show, verdict, words
 def page(report: Report, pictures: Pictures) -> str:
     """Return the page of a run."""
     return _environment().get_template("report.html.jinja").render(report=report, pictures=pictures)
+
+
+def comparison_page(
+    title: str, facts: Sequence[str], sections: Sequence[Table], notes: Sequence[str]
+) -> str:
+    """Return the page of a comparison of runs."""
+    page = _environment().get_template("comparison.html.jinja")
+    return page.render(title=title, facts=facts, sections=sections, notes=notes)
 
 
 @cache

@@ -64,7 +64,7 @@ def collect(recipe: Recipe, directory: Path, records: Sequence[StepRecord]) -> R
             seconds=record.seconds,
             share=100 * record.seconds / longest,
             folder=record.folder,
-            options=_flat(uses[record.name].options) if record.name in uses else {},
+            options=flat(uses[record.name].options) if record.name in uses else {},
             metrics=record.metrics,
             sections=record.sections,
         )
@@ -74,9 +74,9 @@ def collect(recipe: Recipe, directory: Path, records: Sequence[StepRecord]) -> R
     stages += [Stage(name, "") for name in uses if name not in done]
 
     environment = _read_json(directory / "environment.json")
-    plan = _flat(_read_json(directory / "plan.json"))
+    plan = flat(_read_json(directory / "plan.json"))
     parts = [
-        Part(name, use.use, plan.get(f"parts.{name}.parameters"), _flat(use.options))
+        Part(name, use.use, plan.get(f"parts.{name}.parameters"), flat(use.options))
         for name in (type(recipe.model).model_fields if recipe.model else ())
         if (use := getattr(recipe.model, name)) is not None
     ]
@@ -91,7 +91,7 @@ def collect(recipe: Recipe, directory: Path, records: Sequence[StepRecord]) -> R
         text = (directory / "recipe.toml").read_text(encoding="utf-8", errors="replace")
     except OSError:
         text = ""
-    return Report(recipe.name, facts, stages, parts, _flat(environment), text.strip())
+    return Report(recipe.name, facts, stages, parts, flat(environment), text.strip())
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -102,16 +102,16 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Return nested tables as one with dotted keys."""
-    flat: dict[str, Any] = {}
+    found: dict[str, Any] = {}
     for key, value in table.items():
         items = dict(enumerate(value, 1)) if _holds_tables(value) else value
         if isinstance(items, Mapping):
-            flat |= _flat({str(k): v for k, v in items.items()}, f"{prefix}{key}.")
+            found |= flat({str(k): v for k, v in items.items()}, f"{prefix}{key}.")
         else:
-            flat[f"{prefix}{key}"] = value
-    return flat
+            found[f"{prefix}{key}"] = value
+    return found
 
 
 def _holds_tables(value: object) -> bool:
