@@ -6,6 +6,7 @@ L layers.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -83,7 +84,7 @@ def grid_edge(model: LlavaModel) -> int:
     """
     tokens = model.visual_tokens
     patches = model.vision.tokens(model.vision.image_size)
-    edge, across = (round(count**0.5) for count in (tokens, patches))
+    edge, across = math.isqrt(tokens), math.isqrt(patches)
     if edge**2 != tokens or across**2 != patches or across % edge:
         raise ModelError(
             f"`{model.connector.name}` makes {tokens} visual tokens of {patches} patches: each "

@@ -79,7 +79,7 @@ def draw_heat(image: ImageSource, weights_GG: Floats, region: Region) -> Image.I
     picture = open_image(image, "the heat map")
     edge = max(picture.size)
     scale = min(max(edge, _LEAST), _MOST) / edge
-    size = tuple(max(1, round(length * scale)) for length in picture.size)
+    size = max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
     small = scale > 1 and edge <= 128
     kind = Image.Resampling.NEAREST if small else Image.Resampling.BICUBIC
     pixels = np.asarray(picture.resize(size, kind), np.float64)
@@ -96,7 +96,7 @@ def draw_heat(image: ImageSource, weights_GG: Floats, region: Region) -> Image.I
 
 
 def _spread(
-    weights_GG: Floats, region: Region, scale: float, size: tuple[int, ...]
+    weights_GG: Floats, region: Region, scale: float, size: tuple[int, int]
 ) -> tuple[Floats, npt.NDArray[np.bool_]]:
     """Return the heat of every pixel, between cells as a straight line, and which were seen."""
     down, seen_y = _places(region[1] * scale, region[3] * scale, size[1], len(weights_GG))
@@ -104,7 +104,9 @@ def _spread(
     return down.T @ weights_GG @ across, seen_y[:, None] & seen_x[None, :]
 
 
-def _places(start: float, end: float, pixels: int, cells: int) -> tuple[Floats, Floats]:
+def _places(
+    start: float, end: float, pixels: int, cells: int
+) -> tuple[Floats, npt.NDArray[np.bool_]]:
     """Return each cell's part in each pixel `[cells, pixels]`, and which pixels are within."""
     middle = (np.arange(pixels) + 0.5 - start) / (end - start) * cells - 0.5
     near = np.clip(middle, 0, cells - 1)

@@ -88,7 +88,7 @@ def test_a_watch_sees_each_sample_alone(window: int | None) -> None:
 def test_a_model_that_compares_nothing_looks_everywhere_alike() -> None:
     _, ours = make_pair()
     for layer in ours.language.model.model.layers:  # type: ignore[union-attr]
-        nn.init.zeros_(layer.self_attn.q_proj.weight)  # type: ignore[arg-type, union-attr]
+        nn.init.zeros_(layer.self_attn.q_proj.weight)
     prompt = "USER : <image> what ? ASSISTANT :"
     gaze = watch_answer(ours, prompt, pictures(1), Sampling(3), raw=True)
     asked = ours.logits(prompt, pictures(1), raw=True).shape[0]

@@ -57,17 +57,17 @@ def _facts(sentence: str) -> Iterator[Fact]:
     for match in _PARITY.finditer(sentence):
         yield "parity", match[1]
     for match in _LISTED.finditer(sentence):
-        for number, value in enumerate(re.findall(_NUMBER, match[1]), start=1):
-            yield f"digit {number}", value
+        for place, value in enumerate(re.findall(_NUMBER, match[1]), start=1):
+            yield f"digit {place}", str(value)
     sentence = _LISTED.sub(" ", sentence)
     for match in _COUNT.finditer(sentence):
         yield "count", match[1]
-    place = None
+    where = ""
     for match in _WORD.finditer(_COUNT.sub(" ", sentence)):
-        found, colour, number, empty = match.groups()
-        place = found or place
-        if place is not None and (colour or number or empty):
-            yield f"{place} {'colour' if colour else 'holds'}", colour or number or empty
+        found, colour, digit, empty = match.groups()
+        where = found or where
+        if where and not found:
+            yield f"{where} {'colour' if colour else 'holds'}", colour or digit or empty
 
 
 def scene_facts(context: ImageContext) -> frozenset[Fact]:
@@ -114,7 +114,7 @@ class Facts(Benchmark):
     def __init__(self, options: FactsOptions, *, build: Build) -> None:
         self.options = options
         self._data = [build(use) for use in options.data]
-        self._truth: dict[str, frozenset[Fact]] = {}
+        self._truth: dict[int | str, frozenset[Fact]] = {}
 
     def questions(self) -> Sequence[Question]:
         scenes = {c.image: scene_facts(c) for c in read_contexts(self.options.contexts)}
