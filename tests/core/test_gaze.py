@@ -67,18 +67,26 @@ def test_weights_are_those_of_eager_attention(prompt: str, images: int) -> None:
     assert "".join(gaze.pieces).strip() == gaze.answer
 
 
-@pytest.mark.parametrize("window", [None, 3])
-def test_a_watch_sees_each_sample_alone(window: int | None) -> None:
+@pytest.mark.parametrize(
+    "scoring",
+    [{}, {"window": 3}, {"softcap": 0.7}, {"sinks_H": torch.tensor([0.0, 2.0, -1.0, 0.5])}],
+    ids=lambda options: next(iter(options), "plain"),
+)
+def test_a_watch_sees_each_sample_alone(scoring: dict[str, Any]) -> None:
     torch.manual_seed(0)
     packing = Packing.of([5, 1, 7])
     q, k, v = torch.randn(13, 4, 8), torch.randn(13, 2, 8), torch.randn(13, 2, 8)
     watch = Watch(torch.arange(13))
     watched = Packing(packing.starts, packing.position_ids_T, watch=watch)
-    out = packed_attention(q, k, v, watched, layer=3, scale=0.3, window=window)
-    assert torch.equal(out, packed_attention(q, k, v, packing, layer=3, scale=0.3, window=window))
+    out = packed_attention(q, k, v, watched, layer=3, scale=0.3, **scoring)
+    assert torch.equal(out, packed_attention(q, k, v, packing, layer=3, scale=0.3, **scoring))
     assert list(watch.weights) == [3]
     weights = watch.weights[3].double()
-    torch.testing.assert_close(weights.sum(dim=-1), torch.ones(4, 13).double())
+    whole = weights.sum(dim=-1)
+    if "sinks_H" in scoring:
+        assert (whole < 1).all()
+    else:
+        torch.testing.assert_close(whole, torch.ones(4, 13).double())
     attended = torch.einsum("hrt,thk->rhk", weights, v.double().repeat_interleave(2, dim=1))
     torch.testing.assert_close(attended.float(), out, atol=1e-6, rtol=1e-5)
     assert not weights[:, 5:, :5].any()
