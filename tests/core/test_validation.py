@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from tests.conftest import RecipeWriter
 from tests.core import processes
 from tests.core.conftest import Command
+from tests.core.test_team import llava_run as torchrun
 
 import llavakit
 
@@ -236,3 +237,42 @@ def test_what_cannot_be_meant_is_refused(
     write_recipe: RecipeWriter, refused: Callable[..., str], option: str, sentence: str
 ) -> None:
     assert sentence in refused(write_recipe(), "--set", f"steps.finetune.{option}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shard", ["false", "true"])
+def test_several_devices_see_the_same(
+    write_recipe: RecipeWriter, tmp_path: Path, held_out: str, shard: str
+) -> None:
+    """Two processes, with whole weights and with divided ones, against one."""
+    sets = [
+        part
+        for text in (
+            f"held_out={held_out}",
+            "validate_every=2",
+            "samples=2",
+            "keep_best=true",
+            "train={ connector = 1e-4, language = 1e-4 }",
+        )
+        for part in ("--set", f"steps.finetune.{text}")
+    ]
+    arguments = (write_recipe(), "--set", "steps.1.skip=true", *sets)
+    one, two = tmp_path / "one", tmp_path / "two"
+    alone = torchrun(1, *arguments, "--out", one)
+    assert alone.returncode == 0, alone.stderr
+    shared = torchrun(2, *arguments, "--set", f"steps.finetune.shard={shard}", "--out", two)
+    assert shared.returncode == 0, shared.stderr
+    assert [look["at"] for look in looks(two)] == [0, 2, 4, 6]
+    for mine, theirs in zip(looks(two), looks(one), strict=True):
+        assert mine["held_out_loss"] == pytest.approx(theirs["held_out_loss"], abs=2e-6)
+        assert mine["best"] == theirs["best"]
+        assert mine["answers"] == (theirs["answers"] if shard == "false" else [])
+    for model in ("best", "last"):
+        for name, weight in tensors(step(one) / model).items():
+            torch.testing.assert_close(tensors(step(two) / model)[name], weight, atol=2e-6, rtol=0)
+    assert (two / "model").resolve() == (step(two) / "best").resolve()
+
+
+def tensors(model: Path) -> dict[str, torch.Tensor]:
+    found = load_file(model / "connector.safetensors")
+    return found | load_file(model / "language" / "model.safetensors")
