@@ -218,6 +218,10 @@ class _Seen:
         self._most_turns = max(self._most_turns, len(sample.turns))
         self._tokens.append(tokens)
         self._learned.append(learned)
+        if any(turn.role == "gpt" and not turn.text.strip() for turn in sample.turns):
+            self.find(
+                Finding("empty answers", f"sample `{sample.id}` has an empty answer", stops=False)
+            )
         longest = self._lengths.max_length
         if tokens > longest:
             self._cut += 1
@@ -245,7 +249,7 @@ class _Seen:
             text = turn.text.replace(IMAGE, "") if turn.role == "human" else turn.text
             length = round(len(text) / _CHARACTERS_A_TOKEN)
             place += _TURN_TOKENS + turn.text.count(IMAGE) * visual * (turn.role == "human")
-            if turn.role == "gpt" and text.strip():
+            if turn.role == "gpt":  # its end is learned even where it says nothing
                 learned += max(0, min(max(1, length), longest - place))
             place += length
         return place, learned

@@ -48,8 +48,9 @@ BAD = [
     {"id": "none", "image": "gone.png"},
     row("missing", "<image>", "red .", image="gone.png"),
     row("broken", "<image>", "red .", image="cut.png"),
-    row("unanswered", "what ?", "   "),
+    row("unanswered", "what ?"),
 ]
+SILENT = row("silent", "what ?", "   ")
 
 
 @pytest.fixture
@@ -94,7 +95,7 @@ def test_good_data(check: Check) -> None:
 
 
 def test_everything_wrong_is_listed_with_its_sample(check: Check) -> None:
-    code, report, err = check([*GOOD, *BAD, GOOD[0]])
+    code, report, err = check([*GOOD, *BAD, GOOD[0], SILENT])
     assert code == 2
     assert not report["usable"]
     found = {sort["sort"]: sort for sort in report["findings"]}
@@ -105,11 +106,12 @@ def test_everything_wrong_is_listed_with_its_sample(check: Check) -> None:
         "broken images": ["broken"],
         "nothing learned": ["unanswered"],
         "duplicate ids": ["prefix"],
+        "empty answers": ["silent"],
     }
     assert found.keys() == named.keys()
     for sort, names in named.items():
         assert found[sort]["count"] == len(names), sort
-        assert found[sort]["stops"] == (sort != "duplicate ids")
+        assert found[sort]["stops"] == (sort not in ("duplicate ids", "empty answers"))
         for name, message in zip(names, found[sort]["messages"], strict=True):
             assert f"`{name}`" in message
     assert "would stop a training: " in err
