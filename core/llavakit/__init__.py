@@ -88,15 +88,28 @@ def load(
     *,
     device: str | torch.device = "auto",
     dtype: torch.dtype | None = None,
+    base: str | Path | None = None,
+    vision: str | Path | None = None,
+    template: str | None = None,
 ) -> Any:
     """Return the model in a folder, whatever its layout: recognised by its content.
 
     The result has `generate`, `generate_ids` and `logits`. `device="auto"` is CUDA where there is
-    one, else the CPU. Raises ModelError where the folder holds no model this installation reads.
+    one, else the CPU. Some layouts leave things out: `base` is the folder of the language model
+    that an adapter or a projector belongs to, `vision` that of the vision encoder, `template` the
+    name of the prompt template. Raises ModelError where the folder holds no model that this
+    installation reads, or lacks one of these.
     """
     from llavakit.loading import load_any
 
-    return load_any(Path(path), device=device, dtype=dtype)
+    return load_any(
+        Path(path),
+        device=device,
+        dtype=dtype,
+        base=None if base is None else Path(base),
+        vision=None if vision is None else Path(vision),
+        template=template,
+    )
 
 
 def __getattr__(name: str) -> Any:

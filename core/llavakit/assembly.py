@@ -75,7 +75,7 @@ def create_model(
             vision_width=vision.width,
             language_width=language.width,
         )
-    return _join(recipe, registry, vision, connector, language).to(device)
+    return join_model(recipe, registry, vision, connector, language).to(device)
 
 
 def create_part(use: Use[Any], registry: Registry, **context: Any) -> Any:
@@ -92,16 +92,20 @@ def sketch_model(recipe: ModelRecipe, registry: Registry) -> LlavaModel:
         connector = registry.build(
             recipe.connector, vision_width=vision.width, language_width=language.width
         )
-    return _join(recipe, registry, vision, connector, language)
+    return join_model(recipe, registry, vision, connector, language)
 
 
-def _join(
+def join_model(
     recipe: ModelRecipe,
     registry: Registry,
     vision: VisionEncoder,
     connector: Connector,
     language: LanguageModel,
 ) -> LlavaModel:
+    """Return the model of these parts; the recipe describes them, and names the template.
+
+    Raises ModelError where one image alone is longer than what the language model reads.
+    """
     template = recipe.template_for(registry)
     choices = {
         name: use.model_dump(mode="json")
@@ -167,8 +171,9 @@ def load_model(
     *,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
+    template: str | None = None,
 ) -> LlavaModel:
-    """Return the model in a model folder.
+    """Return the model in a model folder; `template` names another prompt template than its own.
 
     Raises ModelError where a file is missing or changed, or the parts do not fit.
     """
@@ -198,6 +203,8 @@ def load_model(
             raise ModelError(f"{file} differs from what {MANIFEST} says; copy the folder again")
     try:
         recipe = ModelRecipe.model_validate({name: manifest[name] for name in (*PARTS, "template")})
+        if template is not None:
+            recipe = recipe.model_copy(update={"template": Use[PromptTemplate](use=template)})
         vision = _load_part(recipe.vision, registry, _place(folder, "vision"))
         language = _load_part(recipe.language, registry, _place(folder, "language"))
         connector = _load_part(
@@ -209,7 +216,7 @@ def load_model(
         )
     except (KeyError, ValidationError, RuntimeError, OSError, SafetensorError) as error:
         raise ModelError(f"{path} does not describe the weights beside it: {error}") from error
-    model = _join(recipe, registry, vision, connector, language).to(device)
+    model = join_model(recipe, registry, vision, connector, language).to(device)
     if dtype is not None:
         cast_weights(model, dtype)
     return model

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from llavakit.errors import LlavaError
 
@@ -109,6 +110,7 @@ def _parser() -> argparse.ArgumentParser:
     chat.add_argument(
         "--heatmap", type=Path, metavar="PNG", help="with --prompt: draw where the model looks"
     )
+    _add_sources(chat)
     chat.set_defaults(command=_chat)
 
     export = commands.add_parser("export", help="write a model in another layout")
@@ -118,11 +120,13 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="its options"
     )
+    _add_sources(export)
     export.set_defaults(command=_export)
 
     imports = commands.add_parser("import", help="turn another layout into a model folder")
     imports.add_argument("source", type=Path, help="a model folder of any layout")
     imports.add_argument("out", type=Path, help="the folder to write")
+    _add_sources(imports)
     imports.set_defaults(command=_import)
 
     score = commands.add_parser("score", help="score files of answers or reviews", add_help=False)
@@ -168,6 +172,28 @@ def _parser() -> argparse.ArgumentParser:
 
     parser.set_defaults(commands=frozenset(commands.choices))
     return parser
+
+
+def _add_sources(command: argparse.ArgumentParser) -> None:
+    """Add what some layouts leave out of a model folder."""
+    group = command.add_argument_group("what a layout may leave out (docs/layouts.md)")
+    group.add_argument(
+        "--base", type=Path, metavar="DIR", help="the language model of an adapter or projector"
+    )
+    group.add_argument("--vision", type=Path, metavar="DIR", help="the vision encoder")
+    group.add_argument("--template", metavar="NAME", help="the prompt template")
+
+
+def _load(folder: Path, arguments: argparse.Namespace, device: str) -> Any:
+    import llavakit
+
+    return llavakit.load(
+        folder,
+        device=device,
+        base=arguments.base,
+        vision=arguments.vision,
+        template=arguments.template,
+    )
 
 
 class _Version(argparse.Action):
@@ -248,11 +274,9 @@ def _plugins(arguments: argparse.Namespace) -> int:
 
 
 def _chat(arguments: argparse.Namespace) -> int:
-    import llavakit
-
     if arguments.heatmap is not None and (arguments.prompt is None or not arguments.image):
         raise LlavaError("--heatmap draws one answer over its image: give --prompt and --image too")
-    model = llavakit.load(arguments.model, device=arguments.device)
+    model = _load(arguments.model, arguments, arguments.device)
     settings = {
         "max_new_tokens": arguments.max_new_tokens,
         "temperature": arguments.temperature,
@@ -303,7 +327,6 @@ def _chat_with_heatmap(arguments: argparse.Namespace, model: object) -> None:
 
 
 def _export(arguments: argparse.Namespace) -> int:
-    import llavakit
     from llavakit.interfaces import Exporter
     from llavakit.recipe import build_from
     from llavakit.registry import Registry
@@ -311,20 +334,19 @@ def _export(arguments: argparse.Namespace) -> int:
     registry = Registry.installed()
     exporter = build_from(registry.get(Exporter, arguments.format), arguments.set, registry)
     _refuse_to_replace(arguments.out)
-    model = llavakit.load(arguments.model, device="cpu")
+    model = _load(arguments.model, arguments, "cpu")
     for name, value in exporter.export(model, arguments.out).items():
         print(f"{name}: {value}")
     return 0
 
 
 def _import(arguments: argparse.Namespace) -> int:
-    import llavakit
     from llavakit.assembly import save_model
     from llavakit.errors import ModelError
     from llavakit.model import LlavaModel
 
     _refuse_to_replace(arguments.out)
-    model = llavakit.load(arguments.source, device="cpu")
+    model = _load(arguments.source, arguments, "cpu")
     if not isinstance(model, LlavaModel):
         raise ModelError(
             f"{arguments.source} can be run but not turned into a model folder: its layout keeps "

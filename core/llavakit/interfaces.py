@@ -71,7 +71,8 @@ class Network(nn.Module, Component):
         from safetensors.torch import load_file
 
         network = cls(options, **context)
-        network.load_state_dict(load_file(folder / cls.weights_file))
+        # assigned, not copied: weights keep the precision they were saved in
+        network.load_state_dict(load_file(folder / cls.weights_file), assign=True)
         return network
 
 
@@ -341,7 +342,12 @@ class Exporter(Component):
 
     @classmethod
     def load(cls, folder: Path, *, device: torch.device, dtype: torch.dtype | None) -> Any:
-        """Return the model in `folder`: something with `generate`, `generate_ids`, `logits`."""
+        """Return the model in `folder`: something with `generate`, `generate_ids`, `logits`.
+
+        A layout that leaves something out may take it as a further keyword, None by default:
+        `template`, the name of the prompt template; `base` and `vision`, the folders of the
+        language model and of the vision encoder that a checkpoint builds on.
+        """
         raise NotImplementedError
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Container, Mapping
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ import torch
 
 from llavakit.assembly import is_model, load_model
 from llavakit.errors import ModelError
-from llavakit.interfaces import Exporter
+from llavakit.interfaces import Exporter, PromptTemplate
 from llavakit.registry import Registry
 
 
@@ -36,19 +38,54 @@ def _automatic() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def load_any(path: Path, *, device: str | torch.device, dtype: torch.dtype | None) -> Any:
-    """Return the model in a folder: our own layout, or one that an exporter recognises."""
+def load_any(
+    path: Path,
+    *,
+    device: str | torch.device,
+    dtype: torch.dtype | None,
+    base: Path | None = None,
+    vision: Path | None = None,
+    template: str | None = None,
+) -> Any:
+    """Return the model in a folder: our own layout, or one that an exporter recognises.
+
+    `base`, `vision` and `template` are what some layouts leave out; see `Exporter.load`.
+    """
     place = pick_device(device)
     registry = Registry.installed()
     if not path.exists():
         raise ModelError(f"model {path} does not exist; give the folder a run or an export wrote")
+    if template is not None:
+        registry.get(PromptTemplate, template)
+    given = {
+        name: value
+        for name, value in (("base", base), ("vision", vision), ("template", template))
+        if value is not None
+    }
+    for folder in (base, vision):
+        if folder is not None and not folder.is_dir():
+            raise ModelError(f"{folder} is no folder; give the folder of a model's weights")
     if is_model(path):
-        return load_model(path, registry, device=place, dtype=dtype).eval()
+        _refuse_others(path, "llavakit", given, ("template",))
+        model = load_model(path, registry, device=place, dtype=dtype, template=template)
+        return model.eval()
     layouts = registry.all(Exporter)
-    for exporter in layouts.values():
+    for name, exporter in layouts.items():
         if exporter.recognises(path):
-            return exporter.load(path, device=place, dtype=dtype)
+            _refuse_others(path, name, given, signature(exporter.load).parameters)
+            return exporter.load(path, device=place, dtype=dtype, **given)
     raise ModelError(
         f"{path} holds no model that is recognised; known layouts: "
         f"{', '.join(('llavakit (model.toml)', *layouts))}"
     )
+
+
+def _refuse_others(
+    path: Path, layout: str, given: Mapping[str, object], taken: Container[str]
+) -> None:
+    """Raise ModelError for what was given and the layout has no use for."""
+    for name in given:
+        if name not in taken:
+            raise ModelError(
+                f"{path} is in the layout `{layout}`, which needs no `{name}`; leave it out"
+            )

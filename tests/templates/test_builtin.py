@@ -397,3 +397,20 @@ def test_leftovers_of_other_calls_and_added_tokens_do_no_harm(
     again, _ = tokenise(template("plain").segments(turns("<image>", "<new>"), llama), llama)
     assert ids.tolist() == again.tolist()
     assert size not in again
+
+
+def test_an_image_may_stand_between_special_tokens(llama: PreTrainedTokenizerBase) -> None:
+    """As LLaVA's first models saw it: the text is cut at the image, the tokens are themselves."""
+    llama = copy.deepcopy(llama)
+    llama.add_tokens(["<im_start>", "<im_end>"], special_tokens=True)
+    wrapping = template("vicuna_v1", image="<im_start><image><im_end>", system="")
+    segments = wrapping.segments(turns("<image>\nIs <im_end> a word?"), llama)
+    ids, _ = tokenise(segments, llama)
+    before = llama("USER: <im_start>")["input_ids"]
+    assert ids[: len(before)].tolist() == before
+    assert ids[len(before)] == IMAGE_ID
+    end = llama.convert_tokens_to_ids("<im_end>")
+    assert ids[len(before) + 1] == end
+    assert (ids == end).sum() == 1  # the one in the question is text
+    with pytest.raises(ValidationError, match="must hold `<image>` once"):
+        template("vicuna_v1", image="<img>")

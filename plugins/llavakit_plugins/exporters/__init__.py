@@ -7,6 +7,8 @@ from llavakit import Exporter, hookimpl
 
 @hookimpl
 def llava_exporters() -> list[type[Exporter]]:
+    from llavakit_plugins.exporters.hf import Hf
     from llavakit_plugins.exporters.onnx.exporter import Onnx
+    from llavakit_plugins.exporters.original import Original
 
-    return [Onnx]
+    return [Hf, Onnx, Original]

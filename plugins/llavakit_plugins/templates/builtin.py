@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -59,11 +59,23 @@ class BuiltinTemplate(PromptTemplate):
             end=self._end(tokenizer) if row.ends else "",
             example=row.example,
         )
-        return list(self._style(complete=pairs[-1].answer is not None)(frame, pairs))
+        segments = self._style(complete=pairs[-1].answer is not None)(frame, pairs)
+        return [part for segment in segments for part in self._wrapped(segment)]
 
     def stop(self, tokenizer: PreTrainedTokenizerBase) -> Sequence[str]:
         """Return the separator that ends an answer, where it is not the end token."""
         return self.format.stop
+
+    def _wrapped(self, segment: Segment) -> Iterator[Segment]:
+        """Yield a segment with its images written as the options say."""
+        written = self._options.image
+        if written == IMAGE or segment.learned or IMAGE not in segment.text:
+            yield segment
+            return
+        for number, text in enumerate(segment.text.split(IMAGE)):
+            if number:
+                yield Segment(written, markup=True)
+            yield replace(segment, text=text)
 
     def _style(self, *, complete: bool) -> Style:
         layout = self._options.layout if isinstance(self._options, HashesOptions) else "original"

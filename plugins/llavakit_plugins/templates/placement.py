@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Literal
 
+from pydantic import field_validator
+
 from llavakit import DataError, Options, Turn
 from llavakit.samples import IMAGE
 
@@ -21,8 +23,18 @@ class TemplateOptions(Options):
     image_placement: Placement = "front"
     """`front`: a question's images go in front of it, each with a newline (the original from v1.0
     on). `keep`: they stay where the data has them. `random`: in front or behind (the paper)."""
+    image: str = IMAGE
+    """What an image is written as. Special tokens count as such: LLaVA's first models saw
+    `<im_start><image><im_end>`."""
     seed: int = 0
     """With the sample's text, it alone decides where `random` puts the images."""
+
+    @field_validator("image")
+    @classmethod
+    def _has_one(cls, value: str) -> str:
+        if value.count(IMAGE) != 1:
+            raise ValueError(f"must hold `{IMAGE}` once")
+        return value
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,135 @@
+"""Finds the vision tower of an original LLaVA, which its checkpoint may only name."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from llavakit import ModelError
+from llavakit_plugins.huggingface import KNOWN
+from llavakit_plugins.layouts.pixels import Pixels, read_pixels, usual_pixels
+from llavakit_plugins.layouts.weights import Weights, read_json
+
+FOLDER = "vision_tower"
+"""Where an export of ours puts the vision tower, within the checkpoint's folder."""
+
+
+class Tower(NamedTuple):
+    """A vision tower: its configuration, tensors, and what is taken of it."""
+
+    where: Path
+    table: dict[str, Any]
+    state: dict[str, Tensor]
+    layer: int
+    select: str
+    pixels: Pixels
+
+
+def find_tower(
+    folder: Path, config: Mapping[str, Any], given: Path | None, inside: Mapping[str, Tensor]
+) -> Tower:
+    """Return the vision tower: what the user gives, what config.json names, or what is inside.
+
+    Raises ModelError where it is nowhere on this machine.
+    """
+    name = config.get("mm_vision_tower") or config.get("vision_tower")
+    name = name[0] if isinstance(name, list) and name else name
+    place = given or _place(folder, name)
+    if inside:
+        state, where = dict(inside), folder
+    elif place is not None:
+        state, where = _vision_state(place), place
+    else:
+        raise ModelError(
+            f"{folder} names the vision tower `{name}` and does not hold its weights; fetch it "
+            f"(`hf download {name} --local-dir DIR`) and give its folder as --vision DIR"
+        )
+    table = _table(place, name, folder)
+    usual = usual_pixels(str(table["model_type"]))
+    pixels = (place and read_pixels(place, int(table.get("image_size", 224)), usual)) or usual
+    return Tower(
+        where,
+        table,
+        state,
+        _layer(config, folder),
+        _select(config, folder),
+        pixels._replace(aspect=_aspect(config, folder, pixels)),
+    )
+
+
+def _place(folder: Path, name: Any) -> Path | None:
+    """Return the folder of a vision tower on this machine."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    names = [Path(name)] if isinstance(name, str) and name else []
+    for place in (*(folder / path for path in names), folder / FOLDER):
+        if (place / "config.json").is_file() and place != folder:
+            return place
+    if not names:
+        return None
+    try:
+        return Path(snapshot_download(str(name), local_files_only=True))
+    except (HFValidationError, LocalEntryNotFoundError, OSError, ValueError):
+        return None
+
+
+def _table(place: Path | None, name: Any, folder: Path) -> dict[str, Any]:
+    if place is not None:
+        table = read_json(place / "config.json")
+        inner = table.get("vision_config")  # of a CLIP, or of a LLaVA, as a whole
+        table = dict(inner) if isinstance(inner, dict) else table
+    elif name in KNOWN:
+        table = dict(KNOWN[name])
+    else:
+        raise ModelError(
+            f"{folder} holds the weights of its vision tower, but not its shape, and `{name}` is "
+            "not on this machine; give a folder with its config.json as --vision DIR"
+        )
+    table.setdefault("model_type", "clip_vision_model")
+    return table
+
+
+def _vision_state(folder: Path) -> dict[str, Tensor]:
+    """Return the vision model's tensors in a folder of it alone, of a CLIP, or of a LLaVA."""
+    weights = Weights.within(folder)
+    if weights is None:
+        raise ModelError(f"{folder} holds no weights of a vision tower; copy them there")
+    for pattern in (r"^(?:model\.)?vision_tower\.(?:vision_model\.)?", r"^vision_model\."):
+        found = {
+            name[match.end() :]: weights[name]
+            for name in weights
+            if (match := re.match(pattern, name))
+        }
+        if found:
+            return found
+    return dict(weights)
+
+
+def _layer(config: Mapping[str, Any], folder: Path) -> int:
+    layer = config.get("mm_vision_select_layer", -2)
+    if not isinstance(layer, int):
+        raise ModelError(f"{folder}: `mm_vision_select_layer` is {layer!r}; it must be a number")
+    return layer
+
+
+def _select(config: Mapping[str, Any], folder: Path) -> str:
+    select = config.get("mm_vision_select_feature", "patch")
+    if select not in ("patch", "cls_patch"):
+        raise ModelError(
+            f"{folder}: `mm_vision_select_feature` is {select!r}; it must be patch or cls_patch"
+        )
+    return str(select)
+
+
+def _aspect(config: Mapping[str, Any], folder: Path, pixels: Pixels) -> Any:
+    aspect = config.get("image_aspect_ratio") or "square"
+    if aspect == "pad":
+        return "pad"
+    if aspect == "square":
+        return "crop" if pixels.aspect == "pad" else pixels.aspect
+    raise ModelError(f"{folder}: `image_aspect_ratio` is {aspect!r}; square or pad can be read")

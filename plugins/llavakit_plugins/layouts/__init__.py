@@ -1,0 +1,1 @@
+"""What the checkpoint layouts share: weight files, parts, image settings, prompts, parity."""

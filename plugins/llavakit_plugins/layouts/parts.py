@@ -1,0 +1,341 @@
+"""Between a checkpoint's parts and ours: a configuration and tensors become components, and back.
+
+Tensors are taken as they are, never copied: a mapped file stays a mapped file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import reduce
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from torch import Tensor, nn
+
+from llavakit import Connector, LanguageModel, LlavaModel, ModelError, Registry, Use, VisionEncoder
+from llavakit.assembly import ModelRecipe, join_model
+from llavakit_plugins.huggingface import quietly
+from llavakit_plugins.layouts.pixels import Pixels
+from llavakit_plugins.layouts.prompts import TemplateUse
+from llavakit_plugins.vision_transformers import TransformersEncoder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
+_MALFORMED = (
+    StrictDataclassError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    TypeError,
+    ValueError,
+)  # what transformers raises for configurations that make no sense
+_NAMED = 3
+State = Mapping[str, Tensor]
+
+
+class Layer(NamedTuple):
+    """One linear layer of a projector: weight `[out, in]`, bias `[out]`."""
+
+    weight: Tensor
+    bias: Tensor
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Everything that a model is made of, read from another layout."""
+
+    vision: VisionEncoder
+    vision_use: Use[VisionEncoder]
+    language: LanguageModel
+    language_use: Use[LanguageModel]
+    projector: Sequence[Layer]
+    """Linear layers with exact GELU between them; none is the identity."""
+    template: TemplateUse
+
+    def join(self, registry: Registry, where: object) -> LlavaModel:
+        """Return the model. Raises ModelError where the projector fits neither side."""
+        use, connector = make_connector(
+            self.projector, self.vision.width, self.language.width, registry, where
+        )
+        recipe = ModelRecipe(
+            vision=self.vision_use,
+            connector=use,
+            language=self.language_use,
+            template=self.template,
+        )
+        return join_model(recipe, registry, self.vision, connector, self.language)
+
+
+# -- from a configuration and tensors --------------------------------------------------------------
+
+
+def make_vision(
+    table: Mapping[str, Any],
+    state: State,
+    registry: Registry,
+    where: object,
+    *,
+    layer: int,
+    select: str,
+    pixels: Pixels,
+) -> tuple[Use[VisionEncoder], VisionEncoder]:
+    """Return the installed vision encoder for a configuration, with these tensors.
+
+    Raises ModelError, which begins with `where`, for what does not fit.
+    """
+    kind = _type_of(table, "vision tower", where)
+    found = {
+        component.architecture().config_class.model_type: component
+        for component in registry.all(VisionEncoder).values()
+        if issubclass(component, TransformersEncoder)
+    }
+    if kind not in found:
+        raise ModelError(
+            f"{where}: no installed vision encoder reads a vision tower of type `{kind}`; known: "
+            f"{', '.join(sorted(found))}"
+        )
+    component = found[kind]
+    network: Any = component.architecture()
+    with _sensible("vision tower", where):
+        config = network.config_class(**{k: v for k, v in table.items() if k != "model_type"})
+    model = _fill(network, config, state, "vision tower", where)
+    options = {
+        "config": config_table(config),
+        "layer": layer,
+        "select": select,
+        **pixels._asdict(),
+        "dtype": _DTYPES[model.dtype],
+    }
+    vision: VisionEncoder = component(component.Options(**options), model)
+    return Use[VisionEncoder].model_validate({"use": component.name, **options}), vision
+
+
+def make_language(
+    table: Mapping[str, Any],
+    state: State,
+    registry: Registry,
+    where: object,
+    *,
+    max_length: int | None = None,
+) -> tuple[Use[LanguageModel], LanguageModel]:
+    """Return the installed language model for a configuration, with these tensors, no tokenizer.
+
+    Whether the head is the embedding follows from the tensors where they contradict `table`.
+    Raises ModelError, which begins with `where`, for what does not fit.
+    """
+    kind = _type_of(table, "language model", where)
+    component: Any = registry.get(LanguageModel, "vicuna" if kind == "llama" else "causal-lm")
+    with _sensible("language model", where):
+        network, config = component.configure(dict(table))
+    head, embedding = state.get("lm_head.weight"), state.get("model.embed_tokens.weight")
+    if config.tie_word_embeddings and head is not None and embedding is not None:
+        config.tie_word_embeddings = head.shape == embedding.shape and torch.equal(head, embedding)
+    model = _fill(network, config, state, "language model", where)
+    options: dict[str, Any] = {"config": config_table(config), "dtype": _DTYPES[model.dtype]}
+    if max_length is not None:
+        options["max_length"] = max_length
+    language: LanguageModel = component(component.Options(**options), model)
+    return Use[LanguageModel].model_validate({"use": component.name, **options}), language
+
+
+def set_tokenizer(
+    language: LanguageModel, tokenizer: PreTrainedTokenizerBase, where: object
+) -> None:
+    """Give a language model its tokenizer. Raises ModelError where that knows more tokens."""
+    if len(tokenizer) > language.head.out_features:
+        raise ModelError(
+            f"{where}: the tokenizer has {len(tokenizer)} tokens, the language model "
+            f"{language.head.out_features}; take the tokenizer that belongs to these weights"
+        )
+    language.tokenizer = tokenizer
+
+
+def config_table(config: Any) -> dict[str, Any]:
+    """Return what a configuration says of the architecture, as a recipe would."""
+    return {key: value for key, value in config.to_diff_dict().items() if key not in _PROVENANCE}
+
+
+_PROVENANCE = ("transformers_version", "architectures", "dtype", "_name_or_path")
+
+
+def _type_of(table: Mapping[str, Any], what: str, where: object) -> str:
+    if table.get("quantization_config"):
+        raise ModelError(
+            f"{where}: the {what} is quantised; take the checkpoint in full precision, and choose "
+            "4 bits when it is used"
+        )
+    kind = table.get("model_type")
+    if not isinstance(kind, str):
+        raise ModelError(f"{where}: config.json gives the {what} no `model_type`; add it")
+    return kind
+
+
+@contextmanager
+def _sensible(what: str, where: object) -> Iterator[None]:
+    """Turn what transformers raises for a configuration into a sentence."""
+    try:
+        yield
+    except _MALFORMED as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ModelError(
+            f"{where}: transformers makes no {what} of this config.json ({reason}); mend it, or "
+            "copy the checkpoint again"
+        ) from error
+
+
+def _fill(network: Any, config: Any, state: State, what: str, where: object) -> Any:
+    """Return transformers' model around these tensors."""
+    kept = {name: value for name, value in state.items() if not name.endswith(_RECOMPUTED)}
+    if not kept:
+        raise ModelError(f"{where} lacks the weights of the {what}; copy the whole checkpoint")
+    dtype = reduce(torch.promote_types, (value.dtype for value in kept.values()))
+    if dtype not in _DTYPES:
+        raise ModelError(
+            f"{where}: the {what} has weights of {dtype}; convert them to float32, float16 or "
+            "bfloat16"
+        )
+    with _sensible(what, where), quietly(report=False):
+        model, report = network.from_pretrained(
+            None,
+            config=config,
+            state_dict=kept,
+            dtype=dtype,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )
+    if missing := sorted(report["missing_keys"]):
+        raise ModelError(f"{where} lacks {_listed(missing, f'weights of the {what}')}")
+    if wrong := sorted(report["mismatched_keys"]):
+        name, found, expected = wrong[0]
+        raise ModelError(
+            f"{where}: {name} of the {what} is {list(found)}, but config.json makes it "
+            f"{list(expected)}; is it the config.json of these weights?"
+        )
+    if unknown := sorted(report["unexpected_keys"]):
+        raise ModelError(
+            f"{where} holds {_listed(unknown, f'weights that no {what} of type')} "
+            f"`{config.model_type}` has; is it the config.json of these weights?"
+        )
+    return model
+
+
+_RECOMPUTED = ("rotary_emb.inv_freq", "embeddings.position_ids")
+"""Tensors that older versions of transformers saved and any computes again."""
+
+
+def _listed(names: Sequence[str], noun: str) -> str:
+    shown = ", ".join(names[:_NAMED])
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return f"{noun}: {shown}{more}" if noun.startswith("weights of") else f"{shown}{more}, {noun}"
+
+
+# -- connectors ------------------------------------------------------------------------------------
+
+
+def make_connector(
+    layers: Sequence[Layer],
+    vision_width: int,
+    language_width: int,
+    registry: Registry,
+    where: object,
+) -> tuple[Use[Connector], Connector]:
+    """Return the connector of these layers; raises ModelError where their shapes do not fit."""
+    use: Use[Connector]
+    if not layers:
+        use = Use[Connector](use="identity")
+    elif len(layers) == 1:
+        use = Use[Connector](use="linear")
+    else:
+        use = Use[Connector].model_validate({"use": "mlp", "depth": len(layers)})
+    with torch.device("meta"):
+        connector = registry.build(use, vision_width=vision_width, language_width=language_width)
+    for number, (module, layer) in enumerate(zip(linears(connector), layers, strict=True), start=1):
+        if layer.weight.shape != module.weight.shape:
+            raise ModelError(
+                f"{where}: layer {number} of the projector is {list(layer.weight.shape)}, but "
+                f"between this vision tower and language model it is {list(module.weight.shape)}; "
+                "is it the projector of another model?"
+            )
+        if layer.bias.shape != module.bias.shape:
+            raise ModelError(
+                f"{where}: layer {number} of the projector has a bias {list(layer.bias.shape)}, "
+                f"but {list(module.bias.shape)} is needed; copy the checkpoint again"
+            )
+        module.weight, module.bias = nn.Parameter(layer.weight), nn.Parameter(layer.bias)
+    return use, connector
+
+
+def linears(module: nn.Module) -> list[nn.Linear]:
+    """Return the linear layers within a module, in order."""
+    return [layer for layer in module.modules() if isinstance(layer, nn.Linear)]
+
+
+def projector_layers(connector: Connector) -> list[Layer] | None:
+    """Return a connector as linear layers with GELU between; None for one that is not so."""
+    if connector.name == "identity":
+        return []
+    if connector.name not in ("linear", "mlp"):
+        return None
+    return [Layer(layer.weight.detach(), layer.bias.detach()) for layer in linears(connector)]
+
+
+# -- from our components ---------------------------------------------------------------------------
+
+
+def plain_encoder(vision: VisionEncoder) -> TransformersEncoder | None:
+    """Return a vision encoder if it is one of transformers', as its LLaVA would build it."""
+    from transformers import MODEL_MAPPING
+
+    if not isinstance(vision, TransformersEncoder):
+        return None
+    model = vision.model
+    return vision if MODEL_MAPPING.get(type(model.config), None) is type(model) else None
+
+
+def language_state(language: LanguageModel, layout: str) -> tuple[Any, dict[str, Tensor]]:
+    """Return transformers' configuration and tensors of a language model.
+
+    Names begin with `model.` or are `lm_head.weight`; a head that is the embedding is left out.
+    Raises ModelError where `layout` has no place for it.
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
+
+    model: Any = getattr(language, "model", None)
+    kind = (
+        MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model.config), None)
+        if isinstance(model, PreTrainedModel)
+        else None
+    )
+    remedy = "`--format onnx` writes any, and the model folder keeps it"
+    if kind is None or kind is not type(model):
+        raise ModelError(
+            f"language model `{language.name}` is none of transformers' own, which alone fit into "
+            f"the layout `{layout}`; {remedy}"
+        )
+    config = model.config
+    state = model.state_dict()
+    if config.tie_word_embeddings:
+        state.pop("lm_head.weight", None)
+    strange = [n for n in state if not n.startswith("model.") and n != "lm_head.weight"]
+    scaled = [n for n in _LOGITS if getattr(config, n, None) not in (None, 1.0)]
+    if strange or scaled:
+        raise ModelError(
+            f"a language model of type `{config.model_type}` has {(strange or scaled)[0]}, for "
+            f"which the layout `{layout}` has no place; {remedy}"
+        )
+    return config, state
+
+
+_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+
+
+def stated_options(model: LlavaModel, part: str, registry: Registry) -> Any:
+    """Return a part's options as its recipe states them, with the defaults."""
+    choice = dict(model.choices[part])
+    kind: Any = {"vision": VisionEncoder, "language": LanguageModel}[part]
+    return registry.get(kind, choice.pop("use")).Options(**choice)

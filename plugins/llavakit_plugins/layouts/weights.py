@@ -1,0 +1,141 @@
+"""Weight files of other projects: safetensors and pickles, whole or in shards, read when asked for.
+
+Nothing is trusted: a pickle is read as tensors only, a shard lies in the folder itself, and what is
+damaged or missing is named before a model is made of it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+from zipfile import is_zipfile
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from llavakit import ModelError
+
+STEMS = ("model", "pytorch_model")
+"""How transformers names the files of a model's weights, without their suffix."""
+_SUFFIXES = (".safetensors", ".bin")
+
+
+@dataclass(frozen=True)
+class Weights(Mapping[str, Tensor]):
+    """Tensors by name. A safetensors file is mapped, so a tensor costs memory when it is used."""
+
+    home: Path
+    """The folder or file they come from, for errors."""
+    files: Mapping[str, Path]
+    """The file of each tensor."""
+    _open: dict[Path, Any] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def within(cls, folder: Path) -> Weights | None:
+        """Return a model's weights, or None where the folder has none.
+
+        Raises ModelError where a file is damaged or a shard is missing.
+        """
+        for stem in STEMS:
+            for suffix in _SUFFIXES:
+                whole = folder / f"{stem}{suffix}"
+                index = folder / f"{stem}{suffix}.index.json"
+                if whole.is_file():
+                    return cls.of_file(whole)
+                if index.is_file():
+                    return cls._of_index(index)
+        return None
+
+    @classmethod
+    def of_file(cls, path: Path) -> Weights:
+        """Return the tensors of one file."""
+        weights = cls(path, {}, {path: _read(path)})
+        return cls(path, dict.fromkeys(weights._open[path].keys(), path), weights._open)
+
+    @classmethod
+    def _of_index(cls, index: Path) -> Weights:
+        table = read_json(index).get("weight_map")
+        if not isinstance(table, dict) or not all(isinstance(v, str) for v in table.values()):
+            raise ModelError(f"{index} has no `weight_map` of names; copy the checkpoint again")
+        opened: dict[Path, Any] = {}
+        for name in sorted(set(table.values())):
+            shard = index.parent / name
+            if shard.parent != index.parent:
+                raise ModelError(f"{index} names {name}, which is outside its folder; refused")
+            if not shard.is_file():
+                raise ModelError(
+                    f"{index.parent} lacks {name}, which {index.name} names; copy the whole folder"
+                )
+            opened[shard] = _read(shard)
+        for key, name in table.items():
+            if key not in opened[index.parent / name].keys():  # noqa: SIM118  (a file, no dict)
+                raise ModelError(
+                    f"{index.parent / name} lacks {key}, which {index.name} says is there; copy "
+                    "the checkpoint again"
+                )
+        return cls(index.parent, {key: index.parent / name for key, name in table.items()}, opened)
+
+    def __getitem__(self, name: str) -> Tensor:
+        opened = self._open[self.files[name]]
+        try:
+            return opened[name] if isinstance(opened, dict) else opened.get_tensor(name)
+        except SafetensorError as error:
+            raise ModelError(
+                f"{self.files[name]} cannot be read: {error}; copy it again"
+            ) from error
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.files)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+
+def _read(path: Path) -> Any:
+    """Return an open safetensors file, or the tensors of a pickle."""
+    if path.suffix == ".safetensors":
+        try:
+            return safe_open(path, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise ModelError(f"{path} is damaged or cut short ({error}); copy it again") from error
+    try:
+        # `mmap` needs the format that torch has written since 1.6
+        found = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
+    except UnpicklingError as error:
+        raise ModelError(
+            f"{path} is a pickle that holds more than tensors, which may run code when it is "
+            "opened, so it is refused; get the weights as safetensors, or from a source you trust "
+            "and convert them there"
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ModelError(f"{path} is damaged or cut short ({reason}); copy it again") from error
+    if not isinstance(found, dict) or not all(isinstance(v, Tensor) for v in found.values()):
+        raise ModelError(f"{path} holds no tensors by name; give a checkpoint's weights")
+    return found
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return a JSON table. Raises ModelError where the file cannot be read or holds none."""
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read ({error.strerror}); copy it again") from error
+    except ValueError as error:
+        raise ModelError(f"{path} is not valid JSON ({error}); copy it again") from error
+    if not isinstance(table, dict):
+        raise ModelError(f"{path} holds no table; copy it again")
+    return table
+
+
+def peek_json(path: Path) -> dict[str, Any]:
+    """Return a JSON table, empty where there is none: enough to recognise a layout by."""
+    try:
+        return read_json(path)
+    except ModelError:
+        return {}

@@ -1,0 +1,79 @@
+"""Writes weights as safetensors in shards of a size, and configurations."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import AfterValidator
+from safetensors.torch import save_file
+from torch import Tensor
+
+from llavakit import LanguageModel
+
+
+def _size(value: str) -> str:
+    from huggingface_hub.serialization._base import parse_size_to_int
+
+    if parse_size_to_int(value) < 1:
+        raise ValueError("must be more than nothing")
+    return value
+
+
+ShardSize = Annotated[str, AfterValidator(_size)]
+"""The most that one file of weights holds, such as `5GB`; a larger tensor gets its own file."""
+
+
+def write_weights(state: Mapping[str, Tensor], folder: Path, max_shard_size: str) -> int:
+    """Write `model.safetensors`, or shards with their index; return how many files."""
+    from huggingface_hub import split_state_dict_into_shards_factory
+
+    split = split_state_dict_into_shards_factory(
+        dict(state),
+        get_storage_size=lambda tensor: tensor.numel() * tensor.element_size(),
+        filename_pattern="model{suffix}.safetensors",
+        get_storage_id=lambda tensor: None,  # tensors of one mapped file are no shared tensors
+        max_shard_size=max_shard_size,
+    )
+    for name, keys in split.filename_to_tensors.items():
+        shard = {key: state[key].detach().contiguous() for key in keys}
+        save_file(shard, folder / name, metadata={"format": "pt"})
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+        (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+    return len(split.filename_to_tensors)
+
+
+def write_config(config: Mapping[str, Any], folder: Path, language: LanguageModel) -> None:
+    """Write config.json, and generation_config.json with the tokens that end an answer."""
+    (folder / "config.json").write_text(_json(_for_old_readers(config)), encoding="utf-8")
+    tokens = {"bos_token_id": language.tokenizer.bos_token_id, "eos_token_id": _ends(language)}
+    known = {key: value for key, value in tokens.items() if value is not None}
+    (folder / "generation_config.json").write_text(_json(known), encoding="utf-8")
+
+
+def _ends(language: LanguageModel) -> int | list[int] | None:
+    ends = sorted(language.end_ids)
+    return ends[0] if len(ends) == 1 else ends or None
+
+
+def _for_old_readers(value: Any) -> Any:
+    """Add what transformers 4 calls the positions' base and the precision."""
+    if not isinstance(value, Mapping):
+        return value
+    table = {key: _for_old_readers(item) for key, item in value.items()}
+    rope = table.get("rope_parameters")
+    if isinstance(rope, dict) and "rope_theta" in rope:
+        table["rope_theta"] = rope["rope_theta"]
+        if rope.get("rope_type", "default") != "default":
+            table["rope_scaling"] = {k: v for k, v in rope.items() if k != "rope_theta"}
+    if "dtype" in table:
+        table["torch_dtype"] = table["dtype"]
+    return table
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, indent=2, sort_keys=True) + "\n"

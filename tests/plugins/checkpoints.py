@@ -1,0 +1,119 @@
+"""Small random checkpoints in other projects' layouts, made with transformers' own classes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from tests.conftest import LANGUAGE, VISION, make_tokenizer
+from torch import Tensor
+
+SIGLIP: dict[str, Any] = {
+    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2,
+    "image_size": 32, "patch_size": 8,
+}  # fmt: skip
+QWEN: dict[str, Any] = {**LANGUAGE, "tie_word_embeddings": True}
+PROMPTS = [
+    ("USER : <image> what colour is it ? ASSISTANT :", 1),
+    ("USER : <image> a red circle <image> what is it in ? ASSISTANT :", 2),
+    ("USER : what shape is the circle ? ASSISTANT :", 0),
+]
+CHAT = """\
+{% for message in messages %}{{ message['role'].upper() + ': ' }}\
+{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}\
+{{ '<image>\\n' }}{% endfor %}\
+{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}\
+{{ content['text'] + ' ' }}{% endfor %}{% endfor %}\
+{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"""
+"""Shaped like the one that LLaVA-1.5 has in transformers' layout."""
+
+
+def pictures(count: int) -> list[Image.Image]:
+    draw = np.random.default_rng(count)
+    return [
+        Image.fromarray(draw.integers(0, 255, (40 + 9 * n, 36, 3), dtype=np.uint8))
+        for n in range(count)
+    ]
+
+
+def shaken(model: Any) -> Any:
+    """Return the model with every weight moved: zero biases would hide a forgotten one."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.05 * torch.randn_like(parameter)
+    return model.eval()
+
+
+def make_hf(
+    folder: Path,
+    *,
+    vision: str = "clip",
+    language: str = "llama",
+    dtype: torch.dtype = torch.float32,
+    chat: str | None = CHAT,
+    shard: str = "5GB",
+    **config: Any,
+) -> Any:
+    """Save a LlavaForConditionalGeneration with its processor to `folder`, and return it."""
+    from transformers import (
+        CLIPImageProcessorPil,
+        CLIPVisionConfig,
+        LlamaConfig,
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+        LlavaProcessor,
+        Qwen2Config,
+        SiglipImageProcessorPil,
+        SiglipVisionConfig,
+    )
+
+    clip = vision == "clip"
+    strategy = "default" if clip else "full"
+    table: dict[str, Any] = {"image_token_index": 22, "vision_feature_select_strategy": strategy}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        settings = LlavaConfig(
+            vision_config=CLIPVisionConfig(**VISION) if clip else SiglipVisionConfig(**SIGLIP),
+            text_config=LlamaConfig(**LANGUAGE) if language == "llama" else Qwen2Config(**QWEN),
+            **{**table, **config},
+        )
+        model = shaken(LlavaForConditionalGeneration(settings)).to(dtype)
+    model.save_pretrained(folder, max_shard_size=shard)
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(["<image>"], special_tokens=True)
+    square = {"height": 32, "width": 32}
+    pixels = (
+        CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size=square)
+        if clip
+        else SiglipImageProcessorPil(size=square)
+    )
+    LlavaProcessor(
+        pixels,
+        tokenizer,
+        patch_size=8,
+        vision_feature_select_strategy=settings.vision_feature_select_strategy,
+        num_additional_image_tokens=int(clip),
+        chat_template=chat,
+    ).save_pretrained(folder)
+    return model
+
+
+def ask_hf(model: Any, folder: Path, prompt: str, images: list[Image.Image]) -> dict[str, Tensor]:
+    """Return what transformers' own processor makes of a prompt."""
+    from transformers import AutoProcessor
+
+    processor = AutoProcessor.from_pretrained(folder, backend="pil")
+    inputs = processor(text=[prompt], images=images or None, return_tensors="pt")
+    return {key: value for key, value in inputs.items() if key != "token_type_ids"}
+
+
+def weight_files(folder: Path) -> Mapping[str, bytes]:
+    """Return the bytes of every file of weights below a folder."""
+    return {
+        str(file.relative_to(folder)): file.read_bytes()
+        for file in sorted(folder.rglob("*.safetensors"))
+    }

@@ -1,0 +1,518 @@
+"""transformers' LLaVA layout, against transformers' own classes."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tests.plugins.checkpoints import (
+    PROMPTS,
+    ask_hf,
+    make_hf,
+    pictures,
+    weight_files,
+)
+from torch import nn
+
+import llavakit
+from llavakit import Exporter, LlavaError, LlavaModel, ModelError, Registry
+from llavakit.assembly import load_model, save_model
+from llavakit.testing import ExporterContract
+from llavakit_plugins.exporters.hf import Hf, HfOptions
+
+KINDS = [("clip", "llama"), ("siglip", "qwen2")]
+
+
+@pytest.fixture(scope="module", params=KINDS, ids="+".join)
+def checkpoint(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Any, Path]:
+    vision, language = request.param
+    folder = tmp_path_factory.mktemp("hf") / "checkpoint"
+    return make_hf(folder, vision=vision, language=language), folder
+
+
+@pytest.fixture
+def clip(tmp_path: Path) -> Path:
+    """A checkpoint to spoil."""
+    make_hf(tmp_path / "clip")
+    return tmp_path / "clip"
+
+
+def same_answers(theirs: Any, theirs_folder: Path, ours: LlavaModel) -> None:
+    """Assert equal logits and greedy tokens; theirs come from their own processor."""
+    for prompt, count in PROMPTS:
+        images = pictures(count)
+        inputs = ask_hf(theirs, theirs_folder, prompt, images)
+        with torch.no_grad():
+            expected = theirs(**inputs).logits[0]
+        found = ours.logits(prompt, images, raw=True)
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+        tokens = theirs.generate(
+            **inputs, max_new_tokens=12, do_sample=False, eos_token_id=2, pad_token_id=3
+        )[0, inputs["input_ids"].shape[1] :].tolist()
+        assert ours.generate_ids(prompt, images, max_new_tokens=12, raw=True) == tokens
+
+
+def test_what_transformers_saved_is_the_same_model(checkpoint: tuple[Any, Path]) -> None:
+    theirs, folder = checkpoint
+    same_answers(theirs, folder, llavakit.load(folder, device="cpu"))
+
+
+@pytest.mark.parametrize("settings", [
+    {"vision_feature_layer": -1},
+    {"vision_feature_layer": [1]},
+    {"vision_feature_select_strategy": "full"},
+    {"multimodal_projector_bias": False},
+    {"projector_hidden_act": "linear"},
+])  # fmt: skip
+def test_what_a_configuration_can_say(tmp_path: Path, settings: dict[str, Any]) -> None:
+    theirs = make_hf(tmp_path / "m", **settings)
+    same_answers(theirs, tmp_path / "m", llavakit.load(tmp_path / "m", device="cpu"))
+
+
+def renamed(folder: Path, rename: Callable[[str], str]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    save_file({rename(k): v for k, v in tensors.items()}, folder / "model.safetensors")
+
+
+def version_4_40(name: str) -> str:
+    return name.replace("vision_tower.", "vision_tower.vision_model.")
+
+
+def version_5(name: str) -> str:
+    if name.startswith("language_model.lm_head"):
+        return name.removeprefix("language_model.")
+    return "model." + name.replace("language_model.model.", "language_model.")
+
+
+@pytest.mark.parametrize("rename", [version_4_40, version_5])
+def test_names_of_every_version_are_read(
+    clip: Path, rename: Callable[[str], str], tmp_path: Path
+) -> None:
+    before = llavakit.load(clip, device="cpu").logits(PROMPTS[0][0], pictures(1), raw=True)
+    renamed(clip, rename)
+    after = llavakit.load(clip, device="cpu").logits(PROMPTS[0][0], pictures(1), raw=True)
+    assert torch.equal(before, after)
+
+
+def test_shards_and_pickles_are_read(tmp_path: Path) -> None:
+    make_hf(tmp_path / "whole")
+    make_hf(tmp_path / "shards", shard="40KB")
+    assert len(list((tmp_path / "shards").glob("model-*.safetensors"))) > 2
+    make_hf(tmp_path / "pickle")
+    path = tmp_path / "pickle" / "model.safetensors"
+    torch.save(load_file(path), path.with_name("pytorch_model.bin"))
+    path.unlink()
+    logits = [
+        llavakit.load(tmp_path / name, device="cpu").logits(PROMPTS[0][0], pictures(1), raw=True)
+        for name in ("whole", "shards", "pickle")
+    ]
+    assert torch.equal(logits[0], logits[1])
+    assert torch.equal(logits[0], logits[2])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("vision", "language"), KINDS)
+def test_import_export_import_is_byte_identical(
+    tmp_path: Path, vision: str, language: str, dtype: torch.dtype
+) -> None:
+    registry = Registry.installed()
+    make_hf(tmp_path / "hf", vision=vision, language=language, dtype=dtype)
+    folder = tmp_path / "hf"
+    native: list[Path] = []
+    exported: list[Path] = []
+    for number in range(2):
+        model = llavakit.load(folder, device="cpu")
+        native.append(tmp_path / f"native-{number}")
+        save_model(model, native[-1])
+        del model
+        exported.append(tmp_path / f"exported-{number}")
+        Hf().export(load_model(native[-1], registry).eval(), exported[-1])
+        folder = exported[-1]
+    assert weight_files(native[0])
+    assert weight_files(native[0]) == weight_files(native[1])
+    assert weight_files(exported[0]) == weight_files(exported[1])
+    saved, back = (
+        {name: (str(t.dtype), t) for name, t in load_file(f / "model.safetensors").items()}
+        for f in (tmp_path / "hf", exported[0])
+    )
+    back = {
+        name.replace("vision_tower.vision_model.", "vision_tower."): v for name, v in back.items()
+    }
+    assert saved.keys() == back.keys()
+    for name, (precision, tensor) in saved.items():
+        assert back[name][0] == precision
+        assert torch.equal(back[name][1], tensor)
+
+
+# -- our own models, written for transformers ------------------------------------------------------
+
+
+@pytest.fixture
+def native(backbones: Path, write_recipe: Any) -> Callable[..., LlavaModel]:
+    """A function that makes a new model of the small recipe, changed."""
+    from llavakit.assembly import create_model
+    from llavakit.recipe import Recipe
+
+    def make(*changes: tuple[str, str]) -> LlavaModel:
+        registry = Registry.installed()
+        recipe = Recipe.load(write_recipe(*changes), registry)
+        model = create_model(recipe.model, registry, seed=1).eval()
+        with torch.no_grad():
+            for parameter in model.connector.parameters():
+                parameter += 0.1 * torch.randn_like(parameter)
+        return model
+
+    return make
+
+
+CONNECTOR = 'connector = { use = "mlp" }'
+
+
+@pytest.mark.parametrize("change", [
+    [],
+    [(CONNECTOR, 'connector = { use = "linear" }')],
+    [(CONNECTOR, 'connector = { use = "mlp", depth = 1 }')],
+    [('use = "clip"', 'use = "clip"\naspect = "pad"\nlayer = -3')],
+    [('use = "clip"', 'use = "clip"\naspect = "squash"\nselect = "cls_patch"')],
+    [('use = "vicuna_v1"', 'use = "llava_v0"')],
+])  # fmt: skip
+def test_transformers_reads_what_we_write(
+    native: Callable[..., LlavaModel], tmp_path: Path, change: list[tuple[str, str]]
+) -> None:
+    from transformers import LlavaForConditionalGeneration
+
+    ours = native(*change)
+    figures = Hf().export(ours, tmp_path / "out")
+    assert figures["largest_logit_difference"] < 1e-5
+    assert figures["processor_ids_equal"] is True
+    assert figures["processor_pixel_difference"] < 1e-6
+    theirs, report = LlavaForConditionalGeneration.from_pretrained(
+        tmp_path / "out", output_loading_info=True
+    )
+    assert not any(report.values())
+    same_answers(theirs.eval(), tmp_path / "out", ours)
+
+
+def test_the_chat_template_that_is_written_asks_as_the_model_was_tuned(
+    native: Callable[..., LlavaModel], tmp_path: Path
+) -> None:
+    from transformers import AutoProcessor
+
+    ours = native(('system = ""', 'system = "the picture is red ."'))
+    Hf().export(ours, tmp_path / "out")
+    processor = AutoProcessor.from_pretrained(tmp_path / "out", backend="pil")
+    image = pictures(1)[0]
+    content = [{"type": "image", "image": image}, {"type": "text", "text": "what colour is it ?"}]
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
+    )  # fmt: skip
+    encoded = ours.prompt("what colour is it ?", [image])
+    assert inputs["input_ids"].shape[1] == encoded.length(ours.visual_tokens)
+    text = processor.apply_chat_template(
+        [
+            {"role": "user", "content": "a"},
+            {"role": "assistant", "content": "b"},
+            {"role": "user", "content": "c"},
+        ],
+        add_generation_prompt=True,
+    )
+    assert text == "the picture is red . USER: a ASSISTANT: b</s>USER: c ASSISTANT:"
+
+
+def test_a_vocabulary_without_room_is_widened_and_answers_stay(
+    backbones: Path, tmp_path: Path, native: Callable[..., LlavaModel]
+) -> None:
+    from transformers import LlavaForConditionalGeneration
+
+    ours = native()
+    ours.language.tokenizer.add_tokens([f"word{n}" for n in range(42)])
+    assert len(ours.language.tokenizer) == 64 == ours.language.head.out_features
+    Hf().export(ours, tmp_path / "out")
+    theirs = LlavaForConditionalGeneration.from_pretrained(tmp_path / "out").eval()
+    assert theirs.config.image_token_index == 64
+    assert theirs.lm_head.weight.shape[0] == 128
+    images = pictures(1)
+    inputs = ask_hf(theirs, tmp_path / "out", PROMPTS[0][0], images)
+    with torch.no_grad():
+        logits = theirs(**inputs).logits[0]
+    expected = ours.logits(PROMPTS[0][0], images, raw=True)
+    torch.testing.assert_close(logits[:, :64], expected, atol=1e-5, rtol=1e-5)
+    assert (logits[:, 64:].amax(1) < expected.amax(1)).all()
+
+
+def test_the_gelu_form_is_the_linear_projector(
+    native: Callable[..., LlavaModel], tmp_path: Path
+) -> None:
+    ours = native((CONNECTOR, 'connector = { use = "linear" }'))
+    Hf(HfOptions(projector="gelu")).export(ours, tmp_path / "out")
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    layers = [tensors[f"multi_modal_projector.linear_{n}.weight"] for n in (1, 2)]
+    biases = [tensors[f"multi_modal_projector.linear_{n}.bias"] for n in (1, 2)]
+    features = torch.randn(5, 32)
+    hidden = nn.functional.gelu(nn.functional.linear(features, layers[0], biases[0]))
+    found = nn.functional.linear(hidden, layers[1], biases[1])
+    expected = ours.connector(features[None])[0]
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
+    back = llavakit.load(tmp_path / "out", device="cpu")
+    assert back.connector.name == "linear"
+    for mine, theirs in zip(ours.connector.parameters(), back.connector.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_shards_have_the_size_that_was_asked_for(
+    native: Callable[..., LlavaModel], tmp_path: Path
+) -> None:
+    ours = native()
+    figures = Hf(HfOptions(max_shard_size="100KB")).export(ours, tmp_path / "out")
+    files = sorted((tmp_path / "out").glob("*.safetensors"))
+    assert len(files) == figures["files"] > 2
+    assert all(file.stat().st_size < 110_000 for file in files)
+    assert (tmp_path / "out" / "model.safetensors.index.json").is_file()
+
+
+@pytest.mark.parametrize(("change", "sentence"), [
+    ([(CONNECTOR, 'connector = { use = "mlp", depth = 3 }')], "`--format original` writes it"),
+    ([('use = "clip"', 'use = "clip"\nnorm = true')], "behind its final normalisation"),
+])  # fmt: skip
+def test_what_the_layout_cannot_express_is_refused(
+    native: Callable[..., LlavaModel],
+    tmp_path: Path,
+    change: list[tuple[str, str]],
+    sentence: str,
+) -> None:
+    with pytest.raises(ModelError, match=sentence):
+        Hf().export(native(*change), tmp_path / "out")
+    assert not any(path.name.startswith((".out", "out")) for path in tmp_path.iterdir())
+
+
+def test_a_wrong_export_is_noticed(
+    native: Callable[..., LlavaModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import llavakit_plugins.exporters.hf as module
+
+    def wrong(tensors: dict[str, torch.Tensor], *rest: Any) -> int:
+        changed = tensors | {"language_model.model.norm.weight": torch.ones(48) * 1.5}
+        return write(changed, *rest)
+
+    write = module.write_weights
+    monkeypatch.setattr(module, "write_weights", wrong)
+    with pytest.raises(ModelError, match="gives other logits"):
+        Hf().export(native(), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+# -- prompt templates ------------------------------------------------------------------------------
+
+
+def test_a_chat_template_that_a_builtin_one_equals_gives_that(
+    clip: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, "llavakit"):
+        model = llavakit.load(clip, device="cpu")
+    assert model.choices["template"] == {"use": "vicuna_v1", "system": ""}
+    assert "vicuna_v1" in caplog.text
+    assert "choose another with --template" in caplog.text
+
+
+def test_another_chat_template_is_used_as_it_is(tmp_path: Path) -> None:
+    from transformers import AutoProcessor
+
+    chat = (
+        "{% for m in messages %}{% if m['content'] is string %}{{ raise_exception('list') }}"
+        "{% endif %}[{{ m['role'] }}] {% for c in m['content'] %}"
+        "{{ '<image>' if c['type'] == 'image' else c['text'] }}{% endfor %} / {% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    make_hf(tmp_path / "m", chat=chat)
+    model = llavakit.load(tmp_path / "m", device="cpu")
+    assert model.choices["template"] == {"use": "chat-template"}
+    processor = AutoProcessor.from_pretrained(tmp_path / "m", backend="pil")
+    content = [{"type": "text", "text": "what colour is it ?"}]
+    expected = processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        add_generation_prompt=True, tokenize=True, return_dict=True,
+    )  # fmt: skip
+    assert model.prompt("what colour is it ?", []).ids.tolist() == expected["input_ids"][0]
+
+
+def test_the_template_can_be_chosen(clip: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, "llavakit"):
+        model = llavakit.load(clip, device="cpu", template="llava_v0")
+    assert model.choices["template"] == {"use": "llava_v0"}
+    assert not caplog.text
+    with pytest.raises(LlavaError, match="no PromptTemplate is called `vicuna`"):
+        llavakit.load(clip, device="cpu", template="vicuna")
+
+
+def test_an_export_notes_the_template(
+    native: Callable[..., LlavaModel], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    ours = native(('use = "vicuna_v1"', 'use = "llava_v1"'))
+    Hf().export(ours, tmp_path / "out")
+    caplog.clear()
+    model = llavakit.load(tmp_path / "out", device="cpu")
+    assert model.choices["template"] == {"use": "llava_v1", "system": ""}
+    assert not caplog.text
+
+
+# -- bad input -------------------------------------------------------------------------------------
+
+
+def edit(path: Path, **changes: Any) -> None:
+    table = json.loads(path.read_text())
+    for key, value in changes.items():
+        if value is None:
+            table.pop(key)
+        elif isinstance(value, dict) and isinstance(table.get(key), dict):
+            table[key] = {**table[key], **value}
+        else:
+            table[key] = value
+    path.write_text(json.dumps(table))
+
+
+def without(name: str) -> Callable[[Path], None]:
+    def spoil(folder: Path) -> None:
+        tensors = load_file(folder / "model.safetensors")
+        tensors.pop(name)
+        save_file(tensors, folder / "model.safetensors")
+
+    return spoil
+
+
+def reshaped(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    tensors["language_model.model.norm.weight"] = torch.ones(7)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def with_more(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    save_file({**tensors, "image_newline": torch.ones(7)}, folder / "model.safetensors")
+
+
+def cut(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def config(**changes: Any) -> Callable[[Path], None]:
+    return lambda folder: edit(folder / "config.json", **changes)
+
+
+def processor(**changes: Any) -> Callable[[Path], None]:
+    return lambda folder: edit(folder / "processor_config.json", image_processor=changes)
+
+
+@pytest.mark.parametrize(("spoil", "sentence"), [
+    (cut, "damaged or cut short"),
+    (lambda folder: (folder / "model.safetensors").unlink(), "holds no weights"),
+    (lambda folder: (folder / "tokenizer.json").unlink(), "holds no tokenizer"),
+    (lambda folder: (folder / "tokenizer.json").write_text("{"), "tokenizer in .* cannot be read"),
+    (without("language_model.model.norm.weight"), "lacks weights of the language model: model.n"),
+    (without("language_model.lm_head.weight"), "lacks weights of the language model: lm_head"),
+    (without("vision_tower.pre_layrnorm.bias"), "lacks weights of the vision tower: pre_layrnorm"),
+    (without("multi_modal_projector.linear_2.weight"), "lacks multi_modal_projector.linear_2"),
+    (reshaped, r"model.norm.weight of the language model is \[7\]"),
+    (with_more, "holds image_newline, which no LLaVA of transformers has"),
+    (config(model_type="llava_next"), "LLaVA-1.6 cuts images into tiles"),
+    (config(model_type=None), "`model_type` None"),
+    (config(vision_config={"model_type": "hiera"}), "no installed vision encoder reads"),
+    (config(text_config={"model_type": "nonsense"}), "makes no language model|cannot make a model"),
+    (config(text_config={"hidden_size": 7}), "makes no language model"),
+    (config(vision_config={"num_attention_heads": 0}), "makes no vision tower"),
+    (config(vision_feature_layer=[1, 2]), "features of one layer"),
+    (config(vision_feature_layer=9), "3 layers"),
+    (config(vision_feature_select_strategy="cls"), "must be default or full"),
+    (config(projector_hidden_act="tanh"), "`projector_hidden_act` is 'tanh'"),
+    (config(text_config={"quantization_config": {"bits": 4}}), "is quantised"),
+    (config(llavakit={"template": {"use": "nonsense"}}), "notes a prompt template"),
+    (processor(crop_size={"height": 64, "width": 64}), "reads squares of 32"),
+    (processor(do_resize=False), "`do_resize` = False"),
+    (processor(image_mean=[1, 2]), "must be three numbers"),
+    (processor(rescale_factor=1 / 127.5), "scales pixels by"),
+])  # fmt: skip
+def test_what_is_wrong_is_said_in_one_sentence(
+    clip: Path, spoil: Callable[[Path], None], sentence: str
+) -> None:
+    spoil(clip)
+    with pytest.raises(LlavaError, match=sentence) as caught:
+        llavakit.load(clip, device="cpu")
+    assert "\n" not in str(caught.value)
+
+
+def test_siglip_without_its_first_patch_is_refused(tmp_path: Path) -> None:
+    make_hf(tmp_path / "m", vision="siglip", vision_feature_select_strategy="default")
+    with pytest.raises(ModelError, match="with a SigLIP that is a patch"):
+        llavakit.load(tmp_path / "m", device="cpu")
+
+
+def test_a_missing_shard_is_named(tmp_path: Path) -> None:
+    make_hf(tmp_path / "m", shard="40KB")
+    shard = min((tmp_path / "m").glob("model-*.safetensors"))
+    shard.unlink()
+    with pytest.raises(ModelError, match=f"lacks {shard.name}, which model.safetensors.index.json"):
+        llavakit.load(tmp_path / "m", device="cpu")
+
+
+def test_a_shard_outside_the_folder_is_refused(tmp_path: Path) -> None:
+    make_hf(tmp_path / "m", shard="40KB")
+    index = tmp_path / "m" / "model.safetensors.index.json"
+    table = json.loads(index.read_text())
+    first = next(iter(table["weight_map"]))
+    table["weight_map"][first] = "../../etc/passwd"
+    index.write_text(json.dumps(table))
+    with pytest.raises(ModelError, match="outside its folder"):
+        llavakit.load(tmp_path / "m", device="cpu")
+
+
+class Evil:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return print, ("this code must not run",)
+
+
+def test_a_pickle_that_runs_code_is_refused(clip: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (clip / "model.safetensors").unlink()
+    torch.save({"x": Evil()}, clip / "pytorch_model.bin")
+    with pytest.raises(ModelError, match="may run code"):
+        llavakit.load(clip, device="cpu")
+    assert "must not run" not in capsys.readouterr().out
+    (clip / "pytorch_model.bin").write_bytes(b"PK\x03\x04 nothing")
+    with pytest.raises(ModelError, match=r"damaged|may run code"):
+        llavakit.load(clip, device="cpu")
+
+
+def test_a_failed_export_leaves_nothing(
+    native: Callable[..., LlavaModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import llavakit_plugins.layouts.writing as module
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module, "save_file", full)
+    with pytest.raises(LlavaError, match="No space left on device"):
+        Hf().export(native(), tmp_path / "out")
+    assert not any(path.name.startswith((".out", "out")) for path in tmp_path.iterdir())
+
+
+class TestHf(ExporterContract):
+    close = 1e-5
+
+    def build(self) -> Exporter:
+        return Hf()
+
+    @pytest.fixture(autouse=True)
+    def _make(self, native: Callable[..., LlavaModel]) -> None:
+        self._native = native
+
+    def model(self) -> LlavaModel:
+        return self._native()
