@@ -27,8 +27,8 @@ from llavakit_plugins.layouts.hf_reader import HfReader
 from llavakit_plugins.layouts.parity import prove
 from llavakit_plugins.layouts.parts import (
     Layer,
-    plain_encoder,
     language_state,
+    plain_encoder,
     projector_layers,
     stated_options,
 )

@@ -15,8 +15,8 @@ from llavakit_plugins.exporters.original_source import TOKENS, is_original, read
 from llavakit_plugins.exporters.original_tower import FOLDER
 from llavakit_plugins.layouts.parity import prove
 from llavakit_plugins.layouts.parts import (
-    plain_encoder,
     language_state,
+    plain_encoder,
     projector_layers,
     stated_options,
 )
