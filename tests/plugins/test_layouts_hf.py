@@ -426,7 +426,7 @@ def processor(**changes: Any) -> Callable[[Path], None]:
     (config(model_type="llava_next"), "LLaVA-1.6 cuts images into tiles"),
     (config(model_type=None), "`model_type` None"),
     (config(vision_config={"model_type": "hiera"}), "no installed vision encoder reads"),
-    (config(text_config={"model_type": "nonsense"}), "makes no language model|cannot make a model"),
+    (config(text_config={"model_type": "nonsense"}), "knows no language model of type `nonsense`"),
     (config(text_config={"hidden_size": 7}), "makes no language model"),
     (config(vision_config={"num_attention_heads": 0}), "makes no vision tower"),
     (config(vision_feature_layer=[1, 2]), "features of one layer"),

@@ -128,7 +128,14 @@ def make_language(
     Whether the head is the embedding follows from the tensors where they contradict `table`.
     Raises ModelError, which begins with `where`, for what does not fit.
     """
+    from transformers import CONFIG_MAPPING
+
     kind = _type_of(table, "language model", where)
+    if kind not in CONFIG_MAPPING:
+        raise ModelError(
+            f"{where}: transformers knows no language model of type `{kind}`; mend `model_type` in "
+            "config.json, or install the transformers that does"
+        )
     component: Any = registry.get(LanguageModel, "vicuna" if kind == "llama" else "causal-lm")
     with _sensible("language model", where):
         network, config = component.configure(dict(table))
