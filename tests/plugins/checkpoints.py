@@ -102,11 +102,15 @@ def make_hf(
     return model
 
 
-def ask_hf(model: Any, folder: Path, prompt: str, images: list[Image.Image]) -> dict[str, Tensor]:
-    """Return what transformers' own processor makes of a prompt."""
+def read_processor(folder: Path) -> Any:
+    """Return transformers' processor of a folder, of the PIL backend."""
     from transformers import AutoProcessor
 
-    processor = AutoProcessor.from_pretrained(folder, backend="pil")
+    return AutoProcessor.from_pretrained(folder, backend="pil")
+
+
+def ask_hf(processor: Any, prompt: str, images: list[Image.Image]) -> dict[str, Tensor]:
+    """Return what transformers' own processor makes of a prompt."""
     inputs = processor(text=[prompt], images=images or None, return_tensors="pt")
     return {key: value for key, value in inputs.items() if key != "token_type_ids"}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from tests.plugins.checkpoints import (
     ask_hf,
     make_hf,
     pictures,
+    read_processor,
     weight_files,
 )
 from torch import nn
@@ -38,18 +40,25 @@ def checkpoint(
     return make_hf(folder, vision=vision, language=language), folder
 
 
+@pytest.fixture(scope="module")
+def unspoilt(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("unspoilt")
+    make_hf(folder)
+    return folder
+
+
 @pytest.fixture
-def clip(tmp_path: Path) -> Path:
+def clip(unspoilt: Path, tmp_path: Path) -> Path:
     """A checkpoint to spoil."""
-    make_hf(tmp_path / "clip")
-    return tmp_path / "clip"
+    return shutil.copytree(unspoilt, tmp_path / "clip")
 
 
 def same_answers(theirs: Any, theirs_folder: Path, ours: LlavaModel) -> None:
     """Assert equal logits and greedy tokens; theirs come from their own processor."""
+    processor = read_processor(theirs_folder)
     for prompt, count in PROMPTS:
         images = pictures(count)
-        inputs = ask_hf(theirs, theirs_folder, prompt, images)
+        inputs = ask_hf(processor, prompt, images)
         with torch.no_grad():
             expected = theirs(**inputs).logits[0]
         found = ours.logits(prompt, images, raw=True)
@@ -167,7 +176,7 @@ def native(backbones: Path, write_recipe: Any) -> Callable[..., LlavaModel]:
         model = create_model(recipe.model, registry, seed=1).eval()
         with torch.no_grad():
             for parameter in model.connector.parameters():
-                parameter += 0.1 * torch.randn_like(parameter)
+                parameter.add_(0.1 * torch.randn_like(parameter))
         return model
 
     return make
@@ -194,9 +203,8 @@ def test_transformers_reads_what_we_write(
     assert figures["largest_logit_difference"] < 1e-5
     assert figures["processor_ids_equal"] is True
     assert figures["processor_pixel_difference"] < 1e-6
-    theirs, report = LlavaForConditionalGeneration.from_pretrained(
-        tmp_path / "out", output_loading_info=True
-    )
+    kind: Any = LlavaForConditionalGeneration
+    theirs, report = kind.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(report.values())
     same_answers(theirs.eval(), tmp_path / "out", ours)
 
@@ -204,11 +212,9 @@ def test_transformers_reads_what_we_write(
 def test_the_chat_template_that_is_written_asks_as_the_model_was_tuned(
     native: Callable[..., LlavaModel], tmp_path: Path
 ) -> None:
-    from transformers import AutoProcessor
-
     ours = native(('system = ""', 'system = "the picture is red ."'))
     Hf().export(ours, tmp_path / "out")
-    processor = AutoProcessor.from_pretrained(tmp_path / "out", backend="pil")
+    processor = read_processor(tmp_path / "out")
     image = pictures(1)[0]
     content = [{"type": "image", "image": image}, {"type": "text", "text": "what colour is it ?"}]
     inputs = processor.apply_chat_template(
@@ -241,7 +247,7 @@ def test_a_vocabulary_without_room_is_widened_and_answers_stay(
     assert theirs.config.image_token_index == 64
     assert theirs.lm_head.weight.shape[0] == 128
     images = pictures(1)
-    inputs = ask_hf(theirs, tmp_path / "out", PROMPTS[0][0], images)
+    inputs = ask_hf(read_processor(tmp_path / "out"), PROMPTS[0][0], images)
     with torch.no_grad():
         logits = theirs(**inputs).logits[0]
     expected = ours.logits(PROMPTS[0][0], images, raw=True)
@@ -297,9 +303,11 @@ def test_what_the_layout_cannot_express_is_refused(
 def test_a_wrong_export_is_noticed(
     native: Callable[..., LlavaModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import llavakit_plugins.exporters.hf as module
+    import llavakit_plugins.exporters.hf
 
-    def wrong(tensors: dict[str, torch.Tensor], *rest: Any) -> int:
+    module: Any = llavakit_plugins.exporters.hf
+
+    def wrong(tensors: dict[str, torch.Tensor], *rest: Any) -> Any:
         changed = tensors | {"language_model.model.norm.weight": torch.ones(48) * 1.5}
         return write(changed, *rest)
 
@@ -324,8 +332,6 @@ def test_a_chat_template_that_a_builtin_one_equals_gives_that(
 
 
 def test_another_chat_template_is_used_as_it_is(tmp_path: Path) -> None:
-    from transformers import AutoProcessor
-
     chat = (
         "{% for m in messages %}{% if m['content'] is string %}{{ raise_exception('list') }}"
         "{% endif %}[{{ m['role'] }}] {% for c in m['content'] %}"
@@ -335,7 +341,7 @@ def test_another_chat_template_is_used_as_it_is(tmp_path: Path) -> None:
     make_hf(tmp_path / "m", chat=chat)
     model = llavakit.load(tmp_path / "m", device="cpu")
     assert model.choices["template"] == {"use": "chat-template"}
-    processor = AutoProcessor.from_pretrained(tmp_path / "m", backend="pil")
+    processor = read_processor(tmp_path / "m")
     content = [{"type": "text", "text": "what colour is it ?"}]
     expected = processor.apply_chat_template(
         [{"role": "user", "content": content}],
@@ -486,7 +492,7 @@ def test_a_pickle_that_runs_code_is_refused(clip: Path, capsys: pytest.CaptureFi
         llavakit.load(clip, device="cpu")
     assert "must not run" not in capsys.readouterr().out
     (clip / "pytorch_model.bin").write_bytes(b"PK\x03\x04 nothing")
-    with pytest.raises(ModelError, match=r"damaged|may run code"):
+    with pytest.raises(ModelError, match="damaged"):
         llavakit.load(clip, device="cpu")
 
 

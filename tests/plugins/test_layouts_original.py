@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,11 +51,12 @@ class Made:
         """Return logits as the original computes them: split, embed, splice."""
         from transformers import CLIPImageProcessorPil, LlavaImageProcessorPil
 
-        kind = LlavaImageProcessorPil if pad else CLIPImageProcessorPil
-        processor = kind(
-            size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32},
-            **({"do_pad": True} if pad else {}),
-        )  # fmt: skip
+        edges: dict[str, Any] = {
+            "size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32},
+        }  # fmt: skip
+        processor: Any = CLIPImageProcessorPil(**edges)
+        if pad:
+            processor = LlavaImageProcessorPil(do_pad=True, **edges)
         rows: list[Tensor] = []
         with torch.no_grad():
             for number, text in enumerate(prompt.split("<image>")):
@@ -142,7 +144,7 @@ def write(folder: Path, state: dict[str, Tensor], *, shards: bool, pickle: bool)
     names = sorted(state)
     suffix, stem = ("bin", "pytorch_model") if pickle else ("safetensors", "model")
     groups = [names[::2], names[1::2]] if shards else [names]
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, group in enumerate(groups, start=1):
         name = f"{stem}-{number:05}-of-00002.{suffix}" if shards else f"{stem}.{suffix}"
         tensors = {key: state[key].contiguous() for key in group}
@@ -258,7 +260,7 @@ def test_a_lora_adapter_is_merged(tmp_path: Path) -> None:
         "lora_dropout": 0.05, "bias": "none", "target_modules": ["q_proj", "down_proj"],
         "base_model_name_or_path": "lmsys/vicuna-7b-v1.5",
     }))  # fmt: skip
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     with torch.no_grad():
         for number, block in enumerate(made.language.model.layers):
             for name, layer in (
@@ -306,7 +308,8 @@ def test_a_lora_adapter_is_merged(tmp_path: Path) -> None:
 ], ids=str)  # fmt: skip
 def test_import_export_import_is_byte_identical(tmp_path: Path, settings: dict[str, Any]) -> None:
     made = make(tmp_path, **settings)
-    folder, vision = made.folder, made.tower
+    folder = made.folder
+    vision: Path | None = made.tower
     native: list[Path] = []
     exported: list[Path] = []
     for number in range(2):
@@ -405,6 +408,11 @@ def test_the_template_follows_from_the_content(
 # -- bad input -------------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    return make(tmp_path_factory.mktemp("whole"))
+
+
 def changed(name: str, value: Any) -> Callable[[Made], None]:
     def spoil(made: Made) -> None:
         table = {**made.config, name: value}
@@ -442,9 +450,10 @@ def dropped(name: str) -> Callable[[Made], None]:
     (lambda made: (made.folder / "model.safetensors").unlink(), "alone; give|holds no weights"),
 ])  # fmt: skip
 def test_what_is_wrong_is_said_in_one_sentence(
-    tmp_path: Path, spoil: Callable[[Made], None], sentence: str
+    whole: Made, tmp_path: Path, spoil: Callable[[Made], None], sentence: str
 ) -> None:
-    made = make(tmp_path)
+    checkpoint = shutil.copytree(whole.folder, tmp_path / "checkpoint")
+    made = replace(whole, folder=checkpoint, tower=shutil.copytree(whole.tower, tmp_path / "clip"))
     spoil(made)
     with pytest.raises(LlavaError, match=sentence) as caught:
         llavakit.load(made.folder, device="cpu", vision=made.tower)

@@ -20,7 +20,7 @@ def merge_adapter(language: LanguageModel, folder: Path) -> None:
     Raises ModelError where the adapter is damaged or belongs to another model.
     """
     try:
-        from peft import LoraConfig, PeftModel, set_peft_model_state_dict
+        import peft
     except ImportError as error:
         raise ModelError(
             f"{folder} holds a LoRA adapter, which peft reads; `pip install llavakit[lora]`"
@@ -34,6 +34,7 @@ def merge_adapter(language: LanguageModel, folder: Path) -> None:
             f"{folder}: the adapter is of type {table.get('peft_type')!r}; LORA can be read"
         )
     network: Any = language
+    library: Any = peft
     model = network.model
     # a key may have the adapter's name in it, which peft leaves out when it saves
     state = {
@@ -44,10 +45,10 @@ def merge_adapter(language: LanguageModel, folder: Path) -> None:
         with quietly(report=False), warnings.catch_warnings():
             # peft 0.21 reads a property that transformers 5.23 has renamed
             warnings.simplefilter("ignore", FutureWarning)
-            known = LoraConfig.from_peft_type(**table)
+            known = library.LoraConfig.from_peft_type(**table)
             known.inference_mode = True
-            tuned = PeftModel(model, known)
-            report = set_peft_model_state_dict(tuned, state)
+            tuned = library.PeftModel(model, known)
+            report = library.set_peft_model_state_dict(tuned, state)
     except (ValueError, TypeError, KeyError, RuntimeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ModelError(

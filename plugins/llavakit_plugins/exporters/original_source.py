@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from llavakit import ModelError, Registry
+from llavakit import ModelError, PromptTemplate, Registry
 from llavakit_plugins.exporters.original_adapter import merge_adapter
 from llavakit_plugins.exporters.original_tower import find_tower
 from llavakit_plugins.layouts.parts import Layer, Parts, make_language, make_vision, set_tokenizer
@@ -107,7 +107,8 @@ def read_original(
     chosen = choose_template(
         template, config, tokenizer, registry, folder, _betrayed(config, tokenizer)
     )
-    if config.get("mm_use_im_start_end"):
+    options = registry.get(PromptTemplate, chosen.use).Options.model_fields
+    if config.get("mm_use_im_start_end") and "image" in options:
         around = f"{TOKENS[0]}<image>{TOKENS[1]}"
         chosen = chosen.model_validate({"use": chosen.use, "image": around, **chosen.options})
     return Parts(

@@ -90,7 +90,7 @@ def make_vision(
     """
     kind = _type_of(table, "vision tower", where)
     found = {
-        component.architecture().config_class.model_type: component
+        _config_class(component).model_type: component
         for component in registry.all(VisionEncoder).values()
         if issubclass(component, TransformersEncoder)
     }
@@ -102,7 +102,7 @@ def make_vision(
     component = found[kind]
     network: Any = component.architecture()
     with _sensible("vision tower", where):
-        config = network.config_class(**{k: v for k, v in table.items() if k != "model_type"})
+        config = _config_class(component)(**{k: v for k, v in table.items() if k != "model_type"})
     model = _fill(network, config, state, "vision tower", where)
     options = {
         "config": config_table(config),
@@ -113,6 +113,10 @@ def make_vision(
     }
     vision: VisionEncoder = component(component.Options(**options), model)
     return Use[VisionEncoder].model_validate({"use": component.name, **options}), vision
+
+
+def _config_class(component: type[TransformersEncoder]) -> Any:
+    return component.architecture().config_class
 
 
 def make_language(
@@ -300,8 +304,8 @@ def plain_encoder(vision: VisionEncoder) -> TransformersEncoder | None:
 
     if not isinstance(vision, TransformersEncoder):
         return None
-    model = vision.model
-    return vision if MODEL_MAPPING.get(type(model.config), None) is type(model) else None
+    usual: Any = MODEL_MAPPING.get(type(vision.model.config), None)
+    return vision if usual is type(vision.model) else None
 
 
 def language_state(language: LanguageModel, layout: str) -> tuple[Any, dict[str, Tensor]]:
@@ -313,13 +317,11 @@ def language_state(language: LanguageModel, layout: str) -> tuple[Any, dict[str,
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 
     model: Any = getattr(language, "model", None)
-    kind = (
-        MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model.config), None)
-        if isinstance(model, PreTrainedModel)
-        else None
-    )
+    usual: Any = None
+    if isinstance(model, PreTrainedModel):
+        usual = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model.config), None)
     remedy = "`--format onnx` writes any, and the model folder keeps it"
-    if kind is None or kind is not type(model):
+    if usual is None or usual is not type(model):
         raise ModelError(
             f"language model `{language.name}` is none of transformers' own, which alone fit into "
             f"the layout `{layout}`; {remedy}"

@@ -111,13 +111,14 @@ def make_processor(pixels: Square) -> Any:
 
     edge = pixels.size
     square = {"height": edge, "width": edge}
-    shared = {
+    shared: dict[str, Any] = {
         "image_mean": list(pixels.mean),
         "image_std": list(pixels.std),
         "resample": int(Image.Resampling[pixels.interpolation.upper()]),
     }
     if pixels.aspect == "squash":
         return SiglipImageProcessorPil(size=square, do_center_crop=False, **shared)
-    kind = LlavaImageProcessorPil if pixels.aspect == "pad" else CLIPImageProcessorPil
-    pads = {"do_pad": True} if pixels.aspect == "pad" else {}
-    return kind(size={"shortest_edge": edge}, crop_size=square, **pads, **shared)
+    shared |= {"size": {"shortest_edge": edge}, "crop_size": square}
+    if pixels.aspect == "pad":
+        return LlavaImageProcessorPil(do_pad=True, **shared)
+    return CLIPImageProcessorPil(**shared)

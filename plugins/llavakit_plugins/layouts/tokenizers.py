@@ -41,7 +41,9 @@ def read_tokenizer(folder: Path, model_type: str) -> PreTrainedTokenizerBase:
         for name in (*_VOCABULARIES, *_OTHERS, *_CHATS):
             if (folder / name).is_file():
                 (Path(place) / name).symlink_to((folder / name).resolve())
-        tables = {"config.json": {"model_type": model_type}, _SETTINGS: _settings(folder)}
+        # a tokenizer.json is whole: knowing the model, transformers would build it another way
+        config = {"model_type": model_type} if _is_bare(folder) else {}
+        tables = {"config.json": config, _SETTINGS: _settings(folder)}
         for name, table in tables.items():
             (Path(place) / name).write_text(json.dumps(table), encoding="utf-8")
         try:
@@ -59,7 +61,10 @@ def _settings(folder: Path) -> dict[str, Any]:
     """Return tokenizer_config.json; of a bare tokenizer.model with what 4.x took for granted."""
     path = folder / _SETTINGS
     table = read_json(path) if path.is_file() else {}
-    bare = (folder / "tokenizer.model").is_file() and not (folder / "tokenizer.json").is_file()
-    if bare and table.get("tokenizer_class") in _LLAMA:
+    if _is_bare(folder) and table.get("tokenizer_class") in _LLAMA:
         table = {"add_bos_token": True, **table, "tokenizer_class": "LlamaTokenizer"}
     return table
+
+
+def _is_bare(folder: Path) -> bool:
+    return (folder / "tokenizer.model").is_file() and not (folder / "tokenizer.json").is_file()

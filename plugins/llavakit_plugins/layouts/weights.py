@@ -23,6 +23,8 @@ from llavakit import ModelError
 STEMS = ("model", "pytorch_model")
 """How transformers names the files of a model's weights, without their suffix."""
 _SUFFIXES = (".safetensors", ".bin")
+_GARBLED = ("Unsupported operand", "invalid load key", "truncated", "Ran out of input")
+"""What torch says of bytes that are no pickle, as against one that it will not run."""
 
 
 @dataclass(frozen=True)
@@ -83,11 +85,12 @@ class Weights(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         opened = self._open[self.files[name]]
         try:
-            return opened[name] if isinstance(opened, dict) else opened.get_tensor(name)
+            found: Tensor = opened[name] if isinstance(opened, dict) else opened.get_tensor(name)
         except SafetensorError as error:
             raise ModelError(
                 f"{self.files[name]} cannot be read: {error}; copy it again"
             ) from error
+        return found
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.files)
@@ -107,6 +110,8 @@ def _read(path: Path) -> Any:
         # `mmap` needs the format that torch has written since 1.6
         found = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
     except UnpicklingError as error:
+        if any(sign in str(error) for sign in _GARBLED):
+            raise ModelError(f"{path} is damaged or no file of torch's; copy it again") from error
         raise ModelError(
             f"{path} is a pickle that holds more than tensors, which may run code when it is "
             "opened, so it is refused; get the weights as safetensors, or from a source you trust "
