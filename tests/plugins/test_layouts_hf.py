@@ -161,6 +161,14 @@ def test_import_export_import_is_byte_identical(
         assert torch.equal(back[name][1], tensor)
 
 
+def test_every_end_token_is_kept(clip: Path, tmp_path: Path) -> None:
+    edit(clip / "generation_config.json", eos_token_id=[2, 5])
+    model = llavakit.load(clip, device="cpu")
+    assert model.language.end_ids == {2, 5}
+    Hf().export(model, tmp_path / "out")
+    assert llavakit.load(tmp_path / "out", device="cpu").language.end_ids == {2, 5}
+
+
 # -- our own models, written for transformers ------------------------------------------------------
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import reduce
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ from llavakit.assembly import ModelRecipe, join_model
 from llavakit_plugins.huggingface import quietly
 from llavakit_plugins.layouts.pixels import Pixels
 from llavakit_plugins.layouts.prompts import TemplateUse
+from llavakit_plugins.layouts.weights import peek_json
 from llavakit_plugins.vision_transformers import TransformersEncoder
 
 if TYPE_CHECKING:
@@ -155,15 +157,23 @@ def make_language(
 
 
 def set_tokenizer(
-    language: LanguageModel, tokenizer: PreTrainedTokenizerBase, where: object
+    language: LanguageModel, tokenizer: PreTrainedTokenizerBase, where: Path
 ) -> None:
-    """Give a language model its tokenizer. Raises ModelError where that knows more tokens."""
+    """Give a language model its tokenizer, and the end tokens of generation_config.json.
+
+    Raises ModelError where the tokenizer knows more tokens than the model.
+    """
     if len(tokenizer) > language.head.out_features:
         raise ModelError(
             f"{where}: the tokenizer has {len(tokenizer)} tokens, the language model "
             f"{language.head.out_features}; take the tokenizer that belongs to these weights"
         )
     language.tokenizer = tokenizer
+    ends = peek_json(where / "generation_config.json").get("eos_token_id")
+    numbers = ends if isinstance(ends, list) else [ends]
+    if ends and all(isinstance(number, int) for number in numbers):
+        network: Any = language
+        network.model.generation_config.eos_token_id = ends
 
 
 def config_table(config: Any) -> dict[str, Any]:
