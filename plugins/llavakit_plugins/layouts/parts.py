@@ -156,9 +156,7 @@ def make_language(
     return Use[LanguageModel].model_validate({"use": component.name, **options}), language
 
 
-def set_tokenizer(
-    language: LanguageModel, tokenizer: PreTrainedTokenizerBase, where: Path
-) -> None:
+def set_tokenizer(language: LanguageModel, tokenizer: PreTrainedTokenizerBase, where: Path) -> None:
     """Give a language model its tokenizer, and the end tokens of generation_config.json.
 
     Raises ModelError where the tokenizer knows more tokens than the model.
