@@ -26,7 +26,9 @@ from typing import Any
 
 DRY = "--dry-run" in sys.argv
 os.environ["TRITON_INTERPRET"] = "1" if DRY else "0"
-sys.path[:0] = [str(Path(__file__).parents[2] / root) for root in ("core", "plugins", "kernels")]
+sys.path[:0] = [
+    str(Path(__file__).parents[2] / root) for root in ("core", "plugins", "kernels", ".")
+]
 
 import torch
 import triton
@@ -789,6 +791,13 @@ def small_case() -> None:
     print("every kernel ran")
 
 
+def training(session: Session) -> None:
+    """Steps of training at real size; imported here, since the other sections need no plugin."""
+    from tests.benchmarks import gpu_training
+
+    gpu_training.training(session, DEVICE)
+
+
 def _time_for(session: Session, section: str, seconds: float) -> bool:
     if session.left() > seconds:
         return True
@@ -803,6 +812,7 @@ SECTIONS: dict[str, Callable[[Session], None]] = {
     "splice": splice,
     "mlp": mlp,
     "loss": loss,
+    "training": training,
     "sanitizer": sanitizer,
     "configurations": configurations,
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -114,6 +115,27 @@ def test_the_benchmark_walks_through_on_a_cpu(tmp_path: Path) -> None:
     assert run.returncode == 0, run.stderr
     assert "## splice: goals" in run.stdout
     assert out.exists()
+
+
+def test_the_training_benchmark_compares_the_same_losses(tmp_path: Path) -> None:
+    out = tmp_path / "rows.json"
+    command = [sys.executable, str(GPU_SCRIPT), "--dry-run", "--only", "training"]
+    run = subprocess.run([*command, "--out", str(out)], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    rows = json.loads(out.read_text())
+    assert [(row["case"], row["way"]) for row in rows["training"]] == [
+        (case, way)
+        for case in ("stage 1, tiny", "stage 2, tiny")
+        for way in (
+            "ours",
+            "ours, recomputing",
+            "transformers",
+            "transformers, checkpointing",
+        )
+    ]
+    assert all(row["differs"] < 1e-5 for row in rows["training"])
+    assert all(row["samples_per_s"] > 0 for row in rows["training"])
+    assert len(rows["training: goals"]) == 6
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to measure on")

@@ -152,9 +152,13 @@ def test_misfits_are_refused_by_name() -> None:
             )
 
 
-def test_liger_is_called_with_its_own_names(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_liger_is_called_on_demand_only_and_with_its_own_names(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     # A stand-in with the signature of liger-kernel 0.8.5: the package needs a GPU to run.
     from llavakit_kernels.linear_cross_entropy import liger
+
+    calls: list[str] = []
 
     def stand_in(
         input: Tensor,
@@ -171,6 +175,7 @@ def test_liger_is_called_with_its_own_names(monkeypatch: pytest.MonkeyPatch) -> 
         accum_dtype: torch.dtype | None = None,
     ) -> Tensor:
         assert accum_dtype == torch.float32
+        calls.append(reduction)
         logits = F.linear(input, weight, bias)
         return F.cross_entropy(logits, target, ignore_index=ignore_index, reduction=reduction)
 
@@ -187,3 +192,6 @@ def test_liger_is_called_with_its_own_names(monkeypatch: pytest.MonkeyPatch) -> 
             linear_cross_entropy(hidden, head, targets, reduction=reduction, impl="liger"),
             F.cross_entropy(F.linear(hidden, head), targets, reduction=reduction),
         )
+    assert len(calls) == 2
+    linear_cross_entropy(hidden, head, targets, chunk_rows=2)  # waits for no device
+    assert len(calls) == 2

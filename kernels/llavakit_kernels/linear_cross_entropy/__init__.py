@@ -44,8 +44,8 @@ def linear_cross_entropy(
     the weights of the rows that count (NaN where none does, as in torch).
     chunk_rows: rows whose logits exist at one time; by default as many as make 2^26 logits on a CPU
     and 2^27 on a GPU, and a case of at most 2^21 logits is left to torch's own functions.
-    impl: liger-kernel's kernels, chunks of eager PyTorch ("reference"), or the former wherever they
-    are installed and fit ("auto").
+    impl: chunks of eager PyTorch ("reference", and "auto"), or liger-kernel's kernels ("liger"),
+    which count the targets on the host: each call waits for the device.
 
     The gradients are computed in the forward, chunk by chunk and never twice, and only those that
     are needed: a frozen head costs no product for its weight. (With a single chunk the logits'
@@ -94,25 +94,14 @@ def linear_cross_entropy(
     counts = targets != ignore_index
     row_weights = counts.to(kept) if weights is None else weights.to(kept).where(counts, 0)
     with arguments.without_autocast(hidden.device):
-        if _by_liger(impl, hidden, weight, bias, weights is not None):
+        if impl == "liger":
+            reason = liger.misfit(hidden, weight, bias, weights is not None)
+            require(reason is None, f'impl="liger" cannot serve here: {reason}; use impl="auto"')
             loss = liger.loss_sum(hidden, weight, bias, targets.long(), ignore_index)
         else:
             targets = targets.long().where(counts, 0)
             loss = _chunked(hidden, weight, bias, targets, row_weights, chunk_rows)
     return loss if reduction == "sum" else loss / row_weights.sum()
-
-
-def _by_liger(
-    impl: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, weighted: bool
-) -> bool:
-    if impl == "reference":
-        return False
-    reason = liger.misfit(hidden, weight, bias, weighted)
-    require(
-        impl == "auto" or reason is None,
-        f'impl="liger" cannot serve here: {reason}; use impl="auto"',
-    )
-    return reason is None
 
 
 def _chunked(
