@@ -112,7 +112,9 @@ def _measure(session: Session, case: Case, device: torch.device) -> None:
     theirs, ours = make_pair(case, device, dtype)
     samples = make_samples(case.batch, case.text, case.spread, seed=1)
     edge = case.vision["image_size"]
-    pixels = torch.randn(case.batch, 3, edge, edge, device=device).to(ours.vision.model.dtype)
+    pixels = torch.randn(case.batch, 3, edge, edge, device=device).to(
+        next(ours.vision.parameters()).dtype
+    )
     tokens = sum(sample.length(ours.visual_tokens) for sample in samples)
     ways: dict[str, tuple[Callable[[int], Packed | Padded], bool]] = {
         "ours": (lambda rows: Packed(ours, samples, pixels, case, rows), False),
@@ -186,6 +188,7 @@ def make_pair(case: Case, device: torch.device, dtype: torch.dtype) -> tuple[Any
 
     flash = device.type == "cuda" and importlib.util.find_spec("flash_attn") is not None
     attention = "flash_attention_2" if flash else "sdpa"
+    options: dict[str, Any] = {"attn_implementation": attention}
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(**case.vision),
         text_config=LlamaConfig(**case.language),
@@ -193,7 +196,7 @@ def make_pair(case: Case, device: torch.device, dtype: torch.dtype) -> tuple[Any
         projector_hidden_act="gelu",
         vision_feature_layer=-2,
         vision_feature_select_strategy="default",
-        attn_implementation=attention,
+        **options,
     )
     half = torch.float32 if device.type == "cpu" else torch.bfloat16
     with device, _default(dtype):
