@@ -14,12 +14,12 @@ from typing import Any
 
 from torch import Tensor
 
-from llavakit import LlavaModel, Question, Stopped
+from llavakit import DataError, LlavaModel, Question, Stopped
 from llavakit.files import explain_write
 from llavakit.generation import Sampling
 from llavakit.interfaces import Progress
 from llavakit.samples import ImageSource
-from llavakit_plugins.rows import read_lines
+from llavakit_plugins.rows import listed, read_lines
 
 Row = dict[str, Any]
 
@@ -128,6 +128,13 @@ def _batched(
         model.prompt(question.prompt, question.images).length(model.visual_tokens)
         for question in questions
     ]
+    most = model.language.max_length
+    long = [q.id for q, length in zip(questions, lengths, strict=True) if length >= most]
+    if long:
+        raise DataError(
+            f"with its images, question {listed(long)} leaves no room for an answer: the language "
+            f"model reads at most {most} tokens; shorten it or leave it out"
+        )
     order = sorted(range(len(questions)), key=lambda place: lengths[place])
     batches = [
         order[begin : begin + pace.batch_size] for begin in range(0, len(order), pace.batch_size)

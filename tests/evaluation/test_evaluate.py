@@ -159,6 +159,16 @@ def test_a_missing_image_is_named(
             answer(loaded, [broken], tmp_path / "a.jsonl", 8, workers)
 
 
+def test_a_question_that_leaves_no_room_is_named_before_any_is_asked(
+    model: Path, questions: Sequence[Question], tmp_path: Path
+) -> None:
+    loaded = llavakit.load(model, device="cpu")
+    long = Question("long", "what " * 300)
+    with pytest.raises(DataError, match=r"question `long` leaves no room .* at most 256 tokens"):
+        answer(loaded, [*questions, long], tmp_path / "a.jsonl", 8)
+    assert rows(tmp_path / "a.jsonl") == []
+
+
 class Talker:
     """A layout that can only generate, as an exported one may."""
 
