@@ -8,17 +8,25 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from hashlib import sha256
 from pathlib import Path
+from typing import TextIO
 
 from llavakit.errors import LlavaError
 
 
 def write_text(path: Path, text: str) -> None:
     """Replace `path` by `text`, whole or not at all. Raises LlavaError where that fails."""
+    with new_file(path) as file:
+        file.write(text)
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[TextIO]:
+    """Yield a file to write that becomes `path` when the block ends without an error."""
     partial = path.with_name(f".{path.name}.partial")
     with explain_write(path):
         try:
             with partial.open("w", encoding="utf-8") as file:
-                file.write(text)
+                yield file
                 file.flush()
                 os.fsync(file.fileno())
             partial.replace(path)

@@ -33,6 +33,8 @@ class StepPlan(BaseModel):
     memory_gb: float | None = None
     """Weights, gradients, optimiser and activations of one micro-batch, unsharded."""
     trained: tuple[str, ...] = ()
+    cost_usd: float | None = None
+    """What services will charge, as far as it can be known before."""
     note: str = ""
 
 
@@ -109,6 +111,8 @@ class Plan(BaseModel):
             if price
             else "cost: no price; set machine.usd_per_hour"
         )
+        charged = {n: step.cost_usd for n, step in self.steps.items() if step.cost_usd is not None}
+        lines += [f"services: {usd:,.2f} USD for {name}" for name, usd in charged.items()]
         need = max((step.memory_gb or 0.0 for step in self.steps.values()), default=0.0)
         room = self.machine.memory_gb
         if room is not None and need > room:
