@@ -1,4 +1,6 @@
-"""Reads and writes what a teacher is told of images: one JSON object a line, as LLaVA-Bench has it.
+"""What a teacher is told of images: as a file of one JSON object a line, and as text.
+
+Each line is as LLaVA-Bench has it:
 
 `{"id", "image", "captions": [...], "instances": [{"category", "bbox": [x1, y1, x2, y2]}]}`, corners
 within 0..1.
@@ -7,8 +9,10 @@ within 0..1.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import overload
 
 from llavakit import DataError, ImageContext
 from llavakit.samples import Box
@@ -30,6 +34,63 @@ def write_contexts(path: Path, contexts: Iterable[ImageContext]) -> None:
     """Write a file of contexts."""
     with path.open("w", encoding="utf-8") as file:
         file.writelines(map(to_line, contexts))
+
+
+def as_text(context: ImageContext, *, boxes: bool) -> str:
+    """Return the symbolic context as the paper renders it for a text-only model.
+
+    Captions, one a line; with `boxes`, an empty line and one line for each box, its corners rounded
+    to three decimals.
+    """
+    lines = [caption.strip() for caption in context.captions]
+    if boxes and context.boxes:
+        lines.append("")
+        for box in context.boxes:
+            corners = [round(corner, 3) for corner in box.corners]
+            lines.append(f"{box.category}: {corners}")
+    return "\n".join(lines)
+
+
+class Contexts(Sequence[ImageContext]):
+    """The contexts of a file; in memory lies only where each one begins.
+
+    Raises DataError where the file cannot be read, and where a line asked for cannot be used.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._starts, self._numbers = array("Q"), array("Q")
+        try:
+            self._file = path.open("rb")
+            start = 0
+            for number, line in enumerate(self._file, start=1):
+                if line.strip():
+                    self._starts.append(start)
+                    self._numbers.append(number)
+                start += len(line)
+        except OSError as error:
+            raise DataError(f"cannot read {path}: {error.strerror}") from error
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    @overload
+    def __getitem__(self, index: int) -> ImageContext: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[ImageContext]: ...
+    def __getitem__(self, index: int | slice) -> ImageContext | list[ImageContext]:
+        if isinstance(index, slice):
+            return [self[number] for number in range(*index.indices(len(self)))]
+        self._file.seek(self._starts[index])
+        where = f"{self._path}:{self._numbers[index]}"
+        try:
+            return _parse(self._file.readline().decode("utf-8"), where)
+        except UnicodeDecodeError as error:
+            raise DataError(f"{where} is not UTF-8 text; convert the file") from error
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
 
 
 def read_contexts(path: Path) -> Iterator[ImageContext]:

@@ -198,3 +198,22 @@ def serve(service: Service | None = None, handler: type[Handler] = Handler) -> I
 def user_text(body: dict[str, Any]) -> str:
     """Return what the last message of a request says."""
     return str(body["messages"][-1]["content"])
+
+
+def teach(handler: Handler, body: dict[str, Any]) -> None:
+    """Answer as a teacher would that knows no more than the first caption."""
+    handler.answer(lesson(body))
+
+
+def lesson(body: dict[str, Any]) -> str:
+    """Return a usable reply to a request of the prompted generator."""
+    system, told = body["messages"][0]["content"], user_text(body)
+    seen = told.splitlines()[0].rstrip(".").lower()
+    if "===" not in system:
+        return f"The picture shows {seen}. Nothing else is certain."
+    pair = "Question:\nWhat {verb}?\n===\nAnswer:\nOne sees {seen}{more}.\n===\n"
+    if "conversation" in system:
+        return pair.format(verb="is there", seen=seen, more="") + pair.format(
+            verb="else is there", seen="nothing more than", more=f" {seen}"
+        )
+    return pair.format(verb="may happen next", seen=seen, more=", so all will go well")

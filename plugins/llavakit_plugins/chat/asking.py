@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
@@ -23,8 +22,8 @@ class Tally:
 
     answered: int = 0
     """Requests answered now, those already in the ledger not counted."""
-    unanswered: Counter[str] = field(default_factory=Counter)
-    """Requests that got no reply, by reason; the next run asks them again."""
+    unanswered: dict[str, str] = field(default_factory=dict)
+    """Why requests got no reply, by key."""
 
 
 def ask_all(
@@ -137,7 +136,7 @@ class _Asker:
             try:
                 await self._ask(facts, request)
             except ReplyError as error:
-                self._no_answer(str(error))
+                self._no_answer(facts.key, str(error))
             except ChatError as error:
                 self._end = self._end or error
             finally:
@@ -163,8 +162,8 @@ class _Asker:
             self._reserved = self._reserved - most if self._flying else 0.0
         self._count(entry)
 
-    def _no_answer(self, reason: str) -> None:
-        self.tally.unanswered[reason] += 1
+    def _no_answer(self, key: str, reason: str) -> None:
+        self.tally.unanswered[key] = reason
         self._failed_in_a_row += 1
         if self._failed_in_a_row >= _PATIENCE and self._end is None:
             self._end = ChatError(
@@ -260,7 +259,7 @@ class _Asker:
 
     async def _take(self, key: str, reply: Reply | str, known: dict[str, Asked]) -> None:
         if isinstance(reply, str):
-            self.tally.unanswered[reply] += 1
+            self.tally.unanswered[key] = reply
             return
         if key in self._ledger:
             return

@@ -32,6 +32,7 @@ class Backbones(Step):
 
     name = "backbones"
     Options = BackbonesOptions
+    needs_model = True
 
     def __init__(self, options: BackbonesOptions) -> None:
         self.options = options

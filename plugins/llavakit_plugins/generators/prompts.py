@@ -1,0 +1,73 @@
+"""System messages, examples and questions: text files of this package, or of a recipe's folder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.resources import files
+from importlib.resources.abc import Traversable
+from pathlib import Path
+
+from llavakit import DataError, Message
+from llavakit.samples import ResponseKind
+
+_PACKAGED = files("llavakit_plugins.generators").joinpath("prompts")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What stands in front of every context of a kind."""
+
+    system: str
+    examples: tuple[tuple[str, str], ...]
+    """Pairs of a context and its reply, in the order of their files' names."""
+    questions: tuple[str, ...]
+    """What a person may ask, where the reply is the answer alone."""
+
+    def messages(self, context: str) -> tuple[Message, ...]:
+        """Return the request for a context, as the paper's table 13 orders it."""
+        shown = [
+            Message(role, text)  # type: ignore[arg-type]
+            for pair in self.examples
+            for role, text in zip(("user", "assistant"), pair, strict=True)
+        ]
+        return (Message("system", self.system), *shown, Message("user", context))
+
+
+def load_prompt(kind: ResponseKind, folder: Path | None) -> Prompt:
+    """Return the prompt of a kind: the folder's where it has one, else the packaged one.
+
+    A prompt is a folder of the kind's name with `system.txt`, pairs of `NAME_context.txt` and
+    `NAME_reply.txt`, and `questions.txt` for `detail`. Raises DataError where something is missing.
+    """
+    place: Traversable = _PACKAGED / kind
+    if folder is not None:
+        if not folder.is_dir():
+            raise DataError(f"the folder of prompts {folder} does not exist")
+        if (folder / kind).is_dir():
+            place = folder / kind
+    contexts = sorted(
+        item.name.removesuffix("_context.txt")
+        for item in place.iterdir()
+        if item.name.endswith("_context.txt")
+    )
+    examples = tuple(
+        (_read(place / f"{name}_context.txt"), _read(place / f"{name}_reply.txt"))
+        for name in contexts
+    )
+    questions: tuple[str, ...] = ()
+    if kind == "detail":
+        own = place / "questions.txt"
+        lines = _read(own if own.is_file() else _PACKAGED / kind / "questions.txt").splitlines()
+        questions = tuple(line.strip() for line in lines if line.strip())
+    return Prompt(_read(place / "system.txt"), examples, questions)
+
+
+def _read(file: Traversable) -> str:
+    try:
+        text = file.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        raise DataError(f"cannot read the prompt {file}: {reason}") from error
+    if not text:
+        raise DataError(f"the prompt {file} is empty; write something or remove its folder")
+    return text

@@ -1,0 +1,109 @@
+"""Runs a job: asks until every item has a usable reply or no attempt left, then writes the data."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llavakit import ChatError, Outcome, Run, Stopped
+from llavakit_plugins.chat.asking import ask_all
+from llavakit_plugins.chat.ledger import Entry, Ledger
+from llavakit_plugins.chat.prompted import PromptedGenerator
+from llavakit_plugins.coco import convert_coco, is_coco
+from llavakit_plugins.contexts import Contexts
+from llavakit_plugins.steps.generation.items import Items
+from llavakit_plugins.steps.generation.output import write_output
+from llavakit_plugins.steps.generation.review import Review
+
+if TYPE_CHECKING:
+    from llavakit_plugins.steps.generate import GenerateOptions
+
+LEDGER = "ledger.jsonl"
+_EVERY = 15.0  # seconds between events that say what was spent
+
+
+def run_job(options: GenerateOptions, generator: PromptedGenerator, run: Run) -> Outcome:
+    """Leave the data, their provenance, what was rejected, and a page to review them."""
+    sources = {"": options.contexts, "held-out": options.held_out}
+    with Ledger(
+        run.directory / LEDGER, identity=generator.chat.identity, earlier=_earlier(run.directory)
+    ) as ledger:
+        review = Review(options.images)
+        jobs = []
+        for name, path in sources.items():
+            if path is None:
+                continue
+            contexts = Contexts(_as_lines(path, name, options, run.directory))
+            counts = options.counts if not name else {}
+            items = Items(contexts, options.kinds, counts, generator, options.attempts, run.seed)
+            jobs.append((name, contexts, items))
+        unanswered: dict[str, str] = {}
+        total = sum(len(items) for _, _, items in jobs)
+        try:
+            for name, _, items in jobs:
+                unanswered |= _ask(options, generator, run, ledger, items, name, total)
+        except (ChatError, Stopped):
+            if len(ledger):  # what there is can be looked at, though the step is not done
+                write_output(jobs, ledger, unanswered, review, run)
+            raise
+        return write_output(jobs, ledger, unanswered, review, run)
+
+
+def _ask(
+    options: GenerateOptions,
+    generator: PromptedGenerator,
+    run: Run,
+    ledger: Ledger,
+    items: Items,
+    name: str,
+    total: int,
+) -> dict[str, str]:
+    """Ask until nothing is open; return why requests got no reply, by key."""
+    said = time.monotonic() - _EVERY
+
+    def show(entry: Entry) -> None:
+        nonlocal said
+        run.progress(min(len(ledger), total), total, f"{name} {ledger.spent:.2f} USD".strip())
+        if time.monotonic() - said >= _EVERY:
+            said = time.monotonic()
+            run.event("asked", **totals(ledger))
+
+    while True:
+        tally = ask_all(
+            generator.chat,
+            lambda: items.requests(ledger),
+            ledger,
+            concurrency=options.concurrency,
+            budget_usd=options.budget_usd,
+            stopping=run.stopping,
+            progress=show,
+        )
+        if tally.answered == 0:
+            run.event("asked", **totals(ledger))
+            return tally.unanswered
+
+
+def totals(ledger: Ledger) -> dict[str, float | int]:
+    """Return the running total."""
+    return {
+        "replies": len(ledger),
+        "input_tokens": ledger.input_tokens,
+        "output_tokens": ledger.output_tokens,
+        "usd": round(ledger.spent, 6),
+    }
+
+
+def _as_lines(path: Path, name: str, options: GenerateOptions, folder: Path) -> Path:
+    """Return a file of one context a line; COCO's is turned into one."""
+    if not is_coco(path):
+        return path
+    out = folder / f"{name or 'all'}-contexts.jsonl"
+    if not out.is_file():
+        convert_coco(path, options.instances, out)
+    return out
+
+
+def _earlier(folder: Path) -> list[Path]:
+    """Return the ledgers of attempts that were set aside: what they paid for counts on."""
+    return sorted((folder.parent / "superseded").glob(f"{folder.name}.*/{LEDGER}"))

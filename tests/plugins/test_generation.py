@@ -1,0 +1,394 @@
+"""The step `generate` with a chat model behind it: its data, its money, and what a crash costs."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.core.processes import finish, start
+from tests.plugins.chat_server import KEY, Handler, Service, lesson, serve, teach, user_text
+
+from llavakit import Message, Registry
+from llavakit.cli import main
+from llavakit.recipe import Recipe
+from llavakit_plugins.chat.ledger import Ledger, hash_messages
+from llavakit_plugins.coco import convert_coco, is_coco
+from llavakit_plugins.contexts import Contexts
+from llavakit_plugins.datasets.conversations import Conversations
+
+SHARED = Path(__file__).parents[3] / "shared" / "data"
+KINDS = ("conversation", "detail", "reasoning")
+
+RECIPE = """\
+name = "taught"
+seed = 3
+
+[[steps]]
+use = "generate"
+contexts = "{contexts}"
+concurrency = 8
+{more}
+[steps.generator]
+use = "prompted"
+[steps.generator.chat]
+use = "openai"
+model = "gpt-4o"
+base_url = "{url}"
+price = {{ input = 10, output = 100 }}
+backoff = 0.02
+timeout = 20
+"""
+
+
+@pytest.fixture(autouse=True)
+def _key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+
+
+@pytest.fixture
+def service() -> Iterator[Service]:
+    with serve(Service(otherwise=teach)) as running:
+        yield running
+
+
+def contexts(folder: Path, count: int) -> Path:
+    path = folder / "contexts.jsonl"
+    rows = [
+        {
+            "id": f"{number:04}", "image": f"{number:04}.jpg",
+            "captions": [f"Thing number {number}.", "Some thing."],
+            "instances": [{"category": "cat", "bbox": [0.1, 0.2, 0.3, 0.4]}],
+        }
+        for number in range(count)
+    ]  # fmt: skip
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def write_recipe(folder: Path, service: Service, count: int = 12, more: str = "") -> Path:
+    path = folder / "recipe.toml"
+    path.write_text(RECIPE.format(contexts=contexts(folder, count), url=service.url, more=more))
+    return path
+
+
+def made(folder: Path) -> dict[str, bytes]:
+    names = [f"{name}.json" for name in ("instruct", "captions", *KINDS)]
+    return {name: (folder / "01-generate" / name).read_bytes() for name in names}
+
+
+def rows_of(path: Path) -> list[Any]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_a_job_from_contexts_to_data(
+    service: Service, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    service.actions = [
+        lambda h, b: h.answer("I'm sorry, I can't."),
+        lambda h, b: h.fail(500, "oh"),
+        lambda h, b: h.answer(f"Sure!\n{lesson(b)}"),
+    ]
+    recipe, out = write_recipe(tmp_path, service), tmp_path / "run"
+    assert main([str(recipe), "--out", str(out)]) == 0
+    step = out / "01-generate"
+    rows = json.loads((step / "instruct.json").read_text())
+    assert [row["id"] for row in rows] == [f"{n:04}-{kind}" for n in range(12) for kind in KINDS]
+    for row in rows:
+        assert list(row) == ["id", "image", "conversations"]
+        assert [turn["from"] for turn in row["conversations"]][:2] == ["human", "gpt"]
+        assert row["conversations"][0]["value"].count("<image>") == 1
+    for kind in KINDS:
+        alone = json.loads((step / f"{kind}.json").read_text())
+        assert alone == [row for row in rows if row["id"].endswith(kind)]
+    # the layout is that of the standard library
+    assert (step / "instruct.json").read_text() == json.dumps(
+        rows, ensure_ascii=False, indent=1
+    ) + "\n"
+    origins = rows_of(step / "provenance.jsonl")
+    assert [origin["id"] for origin in origins] == [row["id"] for row in rows]
+    assert origins[0]["refused"] == ["the teacher refuses"]
+    assert origins[0]["draw"] == 1
+    assert origins[0]["usd"] == pytest.approx(0.002)
+    assert all(origin["model"] == "gpt-4o-2024-08-06" for origin in origins)
+    assert len({origin["prompt"] for origin in origins}) == 36
+    assert Counter(origin["verdict"] for origin in origins)["repaired"] == 1
+    assert not (step / "rejected.jsonl").read_text()
+    captions = json.loads((step / "captions.json").read_text())
+    assert len(captions) == 12
+    with Ledger(step / "ledger.jsonl") as ledger:
+        assert len(ledger) == 37
+        assert ledger.spent == pytest.approx(37 * 0.002)
+    artifact = json.loads((step / "artifact.json").read_text())
+    assert artifact["metrics"]["usd"] == pytest.approx(37 * 0.002)
+    events = rows_of(out / "events.jsonl")
+    assert [event["usd"] for event in events if event["event"] == "asked"][-1] == (
+        pytest.approx(37 * 0.002)
+    )
+    page = (step / "review.html").read_text()
+    assert "http://" not in page.replace("http://www.w3.org", "")
+    assert "I&#39;m sorry" not in page  # the reply that was replaced is not the one shown
+    assert page.count("<article>") == 36
+    assert "Thing number 7" in page
+    report = (out / "report.html").read_text()
+    assert "What became of the replies" in report
+    said = capsys.readouterr()
+    for path in (path for path in tmp_path.rglob("*") if path.is_file()):
+        assert KEY not in path.read_text(errors="replace"), path
+    assert KEY not in said.out + said.err
+    # the data set reads what the step wrote
+    from PIL import Image
+
+    (tmp_path / "images").mkdir()
+    for number in range(12):
+        Image.new("RGB", (8, 8)).save(tmp_path / "images" / f"{number:04}.jpg")
+    options = Conversations.Options(path=step / "instruct.json", images=tmp_path / "images")
+    assert len(Conversations(options)) == 36
+
+
+def test_the_price_is_known_before(
+    service: Service, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.delenv("OPENAI_API_KEY")  # a plan needs no key
+    recipe = write_recipe(tmp_path, service)
+    assert main([str(recipe), "--plan"]) == 0
+    text = capsys.readouterr().out
+    assert "36 requests" in text
+    assert "(counted; as o200k_base)" in text
+    assert not service.asked
+    # the same, from what is then really sent
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    assert main([str(recipe), "--out", str(tmp_path / "run")]) == 0
+    import tiktoken
+
+    encoding = tiktoken.get_encoding("o200k_base")
+    sent = sum(
+        3 + sum(4 + len(encoding.encode(message["content"])) for message in body["messages"])
+        for body in service.asked
+    )
+    assert f"{sent:,} tokens sent" in text
+    plan = json.loads((tmp_path / "run" / "plan.json").read_text())
+    least = sent * 10 / 1e6
+    assert least < plan["steps"]["01-generate"]["cost_usd"] < least + 36 * 1024 * 100 / 1e6
+
+
+def test_the_built_in_recipe_has_a_price(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["instruct158k", "--plan"]) == 0
+    text = capsys.readouterr().out
+    assert "158,000 requests" in text
+    assert "services: " in text
+    assert (
+        Recipe.load(
+            Path(__file__).parents[2] / "recipes" / "instruct158k.toml", Registry.installed()
+        ).model
+        is None
+    )
+
+
+def test_a_step_that_needs_a_model_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "x.toml"
+    path.write_text('[[steps]]\nuse = "export"\ntries = { use = "conversations", path = "x" }\n')
+    assert main([str(path), "--plan"]) == 2
+    assert "step `export` needs a model, and the recipe has none" in capsys.readouterr().err
+
+
+def test_what_stays_unusable_is_kept_aside(service: Service, tmp_path: Path) -> None:
+    def answer(handler: Handler, body: dict[str, Any]) -> None:
+        if "number 3." in user_text(body):
+            handler.answer("I'm sorry, I can't help with that.")
+        elif "number 5." in user_text(body):
+            handler.fail(400, "too long")
+        elif "number 7." in user_text(body) or "number 8." in user_text(body):
+            handler.answer(
+                lesson({**body, "messages": [body["messages"][0], {"content": "Same."}]})
+            )
+        else:
+            teach(handler, body)
+
+    service.otherwise = answer
+    recipe, out = write_recipe(tmp_path, service, more="attempts = 2\n"), tmp_path / "run"
+    assert main([str(recipe), "--out", str(out)]) == 0
+    aside = {row["id"]: row for row in rows_of(out / "01-generate" / "rejected.jsonl")}
+    assert set(aside) == {f"{number:04}-{kind}" for number in (3, 5, 8) for kind in KINDS}
+    for kind in KINDS:
+        assert aside[f"0003-{kind}"]["refused"] == ["the teacher refuses"] * 2
+        assert "too long" in aside[f"0005-{kind}"]["unanswered"]
+        assert aside[f"0008-{kind}"]["refused"] == ["the same as the reply on another image"] * 2
+    asked = Counter(map(user_text, service.asked))
+    assert {count for text, count in asked.items() if "number 3." in text} == {2, 4}
+    rows = json.loads((out / "01-generate" / "instruct.json").read_text())
+    assert len(rows) == 27
+
+
+def test_given_replies_make_the_same_bytes(service: Service, tmp_path: Path) -> None:
+    """Whatever the order in which replies come, and without asking anybody."""
+    draw = random.Random(0)
+
+    def answer(handler: Handler, body: dict[str, Any]) -> None:
+        time.sleep(draw.random() / 50)
+        teach(handler, body)
+
+    service.otherwise = answer
+    recipe = write_recipe(tmp_path, service)
+    assert main([str(recipe), "--out", str(tmp_path / "a")]) == 0
+    assert main([str(recipe), "--out", str(tmp_path / "b"), "--set", "steps.1.concurrency=3"]) == 0
+    count = len(service.asked)
+    text = recipe.read_text()
+    head = text[: text.index("[steps.generator.chat]")]
+    ledger = tmp_path / "a" / "01-generate" / "ledger.jsonl"
+    replay = tmp_path / "replay.toml"
+    replay.write_text(f'{head}[steps.generator.chat]\nuse = "replay"\npath = "{ledger}"\n')
+    assert main([str(replay), "--out", str(tmp_path / "c")]) == 0
+    assert len(service.asked) == count
+    assert made(tmp_path / "a") == made(tmp_path / "b") == made(tmp_path / "c")
+
+
+def test_a_budget_stops_and_more_money_goes_on(
+    service: Service, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe, out = write_recipe(tmp_path, service, more="budget_usd = 0.04\n"), tmp_path / "run"
+    command = [
+        str(recipe),
+        "--out",
+        str(out),
+        "--set",
+        "steps.generate.generator.chat.max_tokens=40",
+    ]
+    assert main(command) == 2
+    assert "stopped at budget_usd = 0.04" in capsys.readouterr().err
+    before = len(service.asked)
+    assert 0 < before < 36
+    with Ledger(out / "01-generate" / "ledger.jsonl") as ledger:
+        assert ledger.spent <= 0.04
+    assert (out / "01-generate" / "review.html").is_file()  # to look at what there is
+    # another budget is another recipe: the folder is set aside, what it paid for is not
+    assert main([*command, "--set", "steps.generate.budget_usd=10"]) == 0
+    assert len(service.asked) == 36
+    assert len(json.loads((out / "01-generate" / "instruct.json").read_text())) == 36
+
+
+def test_counts_draw_contexts_for_each_kind(service: Service, tmp_path: Path) -> None:
+    more = "counts = { conversation = 5, detail = 2, reasoning = 7 }\n"
+    recipe, out = write_recipe(tmp_path, service, more=more), tmp_path / "run"
+    assert main([str(recipe), "--out", str(out)]) == 0
+    rows = json.loads((out / "01-generate" / "instruct.json").read_text())
+    kinds = Counter(row["id"].partition("-")[2] for row in rows)
+    assert kinds == {"conversation": 5, "detail": 2, "reasoning": 7}
+    assert len({row["id"] for row in rows}) == 14
+
+
+# -- SIGKILL ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kills", "count"), [(4, 60), pytest.param(50, 500, marks=pytest.mark.slow)]
+)
+def test_killed_at_any_time_it_asks_nothing_twice_and_loses_nothing(
+    service: Service, tmp_path: Path, kills: int, count: int
+) -> None:
+    def answer(handler: Handler, body: dict[str, Any]) -> None:
+        time.sleep(0.02)
+        teach(handler, body)
+
+    service.otherwise = answer
+    recipe, out = write_recipe(tmp_path, service, count), tmp_path / "run"
+    ledger = out / "01-generate" / "ledger.jsonl"
+    draw = random.Random(1)
+    kept: dict[str, str] = {}
+    for _ in range(kills):
+        before = len(service.asked)
+        process = start(tmp_path, recipe, "--out", out, "--resume")
+        patience = time.monotonic() + 60
+        if draw.random() < 0.8:  # the others are killed before they ask anything
+            while len(service.asked) == before and process.exitcode is None:
+                assert time.monotonic() < patience, "it asks nothing"
+                time.sleep(0.002)
+        time.sleep(draw.random() * 0.3)
+        assert process.pid is not None
+        os.kill(process.pid, signal.SIGKILL)
+        assert finish(process) == -signal.SIGKILL, "the job ended first; give it more to do"
+        again = {prompt_hash(body) for body in service.asked[before:]} & set(kept)
+        assert not again, "what is in the ledger was asked for again"
+        whole = ledger.read_bytes().rpartition(b"\n")[0] if ledger.is_file() else b""
+        now = {row["prompt"]: row["text"] for row in map(json.loads, whole.splitlines())}
+        assert now.items() >= kept.items(), "a reply that was in the ledger is lost"
+        kept = now
+    before = len(service.asked)
+    process = start(tmp_path, recipe, "--out", out, "--resume")
+    assert finish(process) == 0, (tmp_path / "terminal.txt").read_text()[-2000:]
+    assert not {prompt_hash(body) for body in service.asked[before:]} & set(kept)
+    rows = json.loads((out / "01-generate" / "instruct.json").read_text())
+    assert [row["id"] for row in rows] == [f"{n:04}-{kind}" for n in range(count) for kind in KINDS]
+    # only what was on its way when a kill came was asked for twice: at most 8 each time
+    assert len(service.asked) <= 3 * count + kills * 8
+    with Ledger(ledger) as found:
+        assert len(found) == 3 * count
+
+
+def prompt_hash(body: dict[str, Any]) -> str:
+    return hash_messages([Message(m["role"], m["content"]) for m in body["messages"]])
+
+
+# -- COCO ------------------------------------------------------------------------------------------
+
+
+def coco(folder: Path, rows: list[dict[str, Any]]) -> tuple[Path, Path]:
+    """Write COCO's two files for rows of the shared kind, on images of 640 x 480 pixels."""
+    names = sorted({item["category"] for row in rows for item in row["instances"]})
+    images = [
+        {"id": int(row["id"]), "file_name": row["image"], "width": 640, "height": 480}
+        for row in rows
+    ]
+    texts = [
+        {"id": number, "image_id": int(row["id"]), "caption": caption}
+        for number, (row, caption) in enumerate((r, c) for r in rows for c in r["captions"])
+    ]
+    boxes = [
+        {
+            "id": number, "image_id": int(row["id"]), "iscrowd": 0,
+            "category_id": names.index(item["category"]) + 1, "segmentation": [[1.5, 2.5]],
+            "bbox": [
+                item["bbox"][0] * 640, item["bbox"][1] * 480,
+                (item["bbox"][2] - item["bbox"][0]) * 640,
+                (item["bbox"][3] - item["bbox"][1]) * 480,
+            ],
+        }
+        for number, (row, item) in enumerate((r, i) for r in rows for i in r["instances"])
+    ]  # fmt: skip
+    random.Random(0).shuffle(texts)
+    texts.sort(key=lambda text: text["id"] % 5)  # captions of an image lie apart, in their order
+    captions, instances = folder / "captions.json", folder / "instances.json"
+    captions.write_text(json.dumps({"info": {}, "images": images, "annotations": texts}))
+    categories = [{"id": number, "name": name} for number, name in enumerate(names, 1)]
+    instances.write_text(
+        json.dumps({"images": images, "annotations": boxes, "categories": categories})
+    )
+    return captions, instances
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the shared data are not beside the checkout")
+def test_cocos_files_give_the_contexts_that_llava_bench_has(tmp_path: Path) -> None:
+    path = SHARED / "coco80" / "caps_boxes.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    captions, instances = coco(tmp_path, rows)
+    assert is_coco(captions)
+    assert not is_coco(path)
+    converted = convert_coco(captions, instances, tmp_path / "out.jsonl")
+    expected, found = Contexts(path), Contexts(tmp_path / "out.jsonl")
+    assert converted.contexts == len(rows) == len(found)
+    assert converted.boxes == sum(len(row["instances"]) for row in rows)
+    for one, other in zip(expected, found, strict=True):
+        assert (one.id, one.image, one.boxes) == (other.id, other.image, other.boxes)
+        assert sorted(" ".join(c.split()) for c in one.captions) == sorted(other.captions)
+    expected.close()
+    found.close()
