@@ -289,6 +289,11 @@ def _override(table: dict[str, Any], override: str) -> None:
             raise RecipeError(f"--set {override}: `{'.'.join(path[:depth])}` has no parts")
 
 
+_SECRET = re.compile(
+    r"(?<![\w-])(?:sk|pk|key)-[\w-]{12,}|(?<=key = \")[^\"]+(?=\")|(?<=key=)\S+", re.IGNORECASE
+)
+
+
 # -- checking --------------------------------------------------------------------------------------
 
 
@@ -301,10 +306,13 @@ class Problem:
     hint: str = ""
 
     def render(self, sources: Sequence[Source], steps: Sequence[str | None]) -> str:
-        """Return the message with the line it is about, as compilers do.
+        """Return the message with the line it is about, as compilers do; keys of services hidden.
 
         `steps` are the steps' names, by which a recipe with a `base` may address them.
         """
+        return _SECRET.sub("[hidden]", self._render(sources, steps))
+
+    def _render(self, sources: Sequence[Source], steps: Sequence[str | None]) -> str:
         source, span = self._locate(sources, steps)
         if source.said:
             lines = [f"{source.said}: {self.message}"]

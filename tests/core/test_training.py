@@ -83,6 +83,7 @@ def test_the_loss_is_the_mean_over_target_tokens(
     losses, _, _ = train("batch_size=24", "epochs=1", "micro_batch_tokens=64")
     registry = Registry.installed()
     recipe = Recipe.load(write_recipe(), registry)
+    assert recipe.model is not None
     model = create_model(recipe.model, registry, seed=0)
     samples = conversations(data)
     corpus = Corpus(samples, model, model.template, 2048)

@@ -193,15 +193,6 @@ def test_the_built_in_recipe_has_a_price(capsys: pytest.CaptureFixture[str]) -> 
     )
 
 
-def test_a_step_that_needs_a_model_says_so(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = tmp_path / "x.toml"
-    path.write_text('[[steps]]\nuse = "export"\ntries = { use = "conversations", path = "x" }\n')
-    assert main([str(path), "--plan"]) == 2
-    assert "step `export` needs a model, and the recipe has none" in capsys.readouterr().err
-
-
 def test_what_stays_unusable_is_kept_aside(service: Service, tmp_path: Path) -> None:
     def answer(handler: Handler, body: dict[str, Any]) -> None:
         if "number 3." in user_text(body):
@@ -392,3 +383,23 @@ def test_cocos_files_give_the_contexts_that_llava_bench_has(tmp_path: Path) -> N
         assert sorted(" ".join(c.split()) for c in one.captions) == sorted(other.captions)
     expected.close()
     found.close()
+
+
+@pytest.mark.parametrize(
+    "line", [f'api_key = "{KEY}"', 'api_key = "no-usual-form"', f'key_env = "{KEY}"']
+)
+def test_a_key_in_a_recipe_is_refused_and_not_shown(
+    service: Service, tmp_path: Path, capsys: pytest.CaptureFixture[str], line: str
+) -> None:
+    recipe = write_recipe(tmp_path, service)
+    recipe.write_text(f"{recipe.read_text()}{line}\n")
+    assert main([str(recipe), "--out", str(tmp_path / "run")]) == 2
+    said = capsys.readouterr()
+    assert line.partition(" ")[0] in said.err
+    for text in (said.out, said.err):
+        assert KEY not in text
+        assert "no-usual-form" not in text
+    assert not (tmp_path / "run").exists()
+    name = "steps.generate.generator.chat.api_key"
+    assert main([str(write_recipe(tmp_path, service)), "--set", f"{name}={KEY}"]) == 2
+    assert KEY not in capsys.readouterr().err
