@@ -6,11 +6,12 @@ together, one row a sequence. Nothing is padded on the left, so a batch equals o
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
+from llavakit.answers import AnswerText, special_stops
 from llavakit.attention import KVCache
 from llavakit.errors import ModelError
 from llavakit.interfaces import LanguageModel
@@ -20,16 +21,13 @@ from llavakit.sampling import Sampling as Sampling
 
 @torch.inference_mode()
 def generate_stream(
-    language: LanguageModel,
-    embeds_TE: Tensor,
-    packing: Packing,
-    sampling: Sampling,
-    stops: Sequence[str] = (),
+    language: LanguageModel, embeds_TE: Tensor, packing: Packing, sampling: Sampling
 ) -> Iterator[list[tuple[int, int]]]:
     """Yield, step by step, (sequence, token) of every sequence that has not ended.
 
-    A sequence ends with the tokenizer's end token, with one of `stops` in its text, at the model's
-    longest length or after `max_new_tokens`.
+    A sequence ends with one of the model's end tokens, where its text holds one of
+    `sampling.stop`, at the model's longest length or after `max_new_tokens`. Raises ModelError
+    for a prompt that leaves no room for an answer.
     """
     device = embeds_TE.device
     draw = torch.Generator(device=device)
@@ -50,20 +48,21 @@ def generate_stream(
     hidden_SE = language.hidden(embeds_TE, prompt, last)
     cache.advance(prompt)
 
-    ends = language.end_ids
+    ends = language.end_ids | special_stops(language.tokenizer, sampling.stop)
+    texts = [AnswerText(language.tokenizer, sampling.stop) for _ in room] if sampling.stop else None
     active = list(range(len(room)))
-    texts: list[list[int]] = [[] for _ in room]
+    positions_S = torch.tensor(cache.lengths, device=device)
     while True:
         tokens_S = _choose(language.logits(hidden_SE).float(), sampling, draw)
         chosen = tokens_S.tolist()
         yield list(zip(active, chosen, strict=True))
         going = []
         for place, (sequence, token) in enumerate(zip(active, chosen, strict=True)):
-            texts[sequence].append(token)
-            ended = token in ends or len(texts[sequence]) >= room[sequence]
-            if not ended and stops:
-                text = str(language.tokenizer.decode(texts[sequence]))
-                ended = any(stop in text for stop in stops)
+            room[sequence] -= 1
+            ended = token in ends or not room[sequence]
+            if texts is not None and not ended:
+                texts[sequence].add(token)
+                ended = texts[sequence].stopped
             if not ended:
                 going.append(place)
         if not going:
@@ -71,21 +70,30 @@ def generate_stream(
         if len(going) < len(active):
             cache.select(going)
             active = [active[place] for place in going]
-            tokens_S = tokens_S[going]
-        positions_S = torch.tensor(cache.lengths, device=device)
+            tokens_S, positions_S = tokens_S[going], positions_S[going]
         step = Packing(tuple(range(len(active) + 1)), positions_S, cache)
         hidden_SE = language.hidden(language.embed(tokens_S), step)
         cache.advance(step)
+        positions_S = positions_S + 1
 
 
 def _choose(logits_SV: Tensor, sampling: Sampling, draw: torch.Generator) -> Tensor:
     """Return the next token of each sequence, `[S]`."""
     if sampling.temperature == 0:
         return logits_SV.argmax(dim=-1)
+    return torch.multinomial(distribution(logits_SV, sampling), 1, generator=draw)[:, 0]
+
+
+def distribution(logits_SV: Tensor, sampling: Sampling) -> Tensor:
+    """Return what the next token of each sequence is drawn with, `[S, V]`.
+
+    Of the tokens in order of their probability, those go that come after `top_p` of it (arXiv
+    1904.09751). The rest is not scaled back to 1: drawing does not ask for it.
+    """
     probabilities_SV = (logits_SV / sampling.temperature).softmax(dim=-1)
     if sampling.top_p < 1:
         ranked_SV, order_SV = probabilities_SV.sort(dim=-1, descending=True)
         beyond_SV = ranked_SV.cumsum(dim=-1) - ranked_SV >= sampling.top_p
         ranked_SV = ranked_SV.masked_fill(beyond_SV, 0.0)
         probabilities_SV = torch.zeros_like(ranked_SV).scatter(-1, order_SV, ranked_SV)
-    return torch.multinomial(probabilities_SV, 1, generator=draw)[:, 0]
+    return probabilities_SV

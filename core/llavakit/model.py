@@ -7,11 +7,13 @@ T rows of the stream, M supervised rows, S sequences, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from llavakit.answers import AnswerText, decode
 from llavakit.errors import ModelError
 from llavakit.generation import Sampling, generate_stream
 from llavakit.images import read_pixels
@@ -141,10 +143,14 @@ class LlavaModel(nn.Module):
         temperature: float = 0.0,
         top_p: float = 1.0,
         seed: int | None = None,
+        stop: Sequence[str] = (),
         raw: bool = False,
     ) -> str:
-        """Return the answer to a prompt; greedy where `temperature` is 0."""
-        sampling = Sampling(max_new_tokens, temperature, top_p, seed)
+        """Return the answer to a prompt; greedy where `temperature` is 0.
+
+        It ends before the first of the `stop` texts, besides where the model itself ends it.
+        """
+        sampling = Sampling(max_new_tokens, temperature, top_p, seed, tuple(stop))
         return self.answer([(prompt, images)], sampling, raw=raw)[0]
 
     def generate_ids(
@@ -168,22 +174,19 @@ class LlavaModel(nn.Module):
         temperature: float = 0.0,
         top_p: float = 1.0,
         seed: int | None = None,
+        stop: Sequence[str] = (),
         raw: bool = False,
     ) -> Iterator[str]:
-        """Yield the answer in pieces as it comes."""
-        sampling = Sampling(max_new_tokens, temperature, top_p, seed)
-        ids: list[int] = []
-        shown = ""
+        """Yield the answer in pieces as it comes; together they are what `generate` returns."""
+        sampling = self._stopping(
+            Sampling(max_new_tokens, temperature, top_p, seed, tuple(stop)), raw=raw
+        )
+        text = AnswerText(self.language.tokenizer, sampling.stop)
         for tokens in self._steps([(prompt, images)], sampling, raw=raw):
-            ids.append(tokens[0][1])
-            text = self.decode(ids)
-            # a character of several tokens, or the start of a stop text, is not shown yet
-            if not text.endswith("\ufffd") and text.startswith(shown):
-                yield text[len(shown) :]
-                shown = text
-        text = self.decode(ids)
-        if text != shown:
-            yield text[len(shown) :]
+            if piece := text.add(tokens[0][1]):
+                yield piece
+        if piece := text.finish():
+            yield piece
 
     def answer(
         self,
@@ -197,8 +200,9 @@ class LlavaModel(nn.Module):
 
         `pixels_IHW` are all their images as `prepare` returns them, where that is done already.
         """
+        sampling = self._stopping(sampling, raw=raw)
         found = self.answer_ids(prompts, sampling, raw=raw, pixels_IHW=pixels_IHW)
-        return [self.decode(ids) for ids in found]
+        return [decode(self.language.tokenizer, ids, sampling.stop) for ids in found]
 
     def answer_ids(
         self,
@@ -229,10 +233,15 @@ class LlavaModel(nn.Module):
         with torch.inference_mode():
             images = [image for _, images in prompts for image in images]
             embeds_TE = self._embed_images(batch, images, pixels_IHW)
-        stops = [] if raw else list(self.template.stop(self.language.tokenizer))
+        sampling = self._stopping(sampling, raw=raw)
         yield from generate_stream(
-            self.language, embeds_TE, batch.packing.to(self.device), sampling, stops
+            self.language, embeds_TE, batch.packing.to(self.device), sampling
         )
+
+    def _stopping(self, sampling: Sampling, *, raw: bool) -> Sampling:
+        """Return `sampling` with the template's stop texts, but for a raw prompt."""
+        own = () if raw else tuple(self.template.stop(self.language.tokenizer))
+        return replace(sampling, stop=tuple(dict.fromkeys((*sampling.stop, *own))))
 
     def _embed_images(
         self,
@@ -246,7 +255,5 @@ class LlavaModel(nn.Module):
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of an answer's tokens, up to what ends it."""
-        text = str(self.language.tokenizer.decode(list(ids), skip_special_tokens=True))
-        for stop in self.template.stop(self.language.tokenizer):
-            text = text.split(stop)[0]
-        return text.strip()
+        stops = tuple(self.template.stop(self.language.tokenizer))
+        return decode(self.language.tokenizer, ids, stops)

@@ -18,8 +18,12 @@ class Sampling:
     """Sample among the likeliest tokens that together have this probability."""
     seed: int | None = None
     """None draws from entropy; only used where `temperature` is above 0."""
+    stop: tuple[str, ...] = ()
+    """Texts that end an answer, and do not belong to it."""
 
     def __post_init__(self) -> None:
+        if "" in self.stop:
+            raise ModelError("an empty text cannot stop an answer; leave it out of `stop`")
         if self.max_new_tokens < 1 or self.temperature < 0 or not 0 < self.top_p <= 1:
             raise ModelError(
                 f"cannot sample with max_new_tokens={self.max_new_tokens}, "

@@ -1,0 +1,104 @@
+"""The text of an answer while it grows, token by token, and where it stops."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_BYTE = re.compile(r"<0x[0-9A-F]{2}>")
+_UNKNOWN = "\ufffd"  # what a decoder writes for bytes that are no character
+
+
+def special_stops(tokenizer: PreTrainedTokenizerBase, stops: Sequence[str]) -> frozenset[int]:
+    """Return the special tokens among stop texts: they leave no text to be found by."""
+    special: Any = tokenizer.added_tokens_decoder
+    return frozenset(number for number, token in special.items() if token.content in stops)
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], stops: Sequence[str]) -> str:
+    """Return the text of a whole answer: up to the first stop text, without space around it."""
+    text = str(tokenizer.decode(list(ids), skip_special_tokens=True))
+    return _cut(text, stops).strip()
+
+
+def _cut(text: str, stops: Sequence[str]) -> str:
+    places = [place for stop in stops if (place := text.find(stop)) >= 0]
+    return text[: min(places)] if places else text
+
+
+class AnswerText:
+    """Decodes an answer as it comes, each token once or a few times, not all of them each time.
+
+    What it has put out never changes: a character of several tokens waits until it is whole, what
+    may become a stop text until it has not, space at the end until something follows. All pieces
+    together are what `decode` makes of all tokens.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stops: Sequence[str] = ()) -> None:
+        self._tokenizer, self._stops = tokenizer, tuple(stops)
+        self._ids: list[int] = []
+        """The last tokens that have text, and those behind them."""
+        self._settled = 0
+        """How many characters of `_ids` are part of `_text`."""
+        self._text = ""
+        self._given = 0
+        """How many characters of `_text` were put out, or left out at its beginning."""
+        self._searched = 0
+        self.stopped = False
+        """Whether a stop text was found."""
+
+    def add(self, token: int) -> str:
+        """Take the next token; return the text that is certain now; none behind a stop text."""
+        if self.stopped:
+            return ""
+        self._ids.append(token)
+        text, own = self._decode(self._ids), self._decode([token])
+        # behind a token without text, such as a lone space, the next might lose its space
+        if own and not text.endswith(_UNKNOWN) and not self._is_byte(token):
+            self._text += text[self._settled :]
+            self._ids, self._settled = [token], len(own)
+        return self._piece(ended=False)
+
+    def finish(self) -> str:
+        """Return what is left, once the last token was added."""
+        if self.stopped:
+            return ""
+        self._text += self._decode(self._ids)[self._settled :]
+        self._ids, self._settled = [], 0
+        return self._piece(ended=True)
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    def _is_byte(self, token: int) -> bool:
+        """Say whether a token is one byte of LLaMA's: a run of them is decoded as a whole."""
+        return _BYTE.fullmatch(str(self._tokenizer.convert_ids_to_tokens(token))) is not None
+
+    def _piece(self, *, ended: bool) -> str:
+        self._find_stop()
+        end = len(self._text)
+        if not (ended or self.stopped):
+            end -= max((_overlap(self._text, stop) for stop in self._stops), default=0)
+        end = max(len(self._text[:end].rstrip()), self._given)
+        if not self._text[: self._given].strip():
+            self._given = end - len(self._text[:end].lstrip())
+        piece = self._text[self._given : end]
+        self._given = max(self._given, end)
+        return piece
+
+    def _find_stop(self) -> None:
+        places = [self._text.find(stop, max(0, self._searched - len(stop))) for stop in self._stops]
+        found = [place for place in places if place >= 0]
+        self._searched = len(self._text)
+        if found:
+            self._text, self.stopped = self._text[: min(found)], True
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Return how long the longest end of `text` is that `stop` begins with."""
+    sizes = range(min(len(text), len(stop) - 1), 0, -1)
+    return next((size for size in sizes if text.endswith(stop[:size])), 0)
