@@ -223,9 +223,13 @@ def load_model(
 
 
 def cast_weights(module: nn.Module, dtype: torch.dtype) -> None:
-    """Turn the weights to `dtype`, and leave the buffers: rotary frequencies need float32."""
+    """Turn the weights to `dtype`, and leave the buffers: rotary frequencies need float32.
+
+    Weights of 4 bits stay as they are.
+    """
     for parameter in module.parameters():
-        parameter.data = parameter.data.to(dtype)
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
 
 
 def _load_part(use: Use[Any], registry: Registry, folder: Path, **context: Any) -> Any:

@@ -58,6 +58,14 @@ class Network(nn.Module, Component):
         """Return what a recipe asks for: with pretrained weights where the options name some."""
         return cls(options, **context)
 
+    def trainable(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield the parameters that learn, with their names, where a recipe trains this part."""
+        yield from self.named_parameters()
+
+    def frozen_bytes(self, each: int) -> float:
+        """Return the size of the weights while they are frozen, `each` bytes a parameter."""
+        return float(each * sum(parameter.numel() for parameter in self.parameters()))
+
     def save(self, folder: Path) -> None:
         """Write the weights to `folder`, which exists, as safetensors."""
         from safetensors.torch import save_file
@@ -186,6 +194,13 @@ class LanguageModel(Network):
         """The layers, each called as a module in `hidden`: training on several devices divides
         the weights of one after another. Empty: all at once."""
         return ()
+
+    def merged(self) -> Self:
+        """Return the model with adapters added into its weights, for exporters; as a rule itself.
+
+        An exporter writes what this returns: it has every weight under its usual name.
+        """
+        return self
 
     @abstractmethod
     def cache_shape(self) -> tuple[int, int, int]:

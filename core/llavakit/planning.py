@@ -141,6 +141,10 @@ class Planner:
         """Return a component that a recipe chose, to ask it something."""
         return self._registry.build(use, **context)
 
+    def trainable(self, part: str) -> int:
+        """Return how many parameters of a part learn where it is trained: of LoRA, adapters."""
+        return sum(parameter.numel() for _, parameter in getattr(self.model, part).trainable())
+
     def expect(self, use: Use[Dataset]) -> tuple[int, int] | None:
         """Return (samples, mean text tokens a sample) of a data set, where it can be known."""
         component = self._registry.get(Dataset, use.use)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from llavakit import LanguageModel, ModelError
@@ -21,7 +22,18 @@ from llavakit_plugins.huggingface import (
     quietly,
     read_config,
 )
-from llavakit_plugins.language.weights import read_weights
+from llavakit_plugins.language.lora import FOLDER as ADAPTERS
+from llavakit_plugins.language.lora import (
+    LoraOptions,
+    add_adapters,
+    base_weights,
+    is_adapter,
+    load_adapters,
+    merge_adapters,
+    missing_peft,
+    save_adapters,
+)
+from llavakit_plugins.language.weights import NF4_BYTES, cannot_quantize, read_weights
 
 _BY_LENGTH = ("dynamic", "longrope")  # rotary frequencies that depend on the longest position
 
@@ -37,6 +49,16 @@ class LanguageOptions(PretrainedOptions):
     legacy: bool | None = None
     """Whether a LLaMA tokenizer puts a space behind special tokens, as it did for LLaVA's own
     weights; as the tokenizer's configuration says where absent."""
+    lora: LoraOptions | None = None
+    """Adapters that learn in place of the weights; without them all weights learn."""
+    quantize: Literal["nf4"] | None = None
+    """Hold the linear layers' weights in 4 bits (QLoRA); then only adapters can learn."""
+
+    @model_validator(mode="after")
+    def _quantizes_weights(self) -> LanguageOptions:
+        if self.quantize is not None and self.source is None:
+            raise ValueError("`quantize` is for weights that are there: give `source`")
+        return self
 
 
 class PretrainedLanguage(LanguageModel):
@@ -51,6 +73,9 @@ class PretrainedLanguage(LanguageModel):
         if model is None:
             model = _new(*self.configure(read_config(options, "text_config")))
             cast_weights(model, getattr(torch, options.dtype))
+        if options.lora is not None:
+            add_adapters(model, options.lora)
+        self.options = options
         self.model = model
         self.width: int = model.get_input_embeddings().embedding_dim
         self.max_length = _longest(self.name, model.config, options.max_length)
@@ -71,7 +96,10 @@ class PretrainedLanguage(LanguageModel):
 
     @classmethod
     def load(cls, options: Any, folder: Path, **context: Any) -> Self:
-        return cls._pretrained(str(folder), None, options)
+        language = cls._pretrained(str(folder), None, options)
+        if options.lora is not None:
+            load_adapters(language.model, folder / ADAPTERS)
+        return language
 
     @classmethod
     def _pretrained(cls, source: str, revision: str | None, options: LanguageOptions) -> Self:
@@ -88,13 +116,56 @@ class PretrainedLanguage(LanguageModel):
         return language
 
     def save(self, folder: Path) -> None:
+        """Write the weights and the tokenizer, and adapters into a folder of their own."""
+        adapted = self.options.lora is not None
         with quietly():
-            self.model.save_pretrained(folder)
+            self.model.save_pretrained(
+                folder, state_dict=base_weights(self.model) if adapted else None
+            )
         self.tokenizer.save_pretrained(folder)
+        if adapted:
+            save_adapters(self.model, folder / ADAPTERS)
 
     @classmethod
     def missing(cls, options: Any) -> str | None:
-        return missing_source("language model", options)
+        lacks = missing_peft() if options.lora is not None else None
+        lacks = lacks or (cannot_quantize() if options.quantize is not None else None)
+        return lacks or missing_source("language model", options)
+
+    def trainable(self) -> Iterator[tuple[str, nn.Parameter]]:
+        adapted, quantized = self.options.lora is not None, self.options.quantize is not None
+        for name, parameter in self.named_parameters():
+            if is_adapter(name) if adapted else not quantized:
+                yield name, parameter
+
+    def frozen_bytes(self, each: int) -> float:
+        if self.options.quantize is None:
+            return super().frozen_bytes(each)
+        total = sum(parameter.numel() for parameter in self.parameters())
+        small = sum(
+            module.weight.numel()
+            for name, module in self.model.named_modules()
+            if isinstance(module, nn.Linear) and module is not self.head and not is_adapter(name)
+        )
+        return NF4_BYTES * small + each * (total - small)
+
+    def merged(self) -> Self:
+        """Return the model with its adapters added into the weights; itself where it has none.
+
+        The weights without an adapter are shared. Raises ModelError for weights of 4 bits.
+        """
+        if self.options.lora is None:
+            return self
+        if self.options.quantize is not None:
+            raise ModelError(
+                "adapters cannot be added into weights of 4 bits without loss; take `quantize` "
+                "out of the model's options (model.toml) and load it again"
+            )
+        language = type(self)(
+            self.options.model_copy(update={"lora": None}), merge_adapters(self.model)
+        )
+        language.tokenizer = self.tokenizer
+        return language.train(self.training)
 
     @property
     def head(self) -> nn.Linear:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from llavakit_plugins.language.pretrained import LanguageOptions
 
 _NAMED = 4  # weights that an error lists
+NF4_BYTES = 4.127 / 8  # a weight's: 4 bits, and its share of the scales, which are quantized too
 
 
 def read_weights(network: type[Any], config: Any, options: LanguageOptions) -> Any:
@@ -24,7 +26,11 @@ def read_weights(network: type[Any], config: Any, options: LanguageOptions) -> A
     each. Raises ModelError where weights are missing, left over or of another shape.
     """
     source = options.source
-    placed = {} if options.device is None else {"device_map": {"": options.device}}
+    how: dict[str, Any] = {}
+    if options.device is not None:
+        how["device_map"] = {"": options.device}
+    if options.quantize is not None:
+        how |= _quantized(options)
     try:
         with quietly():
             model, found = network.from_pretrained(
@@ -34,7 +40,7 @@ def read_weights(network: type[Any], config: Any, options: LanguageOptions) -> A
                 dtype=getattr(torch, options.dtype),
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # they are named below
-                **placed,
+                **how,
             )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"the weights of {source} cannot be read: {error}") from error
@@ -54,6 +60,35 @@ def read_weights(network: type[Any], config: Any, options: LanguageOptions) -> A
             "what its shape really is as `config`"
         )
     return model
+
+
+def cannot_quantize() -> str | None:
+    """Return why weights of 4 bits cannot be had on this machine, or None."""
+    if not torch.cuda.is_available():
+        return (
+            '`quantize = "nf4"` needs a CUDA device, and this machine has none; leave it out to '
+            "hold the weights in `dtype`"
+        )
+    if find_spec("bitsandbytes") is None:
+        return '`quantize = "nf4"` needs bitsandbytes; install it with `pip install bitsandbytes`'
+    return None
+
+
+def _quantized(options: LanguageOptions) -> dict[str, Any]:
+    """Return transformers' options for 4-bit weights, as QLoRA (arXiv 2305.14314) has them."""
+    if (reason := cannot_quantize()) is not None:
+        raise ModelError(reason)
+    from transformers import BitsAndBytesConfig
+
+    return {
+        "device_map": {"": options.device or "cuda"},
+        "quantization_config": BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=getattr(torch, options.dtype),
+        ),
+    }
 
 
 def _list(names: Collection[str]) -> str:

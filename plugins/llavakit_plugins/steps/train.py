@@ -93,13 +93,18 @@ class _Train(Step):
     def plan(cls, options: TrainOptions, planner: Planner) -> StepPlan:
         trained = tuple(part for part in PARTS if part in options.train)
         for part in trained:
-            require_weights(part, planner.parameters(part))
+            require_weights(part, planner.trainable(part))
         preparation(planner.model, options.prepare, planner.build)  # for its errors
+        notes = [
+            f"of `{part}`, {planner.trainable(part):,} parameters learn"
+            for part in trained
+            if planner.trainable(part) < planner.parameters(part)
+        ]
         memory = _memory_gb(options, planner)
         expected = planner.expect(options.data)
         if expected is None:
-            note = "the data is not there yet; say `expect` to have it reckoned with"
-            return StepPlan(trained=trained, memory_gb=memory, note=note)
+            notes.append("the data is not there yet; say `expect` to have it reckoned with")
+            return StepPlan(trained=trained, memory_gb=memory, note="; ".join(notes))
         samples, text = expected
         visual = planner.model.visual_tokens
         length = min(visual + text, options.max_length)
@@ -115,6 +120,7 @@ class _Train(Step):
             tflop=seen * _sample_flop(options, planner, text, length) / 1e12,
             memory_gb=memory,
             trained=trained,
+            note="; ".join(notes),
         )
 
 
@@ -164,16 +170,18 @@ def _sample_flop(options: TrainOptions, planner: Planner, text: int, length: int
     total = sum(forward.values())
     for part in PARTS[PARTS.index(order[0]) :]:  # what lies behind the first trained part
         total += forward[part] * (part != order[0])  # gradients of its input
-        total += forward[part] * (part in options.train)  # gradients of its weights
+        if part in options.train:  # gradients of its weights, or of its adapters
+            total += forward[part] * planner.trainable(part) / max(1, planner.parameters(part))
     return total
 
 
 def _memory_gb(options: TrainOptions, planner: Planner) -> float:
     """Return the memory of weights, gradients, AdamW and one micro-batch's activations."""
     half = 2 if options.precision == "bf16" else 4
-    weights = sum(
-        planner.parameters(part) * (16 if part in options.train else half) for part in PARTS
-    )
+    weights = 0.0
+    for part in PARTS:
+        learns = planner.trainable(part) if part in options.train else 0
+        weights += getattr(planner.model, part).frozen_bytes(half) + learns * (16 - half)
     language = planner.model.language
     layers, _, _ = language.cache_shape()
     values = (2 if options.recompute else 17) * layers + 17  # a row's stored values, in widths

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from llavakit import LlavaModel, PromptTemplate, Run, Sample, Stopped, TrainingError
-from llavakit.assembly import cast_weights
 from llavakit_plugins.training.checkpoints import Best, Checkpoints
 from llavakit_plugins.training.corpus import Batch, Corpus
 from llavakit_plugins.training.features import (
@@ -123,6 +122,12 @@ class Trainer:
 
     def _sharded(self) -> bool:
         if self.team.size == 1 or self.options.shard is False:
+            return False
+        if _learns_in_part(self.model):
+            if self.options.shard:
+                raise TrainingError(
+                    "a language model with adapters is not divided among devices; set shard = false"
+                )
             return False
         if "vision" not in self.options.train:
             return self.options.shard or "language" in self.options.train
@@ -336,15 +341,16 @@ class Trainer:
             self.run.event("resumed", at=self.progress.step)
 
     def _tear_down(self) -> None:
-        """Give every part its own precision back; one that was frozen, its own weights."""
+        """Give every parameter its own precision back; one that was frozen, its own weights."""
         if self.sharded:
             self._gather()
             return
-        for part, before in self._before.items():
+        for part, befores in self._before.items():
             module = getattr(self.model, part)
-            cast_weights(module, before.dtype)
-            for name, weight in before.weights.items():
-                module.get_parameter(name).data = weight.to(self.model.device)
+            for name, before in befores.items():
+                parameter = module.get_parameter(name)
+                own = parameter.data if before.weight is None else before.weight
+                parameter.data = own.to(parameter.device, before.dtype)
         self.model.requires_grad_(False).eval()
 
     def _gather(self) -> None:
@@ -360,30 +366,39 @@ class Trainer:
             self.model.requires_grad_(False).eval()
 
 
+def _learns_in_part(model: LlavaModel) -> bool:
+    """Say whether some weights of the language model never learn, beside its adapters."""
+    return sum(1 for _ in model.language.trainable()) < sum(1 for _ in model.language.parameters())
+
+
 @dataclass(frozen=True)
 class _Before:
-    """A part as it was before training."""
+    """A parameter as it was before training, where its precision is another meanwhile."""
 
     dtype: torch.dtype
-    weights: Mapping[str, Tensor]
-    """Of a frozen part that is rounded to half precision meanwhile, its own, off the device."""
+    weight: Tensor | None
+    """Of a frozen one that is rounded, its own values, off the device."""
 
 
-def _set_up(model: LlavaModel, options: TrainOptions, *, remember: bool) -> dict[str, _Before]:
-    """Freeze and thaw; return what the parts were before, with weights that are rounded now."""
-    befores = {}
+def _set_up(
+    model: LlavaModel, options: TrainOptions, *, remember: bool
+) -> dict[str, dict[str, _Before]]:
+    """Freeze and thaw; return what the parameters of each part were before, if to `remember`."""
+    befores: dict[str, dict[str, _Before]] = {}
     half = torch.bfloat16 if options.precision == "bf16" else torch.float32
     for part in PARTS:
         module = getattr(model, part)
-        learns = part in options.train
-        wanted = torch.float32 if learns else half
-        dtype = next((p.dtype for p in module.parameters()), wanted)
-        weights = {}
-        if remember and not learns and dtype != wanted:
-            weights = {name: p.detach().cpu() for name, p in module.named_parameters()}
-        befores[part] = _Before(dtype, weights)
-        module.requires_grad_(learns)
-        cast_weights(module, wanted)
+        learning = {id(p) for _, p in module.trainable()} if part in options.train else set()
+        befores[part] = {}
+        for name, parameter in module.named_parameters():
+            learns = id(parameter) in learning
+            parameter.requires_grad_(learns)
+            wanted = torch.float32 if learns else half
+            if parameter.dtype != wanted and parameter.is_floating_point():
+                if remember:
+                    weight = None if learns else parameter.detach().cpu()
+                    befores[part][name] = _Before(parameter.dtype, weight)
+                parameter.data = parameter.data.to(wanted)
     _thaw(model, options)
     model.language.recompute = options.recompute
     return befores
@@ -392,7 +407,10 @@ def _set_up(model: LlavaModel, options: TrainOptions, *, remember: bool) -> dict
 def require_weights(part: str, count: int) -> None:
     """Raise TrainingError where a part that should learn has nothing to learn with."""
     if not count:
-        raise TrainingError(f"`{part}` has no parameters that learn; take it out of `train`")
+        adapters = ", or give its weights of 4 bits adapters (`lora`)" * (part == "language")
+        raise TrainingError(
+            f"`{part}` has no parameters that learn; take it out of `train`{adapters}"
+        )
 
 
 def _thaw(model: LlavaModel, options: TrainOptions) -> None:
@@ -404,7 +422,7 @@ def _thaw(model: LlavaModel, options: TrainOptions) -> None:
 def _group(model: LlavaModel, part: str, rate: float, weight_decay: float) -> Group:
     named = {
         f"{part}.{name}": parameter
-        for name, parameter in getattr(model, part).named_parameters()
+        for name, parameter in getattr(model, part).trainable()
         if parameter.requires_grad
     }
     require_weights(part, len(named))

@@ -1,0 +1,258 @@
+"""Adapters: only they learn, they are saved beside the weights, and they merge into them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tests.conftest import LANGUAGE, RecipeWriter, make_tokenizer
+from tests.plugins.families import config_of, qwen_tokenizer, their_model
+from torch import Tensor
+
+import llavakit
+import llavakit.testing
+from llavakit import LanguageModel, ModelError
+from llavakit.packing import Packing
+from llavakit_plugins.language.causal_lm import CausalLM, CausalLMOptions
+from llavakit_plugins.language.lora import LoraOptions
+from llavakit_plugins.language.vicuna import Vicuna, VicunaOptions
+
+LORA: dict[str, Any] = {"rank": 4, "alpha": 8.0, "dropout": 0.0}
+
+
+class Contract(llavakit.testing.LanguageModelContract):
+    kind_of: ClassVar[Any]
+    tokenizer: ClassVar[Callable[[], Any]]
+
+    def build(self) -> LanguageModel:
+        torch.manual_seed(0)
+        language: LanguageModel = self.kind_of(self.stated_options())
+        language.tokenizer = type(self).tokenizer()
+        return language
+
+    def stated_options(self) -> Any:
+        return self.kind_of.Options(**self.options)
+
+
+class TestVicunaWithAdapters(Contract):
+    options: Mapping[str, Any] = {"config": LANGUAGE, "lora": LORA}
+    kind_of = Vicuna
+    tokenizer = make_tokenizer
+
+
+class TestCausalLMWithAdapters(Contract):
+    options: Mapping[str, Any] = {"config": config_of("gemma2"), "lora": LORA}
+    kind_of = CausalLM
+    tokenizer = qwen_tokenizer
+
+
+del Contract
+
+
+def adapted(family: str, folder: Path, **lora: Any) -> Any:
+    """Return a model of a family from a folder, its adapters as if they had learnt."""
+    their_model(family).save_pretrained(folder)
+    qwen_tokenizer().save_pretrained(folder)
+    component = Vicuna if family == "llama" else CausalLM
+    options = component.Options(source=str(folder), lora=LoraOptions(**{**LORA, **lora}))
+    language = component.create(options)
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in language.trainable():
+        assert "lora" in name
+        parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator)
+    return language.eval()
+
+
+def logits_of(language: Any) -> Tensor:
+    ids = torch.randint(1, 255, (20,), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        found: Tensor = language.logits(language.hidden(language.embed(ids), Packing.of([20])))
+    return found
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft's own
+@pytest.mark.parametrize("family", ["llama", "qwen2", "phi3"])
+def test_adapters_are_saved_as_peft_does_and_merge_exactly(family: str, tmp_path: Path) -> None:
+    from peft import PeftModel
+
+    language = adapted(family, tmp_path / "base")
+    expected = logits_of(language)
+    (tmp_path / "saved").mkdir()
+    language.save(tmp_path / "saved")
+    again = type(language).load(language.options, tmp_path / "saved").eval()
+    assert torch.equal(logits_of(again), expected)
+
+    theirs = PeftModel.from_pretrained(their_model(family), str(tmp_path / "saved" / "adapter"))
+    ids = torch.randint(1, 255, (20,), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        peft_logits = theirs.eval()(input_ids=ids[None]).logits[0]
+    torch.testing.assert_close(expected, peft_logits, atol=1e-5, rtol=1e-5)
+
+    base = load_file(tmp_path / "base" / "model.safetensors")
+    saved = load_file(tmp_path / "saved" / "model.safetensors")
+    assert base.keys() == saved.keys()
+    assert all(torch.equal(base[name], saved[name]) for name in base)  # the base is unchanged
+
+    merged = language.merged()
+    torch.testing.assert_close(logits_of(merged), expected, atol=1e-5, rtol=1e-5)
+    assert torch.equal(logits_of(language), expected)  # merging left it as it was
+    assert merged.state_dict().keys() == {
+        f"model.{name}" for name in their_model(family).state_dict()
+    }
+    assert merged.embedding_VE.data_ptr() == language.embedding_VE.data_ptr()  # not a second copy
+    (tmp_path / "merged").mkdir()
+    merged.save(tmp_path / "merged")
+    plain = type(language).create(type(language).Options(source=str(tmp_path / "merged"))).eval()
+    assert torch.equal(logits_of(plain), logits_of(merged))
+
+
+def test_adapters_are_where_the_original_puts_them(tmp_path: Path) -> None:
+    """On every linear layer except the head."""
+    everywhere = {
+        name.rpartition(".lora_A")[0]
+        for name, _ in adapted("llama", tmp_path).trainable() if ".lora_A" in name
+    }  # fmt: skip
+    linear = {
+        f"model.{name}"
+        for name, module in their_model("llama").named_modules()
+        if isinstance(module, torch.nn.Linear) and name != "lm_head"
+    }
+    assert everywhere == linear
+    few = adapted("llama", tmp_path, targets=["q_proj", "v_proj"])
+    assert {n.split(".")[-4] for n, _ in few.trainable()} == {"q_proj", "v_proj"}
+
+
+def test_targets_and_files_that_do_not_fit_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"no linear layer called `qkv`; it has .*q_proj"):
+        Vicuna(VicunaOptions(config=LANGUAGE, lora=LoraOptions(targets=("qkv",))))
+    language = adapted("llama", tmp_path / "base")
+    (tmp_path / "saved").mkdir()
+    language.save(tmp_path / "saved")
+    other = language.options.model_copy(
+        update={"lora": language.options.lora.model_copy(update={"rank": 2})}
+    )
+    with pytest.raises(ModelError, match="does not hold the adapters that `lora` describes"):
+        Vicuna.load(other, tmp_path / "saved")
+    (tmp_path / "saved" / "adapter" / "adapter_model.safetensors").write_bytes(b"{}")
+    with pytest.raises(ModelError, match="cannot be read"):
+        Vicuna.load(language.options, tmp_path / "saved")
+
+
+def test_4_bits_are_refused_where_they_cannot_be_had(
+    tmp_path: Path, backbones: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = str(backbones / "language")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for component in (Vicuna, CausalLM):
+        options = component.Options(source=source, quantize="nf4", lora=LoraOptions(**LORA))
+        assert "needs a CUDA device" in str(component.missing(options))
+        with pytest.raises(ModelError, match="needs a CUDA device, and this machine has none"):
+            component.create(options)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("llavakit_plugins.language.weights.find_spec", lambda name: None)
+    assert "needs bitsandbytes" in str(
+        CausalLM.missing(CausalLMOptions(source=source, quantize="nf4"))
+    )
+    with pytest.raises(ValueError, match="give `source`"):
+        CausalLMOptions(config=config_of("qwen2"), quantize="nf4")
+
+
+def with_lora(write_recipe: RecipeWriter, name: str) -> Path:
+    lora = "lora = { rank = 4, alpha = 8, dropout = 0.1 }"
+    return write_recipe(("\n[model.template]", f"{lora}\n\n[model.template]"), name=name)
+
+
+def test_a_recipe_trains_adapters_only_and_resumes_to_the_same_bytes(
+    write_recipe: RecipeWriter, backbones: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from llavakit.cli import main
+    from llavakit_plugins.training.checkpoints import Checkpoints
+
+    recipe = with_lora(write_recipe, "lora.toml")
+    assert main([str(recipe), "--out", str(tmp_path / "whole")]) == 0
+    first, second = (tmp_path / "whole" / step / "model" for step in ("01-pretrain", "02-finetune"))
+    base = load_file(backbones / "language" / "model.safetensors")
+    for folder in (first, second):
+        saved = load_file(folder / "language" / "model.safetensors")
+        assert all(torch.equal(saved[name], base[name]) for name in base)
+    before, after = (
+        load_file(folder / "language" / "adapter" / "adapter_model.safetensors")
+        for folder in (first, second)
+    )
+    assert before.keys() == after.keys()
+    assert all(not before[name].any() for name in before if "lora_B" in name)  # stage 1: untouched
+    assert all(not torch.equal(before[name], after[name]) for name in before)
+    events = [
+        json.loads(line) for line in (tmp_path / "whole/events.jsonl").read_text().splitlines()
+    ]
+    losses = [event["loss"] for event in events if event["event"] == "train"]
+    assert losses[-1] < losses[0]
+
+    plan = json.loads((tmp_path / "whole" / "plan.json").read_text())
+    count = sum(tensor.numel() for tensor in after.values())
+    assert plan["steps"]["02-finetune"]["note"] == f"of `language`, {count:,} parameters learn"
+    checkpoint = next((tmp_path / "whole/02-finetune/checkpoints").glob("*/state.safetensors"))
+    learnt = [name for name in load_file(checkpoint) if name.startswith("parameter/language")]
+    assert len(learnt) == len(after)
+    assert all("lora" in name for name in learnt)
+
+    saves = []
+    save = Checkpoints.save
+
+    def fail(self: Checkpoints, *arguments: Any) -> None:
+        save(self, *arguments)
+        saves.append(self)
+        if len(saves) == 4:  # in the second step, after its first checkpoint
+            raise OSError("the plug was pulled")
+
+    monkeypatch.setattr(Checkpoints, "save", fail)
+    with pytest.raises(OSError, match="plug"):
+        main([str(recipe), "--out", str(tmp_path / "cut")])
+    monkeypatch.setattr(Checkpoints, "save", save)
+    torch.manual_seed(123)  # whatever the state of the new process
+    assert main([str(recipe), "--out", str(tmp_path / "cut"), "--resume"]) == 0
+    files = [file.relative_to(second) for file in second.rglob("*.safetensors")]
+    assert len(files) == 4
+    for file in files:
+        cut = tmp_path / "cut" / "02-finetune" / "model" / file
+        assert cut.read_bytes() == (second / file).read_bytes(), file
+
+    model = llavakit.load(tmp_path / "cut" / "model")
+    merged = model.language.merged()
+    ids = torch.tensor([5, 6, 7, 8])
+    both = [part.hidden(part.embed(ids), Packing.of([4])) for part in (model.language, merged)]
+    torch.testing.assert_close(*both, atol=1e-5, rtol=1e-5)
+
+
+def test_gradients_reach_adapters_only(tmp_path: Path) -> None:
+    language = adapted("qwen2", tmp_path).requires_grad_(False)
+    learning = dict(language.trainable())
+    for parameter in learning.values():
+        parameter.requires_grad_(True)
+    ids = torch.arange(1, 12)
+    embeds = language.embed(ids).requires_grad_()
+    language.loss(language.hidden(embeds, Packing.of([11])), ids).backward()
+    assert all(parameter.grad is not None for parameter in learning.values())
+    assert embeds.grad is not None
+    assert all(
+        parameter.grad is None
+        for name, parameter in language.named_parameters() if name not in learning
+    )  # fmt: skip
+
+
+def test_a_plan_of_4_bits_counts_them_as_such() -> None:
+    """The figure of a 7B model in 4 bits, whose linear layers take 6.48 of its 6.74 billion."""
+    source = "lmsys/vicuna-7b-v1.5"
+    with torch.device("meta"):
+        whole = Vicuna(VicunaOptions(source=source))
+        small = Vicuna(VicunaOptions(source=source, quantize="nf4", lora=LoraOptions(rank=8)))
+    assert whole.frozen_bytes(2) == 2 * 6_738_415_616
+    adapters = sum(parameter.numel() for _, parameter in small.trainable())
+    others = 6_738_415_616 - 32 * (4 * 4096**2 + 3 * 4096 * 11008) + adapters
+    assert small.frozen_bytes(2) == pytest.approx(6_476_005_376 * 0.516 + 2 * others, rel=1e-3)
+    assert adapters == 32 * 8 * (4 * 2 * 4096 + 3 * (4096 + 11008))
