@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -252,10 +252,32 @@ def load_tokenizer(
     from transformers import AutoTokenizer
 
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-        source, revision=revision or "main"
+        source, revision=revision or "main", **({} if legacy is None else {"legacy": legacy})
     )
     options = PretrainedOptions(source=source, revision=revision)
     model = find_file(options, "tokenizer.model")
     if model is not None and find_file(options, "tokenizer.json") is None:
         merge_by_score(tokenizer, model)
+    if legacy is not None:
+        _put_spaces(tokenizer, source, "always" if legacy else "first")
     return tokenizer
+
+
+def _put_spaces(tokenizer: Any, source: str, scheme: Literal["always", "first"]) -> None:
+    """Have a space put in front of every stretch of text, or of the first only.
+
+    A tokenizer.json has its own mind of this, whatever `legacy` is.
+    """
+    from tokenizers import normalizers, pre_tokenizers
+
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    spaces = getattr(backend, "pre_tokenizer", None)
+    # older files put spaces by a normalizer, which does so in front of every stretch
+    old = isinstance(getattr(backend, "normalizer", None), normalizers.Sequence) and not spaces
+    if backend is None or not (old or isinstance(spaces, pre_tokenizers.Metaspace)):
+        raise ModelError(
+            f"`legacy` is about LLaMA's SentencePiece tokenizers, and that of {source} is none; "
+            "leave it out"
+        )
+    backend.normalizer = None
+    backend.pre_tokenizer = pre_tokenizers.Metaspace("▁", prepend_scheme=scheme, split=False)

@@ -64,3 +64,19 @@ def test_a_folder_without_weights_says_so(tmp_path: Path) -> None:
     sentence = missing_source("vision encoder", PretrainedOptions(source=str(tmp_path)))
     assert sentence is not None
     assert "holds no model.safetensors" in sentence
+
+
+@pytest.mark.skipif(not LLAMA.is_file(), reason="the real tokenizer is not beside the checkout")
+def test_legacy_decides_on_the_space_behind_special_tokens(tmp_path: Path) -> None:
+    shutil.copy(LLAMA, tmp_path / "tokenizer.model")
+    settings = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    for legacy, pieces in ((True, ["▁US", "ER"]), (False, ["USER"])):
+        tokenizer = load_tokenizer(str(tmp_path), legacy=legacy)
+        ids = tokenizer("ok</s>USER")["input_ids"]
+        assert tokenizer.convert_ids_to_tokens(ids) == ["<s>", "▁ok", "</s>", *pieces]
+
+
+def test_legacy_of_another_tokenizer_is_refused(backbones: Path) -> None:
+    with pytest.raises(ModelError, match=r"SentencePiece tokenizers, and that of .* is none"):
+        load_tokenizer(str(backbones / "language"), legacy=True)
