@@ -73,8 +73,11 @@ def test_legacy_decides_on_the_space_behind_special_tokens(tmp_path: Path) -> No
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
     for legacy, pieces in ((True, ["▁US", "ER"]), (False, ["USER"])):
         tokenizer = load_tokenizer(str(tmp_path), legacy=legacy)
-        ids = tokenizer("ok</s>USER")["input_ids"]
-        assert tokenizer.convert_ids_to_tokens(ids) == ["<s>", "▁ok", "</s>", *pieces]
+        saved = tmp_path / f"legacy-{legacy}"
+        tokenizer.save_pretrained(saved)  # now with a tokenizer.json
+        for made in (tokenizer, load_tokenizer(str(saved))):
+            ids = made("ok</s>USER")["input_ids"]
+            assert made.convert_ids_to_tokens(ids) == ["<s>", "▁ok", "</s>", *pieces]
 
 
 def test_legacy_of_another_tokenizer_is_refused(backbones: Path) -> None:
