@@ -349,7 +349,7 @@ def _time(way: Packed | Padded, case: Case, device: torch.device) -> tuple[float
             for loss in way.losses():
                 loss.backward()
                 total += loss.detach()
-        optimiser.step(number)
+        optimiser.step(number, total)
         return total
 
     if device.type == "cuda":

@@ -229,6 +229,11 @@ def test_one_poisoned_image_is_told_from_its_neighbours(
     text = refused(write_recipe(), "--out", tmp_path / "run")
     assert "the loss of step" in text
     assert "samples: `s4`." in text
+    # seen at the end only, it is told of the same step and the same weights
+    seldom = write_recipe(
+        ("log_every = 1", "log_every = 100"), ("checkpoint_every = 2", "checkpoint_every = 100")
+    )
+    assert refused(seldom, "--out", tmp_path / "seldom") == text
 
 
 # -- places to write -------------------------------------------------------------------------------

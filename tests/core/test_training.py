@@ -224,6 +224,44 @@ def test_steps_are_those_of_adamw_behind_a_clipped_gradient() -> None:
         assert mine.grad is None
 
 
+@pytest.mark.parametrize("fault", ["loss", "gradient"])
+def test_after_what_is_no_number_no_weight_and_no_state_changes(fault: str) -> None:
+    torch.manual_seed(0)
+    weight = torch.nn.Parameter(torch.randn(5, 3))
+    optimiser = Optimiser([Group({"w": weight}, 0.1)], Schedule(6, 0.0, "constant"))
+    kept: dict[str, Tensor] = {}
+    for step in range(6):
+        weight.grad = torch.randn(5, 3)
+        loss = torch.tensor(1.0)
+        if step == 3:
+            kept = {name: tensor.clone() for name, tensor in optimiser.tensors().items()}
+            if fault == "loss":
+                loss = loss * float("nan")
+            else:
+                weight.grad[2, 1] = float("inf")
+        norm, _ = optimiser.step(step, loss)
+        assert math.isfinite(norm.item()) == (step != 3 or fault == "loss")
+    assert set(kept) == {"parameter/w", "step/w", "exp_avg/w", "exp_avg_sq/w"}
+    for name, tensor in optimiser.tensors().items():
+        assert torch.equal(tensor, kept[name]), name
+
+
+@pytest.mark.parametrize("log_every", [2, 100])
+def test_how_often_the_loss_is_looked_at_changes_nothing(
+    write_recipe: RecipeWriter, llava_run: Command, tmp_path: Path, log_every: int
+) -> None:
+    found = []
+    for name, change in (("a", []), ("b", [("log_every = 1", f"log_every = {log_every}")])):
+        out = tmp_path / name
+        assert llava_run(write_recipe(*change), "--out", out).code == 0
+        state = json.loads(next((out / "02-finetune").rglob("state.json")).read_text())["state"]
+        found.append((state["losses"], load_file(out / "model" / "connector.safetensors")))
+    assert found[0][0] == found[1][0]
+    assert len(found[0][0]) == 6
+    for name, weight in found[0][1].items():
+        assert torch.equal(weight, found[1][1][name])
+
+
 def test_max_steps_and_epochs_decide_the_steps(train: Train) -> None:
     assert len(train("max_steps=2")[0]) == 2
     assert len(train("epochs=3", "batch_size=7")[0]) == 3 * 4

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 
@@ -40,7 +41,11 @@ def optimise(
             raise TrainingError(
                 f"the loss of {name} is not a number at step {step + 1}; lower its learning rate"
             )
-        optimiser.step(step)
+        norm, _ = optimiser.step(step)
+        if not math.isfinite(norm.item()):
+            raise TrainingError(
+                f"the gradient of {name} overflows at step {step + 1}; lower its learning rate"
+            )
         losses.append((step + 1, value))
         last = step + 1 == steps
         if (step + 1) % _LOG_EVERY == 0 or last:

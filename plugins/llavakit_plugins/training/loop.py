@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from llavakit_plugins.training.features import (
     images_recur,
     preparation,
 )
-from llavakit_plugins.training.optimiser import Group, NotFinite, Optimiser, Schedule
+from llavakit_plugins.training.optimiser import Group, Optimiser, Schedule
 from llavakit_plugins.training.options import TrainOptions
 from llavakit_plugins.training.parallel import (
     Micro,
@@ -59,6 +59,15 @@ class Progress:
         """The look with the lowest held-out loss, the first of several."""
         finite = [Look(*look) for look in self.looks if math.isfinite(look[1])]
         return min(finite, key=lambda look: look.loss, default=None)
+
+
+class _Taken(NamedTuple):
+    """A step whose outcome is still on the device."""
+
+    step: int
+    batch: Batch
+    values: Tensor
+    """Loss a target and gradient norm, `[2]`."""
 
 
 class Trainer:
@@ -97,6 +106,7 @@ class Trainer:
         self.checkpoints = Checkpoints(run.directory / "checkpoints", options.keep)
         self.best = Best(run.directory / "checkpoints")
         self.progress = Progress()
+        self._unread: list[_Taken] = []
         self.features = self._features(corpus)
         self.validation: Validation | None = None
         if held_out is not None:
@@ -177,14 +187,18 @@ class Trainer:
         if self.options.validate_every and not self.progress.looks:
             self._look()
         meter = _Meter(self.progress)
+        note = ""
         for batch in self._batches():
-            loss, norm, rate = self._step(batch)
+            rate = self._step(batch)
             progress = self.progress
-            progress.step += 1
-            progress.batch += 1
-            progress.losses.append((progress.step, loss))
             last = progress.step == self.steps
-            if progress.step % self.options.log_every == 0 or last:
+            logs = progress.step % self.options.log_every == 0 or last
+            every = self.options.validate_every
+            looks = last or (every is not None and progress.step % every == 0)
+            if logs or looks:
+                loss, norm = self._read()
+                note = f"loss {loss:.3f}"
+            if logs:
                 self.run.event(
                     "train",
                     at=progress.step,
@@ -194,9 +208,8 @@ class Trainer:
                     epoch=progress.epoch,
                     **meter.rates(progress),
                 )
-            self.run.progress(progress.step, self.steps, f"loss {loss:.3f}")
-            every = self.options.validate_every
-            if last or (every is not None and progress.step % every == 0):
+            self.run.progress(progress.step, self.steps, note)
+            if looks:
                 self._look()
                 meter = _Meter(progress)  # the time it took is not training's
             stopping = self.run.stopping()
@@ -221,8 +234,11 @@ class Trainer:
                 progress.epoch += 1
                 progress.batch = 0
 
-    def _step(self, batch: Batch) -> tuple[float, float, float]:
-        """Return loss a target, gradient norm and learning rate of one optimisation step."""
+    def _step(self, batch: Batch) -> float:
+        """Take one optimisation step and return its learning rate.
+
+        Nothing here waits for the device: what came of the step is read by `_read`.
+        """
         targets = sum(self.corpus.learned_counts[sample] for sample in batch.all_samples)
         total = torch.zeros((), device=self.model.device)
         micros = self._micros(batch)
@@ -234,21 +250,34 @@ class Trainer:
                 loss = self.model.loss(packed, features) / targets * float(micro.counts)
             loss.backward()
             total += loss.detach()
-        value = self.team.sum(total).item()
-        if not math.isfinite(value):
-            raise TrainingError(
-                self._blame(batch, f"the loss of step {self.progress.step + 1} is {value}")
-            )
+        self.team.sum(total)
         sum_gradients(self.optimiser.named.values(), self.team)
-        try:
-            norm, rate = self.optimiser.step(self.progress.step)
-        except NotFinite as error:
-            what = f"the gradient of step {self.progress.step + 1} is not finite"
-            raise TrainingError(self._blame(batch, what)) from error
+        norm, rate = self.optimiser.step(self.progress.step, total)
+        self.progress.step += 1
+        self.progress.batch += 1
         self.progress.samples += len(batch.all_samples)
         self.progress.tokens += sum(self.corpus.lengths[s] for s in batch.all_samples)
         self.progress.targets += targets
-        return value, norm.item(), rate
+        self._unread.append(_Taken(self.progress.step, batch, torch.stack((total, norm))))
+        return rate
+
+    def _read(self) -> tuple[float, float]:
+        """Wait for the steps not read yet; return loss a target and gradient norm of the last.
+
+        Raises TrainingError at the first of which either is no number. No step since then has
+        changed a weight.
+        """
+        values = torch.stack([taken.values for taken in self._unread]).tolist()
+        for taken, (loss, norm) in zip(self._unread, values, strict=True):
+            if not math.isfinite(loss):
+                what = f"the loss of step {taken.step} is {loss}"
+                raise TrainingError(self._blame(taken.batch, what))
+            if not math.isfinite(norm):
+                what = f"the gradient of step {taken.step} is not finite"
+                raise TrainingError(self._blame(taken.batch, what))
+            self.progress.losses.append((taken.step, loss))
+        self._unread.clear()
+        return loss, norm
 
     def _micros(self, batch: Batch) -> list[Micro]:
         """Return the micro-batches of this device."""
@@ -326,6 +355,8 @@ class Trainer:
         return torch.autocast(self.model.device.type, dtype=torch.bfloat16)
 
     def _save(self) -> None:
+        if self._unread:  # a checkpoint holds no step that is not known to be good
+            self._read()
         tensors = in_one_piece(self.optimiser.tensors(), self.team)
         if self.team.leads:
             self.checkpoints.save(self.progress.step, tensors, vars(self.progress))

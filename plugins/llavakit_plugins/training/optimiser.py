@@ -15,10 +15,6 @@ from llavakit import TrainingError
 from llavakit_plugins.training.parallel import divided_like
 
 
-class NotFinite(TrainingError):
-    """A gradient overflowed."""
-
-
 @dataclass(frozen=True)
 class Schedule:
     """The learning rate over the steps, as a share of its peak."""
@@ -61,6 +57,7 @@ class Optimiser:
     ) -> None:
         self.schedule, self.clip = schedule, clip
         self.named = {name: p for group in groups for name, p in group.named.items()}
+        self._stopped: Tensor | None = None
         self._adamw = torch.optim.AdamW(
             [
                 {
@@ -75,19 +72,22 @@ class Optimiser:
             fused=True,
         )
 
-    def step(self, step: int) -> tuple[Tensor, float]:
+    def step(self, step: int, loss: Tensor | None = None) -> tuple[Tensor, float]:
         """Update and clear the gradients; return their norm and the first group's rate.
 
-        Raises NotFinite, the weights unchanged, where the norm is no number.
+        From the first step whose norm, or `loss`, is no number on, weights and state stay as they
+        are: the device decides that by itself, so nothing here waits for it. Look at what is
+        returned when it suits.
         """
         norm = nn.utils.clip_grad_norm_(list(self.named.values()), self.clip)
         if isinstance(norm, DTensor):
             norm = norm.full_tensor()
-        if not math.isfinite(norm.item()):
-            self._adamw.zero_grad(set_to_none=True)
-            raise NotFinite(
-                f"the gradient of step {step + 1} has norm {norm.item()}; lower the learning rate"
-            )
+        finite = torch.isfinite(norm) if loss is None else torch.isfinite(norm + loss)
+        stopped = (~finite).float()
+        if self._stopped is not None:
+            stopped = torch.maximum(stopped, self._stopped)
+        self._stopped = stopped
+        self._adamw.found_inf = stopped  # type: ignore[attr-defined]  # what GradScaler sets
         for group in self._adamw.param_groups:
             group["lr"] = group["peak"] * self.schedule(step)
         self._adamw.step()

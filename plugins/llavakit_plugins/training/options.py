@@ -61,6 +61,8 @@ class TrainOptions(Options):
     workers: int = Field(default=0, ge=0)
     """Processes that read images; 0 reads them in the training process."""
     log_every: int = Field(default=10, ge=1)
+    """Steps between looks at the loss. Nothing waits for the device in between; a loss that is no
+    number stops learning at once, and is reported at the next look."""
     checkpoint_every: int = Field(default=500, ge=1)
     keep: int = Field(default=1, ge=1)
     """How many checkpoints to keep."""
