@@ -327,7 +327,9 @@ def _chat_with_heatmap(arguments: argparse.Namespace, model: object) -> None:
 
 
 def _export(arguments: argparse.Namespace) -> int:
+    from llavakit.errors import ModelError
     from llavakit.interfaces import Exporter
+    from llavakit.model import LlavaModel
     from llavakit.recipe import build_from
     from llavakit.registry import Registry
 
@@ -335,7 +337,12 @@ def _export(arguments: argparse.Namespace) -> int:
     exporter = build_from(registry.get(Exporter, arguments.format), arguments.set, registry)
     _refuse_to_replace(arguments.out)
     model = _load(arguments.model, arguments, "cpu")
-    for name, value in exporter.export(model, arguments.out).items():
+    if not isinstance(model, LlavaModel):
+        raise ModelError(
+            f"{arguments.model} can be run but not written in another layout; export the model "
+            "folder that it was made of"
+        )
+    for name, value in exporter.export(model.merged(), arguments.out).items():
         print(f"{name}: {value}")
     return 0
 

@@ -19,7 +19,7 @@ from PIL.Image import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from llavakit.components import Component, KindT_co, Use
+from llavakit.components import Component, KindT_co, Options, Use
 from llavakit.samples import (
     ImageContext,
     Inspected,
@@ -147,6 +147,8 @@ class LanguageModel(Network):
     default_template: ClassVar[str] = "vicuna_v1"
     """The prompt template where a recipe names none."""
 
+    options: Options
+    """What it was built with, where `merged` gives another model than itself."""
     width: int
     """Size of one token embedding (E)."""
     max_length: int
@@ -198,7 +200,8 @@ class LanguageModel(Network):
     def merged(self) -> Self:
         """Return the model with adapters added into its weights, for exporters; as a rule itself.
 
-        An exporter writes what this returns: it has every weight under its usual name.
+        An exporter writes what this returns: it has every weight under its usual name, and in
+        `options` what makes the same architecture again.
         """
         return self
 

@@ -90,6 +90,19 @@ class LlavaModel(nn.Module):
         hidden_ME = self.language.hidden(embeds_TE, batch.packing, batch.target_rows)
         return self.language.loss(hidden_ME, batch.targets_M)
 
+    def merged(self) -> LlavaModel:
+        """Return the model with adapters added into its weights, which is what exporters write.
+
+        It shares all other weights; a model without adapters is returned itself.
+        """
+        language = self.language.merged()
+        if language is self.language:
+            return self
+        own = {"use": language.name, **language.options.model_dump(mode="json")}
+        choices = {**self.choices, "language": own}
+        merged = LlavaModel(self.vision, self.connector, language, self.template, choices=choices)
+        return merged.train(self.training)
+
     # -- trying it -----------------------------------------------------------------------------
 
     def prepare(self, images: Sequence[ImageSource], where: str = "the prompt") -> Tensor | None:

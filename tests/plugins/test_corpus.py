@@ -66,7 +66,11 @@ def test_text_and_several_images_share_a_batch(
 ) -> None:
     registry = Registry.installed()
     model = create_model(Recipe.load(write_recipe(), registry).model, registry, seed=0).eval()
-    sorts = {"text": [[], []], "one": [["0.png"], ["1.png"]], "two": [["2.png", "3.png"]]}
+    sorts: dict[str, list[list[str]]] = {
+        "text": [[], []],
+        "one": [["0.png"], ["1.png"]],
+        "two": [["2.png", "3.png"]],
+    }
     parts = []
     for name, rows in sorts.items():
         path = tmp_path / f"{name}.json"

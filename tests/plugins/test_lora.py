@@ -228,6 +228,12 @@ def test_a_recipe_trains_adapters_only_and_resumes_to_the_same_bytes(
     both = [part.hidden(part.embed(ids), Packing.of([4])) for part in (model.language, merged)]
     torch.testing.assert_close(*both, atol=1e-5, rtol=1e-5)
 
+    exported = tmp_path / "exported"  # with the adapters in the weights
+    assert main(["export", str(second), str(exported), "--format", "hf"]) == 0
+    assert not list(exported.rglob("*adapter*"))
+    again, text = llavakit.load(exported), "USER : what colour is it ?"
+    torch.testing.assert_close(again.logits(text, raw=True), model.logits(text, raw=True))
+
 
 def test_gradients_reach_adapters_only(tmp_path: Path) -> None:
     language = adapted("qwen2", tmp_path).requires_grad_(False)

@@ -38,9 +38,14 @@ _PLACES = (
 
 
 def is_hf(folder: Path) -> bool:
-    """Say whether a folder's config.json describes a vision model and a language model."""
+    """Say whether a folder's config.json describes a vision model and a language model.
+
+    ONNX folders have such a one, too, with a note for transformers.js in it.
+    """
     config = peek_json(folder / "config.json")
-    return all(isinstance(config.get(part), dict) for part in ("vision_config", "text_config"))
+    return "transformers.js_config" not in config and all(
+        isinstance(config.get(part), dict) for part in ("vision_config", "text_config")
+    )
 
 
 def read_hf(folder: Path, registry: Registry, template: str | None) -> Parts:

@@ -64,7 +64,7 @@ class Export(Step):
             save_model(model, folder)
         else:
             folder = run.directory / self.options.format.use
-            proof = run.build(self.options.format).export(model, folder)
+            proof = run.build(self.options.format).export(model.merged(), folder)
             metrics |= {k: float(v) for k, v in proof.items() if isinstance(v, int | float)}
         exported = llavakit.load(folder, device=run.device)
         cards: list[Card] = []
