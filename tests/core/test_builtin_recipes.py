@@ -20,9 +20,14 @@ from llavakit import Recipe, Registry
 from llavakit.planning import Plan, make_plan
 from llavakit.recipe import find_recipe, recipe_folder
 
+TRAINING = {"pretrain", "finetune"}
 NAMES = [
-    file.stem for file in sorted(recipe_folder().glob("*.toml")) if not file.stem.startswith("tiny")
+    file.stem
+    for file in sorted(recipe_folder().glob("*.toml"))
+    if not file.stem.startswith("tiny")
+    and TRAINING & {use.use for use in Recipe.load(file, Registry.installed()).steps}
 ]
+"""The recipes that train; `evaluate` and `instruct158k` have tests of their own."""
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
