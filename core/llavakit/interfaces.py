@@ -19,7 +19,7 @@ from PIL.Image import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from llavakit.components import Component, KindT_co, Options, Use
+from llavakit.components import Component, KindT_co, Use
 from llavakit.samples import (
     ImageContext,
     Inspected,
@@ -147,7 +147,7 @@ class LanguageModel(Network):
     default_template: ClassVar[str] = "vicuna_v1"
     """The prompt template where a recipe names none."""
 
-    options: Options
+    options: Any
     """What it was built with, where `merged` gives another model than itself."""
     width: int
     """Size of one token embedding (E)."""

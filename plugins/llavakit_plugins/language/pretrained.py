@@ -67,6 +67,7 @@ class PretrainedLanguage(LanguageModel):
     Options: ClassVar[type[LanguageOptions]] = LanguageOptions
 
     model: Any
+    options: LanguageOptions
 
     def __init__(self, options: LanguageOptions, model: Any = None) -> None:
         super().__init__()
