@@ -193,7 +193,7 @@ def test_it_runs_with_tiny_weights(
 @pytest.mark.parametrize(
     ("name", "pixels", "text", "stage", "tflop"),
     [
-        # /work/shared/PERFORMANCE.md: necessary TFLOP a sample
+        # ../shared/PERFORMANCE.md: necessary TFLOP a sample
         ("llava13b", 224, 22, 0, 14.1),
         ("llava13b", 224, 298, 1, 42.4),
         ("llava7b", 224, 22, 0, 7.25),
