@@ -113,9 +113,10 @@ def _lead(work: _Work, *, resume: bool, reuse: Sequence[Path]) -> None:
                 if stopping():
                     raise Stopped
                 log.enter(name)
-                done = _done_before(work, name, reuse)
+                record = _record(recipe, name)  # hashes the data: once a step
+                done = _done_before(work, name, record, reuse)
                 if done is None:
-                    done = _one_step(work, name, use, stopping, resume=resume)
+                    done = _one_step(work, name, use, record, stopping, resume=resume)
                 records.append(
                     StepRecord.model_validate({"name": name, "folder": directory / name, **done})
                 )
@@ -165,9 +166,11 @@ class _Work:
         )
 
 
-def _done_before(work: _Work, name: str, reuse: Sequence[Path]) -> dict[str, Any] | None:
+def _done_before(
+    work: _Work, name: str, record: Record, reuse: Sequence[Path]
+) -> dict[str, Any] | None:
     """Return what a step said that was done before, here or in one of the runs in `reuse`."""
-    folder, record = work.directory / name, _record(work.recipe, name)
+    folder = work.directory / name
     done = _read(folder / _DONE)
     if done is not None and done.get("record") == record:
         _say(f"{name}: done before")
@@ -187,10 +190,10 @@ def _done_before(work: _Work, name: str, reuse: Sequence[Path]) -> dict[str, Any
 
 
 def _one_step(
-    work: _Work, name: str, use: StepUse, stopping: Stopping, *, resume: bool
+    work: _Work, name: str, use: StepUse, record: Record, stopping: Stopping, *, resume: bool
 ) -> dict[str, Any]:
     """Run one step; return what it said."""
-    folder, record = work.directory / name, _record(work.recipe, name)
+    folder = work.directory / name
     again = _prepare(folder, record, resume=resume)
     begun = time.monotonic()
     with _nothing_half_begun(folder), show_progress(name) as progress:

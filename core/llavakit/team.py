@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
@@ -68,7 +68,7 @@ class Team:
 
 
 @contextmanager
-def join_team(name: Literal["auto", "cpu", "cuda"] | str) -> Iterator[tuple[Team, torch.device]]:
+def join_team(name: str) -> Iterator[tuple[Team, torch.device]]:
     """Yield this process's place and device; `name` is the recipe's `device`.
 
     Raises RecipeError where there are more processes than devices, or a single device is named.
