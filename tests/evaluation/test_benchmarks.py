@@ -21,7 +21,7 @@ import llavakit.testing
 from llavakit import Benchmark, ChatModel, DataError, Message, Registry, Run, Stopped
 from llavakit.team import Team
 from llavakit_plugins.benchmarks.pope import original_answer, strict_answer
-from llavakit_plugins.vqa_text import normalise, vqa_accuracy
+from llavakit_plugins.evaluation.vqa_text import normalise, vqa_accuracy
 
 
 class Judge(ChatModel):
@@ -232,7 +232,7 @@ def test_the_relative_score_is_a_ratio_of_means_over_questions_that_parse(place:
 
 
 def test_the_interval_is_the_bootstraps(place: Path) -> None:
-    from llavakit_plugins.reviews import Relative
+    from llavakit_plugins.evaluation.reviews import Relative
 
     draw = np.random.default_rng(5)
     pairs = draw.integers(1, 11, (60, 2)).astype(float)

@@ -20,7 +20,7 @@ from tests.plugins.chat_server import KEY, Handler, Service, serve, user_text
 import llavakit
 from llavakit import DataError, LlavaModel, Question, Recipe, Registry, Stopped
 from llavakit.assembly import create_model, save_model
-from llavakit_plugins.answering import AnswerFile, Pace, ask
+from llavakit_plugins.evaluation.answering import AnswerFile, Pace, ask
 
 EVALUATE = """\
 name = "evaluate"

@@ -15,7 +15,7 @@ import llavakit.testing
 from llavakit import DataError, Dataset, Registry, Use
 from llavakit.components import Options
 from llavakit_plugins.datasets.scienceqa import ScienceQAOptions
-from llavakit_plugins.scienceqa import (
+from llavakit_plugins.evaluation.scienceqa import (
     LETTERS,
     answer_text,
     question_text,

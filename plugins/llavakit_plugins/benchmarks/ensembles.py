@@ -10,7 +10,7 @@ from typing import Literal
 
 from llavakit import Message
 from llavakit.samples import IMAGE
-from llavakit_plugins.scienceqa import Problem, question_text
+from llavakit_plugins.evaluation.scienceqa import Problem, question_text
 
 Ensemble = Literal["complement", "judge"]
 Choices = Sequence[int | None]

@@ -25,11 +25,11 @@ from llavakit import (
 )
 from llavakit.files import write_text
 from llavakit.reporting import Table
-from llavakit_plugins.answers import read_answers
 from llavakit_plugins.benchmarks.review_files import ReviewFiles
-from llavakit_plugins.judging import Asking, replies
-from llavakit_plugins.questions import read_questions
-from llavakit_plugins.reviews import (
+from llavakit_plugins.evaluation.answers import read_answers
+from llavakit_plugins.evaluation.judging import Asking, replies
+from llavakit_plugins.evaluation.questions import read_questions
+from llavakit_plugins.evaluation.reviews import (
     RELATIVE_COLUMNS,
     mean_pair,
     read_scores,
@@ -37,7 +37,7 @@ from llavakit_plugins.reviews import (
     summarise,
     unswapped,
 )
-from llavakit_plugins.rows import Row, listed, read_rows, text_of
+from llavakit_plugins.evaluation.rows import Row, listed, read_rows, text_of
 
 _SYSTEM = "You compare the answers of two assistants to a question about an image, fairly."
 _RULE = (

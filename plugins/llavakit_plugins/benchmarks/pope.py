@@ -11,8 +11,8 @@ from pydantic import Field
 
 from llavakit import Benchmark, DataError, InputPath, Options, Question, Score
 from llavakit.reporting import Table
-from llavakit_plugins.questions import Asked, read_questions, with_suffix
-from llavakit_plugins.rows import Row, id_of, read_rows
+from llavakit_plugins.evaluation.questions import Asked, read_questions, with_suffix
+from llavakit_plugins.evaluation.rows import Row, id_of, read_rows
 
 _WORD = re.compile(r"[a-z']+")
 _NO = {"no", "not"}

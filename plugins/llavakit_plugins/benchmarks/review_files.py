@@ -11,7 +11,7 @@ from pydantic import Field
 from llavakit import DataError, InputPath, Options
 from llavakit.reporting import Table
 from llavakit.scoring import FileScore, FileScorer
-from llavakit_plugins.reviews import (
+from llavakit_plugins.evaluation.reviews import (
     RELATIVE_COLUMNS,
     Pair,
     Scores,
@@ -21,7 +21,7 @@ from llavakit_plugins.reviews import (
     summarise,
     unswapped,
 )
-from llavakit_plugins.rows import Row, id_of, listed, read_rows
+from llavakit_plugins.evaluation.rows import Row, id_of, listed, read_rows
 
 
 class ReviewFilesOptions(Options):

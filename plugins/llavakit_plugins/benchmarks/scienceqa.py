@@ -10,7 +10,6 @@ from pydantic import Field, model_validator
 
 from llavakit import Benchmark, Build, ChatModel, InputPath, Options, Question, Run, Score, Use
 from llavakit.samples import IMAGE
-from llavakit_plugins.answers import read_answers
 from llavakit_plugins.benchmarks.ensembles import (
     Ensemble,
     complement,
@@ -21,8 +20,9 @@ from llavakit_plugins.benchmarks.ensembles import (
 )
 from llavakit_plugins.benchmarks.science_table import Result, table
 from llavakit_plugins.benchmarks.scienceqa_files import ScienceQAFiles
-from llavakit_plugins.judging import Asking, replies
-from llavakit_plugins.scienceqa import (
+from llavakit_plugins.evaluation.answers import read_answers
+from llavakit_plugins.evaluation.judging import Asking, replies
+from llavakit_plugins.evaluation.scienceqa import (
     LETTERS,
     Format,
     Problem,

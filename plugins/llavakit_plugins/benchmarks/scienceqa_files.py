@@ -10,7 +10,6 @@ from pydantic import Field, model_validator
 
 from llavakit import Build, ChatModel, DataError, InputPath, Options, Use
 from llavakit.scoring import FileScore, FileScorer
-from llavakit_plugins.answers import Answers, read_answers
 from llavakit_plugins.benchmarks.ensembles import (
     Ensemble,
     complement,
@@ -20,9 +19,10 @@ from llavakit_plugins.benchmarks.ensembles import (
     upper_bound,
 )
 from llavakit_plugins.benchmarks.science_table import Result, table
-from llavakit_plugins.judging import Asking, replies
-from llavakit_plugins.rows import listed
-from llavakit_plugins.scienceqa import Problem, read_choice, read_problems
+from llavakit_plugins.evaluation.answers import Answers, read_answers
+from llavakit_plugins.evaluation.judging import Asking, replies
+from llavakit_plugins.evaluation.rows import listed
+from llavakit_plugins.evaluation.scienceqa import Problem, read_choice, read_problems
 
 
 class ScienceQAFilesOptions(Options):

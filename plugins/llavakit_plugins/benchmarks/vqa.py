@@ -9,9 +9,9 @@ from pydantic import Field
 
 from llavakit import Benchmark, DataError, InputPath, Options, Question, Score
 from llavakit.reporting import Table
-from llavakit_plugins.questions import join, read_questions, with_suffix
-from llavakit_plugins.rows import Row, by_id, read_rows
-from llavakit_plugins.vqa_text import normalise, vqa_accuracy
+from llavakit_plugins.evaluation.questions import join, read_questions, with_suffix
+from llavakit_plugins.evaluation.rows import Row, by_id, read_rows
+from llavakit_plugins.evaluation.vqa_text import normalise, vqa_accuracy
 
 
 class VqaOptions(Options):

@@ -9,7 +9,13 @@ from pydantic import Field
 from llavakit import DataError, Dataset, InputPath, Options, Sample, Turn
 from llavakit.images import check_image
 from llavakit_plugins.datasets.expected import Expected
-from llavakit_plugins.scienceqa import Format, Problem, answer_text, question_text, read_problems
+from llavakit_plugins.evaluation.scienceqa import (
+    Format,
+    Problem,
+    answer_text,
+    question_text,
+    read_problems,
+)
 
 _CHARACTERS_A_TOKEN = 4.2  # of English under LLaMA's tokenizer, roughly: for plans only
 

@@ -32,7 +32,7 @@ from llavakit.files import write_text
 from llavakit.images import save_thumbnail
 from llavakit.reporting import Card, Gallery, Section, Table
 from llavakit.samples import IMAGE
-from llavakit_plugins.answering import AnswerFile, Pace, ask
+from llavakit_plugins.evaluation.answering import AnswerFile, Pace, ask
 from llavakit_plugins.training.corpus import Corpus
 from llavakit_plugins.training.features import Encoding
 from llavakit_plugins.training.validation import held_out_loss

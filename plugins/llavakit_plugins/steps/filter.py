@@ -13,8 +13,8 @@ from llavakit import DataError, InputPath, Options, Outcome, Run, Step, Stopped
 from llavakit.files import new_file
 from llavakit.reporting import Curves, Table
 from llavakit.samples import IMAGE
-from llavakit_plugins.captions import CaptionRow, read_captions
-from llavakit_plugins.concepts import (
+from llavakit_plugins.curation.captions import CaptionRow, read_captions
+from llavakit_plugins.curation.concepts import (
     Choice,
     choose,
     find_phrases,
@@ -22,7 +22,7 @@ from llavakit_plugins.concepts import (
     ranks,
     worker_pool,
 )
-from llavakit_plugins.phrases import LIGHT, has_spacy, hash_phrase
+from llavakit_plugins.curation.phrases import LIGHT, has_spacy, hash_phrase
 from llavakit_plugins.steps.generate import brief_questions
 from llavakit_plugins.steps.generation.output import json_lines, json_list
 

@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from llavakit_plugins.phrases import blocks_of, hash_block, name_block
+from llavakit_plugins.curation.phrases import blocks_of, hash_block, name_block
 
 _BLOCK = 4096  # captions that go to a worker at once
 _AHEAD = 4  # blocks for each worker that wait for it: what is in memory of the captions

@@ -17,7 +17,7 @@ from pydantic import AfterValidator
 from llavakit import DataError
 from llavakit.images import inside
 from llavakit.samples import IMAGE
-from llavakit_plugins.rows import Row, listed, read_json, text_of
+from llavakit_plugins.evaluation.rows import Row, listed, read_json, text_of
 
 LETTERS = "ABCDE"
 COLUMNS = ("NAT", "SOC", "LAN", "TXT", "IMG", "NO", "G1-6", "G7-12", "Avg")

@@ -25,7 +25,7 @@ _WORD = re.compile(r"[^\W\d_]+(?:['’-][^\W\d_]+)*|\d+|[^\w\s]")
 _WORDS = {
     name: frozenset(words.split())
     for name, words in tomllib.loads(
-        files("llavakit_plugins").joinpath("phrases.toml").read_text(encoding="utf-8")
+        files("llavakit_plugins.curation").joinpath("phrases.toml").read_text(encoding="utf-8")
     ).items()
 }
 _DETERMINERS, _SMALL, _VERBS = _WORDS["determiners"], _WORDS["small"], _WORDS["verbs"]

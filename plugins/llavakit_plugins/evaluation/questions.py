@@ -9,7 +9,7 @@ from pathlib import Path
 from llavakit import DataError, Question
 from llavakit.images import inside
 from llavakit.samples import IMAGE
-from llavakit_plugins.rows import Row, by_id, id_of, listed, read_rows, text_of
+from llavakit_plugins.evaluation.rows import Row, by_id, id_of, listed, read_rows, text_of
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from llavakit.files import explain_write
 from llavakit.generation import Sampling
 from llavakit.interfaces import Progress
 from llavakit.samples import ImageSource
-from llavakit_plugins.rows import listed, read_lines
+from llavakit_plugins.evaluation.rows import listed, read_lines
 
 Row = dict[str, Any]
 
