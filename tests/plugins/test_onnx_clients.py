@@ -147,6 +147,7 @@ def test_the_page_answers_in_a_browser(packages: Path, shared: Shared, tmp_path:
         )  # fmt: skip
     finally:
         server.shutdown()
+        server.server_close()
     assert done.returncode == 0, done.stderr
     answer = json.loads(done.stdout)
     assert answer["outside"] == [], "everything must come from the page's own origin"

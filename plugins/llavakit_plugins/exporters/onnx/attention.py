@@ -126,13 +126,19 @@ class Trace:
         return attended.transpose(1, 2)
 
     def _bias(self, rows: int, window: int | None, dtype: torch.dtype) -> Tensor:
-        """Return 0 where a row may look and a large negative number elsewhere."""
+        """Return 0 where a row may look and a large negative number elsewhere.
+
+        A window counts tokens: a shorter prompt of a batch has padding between its own rows and
+        those that are written behind it.
+        """
+        past = self.past[0][0].shape[2]
         columns_L = torch.arange(self.mask_BL.shape[1])
-        rows_T1 = (torch.arange(rows) + self.past[0][0].shape[2])[:, None]
-        visible_TL = columns_L <= rows_T1
+        rows_T1 = (torch.arange(rows) + past)[:, None]
+        visible_B1TL = (columns_L <= rows_T1) & self.mask_BL.bool()[:, None, None, :]
         if window is not None:
-            visible_TL = visible_TL & (columns_L > rows_T1 - window)
-        visible_B1TL = visible_TL & self.mask_BL.bool()[:, None, None, :]
+            places_BL = self.mask_BL.cumsum(1)
+            first_BT = places_BL[:, past:] - window
+            visible_B1TL = visible_B1TL & (places_BL[:, None] > first_BT[:, :, None])[:, None]
         hidden = torch.full((), -1e4, dtype=dtype)  # within half precision, and far enough
         return torch.where(visible_B1TL, torch.zeros((), dtype=dtype), hidden)
 
