@@ -16,8 +16,9 @@ from llavakit.reporting import Card, Curves, Gallery, Section
 from llavakit.samples import IMAGE
 from llavakit_plugins.training.corpus import Corpus
 from llavakit_plugins.training.features import preparation
-from llavakit_plugins.training.loop import PARTS, Trainer, require_weights
+from llavakit_plugins.training.loop import Trainer
 from llavakit_plugins.training.options import TrainOptions
+from llavakit_plugins.training.parts import PARTS, require_weights
 
 _SHOWN = 6  # looks of the validation in the gallery
 _SUPERVISED = 0.5  # share of a sample's text that is learned, roughly: for plans only

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +21,7 @@ from llavakit_plugins.training.features import (
     images_recur,
     preparation,
 )
-from llavakit_plugins.training.optimiser import Group, Optimiser, Schedule
+from llavakit_plugins.training.optimiser import Optimiser, Schedule
 from llavakit_plugins.training.options import TrainOptions
 from llavakit_plugins.training.parallel import (
     Micro,
@@ -33,32 +31,11 @@ from llavakit_plugins.training.parallel import (
     shard,
     sum_gradients,
 )
+from llavakit_plugins.training.parts import Parts, learns_in_part
+from llavakit_plugins.training.progress import Meter, Progress
 from llavakit_plugins.training.validation import Look, Validation
 
-PARTS = ("vision", "connector", "language")
 _NAMED = 5
-
-
-@dataclass
-class Progress:
-    """How far a training step is; all that a checkpoint holds besides tensors."""
-
-    step: int = 0
-    epoch: int = 0
-    batch: int = 0
-    """Steps done within the epoch."""
-    samples: int = 0
-    tokens: int = 0
-    targets: int = 0
-    losses: list[tuple[int, float]] = field(default_factory=list)
-    looks: list[tuple[int, float, Sequence[str]]] = field(default_factory=list)
-    """Of the validation: step, held-out loss, answers."""
-
-    @property
-    def best(self) -> Look | None:
-        """The look with the lowest held-out loss, the first of several."""
-        finite = [Look(*look) for look in self.looks if math.isfinite(look[1])]
-        return min(finite, key=lambda look: look.loss, default=None)
 
 
 class _Taken(NamedTuple):
@@ -90,15 +67,12 @@ class Trainer:
         self.sharded = self._sharded()
         if self.sharded:  # before the weights grow to float32
             shard(model, self.team, half=options.precision == "bf16")
-        self._before = _set_up(model, options, remember=not self.sharded)
+        self.parts = Parts(model, options, remember=not self.sharded)
         per_epoch = corpus.steps(options.batch_size)
         whole = per_epoch * options.epochs
         self.steps = min(whole, options.max_steps or whole)
         self.optimiser = Optimiser(
-            [
-                _group(model, part, rate, options.weight_decay)
-                for part, rate in options.train.items()
-            ],
+            self.parts.groups(),
             Schedule(self.steps, options.warmup, options.schedule),
             betas=options.betas,
             clip=options.clip,
@@ -133,7 +107,7 @@ class Trainer:
     def _sharded(self) -> bool:
         if self.team.size == 1 or self.options.shard is False:
             return False
-        if _learns_in_part(self.model):
+        if learns_in_part(self.model):
             if self.options.shard:
                 raise TrainingError(
                     "a language model with adapters is not divided among devices; set shard = false"
@@ -186,7 +160,7 @@ class Trainer:
             self._restore()
         if self.options.validate_every and not self.progress.looks:
             self._look()
-        meter = _Meter(self.progress)
+        meter = Meter(self.progress)
         note = ""
         for batch in self._batches():
             rate = self._step(batch)
@@ -211,13 +185,16 @@ class Trainer:
             self.run.progress(progress.step, self.steps, note)
             if looks:
                 self._look()
-                meter = _Meter(progress)  # the time it took is not training's
+                meter = Meter(progress)  # the time it took is not training's
             stopping = self.run.stopping()
             if stopping or last or progress.step % self.options.checkpoint_every == 0:
                 self._save()
             if stopping and not last:
                 raise Stopped
-        self._tear_down()
+        if self.sharded:
+            self._gather()
+        else:
+            self.parts.tear_down()
         return self.progress
 
     def _batches(self) -> Iterator[Batch]:
@@ -333,7 +310,7 @@ class Trainer:
             try:
                 yield
             finally:
-                _thaw(self.model, self.options)
+                self.parts.learn()
 
     @torch.no_grad()
     def recall_best(self) -> Look | None:
@@ -371,23 +348,10 @@ class Trainer:
             self.progress = Progress(**state)
             self.run.event("resumed", at=self.progress.step)
 
-    def _tear_down(self) -> None:
-        """Give every parameter its own precision back; one that was frozen, its own weights."""
-        if self.sharded:
-            self._gather()
-            return
-        for part, befores in self._before.items():
-            module = getattr(self.model, part)
-            for name, before in befores.items():
-                parameter = module.get_parameter(name)
-                own = parameter.data if before.weight is None else before.weight
-                parameter.data = own.to(parameter.device, before.dtype)
-        self.model.requires_grad_(False).eval()
-
     def _gather(self) -> None:
         """Put what was learned into a model that is not divided."""
         learned = in_one_piece({n: p.detach() for n, p in self.optimiser.named.items()}, self.team)
-        del self.model, self.features, self.optimiser
+        del self.model, self.parts, self.features, self.optimiser
         self.validation = None
         if self.team.leads:
             self.model = self.run.model(self.options.init)
@@ -395,87 +359,3 @@ class Trainer:
                 for name, value in learned.items():
                     self.model.get_parameter(name).copy_(value)
             self.model.requires_grad_(False).eval()
-
-
-def _learns_in_part(model: LlavaModel) -> bool:
-    """Say whether some weights of the language model never learn, beside its adapters."""
-    return sum(1 for _ in model.language.trainable()) < sum(1 for _ in model.language.parameters())
-
-
-@dataclass(frozen=True)
-class _Before:
-    """A parameter as it was before training, where its precision is another meanwhile."""
-
-    dtype: torch.dtype
-    weight: Tensor | None
-    """Of a frozen one that is rounded, its own values, off the device."""
-
-
-def _set_up(
-    model: LlavaModel, options: TrainOptions, *, remember: bool
-) -> dict[str, dict[str, _Before]]:
-    """Freeze and thaw; return what the parameters of each part were before, if to `remember`."""
-    befores: dict[str, dict[str, _Before]] = {}
-    half = torch.bfloat16 if options.precision == "bf16" else torch.float32
-    for part in PARTS:
-        module = getattr(model, part)
-        learning = {id(p) for _, p in module.trainable()} if part in options.train else set()
-        befores[part] = {}
-        for name, parameter in module.named_parameters():
-            learns = id(parameter) in learning
-            parameter.requires_grad_(learns)
-            wanted = torch.float32 if learns else half
-            if parameter.dtype != wanted and parameter.is_floating_point():
-                if remember:
-                    weight = None if learns else parameter.detach().cpu()
-                    befores[part][name] = _Before(parameter.dtype, weight)
-                parameter.data = parameter.data.to(wanted)
-    _thaw(model, options)
-    model.language.recompute = options.recompute
-    return befores
-
-
-def require_weights(part: str, count: int) -> None:
-    """Raise TrainingError where a part that should learn has nothing to learn with."""
-    if not count:
-        adapters = ", or give its weights of 4 bits adapters (`lora`)" * (part == "language")
-        raise TrainingError(
-            f"`{part}` has no parameters that learn; take it out of `train`{adapters}"
-        )
-
-
-def _thaw(model: LlavaModel, options: TrainOptions) -> None:
-    """Put the parts that learn in training mode, the others in evaluation mode."""
-    for part in PARTS:
-        getattr(model, part).train(part in options.train)
-
-
-def _group(model: LlavaModel, part: str, rate: float, weight_decay: float) -> Group:
-    named = {
-        f"{part}.{name}": parameter
-        for name, parameter in getattr(model, part).trainable()
-        if parameter.requires_grad
-    }
-    require_weights(part, len(named))
-    return Group(named, rate, weight_decay)
-
-
-class _Meter:
-    """Samples and tokens a second since the last look."""
-
-    def __init__(self, progress: Progress) -> None:
-        self._look(progress)
-
-    def _look(self, progress: Progress) -> None:
-        self._time, self._samples, self._tokens = (
-            time.monotonic(),
-            progress.samples,
-            progress.tokens,
-        )
-
-    def rates(self, progress: Progress) -> dict[str, float]:
-        seconds = max(time.monotonic() - self._time, 1e-9)
-        samples = (progress.samples - self._samples) / seconds
-        tokens = (progress.tokens - self._tokens) / seconds
-        self._look(progress)
-        return {"samples_per_s": round(samples, 2), "tokens_per_s": round(tokens)}
