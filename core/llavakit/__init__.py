@@ -25,11 +25,9 @@ if TYPE_CHECKING:
         Benchmark,
         Build,
         ChatModel,
-        Connector,
         Dataset,
         Exporter,
         Generator,
-        LanguageModel,
         Outcome,
         PromptTemplate,
         Run,
@@ -37,9 +35,9 @@ if TYPE_CHECKING:
         Step,
         Stopped,
         Tracker,
-        VisionEncoder,
     )
     from llavakit.model import LlavaModel
+    from llavakit.networks import Connector, LanguageModel, VisionEncoder
     from llavakit.recipe import Recipe
     from llavakit.registry import Registry
     from llavakit.samples import ImageContext, Message, Question, Reply, Sample, Score, Turn
@@ -61,11 +59,9 @@ _HOMES = {
         "Benchmark",
         "Build",
         "ChatModel",
-        "Connector",
         "Dataset",
         "Exporter",
         "Generator",
-        "LanguageModel",
         "Outcome",
         "PromptTemplate",
         "Run",
@@ -73,9 +69,9 @@ _HOMES = {
         "Step",
         "Stopped",
         "Tracker",
-        "VisionEncoder",
     ),
     "model": ("LlavaModel",),
+    "networks": ("Connector", "LanguageModel", "VisionEncoder"),
     "recipe": ("Recipe",),
     "registry": ("Registry",),
     "samples": ("ImageContext", "Message", "Question", "Reply", "Sample", "Score", "Turn"),

@@ -20,8 +20,9 @@ from torch import nn
 from llavakit.components import Options, Use
 from llavakit.errors import ModelError
 from llavakit.files import HASHED_BYTES, digest, new_folder
-from llavakit.interfaces import Connector, LanguageModel, PromptTemplate, VisionEncoder
+from llavakit.interfaces import PromptTemplate
 from llavakit.model import LlavaModel
+from llavakit.networks import Connector, LanguageModel, VisionEncoder
 from llavakit.registry import Registry
 
 MANIFEST = "model.toml"

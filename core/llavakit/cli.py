@@ -250,7 +250,7 @@ def _recipes(arguments: argparse.Namespace) -> int:
 def _plugins(arguments: argparse.Namespace) -> int:
     import json
 
-    from llavakit.interfaces import KINDS
+    from llavakit.kinds import KINDS
     from llavakit.registry import Registry
 
     registry = Registry.installed()
@@ -327,10 +327,10 @@ def _chat_with_heatmap(arguments: argparse.Namespace, model: object) -> None:
 
 
 def _export(arguments: argparse.Namespace) -> int:
+    from llavakit.checking import build_from
     from llavakit.errors import ModelError
     from llavakit.interfaces import Exporter
     from llavakit.model import LlavaModel
-    from llavakit.recipe import build_from
     from llavakit.registry import Registry
 
     registry = Registry.installed()
@@ -372,12 +372,12 @@ def _score(arguments: argparse.Namespace) -> int:
 
 
 def _check_data(arguments: argparse.Namespace) -> int:
+    from llavakit.checking import build_from, state_options
     from llavakit.components import Use
     from llavakit.errors import DataError
     from llavakit.inspection import Lengths, inspect_data, render
-    from llavakit.interfaces import Dataset, LanguageModel, PromptTemplate
+    from llavakit.interfaces import Dataset, PromptTemplate
     from llavakit.progress import show_progress
-    from llavakit.recipe import build_from, state_options
     from llavakit.registry import Registry
 
     places = {"path": arguments.file, "images": arguments.images}
@@ -393,6 +393,7 @@ def _check_data(arguments: argparse.Namespace) -> int:
         raise DataError("--max-length is 2 or more, --visual-tokens 1 or more")
     lengths = Lengths(arguments.max_length, arguments.visual_tokens)
     if arguments.tokenizer is not None:
+        from llavakit.networks import LanguageModel
         from llavakit.tokenizer_files import find_tokenizer
 
         name = arguments.template or LanguageModel.default_template

@@ -27,19 +27,9 @@ from llavakit.components import SkippableUse, Use
 from llavakit.errors import RecipeError
 from llavakit.events import EventLog
 from llavakit.files import HASHED_BYTES, digest, explain_write, link_folder, write_text
-from llavakit.interfaces import (
-    Build,
-    Dataset,
-    Event,
-    LanguageModel,
-    Outcome,
-    Run,
-    Step,
-    Stopped,
-    Stopping,
-    VisionEncoder,
-)
+from llavakit.interfaces import Build, Dataset, Event, Outcome, Run, Step, Stopped, Stopping
 from llavakit.model import LlavaModel
+from llavakit.networks import LanguageModel, VisionEncoder
 from llavakit.planning import make_plan
 from llavakit.progress import Display, duration, show_progress
 from llavakit.recipe import Recipe, StepUse

@@ -14,7 +14,7 @@ from torch import Tensor
 from llavakit.answers import AnswerText, special_stops
 from llavakit.attention import KVCache
 from llavakit.errors import ModelError
-from llavakit.interfaces import LanguageModel
+from llavakit.networks import LanguageModel
 from llavakit.packing import Packing, Rows
 from llavakit.sampling import Sampling as Sampling
 

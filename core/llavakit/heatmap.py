@@ -15,7 +15,7 @@ from llavakit.samples import ImageSource
 
 if TYPE_CHECKING:
     from llavakit.gaze import Gaze
-    from llavakit.interfaces import VisionEncoder
+    from llavakit.networks import VisionEncoder
 
 Floats = npt.NDArray[np.float64]
 Region = tuple[float, float, float, float]

@@ -15,16 +15,14 @@ if TYPE_CHECKING:
     from llavakit.interfaces import (
         Benchmark,
         ChatModel,
-        Connector,
         Dataset,
         Exporter,
         Generator,
-        LanguageModel,
         PromptTemplate,
         Step,
         Tracker,
-        VisionEncoder,
     )
+    from llavakit.networks import Connector, LanguageModel, VisionEncoder
 
 PROJECT = "llavakit"  #: pluggy project name, and the entry-point group of plugins
 

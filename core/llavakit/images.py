@@ -23,7 +23,7 @@ from llavakit.samples import ImageSource
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from llavakit.interfaces import VisionEncoder
+    from llavakit.networks import VisionEncoder
 
 MAX_PIXELS = 178_956_970
 """Pillow's own limit for a decompression bomb (twice its warning level)."""

@@ -17,7 +17,8 @@ from llavakit.answers import AnswerText, decode
 from llavakit.errors import ModelError
 from llavakit.generation import Sampling, generate_stream
 from llavakit.images import read_pixels
-from llavakit.interfaces import Connector, LanguageModel, PromptTemplate, VisionEncoder
+from llavakit.interfaces import PromptTemplate
+from llavakit.networks import Connector, LanguageModel, VisionEncoder
 from llavakit.packing import PackedBatch, Stream, pack
 from llavakit.prompts import Encoded, encode, tokenise
 from llavakit.samples import IMAGE, ImageSource, Sample, Turn

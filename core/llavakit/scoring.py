@@ -50,7 +50,7 @@ class FileScorer(Component):
 
 def score_command(arguments: Sequence[str], registry: Registry) -> int:
     """Run `llava-run score` with what stands behind it."""
-    from llavakit.recipe import build_from
+    from llavakit.checking import build_from
     from llavakit.reporting.plain import plain
 
     scorers = find_scorers(registry)

@@ -43,7 +43,7 @@ from llavakit import (
     VisionEncoder,
 )
 from llavakit.assembly import ModelRecipe, create_model, load_model, save_model
-from llavakit.interfaces import KINDS
+from llavakit.kinds import KINDS
 from llavakit.packing import Packing
 from llavakit_plugins.connectors.mlp import Linear, Mlp, MlpOptions
 from llavakit_plugins.datasets.conversations import Conversations

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import llavakit
 from llavakit import hooks
-from llavakit.interfaces import KINDS
+from llavakit.kinds import KINDS
 
 ROOT = Path(__file__).parents[2]
 
@@ -20,7 +20,7 @@ import json, resource, sys
 from llavakit.cli import main
 code = 0
 try:
-    main({arguments!r})
+    code = main({arguments!r})
 except SystemExit as error:
     code = error.code
 used = resource.getrusage(resource.RUSAGE_SELF)
@@ -81,3 +81,12 @@ def test_the_version_is_cheap() -> None:
     assert code == 0
     assert out.startswith("llava-run ")
     assert "torch" not in modules
+
+
+def test_data_is_checked_without_torch(tmp_path: Path) -> None:
+    turns = [{"from": "human", "value": "what ?"}, {"from": "gpt", "value": "red ."}]
+    (tmp_path / "rows.json").write_text(json.dumps([{"id": "a", "conversations": turns}]))
+    code, _, modules, out = probe("check-data", str(tmp_path / "rows.json"), "--json")
+    assert json.loads(out)["samples"] == 1
+    assert code == 0
+    assert not {"torch", "transformers"} & modules

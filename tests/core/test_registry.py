@@ -12,7 +12,7 @@ import pytest
 from tests.core.conftest import Command
 
 from llavakit import Component, Connector, Options, PluginError, RecipeError, Registry, hookimpl
-from llavakit.interfaces import KINDS
+from llavakit.kinds import KINDS
 from llavakit_plugins.connectors.mlp import Linear
 
 

@@ -13,7 +13,7 @@ from tests.plugins.onnx_models import HEADS_OF_16, make_model, make_pictures
 
 from llavakit import Exporter, LlavaModel, Registry
 from llavakit.generation import Sampling
-from llavakit.interfaces import LanguageModel
+from llavakit.networks import LanguageModel
 from llavakit.testing import ExporterContract
 
 pytest.importorskip("onnx")

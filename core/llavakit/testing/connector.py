@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from llavakit.interfaces import Connector
+from llavakit.networks import Connector
 from llavakit.packing import Stream
 from llavakit.testing.network import NetworkContract
 

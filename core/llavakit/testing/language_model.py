@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from llavakit.attention import KVCache
-from llavakit.interfaces import LanguageModel, PromptTemplate, Segment
+from llavakit.interfaces import PromptTemplate, Segment
+from llavakit.networks import LanguageModel
 from llavakit.packing import Packing, Rows
 from llavakit.prompts import tokenise
 from llavakit.registry import Registry

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 from llavakit.components import Use
-from llavakit.interfaces import LanguageModel, Outcome, Run, Step, Stopped, VisionEncoder
+from llavakit.interfaces import Outcome, Run, Step, Stopped
 from llavakit.model import LlavaModel
+from llavakit.networks import LanguageModel, VisionEncoder
 from llavakit.registry import Registry
 from llavakit.team import Team
 from llavakit.testing.contract import Contract

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from llavakit import LanguageModel, hookimpl
+from typing import TYPE_CHECKING
+
+from llavakit import hookimpl
+
+if TYPE_CHECKING:
+    from llavakit import LanguageModel
 
 
 @hookimpl
