@@ -29,7 +29,7 @@ def run_job(options: GenerateOptions, generator: PromptedGenerator, run: Run) ->
     with Ledger(
         run.directory / LEDGER, identity=generator.chat.identity, earlier=_earlier(run.directory)
     ) as ledger:
-        review = Review(options.images)
+        review = Review(options.images, run.seed)
         jobs = []
         for name, path in sources.items():
             if path is None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -13,17 +12,12 @@ import numpy as np
 
 from llavakit import Outcome, Run
 from llavakit.files import new_file
-from llavakit.reporting import Curves, Table
-from llavakit.samples import IMAGE
 from llavakit_plugins.chat.ledger import Ledger
 from llavakit_plugins.contexts import Contexts
 from llavakit_plugins.steps.generate import brief_questions, caption_row, row_of
 from llavakit_plugins.steps.generation.items import Item, Items
 from llavakit_plugins.steps.generation.review import Review
-
-_FIRST_WORDS = 12
-_BIN = 10  # words of an answer, in the plot of lengths
-_LONGEST = 400
+from llavakit_plugins.steps.generation.summary import Summary
 
 
 class Write(Protocol):
@@ -39,7 +33,6 @@ def write_output(
 ) -> Outcome:
     """Write every file of the step; return its numbers and sections."""
     summary = Summary()
-    review.sample(sum(len(items) for _, _, items in jobs), run.seed)
     for name, contexts, items in jobs:
         folder = run.directory / name
         folder.mkdir(exist_ok=True)
@@ -55,7 +48,7 @@ def write_output(
             for item in items.walk(ledger):
                 reason = unanswered.get(item.asked.key, "") if item.open else ""
                 summary.add(item, reason)
-                review.see(item)
+                review.see(item, reason)
                 usable = item.verdict is not None and item.verdict.outcome != "rejected"
                 if usable and item.verdict is not None:
                     row = row_of(item.context, item.kind, item.verdict.turns)
@@ -70,7 +63,14 @@ def write_output(
             for context in contexts:
                 write(caption_row(context, draw, questions))
         contexts.close()
-    review.write(run.directory / "review.html", summary.sections(), run.seed)
+    facts = [
+        f"{summary.usable:,} samples of {sum(len(items) for _, _, items in jobs):,}",
+        f"{len(ledger):,} replies",
+        f"{ledger.input_tokens:,} tokens sent, {ledger.output_tokens:,} received",
+        f"{ledger.spent:,.2f} USD",
+        f"seed {run.seed}",
+    ]
+    review.write(run.directory / "review.html", summary, facts)
     metrics = {
         "samples": float(summary.usable),
         "rejected": float(summary.rejected),
@@ -80,93 +80,6 @@ def write_output(
         "output_tokens": float(ledger.output_tokens),
     }
     return Outcome(metrics, [*summary.sections(), review.gallery(run.directory)])
-
-
-class Summary:
-    """Counts of verdicts, lengths and first words."""
-
-    def __init__(self) -> None:
-        self.usable = self.rejected = self.unanswered = 0
-        self._verdicts: Counter[tuple[str, str]] = Counter()
-        self._notes: Counter[tuple[str, str]] = Counter()
-        self._words: dict[str, Counter[int]] = {}
-        self._first: dict[str, Counter[str]] = {}
-
-    def add(self, item: Item, unanswered: str) -> None:
-        """Count one item."""
-        for reason in item.refused:
-            self._notes["rejected", reason] += 1
-        if item.verdict is None or item.open:
-            self.unanswered += 1
-            self._verdicts[item.kind, "unanswered"] += 1
-            self._notes["unanswered", unanswered or "not asked"] += 1
-            return
-        self._verdicts[item.kind, item.verdict.outcome] += 1
-        if item.verdict.outcome == "rejected":
-            self.rejected += 1
-            return
-        self.usable += 1
-        for note in item.verdict.notes:
-            self._notes["repaired", note] += 1
-        for turn in item.verdict.turns:
-            words = turn.text.replace(IMAGE, "").split()
-            if turn.role == "gpt":
-                lengths = self._words.setdefault(item.kind, Counter())
-                lengths[min(len(words), _LONGEST) // _BIN * _BIN] += 1
-            else:
-                start = " ".join(words[:2]).lower().strip("?,.!")
-                self._first.setdefault(item.kind, Counter())[start] += 1
-
-    def sections(self) -> list[Table | Curves]:
-        """Return what the report and the review page show."""
-        outcomes = ("accepted", "repaired", "rejected", "unanswered")
-        kinds = sorted({kind for kind, _ in self._verdicts})
-        verdicts = Table(
-            title="What became of the replies",
-            columns=["kind", *outcomes],
-            rows=[[kind, *(self._verdicts[kind, o] for o in outcomes)] for kind in kinds],
-        )
-        notes = Table(
-            title="Repairs and rejections",
-            columns=["what", "why", "replies"],
-            rows=[[what, why, count] for (what, why), count in self._notes.most_common()],
-            caption="Rejected replies are asked for again while there are attempts left.",
-        )
-        lengths = Curves(
-            title="Length of the answers",
-            x="words",
-            y="answers",
-            series={
-                kind: [(float(at), float(count)) for at, count in sorted(found.items())]
-                for kind, found in sorted(self._words.items())
-            },
-            log=False,
-        )
-        firsts = {
-            kind: found.most_common(_FIRST_WORDS) for kind, found in sorted(self._first.items())
-        }
-        questions = Table(
-            title="How questions begin",
-            columns=["kind", "first words", "questions", "share in %"],
-            rows=[
-                [kind, words, count, round(100 * count / self._first[kind].total(), 1)]
-                for kind, found in firsts.items()
-                for words, count in found
-            ],
-        )
-        ranks = Curves(
-            title="Variety of the questions",
-            x="first words, from frequent to rare",
-            y="questions",
-            series={
-                kind: [
-                    (float(rank), float(count))
-                    for rank, (_, count) in enumerate(found.most_common(200), start=1)
-                ]
-                for kind, found in sorted(self._first.items())
-            },
-        )
-        return [verdicts, notes, lengths, ranks, questions]
 
 
 def _origin(item: Item) -> dict[str, Any]:

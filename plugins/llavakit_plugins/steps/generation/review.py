@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import time
 from base64 import b64encode
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from io import BytesIO
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,46 +17,61 @@ import numpy as np
 from PIL import Image
 
 from llavakit.files import write_text
-from llavakit.reporting import Card, Curves, Gallery, Table
+from llavakit.reporting import Card, Gallery
 from llavakit.samples import IMAGE
-from llavakit_plugins.contexts import as_text
 from llavakit_plugins.steps.generate import find_image
 from llavakit_plugins.steps.generation.items import Item
 
 if TYPE_CHECKING:
     from jinja2 import Template
 
+    from llavakit_plugins.steps.generation.summary import Summary
+
 _SAMPLE = 60
+_UNUSABLE = 12  # shown beyond the sample, in which they may be rare
 _IN_REPORT = 9
-_SIDE = 320  # of an image, in pixels
+_TIME = "%Y-%m-%d %H:%M UTC"
+_SIDE = 480  # of an image, in pixels: wider than it is shown, for fine screens
+
+
+class Draw:
+    """A random sample of a stream, in its order; every item is as likely as any other."""
+
+    def __init__(self, size: int, seed: Sequence[int]) -> None:
+        self._size, self._draw = size, np.random.default_rng(seed)
+        self._kept: dict[int, tuple[int, Item]] = {}
+        self.total = 0
+
+    def see(self, item: Item) -> None:
+        """Take the next item, by chance."""
+        place = self.total if self.total < self._size else int(self._draw.integers(self.total + 1))
+        if place < self._size:
+            self._kept[place] = (self.total, item)
+        self.total += 1
+
+    def items(self) -> list[Item]:
+        """Return the sample."""
+        return [item for _, item in sorted(self._kept.values(), key=itemgetter(0))]
 
 
 class Review:
     """The sample and its page."""
 
-    def __init__(self, images: Path | None) -> None:
+    def __init__(self, images: Path | None, seed: int) -> None:
         self._images = images
-        self._wanted: set[int] = set()
-        self._at = 0
-        self._total = 0
-        self._items: list[Item] = []
+        self._replies, self._unusable = Draw(_SAMPLE, [seed, 4]), Draw(_UNUSABLE, [seed, 5])
 
-    def sample(self, total: int, seed: int) -> None:
-        """Draw which of so many items are shown."""
-        order = np.random.default_rng([seed, 4]).permutation(total)
-        self._wanted = set(order[:_SAMPLE].tolist())
-        self._total = total
-
-    def see(self, item: Item) -> None:
-        """Take the next item, if it was drawn."""
-        if self._at in self._wanted:
-            self._items.append(item)
-        self._at += 1
+    def see(self, item: Item, unanswered: str) -> None:
+        """Take the next item; `unanswered` says why no reply came, where it was asked for."""
+        if item.entry is not None:
+            self._replies.see(item)
+        if unanswered or (item.verdict is not None and item.verdict.outcome == "rejected"):
+            self._unusable.see(replace(item, refused=(*item.refused, unanswered)))
 
     def gallery(self, folder: Path) -> Gallery:
         """Return the first of the sample for the report of a step whose folder this is."""
         cards = []
-        for item in self._items[:_IN_REPORT]:
+        for item in self._replies.items()[:_IN_REPORT]:
             image = find_image(self._images, item.context)
             reply = item.entry.text if item.entry else "no reply"
             outcome = item.verdict.outcome if item.verdict else "unanswered"
@@ -68,32 +86,49 @@ class Review:
             title="What the teacher wrote", cards=cards, caption="More in the step's review.html."
         )
 
-    def write(self, path: Path, sections: Sequence[Table | Curves], seed: int) -> None:
+    def write(self, path: Path, summary: Summary, facts: Sequence[str]) -> None:
         """Write the page; it needs no other file."""
-        cards = [self._card(item) for item in self._items]
-        text = _template().render(cards=cards, sections=sections, total=self._total, seed=seed)
+        cards = [self._card(item) for item in self._replies.items()]
+        shown = {card["id"] for card in cards}
+        unusable = [self._card(item) for item in self._unusable.items()]
+        text = _template().render(
+            facts=facts,
+            sections=summary.plots(),
+            firsts=summary.firsts(),
+            kinds=summary.kinds,
+            verdicts=sorted({card["verdict"] for card in cards}),
+            cards=cards,
+            total=self._replies.total,
+            unusable=[card for card in unusable if card["id"] not in shown],
+            unusable_total=self._unusable.total,
+        )
         write_text(path, text.encode("utf-8", "replace").decode("utf-8"))
 
     def _card(self, item: Item) -> dict[str, Any]:
+        verdict, entry = item.verdict, item.entry
         image = find_image(self._images, item.context)
+        missing = f"{item.context.image} is not there" if self._images and image is None else ""
+        outcome = verdict.outcome if verdict else "unanswered"
+        repairs = verdict.notes if verdict and outcome == "repaired" else ()
+        came = "" if entry is None else time.strftime(_TIME, time.gmtime(entry.time))
         return {
             "id": f"{item.context.id}-{item.kind}",
             "kind": item.kind,
+            "facts": f"{entry.model}, {came}" if entry else "",
             "image": "" if image is None else _thumbnail(image),
-            "told": as_text(item.context, boxes=True),
-            "reply": item.entry.text if item.entry else "",
-            "verdict": item.verdict.outcome if item.verdict else "unanswered",
-            "notes": [*_repairs(item), *(f"rejected before: {why}" for why in item.refused)],
+            "missing": missing,
+            "told": item.request.messages[-1].content,
+            "reply": entry.text if entry else "",
+            "verdict": outcome,
+            "notes": [
+                *(f"repaired: {note}" for note in repairs),
+                *(f"attempt {n}: {why}" for n, why in enumerate(item.refused, start=1) if why),
+            ],
             "turns": [
                 (turn.role, turn.text.replace(IMAGE, "").strip())
-                for turn in (item.verdict.turns if item.verdict else ())
+                for turn in (verdict.turns if verdict else ())
             ],
         }
-
-
-def _repairs(item: Item) -> tuple[str, ...]:
-    usable = item.verdict is not None and item.verdict.outcome != "rejected"
-    return item.verdict.notes if usable and item.verdict is not None else ()
 
 
 def _thumbnail(path: Path) -> str:
@@ -111,17 +146,23 @@ def _thumbnail(path: Path) -> str:
 
 @cache
 def _template() -> Template:
-    from jinja2 import Environment, PackageLoader, StrictUndefined
+    from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
+    from markupsafe import Markup
 
     from llavakit.reporting.charts import draw_lines
+    from llavakit.reporting.values import cells, show
 
+    report = PackageLoader("llavakit.reporting", "")
     page = Environment(
-        loader=PackageLoader("llavakit_plugins.steps", "generation"),
+        loader=ChoiceLoader([PackageLoader("llavakit_plugins.steps", "generation"), report]),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    style, _, _ = report.get_source(page, "report.css")
+    page.globals["style"] = Markup(style)
+    page.filters |= {"cells": cells, "show": show}
     page.filters["chart"] = lambda curves: draw_lines(
         curves.series, title=curves.title, x=curves.x, y=curves.y, log=curves.log
     )
