@@ -33,6 +33,9 @@ _SERVER.set_forkserver_preload(
         "transformers.models.clip.modeling_clip",
         "transformers.models.llama.modeling_llama",
         "torch._dynamo",
+        "llavakit_plugins.steps.generation.job",
+        "openai",
+        "httpx_aiohttp",
     ]
 )
 
@@ -43,7 +46,11 @@ def start(folder: Path, *arguments: object, kill_at: int | None = None) -> BaseP
     With `kill_at` the process kills itself (SIGKILL) right before its so-many-th write.
     """
     texts = [str(argument) for argument in arguments]
-    process = _SERVER.Process(target=_run, args=(folder / "terminal.txt", texts, kill_at))
+    # the server's environment is that of whichever test was the first to start a process
+    environment = dict(os.environ)
+    process = _SERVER.Process(
+        target=_run, args=(folder / "terminal.txt", texts, environment, kill_at)
+    )
     process.start()
     return process
 
@@ -62,7 +69,11 @@ def run(folder: Path, *arguments: object, kill_at: int | None = None) -> int:
     return finish(start(folder, *arguments, kill_at=kill_at))
 
 
-def _run(output: Path, arguments: list[str], kill_at: int | None) -> None:
+def _run(
+    output: Path, arguments: list[str], environment: dict[str, str], kill_at: int | None
+) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
     with output.open("a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.core.processes import small_disk
 from tests.plugins.chat_server import KEY, Handler, Service, completion, serve, user_text
 
-from llavakit import ChatError, DataError, Message, Reply, Stopped
+from llavakit import ChatError, DataError, LlavaError, Message, Reply, Stopped
 from llavakit_plugins.chat.asking import ask_all
 from llavakit_plugins.chat.ledger import Ledger, Request, asked
 from llavakit_plugins.chat_models.openai import OpenAI, OpenAIOptions
@@ -93,6 +94,39 @@ def test_a_damaged_line_is_named(tmp_path: Path, line: bytes) -> None:
     path.write_bytes(path.read_bytes() + line)
     with pytest.raises(DataError, match=r"ledger\.jsonl:2 is no line of a ledger"):
         Ledger(path)
+
+
+def test_a_full_disk_leaves_whole_lines_and_a_sentence(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", 64):
+        path = tmp_path / "disk" / "ledger.jsonl"
+        padding = tmp_path / "disk" / "padding"
+        padding.write_bytes(bytes(40_000))
+
+        def fill(ledger: Ledger) -> None:
+            for number in range(1000):
+                ledger.append(entry(number, text="x" * 700))
+
+        with Ledger(path) as ledger:
+            with pytest.raises(LlavaError, match=r"cannot write .*No space left"):
+                fill(ledger)
+            count = len(ledger)
+            assert 0 < count < 1000
+            padding.unlink()  # the same ledger goes on, and nothing is between its lines
+            ledger.append(entry(1000))
+        with Ledger(path) as again:
+            assert len(again) == count + 1
+            assert [item.label for item in again] == [f"q{n}" for n in (*range(count), 1000)]
+
+
+def test_a_ledger_that_is_only_read_stays_as_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.jsonl"
+    with Ledger(path) as ledger:
+        ledger.append(entry(0))
+    half = path.read_bytes() + b'{"key"'  # another process is writing this line
+    path.write_bytes(half)
+    with Ledger(path, writable=False) as ledger:
+        assert [item.text for item in ledger] == ["text 0"]
+    assert path.read_bytes() == half
 
 
 def test_what_earlier_attempts_paid_for_is_taken_over(tmp_path: Path) -> None:
@@ -209,6 +243,29 @@ def test_asking_to_stop_keeps_what_is_on_its_way(service: Service, tmp_path: Pat
         assert len(ledger) == len(service.asked) < 500
 
 
+def test_what_waits_for_its_turn_is_not_sent_when_the_job_stops(
+    service: Service, tmp_path: Path
+) -> None:
+    """Neither for the rate nor for another try: the user pressed Ctrl-C and wants to go."""
+    faulty = model(service, backoff=60.0)
+    service.actions = [lambda h, b: h.answer("Yes.")]
+    service.otherwise = lambda h, b: h.fail(500, "oh")
+    slow = model(service, requests_per_minute=0.5)
+    for chat, enough in ((faulty, 5), (slow, 1)):
+        service.asked.clear()
+        begun = time.monotonic()
+        with Ledger(tmp_path / f"ledger {enough}") as ledger:
+            with pytest.raises(Stopped):
+                ask_all(
+                    chat, lambda: requests(50), ledger, concurrency=4,
+                    stopping=lambda: len(service.asked) >= enough,  # noqa: B023
+                )  # fmt: skip
+            assert len(ledger) == 1
+        assert len(service.asked) == enough
+        assert time.monotonic() - begun < 30  # and not a minute, or two
+        service.otherwise = lambda h, b: h.answer("Yes.")
+
+
 # -- money -----------------------------------------------------------------------------------------
 
 
@@ -294,6 +351,19 @@ def test_a_batch_on_its_way_is_collected_by_the_next_run(batching: Service, tmp_
         assert len(ledger) == 12
     assert len(batching.batches) == 4  # the two new ones
     assert set(Counter(map(user_text, batching.asked)).values()) == {1}
+
+
+def test_half_a_line_of_the_journal_is_cut(batching: Service, tmp_path: Path) -> None:
+    chat = model(batching, batch=True)
+    with Ledger(tmp_path / "ledger") as ledger:
+        ask_all(chat, lambda: requests(2), ledger)
+    journal = tmp_path / "batches.jsonl"
+    whole = journal.read_bytes()
+    journal.write_bytes(whole + b'{"coll')
+    with Ledger(tmp_path / "ledger") as ledger:
+        assert ask_all(chat, lambda: requests(3), ledger).answered == 1
+    rows = [json.loads(line) for line in journal.read_text().splitlines()]
+    assert [list(row) for row in rows] == [["mark"], ["collected"], ["collected"]]
 
 
 def test_a_batch_within_a_budget(batching: Service, tmp_path: Path) -> None:

@@ -11,8 +11,10 @@ import json
 import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from hashlib import sha256
+from io import FileIO
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -96,10 +98,18 @@ class Ledger:
     """The replies so far, on the disk; in memory only where each one stands.
 
     `earlier` are ledgers to take over what they hold of `identity`, such as those of attempts that
-    a changed recipe has set aside. Raises DataError where a line cannot be read.
+    a changed recipe has set aside. Without `writable` the file is left as it is, also where another
+    process is just adding to it. Raises DataError where a line cannot be read.
     """
 
-    def __init__(self, path: Path, *, identity: str = "", earlier: Iterable[Path] = ()) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        identity: str = "",
+        earlier: Iterable[Path] = (),
+        writable: bool = True,
+    ) -> None:
         self.path = path
         self.earlier = tuple(earlier)
         self.spent = 0.0
@@ -108,16 +118,19 @@ class Ledger:
         self._places: dict[bytes, int] = {}
         self._waiting: list[tuple[Entry, asyncio.Future[None]]] = []
         self._writer: asyncio.Task[None] | None = None
-        with explain_write(path):
-            self._file = path.open("a+b")
-            sync(path.parent)
+        self._file: FileIO | None = None
+        if writable:
+            with explain_write(path):
+                # no buffer: what a full disk refuses must not come later, between other lines
+                self._file = path.open("ab", buffering=0)
+                sync(path.parent)
         self._end = 0
         try:
             for start, entry in self._lines():
                 self._note(entry, start)
             mine = short_hash(identity)
             for other in self.earlier:
-                with Ledger(other) as source:
+                with Ledger(other, writable=False) as source:
                     self._write([entry for entry in source if entry.identity == mine])
         except BaseException:
             self.close()
@@ -136,7 +149,8 @@ class Ledger:
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
     def __len__(self) -> int:
         return len(self._places)
@@ -188,15 +202,26 @@ class Ledger:
         lines = [json.dumps(asdict(entry), ensure_ascii=False) + "\n" for entry in fresh.values()]
         # a lone surrogate is no text: it is kept as an escape, which JSON has
         data = [line.encode("utf-8", "backslashreplace") for line in lines]
-        with explain_write(self.path):
-            self._file.write(b"".join(data))
-            self._file.flush()
-            os.fsync(self._file.fileno())
+        self._put(b"".join(data))
         start = self._end
         for entry, line in zip(fresh.values(), data, strict=True):
             self._note(entry, start)
             start += len(line)
         self._end = start
+
+    def _put(self, data: bytes) -> None:
+        """Put all of it on the disk, or nothing."""
+        assert self._file is not None
+        left = memoryview(data)
+        with explain_write(self.path):
+            try:
+                while left:
+                    left = left[self._file.write(left) :]
+                os.fsync(self._file.fileno())
+            except OSError:
+                with suppress(OSError):
+                    self._file.truncate(self._end)
+                raise
 
     def _note(self, entry: Entry, start: int) -> None:
         self._places.setdefault(bytes.fromhex(entry.key), start)
@@ -211,14 +236,15 @@ class Ledger:
             return _parse(file.readline(), str(self.path))
 
     def _lines(self) -> Iterator[tuple[int, Entry]]:
-        self._file.seek(0)
-        for number, line in enumerate(self._file, start=1):
-            if not line.endswith(b"\n"):
-                with explain_write(self.path):
-                    self._file.truncate(self._end)
-                return
-            yield self._end, _parse(line, f"{self.path}:{number}")
-            self._end += len(line)
+        with self.path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                if not line.endswith(b"\n"):
+                    if self._file is not None:
+                        with explain_write(self.path):
+                            self._file.truncate(self._end)
+                    return
+                yield self._end, _parse(line, f"{self.path}:{number}")
+                self._end += len(line)
 
 
 _FIELDS = frozenset(field.name for field in fields(Entry))

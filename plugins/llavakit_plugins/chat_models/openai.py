@@ -26,7 +26,7 @@ from llavakit import ChatError, ChatModel, Message, Options, Reply, ReplyError
 from llavakit_plugins.chat.ledger import hash_messages, short_hash
 from llavakit_plugins.chat.prices import Price, price_list
 from llavakit_plugins.chat.tokens import Counter, counter_for
-from llavakit_plugins.chat_models.pacing import Pace, backoff, retry_after
+from llavakit_plugins.chat_models.pacing import Halted, Pace, backoff, retry_after
 from llavakit_plugins.chat_models.secret import read_key, redact
 
 if TYPE_CHECKING:
@@ -151,6 +151,17 @@ class OpenAI(ChatModel):
         return reply.text
 
     async def reply(self, messages: Sequence[Message], draw: int = 0) -> Reply:
+        try:
+            return await self._reply(messages, draw)
+        except Halted:
+            raise ReplyError("not sent, since the job stops") from None
+
+    def halt(self) -> None:
+        """Send nothing more: requests that wait for their turn fail at once."""
+        if self._pace is not None:
+            self._pace.halt()
+
+    async def _reply(self, messages: Sequence[Message], draw: int) -> Reply:
         client = self.client()
         assert self._pace is not None
         tokens = self.count(messages) + self.options.max_tokens
@@ -181,7 +192,7 @@ class OpenAI(ChatModel):
                     waited += pause
                     self._pace.hold(pause)  # all requests, not this one alone
                 _log.info("%s; again in %.1f s", fault, pause)
-                await asyncio.sleep(pause)
+                await self._pace.rest(pause)
 
     def client(self) -> openai.AsyncOpenAI:
         """Return the official client, one for each event loop. Raises ChatError without a key."""

@@ -9,12 +9,17 @@ import asyncio
 import random
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from email.utils import parsedate_to_datetime
 
 Clock = Callable[[], float]
 
 _BURST = 1.0  # seconds' worth of a rate that may go at once
 _LONGEST_PAUSE = 60.0
+
+
+class Halted(Exception):
+    """Nothing more is to be sent."""
 
 
 class Pace:
@@ -31,12 +36,15 @@ class Pace:
         self._due = [0.0, 0.0]
         self._held_until = 0.0
         self._queue = asyncio.Lock()
+        self._halted = asyncio.Event()
 
     async def turn(self, tokens: int) -> None:
-        """Wait until a request of so many tokens may go."""
+        """Wait until a request of so many tokens may go. Raises Halted."""
         async with self._queue:
             while (wait := self._wait()) > 0:
-                await asyncio.sleep(wait)
+                await self.rest(wait)
+            if self._halted.is_set():
+                raise Halted
             now = self._clock()
             for index, cost in enumerate((1, tokens)):
                 if rate := self._rates[index]:
@@ -45,6 +53,16 @@ class Pace:
     def hold(self, seconds: float) -> None:
         """Let nothing go for so long."""
         self._held_until = max(self._held_until, self._clock() + seconds)
+
+    async def rest(self, seconds: float) -> None:
+        """Wait for so long. Raises Halted, at once."""
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._halted.wait(), seconds)
+            raise Halted
+
+    def halt(self) -> None:
+        """Let nothing go any more; who waits is told."""
+        self._halted.set()
 
     def _wait(self) -> float:
         limited = [due for due, rate in zip(self._due, self._rates, strict=True) if rate]

@@ -67,6 +67,11 @@ class Replay(ChatModel):
         self._found[place] = fresh.key
         return reply
 
+    def halt(self) -> None:
+        """Send nothing more."""
+        if self._model is not None and (halt := getattr(self._model, "halt", None)):
+            halt()
+
     def count(self, messages: Sequence[Message]) -> int:
         return self._model.count(messages) if self._model else super().count(messages)
 
@@ -84,7 +89,7 @@ class Replay(ChatModel):
         if self._ledger is None:
             if self._model is None and not self.options.path.is_file():
                 raise ChatError(f"there is no file of replies {self.options.path}; record one")
-            self._ledger = Ledger(self.options.path)
+            self._ledger = Ledger(self.options.path, writable=self._model is not None)
             for entry in self._ledger:
                 self._found.setdefault((entry.prompt, entry.draw), entry.key)
         return self._ledger
