@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import resource
 import subprocess
@@ -35,7 +36,7 @@ import onnxruntime as runtime
 from llavakit_plugins.exporters.onnx import graphs as tracing
 from llavakit_plugins.exporters.onnx.exporter import Onnx, OnnxOptions
 from llavakit_plugins.exporters.onnx.pictures import find_preparation
-from llavakit_plugins.onnx_runtime import load
+from llavakit_plugins.onnx_runtime import OnnxModel, load
 
 QUESTION = "what colour is the picture ?"
 
@@ -87,7 +88,40 @@ def test_llavakit_load_gives_what_pytorch_gives(exported: Exported, images: int)
     assert loaded.generate_ids(QUESTION, pictures, max_new_tokens=24) == ids
     answer = model.generate(QUESTION, images=pictures, max_new_tokens=24)
     assert loaded.generate(QUESTION, images=pictures, max_new_tokens=24) == answer
-    assert "".join(loaded.stream(QUESTION, pictures, max_new_tokens=24)).strip() == answer
+    assert "".join(loaded.stream(QUESTION, pictures, max_new_tokens=24)) == answer
+
+
+SAME = (
+    "generate", "generate_ids", "stream", "answer", "answer_ids", "logits", "prompt", "prepare",
+    "decode",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_its_methods_take_what_a_pytorch_model_takes(name: str) -> None:
+    def taken(model: type) -> list[tuple[str, Any, Any]]:
+        parameters = inspect.signature(getattr(model, name)).parameters.values()
+        return [(each.name, each.kind, each.default) for each in parameters]
+
+    assert taken(OnnxModel) == taken(LlavaModel)
+
+
+def test_stop_texts_end_an_answer_as_in_pytorch(exported: Exported) -> None:
+    loaded, model, question = load(exported.folder), exported.model, "blue"
+    whole = model.generate(question, max_new_tokens=24, raw=True)
+    stop = max(whole.split(), key=whole.index)  # the word that comes last for the first time
+    settings: dict[str, Any] = {"max_new_tokens": 24, "stop": [stop, "never"], "raw": True}
+    expected = model.generate(question, **settings)
+    assert 0 < len(expected) < len(whole)
+    assert loaded.generate(question, **settings) == expected
+    assert "".join(loaded.stream(question, **settings)) == expected
+    sampling = Sampling(24, stop=(stop,))
+    shorter = model.answer_ids([(question, ())], sampling, raw=True)
+    assert loaded.answer_ids([(question, ())], sampling, raw=True) == shorter
+    assert len(shorter[0]) < 24
+    assert loaded.decode(shorter[0]) == model.decode(shorter[0])
+    with pytest.raises(ModelError, match="empty text"):
+        loaded.generate(question, stop=[""])
 
 
 def test_a_batch_is_answered_as_one_by_one(exported: Exported) -> None:
@@ -242,7 +276,7 @@ _BLOCKED = """\
 import json, sys
 for name in ("torch", "transformers", "onnx"):
     sys.modules[name] = None
-from llavakit_plugins.onnx_runtime import load
+from llavakit_plugins.onnx_runtime import OnnxModel, load
 folder, picture, question = sys.argv[1:]
 model = load(folder)
 ids = model.generate_ids(question, [picture], max_new_tokens=8)

@@ -6,12 +6,14 @@ I images, P' visual tokens of an image, B sequences, T rows, E width, V vocabula
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
 
+from llavakit.answers import AnswerText, decode, special_stops
 from llavakit.errors import ModelError
 from llavakit.images import open_image
 from llavakit.prompts import IMAGE_ID, Encoded, tokenise
@@ -60,6 +62,8 @@ class OnnxModel:
     ) -> None:
         self.manifest, self.precision, self.provider = folder.manifest, precision, provider
         self.tokenizer = TextTokenizer.of(folder)
+        self._reader = cast("Any", self.tokenizer)
+        """The tokenizer for functions of the core that name transformers' class."""
         self._array = array
         """What `logits` returns the numpy array as."""
         self._vision, self._embeddings, decoder = (
@@ -72,6 +76,11 @@ class OnnxModel:
             in_place=folder.manifest.attention == "group_query",
             provider=provider,
         )
+
+    @property
+    def visual_tokens(self) -> int:
+        """How many rows of the sequence one image takes (P')."""
+        return self.manifest.shapes.visual_tokens
 
     def prompt(self, prompt: str, images: Sequence[ImageSource], *, raw: bool = False) -> Encoded:
         """Render one question, or take a raw prompt as it is, and tokenise it.
@@ -86,7 +95,7 @@ class OnnxModel:
                 prompt = f"{IMAGE}\n" * len(images) + prompt
             Sample("prompt", (Turn("human", prompt),), tuple(images)).check()
             pieces = form.pieces(prompt)
-        ids, learned = tokenise(cast("Any", pieces), cast("Any", self.tokenizer), begin=False)
+        ids, learned = tokenise(cast("Any", pieces), self._reader, begin=False)
         first = np.asarray(form.beginning if raw or form.adds_bos else (), np.int64)
         encoded = Encoded(
             np.concatenate((first, ids)),
@@ -99,8 +108,12 @@ class OnnxModel:
             )
         return encoded
 
-    def pixels(self, images: Sequence[ImageSource], where: str = "the prompt") -> FloatArray:
-        """Return the pixels `[I, 3, H, W]` of images."""
+    def prepare(
+        self, images: Sequence[ImageSource], where: str = "the prompt"
+    ) -> FloatArray | None:
+        """Return the pixels `[I, 3, H, W]` of images, or None for none."""
+        if not images:
+            return None
         prepare = self.manifest.preparation.prepare
         return np.stack([prepare(open_image(image, where)) for image in images])
 
@@ -109,19 +122,17 @@ class OnnxModel:
         (features,) = self._vision.run(["image_features"], {"pixel_values": pixels_IHW})
         return cast("FloatArray", features)
 
-    def embed(self, encoded: Encoded, images: Sequence[ImageSource]) -> FloatArray:
+    def embed(self, encoded: Encoded, pixels_IHW: FloatArray | None) -> FloatArray:
         """Return the embeddings `[T, E]` of a prompt, text and visual rows."""
-        rows = encoded.expand(self.manifest.shapes.visual_tokens)
+        rows = encoded.expand(self.visual_tokens)
         embeds_TE: FloatArray = self._embed(rows.token_ids[None])[0]
-        if images:
-            embeds_TE[rows.visual] = self.features(self.pixels(images)).reshape(
-                -1, embeds_TE.shape[1]
-            )
+        if pixels_IHW is not None and len(pixels_IHW):
+            embeds_TE[rows.visual] = self.features(pixels_IHW).reshape(-1, embeds_TE.shape[1])
         return embeds_TE
 
     def logits(self, prompt: str, images: Sequence[ImageSource] = (), *, raw: bool = False) -> Any:
         """Return logits `[T, V]`, float32, of every row of the spliced sequence."""
-        embeds_TE = self.embed(self.prompt(prompt, images, raw=raw), images)
+        embeds_TE = self.embed(self.prompt(prompt, images, raw=raw), self.prepare(images))
         return self._array(self.trace(embeds_TE)[0])
 
     def trace(self, embeds_TE: FloatArray) -> tuple[FloatArray, list[npt.NDArray[Any]]]:
@@ -139,10 +150,14 @@ class OnnxModel:
         temperature: float = 0.0,
         top_p: float = 1.0,
         seed: int | None = None,
+        stop: Sequence[str] = (),
         raw: bool = False,
     ) -> str:
-        """Return the answer to a prompt; greedy where `temperature` is 0."""
-        sampling = Sampling(max_new_tokens, temperature, top_p, seed)
+        """Return the answer to a prompt; greedy where `temperature` is 0.
+
+        It ends before the first of the `stop` texts, besides where the model itself ends it.
+        """
+        sampling = Sampling(max_new_tokens, temperature, top_p, seed, tuple(stop))
         return self.answer([(prompt, images)], sampling, raw=raw)[0]
 
     def generate_ids(
@@ -165,63 +180,84 @@ class OnnxModel:
         temperature: float = 0.0,
         top_p: float = 1.0,
         seed: int | None = None,
+        stop: Sequence[str] = (),
         raw: bool = False,
     ) -> Iterator[str]:
-        """Yield the answer in pieces as it comes."""
-        sampling = Sampling(max_new_tokens, temperature, top_p, seed)
-        ids: list[int] = []
-        shown = ""
+        """Yield the answer in pieces as it comes; together they are what `generate` returns."""
+        sampling = self._stopping(
+            Sampling(max_new_tokens, temperature, top_p, seed, tuple(stop)), raw=raw
+        )
+        text = AnswerText(self._reader, sampling.stop)
         for tokens in self._steps([(prompt, images)], sampling, raw=raw):
-            ids.append(tokens[0][1])
-            text = self._decode(ids)
-            # a character of several tokens, or the start of a stop text, is not shown yet
-            if not text.endswith("\ufffd") and text.startswith(shown):
-                yield text[len(shown) :]
-                shown = text
-        text = self._decode(ids)
-        if text != shown:
-            yield text[len(shown) :]
+            if piece := text.add(tokens[0][1]):
+                yield piece
+        if piece := text.finish():
+            yield piece
 
     def answer(
-        self, prompts: Sequence[Prompt], sampling: Sampling, *, raw: bool = False
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        *,
+        raw: bool = False,
+        pixels_IHW: FloatArray | None = None,
     ) -> list[str]:
-        """Return the answers to several prompts with their images, decoded as one batch."""
-        return [self._decode(ids) for ids in self.answer_ids(prompts, sampling, raw=raw)]
+        """Return the answers to several prompts with their images, decoded as one batch.
+
+        `pixels_IHW` are all their images as `prepare` returns them, where that is done already.
+        """
+        sampling = self._stopping(sampling, raw=raw)
+        found = self.answer_ids(prompts, sampling, raw=raw, pixels_IHW=pixels_IHW)
+        return [decode(self._reader, ids, sampling.stop) for ids in found]
 
     def answer_ids(
-        self, prompts: Sequence[Prompt], sampling: Sampling, *, raw: bool = False
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        *,
+        raw: bool = False,
+        pixels_IHW: FloatArray | None = None,
     ) -> list[list[int]]:
         """Return the new tokens of each answer."""
         answers: list[list[int]] = [[] for _ in prompts]
-        for tokens in self._steps(prompts, sampling, raw=raw):
+        for tokens in self._steps(prompts, sampling, raw=raw, pixels_IHW=pixels_IHW):
             for index, token in tokens:
                 answers[index].append(token)
         return answers
 
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of an answer's tokens, up to what ends it."""
+        return decode(self._reader, ids, self.manifest.prompt.stops)
+
     def _steps(
-        self, prompts: Sequence[Prompt], sampling: Sampling, *, raw: bool
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        *,
+        raw: bool,
+        pixels_IHW: FloatArray | None = None,
     ) -> Iterator[list[tuple[int, int]]]:
         """Yield (prompt, token) of every prompt that still goes on, step by step."""
-        embeds = [
-            self.embed(self.prompt(prompt, images, raw=raw), images) for prompt, images in prompts
-        ]
+        sampling = self._stopping(sampling, raw=raw)
+        embeds = self._embed_prompts(prompts, pixels_IHW, raw=raw)
         lengths = [len(rows) for rows in embeds]
         room = self._check_room(lengths, sampling.max_new_tokens)
-        stops = () if raw else self.manifest.prompt.stops
+        ends = special_stops(self._reader, sampling.stop).union(self.manifest.end_tokens)
+        texts = [AnswerText(self._reader, sampling.stop) for _ in room] if sampling.stop else None
         draw = np.random.default_rng(sampling.seed)
         logits_BV = self._read(embeds, max(n + m for n, m in zip(lengths, room, strict=True)))
         active = list(range(len(prompts)))
-        texts: list[list[int]] = [[] for _ in prompts]
         while True:
             chosen = choose(logits_BV, sampling, draw)
             yield list(zip(active, chosen, strict=True))
             going = []
             for place, (index, token) in enumerate(zip(active, chosen, strict=True)):
-                texts[index].append(token)
-                ended = token in self.manifest.end_tokens or len(texts[index]) >= room[index]
-                if not ended and stops:
-                    text = self.tokenizer.decode(texts[index])
-                    ended = any(stop in text for stop in stops)
+                room[index] -= 1
+                lengths[index] += 1
+                ended = token in ends or not room[index]
+                if texts is not None and not ended:
+                    texts[index].add(token)
+                    ended = texts[index].stopped
                 if not ended:
                     going.append(place)
             if not going:
@@ -230,9 +266,28 @@ class OnnxModel:
                 self.decoder.select(going)
                 active = [active[place] for place in going]
                 chosen = [chosen[place] for place in going]
-            places = np.asarray([[lengths[i] + len(texts[i]) - 1] for i in active], np.int64)
+            places = np.asarray([[lengths[index] - 1] for index in active], np.int64)
             embeds_B1E = self._embed(np.asarray(chosen, np.int64)[:, None])
             logits_BV = self.decoder.step(embeds_B1E, places)
+
+    def _stopping(self, sampling: Sampling, *, raw: bool) -> Sampling:
+        """Return `sampling` with the template's stop texts, but for a raw prompt."""
+        own = () if raw else self.manifest.prompt.stops
+        return replace(sampling, stop=tuple(dict.fromkeys((*sampling.stop, *own))))
+
+    def _embed_prompts(
+        self, prompts: Sequence[Prompt], pixels_IHW: FloatArray | None, *, raw: bool
+    ) -> list[FloatArray]:
+        """Return the embeddings `[T, E]` of each prompt."""
+        encoded = [self.prompt(prompt, images, raw=raw) for prompt, images in prompts]
+        if pixels_IHW is None:
+            pixels_IHW = self.prepare([image for _, images in prompts for image in images])
+        found, begin = [], 0
+        for one in encoded:
+            end = begin + one.image_count
+            found.append(self.embed(one, None if pixels_IHW is None else pixels_IHW[begin:end]))
+            begin = end
+        return found
 
     def _read(self, embeds: Sequence[FloatArray], capacity: int) -> FloatArray:
         """Read the prompts as one batch, padded on the right; return each one's next logits."""
@@ -264,12 +319,6 @@ class OnnxModel:
         ids = np.where(ids_BT == IMAGE_ID, 0, ids_BT)
         (embeds,) = self._embeddings.run(["inputs_embeds"], {"input_ids": ids})
         return cast("FloatArray", embeds)
-
-    def _decode(self, ids: Sequence[int]) -> str:
-        text = self.tokenizer.decode(ids, skip_special_tokens=True)
-        for stop in self.manifest.prompt.stops:
-            text = text.split(stop)[0]
-        return text.strip()
 
 
 def choose(logits_BV: FloatArray, sampling: Sampling, draw: np.random.Generator) -> list[int]:

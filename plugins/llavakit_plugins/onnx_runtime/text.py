@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class TextTokenizer:
-    """What `llavakit.prompts.tokenise` reads of a tokenizer, and the way back to text."""
+    """What `llavakit.prompts` and `llavakit.answers` ask of a tokenizer."""
 
     def __init__(self, backend: Tokenizer, settings: dict[str, Any]) -> None:
         self.backend_tokenizer = backend
@@ -29,6 +29,15 @@ class TextTokenizer:
         except Exception as error:  # tokenizers raises nothing narrower
             raise ModelError(f"{path} cannot be read: {error}; copy the folder again") from error
         return cls(backend, folder.json("tokenizer_config.json"))
+
+    @property
+    def added_tokens_decoder(self) -> dict[int, Any]:
+        """The tokens that were added to the vocabulary, by their ids."""
+        return self.backend_tokenizer.get_added_tokens_decoder()
+
+    def convert_ids_to_tokens(self, token: int) -> str | None:
+        """Return a token as it stands in the vocabulary."""
+        return self.backend_tokenizer.id_to_token(token)
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         """Return the text of tokens, as transformers gives it."""

@@ -106,14 +106,15 @@ def first_difference(model: LlavaModel, exported: OnnxModel, case: Case, toleran
             if np.abs(exported.features(pixels.numpy()) - features).max() > tolerance:
                 return "the output of vision encoder and connector"
         embeds_TE = model.embed(batch, None if pixels is None else model.features(pixels))
-        if np.abs(exported.embed(encoded, case.images) - embeds_TE.numpy()).max() > tolerance:
+        ours_TE = exported.embed(encoded, exported.prepare(case.images))
+        if np.abs(ours_TE - embeds_TE.numpy()).max() > tolerance:
             return "the embeddings of the text or the preparation of the images"
         layers, _, _ = model.language.cache_shape()
         rows = len(embeds_TE)
         cache = KVCache(layers, [rows])
         packing = Packing(batch.packing.starts, batch.packing.position_ids_T, cache)
         model.language.hidden(embeds_TE, packing)
-    _, held = exported.trace(exported.embed(encoded, case.images))
+    _, held = exported.trace(ours_TE)
     for layer in range(layers):
         for what, ours, theirs in (
             ("keys", held[2 * layer], cache.keys[layer]),
