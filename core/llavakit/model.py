@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -114,14 +115,17 @@ class LlavaModel(nn.Module):
         pixels = [read_pixels(self.vision, image, where) for image in images]
         return torch.stack(pixels).to(self.device, dtype)
 
-    def prompt(self, prompt: str, images: Sequence[ImageSource], *, raw: bool = False) -> Encoded:
+    def prompt(
+        self, prompt: str, images: Sequence[ImageSource], *, raw: bool = False, begun: str = ""
+    ) -> Encoded:
         """Render one question, or take a raw prompt as it is, and tokenise it.
 
-        A question without placeholders gets one for each image in front.
+        A question without placeholders gets one for each image in front. `begun` is what its
+        answer has begun with, for the model to go on from there.
         """
-        if raw:
-            from llavakit.interfaces import Segment
+        from llavakit.interfaces import Segment
 
+        if raw:
             ids, learned = tokenise([Segment(prompt, markup=True)], self.language.tokenizer)
             encoded = Encoded(ids, learned)
         else:
@@ -130,6 +134,11 @@ class LlavaModel(nn.Module):
             sample = Sample("prompt", (Turn("human", prompt),), tuple(images))
             sample.check()
             encoded = encode(sample, self.template, self.language.tokenizer)
+        if begun:
+            ids, learned = tokenise([Segment(begun)], self.language.tokenizer, begin=False)
+            encoded = Encoded(
+                np.concatenate((encoded.ids, ids)), np.concatenate((encoded.learned, learned))
+            )
         if encoded.image_count != len(images):
             raise ModelError(
                 f"the prompt has {encoded.image_count} `{IMAGE}` for {len(images)} images; "
@@ -209,13 +218,15 @@ class LlavaModel(nn.Module):
         *,
         raw: bool = False,
         pixels_IHW: Tensor | None = None,
+        begun: Sequence[str] = (),
     ) -> list[str]:
         """Return the answers to several prompts with their images, decoded as one batch.
 
         `pixels_IHW` are all their images as `prepare` returns them, where that is done already.
+        `begun` is what each answer has begun with; what is returned goes on from there.
         """
         sampling = self._stopping(sampling, raw=raw)
-        found = self.answer_ids(prompts, sampling, raw=raw, pixels_IHW=pixels_IHW)
+        found = self.answer_ids(prompts, sampling, raw=raw, pixels_IHW=pixels_IHW, begun=begun)
         return [decode(self.language.tokenizer, ids, sampling.stop) for ids in found]
 
     def answer_ids(
@@ -225,10 +236,12 @@ class LlavaModel(nn.Module):
         *,
         raw: bool = False,
         pixels_IHW: Tensor | None = None,
+        begun: Sequence[str] = (),
     ) -> list[list[int]]:
         """Return the new tokens of each answer."""
         answers: list[list[int]] = [[] for _ in prompts]
-        for tokens in self._steps(prompts, sampling, raw=raw, pixels_IHW=pixels_IHW):
+        steps = self._steps(prompts, sampling, raw=raw, pixels_IHW=pixels_IHW, begun=begun)
+        for tokens in steps:
             for index, token in tokens:
                 answers[index].append(token)
         return answers
@@ -240,9 +253,13 @@ class LlavaModel(nn.Module):
         *,
         raw: bool,
         pixels_IHW: Tensor | None = None,
+        begun: Sequence[str] = (),
     ) -> Iterator[list[tuple[int, int]]]:
         """Yield (prompt, token) of every prompt that still goes on, step by step."""
-        encoded = [self.prompt(prompt, images, raw=raw) for prompt, images in prompts]
+        encoded = [
+            self.prompt(prompt, images, raw=raw, begun=start)
+            for (prompt, images), start in zip(prompts, begun or ("",) * len(prompts), strict=True)
+        ]
         batch = pack(encoded, range(len(encoded)), self.visual_tokens)
         with torch.inference_mode():
             images = [image for _, images in prompts for image in images]

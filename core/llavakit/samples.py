@@ -150,6 +150,9 @@ class Question:
     images: tuple[ImageSource, ...] = ()
     truth: str = ""
     category: str = ""
+    then: str = ""
+    """What an answer must hold: where it ends without, the model is given its answer and this, and
+    goes on. LLaVA's first version is so asked for a letter behind its reasons."""
 
 
 @dataclass(frozen=True)

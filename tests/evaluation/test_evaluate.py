@@ -7,10 +7,13 @@ import re
 import signal
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from PIL import Image
 from tests.conftest import WORDS, RecipeWriter
 from tests.core import processes
@@ -20,6 +23,7 @@ from tests.plugins.chat_server import KEY, Handler, Service, serve, user_text
 import llavakit
 from llavakit import DataError, LlavaModel, Question, Recipe, Registry, Stopped
 from llavakit.assembly import create_model, save_model
+from llavakit.cli import main
 from llavakit_plugins.evaluation.answering import AnswerFile, Pace, ask
 
 EVALUATE = """\
@@ -147,6 +151,39 @@ def test_batches_are_of_like_length(
     assert [len(batch) for batch in seen] == [8, 8, 8, 6]
     flat = [length for batch in seen for length in batch]
     assert flat == sorted(flat)
+
+
+def test_an_answer_that_ends_early_is_gone_on_with(
+    model: Path, questions: Sequence[Question], tmp_path: Path
+) -> None:
+    """Transformers is given the same tokens: prompt, first answer and what is put behind it."""
+    from transformers import LlavaForConditionalGeneration
+
+    loaded = llavakit.load(model, device="cpu")
+    export_folder = tmp_path / "hf"
+    assert main(["export", str(model), str(export_folder), "--format", "hf"]) == 0
+    peer: Any = LlavaForConditionalGeneration.from_pretrained(export_folder)
+    asked = [replace(q, then="###\nANSWER:") for q in questions[:4]]
+    said = answer(loaded, asked, tmp_path / "a.jsonl", 3)
+    firsts = answer(loaded, questions[:4], tmp_path / "b.jsonl", 3)
+    for question, first, text in zip(asked, firsts, said, strict=True):
+        start = f"{first}\n###\nANSWER:".strip()
+        assert text.startswith(start)
+        rows = loaded.prompt(
+            question.prompt, question.images, begun=f" {first}".rstrip() + " ###\nANSWER:"
+        ).expand(loaded.visual_tokens)
+        ids = torch.from_numpy(np.where(rows.visual, peer.config.image_token_id, rows.token_ids))
+        pixels = loaded.prepare(question.images)
+        images = {} if pixels is None else {"pixel_values": pixels}
+        found = peer.generate(
+            input_ids=ids[None], attention_mask=torch.ones_like(ids)[None], max_new_tokens=64,
+            do_sample=False, **images,
+        )  # fmt: skip
+        new = loaded.decode(found[0, len(ids) :].tolist())
+        assert text == f"{start} {new}".strip()
+    # one that holds it already is left alone
+    held = [replace(q, then=first[:3]) for q, first in zip(questions[:4], firsts, strict=True)]
+    assert answer(loaded, held, tmp_path / "c.jsonl", 3) == firsts
 
 
 def test_a_missing_image_is_named(

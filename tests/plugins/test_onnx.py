@@ -106,6 +106,15 @@ def test_its_methods_take_what_a_pytorch_model_takes(name: str) -> None:
     assert taken(OnnxModel) == taken(LlavaModel)
 
 
+def test_an_answer_that_has_begun_goes_on_as_in_pytorch(exported: Exported) -> None:
+    loaded, model = load(exported.folder), exported.model
+    prompts = [(QUESTION, exported.pictures), ("blue", [])]
+    begun = [" it is", " a red circle"]
+    expected = model.answer_ids(prompts, Sampling(12), begun=begun)
+    assert expected != model.answer_ids(prompts, Sampling(12))
+    assert loaded.answer_ids(prompts, Sampling(12), begun=begun) == expected
+
+
 def test_stop_texts_end_an_answer_as_in_pytorch(exported: Exported) -> None:
     loaded, model, question = load(exported.folder), exported.model, "blue"
     whole = model.generate(question, max_new_tokens=24, raw=True)

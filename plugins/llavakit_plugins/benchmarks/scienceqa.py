@@ -32,6 +32,7 @@ from llavakit_plugins.evaluation.scienceqa import (
 )
 
 _LETTER_ONLY = "Answer with the letter of the right option only."
+_BEHIND_REASONS = "###\nANSWER:"
 
 
 class ScienceQAOptions(Options):
@@ -105,7 +106,8 @@ class ScienceQA(Benchmark):
             images = (problem.image_path(folder, where),)
             prompt = f"{prompt}\n{IMAGE}"
         truth = f"{problem.letter}. {problem.choices[problem.answer]}"
-        return Question(problem.id, prompt, images, truth, next(problem.columns))
+        then = _BEHIND_REASONS if self.options.format.endswith("-LEPA") else ""
+        return Question(problem.id, prompt, images, truth, next(problem.columns), then)
 
     def _score(
         self, questions: Sequence[Question], answers: Sequence[str], asking: Asking

@@ -22,6 +22,7 @@ from llavakit.samples import ImageSource
 from llavakit_plugins.evaluation.rows import listed, read_lines
 
 Row = dict[str, Any]
+_MORE_TOKENS = 64  # of a second step, as in the original
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,26 @@ def _batched(
     sampling = Sampling(max_new_tokens)
     for places, pixels in _prepared(model, questions, batches, pace.workers):
         prompts = [(questions[place].prompt, questions[place].images) for place in places]
-        yield places, model.answer(prompts, sampling, pixels_IHW=pixels)
+        answers = model.answer(prompts, sampling, pixels_IHW=pixels)
+        yield places, _gone_on(model, [questions[place] for place in places], answers)
+
+
+def _gone_on(model: LlavaModel, questions: Sequence[Question], answers: Sequence[str]) -> list[str]:
+    """Return the answers; those that ended before what they must hold are gone on with."""
+    whole = list(answers)
+    begun: dict[int, str] = {}
+    for number, (question, answer) in enumerate(zip(questions, answers, strict=True)):
+        if question.then and question.then not in answer:
+            start = f" {answer}".rstrip() + f" {question.then}"
+            prompt = model.prompt(question.prompt, question.images, begun=start)
+            if prompt.length(model.visual_tokens) < model.language.max_length:
+                begun[number] = start
+    if begun:
+        prompts = [(questions[number].prompt, questions[number].images) for number in begun]
+        ends = model.answer(prompts, Sampling(_MORE_TOKENS), begun=list(begun.values()))
+        for number, end in zip(begun, ends, strict=True):
+            whole[number] = f"{answers[number]}\n{questions[number].then} {end}".strip()
+    return whole
 
 
 def _prepared(

@@ -82,10 +82,13 @@ class OnnxModel:
         """How many rows of the sequence one image takes (P')."""
         return self.manifest.shapes.visual_tokens
 
-    def prompt(self, prompt: str, images: Sequence[ImageSource], *, raw: bool = False) -> Encoded:
+    def prompt(
+        self, prompt: str, images: Sequence[ImageSource], *, raw: bool = False, begun: str = ""
+    ) -> Encoded:
         """Render one question, or take a raw prompt as it is, and tokenise it.
 
-        A question without placeholders gets one for each image in front.
+        A question without placeholders gets one for each image in front. `begun` is what its
+        answer has begun with, for the model to go on from there.
         """
         form = self.manifest.prompt
         if raw:
@@ -95,12 +98,12 @@ class OnnxModel:
                 prompt = f"{IMAGE}\n" * len(images) + prompt
             Sample("prompt", (Turn("human", prompt),), tuple(images)).check()
             pieces = form.pieces(prompt)
-        ids, learned = tokenise(cast("Any", pieces), self._reader, begin=False)
         first = np.asarray(form.beginning if raw or form.adds_bos else (), np.int64)
-        encoded = Encoded(
-            np.concatenate((first, ids)),
-            np.concatenate((np.zeros(len(first), np.bool_), learned)),
-        )
+        parts = [(first, np.zeros(len(first), np.bool_))]
+        for texts in (pieces, [Piece(begun)] if begun else []):
+            parts.append(tokenise(cast("Any", texts), self._reader, begin=False))
+        ids, learned = zip(*parts, strict=True)
+        encoded = Encoded(np.concatenate(ids), np.concatenate(learned))
         if encoded.image_count != len(images):
             raise ModelError(
                 f"the prompt has {encoded.image_count} `{IMAGE}` for {len(images)} images; "
@@ -201,13 +204,15 @@ class OnnxModel:
         *,
         raw: bool = False,
         pixels_IHW: FloatArray | None = None,
+        begun: Sequence[str] = (),
     ) -> list[str]:
         """Return the answers to several prompts with their images, decoded as one batch.
 
         `pixels_IHW` are all their images as `prepare` returns them, where that is done already.
+        `begun` is what each answer has begun with; what is returned goes on from there.
         """
         sampling = self._stopping(sampling, raw=raw)
-        found = self.answer_ids(prompts, sampling, raw=raw, pixels_IHW=pixels_IHW)
+        found = self.answer_ids(prompts, sampling, raw=raw, pixels_IHW=pixels_IHW, begun=begun)
         return [decode(self._reader, ids, sampling.stop) for ids in found]
 
     def answer_ids(
@@ -217,10 +222,12 @@ class OnnxModel:
         *,
         raw: bool = False,
         pixels_IHW: FloatArray | None = None,
+        begun: Sequence[str] = (),
     ) -> list[list[int]]:
         """Return the new tokens of each answer."""
         answers: list[list[int]] = [[] for _ in prompts]
-        for tokens in self._steps(prompts, sampling, raw=raw, pixels_IHW=pixels_IHW):
+        steps = self._steps(prompts, sampling, raw=raw, pixels_IHW=pixels_IHW, begun=begun)
+        for tokens in steps:
             for index, token in tokens:
                 answers[index].append(token)
         return answers
@@ -236,10 +243,17 @@ class OnnxModel:
         *,
         raw: bool,
         pixels_IHW: FloatArray | None = None,
+        begun: Sequence[str] = (),
     ) -> Iterator[list[tuple[int, int]]]:
         """Yield (prompt, token) of every prompt that still goes on, step by step."""
         sampling = self._stopping(sampling, raw=raw)
-        embeds = self._embed_prompts(prompts, pixels_IHW, raw=raw)
+        encoded = [
+            self.prompt(prompt, images, raw=raw, begun=start)
+            for (prompt, images), start in zip(prompts, begun or ("",) * len(prompts), strict=True)
+        ]
+        if pixels_IHW is None:
+            pixels_IHW = self.prepare([image for _, images in prompts for image in images])
+        embeds = self._embed_prompts(encoded, pixels_IHW)
         lengths = [len(rows) for rows in embeds]
         room = self._check_room(lengths, sampling.max_new_tokens)
         ends = special_stops(self._reader, sampling.stop).union(self.manifest.end_tokens)
@@ -276,12 +290,9 @@ class OnnxModel:
         return replace(sampling, stop=tuple(dict.fromkeys((*sampling.stop, *own))))
 
     def _embed_prompts(
-        self, prompts: Sequence[Prompt], pixels_IHW: FloatArray | None, *, raw: bool
+        self, encoded: Sequence[Encoded], pixels_IHW: FloatArray | None
     ) -> list[FloatArray]:
         """Return the embeddings `[T, E]` of each prompt."""
-        encoded = [self.prompt(prompt, images, raw=raw) for prompt, images in prompts]
-        if pixels_IHW is None:
-            pixels_IHW = self.prepare([image for _, images in prompts for image in images])
         found, begin = [], 0
         for one in encoded:
             end = begin + one.image_count
