@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny, and several tests run at once
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach for the network
 os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run on the CPU; read at the first import
 

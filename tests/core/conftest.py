@@ -1,14 +1,11 @@
-"""One thread a process: the models are tiny, and several tests run at once."""
+"""The command line, run in the process of the test."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import NamedTuple
 
 import pytest
-
-os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 class Outcome(NamedTuple):
