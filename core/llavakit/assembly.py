@@ -206,12 +206,13 @@ def load_model(
         recipe = ModelRecipe.model_validate({name: manifest[name] for name in (*PARTS, "template")})
         if template is not None:
             recipe = recipe.model_copy(update={"template": Use[PromptTemplate](use=template)})
-        vision = _load_part(recipe.vision, registry, _place(folder, "vision"))
-        language = _load_part(recipe.language, registry, _place(folder, "language"))
+        vision = _load_part(recipe.vision, registry, _place(folder, "vision"), dtype)
+        language = _load_part(recipe.language, registry, _place(folder, "language"), dtype)
         connector = _load_part(
             recipe.connector,
             registry,
             _place(folder, "connector"),
+            dtype,
             vision_width=vision.width,
             language_width=language.width,
         )
@@ -233,7 +234,12 @@ def cast_weights(module: nn.Module, dtype: torch.dtype) -> None:
             parameter.data = parameter.data.to(dtype)
 
 
-def _load_part(use: Use[Any], registry: Registry, folder: Path, **context: Any) -> Any:
+def _load_part(
+    use: Use[Any], registry: Registry, folder: Path, dtype: torch.dtype | None, **context: Any
+) -> Any:
+    """Return a part in `dtype`, read so at once where it has an option for it."""
     component: Any = registry.get(use.kind(), use.use)
     options: Options = component.Options(**use.options)
+    if dtype is not None and "dtype" in component.Options.model_fields:
+        options = options.model_copy(update={"dtype": str(dtype).removeprefix("torch.")})
     return component.load(options, folder, **context)

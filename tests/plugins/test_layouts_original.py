@@ -105,9 +105,10 @@ def make(
             if mistral
             else LlamaForCausalLM(LlamaConfig(**language))
         )
-        layers: list[nn.Module] = [nn.Linear(32, 48)]
+        width = language["hidden_size"]
+        layers: list[nn.Module] = [nn.Linear(32, width)]
         for _ in range(1, depth):
-            layers += [nn.GELU(), nn.Linear(48, 48)]
+            layers += [nn.GELU(), nn.Linear(width, width)]
         projector = shaken(layers[0] if depth == 1 else nn.Sequential(*layers))
     for module in (vision, causal, projector):
         module.to(dtype)

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from llavakit import Exporter, LlavaModel, ModelError, Options, Registry
-from llavakit.assembly import cast_weights
 from llavakit.files import new_folder
 from llavakit_plugins.exporters.hf_source import is_hf, read_hf
 from llavakit_plugins.huggingface import quietly
@@ -73,10 +72,8 @@ class Hf(Exporter):
     ) -> LlavaModel:
         """Return the model; `template` names its prompt template where the folder's is not it."""
         registry = Registry.installed()
-        model = read_hf(folder, registry, template).join(registry, folder).to(device).eval()
-        if dtype is not None:
-            cast_weights(model, dtype)
-        return model
+        parts = read_hf(folder, registry, dtype=dtype, template=template)
+        return parts.join(registry, folder).to(device).eval()
 
     def export(self, model: LlavaModel, folder: Path) -> Mapping[str, Any]:
         """Write the folder, read it back, and return how far the two are apart.

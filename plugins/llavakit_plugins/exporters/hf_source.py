@@ -48,8 +48,10 @@ def is_hf(folder: Path) -> bool:
     )
 
 
-def read_hf(folder: Path, registry: Registry, template: str | None) -> Parts:
-    """Return the parts of the model in a folder.
+def read_hf(
+    folder: Path, registry: Registry, *, dtype: torch.dtype | None, template: str | None
+) -> Parts:
+    """Return the parts of the model in a folder, weights in `dtype`, or as they are.
 
     Raises ModelError for what is damaged, missing, or cannot be expressed here.
     """
@@ -61,7 +63,7 @@ def read_hf(folder: Path, registry: Registry, template: str | None) -> Parts:
             f"{folder}: config.json says `model_type` {kind!r}, and `llava` can be read, the shape "
             f"of LLaVA-1.5; {hint}"
         )
-    weights = Weights.within(folder)
+    weights = Weights.within(folder, dtype)
     if weights is None:
         raise ModelError(f"{folder} holds no weights; copy its model.safetensors, or its shards")
     states = _sort(weights)

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from llavakit import Exporter, LlavaModel, ModelError, Options, Registry
-from llavakit.assembly import cast_weights
 from llavakit.files import new_folder
 from llavakit_plugins.exporters.original_source import TOKENS, is_original, read_original
 from llavakit_plugins.exporters.original_tower import FOLDER
@@ -67,11 +66,10 @@ class Original(Exporter):
         with, `vision` that of the vision tower, `template` the name of the prompt template.
         """
         registry = Registry.installed()
-        parts = read_original(folder, registry, base=base, vision=vision, template=template)
-        model = parts.join(registry, folder).to(device).eval()
-        if dtype is not None:
-            cast_weights(model, dtype)
-        return model
+        parts = read_original(
+            folder, registry, dtype=dtype, base=base, vision=vision, template=template
+        )
+        return parts.join(registry, folder).to(device).eval()
 
     def export(self, model: LlavaModel, folder: Path) -> Mapping[str, Any]:
         """Write the folder, read it back, and return how far the two are apart.

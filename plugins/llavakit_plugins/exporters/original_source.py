@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from llavakit import ModelError, PromptTemplate, Registry
@@ -68,16 +69,18 @@ def read_original(
     folder: Path,
     registry: Registry,
     *,
+    dtype: torch.dtype | None,
     base: Path | None,
     vision: Path | None,
     template: str | None,
 ) -> Parts:
-    """Return the parts of the model in a folder, an adapter merged.
+    """Return the parts of the model in a folder, weights in `dtype` or as they are.
 
-    Raises ModelError for what is damaged, missing, or cannot be expressed here.
+    An adapter is merged. Raises ModelError for what is damaged, missing, or cannot be
+    expressed here.
     """
     config = _config(folder)
-    pieces = _Pieces.of(folder, base)
+    pieces = _Pieces.of(folder, base, dtype)
     text_table = _text_table(config, folder)
     source = folder if pieces.base is None or has_tokenizer(folder) else pieces.base
     tokenizer = read_tokenizer(source, str(text_table["model_type"]))
@@ -94,7 +97,7 @@ def read_original(
     set_tokenizer(language, tokenizer, folder)
     if (folder / ADAPTER).is_file():
         merge_adapter(language, folder)
-    tower = find_tower(folder, config, vision, inside=pieces.vision)
+    tower = find_tower(folder, config, vision, inside=pieces.vision, dtype=dtype)
     vision_use, encoder = make_vision(
         tower.table,
         tower.state,
@@ -145,6 +148,7 @@ class _Pieces:
     """The tensors of a checkpoint by what they belong to, by the names used there."""
 
     base: Path | None
+    dtype: torch.dtype | None = None
     language: dict[str, Tensor] = field(default_factory=dict)
     projector: dict[str, Tensor] = field(default_factory=dict)
     vision: dict[str, Tensor] = field(default_factory=dict)
@@ -152,17 +156,17 @@ class _Pieces:
     """Embeddings of the newest tokens, or of all."""
 
     @classmethod
-    def of(cls, folder: Path, base: Path | None) -> _Pieces:
-        whole = Weights.within(folder)
+    def of(cls, folder: Path, base: Path | None, dtype: torch.dtype | None) -> _Pieces:
+        whole = Weights.within(folder, dtype)
         adapter = (folder / ADAPTER).is_file()
         if whole is not None and not adapter:
-            pieces = cls(None)
+            pieces = cls(None, dtype)
             pieces._sort(whole)
         else:
             what = "LoRA adapter" if adapter else "projector"
-            pieces = cls(_base(folder, base, what))
+            pieces = cls(_base(folder, base, what), dtype)
             assert pieces.base is not None
-            found = Weights.within(pieces.base)
+            found = Weights.within(pieces.base, dtype)
             if found is None:
                 raise ModelError(
                     f"{pieces.base} holds no weights; give the folder of the language model that "
@@ -193,7 +197,7 @@ class _Pieces:
                 "it at the end of training, and its saves in between lack it"
             )
         trained = _Pieces(self.base)
-        trained._sort(Weights.of_file(path))
+        trained._sort(Weights.of_file(path, self.dtype))
         if path.name == PROJECTOR:
             found = [trained.language.pop(k, None) for k in (EMBEDDING, "embed_tokens.weight")]
             self.rows = next((rows for rows in found if rows is not None), None)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from llavakit import ModelError
@@ -30,7 +31,12 @@ class Tower(NamedTuple):
 
 
 def find_tower(
-    folder: Path, config: Mapping[str, Any], given: Path | None, inside: Mapping[str, Tensor]
+    folder: Path,
+    config: Mapping[str, Any],
+    given: Path | None,
+    *,
+    inside: Mapping[str, Tensor],
+    dtype: torch.dtype | None,
 ) -> Tower:
     """Return the vision tower: what the user gives, what config.json names, or what is inside.
 
@@ -42,7 +48,7 @@ def find_tower(
     if inside:
         state, where = dict(inside), folder
     elif place is not None:
-        state, where = _vision_state(place), place
+        state, where = _vision_state(place, dtype), place
     else:
         raise ModelError(
             f"{folder} names the vision tower `{name}` and does not hold its weights; fetch it "
@@ -94,9 +100,9 @@ def _table(place: Path | None, name: Any, folder: Path) -> dict[str, Any]:
     return table
 
 
-def _vision_state(folder: Path) -> dict[str, Tensor]:
+def _vision_state(folder: Path, dtype: torch.dtype | None) -> dict[str, Tensor]:
     """Return the vision model's tensors in a folder of it alone, of a CLIP, or of a LLaVA."""
-    weights = Weights.within(folder)
+    weights = Weights.within(folder, dtype)
     if weights is None:
         raise ModelError(f"{folder} holds no weights of a vision tower; copy them there")
     for pattern in (r"^(?:model\.)?vision_tower\.(?:vision_model\.)?", r"^vision_model\."):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,6 +12,7 @@ from safetensors import SafetensorError
 
 from llavakit import ModelError
 from llavakit_plugins.huggingface import quietly
+from llavakit_plugins.layouts.weights import Weights
 
 if TYPE_CHECKING:
     from llavakit_plugins.language.pretrained import LanguageOptions
@@ -25,23 +27,29 @@ def read_weights(network: type[Any], config: Any, options: LanguageOptions) -> A
     The weights go from the files into an empty model one by one, so that there is one copy of
     each. Raises ModelError where weights are missing, left over or of another shape.
     """
+    assert options.source is not None
     source = options.source
     how: dict[str, Any] = {}
     if options.device is not None:
         how["device_map"] = {"": options.device}
     if options.quantize is not None:
         how |= _quantized(options)
+    weights = None if options.quantize is not None else _of_folder(options)
+    if weights is None:
+        how |= {"pretrained_model_name_or_path": source, "revision": options.revision or "main"}
+    else:
+        how |= {"pretrained_model_name_or_path": None, "state_dict": weights}
     try:
         with quietly():
             model, found = network.from_pretrained(
-                source,
                 config=config,
-                revision=options.revision or "main",
                 dtype=getattr(torch, options.dtype),
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # they are named below
                 **how,
             )
+            if weights is not None:
+                _read_ends(model, Path(source))
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"the weights of {source} cannot be read: {error}") from error
     wrong = {
@@ -60,6 +68,25 @@ def read_weights(network: type[Any], config: Any, options: LanguageOptions) -> A
             "what its shape really is as `config`"
         )
     return model
+
+
+def _of_folder(options: LanguageOptions) -> Weights | None:
+    """Return the weights in a folder; None where the source is none, or has none.
+
+    transformers would keep the folder's files mapped until the last weight is turned to `dtype`:
+    in the end there were two copies in memory.
+    """
+    assert options.source is not None
+    folder = Path(options.source)
+    return Weights.within(folder, getattr(torch, options.dtype)) if folder.is_dir() else None
+
+
+def _read_ends(model: Any, folder: Path) -> None:
+    """Read generation_config.json, as transformers does with weights that it finds by itself."""
+    from transformers import GenerationConfig
+
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
 
 
 def cannot_quantize() -> str | None:

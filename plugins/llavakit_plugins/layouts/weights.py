@@ -29,16 +29,22 @@ _GARBLED = ("Unsupported operand", "invalid load key", "truncated", "Ran out of 
 
 @dataclass(frozen=True)
 class Weights(Mapping[str, Tensor]):
-    """Tensors by name. A safetensors file is mapped, so a tensor costs memory when it is used."""
+    """Tensors by name. A file is mapped, so a tensor costs memory when it is used.
+
+    With a `dtype` each is turned to it as it is read, by itself: a mapped file would stay in memory
+    beside all that was made of it.
+    """
 
     home: Path
     """The folder or file they come from, for errors."""
     files: Mapping[str, Path]
     """The file of each tensor."""
+    dtype: torch.dtype | None = None
+    """That of all floating-point tensors; as in the file where None."""
     _open: dict[Path, Any] = field(default_factory=dict, repr=False)
 
     @classmethod
-    def within(cls, folder: Path) -> Weights | None:
+    def within(cls, folder: Path, dtype: torch.dtype | None = None) -> Weights | None:
         """Return a model's weights, or None where the folder has none.
 
         Raises ModelError where a file is damaged or a shard is missing.
@@ -48,19 +54,19 @@ class Weights(Mapping[str, Tensor]):
                 whole = folder / f"{stem}{suffix}"
                 index = folder / f"{stem}{suffix}.index.json"
                 if whole.is_file():
-                    return cls.of_file(whole)
+                    return cls.of_file(whole, dtype)
                 if index.is_file():
-                    return cls._of_index(index)
+                    return cls._of_index(index, dtype)
         return None
 
     @classmethod
-    def of_file(cls, path: Path) -> Weights:
+    def of_file(cls, path: Path, dtype: torch.dtype | None = None) -> Weights:
         """Return the tensors of one file."""
-        weights = cls(path, {}, {path: _read(path)})
-        return cls(path, dict.fromkeys(weights._open[path].keys(), path), weights._open)
+        opened = _read(path, dtype)
+        return cls(path, dict.fromkeys(opened.keys(), path), dtype, {path: opened})
 
     @classmethod
-    def _of_index(cls, index: Path) -> Weights:
+    def _of_index(cls, index: Path, dtype: torch.dtype | None) -> Weights:
         table = read_json(index).get("weight_map")
         if not isinstance(table, dict) or not all(isinstance(v, str) for v in table.values()):
             raise ModelError(f"{index} has no `weight_map` of names; copy the checkpoint again")
@@ -73,24 +79,31 @@ class Weights(Mapping[str, Tensor]):
                 raise ModelError(
                     f"{index.parent} lacks {name}, which {index.name} names; copy the whole folder"
                 )
-            opened[shard] = _read(shard)
+            opened[shard] = _read(shard, dtype)
         for key, name in table.items():
             if key not in opened[index.parent / name].keys():  # noqa: SIM118  (a file, no dict)
                 raise ModelError(
                     f"{index.parent / name} lacks {key}, which {index.name} says is there; copy "
                     "the checkpoint again"
                 )
-        return cls(index.parent, {key: index.parent / name for key, name in table.items()}, opened)
+        files = {key: index.parent / name for key, name in table.items()}
+        return cls(index.parent, files, dtype, opened)
 
     def __getitem__(self, name: str) -> Tensor:
-        opened = self._open[self.files[name]]
+        path = self.files[name]
+        opened = self._open[path]
+        if isinstance(opened, dict):
+            tensor: Tensor = opened[name]
+            return tensor
         try:
-            found: Tensor = opened[name] if isinstance(opened, dict) else opened.get_tensor(name)
+            mapped: Tensor = opened.get_tensor(name)
+            if not _differs(mapped, self.dtype):
+                return mapped
+            with safe_open(path, framework="pt", backend="pread") as unmapped:
+                own: Tensor = unmapped.get_tensor(name)
         except SafetensorError as error:
-            raise ModelError(
-                f"{self.files[name]} cannot be read: {error}; copy it again"
-            ) from error
-        return found
+            raise ModelError(f"{path} cannot be read: {error}; copy it again") from error
+        return own.to(self.dtype)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.files)
@@ -99,16 +112,31 @@ class Weights(Mapping[str, Tensor]):
         return len(self.files)
 
 
-def _read(path: Path) -> Any:
-    """Return an open safetensors file, or the tensors of a pickle."""
+def _differs(tensor: Tensor, dtype: torch.dtype | None) -> bool:
+    return dtype is not None and tensor.is_floating_point() and tensor.dtype != dtype
+
+
+def _read(path: Path, dtype: torch.dtype | None) -> Any:
+    """Return an open safetensors file, or the tensors of a pickle in `dtype`."""
     if path.suffix == ".safetensors":
         try:
             return safe_open(path, framework="pt")
         except (SafetensorError, OSError) as error:
             raise ModelError(f"{path} is damaged or cut short ({error}); copy it again") from error
+    # mapping needs the format that torch has written since 1.6
+    tensors = _unpickle(path, mapped=is_zipfile(path))
+    if not any(_differs(tensor, dtype) for tensor in tensors.values()):
+        return tensors
+    tensors = _unpickle(path, mapped=False)
+    for name in list(tensors):  # each goes as its copy comes
+        if _differs(tensors[name], dtype):
+            tensors[name] = tensors[name].to(dtype)
+    return tensors
+
+
+def _unpickle(path: Path, *, mapped: bool) -> dict[str, Tensor]:
     try:
-        # `mmap` needs the format that torch has written since 1.6
-        found = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
+        found = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except UnpicklingError as error:
         if any(sign in str(error) for sign in _GARBLED):
             raise ModelError(f"{path} is damaged or no file of torch's; copy it again") from error
