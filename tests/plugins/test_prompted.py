@@ -228,6 +228,29 @@ def test_what_can_be_mended_is(text: str, note: str, expected: list[str]) -> Non
     assert note in " | ".join(notes)
 
 
+PROSE = "A red bus stands at the kerb: a man rides it. Okay, the street is wet."
+
+
+@pytest.mark.parametrize(
+    ("text", "note"),
+    [
+        (PROSE, ""),
+        (f"Sure!\n{PROSE}", "said to the person who asked"),
+        (f"Certainly! Here is a detailed account of the picture:\n\n{PROSE}", "who asked"),
+        (f"Here's what can be seen: {PROSE}", "who asked"),
+        (f"{PROSE}\n\nLet me know if you would like to hear more!", "who asked"),
+        (f"Of course. {PROSE} I hope this helps.", "who asked"),
+        (f"Description: {PROSE}", "a label in front"),
+        (f"```\n{PROSE}\n```", "code block"),
+    ],
+)
+def test_of_a_description_the_picture_alone_is_kept(text: str, note: str) -> None:
+    outcome, notes, texts = read(text, "detail")
+    assert texts[1] == PROSE
+    assert outcome == ("repaired" if note else "accepted")
+    assert note in " | ".join(notes)
+
+
 def test_a_good_reply_is_accepted_as_it_is() -> None:
     outcome, notes, texts = read(GOOD)
     assert (outcome, notes) == ("accepted", [])

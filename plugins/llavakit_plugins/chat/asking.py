@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Iterator
+import math
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 
 from llavakit import ChatError, ChatModel, Message, Reply, ReplyError, Stopped
@@ -13,6 +15,7 @@ from llavakit_plugins.chat.ledger import Asked, Entry, Ledger, Request, asked
 
 _PATIENCE = 10  # requests in a row that get no answer, before the job stops
 _GRACE = 120.0  # seconds for requests on their way when the job stops: they are paid for
+_WRITING = 0.25  # replies being written down, for each that may be on its way
 _LOOK = 0.5  # seconds between looks at whether the user asked to stop, while batches run
 
 
@@ -81,7 +84,8 @@ class _Asker:
         self.tally = Tally()
         self._identity = chat.identity
         self._on_the_way: set[str] = set()
-        self._flying = 0
+        self._slots = asyncio.Semaphore(1)
+        self._reserving_now = 0
         self._reserved = 0.0
         """USD that what is on its way may cost."""
         self._failed_in_a_row = 0
@@ -94,7 +98,10 @@ class _Asker:
         todo = self._missing(requests)
         # the first one alone: a wrong key or model is found out once, not `concurrency` times
         await self._watch([asyncio.create_task(self._work(todo, most=1))])
-        await self._watch([asyncio.create_task(self._work(todo)) for _ in range(concurrency)])
+        self._slots = asyncio.Semaphore(concurrency)
+        # a few more than may be on their way: the next is sent while a reply is written down
+        workers = concurrency + math.ceil(concurrency * _WRITING)
+        await self._watch([asyncio.create_task(self._work(todo)) for _ in range(workers)])
 
     async def _watch(self, workers: list[asyncio.Task[None]]) -> None:
         """Return when all are done; where no more is to be asked, raise why after a while."""
@@ -145,24 +152,31 @@ class _Asker:
                 self._on_the_way.discard(facts.key)
 
     async def _ask(self, facts: Asked, request: Request) -> None:
-        most = self._most(request.messages)
-        while not self._affordable(self._reserved + most):
-            if self._flying == 0:
-                self._end = self._end or self._too_little(most)
-            if self._end is not None:
-                return
-            await asyncio.sleep(0.02)  # what is on its way mostly costs less than is reserved
-        self._flying += 1
-        self._reserved += most
-        try:
-            reply = await self._chat.reply(request.messages, request.draw)
+        async with self._reserving(request):
+            async with self._slots:
+                if self._end is not None:
+                    return
+                reply = await self._chat.reply(request.messages, request.draw)
             self._failed_in_a_row = 0
             entry = facts.entry(self._priced(request, reply))
             await self._ledger.write(entry)
-        finally:
-            self._flying -= 1
-            self._reserved = self._reserved - most if self._flying else 0.0
         self._count(entry)
+
+    @asynccontextmanager
+    async def _reserving(self, request: Request) -> AsyncIterator[None]:
+        """Keep the most that a request may cost until its price is in the ledger."""
+        most = self._most(request.messages)
+        while not self._affordable(self._reserved + most) and self._end is None:
+            if self._reserving_now == 0:
+                self._end = self._too_little(most)
+            await asyncio.sleep(0.02)  # what is on its way mostly costs less than is reserved
+        self._reserving_now += 1
+        self._reserved += most
+        try:
+            yield
+        finally:
+            self._reserving_now -= 1
+            self._reserved = self._reserved - most if self._reserving_now else 0.0
 
     def _no_answer(self, key: str, reason: str) -> None:
         self.tally.unanswered[key] = reason

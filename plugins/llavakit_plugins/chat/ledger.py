@@ -13,8 +13,9 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
+from functools import lru_cache
 from hashlib import sha256
-from io import FileIO
+from io import BufferedReader, FileIO
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -68,7 +69,12 @@ def short_hash(text: str) -> str:
 
 def hash_messages(messages: Sequence[Message]) -> str:
     """Return what tells one prompt from another."""
-    return short_hash(json.dumps([[message.role, message.content] for message in messages]))
+    return short_hash(f"[{', '.join(map(_dumped, messages))}]")
+
+
+@lru_cache(maxsize=1024)  # system messages and examples come again with every request
+def _dumped(message: Message) -> str:
+    return json.dumps([message.role, message.content])
 
 
 @dataclass(frozen=True)
@@ -124,6 +130,7 @@ class Ledger:
                 # no buffer: what a full disk refuses must not come later, between other lines
                 self._file = path.open("ab", buffering=0)
                 sync(path.parent)
+        self._reader: BufferedReader | None = None
         self._end = 0
         try:
             for start, entry in self._lines():
@@ -149,8 +156,9 @@ class Ledger:
 
     def close(self) -> None:
         """Close the file."""
-        if self._file is not None:
-            self._file.close()
+        for file in (self._file, self._reader):
+            if file is not None:
+                file.close()
 
     def __len__(self) -> int:
         return len(self._places)
@@ -230,10 +238,10 @@ class Ledger:
         self.output_tokens += entry.output_tokens or 0
 
     def _read(self, start: int) -> Entry:
-        # not the handle that is written to, whose place another thread moves
-        with self.path.open("rb") as file:
-            file.seek(start)
-            return _parse(file.readline(), str(self.path))
+        if self._reader is None:  # not the handle that another thread writes to
+            self._reader = self.path.open("rb")
+        self._reader.seek(start)
+        return _parse(self._reader.readline(), str(self.path))
 
     def _lines(self) -> Iterator[tuple[int, Entry]]:
         with self.path.open("rb") as file:

@@ -164,7 +164,9 @@ class OpenAI(ChatModel):
     async def _reply(self, messages: Sequence[Message], draw: int) -> Reply:
         client = self.client()
         assert self._pace is not None
-        tokens = self.count(messages) + self.options.max_tokens
+        tokens = 0
+        if self.options.tokens_per_minute:
+            tokens = self.count(messages) + self.options.max_tokens
         tries, failures, waited = 0, 0, 0.0
         while True:
             await self._pace.turn(tokens)

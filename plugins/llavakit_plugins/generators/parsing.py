@@ -47,6 +47,16 @@ _TOLD = re.compile(
     r"context)\b|\b(?:the|these|those) (?:sentences|descriptions)\b",
     re.IGNORECASE,
 )
+_OPENING = re.compile(
+    r"^(?:(?:sure|certainly|of course|absolutely|okay|ok|gladly)(?: thing)?[!.,:]\s*)?"
+    r"(?:here(?:['’]s| is| are)\b[^:\n]{0,100}:\s*)?",
+    re.IGNORECASE,
+)
+_CLOSING = re.compile(
+    r"(?:(?<=[.!?])\s+|\n+)(?:please )?(?:let me know|feel free to|i hope (?:this|that)|"
+    r"(?:would|if) you (?:like|need|want|have))\b[^\n]*$",
+    re.IGNORECASE,
+)
 _WORDS = ("caption", "box", "coordinate")
 
 
@@ -134,7 +144,9 @@ def read_prose(text: str, finish: str, context: ImageContext) -> tuple[str, Read
         bare = re.sub(r"^\W*(?:description|answer)\W*:\W*", "", prose, flags=re.IGNORECASE)
         if bare != prose:
             read.repair("a label in front is taken away")
-            prose = bare
+        prose = _CLOSING.sub("", _OPENING.sub("", bare, count=1))
+        if prose != bare:
+            read.repair("what is said to the person who asked is taken away")
     read.reason = complaint(prose, context)
     return prose, read
 

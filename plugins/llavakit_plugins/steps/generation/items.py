@@ -96,10 +96,6 @@ class Items:
                 refused += verdict.notes
             yield Item(context, kind, verdict, entry, tuple(refused), facts, request, is_open)
 
-    def requests(self, ledger: Ledger) -> Iterator[Request]:
-        """Yield what is to be asked next."""
-        return (item.request for item in self.walk(ledger) if item.open)
-
 
 def choose(
     total: int, kinds: Sequence[ResponseKind], counts: Mapping[ResponseKind, int], seed: int

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llavakit import ChatError, Outcome, Run, Stopped
 from llavakit_plugins.chat.asking import ask_all
-from llavakit_plugins.chat.ledger import Entry, Ledger
+from llavakit_plugins.chat.ledger import Entry, Ledger, Request
 from llavakit_plugins.chat.prompted import PromptedGenerator
 from llavakit_plugins.coco import convert_coco, is_coco
 from llavakit_plugins.contexts import Contexts
@@ -39,10 +40,12 @@ def run_job(options: GenerateOptions, generator: PromptedGenerator, run: Run) ->
             items = Items(contexts, options.kinds, counts, generator, options.attempts, run.seed)
             jobs.append((name, contexts, items))
         unanswered: dict[str, str] = {}
-        total = sum(len(items) for _, _, items in jobs)
+        if len(ledger):  # said first, so that nobody fears to pay for them again
+            total = sum(len(items) for _, _, items in jobs)
+            run.progress(0, total, f"{len(ledger)} replies are here already")
         try:
             for name, _, items in jobs:
-                unanswered |= _ask(options, generator, run, ledger, items, name, total)
+                unanswered |= _ask(options, generator, run, ledger, items, name)
         except (ChatError, Stopped):
             if len(ledger):  # what there is can be looked at, though the step is not done
                 write_output(jobs, ledger, unanswered, review, run)
@@ -57,14 +60,20 @@ def _ask(
     ledger: Ledger,
     items: Items,
     name: str,
-    total: int,
 ) -> dict[str, str]:
     """Ask until nothing is open; return why requests got no reply, by key."""
     said = time.monotonic() - _EVERY
+    at = 0  # the item that is asked for last
+
+    def requests() -> Iterator[Request]:
+        nonlocal at
+        for at, item in enumerate(items.walk(ledger), start=1):  # noqa: B007
+            if item.open:
+                yield item.request
 
     def show(entry: Entry) -> None:
         nonlocal said
-        run.progress(min(len(ledger), total), total, f"{name} {ledger.spent:.2f} USD".strip())
+        run.progress(at, len(items), f"{name} {ledger.spent:.2f} USD".strip())
         if time.monotonic() - said >= _EVERY:
             said = time.monotonic()
             run.event("asked", **totals(ledger))
@@ -72,7 +81,7 @@ def _ask(
     while True:
         tally = ask_all(
             generator.chat,
-            lambda: items.requests(ledger),
+            requests,
             ledger,
             concurrency=options.concurrency,
             budget_usd=options.budget_usd,

@@ -10,6 +10,7 @@ from llavakit.samples import IMAGE
 from llavakit_plugins.steps.generation.items import Item
 
 _FIRST_WORDS = 12
+_IN_REPORT = 6  # of them for each kind
 _BIN = 10  # words of an answer, in the plot of lengths
 _LONGEST = 400
 
@@ -121,7 +122,7 @@ class Summary:
     def sections(self) -> list[Table | Curves]:
         """Return what the run's report shows."""
         firsts = {
-            kind: found.most_common(_FIRST_WORDS) for kind, found in sorted(self._first.items())
+            kind: found.most_common(_IN_REPORT) for kind, found in sorted(self._first.items())
         }
         questions = Table(
             title="How questions begin",
@@ -131,6 +132,7 @@ class Summary:
                 for kind, found in firsts.items()
                 for words, count in found
             ],
+            caption="More in the step's review.html.",
         )
         ranks = Curves(
             title="Variety of the questions",
