@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 from collections import defaultdict
@@ -153,10 +154,8 @@ def test_what_the_light_chunker_finds(caption: str, phrases: list[str]) -> None:
     assert light_phrases(caption) == phrases
 
 
-def test_spacys_chunks_are_taken_where_it_is_installed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """With a stand-in for spaCy, which is not installed here."""
+def test_a_parsers_chunks_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a stand-in for spaCy, which need not be installed."""
 
     def load(name: str, exclude: list[str]) -> Any:
         def pipe(texts: list[str]) -> Iterator[Any]:
@@ -172,12 +171,74 @@ def test_spacys_chunks_are_taken_where_it_is_installed(
     found = list(phrases_of("en_core_web_sm", ["The red cat on a mat on it on 2 mats", "a mat"]))
     assert found == [["red cat", "mat", "mats"], ["mat"]]
     assert without_determiners("those two big dogs") == "big dogs"
+
+
+TOY = """\
+import spacy
+from spacy.language import Language
+
+NOUNS = {"cat", "cats", "mat", "street", "it", "dog"}
+ADJECTIVES = {"red", "small", "two"}
+
+
+@Language.component("toy_parser")
+def parse(doc):
+    for token in doc:
+        if token.lower_ in NOUNS:
+            token.pos_ = "PRON" if token.lower_ == "it" else "NOUN"
+            after = any(t.lower_ in ("on", "with") for t in doc[:token.i])
+            token.dep_ = "pobj" if after else "ROOT"
+    for token in doc:
+        later = [t for t in doc[token.i + 1:] if t.lower_ in NOUNS]
+        if token.lower_ in {"the", "a"} | ADJECTIVES and later:
+            token.head, token.dep_ = later[0], "det" if token.lower_ in ("the", "a") else "amod"
+            token.pos_ = "DET" if token.dep_ == "det" else "ADJ"
+        elif not token.dep_:
+            token.dep_, token.pos_ = "prep", "ADP"
+    return doc
+
+
+def load(**overrides):
+    nlp = spacy.blank("en")
+    nlp.add_pipe("toy_parser")
+    return nlp
+"""
+
+
+def test_spacys_noun_chunks_are_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With spaCy itself and a pipeline of a few rules, since its models cannot be downloaded."""
+    pytest.importorskip("spacy")
+    (tmp_path / "toy_model").mkdir()
+    (tmp_path / "toy_model" / "__init__.py").write_text(TOY)
+    facts = tmp_path / "toy_model-1.0.dist-info"  # by which spaCy tells a model from a folder
+    facts.mkdir()
+    (facts / "METADATA").write_text("Metadata-Version: 2.1\nName: toy-model\nVersion: 1.0\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    texts = ["The red cat on a small mat with it", "a dog", "", "Two cats on the street"]
+    found = list(phrases_of("toy_model", texts))
+    assert found == [["red cat", "small mat"], ["dog"], [], ["cats", "street"]]
+    # and through the step, whose workers are other processes
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *filter(None, sys.path)]))
+    captions = tmp_path / "captions.jsonl"
+    captions.write_text("".join(json.dumps({"caption": text}) + "\n" for text in texts * 3))
+    step = run(tmp_path, captions, 'chunker = "toy_model"')
+    lines = (step / "phrases.tsv").read_text().splitlines()[1:]
+    assert sorted(lines) == [
+        f"{phrase}\t3\t3" for phrase in ("cats", "dog", "red cat", "small mat", "street")
+    ]
+    assert "spaCy&#39;s (toy_model)" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_a_model_of_spacy_that_is_not_installed_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     captions = tmp_path / "captions.jsonl"
     captions.write_text('{"caption": "a cat"}\n')
     recipe = tmp_path / "recipe.toml"
     recipe.write_text(RECIPE.format(seed=0, captions=captions, more='chunker = "en_core_web_lg"'))
     assert main([str(recipe), "--out", str(tmp_path / "run")]) == 2
     assert "`en_core_web_lg` is not installed" in capsys.readouterr().err
+    assert without_determiners("those two big dogs") == "big dogs"
 
 
 LLAVA = [

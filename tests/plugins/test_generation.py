@@ -8,8 +8,11 @@ import os
 import random
 import re
 import signal
+import subprocess
+import sys
 import threading
 import time
+import tomllib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from multiprocessing.process import BaseProcess
@@ -17,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tomli_w
 from tests.core.processes import finish, start
 from tests.plugins.chat_server import KEY, Handler, Service, lesson, serve, teach, user_text
 
@@ -261,6 +265,35 @@ def test_given_replies_make_the_same_bytes(service: Service, tmp_path: Path) -> 
     assert main([str(replay), "--out", str(tmp_path / "c")]) == 0
     assert len(service.asked) == count
     assert made(tmp_path / "a") == made(tmp_path / "b") == made(tmp_path / "c")
+
+
+def test_tiny_makes_the_same_bytes_in_every_process(tmp_path: Path) -> None:
+    """Whatever the concurrency, and however a process orders its sets."""
+    built_in = Path(__file__).parents[2] / "recipes" / "tiny.toml"
+    table = tomllib.loads(built_in.read_text())
+    steps = [step for step in table["steps"] if step["use"] in ("scenes", "generate")]
+    assert [step["use"] for step in steps] == ["scenes", "generate"]
+    recipe = tmp_path / "tiny.toml"
+    recipe.write_text(tomli_w.dumps({"name": "tiny", "steps": steps}))
+    small = ["--set", "steps.scenes.train=60", "--set", "steps.scenes.test=24"]
+    assert main([str(recipe), "--out", str(tmp_path / "a"), *small]) == 0
+    command = [sys.executable, "-m", "llavakit.cli", str(recipe), "--out", str(tmp_path / "b")]
+    other = ["--set", "steps.generate.concurrency=1"]
+    environment = {**os.environ, "PYTHONHASHSEED": "7"}
+    subprocess.run([*command, *small, *other], env=environment, check=True, capture_output=True)
+    folders = [tmp_path / run / "02-generate" for run in "ab"]
+    first, second = (
+        {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*.json")}
+        for folder in folders
+    )
+    data = [name for name in first if name not in ("begun.json", "artifact.json")]
+    assert set(data) == {
+        f"{folder}{name}.json"
+        for folder in ("", "held-out/")
+        for name in ("captions", "instruct", *KINDS)
+    }
+    assert {name: first[name] for name in data} == {name: second[name] for name in data}
+    assert len(json.loads(first["instruct.json"])) == 180
 
 
 def test_a_budget_stops_and_more_money_goes_on(

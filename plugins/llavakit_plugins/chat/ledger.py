@@ -16,12 +16,15 @@ from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
 from hashlib import sha256
 from io import BufferedReader, FileIO
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from llavakit import DataError, Message, Reply
 from llavakit.files import explain_write, sync
+
+_BLOCK = 1000  # entries that are taken over at once
 
 
 @dataclass(frozen=True)
@@ -138,7 +141,9 @@ class Ledger:
             mine = short_hash(identity)
             for other in self.earlier:
                 with Ledger(other, writable=False) as source:
-                    self._write([entry for entry in source if entry.identity == mine])
+                    same = (entry for entry in source if entry.identity == mine)
+                    while block := list(islice(same, _BLOCK)):
+                        self._write(block)
         except BaseException:
             self.close()
             raise
