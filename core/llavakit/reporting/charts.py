@@ -230,6 +230,8 @@ def _at(point: Point, across: _Axis, up: _Axis) -> str:
 def _is_noisy(points: Sequence[Point]) -> bool:
     """Say whether the line turns as much as it moves, as a loss does and a schedule doesn't."""
     moves = [after[1] - before[1] for before, after in pairwise(points)]
+    if min(moves) >= 0 or max(moves) <= 0:  # a staircase turns, too, and has nothing to smooth
+        return False
     turns = sum(abs(after - before) for before, after in pairwise(moves))
     return turns > sum(map(abs, moves)) / 2
 

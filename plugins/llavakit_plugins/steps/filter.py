@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -67,13 +68,12 @@ class Filter(Step):
                 raise DataError(f"{options.captions} holds no captions")
             choice = choose(postings, minimum=options.minimum, most=options.most, seed=run.seed)
             kept = _write_kept(options.captions, choice, run)
-            chosen = (row.caption for row, keep in _marked(options.captions, choice) if keep)
-            names = _names(name_phrases(chosen, chunker, pool, options.workers), choice, options)
+            names = _names(name_phrases(kept, chunker, pool, options.workers), choice, options)
         _write_phrases(run.directory / "phrases.tsv", names)
         big = choice.before_P >= options.minimum
         metrics = {
             "captions": float(postings.captions),
-            "kept": float(kept),
+            "kept": float(choice.chosen_C.sum()),
             "phrases": float(len(choice.phrase_P)),
             "phrases_kept": float(big.sum()),
         }
@@ -113,27 +113,23 @@ def _chunker(wanted: str) -> tuple[str, str]:
     return wanted, f"Noun phrases are spaCy's ({wanted})."
 
 
-def _marked(path: Path, choice: Choice) -> Any:
-    """Yield every row with whether it was chosen."""
-    return zip(read_captions(path), choice.chosen_C.tolist(), strict=True)
+def _write_kept(path: Path, choice: Choice, run: Run) -> Iterator[str]:
+    """Write the chosen rows as they were, and as samples where they have an image; yield captions.
 
-
-def _write_kept(path: Path, choice: Choice, run: Run) -> int:
-    """Write the chosen rows as they were, and as samples where they have an image."""
+    The file, which may have millions of rows, is read once for this.
+    """
     draw = np.random.default_rng(run.seed)
     questions = brief_questions()
-    count = 0
     with (
         json_lines(run.directory / "kept.jsonl") as keep,
         json_list(run.directory / "captions.json") as train,
     ):
-        for row, chosen in _marked(path, choice):
+        for row, chosen in zip(read_captions(path), choice.chosen_C.tolist(), strict=True):
             if chosen:
-                count += 1
                 keep(row.row)
                 if (sample := _sample(row, draw, questions)) is not None:
                     train(sample)
-    return count
+                yield row.caption
 
 
 def _sample(
