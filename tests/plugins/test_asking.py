@@ -243,6 +243,22 @@ def test_asking_to_stop_keeps_what_is_on_its_way(service: Service, tmp_path: Pat
         assert len(ledger) == len(service.asked) < 500
 
 
+def test_who_gives_the_requests_may_stop(service: Service, tmp_path: Path) -> None:
+    def answer(handler: Handler, body: dict[str, Any]) -> None:
+        time.sleep(0.2)
+        handler.answer("Yes.")
+
+    def some() -> Iterator[Request]:
+        yield from requests(20)
+        raise Stopped
+
+    service.otherwise = answer
+    with Ledger(tmp_path / "ledger") as ledger:
+        with pytest.raises(Stopped):
+            ask_all(model(service), some, ledger, concurrency=8)
+        assert len(ledger) == len(service.asked) > 1  # what was on its way is kept
+
+
 def test_what_waits_for_its_turn_is_not_sent_when_the_job_stops(
     service: Service, tmp_path: Path
 ) -> None:

@@ -42,9 +42,9 @@ def ask_all(
     """Ask what the ledger does not hold yet; when this returns, the replies are in the ledger.
 
     `requests` gives the requests, and may be called more than once; they are taken as they are
-    needed, so that they never lie in memory together. At most `concurrency` are on their way.
-    `progress` is shown every new entry. With `budget_usd`, nothing is asked that could bring
-    `ledger.spent` beyond it.
+    needed, so that they never lie in memory together. It may raise Stopped itself. At most
+    `concurrency` are on their way. `progress` is shown every new entry. With `budget_usd`, nothing
+    is asked that could bring `ledger.spent` beyond it.
 
     Raises ChatError where the service cannot be used, or the budget does not suffice; Stopped where
     the user asked to. In each case the replies so far are kept.
@@ -138,7 +138,12 @@ class _Asker:
     async def _work(self, todo: Iterator[tuple[Asked, Request]], most: int | None = None) -> None:
         taken = 0
         while self._end is None and (most is None or taken < most):
-            if (item := next(todo, None)) is None:
+            try:
+                item = next(todo, None)
+            except Stopped as stopped:
+                self._end = self._end or stopped
+                return
+            if item is None:
                 return
             taken += 1
             facts, request = item

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from llavakit_plugins.steps.generate import GenerateOptions
 
 LEDGER = "ledger.jsonl"
+_LOOK = 256  # items between looks at whether the user asked to stop
 _EVERY = 15.0  # seconds between events that say what was spent
 
 
@@ -67,13 +68,20 @@ def _ask(
 
     def requests() -> Iterator[Request]:
         nonlocal at
-        for at, item in enumerate(items.walk(ledger), start=1):  # noqa: B007
+        for at, item in enumerate(items.walk(ledger), start=1):
+            if at % _LOOK == 0:  # where most are answered already, no entry shows that it goes on
+                if run.stopping():
+                    raise Stopped
+                show_progress()
             if item.open:
                 yield item.request
 
+    def show_progress() -> None:
+        run.progress(at, len(items), f"{name} {ledger.spent:.2f} USD".strip())
+
     def show(entry: Entry) -> None:
         nonlocal said
-        run.progress(at, len(items), f"{name} {ledger.spent:.2f} USD".strip())
+        show_progress()
         if time.monotonic() - said >= _EVERY:
             said = time.monotonic()
             run.event("asked", **totals(ledger))

@@ -19,6 +19,8 @@ from llavakit_plugins.steps.generation.items import Item, Items
 from llavakit_plugins.steps.generation.review import Review
 from llavakit_plugins.steps.generation.summary import Summary
 
+_EVERY = 1000  # items between looks at how far it is
+
 
 class Write(Protocol):
     def __call__(self, row: Mapping[str, Any]) -> None: ...
@@ -45,7 +47,9 @@ def write_output(
                 stack.enter_context(json_lines(folder / f"{label}.jsonl"))
                 for label in ("provenance", "rejected")
             )
-            for item in items.walk(ledger):
+            for number, item in enumerate(items.walk(ledger), start=1):
+                if number % _EVERY == 0:
+                    run.progress(number, len(items), f"writing {name}".strip())
                 reason = unanswered.get(item.asked.key, "") if item.open else ""
                 summary.add(item, reason)
                 review.see(item, reason)
