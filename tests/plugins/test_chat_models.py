@@ -427,15 +427,21 @@ def test_what_was_recorded_is_given_again_without_asking(service: Service, tmp_p
     file = tmp_path / "replies.jsonl"
     build = Registry.installed().build
     use = Use[ChatModel].model_validate(
-        {"use": "openai", "model": "gpt-4o", "base_url": service.url}
-    )
+        {
+            "use": "openai", "model": "gpt-4o", "base_url": service.url,
+            "price": {"input": 10, "output": 100},
+        }
+    )  # fmt: skip
     recorder = Replay(ReplayOptions(path=file, record=use), build=build)
-    assert [ask(recorder, draw).text for draw in (0, 1, 0)] == ["First.", "Second.", "First."]
+    replies = [ask(recorder, draw) for draw in (0, 1, 0)]
+    assert [reply.text for reply in replies] == ["First.", "Second.", "First."]
+    assert [reply.usd for reply in replies] == [pytest.approx(0.002), pytest.approx(0.002), 0.0]
     assert len(service.asked) == 2
     player = Replay(ReplayOptions(path=file), build=build)
     first, second = (ask(player, draw) for draw in (0, 1))
     assert (first.text, second.text) == ("First.", "Second.")
     assert (first.input_tokens, first.model) == (100, "gpt-4o-2024-08-06")
+    assert (first.usd, second.usd) == (0.0, 0.0)
     assert len(service.asked) == 2
     with pytest.raises(ChatError, match=r"has no reply \(draw 2\).*'Is it red\?'"):
         ask(player, 2)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from llavakit import Build, ChatError, ChatModel, Message, Options, Reply, Use
@@ -53,7 +54,7 @@ class Replay(ChatModel):
         if place in self._found:
             entry = ledger.get(self._found[place])
             assert entry is not None
-            return entry.reply
+            return replace(entry.reply, usd=0.0)  # it was paid for when it was recorded
         if self._model is None:
             last = messages[-1].content if messages else ""
             raise ChatError(
