@@ -31,7 +31,7 @@ from llavakit.interfaces import Build, Dataset, Event, Outcome, Run, Step, Stopp
 from llavakit.model import LlavaModel
 from llavakit.networks import LanguageModel, VisionEncoder
 from llavakit.planning import make_plan
-from llavakit.progress import Display, duration, show_progress
+from llavakit.progress import Display, duration, show_if_slow, show_progress
 from llavakit.recipe import Recipe, StepUse
 from llavakit.registry import KindT, Registry
 from llavakit.reporting import StepRecord, write_report
@@ -366,7 +366,8 @@ def _check_data(recipe: Recipe, registry: Registry, directory: Path) -> _Checked
         done = _read(directory / name / _DONE)
         if done is None or done.get("record") != _record(recipe, name):
             for data in _data_sets(use, registry):
-                built = registry.build(data)
+                with show_if_slow(f"{name}: checking its data") as progress:
+                    built = registry.build(data, progress=progress)
                 for note in built.notes():
                     _say(f"{name}: {note}")
                 checked.keep(data, built)

@@ -124,7 +124,9 @@ def inspect_data(
             seen.add(row)
             if seen.rows % 512 == 0:
                 rate = seen.rows / (time.monotonic() - begun)
-                progress(round(1000 * row.read), 1000, f"{seen.rows:,} rows, {rate:,.0f}/s")
+                missing = seen.count("missing images")
+                note = f", {missing:,} images missing" if missing else ""
+                progress(round(1000 * row.read), 1000, f"{seen.rows:,} rows, {rate:,.0f}/s{note}")
     except DataError as error:  # nothing behind it can be read
         seen.find(Finding("file", str(error)))
     seen.look_at_images()
@@ -254,10 +256,11 @@ class _Seen:
             place += length
         return place, learned
 
-    def report(self, data: str, seconds: float) -> Report:
-        def count(sort: str) -> int:
-            return self._findings[sort].count if sort in self._findings else 0
+    def count(self, sort: str) -> int:
+        """Return how many findings of a sort there are."""
+        return self._findings[sort].count if sort in self._findings else 0
 
+    def report(self, data: str, seconds: float) -> Report:
         text, one, several = self._by_images
         order = sorted(self._findings.values(), key=lambda sort: (not sort.stops, sort.sort))
         exact = self._lengths.tokenizer is not None
@@ -273,16 +276,16 @@ class _Seen:
             most_turns=self._most_turns,
             images=self._mentions,
             distinct_images=len(self._images),
-            missing_images=count("missing images"),
-            broken_images=count("broken images"),
-            duplicate_ids=count("duplicate ids"),
+            missing_images=self.count("missing images"),
+            broken_images=self.count("broken images"),
+            duplicate_ids=self.count("duplicate ids"),
             max_length=self._lengths.max_length,
             visual_tokens=self._lengths.visual_tokens,
             counted_with="the tokenizer" if exact else "characters (an estimate)",
             tokens=_distribution(np.asarray(self._tokens)),
             learned_tokens=_distribution(np.asarray(self._learned)),
             cut=self._cut,
-            nothing_learned=count("nothing learned"),
+            nothing_learned=self.count("nothing learned"),
             findings=order,
             seconds=round(seconds, 2),
             rows_per_second=round(self.rows / max(seconds, 1e-9), 1),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Protocol, TextIO
 
 from rich.console import Console
@@ -16,6 +16,7 @@ from rich.text import Text
 
 _LINE_SECONDS = 10.0  # between plain lines, at least
 _PHASE_SECONDS = 1.0  # before a line at a phase's begin or end, at least
+_QUIET_SECONDS = 3.0  # before what is usually quick is shown
 
 Clock = Callable[[], float]
 
@@ -45,6 +46,24 @@ def show_progress(
             yield lines
         finally:
             lines.close()
+
+
+@contextmanager
+def show_if_slow(
+    label: str, stream: TextIO | None = None, clock: Clock = time.monotonic
+) -> Iterator[Display]:
+    """Yield a display that shows nothing unless it is still called after a few seconds."""
+    begun = clock()
+    shown: list[Display] = []
+    with ExitStack() as stack:
+
+        def progress(done: int, total: int, note: str = "") -> None:
+            if not shown and clock() - begun >= _QUIET_SECONDS:
+                shown.append(stack.enter_context(show_progress(label, stream, clock)))
+            for display in shown:
+                display(done, total, note)
+
+        yield progress
 
 
 # -- on a terminal ---------------------------------------------------------------------------------

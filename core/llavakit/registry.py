@@ -79,7 +79,8 @@ class Registry:
         """Return the component that a recipe chose, built with its options.
 
         `steps` are the folders that `@step/file` in the options refers to. A component that is made
-        of others takes `build`, the same function for its own choices.
+        of others takes `build`, the same function for its own choices; one that takes long to build
+        takes `progress`, to show how far it is, where there is one.
         """
         component = self.get(cast("type[KindT]", use.kind()), use.use)
         return self.make(component, use.options, steps, **context)
@@ -94,8 +95,12 @@ class Registry:
         """Return a component, known by its class, with the options that are stated."""
         factory = cast("Callable[..., ComponentT]", component)
         options = component.Options.model_validate(stated, context={"steps": steps})
-        if "build" in signature(component.__init__).parameters:
-            context["build"] = partial(self.build, steps=steps)
+        takes = signature(component.__init__).parameters
+        shown = {"progress": context.pop("progress")} if "progress" in context else {}
+        if "build" in takes:
+            context["build"] = partial(self.build, steps=steps, **shown)
+        if "progress" in takes:
+            context |= shown
         return factory(options, **context)
 
     def origins(self, kind: type[Component]) -> dict[str, tuple[str, str]]:

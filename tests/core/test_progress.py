@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from llavakit.progress import duration, show_progress
+from llavakit.progress import duration, show_if_slow, show_progress
 
 
 class Clock:
@@ -260,3 +260,22 @@ def test_an_interrupt_leaves_the_cursor_visible(terminal: Terminal) -> None:
 )
 def test_a_duration_reads_as_people_say_it(seconds: float, expected: str) -> None:
     assert duration(seconds) == expected
+
+
+def test_what_is_quick_is_not_shown_and_what_is_slow_is() -> None:
+    clock, stream = Clock(), io.StringIO()
+    with show_if_slow("checking", stream, clock) as progress:
+        progress(0, 100)
+        clock.now += 2
+        progress(10, 100)
+    assert stream.getvalue() == ""
+    with show_if_slow("checking", stream, clock) as progress:
+        progress(0, 100)
+        clock.now += 4
+        progress(20, 100, "2 missing")
+        clock.now += 12
+        progress(40, 100, "5 missing")
+    assert stream.getvalue().splitlines() == [
+        "checking: 20/100  2 missing",
+        "checking: 40/100, 36 s left  5 missing",
+    ]

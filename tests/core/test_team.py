@@ -68,6 +68,28 @@ def test_a_team_arrives_where_one_process_does(write_recipe: RecipeWriter, tmp_p
             torch.testing.assert_close(learned[name], weight, atol=3e-6, rtol=0)
 
 
+def test_adapters_learn_in_a_team_as_in_one_process(
+    write_recipe: RecipeWriter, tmp_path: Path
+) -> None:
+    pytest.importorskip("peft")
+    lora = 'use = "vicuna"\nlora = { rank = 4, alpha = 8, dropout = 0 }'
+    arguments = (write_recipe(('use = "vicuna"', lora)), *GENTLE)
+    found = []
+    for count, name in ((1, "one"), (2, "two")):
+        run = llava_run(count, *arguments, "--out", tmp_path / name)
+        assert run.returncode == 0, run.stderr
+        losses, weights = outcome(tmp_path / name)
+        adapter = tmp_path / name / "model" / "language" / "adapter" / "adapter_model.safetensors"
+        found.append((losses, weights, load_file(adapter)))
+    (losses, weights, learned), (losses_2, weights_2, learned_2) = found
+    assert losses_2[-3:] == pytest.approx(losses[-3:], abs=2e-6)
+    assert any(value.any() for name, value in learned.items() if "lora_B" in name)  # zero at first
+    for one, two in ((weights, weights_2), (learned, learned_2)):
+        assert one.keys() == two.keys()
+        for name, value in one.items():
+            torch.testing.assert_close(two[name], value, atol=3e-6, rtol=0)
+
+
 def test_a_mistake_is_said_once(write_recipe: RecipeWriter, tmp_path: Path) -> None:
     sets = ("--set", "steps.finetune.data.path=nowhere.json")
     run = llava_run(2, write_recipe(), "--out", tmp_path / "run", *sets)

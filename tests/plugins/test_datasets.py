@@ -122,3 +122,18 @@ def test_a_mix_uses_its_parts_as_often_as_their_weights_say(tmp_path: Path) -> N
 def test_weights_that_do_not_fit_are_refused(tmp_path: Path, weights: list[float]) -> None:
     with pytest.raises(ValidationError, match="weights"):
         ids(tmp_path, weights=weights)
+
+
+def test_reading_tells_how_far_it_is_alone_or_in_a_mix(data: Path) -> None:
+    said: list[tuple[int, int, str]] = []
+
+    def progress(done: int, total: int, note: str = "") -> None:
+        said.append((done, total, note))
+
+    part = {"path": str(data / "train.json"), "images": str(data / "images")}
+    use = Use[Dataset].model_validate({"use": "conversations", **part})
+    Registry.installed().build(use, progress=progress)
+    assert said == [(0, 1000, "0 rows read"), (0, 20, "images looked at")]
+    mix = {"use": "mix", "parts": [{"use": "conversations", **part}] * 2}
+    Registry.installed().build(Use[Dataset].model_validate(mix), progress=progress)
+    assert len(said) == 6

@@ -13,6 +13,7 @@ from pydantic import Field
 
 from llavakit import DataError, Dataset, InputPath, Options, Sample, Turn
 from llavakit.images import MissingImage, check_image, inside, whole_images
+from llavakit.interfaces import Progress
 from llavakit.samples import Finding, Inspected
 from llavakit_plugins.datasets.expected import Expected
 from llavakit_plugins.datasets.streaming import StoredRows, count_rows, read_rows
@@ -21,6 +22,7 @@ _ROLES = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt"}
 _CHARACTERS_A_TOKEN = 4.2  # of English under LLaMA's tokenizer, roughly: for plans only
 _LOOKED_AT = 4096  # rows that a plan reads to learn how long they are
 _NAMED = 3
+_SHOWN_EVERY = 256  # rows or images
 
 
 class ConversationsOptions(Options):
@@ -51,7 +53,9 @@ class Conversations(Dataset):
     name = "conversations"
     Options = ConversationsOptions
 
-    def __init__(self, options: ConversationsOptions) -> None:
+    def __init__(
+        self, options: ConversationsOptions, progress: Progress = lambda *_, **__: None
+    ) -> None:
         self.options = options
         self.folder = options.images or options.path.parent
         self._rows = StoredRows(options.path)
@@ -61,8 +65,11 @@ class Conversations(Dataset):
         skip = options.unusable == "skip"
         bad: set[int] = set()
         images: dict[str, int] = {}
+        size = max(1, options.path.stat().st_size) if options.path.is_file() else 1
         for number, row in enumerate(islice(read_rows(options.path), options.limit)):
             self._rows.append(row)
+            if number % _SHOWN_EVERY == 0:
+                progress(round(1000 * row.start / size), 1000, f"{number:,} rows read")
             try:
                 sample = read_sample(row.value, number, options, self.folder)
             except DataError as error:
@@ -73,7 +80,7 @@ class Conversations(Dataset):
                 continue
             for image in sample.images:
                 images.setdefault(str(image), number)
-        broken = self._broken(images)
+        broken = self._broken(images, progress)
         if broken and not skip:
             raise self._refusal(broken, images)
         if broken:
@@ -136,10 +143,14 @@ class Conversations(Dataset):
             read = (row.start + row.length) / size
             yield Inspected(identity, sample, tuple(problems), known, read)
 
-    def _broken(self, images: Mapping[str, int]) -> dict[str, DataError]:
+    def _broken(self, images: Mapping[str, int], progress: Progress) -> dict[str, DataError]:
         """Return the images that cannot be used: hours of work may depend on them."""
-        found = {}
-        for (image, number), whole in zip(images.items(), whole_images(images), strict=True):
+        found: dict[str, DataError] = {}
+        looks = zip(images.items(), whole_images(images), strict=True)
+        for done, ((image, number), whole) in enumerate(looks):
+            if done % _SHOWN_EVERY == 0:
+                note = f", {len(found):,} cannot be used" if found else ""
+                progress(done, len(images), f"images looked at{note}")
             if not whole:
                 try:
                     check_image(image, f"sample `{self._id(number)}`")
