@@ -31,7 +31,7 @@ class StepPlan(BaseModel):
     tflop: float | None = None
     """Necessary work in 10^12 floating-point operations."""
     memory_gb: float | None = None
-    """Weights, gradients, optimiser and activations of one micro-batch, unsharded."""
+    """Of one device: weights, gradients, optimiser and activations of one micro-batch."""
     trained: tuple[str, ...] = ()
     cost_usd: float | None = None
     """What services will charge, as far as it can be known before."""
@@ -78,10 +78,11 @@ class Plan(BaseModel):
         else:
             lines = [f"{self.recipe}: no model of its own", ""]
         rows = [["step", "trains", "samples", "tokens", "steps", "TFLOP", "memory", "time"]]
-        hours = 0.0
+        known: list[float] = []
         for name, step in self.steps.items():
             spent = self.hours(step)
-            hours += spent or 0.0
+            if spent is not None:
+                known.append(spent)
             rows.append(
                 [
                     name,
@@ -101,10 +102,13 @@ class Plan(BaseModel):
         lines += ["", *(f"{name}: {', '.join(parts)} frozen" for name, parts in frozen.items())]
         lines += [f"{name}: {step.note}" for name, step in self.steps.items() if step.note]
         source = "measured just now" if self.measured else "as the recipe's [machine] says"
-        lines.append(
-            f"total: {duration(hours * 3600)} on {self.machine.name} at {self.tflops:,.3g} TFLOP/s "
-            f"({source})"
+        hours = sum(known)
+        rate = f"on {self.machine.name} at {self.tflops:,.3g} TFLOP/s ({source})"
+        more = ", and what the steps with `?` take" if len(known) < len(self.steps) else ""
+        spent_on_all = (
+            f"{duration(hours * 3600)} {rate}{more}" if known else "no step says its time"
         )
+        lines.append(f"total: {spent_on_all}")
         price = self.machine.usd_per_hour
         lines.append(
             f"cost: {hours * price:,.2f} USD at {price:g} USD/h"
@@ -116,7 +120,11 @@ class Plan(BaseModel):
         need = max((step.memory_gb or 0.0 for step in self.steps.values()), default=0.0)
         room = self.machine.memory_gb
         if room is not None and need > room:
-            lines.append(f"memory: {need:,.0f} GB are needed, one device has {room:,.0f} GB")
+            lines.append(
+                f"memory: {need:,.0f} GB are needed, one device has {room:,.0f} GB; fewer "
+                "micro_batch_tokens or `recompute = true` need less, and more devices where the "
+                "language model learns"
+            )
         return "\n".join(lines)
 
 
@@ -127,6 +135,11 @@ class Planner:
         self._recipe, self._registry = recipe, registry
         self.steps: dict[str, StepPlan] = {}
         """The plans of the steps before, by name."""
+
+    @property
+    def devices(self) -> int:
+        """On how many devices the recipe's machine trains."""
+        return self._recipe.machine.devices
 
     @cached_property
     def model(self) -> LlavaModel:

@@ -135,12 +135,15 @@ def _files(
 def test_it_plans_without_network_or_weights(name: str) -> None:
     made = plan(name)
     assert made.tflops > 0
+    room = made.machine.memory_gb
+    assert room
     trained = [step for step in made.steps.values() if step.trained]
     assert [step.trained for step in trained] == [("connector",), ("connector", "language")]
     for step in trained:
         assert step.samples
         assert step.tflop
         assert step.memory_gb
+        assert step.memory_gb < room, "it does not fit the recipe's own machine"
 
 
 @pytest.mark.parametrize("name", NAMES)

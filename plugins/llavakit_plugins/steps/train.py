@@ -18,6 +18,7 @@ from llavakit_plugins.training.corpus import Corpus
 from llavakit_plugins.training.features import preparation
 from llavakit_plugins.training.loop import Trainer
 from llavakit_plugins.training.options import TrainOptions
+from llavakit_plugins.training.parallel import divides
 from llavakit_plugins.training.parts import PARTS, require_weights
 
 _SHOWN = 6  # looks of the validation in the gallery
@@ -177,12 +178,14 @@ def _sample_flop(options: TrainOptions, planner: Planner, text: int, length: int
 
 
 def _memory_gb(options: TrainOptions, planner: Planner) -> float:
-    """Return the memory of weights, gradients, AdamW and one micro-batch's activations."""
+    """Return a device's memory of weights, gradients, AdamW and one micro-batch's activations."""
     half = 2 if options.precision == "bf16" else 4
+    divided = planner.devices if divides(planner.model, options, planner.devices) else 1
     weights = 0.0
     for part in PARTS:
         learns = planner.trainable(part) if part in options.train else 0
-        weights += getattr(planner.model, part).frozen_bytes(half) + learns * (16 - half)
+        own = getattr(planner.model, part).frozen_bytes(half) + learns * (16 - half)
+        weights += own / (1 if part == "vision" else divided)
     language = planner.model.language
     layers, _, _ = language.cache_shape()
     values = (2 if options.recompute else 17) * layers + 17  # a row's stored values, in widths

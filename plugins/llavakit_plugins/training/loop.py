@@ -25,13 +25,14 @@ from llavakit_plugins.training.optimiser import Optimiser, Schedule
 from llavakit_plugins.training.options import TrainOptions
 from llavakit_plugins.training.parallel import (
     Micro,
+    divides,
     in_one_piece,
     no_images,
     own_micros,
     shard,
     sum_gradients,
 )
-from llavakit_plugins.training.parts import Parts, learns_in_part
+from llavakit_plugins.training.parts import Parts
 from llavakit_plugins.training.progress import Meter, Progress
 from llavakit_plugins.training.validation import Look, Validation
 
@@ -64,7 +65,7 @@ class Trainer:
     ) -> None:
         self.model, self.corpus, self.options, self.run = model, corpus, options, run
         self.team = run.team
-        self.sharded = self._sharded()
+        self.sharded = divides(model, options, self.team.size)
         if self.sharded:  # before the weights grow to float32
             shard(model, self.team, half=options.precision == "bf16")
         self.parts = Parts(model, options, remember=not self.sharded)
@@ -103,23 +104,6 @@ class Trainer:
             self.run.event("unanswered", reason="no answers while weights are divided by devices")
             return 0
         return self.options.samples
-
-    def _sharded(self) -> bool:
-        if self.team.size == 1 or self.options.shard is False:
-            return False
-        if learns_in_part(self.model):
-            if self.options.shard:
-                raise TrainingError(
-                    "a language model with adapters is not divided among devices; set shard = false"
-                )
-            return False
-        if "vision" not in self.options.train:
-            return self.options.shard or "language" in self.options.train
-        if self.options.shard:
-            raise TrainingError(
-                "an encoder that learns cannot be divided among devices; set shard = false"
-            )
-        return False
 
     def _features(self, corpus: Corpus) -> Features:
         learns = "vision" in self.options.train

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from llavakit import LlavaModel
+from llavakit import LlavaModel, TrainingError
 from llavakit.team import Team
 from llavakit_plugins.training.corpus import Corpus
+from llavakit_plugins.training.options import TrainOptions
 
 
 class Micro(NamedTuple):
@@ -51,6 +52,30 @@ def deal(lengths: Sequence[int], size: int) -> list[list[int]]:
         hands[least].append(index)
         totals[least] += lengths[index]
     return [sorted(hand) for hand in hands]
+
+
+def divides(model: LlavaModel, options: TrainOptions, devices: int) -> bool:
+    """Say whether `devices` devices divide the weights among them; each has all of them otherwise.
+
+    Raises TrainingError where the options ask for what cannot be divided.
+    """
+    if devices == 1 or options.shard is False:
+        return False
+    refusal = None
+    if _learns_in_part(model):
+        refusal = "a language model with adapters is not divided among devices"
+    elif "vision" in options.train:
+        refusal = "an encoder that learns cannot be divided among devices"
+    if refusal is None:
+        return options.shard or "language" in options.train
+    if options.shard:
+        raise TrainingError(f"{refusal}; set shard = false")
+    return False
+
+
+def _learns_in_part(model: LlavaModel) -> bool:
+    """Say whether some weights of the language model never learn, beside its adapters."""
+    return sum(1 for _ in model.language.trainable()) < sum(1 for _ in model.language.parameters())
 
 
 def shard(model: LlavaModel, team: Team, *, half: bool) -> None:

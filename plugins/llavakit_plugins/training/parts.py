@@ -23,11 +23,6 @@ def require_weights(part: str, count: int) -> None:
         )
 
 
-def learns_in_part(model: LlavaModel) -> bool:
-    """Say whether some weights of the language model never learn, beside its adapters."""
-    return sum(1 for _ in model.language.trainable()) < sum(1 for _ in model.language.parameters())
-
-
 @dataclass(frozen=True)
 class _Before:
     """A parameter as it was before training, where its precision is another meanwhile."""
