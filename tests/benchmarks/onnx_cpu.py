@@ -1,12 +1,13 @@
 """Reading and writing on a CPU: our ONNX folder against transformers' own LLaVA.
 
-    python tests/benchmarks/onnx_cpu.py [--rounds 4] [--threads 2] [--layers 12] [--cpu-time]
-                                        [--keep FOLDER]
+    python tests/benchmarks/onnx_cpu.py [--rounds 5] [--threads 2] [--layers 12] [--cpu-time]
+                                        [--keep FOLDER] [--precisions fp32 q8]
 
 CLIP B/16 and a Llama of 12 layers x 768, random weights, the same in both. A prompt with one image,
-64 new tokens; alternating runs, the best of each. Prefill is the time to the first token, images
-included; decode is the rest. Memory is what a process holds after an answer, less what it held
-before the model, against the bytes of its files. `--keep` leaves the export, and finds it again.
+64 new tokens. Prefill is the time to the first token, images included; decode is the rest. Each
+run of ours stands next to one of transformers'; ratios are medians over these pairs. Memory is
+what a process holds after an answer, less what it held before the model, against the bytes of its
+files. `--keep` leaves the export, and finds it again.
 
 On a machine with other work on it wall time says little: `--threads 1 --cpu-time` counts the
 processor's time instead. Fewer `--layers` (with as much less vocabulary) are quicker to export.
@@ -15,14 +16,14 @@ processor's time instead. Fewer `--layers` (with as much less vocabulary) are qu
 from __future__ import annotations
 
 import argparse
-import json
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from statistics import median
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
@@ -38,9 +39,10 @@ LANGUAGE = {
 }  # fmt: skip
 PROMPT = "<image>\nwhat colour is the circle in the picture ? what shape is the square ?"
 NEW = 64
+PRECISIONS = ("fp32", "int8", "q8", "q4")
 Clock = Callable[[], float]
-DECODE = {"fp32": 2.2, "q8": 4.5, "q4": 5.5}
-PREFILL = {"fp32": 1.0, "q8": 1.4, "q4": 1.4}
+DECODE = {"fp32": 2.2, "int8": 4.5, "q8": 4.5, "q4": 5.5}
+PREFILL = {"fp32": 1.0, "int8": 1.4, "q8": 1.4}
 
 
 def export(folder: Path, layers: int = 12) -> Any:
@@ -56,7 +58,7 @@ def export(folder: Path, layers: int = 12) -> Any:
         least = dict.fromkeys(("fp16", "int8", "q8", "q4"), 0.0)
         options = OnnxOptions.model_validate(
             {
-                "precisions": ["fp32", "int8", "q8", "q4"],
+                "precisions": PRECISIONS,
                 "tolerance": 1e-3,
                 "least_agreement": least,
             }
@@ -83,6 +85,28 @@ def time_ours(clock: Clock, model: Any, picture: Any, new: int) -> tuple[float, 
     return clock() - begin, ids
 
 
+class Run(NamedTuple):
+    prefill: float
+    """Seconds to the first token."""
+    decode: float
+    """Tokens a second behind it."""
+
+
+class Pair(NamedTuple):
+    """Two runs, one right behind the other."""
+
+    theirs: Run
+    ours: Run
+
+    @property
+    def prefill(self) -> float:
+        return self.theirs.prefill / self.ours.prefill
+
+    @property
+    def decode(self) -> float:
+        return self.ours.decode / self.theirs.decode
+
+
 _MEMORY = """\
 import sys
 import numpy, onnxruntime
@@ -92,18 +116,19 @@ def held():
     lines = dict(line.split(":") for line in open("/proc/self/status") if line.startswith("Vm"))
     return int(lines["VmRSS"].split()[0]) * 1024
 before = held()
-folder, precision, prompt, new = sys.argv[1:]
-model = load(folder, precision=precision, threads=2)
+folder, precision, prompt, new, threads = sys.argv[1:]
+model = load(folder, precision=precision, threads=int(threads))
 model.generate_ids(prompt, [Image.new("RGB", (224, 224))], max_new_tokens=int(new), raw=True)
 print(held() - before)
 """
 
 
-def memory(folder: Path, precision: str) -> tuple[float, float]:
+def memory(folder: Path, precision: str, threads: int) -> tuple[float, float]:
     """Return the bytes that a process holds for a precision, and those of its files."""
     from llavakit_plugins.onnx_runtime.layout import GRAPHS, graph_file
 
-    command = [sys.executable, "-c", _MEMORY, str(folder), precision, PROMPT, str(NEW)]
+    settings = [str(folder), precision, PROMPT, str(NEW), str(threads)]
+    command = [sys.executable, "-c", _MEMORY, *settings]
     held = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     names = [graph_file(graph, precision) for graph in GRAPHS]
     files = [folder / f"{name}{end}" for name in names for end in ("", "_data")]
@@ -116,11 +141,12 @@ def print_row(widths: tuple[int, ...], *cells: str) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--cpu-time", action="store_true")
     parser.add_argument("--keep", type=Path)
+    parser.add_argument("--precisions", nargs="+", default=PRECISIONS, choices=PRECISIONS)
     arguments = parser.parse_args()
     import torch
     from PIL import Image
@@ -135,42 +161,49 @@ def main() -> int:
     theirs, ours = export(folder, arguments.layers)
     picture = Image.effect_noise((224, 224), 60).convert("RGB")
     inputs = their_inputs(ours, PROMPT, ours.prepare([picture]))
-    precisions = json.loads((folder / "export.json").read_text())["precisions"]
-    models = {name: load(folder, precision=name, threads=arguments.threads) for name in precisions}
+    models = {
+        name: load(folder, precision=name, threads=arguments.threads)
+        for name in arguments.precisions
+    }
     for model in models.values():  # random weights end an answer at any time
         model.manifest = model.manifest.model_copy(update={"end_tokens": ()})
 
-    best: dict[tuple[str, int], float] = {}
-    tokens: dict[str, list[int]] = {}
+    pairs: dict[str, list[Pair]] = {name: [] for name in models}
+    same: dict[str, int] = {}
+    for number in range(-1, arguments.rounds):  # the first is to warm up
+        for name, model in models.items():
+            theirs_1, _ = time_theirs(clock, theirs, inputs, 1)
+            ours_1, _ = time_ours(clock, model, picture, 1)
+            theirs_all, expected = time_theirs(clock, theirs, inputs, NEW + 1)
+            ours_all, got = time_ours(clock, model, picture, NEW + 1)
+            same[name] = sum(a == b for a, b in zip(expected, got, strict=True))
+            pair = Pair(
+                Run(theirs_1, NEW / (theirs_all - theirs_1)), Run(ours_1, NEW / (ours_all - ours_1))
+            )
+            print(
+                f"round {number + 1} {name}: prefill {pair.prefill:.2f}x, decode "
+                f"{pair.decode:.2f}x",
+                file=sys.stderr,
+            )
+            if number >= 0:
+                pairs[name].append(pair)
 
-    def note(name: str, new: int, seconds: float, ids: list[int]) -> None:
-        best[name, new] = min(best.get((name, new), float("inf")), seconds)
-        tokens[name] = ids
-
-    for _ in range(arguments.rounds):
-        for new in (1, NEW + 1):
-            note("transformers", new, *time_theirs(clock, theirs, inputs, new))
-            for name, model in models.items():
-                note(name, new, *time_ours(clock, model, picture, new))
-
-    def rates(name: str) -> tuple[float, float]:
-        first, whole = best[name, 1], best[name, NEW + 1]
-        return first, NEW / (whole - first)
-
-    prefill, decode = rates("transformers")
     widths = (14, 10, 8, 7, 10, 8, 7, 8, 11, 10, 7)
     print_row(widths, "", "prefill s", "ratio", "limit", "decode/s", "ratio", "limit", "same",
               "memory MB", "files MB", "ratio")  # fmt: skip
+    peer = [pair.theirs for found in pairs.values() for pair in found]
+    prefill, decode = (median(each) for each in zip(*peer, strict=True))
     print_row(widths, "transformers", f"{prefill:.3f}", "", "", f"{decode:.1f}")
-    for name in models:
-        first, rate = rates(name)
-        same = sum(a == b for a, b in zip(tokens[name], tokens["transformers"], strict=False))
-        held, files = memory(folder, name)
+    for name, found in pairs.items():
+        prefill, decode = (median(each) for each in zip(*(p.ours for p in found), strict=True))
+        held, files = memory(folder, name, arguments.threads)
         limits = [f"{table[name]:.1f}x" if name in table else "" for table in (PREFILL, DECODE)]
         print_row(
-            widths, name, f"{first:.3f}", f"{prefill / first:.2f}x", limits[0], f"{rate:.1f}",
-            f"{rate / decode:.2f}x", limits[1], f"{same}/{NEW + 1}", f"{held / 1e6:.0f}",
-            f"{files / 1e6:.0f}", f"{held / files:.2f}",
+            widths, name,
+            f"{prefill:.3f}", f"{median(pair.prefill for pair in found):.2f}x", limits[0],
+            f"{decode:.1f}", f"{median(pair.decode for pair in found):.2f}x", limits[1],
+            f"{same[name]}/{NEW + 1}", f"{held / 1e6:.0f}", f"{files / 1e6:.0f}",
+            f"{held / files:.2f}",
         )  # fmt: skip
     return 0
 

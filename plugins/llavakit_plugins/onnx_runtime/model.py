@@ -22,7 +22,12 @@ from llavakit.sampling import Sampling
 from llavakit_plugins.onnx_runtime.folder import Folder, read
 from llavakit_plugins.onnx_runtime.layout import DECODER, EMBEDDINGS, VISION
 from llavakit_plugins.onnx_runtime.prompting import Piece
-from llavakit_plugins.onnx_runtime.sessions import Decoder, open_session, pick_provider
+from llavakit_plugins.onnx_runtime.sessions import (
+    Decoder,
+    give_back_memory,
+    open_session,
+    pick_provider,
+)
 from llavakit_plugins.onnx_runtime.text import TextTokenizer
 
 FloatArray = npt.NDArray[np.float32]
@@ -76,6 +81,7 @@ class OnnxModel:
             in_place=folder.manifest.attention == "group_query",
             provider=provider,
         )
+        give_back_memory()
 
     @property
     def visual_tokens(self) -> int:

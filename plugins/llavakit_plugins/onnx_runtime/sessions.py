@@ -71,6 +71,8 @@ def open_session(
     runtime = runtime_module()
     options = runtime.SessionOptions()
     options.log_severity_level = 3
+    # what a prompt or an image took would be held until the next one comes
+    options.enable_cpu_mem_arena = False
     if threads is not None:
         options.intra_op_num_threads = threads
     path = folder.file(graph_file(graph, precision))
@@ -99,6 +101,20 @@ def open_session(
     return session
 
 
+def give_back_memory() -> None:
+    """Give the memory that was freed back to the system, where glibc can.
+
+    onnxruntime packs the weights and frees what it read, and a prompt's activations are freed in
+    front of its answer; both come in pieces that glibc would hold on to.
+    """
+    import ctypes
+    import sys
+
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
+
+
 class Decoder:
     """The decoder's session and the cache of the sequences that are being written.
 
@@ -117,6 +133,7 @@ class Decoder:
         half = kinds[self._past[0]] == "tensor(float16)"
         self._kind = np.float16 if half else np.float32
         self._cache: list[OrtValue] = []
+        self._binding: Any = None
         self._mask_BL: IntArray = np.zeros((0, 0), np.int64)
 
     def read(
@@ -135,24 +152,19 @@ class Decoder:
         feeds["position_ids"] = np.broadcast_to(places, real_BT.shape).copy()
         feeds[KEEP] = np.asarray(keep, np.int64)
         logits, *held = self.session.run(["logits", *self._present], feeds)
+        give_back_memory()
         self._mask_BL = real_BT
         self._cache = [self._place(tensor, max(capacity, rows)) for tensor in held]
+        self._binding = None
         return logits, held
 
     def step(self, embeds_B1E: FloatArray, positions_B1: IntArray) -> FloatArray:
         """Return logits `[B, V]` of one more row of each sequence."""
         self._mask_BL = np.concatenate((self._mask_BL, np.ones_like(positions_B1)), axis=1)
-        binding = self.session.io_binding()
+        binding = self._bind()
         binding.bind_cpu_input("inputs_embeds", embeds_B1E)
         binding.bind_cpu_input("attention_mask", self._mask_BL)
         binding.bind_cpu_input("position_ids", positions_B1)
-        binding.bind_output("logits", "cpu")
-        for past, present, value in zip(self._past, self._present, self._cache, strict=True):
-            binding.bind_ortvalue_input(past, value)
-            if self.in_place:
-                binding.bind_ortvalue_output(present, value)
-            else:
-                binding.bind_output(present, self.device)
         self.session.run_with_iobinding(binding)
         outputs = binding.get_outputs()
         if not self.in_place:
@@ -160,10 +172,27 @@ class Decoder:
         logits_B1V: FloatArray = outputs[0].numpy()
         return logits_B1V[:, -1]
 
+    def _bind(self) -> Any:
+        """Return a binding of the cache; one that is written in place is bound once."""
+        if self._binding is not None:
+            return self._binding
+        binding = self.session.io_binding()
+        binding.bind_output("logits", "cpu")
+        for past, present, value in zip(self._past, self._present, self._cache, strict=True):
+            binding.bind_ortvalue_input(past, value)
+            if self.in_place:
+                binding.bind_ortvalue_output(present, value)
+            else:
+                binding.bind_output(present, self.device)
+        if self.in_place:
+            self._binding = binding
+        return binding
+
     def select(self, sequences: Sequence[int]) -> None:
         """Keep only these sequences, in this order."""
         rows = list(sequences)
         self._cache = [self._place(value.numpy()[rows], 0) for value in self._cache]
+        self._binding = None
         self._mask_BL = self._mask_BL[rows]
 
     def _place(self, held_BGPK: CacheArray, capacity: int) -> OrtValue:
