@@ -1,7 +1,7 @@
-"""What a plugin without weights implements: one abstract class for each kind of component.
+"""What a plugin implements: one abstract class for each kind of component.
 
-Those with weights are in `networks`. Nothing here imports torch, so that data can be looked at, and
-files scored, without it.
+Those with weights lie in `networks` and come from there when they are asked for: nothing else here
+imports torch, so that data can be looked at, and files scored, without it.
 """
 
 from __future__ import annotations
@@ -31,11 +31,24 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from llavakit.model import LlavaModel
-    from llavakit.networks import LanguageModel, VisionEncoder
+    from llavakit.networks import Connector as Connector
+    from llavakit.networks import LanguageModel as LanguageModel
+    from llavakit.networks import Network as Network
+    from llavakit.networks import VisionEncoder as VisionEncoder
     from llavakit.planning import Planner, StepPlan
     from llavakit.reporting import Section
     from llavakit.scoring import FileScorer
     from llavakit.team import Team
+
+_WITH_WEIGHTS = ("Connector", "LanguageModel", "Network", "VisionEncoder")
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WITH_WEIGHTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from llavakit import networks
+
+    return getattr(networks, name)
 
 
 class ChatModel(Component):

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import llavakit
-from llavakit import hooks
+from llavakit import hooks, interfaces
 from llavakit.kinds import KINDS
 
 ROOT = Path(__file__).parents[2]
@@ -47,6 +47,11 @@ def test_top_level_folders_are_source_roots_and_no_packages() -> None:
     for folder in ("core", "plugins", "kernels", "recipes"):
         assert (ROOT / folder).is_dir()
         assert not (ROOT / folder / "__init__.py").exists()
+
+
+def test_every_kind_is_among_the_interfaces() -> None:
+    assert all(getattr(interfaces, kind.__name__) is kind for kind in KINDS)
+    assert not hasattr(interfaces, "Nothing")
 
 
 def test_every_hook_has_a_kind_and_every_kind_a_hook() -> None:
