@@ -12,9 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tests.plugins.checkpoints import make_hf, pictures
+from tests.plugins.onnx_models import HEADS_OF_16, make_model
 from tests.plugins.test_layouts_original import make
 
 import llavakit
+from llavakit.assembly import save_model
 from llavakit.cli import main
 from llavakit_plugins.layouts.tokenizers import read_tokenizer
 
@@ -65,6 +67,30 @@ def test_chat_import_and_export_of_an_original_checkpoint(
     name = "model.layers.1.mlp.up_proj.weight"
     back = load_file(tmp_path / "back" / "model.safetensors")
     assert torch.equal(back[name], made.language.state_dict()[name])
+
+
+def test_a_head_that_is_the_embedding_goes_through_both_layouts(
+    tmp_path: Path, picture: Path
+) -> None:
+    model = make_model({**HEADS_OF_16, "tie_word_embeddings": True})
+    save_model(model, tmp_path / "native")
+    for layout in ("original", "hf"):
+        out = tmp_path / layout
+        assert run("export", tmp_path / "native", out, "--format", layout) == 0
+        assert str(tmp_path) not in (out / "config.json").read_text()
+        loaded = llavakit.load(out, device="cpu")
+        torch.testing.assert_close(
+            loaded.logits("what ?", [picture]), model.logits("what ?", [picture])
+        )
+        assert run("import", out, tmp_path / f"{layout}-native") == 0
+        assert run("export", tmp_path / f"{layout}-native", tmp_path / "again", "--format",
+                   layout) == 0  # fmt: skip
+        first, again = (
+            {f.name: f.read_bytes() for f in folder.iterdir() if f.is_file()}
+            for folder in (out, tmp_path / "again")
+        )
+        assert first == again
+        shutil.rmtree(tmp_path / "again")
 
 
 @pytest.mark.parametrize("arguments", [

@@ -88,7 +88,7 @@ class Original(Exporter):
         kind, architecture = _TYPES[text.model_type]
         projector, tensors = _projector(model)
         if text.tie_word_embeddings:  # the original always has a head of its own
-            state["lm_head.weight"] = state["model.embed_tokens.weight"]
+            state["lm_head.weight"] = state["model.embed_tokens.weight"].clone()
         template = model.choices["template"]
         config = {
             **{k: v for k, v in text.to_dict().items() if k != "tie_word_embeddings"},

@@ -49,7 +49,7 @@ def write_weights(state: Mapping[str, Tensor], folder: Path, max_shard_size: str
 
 def write_config(config: Mapping[str, Any], folder: Path, language: LanguageModel) -> None:
     """Write config.json, and generation_config.json with the tokens that end an answer."""
-    (folder / "config.json").write_text(_json(_for_old_readers(config)), encoding="utf-8")
+    (folder / "config.json").write_text(_json(_for_readers(config)), encoding="utf-8")
     tokens = {"bos_token_id": language.tokenizer.bos_token_id, "eos_token_id": _ends(language)}
     known = {key: value for key, value in tokens.items() if value is not None}
     (folder / "generation_config.json").write_text(_json(known), encoding="utf-8")
@@ -60,11 +60,11 @@ def _ends(language: LanguageModel) -> int | list[int] | None:
     return ends[0] if len(ends) == 1 else ends or None
 
 
-def _for_old_readers(value: Any) -> Any:
-    """Add what transformers 4 calls the positions' base and the precision."""
+def _for_readers(value: Any) -> Any:
+    """Add what transformers 4 calls the positions' base and the precision; leave paths out."""
     if not isinstance(value, Mapping):
         return value
-    table = {key: _for_old_readers(item) for key, item in value.items()}
+    table = {k: _for_readers(item) for k, item in value.items() if k != "_name_or_path"}
     rope = table.get("rope_parameters")
     if isinstance(rope, dict) and "rope_theta" in rope:
         table["rope_theta"] = rope["rope_theta"]
