@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cache
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import BaseLoader, ChoiceLoader, Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from llavakit.progress import duration
@@ -31,15 +31,23 @@ def comparison_page(
 
 @cache
 def _environment() -> Environment:
-    loader = PackageLoader("llavakit.reporting", "")
+    return page_environment()
+
+
+def page_environment(*loaders: BaseLoader) -> Environment:
+    """Return what pages are made with: the report's style, filters and templates.
+
+    `loaders` find templates of one's own, before the report's.
+    """
+    report = PackageLoader("llavakit.reporting", "")
     environment = Environment(
-        loader=loader,
+        loader=ChoiceLoader([*loaders, report]),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    style, _, _ = loader.get_source(environment, "report.css")
+    style, _, _ = report.get_source(environment, "report.css")
     environment.globals["style"] = Markup(style)
     environment.filters |= {
         "cells": cells,

@@ -146,24 +146,9 @@ def _thumbnail(path: Path) -> str:
 
 @cache
 def _template() -> Template:
-    from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
-    from markupsafe import Markup
+    from jinja2 import PackageLoader
 
-    from llavakit.reporting.charts import draw_lines
-    from llavakit.reporting.values import cells, show
+    from llavakit.reporting.page import page_environment
 
-    report = PackageLoader("llavakit.reporting", "")
-    page = Environment(
-        loader=ChoiceLoader([PackageLoader("llavakit_plugins.steps", "generation"), report]),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    style, _, _ = report.get_source(page, "report.css")
-    page.globals["style"] = Markup(style)
-    page.filters |= {"cells": cells, "show": show}
-    page.filters["chart"] = lambda curves: draw_lines(
-        curves.series, title=curves.title, x=curves.x, y=curves.y, log=curves.log
-    )
-    return page.get_template("review.html.jinja")
+    own = PackageLoader("llavakit_plugins.steps", "generation")
+    return page_environment(own).get_template("review.html.jinja")
