@@ -71,6 +71,9 @@ class ChatModel(Component):
     def complete(self, messages: Sequence[Message]) -> str:
         """Return the text of the assistant's reply."""
 
+    def halt(self) -> None:
+        """Send nothing more: requests that wait for their turn or another try fail at once."""
+
     async def reply(self, messages: Sequence[Message], draw: int = 0) -> Reply:
         """Return a reply and what is known of it; `draw` numbers the replies to one question.
 

@@ -116,8 +116,7 @@ class _Asker:
                 if self._end is None and self._stopping():
                     self._end = Stopped()
             if running:
-                if halt := getattr(self._chat, "halt", None):
-                    halt()  # what waits for its turn or for another try is not paid for
+                self._chat.halt()  # what waits for its turn or for another try is not paid for
                 done, running = await asyncio.wait(running, timeout=_GRACE)
                 for worker in done:
                     worker.result()

@@ -157,7 +157,6 @@ class OpenAI(ChatModel):
             raise ReplyError("not sent, since the job stops") from None
 
     def halt(self) -> None:
-        """Send nothing more: requests that wait for their turn fail at once."""
         if self._pace is not None:
             self._pace.halt()
 

@@ -69,9 +69,8 @@ class Replay(ChatModel):
         return reply
 
     def halt(self) -> None:
-        """Send nothing more."""
-        if self._model is not None and (halt := getattr(self._model, "halt", None)):
-            halt()
+        if self._model is not None:
+            self._model.halt()
 
     def count(self, messages: Sequence[Message]) -> int:
         return self._model.count(messages) if self._model else super().count(messages)
