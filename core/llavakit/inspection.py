@@ -21,7 +21,7 @@ from llavakit.components import Use
 from llavakit.errors import DataError
 from llavakit.images import MissingImage, check_image, whole_images
 from llavakit.prompts import encode
-from llavakit.samples import IMAGE, Finding, Inspected, Sample
+from llavakit.samples import CHARACTERS_A_TOKEN, IMAGE, Finding, Inspected, Sample
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 
 KEPT = 100
 """Findings of one sort whose sentences are kept; the others are counted."""
-_CHARACTERS_A_TOKEN = 4.2  # of English under LLaMA's tokenizer, roughly
 _TURN_TOKENS = 5  # role and separator, roughly
 _AT_ONCE = 4096  # images to look at together
 _EDGES = (0, 32, 64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 8192, 16384)
@@ -249,7 +248,7 @@ class _Seen:
         place = learned = 0
         for turn in sample.turns:
             text = turn.text.replace(IMAGE, "") if turn.role == "human" else turn.text
-            length = round(len(text) / _CHARACTERS_A_TOKEN)
+            length = round(len(text) / CHARACTERS_A_TOKEN)
             place += _TURN_TOKENS + turn.text.count(IMAGE) * visual * (turn.role == "human")
             if turn.role == "gpt":  # its end is learned even where it says nothing
                 learned += max(0, min(max(1, length), longest - place))

@@ -18,7 +18,7 @@ from llavakit.answers import AnswerText, decode
 from llavakit.errors import ModelError
 from llavakit.generation import Sampling, generate_stream
 from llavakit.images import read_pixels
-from llavakit.interfaces import PromptTemplate
+from llavakit.interfaces import PromptTemplate, Segment
 from llavakit.networks import Connector, LanguageModel, VisionEncoder
 from llavakit.packing import PackedBatch, Stream, pack
 from llavakit.prompts import Encoded, encode, tokenise
@@ -123,8 +123,6 @@ class LlavaModel(nn.Module):
         A question without placeholders gets one for each image in front. `begun` is what its
         answer has begun with, for the model to go on from there.
         """
-        from llavakit.interfaces import Segment
-
         if raw:
             ids, learned = tokenise([Segment(prompt, markup=True)], self.language.tokenizer)
             encoded = Encoded(ids, learned)

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 IMAGE = "<image>"
 """The placeholder in a turn's text where an image goes (the original LLaVA's spelling)."""
 
+CHARACTERS_A_TOKEN = 4.2
+"""Of English under LLaMA's tokenizer, roughly: where there is no tokenizer to ask."""
+
 Role = Literal["human", "gpt"]
 ImageSource: TypeAlias = Union[Path, "Image"]
 

@@ -14,12 +14,11 @@ from pydantic import Field
 from llavakit import DataError, Dataset, InputPath, Options, Sample, Turn
 from llavakit.images import MissingImage, check_image, inside, whole_images
 from llavakit.interfaces import Progress
-from llavakit.samples import Finding, Inspected
+from llavakit.samples import CHARACTERS_A_TOKEN, Finding, Inspected
 from llavakit_plugins.datasets.expected import Expected
 from llavakit_plugins.datasets.streaming import StoredRows, count_rows, read_rows
 
 _ROLES = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt"}
-_CHARACTERS_A_TOKEN = 4.2  # of English under LLaMA's tokenizer, roughly: for plans only
 _LOOKED_AT = 4096  # rows that a plan reads to learn how long they are
 _NAMED = 3
 _SHOWN_EVERY = 256  # rows or images
@@ -118,7 +117,7 @@ class Conversations(Dataset):
                 count = count_rows(options.path, "conversations")
             text = sum(len(str(row.value.get("conversations"))) for row in rows)
             return min(count, options.limit or count), round(
-                text / _CHARACTERS_A_TOKEN / max(1, len(rows))
+                text / CHARACTERS_A_TOKEN / max(1, len(rows))
             )
         return options.expect.upto(options.limit) if options.expect else None
 

@@ -8,6 +8,7 @@ from pydantic import Field
 
 from llavakit import DataError, Dataset, InputPath, Options, Sample, Turn
 from llavakit.images import check_image
+from llavakit.samples import CHARACTERS_A_TOKEN
 from llavakit_plugins.datasets.expected import Expected
 from llavakit_plugins.evaluation.scienceqa import (
     Format,
@@ -16,8 +17,6 @@ from llavakit_plugins.evaluation.scienceqa import (
     question_text,
     read_problems,
 )
-
-_CHARACTERS_A_TOKEN = 4.2  # of English under LLaMA's tokenizer, roughly: for plans only
 
 
 class ScienceQAOptions(Options):
@@ -60,7 +59,7 @@ class ScienceQA(Dataset):
         problems = list(read_problems(options.problems, options.split).values())[: options.limit]
         form = options.format
         text = sum(len(question_text(p, form)) + len(answer_text(p, form)) for p in problems)
-        return len(problems), round(text / _CHARACTERS_A_TOKEN / len(problems))
+        return len(problems), round(text / CHARACTERS_A_TOKEN / len(problems))
 
     def _sample(self, problem: Problem) -> Sample:
         where = f"problem `{problem.id}` of {self.options.problems}"
