@@ -149,7 +149,7 @@ def read_config(options: PretrainedOptions, part: str = "vision_config") -> dict
     return {**table, **options.config}
 
 
-def fetch_config(options: PretrainedOptions, part: str) -> dict[str, Any]:
+def fetch_config(options: PretrainedOptions, part: str = "vision_config") -> dict[str, Any]:
     """Return the configuration of `options.source`, as `read_config`; fetch it where it must be.
 
     Raises ModelError where it can be had neither here nor from the hub.
@@ -163,6 +163,47 @@ def fetch_config(options: PretrainedOptions, part: str) -> dict[str, Any]:
         except OSError as error:
             raise ModelError(f"`{options.source}` has no config.json: {error}") from error
     return read_config(options, part)
+
+
+_WEIGHTS = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+"""What a model's weights are called, the preferred first; an index names its shards."""
+
+
+_SMALL = ("*.json", "*.jinja", "*.model", "*.txt")
+"""Configuration, tokenizer and preprocessing."""
+
+
+def fetch_folder(options: PretrainedOptions) -> Path:
+    """Return the folder with the files of `options.source`: itself, or a snapshot of the hub's.
+
+    What the hub's cache lacks is fetched: weights, configuration, tokenizer, preprocessing.
+    Raises ModelError where they can be had neither here nor from the hub.
+    """
+    from huggingface_hub import snapshot_download
+
+    assert options.source is not None
+    if (folder := Path(options.source)).is_dir():
+        return folder
+    try:
+        for weights in ("model*.safetensors", "pytorch_model*.bin"):
+            folder = Path(
+                snapshot_download(
+                    options.source,
+                    revision=options.revision,
+                    allow_patterns=[*_SMALL, weights],
+                    ignore_patterns=["*/*"],  # other formats and precisions
+                )
+            )
+            if any(folder.glob(weights)):
+                return folder
+    except (OSError, ValueError) as error:
+        raise ModelError(f"the weights of `{options.source}` cannot be had: {error}") from error
+    return folder
 
 
 def find_file(options: PretrainedOptions, name: str) -> Path | None:
@@ -185,13 +226,7 @@ def missing_source(what: str, options: PretrainedOptions) -> str | None:
     """Return a sentence on what is missing and how to get it, or None where weights are here."""
     if options.source is None:
         return None
-    names = (
-        "model.safetensors",
-        "model.safetensors.index.json",
-        "pytorch_model.bin",
-        "pytorch_model.bin.index.json",
-    )
-    if any(find_file(options, name) for name in names):
+    if any(find_file(options, name) for name in _WEIGHTS):
         return None
     if Path(options.source).is_dir():
         return f"{what}: {options.source} holds no model.safetensors; copy the weights into it"

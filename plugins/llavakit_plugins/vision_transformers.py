@@ -7,24 +7,28 @@ B images, P patches, D width.
 from __future__ import annotations
 
 import json
+import re
 from abc import abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, cast
 
 import torch
 from PIL import Image
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from llavakit import ModelError, Options, VisionEncoder
 from llavakit_plugins.huggingface import (
     PretrainedOptions,
+    fetch_config,
+    fetch_folder,
     find_file,
     missing_source,
     quietly,
     read_config,
 )
+from llavakit_plugins.layouts.filling import fill
+from llavakit_plugins.layouts.weights import Weights
 from llavakit_plugins.preprocessing import MEAN, RGB, STD, Aspect, Interpolation, Square, to_square
 
 if TYPE_CHECKING:
@@ -118,7 +122,9 @@ class TransformersEncoder(VisionTransformer):
         super().__init__()
         if model is None:
             cls = self.architecture()
-            config = cast(Any, cls.config_class)(**self._table(options))
+            config = cast(Any, cls.config_class)(
+                **self._shape(read_config(options), options.source)
+            )
             model = cls(config).to(getattr(torch, options.dtype))
         self.model = model
         config = self.model.config
@@ -152,42 +158,31 @@ class TransformersEncoder(VisionTransformer):
 
     @classmethod
     def _read(cls, options: TransformersOptions) -> Self:
-        cls._table(options)
-        kind = cast(Any, cls.architecture())
+        cls._shape(fetch_config(options), options.source)
+        network = cast(Any, cls.architecture())
+        folder, dtype = fetch_folder(options), getattr(torch, options.dtype)
         try:
-            with quietly(report=False):
-                model, report = kind.from_pretrained(
-                    options.source,
-                    revision=options.revision or "main",
-                    dtype=getattr(torch, options.dtype),
-                    key_mapping={r"^(model\.)?vision_tower\.(vision_model\.)?": ""},  # of a LLaVA
-                    output_loading_info=True,
-                    **options.config,
-                )
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            config = network.config_class.from_pretrained(folder, **options.config)
+            model = fill(network, config, vision_state(folder, dtype), options.source, dtype=dtype)
+        except (OSError, ValueError, RuntimeError) as error:
             raise ModelError(
                 f"the weights of vision encoder `{cls.name}` in {options.source} cannot be read: "
                 f"{error}"
             ) from error
-        if missing := sorted(report["missing_keys"]):
-            raise ModelError(
-                f"{options.source} lacks {len(missing)} weights of vision encoder `{cls.name}`, "
-                f"`{missing[0]}` among them; is it a model of this family?"
-            )
         return cls(options, model)
 
     @classmethod
-    def _table(cls, options: TransformersOptions) -> dict[str, Any]:
-        """Return the configuration, without its type. Raises ModelError where that is another."""
-        table = dict(read_config(options, "vision_config"))
+    def _shape(cls, table: Mapping[str, Any], source: str | None) -> dict[str, Any]:
+        """Return a configuration without its type. Raises ModelError where that is another."""
+        shape = dict(table)
         expected = cast(Any, cls.architecture()).config_class.model_type
-        found = table.pop("model_type", expected)
+        found = shape.pop("model_type", expected)
         if expected not in (found, f"{found}_vision_model"):
             raise ModelError(
-                f"{options.source or 'the configuration'} is a model of type `{found}`, but vision "
+                f"{source or 'the configuration'} is a model of type `{found}`, but vision "
                 f"encoder `{cls.name}` is `{expected}`; choose another `use` or `source`"
             )
-        return table
+        return shape
 
     def save(self, folder: Path) -> None:
         with quietly():
@@ -211,6 +206,25 @@ class TransformersEncoder(VisionTransformer):
         for block in list(self.blocks)[: self.depth]:
             hidden_BPD = block(hidden_BPD, attention_mask=None)
         return self.final_norm(hidden_BPD) if self.normalised else hidden_BPD
+
+
+def vision_state(folder: Path, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """Return the vision model's tensors in a folder of it alone, of a CLIP, or of a LLaVA.
+
+    Raises ModelError where there are none, or a file is damaged.
+    """
+    weights = Weights.within(folder, dtype)
+    if weights is None:
+        raise ModelError(f"{folder} holds no weights of a vision encoder; copy them there")
+    for pattern in (r"^(?:model\.)?vision_tower\.(?:vision_model\.)?", r"^vision_model\."):
+        found = {
+            name[match.end() :]: weights[name]
+            for name in weights
+            if (match := re.match(pattern, name))
+        }
+        if found:
+            return found
+    return dict(weights)
 
 
 # -- preprocessor_config.json ----------------------------------------------------------------------

@@ -224,12 +224,20 @@ def test_weights_that_are_not_there_are_never_made_up(tmp_path: Path) -> None:
     weights = load_file(file)
     del weights[next(name for name in weights if "layers.1" in name)]
     save_file(weights, file, metadata={"format": "pt"})
-    with pytest.raises(ModelError, match="lacks 1 weights of vision encoder `clip`"):
+    with pytest.raises(ModelError, match=r"a CLIPVisionModel .* it lacks encoder\.layers\.1\."):
         CLIP.open(tmp_path)
 
 
-@pytest.mark.parametrize("damage", ["shape", "cut", "none", "not json"])
-def test_weights_that_cannot_be_read_are_named(tmp_path: Path, damage: str) -> None:
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [
+        ("shape", r"it has, in another shape, .* \[48\] for \[32\]"),
+        ("cut", "model.safetensors is damaged or cut short"),
+        ("none", "holds no weights"),
+        ("not json", r"config.json cannot be read"),
+    ],
+)
+def test_weights_that_cannot_be_read_are_named(tmp_path: Path, damage: str, sentence: str) -> None:
     CLIP.make(hidden_size=48 if damage == "shape" else 32).save_pretrained(tmp_path)
     config, weights = tmp_path / "config.json", tmp_path / "model.safetensors"
     if damage == "shape":
@@ -240,7 +248,7 @@ def test_weights_that_cannot_be_read_are_named(tmp_path: Path, damage: str) -> N
         weights.unlink()
     else:
         config.write_text("{")
-    with pytest.raises(ModelError, match="cannot be read"):
+    with pytest.raises(ModelError, match=sentence):
         CLIP.open(tmp_path)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +12,8 @@ from torch import Tensor
 from llavakit import ModelError
 from llavakit_plugins.huggingface import KNOWN
 from llavakit_plugins.layouts.pixels import Pixels, read_pixels, usual_pixels
-from llavakit_plugins.layouts.weights import Weights, read_json
+from llavakit_plugins.layouts.weights import read_json
+from llavakit_plugins.vision_transformers import vision_state
 
 FOLDER = "vision_tower"
 """Where an export of ours puts the vision tower, within the checkpoint's folder."""
@@ -48,7 +48,7 @@ def find_tower(
     if inside:
         state, where = dict(inside), folder
     elif place is not None:
-        state, where = _vision_state(place, dtype), place
+        state, where = vision_state(place, dtype), place
     else:
         raise ModelError(
             f"{folder} names the vision tower `{name}` and does not hold its weights; fetch it "
@@ -98,22 +98,6 @@ def _table(place: Path | None, name: Any, folder: Path) -> dict[str, Any]:
         )
     table.setdefault("model_type", "clip_vision_model")
     return table
-
-
-def _vision_state(folder: Path, dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """Return the vision model's tensors in a folder of it alone, of a CLIP, or of a LLaVA."""
-    weights = Weights.within(folder, dtype)
-    if weights is None:
-        raise ModelError(f"{folder} holds no weights of a vision tower; copy them there")
-    for pattern in (r"^(?:model\.)?vision_tower\.(?:vision_model\.)?", r"^vision_model\."):
-        found = {
-            name[match.end() :]: weights[name]
-            for name in weights
-            if (match := re.match(pattern, name))
-        }
-        if found:
-            return found
-    return dict(weights)
 
 
 def _layer(config: Mapping[str, Any], folder: Path) -> int:

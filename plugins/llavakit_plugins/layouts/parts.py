@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from llavakit import Connector, LanguageModel, LlavaModel, ModelError, Registry, Use, VisionEncoder
 from llavakit.assembly import ModelRecipe, join_model
-from llavakit_plugins.huggingface import quietly
+from llavakit_plugins.layouts.filling import fill, needed
 from llavakit_plugins.layouts.pixels import Pixels
 from llavakit_plugins.layouts.prompts import TemplateUse
 from llavakit_plugins.layouts.weights import peek_json
@@ -36,7 +36,6 @@ _MALFORMED = (
     TypeError,
     ValueError,
 )  # what transformers raises for configurations that make no sense
-_NAMED = 3
 State = Mapping[str, Tensor]
 
 
@@ -105,7 +104,9 @@ def make_vision(
     network: Any = component.architecture()
     with _sensible("vision tower", where):
         config = _config_class(component)(**{k: v for k, v in table.items() if k != "model_type"})
-    model = _fill(network, config, state, "vision tower", where)
+    dtype = _precision(state, "vision tower", where)
+    with _sensible("vision tower", where):
+        model = fill(network, config, state, where, dtype=dtype)
     options = {
         "config": config_table(config),
         "layer": layer,
@@ -148,7 +149,9 @@ def make_language(
     head, embedding = state.get("lm_head.weight"), state.get("model.embed_tokens.weight")
     if config.tie_word_embeddings and head is not None and embedding is not None:
         config.tie_word_embeddings = head.shape == embedding.shape and torch.equal(head, embedding)
-    model = _fill(network, config, state, "language model", where)
+    dtype = _precision(state, "language model", where)
+    with _sensible("language model", where):
+        model = fill(network, config, state, where, dtype=dtype)
     options: dict[str, Any] = {"config": config_table(config), "dtype": _DTYPES[model.dtype]}
     if max_length is not None:
         options["max_length"] = max_length
@@ -207,50 +210,18 @@ def _sensible(what: str, where: object) -> Iterator[None]:
         ) from error
 
 
-def _fill(network: Any, config: Any, state: State, what: str, where: object) -> Any:
-    """Return transformers' model around these tensors."""
-    kept = {name: value for name, value in state.items() if not name.endswith(_RECOMPUTED)}
-    if not kept:
+def _precision(state: State, what: str, where: object) -> torch.dtype:
+    """Return the precision that holds every tensor exactly."""
+    tensors = needed(state)
+    if not tensors:
         raise ModelError(f"{where} lacks the weights of the {what}; copy the whole checkpoint")
-    dtype = reduce(torch.promote_types, (value.dtype for value in kept.values()))
+    dtype = reduce(torch.promote_types, (value.dtype for value in tensors.values()))
     if dtype not in _DTYPES:
         raise ModelError(
             f"{where}: the {what} has weights of {dtype}; convert them to float32, float16 or "
             "bfloat16"
         )
-    with _sensible(what, where), quietly(report=False):
-        model, report = network.from_pretrained(
-            None,
-            config=config,
-            state_dict=kept,
-            dtype=dtype,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-        )
-    if missing := sorted(report["missing_keys"]):
-        raise ModelError(f"{where} lacks {_listed(missing, f'weights of the {what}')}")
-    if wrong := sorted(report["mismatched_keys"]):
-        name, found, expected = wrong[0]
-        raise ModelError(
-            f"{where}: {name} of the {what} is {list(found)}, but config.json makes it "
-            f"{list(expected)}; is it the config.json of these weights?"
-        )
-    if unknown := sorted(report["unexpected_keys"]):
-        raise ModelError(
-            f"{where} holds {_listed(unknown, f'weights that no {what} of type')} "
-            f"`{config.model_type}` has; is it the config.json of these weights?"
-        )
-    return model
-
-
-_RECOMPUTED = ("rotary_emb.inv_freq", "embeddings.position_ids")
-"""Tensors that older versions of transformers saved and any computes again."""
-
-
-def _listed(names: Sequence[str], noun: str) -> str:
-    shown = ", ".join(names[:_NAMED])
-    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-    return f"{noun}: {shown}{more}" if noun.startswith("weights of") else f"{shown}{more}, {noun}"
+    return dtype
 
 
 # -- connectors ------------------------------------------------------------------------------------
