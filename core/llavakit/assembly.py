@@ -13,40 +13,21 @@ from typing import Any
 
 import tomli_w
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 from safetensors import SafetensorError
 from torch import nn
 
 from llavakit.components import Options, Use
 from llavakit.errors import ModelError
-from llavakit.files import HASHED_BYTES, digest, new_folder
+from llavakit.files import HASHED_BYTES, digest, new_folder, without_none
 from llavakit.interfaces import PromptTemplate
 from llavakit.model import LlavaModel
+from llavakit.model_recipe import MANIFEST, PARTS
+from llavakit.model_recipe import ModelRecipe as ModelRecipe
 from llavakit.networks import Connector, LanguageModel, VisionEncoder
 from llavakit.registry import Registry
 
-MANIFEST = "model.toml"
 _FORMAT = 1
-PARTS = ("vision", "connector", "language")
-
-
-class ModelRecipe(BaseModel):
-    """The parts of the model."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    vision: Use[VisionEncoder]
-    connector: Use[Connector]
-    language: Use[LanguageModel]
-    template: Use[PromptTemplate] | None = None
-    """The language model's usual one where it is absent."""
-
-    def template_for(self, registry: Registry) -> Use[PromptTemplate]:
-        """Return the template, by default the language model's."""
-        if self.template is not None:
-            return self.template
-        language = registry.get(LanguageModel, self.language.use)
-        return Use[PromptTemplate](use=language.default_template)
 
 
 def create_model(
@@ -107,7 +88,7 @@ def join_model(
 
     Raises ModelError where one image alone is longer than what the language model reads.
     """
-    template = recipe.template_for(registry)
+    template = recipe.template or Use[PromptTemplate](use=language.default_template)
     choices = {
         name: use.model_dump(mode="json")
         for name, use in (
@@ -150,20 +131,6 @@ def save_model(model: LlavaModel, folder: Path) -> None:
 
 def _place(folder: Path, part: str) -> Path:
     return folder if part == "connector" else folder / part
-
-
-def without_none(value: Any) -> Any:
-    """TOML has no null: an option that is None is its default."""
-    if isinstance(value, dict):
-        return {key: without_none(item) for key, item in value.items() if item is not None}
-    if isinstance(value, list | tuple):
-        return [without_none(item) for item in value]
-    return value
-
-
-def is_model(folder: Path) -> bool:
-    """Say whether `folder` is a model folder of ours."""
-    return (folder / MANIFEST).is_file()
 
 
 def load_model(

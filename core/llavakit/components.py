@@ -9,7 +9,7 @@ from abc import ABC
 from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Generic, TypeVar, get_args
+from typing import Annotated, Any, ClassVar, Generic, TypeVar, cast, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationInfo
 from pydantic.fields import FieldInfo
@@ -48,11 +48,15 @@ class Use(BaseModel, Generic[KindT_co]):
 
     @classmethod
     def kind(cls) -> type[Component]:
-        """Return the `Kind` of `Use[Kind]`."""
+        """Return the `Kind` of `Use[Kind]`; of `Use["Kind"]`, which is not imported before."""
         for base in cls.__mro__:
             metadata = getattr(base, "__pydantic_generic_metadata__", None)
             if metadata and metadata["args"]:
-                kind: type[Component] = metadata["args"][0]
+                kind: type[Component] | str = metadata["args"][0]
+                if isinstance(kind, str):
+                    from llavakit import interfaces  # it imports this module
+
+                    return cast("type[Component]", getattr(interfaces, kind))
                 return kind
         raise TypeError(f"{cls.__name__} names no kind; write Use[Kind]")
 

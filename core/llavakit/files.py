@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from hashlib import sha256
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
-from llavakit.errors import LlavaError
+from llavakit.errors import LlavaError, RecipeError
 
 
 def write_text(path: Path, text: str) -> None:
@@ -75,6 +75,26 @@ def link_folder(link: Path, folder: Path) -> None:
 
 
 @contextmanager
+def one_writer(directory: Path) -> Iterator[None]:
+    """Hold a lock that the system releases even when the process is killed.
+
+    Raises RecipeError where another process holds it.
+    """
+    import fcntl
+
+    with explain_write(directory):
+        file = (directory / ".lock").open("w")
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RecipeError(
+                f"another llava-run is writing to {directory}; wait for it or use --out"
+            ) from None
+        yield
+
+
+@contextmanager
 def explain_write(path: Path) -> Iterator[None]:
     """Turn a failed write (full disk, no permission) into a sentence."""
     from safetensors import SafetensorError
@@ -114,3 +134,12 @@ def digest(path: Path) -> str:
         while block := file.read(1 << 20):
             total.update(block)
     return total.hexdigest()
+
+
+def without_none(value: Any) -> Any:
+    """TOML has no null: an option that is None is its default."""
+    if isinstance(value, dict):
+        return {key: without_none(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list | tuple):
+        return [without_none(item) for item in value]
+    return value

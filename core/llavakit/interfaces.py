@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
@@ -250,7 +250,7 @@ class Run:
     seed: int
     resume: bool
     """Whether to go on from what an interrupted attempt left in `directory`."""
-    device: torch.device
+    find_device: Callable[[], torch.device]
     model: ModelSource
     progress: Progress
     event: Event
@@ -258,6 +258,11 @@ class Run:
     """Says whether the user asked to stop: save, then raise `Stopped`."""
     team: Team
     """The processes that share this step's work; one process alone unless it is `together`."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where networks run; torch is imported when a step asks for it."""
+        return self.find_device()
 
 
 class Event(Protocol):
@@ -307,7 +312,8 @@ class Step(Component):
 
     hook = "llava_steps"
     needs_model: ClassVar[bool] = False
-    """Whether it starts from the recipe's model, so that missing weights are found at once."""
+    """Whether it starts from the recipe's model, so that missing weights, and a device that is not
+    there, are found at once."""
     together: ClassVar[bool] = False
     """Whether every process of a torchrun takes part in it, not the first alone. Then `run.team`
     says who they are, and only who leads writes to `run.directory`."""

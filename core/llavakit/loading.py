@@ -9,33 +9,12 @@ from typing import Any
 
 import torch
 
-from llavakit.assembly import is_model, load_model
+from llavakit.assembly import load_model
+from llavakit.devices import pick_device
 from llavakit.errors import ModelError
 from llavakit.interfaces import Exporter, PromptTemplate
+from llavakit.model_recipe import is_model
 from llavakit.registry import Registry
-
-
-def pick_device(name: str | torch.device) -> torch.device:
-    """Return a device; `auto` is CUDA where there is one, else the CPU."""
-    if isinstance(name, torch.device):
-        return name
-    try:
-        device = torch.device(_automatic() if name == "auto" else name)
-    except RuntimeError as error:
-        raise ModelError(
-            f"device `{name}` is not one torch knows; use auto, cpu or cuda"
-        ) from error
-    try:
-        torch.zeros(1, device=device).sum().item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ModelError(
-            f"device `{name}` is not available on this machine; use cpu or auto"
-        ) from error
-    return device
-
-
-def _automatic() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def load_any(

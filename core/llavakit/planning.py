@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from pydantic import BaseModel
-from torch import nn
 
-from llavakit.assembly import PARTS, sketch_model
 from llavakit.components import Use
 from llavakit.interfaces import Dataset, Step
-from llavakit.model import LlavaModel
+from llavakit.model_recipe import PARTS
 from llavakit.progress import duration
 from llavakit.recipe import Machine, Recipe
 from llavakit.registry import KindT, Registry
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from llavakit.model import LlavaModel
 
 
 class StepPlan(BaseModel):
@@ -55,14 +56,16 @@ class Plan(BaseModel):
     """Of one image; None where the recipe has no model."""
     steps: dict[str, StepPlan]
     machine: Machine
-    tflops: float
-    """Rate reckoned with, of all devices."""
+    tflops: float | None
+    """Rate reckoned with, of all devices; None where no step has anything to reckon."""
     measured: bool
     """Whether that rate was measured on this machine just now."""
 
     def hours(self, step: StepPlan) -> float | None:
         """Return the time of a step at the rate reckoned with."""
-        return None if step.tflop is None else step.tflop / self.tflops / 3600
+        if step.tflop is None or self.tflops is None:
+            return None
+        return step.tflop / self.tflops / 3600
 
     def render(self) -> str:
         """Return the plan as text."""
@@ -101,20 +104,7 @@ class Plan(BaseModel):
         }
         lines += ["", *(f"{name}: {', '.join(parts)} frozen" for name, parts in frozen.items())]
         lines += [f"{name}: {step.note}" for name, step in self.steps.items() if step.note]
-        source = "measured just now" if self.measured else "as the recipe's [machine] says"
-        hours = sum(known)
-        rate = f"on {self.machine.name} at {self.tflops:,.3g} TFLOP/s ({source})"
-        more = ", and what the steps with `?` take" if len(known) < len(self.steps) else ""
-        spent_on_all = (
-            f"{duration(hours * 3600)} {rate}{more}" if known else "no step says its time"
-        )
-        lines.append(f"total: {spent_on_all}")
-        price = self.machine.usd_per_hour
-        lines.append(
-            f"cost: {hours * price:,.2f} USD at {price:g} USD/h"
-            if price
-            else "cost: no price; set machine.usd_per_hour"
-        )
+        lines += self._total(known)
         charged = {n: step.cost_usd for n, step in self.steps.items() if step.cost_usd is not None}
         lines += [f"services: {usd:,.2f} USD for {name}" for name, usd in charged.items()]
         need = max((step.memory_gb or 0.0 for step in self.steps.values()), default=0.0)
@@ -126,6 +116,18 @@ class Plan(BaseModel):
                 "language model learns"
             )
         return "\n".join(lines)
+
+    def _total(self, known: list[float]) -> list[str]:
+        """Return what all steps take together, of those whose hours are known."""
+        if self.tflops is None or not known:
+            return ["total: no step says its time", "cost: of this machine, as its time: not known"]
+        source = "measured just now" if self.measured else "as the recipe's [machine] says"
+        rate = f"on {self.machine.name} at {self.tflops:,.3g} TFLOP/s ({source})"
+        more = ", and what the steps with `?` take" if len(known) < len(self.steps) else ""
+        hours, price = sum(known), self.machine.usd_per_hour
+        usd = f"{hours * price:,.2f} USD at {price:g} USD/h"
+        cost = usd if price else "no price; set machine.usd_per_hour"
+        return [f"total: {duration(hours * 3600)} {rate}{more}", f"cost: {cost}"]
 
 
 class Planner:
@@ -144,6 +146,8 @@ class Planner:
     @cached_property
     def model(self) -> LlavaModel:
         """The model on the meta device: shapes without weights."""
+        from llavakit.assembly import sketch_model  # a recipe without a model needs no torch
+
         return sketch_model(self._recipe.parts(), self._registry)
 
     def parameters(self, part: str) -> int:
@@ -178,15 +182,19 @@ def make_plan(recipe: Recipe, registry: Registry) -> Plan:
         options = step.Options(**use.options)
         planner.steps[name] = step.plan(options, planner) or StepPlan()
     machine = recipe.machine
-    rate = machine.tflops or measure_tflops()
+    rate, measured = machine.tflops, False
+    if rate is None and any(step.tflop is not None for step in planner.steps.values()):
+        from llavakit.speed import measure_tflops
+
+        rate, measured = measure_tflops(), True
     return Plan(
         recipe=recipe.name,
         parts={} if model is None else _parts(model),
         visual_tokens=None if model is None else model.visual_tokens,
         steps=planner.steps,
         machine=machine,
-        tflops=rate * machine.devices,
-        measured=machine.tflops is None,
+        tflops=None if rate is None else rate * machine.devices,
+        measured=measured,
     )
 
 
@@ -204,23 +212,6 @@ def _parts(model: LlavaModel) -> dict[str, PartPlan]:
         )
         for name in PARTS
     }
-
-
-def measure_tflops() -> float:
-    """Return this machine's rate of float32 products on the CPU, bfloat16 on CUDA, sustained."""
-    cuda = torch.cuda.is_available()
-    size = 8192 if cuda else 768
-    device, dtype = ("cuda", torch.bfloat16) if cuda else ("cpu", torch.float32)
-    left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    seconds = []
-    for _ in range(4):
-        begun = time.perf_counter()
-        product = left @ right
-        if cuda:
-            product[0, 0].item()
-        seconds.append(time.perf_counter() - begun)
-    share = 0.5  # what training reaches of a bare matrix product, roughly
-    return share * 2 * size**3 / min(seconds) / 1e12
 
 
 def _count(value: int | None) -> str:

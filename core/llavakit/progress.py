@@ -165,6 +165,11 @@ class _Lines:
         return f", {duration((now - self._begun) / fresh * (self._total - self._done))} left"
 
 
+def say(text: str) -> None:
+    """Say something of a run that is no progress, at once, on stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
 def _printable(text: str) -> str:
     """Return a text as one line without control codes."""
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())

@@ -18,7 +18,6 @@ from pydantic_settings import (
     SettingsError,
 )
 
-from llavakit.assembly import ModelRecipe
 from llavakit.checking import (
     Problem,
     Source,
@@ -34,6 +33,7 @@ from llavakit.comparing.published import Published
 from llavakit.components import LATER, SkippableUse, Use
 from llavakit.errors import RecipeError
 from llavakit.interfaces import Step, Tracker
+from llavakit.model_recipe import ModelRecipe
 from llavakit.registry import Registry
 from llavakit.toml_lines import Key
 
@@ -233,13 +233,12 @@ def _steps(table: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _missing_model(steps: Sequence[StepUse], registry: Registry) -> Iterator[Problem]:
     """Yield that there is no model, unless no step needs one: `init` names another."""
-    known = registry.all(Step)
     needing = [
         step.use
         for step in steps
         if not step.skip
-        and step.use in known
-        and known[step.use].needs_model
+        and registry.has(Step, step.use)
+        and registry.get(Step, step.use).needs_model
         and step.options.get("init") is None
     ]
     if needing or not steps:

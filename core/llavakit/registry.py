@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from functools import partial
 from importlib.metadata import entry_points
@@ -14,6 +14,7 @@ import pluggy
 from llavakit import hooks
 from llavakit.components import Component, StepFolders, Use
 from llavakit.errors import PluginError, RecipeError
+from llavakit.offers import Offer, explained, offers_of
 
 KindT = TypeVar("KindT", bound=Component)
 ComponentT = TypeVar("ComponentT", bound=Component)
@@ -24,7 +25,7 @@ class Registry:
 
     def __init__(self, manager: pluggy.PluginManager) -> None:
         self._manager = manager
-        self._components: dict[str, dict[str, type[Component]]] = {}
+        self._found: dict[str, dict[str, Offer]] = {}
         self._origins: dict[str, tuple[str, str]] = {}
 
     @classmethod
@@ -58,22 +59,24 @@ class Registry:
             self._manager.check_pending()
         except (pluggy.PluginValidationError, ValueError) as error:
             raise PluginError(f"plugin {name or plugin} cannot be registered: {error}") from error
-        self._components.clear()
+        self._found.clear()
 
     def get(self, kind: type[KindT], name: str) -> type[KindT]:
         """Return the component of this kind and name."""
-        found = self.all(kind)
+        found = self._offers(kind)
         if name not in found:
             close = get_close_matches(name, found, n=1)
             hint = f"did you mean `{close[0]}`?" if close else f"installed: {', '.join(found)}"
             raise RecipeError(f"no {kind.__name__} is called `{name}`; {hint}")
-        return found[name]
+        return found[name].load(kind)
+
+    def has(self, kind: type[Component], name: str) -> bool:
+        """Say whether there is a component of this kind and name, without importing it."""
+        return name in self._offers(kind)
 
     def all(self, kind: type[KindT]) -> dict[str, type[KindT]]:
-        """Return every component of a kind, by name."""
-        if kind.hook not in self._components:
-            self._components[kind.hook] = self._collect(kind)
-        return self._components[kind.hook]  # type: ignore[return-value]
+        """Return every component of a kind, by name. Imports all of them."""
+        return {name: offer.load(kind) for name, offer in self._offers(kind).items()}
 
     def build(self, use: Use[KindT], /, steps: StepFolders | None = None, **context: Any) -> KindT:
         """Return the component that a recipe chose, built with its options.
@@ -105,44 +108,27 @@ class Registry:
 
     def origins(self, kind: type[Component]) -> dict[str, tuple[str, str]]:
         """Return the package and version that each component of a kind comes from."""
-        found: dict[str, tuple[str, str]] = {}
-        for plugin, components in self._implementations(kind):
-            for component in components:
-                found[component.name] = self._origins.get(plugin, ("", ""))
-        return found
+        return {
+            name: self._origins.get(offer.plugin, ("", ""))
+            for name, offer in self._offers(kind).items()
+        }
 
-    def _collect(self, kind: type[Component]) -> dict[str, type[Component]]:
-        found: dict[str, type[Component]] = {}
-        for plugin, components in self._implementations(kind):
-            for component in components:
-                if not (isinstance(component, type) and issubclass(component, kind)):
-                    raise PluginError(f"{_path(component)} of {plugin} is not a {kind.__name__}")
-                if not isinstance(getattr(component, "name", None), str):
-                    raise PluginError(f"{_path(component)} of {plugin} has no `name`; give it one")
-                other = found.setdefault(component.name, component)
-                if other is not component:
+    def _offers(self, kind: type[Component]) -> dict[str, Offer]:
+        if kind.hook not in self._found:
+            self._found[kind.hook] = self._collect(kind)
+        return self._found[kind.hook]
+
+    def _collect(self, kind: type[Component]) -> dict[str, Offer]:
+        found: dict[str, Offer] = {}
+        for implementation in getattr(self._manager.hook, kind.hook).get_hookimpls():
+            plugin = implementation.plugin_name
+            with explained(plugin, f"its {kind.__name__} components"):
+                offers = tuple(offers_of(plugin, implementation.function(), kind))
+            for offer in offers:
+                other = found.setdefault(offer.name, offer)
+                if not offer.same_as(other):
                     raise PluginError(
-                        f"{_path(component)} and {_path(other)} are both called "
-                        f"`{component.name}`; uninstall one of them"
+                        f"{offer.path} and {other.path} are both called `{offer.name}`; uninstall "
+                        "one of them"
                     )
         return dict(sorted(found.items()))
-
-    def _implementations(
-        self, kind: type[Component]
-    ) -> Iterator[tuple[str, Sequence[type[Component]]]]:
-        """Yield each plugin that adds to a kind, and what it adds."""
-        for implementation in getattr(self._manager.hook, kind.hook).get_hookimpls():
-            try:
-                yield implementation.plugin_name, tuple(implementation.function())
-            except PluginError:
-                raise
-            except Exception as error:  # whatever it is, say whose it is
-                raise PluginError(
-                    f"plugin {implementation.plugin_name} cannot load its {kind.__name__} "
-                    f"components: {error}; install what it needs, or uninstall it"
-                ) from error
-
-
-def _path(component: object) -> str:
-    name = getattr(component, "__qualname__", None)
-    return f"{getattr(component, '__module__', '')}.{name}" if name else repr(component)

@@ -42,8 +42,9 @@ from llavakit import (
     Use,
     VisionEncoder,
 )
-from llavakit.assembly import ModelRecipe, create_model, load_model, save_model
+from llavakit.assembly import create_model, load_model, save_model
 from llavakit.kinds import KINDS
+from llavakit.model_recipe import ModelRecipe
 from llavakit.packing import Packing
 from llavakit_plugins.connectors.mlp import Linear, Mlp, MlpOptions
 from llavakit_plugins.datasets.conversations import Conversations

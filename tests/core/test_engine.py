@@ -14,7 +14,8 @@ from tests.conftest import RecipeWriter
 from tests.core.conftest import Command
 
 import llavakit
-from llavakit import Recipe, Registry
+from llavakit import Outcome, Recipe, Registry, Run, Step, hookimpl
+from llavakit.engine import run as run_recipe
 
 
 @pytest.fixture
@@ -303,3 +304,49 @@ def test_changed_data_are_a_changed_recipe(
     assert ended.code == 0
     assert "01-pretrain: its data changed" in ended.err
     assert json.loads((run / "01-pretrain" / "artifact.json").read_text())["metrics"]["steps"] == 3
+
+
+class AskingForADevice(Step):
+    """Needs no model, but asks for a device all the same."""
+
+    name = "asking"
+
+    def __init__(self, options: object) -> None:
+        pass
+
+    def run(self, run: Run) -> Outcome:
+        (run.directory / "device.txt").write_text(str(run.device))
+        return Outcome({})
+
+
+@pytest.mark.parametrize(("device", "known"), [("cpu", "cpu"), ("cuda:77", None)])
+def test_a_device_is_found_when_a_step_first_asks(
+    tmp_path: Path, device: str, known: str | None
+) -> None:
+    class Plugin:
+        @hookimpl
+        def llava_steps(self) -> list[type[Step]]:
+            return [AskingForADevice]
+
+    registry = Registry.installed()
+    registry.register(Plugin())
+    path = tmp_path / "recipe.toml"
+    path.write_text(f'device = "{device}"\n[[steps]]\nuse = "asking"\n')
+    recipe = Recipe.load(path, registry)
+    if known is None:
+        with pytest.raises(llavakit.ModelError, match=f"device `{device}` is not available"):
+            run_recipe(recipe, registry, tmp_path / "run")
+        return
+    run_recipe(recipe, registry, tmp_path / "run")
+    assert (tmp_path / "run" / "01-asking" / "device.txt").read_text() == known
+    facts = json.loads((tmp_path / "run" / "environment.json").read_text())
+    assert facts["device"] == facts["device_name"] == known
+    assert facts["threads"] >= 1
+
+
+def test_a_device_that_is_not_there_is_said_before_anything_is_done(
+    write_recipe: RecipeWriter, refused: Callable[..., str], tmp_path: Path
+) -> None:
+    path = write_recipe(('device = "cpu"', 'device = "cuda:77"'))
+    assert "device `cuda:77` is not available" in refused(path, "--out", tmp_path / "run")
+    assert not (tmp_path / "run").exists()

@@ -106,6 +106,78 @@ def test_a_hook_that_fails_is_named(fault: Exception | None) -> None:
         registry.all(Connector)
 
 
+def plugin_naming(**places: Any) -> object:
+    class Plugin:
+        @hookimpl
+        def llava_connectors(self) -> dict[str, Any]:
+            return places
+
+    return Plugin()
+
+
+@pytest.fixture
+def modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of modules that can be imported; what was imported is forgotten afterwards."""
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "place_of_mine.py").write_text(MINE.format(name="mine", hook="llava_connectors"))
+    (tmp_path / "place_broken.py").write_text("import nothing_of_the_kind")
+    for name in ("place_of_mine", "place_broken"):
+        monkeypatch.setitem(sys.modules, name, None)
+        monkeypatch.delitem(sys.modules, name)
+    return tmp_path
+
+
+def test_a_component_named_by_its_place_is_imported_when_it_is_used(modules: Path) -> None:
+    registry = Registry.empty()
+    registry.register(
+        plugin_naming(mine="place_of_mine:Mine", broken="place_broken:Broken"), name="plugin"
+    )
+    assert registry.has(Connector, "mine")
+    assert not registry.has(Connector, "other")
+    assert list(registry.origins(Connector)) == ["broken", "mine"]
+    with pytest.raises(RecipeError, match="did you mean `mine`"):
+        registry.get(Connector, "mien")
+    assert "place_of_mine" not in sys.modules
+    mine = registry.get(Connector, "mine")
+    assert mine is sys.modules["place_of_mine"].Mine
+    assert registry.get(Connector, "mine") is mine
+    broken = "plugin plugin cannot load its Connector `broken`: No module named 'nothing"
+    with pytest.raises(PluginError, match=broken):
+        registry.get(Connector, "broken")
+
+
+@pytest.mark.parametrize(
+    ("places", "sentence"),
+    [
+        ({"mine": "place_of_mine"}, "`mine`; write it as package.module:Class"),
+        ({"mine": Linear}, "`mine`; write it as package.module:Class"),
+        ({"mine": "place_of_mine:Other"}, "cannot load its Connector `mine`: .* no attribute"),
+        ({"mine": "no_such_place:Mine"}, "cannot load its Connector `mine`: No module named"),
+        ({"mine": "place of mine:Mine"}, "cannot load its Connector `mine`: "),
+        ({"mine": "place_of_mine:hookimpl"}, "of plugin is not a Connector"),
+        ({"my": "place_of_mine:Mine"}, "is called `mine`, but its hook says `my`"),
+    ],
+)
+def test_a_place_where_no_such_component_is_refused(
+    modules: Path, places: dict[str, Any], sentence: str
+) -> None:
+    registry = Registry.empty()
+    registry.register(plugin_naming(**places), name="plugin")
+    with pytest.raises(PluginError, match=sentence):
+        registry.all(Connector)
+
+
+def test_places_and_classes_of_one_name(modules: Path) -> None:
+    """The same class twice is no conflict, another one is: known without importing it."""
+    registry = Registry.empty()
+    registry.register(plugin_with(Linear), name="one")
+    registry.register(plugin_naming(linear=f"{Linear.__module__}:Linear"), name="two")
+    assert registry.all(Connector) == {"linear": Linear}
+    registry.register(plugin_naming(linear="place_broken:Linear"), name="three")
+    with pytest.raises(PluginError, match=r"place_broken.Linear and .*mlp.Linear are both called"):
+        registry.get(Connector, "linear")
+
+
 def test_an_unknown_name_gets_a_suggestion_or_a_list() -> None:
     registry = Registry.installed()
     with pytest.raises(RecipeError, match="no Connector is called `liner`; did you mean `linear`"):

@@ -77,7 +77,7 @@ def within(folder: Path, stopping: Callable[[], bool] = lambda: False) -> Run:
         build=Registry.installed().build,
         seed=0,
         resume=False,
-        device=torch.device("cpu"),
+        find_device=lambda: torch.device("cpu"),
         model=None,  # type: ignore[arg-type]
         progress=lambda done, total, note="": None,
         event=lambda name, /, **values: None,

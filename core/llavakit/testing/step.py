@@ -73,7 +73,7 @@ class StepContract(Contract[Step]):
                 build=partial(Registry.installed().build, steps=self.earlier()),
                 seed=0,
                 resume=resume,
-                device=torch.device("cpu"),
+                find_device=lambda: torch.device("cpu"),
                 model=_Models(self),
                 progress=lambda done, total, note="": None,
                 event=events,

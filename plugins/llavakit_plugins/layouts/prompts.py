@@ -15,7 +15,7 @@ from jinja2 import TemplateError
 from pydantic import ValidationError
 
 from llavakit import LlavaError, ModelError, PromptTemplate, Registry, Turn, Use
-from llavakit.assembly import without_none
+from llavakit.files import without_none
 from llavakit.samples import IMAGE
 
 if TYPE_CHECKING:

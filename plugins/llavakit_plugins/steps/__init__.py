@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from llavakit import Step, hookimpl
+from collections.abc import Mapping
+
+from llavakit import hookimpl
 
 
 @hookimpl
-def llava_steps() -> list[type[Step]]:
-    from llavakit_plugins.steps.backbones import Backbones
-    from llavakit_plugins.steps.evaluate import Evaluate
-    from llavakit_plugins.steps.export import Export
-    from llavakit_plugins.steps.filter import Filter
-    from llavakit_plugins.steps.generate import Generate
-    from llavakit_plugins.steps.scenes import Scenes
-    from llavakit_plugins.steps.train import Finetune, Pretrain
-
-    return [Backbones, Evaluate, Export, Filter, Finetune, Generate, Pretrain, Scenes]
+def llava_steps() -> Mapping[str, str]:
+    # by name: those that train import torch, and those that make data do without
+    return {
+        "backbones": "llavakit_plugins.steps.backbones:Backbones",
+        "evaluate": "llavakit_plugins.steps.evaluate:Evaluate",
+        "export": "llavakit_plugins.steps.export:Export",
+        "filter": "llavakit_plugins.steps.filter:Filter",
+        "finetune": "llavakit_plugins.steps.train:Finetune",
+        "generate": "llavakit_plugins.steps.generate:Generate",
+        "pretrain": "llavakit_plugins.steps.train:Pretrain",
+        "scenes": "llavakit_plugins.steps.scenes:Scenes",
+    }

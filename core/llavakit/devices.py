@@ -1,0 +1,30 @@
+"""Where networks run: the device that a recipe or a user names."""
+
+from __future__ import annotations
+
+import torch
+
+from llavakit.errors import ModelError
+
+
+def pick_device(name: str | torch.device) -> torch.device:
+    """Return a device; `auto` is CUDA where there is one, else the CPU."""
+    if isinstance(name, torch.device):
+        return name
+    try:
+        device = torch.device(_automatic() if name == "auto" else name)
+    except RuntimeError as error:
+        raise ModelError(
+            f"device `{name}` is not one torch knows; use auto, cpu or cuda"
+        ) from error
+    try:
+        torch.zeros(1, device=device).sum().item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ModelError(
+            f"device `{name}` is not available on this machine; use cpu or auto"
+        ) from error
+    return device
+
+
+def _automatic() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"

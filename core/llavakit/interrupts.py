@@ -1,0 +1,41 @@
+"""Ctrl-C and SIGTERM: a run stops where it can go on from."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from llavakit.interfaces import Stopping
+from llavakit.progress import say
+from llavakit.team import Team
+
+
+@contextmanager
+def interrupts(team: Team) -> Iterator[Stopping]:
+    """Yield a function that says whether Ctrl-C or SIGTERM came; a second one ends at once.
+
+    In a team both come, from the terminal and from torchrun, which ends everything itself in time.
+    """
+    asked: list[int] = []
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        if asked and team.size == 1:
+            raise KeyboardInterrupt
+        if not asked and team.leads:
+            again = "" if team.size > 1 else " (once more to stop at once)"
+            say(f"stopping at the next safe point{again}")
+        asked.append(number)
+
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    try:
+        before = {number: signal.signal(number, ask) for number in numbers}
+    except ValueError:  # not in the main thread: whoever runs us handles signals
+        yield lambda: False
+        return
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

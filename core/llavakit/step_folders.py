@@ -1,0 +1,118 @@
+"""The folders of steps: what was done in them, what is to be done again, what is set aside."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from llavakit.errors import RecipeError
+from llavakit.files import HASHED_BYTES, digest, explain_write, write_text
+from llavakit.progress import say
+from llavakit.recipe import Recipe
+from llavakit.reuse import DONE
+
+_BEGUN = "begun.json"
+_LONGEST_PATH = 1024
+
+Record = Mapping[str, Any]
+
+
+def record_of(recipe: Recipe, until: str) -> Record:
+    """Return everything that decides what a step's folder holds. Hashes the data it names."""
+    steps: list[Any] = []
+    files: dict[str, str | int] = {}
+    for name, use in recipe.active_steps():
+        steps.append(use.model_dump(mode="json"))
+        for text in texts_in(use.options):
+            path = Path(text)
+            if text not in files and len(text) < _LONGEST_PATH and path.is_file():
+                size = path.stat().st_size
+                files[text] = size if size > HASHED_BYTES else digest(path)
+        if name == until:
+            break
+    record = {
+        "model": None if recipe.model is None else recipe.model.model_dump(mode="json"),
+        "seed": recipe.seed,
+        "steps": steps,
+        "files": files,
+    }
+    plain: Record = json.loads(json.dumps(record))  # tuples become lists, as in the file
+    return plain
+
+
+def texts_in(value: object) -> Iterator[str]:
+    """Yield every text in options."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping | list | tuple):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from texts_in(item)
+
+
+def read_done(folder: Path) -> dict[str, Any] | None:
+    """Return what a step said when it was done, and of what `record`; None where it was not."""
+    return _read(folder / DONE)
+
+
+def prepare(folder: Path, record: Record, *, resume: bool) -> bool:
+    """Make the step's folder ready; return whether to go on from what it holds."""
+    begun = _read(folder / _BEGUN)
+    if begun is not None and begun["record"] == record and not (folder / DONE).exists():
+        if resume:
+            say(f"{folder.name}: going on where it was interrupted")
+            return True
+        aside = set_aside(folder)
+        say(f"{folder.name}: starts over; the interrupted attempt is in {aside} (--resume goes on)")
+    elif folder.exists():
+        aside = set_aside(folder)
+        what = "its data" if begun and _same_but_files(begun["record"], record) else "the recipe"
+        say(f"{folder.name}: {what} changed, so it is done again; the old one is in {aside}")
+    with explain_write(folder):
+        folder.mkdir(parents=True)
+    write_text(folder / _BEGUN, json.dumps({"record": record}))
+    return False
+
+
+def _same_but_files(before: Record, now: Record) -> bool:
+    return {**before, "files": {}} == {**now, "files": {}}
+
+
+def set_aside(folder: Path) -> Path:
+    """Move a folder out of the way: nothing that was paid for with time or money is deleted."""
+    attic = folder.parent / "superseded"
+    with explain_write(attic):
+        attic.mkdir(exist_ok=True)
+        numbers = (attic / f"{folder.name}.{number}" for number in range(1, sys.maxsize))
+        place = next(path for path in numbers if not path.exists())
+        folder.rename(place)
+    return place
+
+
+@contextmanager
+def nothing_half_begun(folder: Path) -> Iterator[None]:
+    """Remove the folder of a step that failed before it left anything."""
+    try:
+        yield
+    except Exception:
+        if all(item.name == _BEGUN for item in folder.iterdir()):
+            shutil.rmtree(folder)
+        raise
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(value, dict) or "record" not in value:
+            raise ValueError("it holds no record")
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError) as error:
+        raise RecipeError(
+            f"{path} is damaged ({error}); move its folder away and run again"
+        ) from error
+    return value
