@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -143,35 +144,145 @@ def test_targets_and_files_that_do_not_fit_are_named(tmp_path: Path) -> None:
         Vicuna.load(language.options, tmp_path / "saved")
 
 
-def test_4_bits_are_refused_where_they_cannot_be_had(
-    tmp_path: Path, backbones: Path, monkeypatch: pytest.MonkeyPatch
+bits = pytest.mark.skipif(
+    find_spec("bitsandbytes") is None, reason="bitsandbytes is for Linux on x86 and ARM"
+)
+
+
+@bits
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_4_bits_are_those_of_bitsandbytes_and_stay_as_they_are(family: str, tmp_path: Path) -> None:
+    """On a CPU too, where bitsandbytes computes the same, only slowly."""
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    their_model(family).save_pretrained(tmp_path / "base")
+    qwen_tokenizer().save_pretrained(tmp_path / "base")
+    component = Vicuna if family == "llama" else CausalLM
+    source = str(tmp_path / "base")
+    small = component.create(component.Options(source=source, quantize="nf4")).eval()
+    assert not list(small.trainable())
+    how = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
+    )
+    theirs = AutoModelForCausalLM.from_pretrained(
+        source, quantization_config=how, device_map={"": "cpu"}
+    )
+    ids = torch.randint(1, 255, (20,), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = theirs(input_ids=ids[None]).logits[0]
+    found = logits_of(small)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    whole = component.create(component.Options(source=source)).eval()
+    assert 1e-3 < (found - logits_of(whole)).abs().max() < 0.5
+
+    adapted = component.create(
+        component.Options(source=source, quantize="nf4", lora=LoraOptions(**LORA))
+    ).eval()
+    for number, (name, parameter) in enumerate(adapted.trainable()):
+        assert "lora" in name
+        torch.manual_seed(number)
+        parameter.data = 0.3 * torch.randn_like(parameter)
+    (tmp_path / "saved").mkdir()
+    adapted.save(tmp_path / "saved")
+    again = type(adapted).load(adapted.options, tmp_path / "saved").eval()
+    assert torch.equal(logits_of(again), logits_of(adapted))
+    assert not torch.equal(logits_of(again), found)
+    half = adapted.options.model_copy(update={"dtype": "bfloat16"})
+    of_half = type(adapted).load(half, tmp_path / "saved").named_parameters()
+    dtypes = {parameter.dtype for name, parameter in of_half if "lora" not in name}
+    assert dtypes == {torch.uint8, torch.bfloat16}
+    with pytest.raises(ModelError, match="cannot be added into weights of 4 bits"):
+        again.merged()
+    with pytest.raises(ModelError, match="holds quantised weights; take them in full precision"):
+        component.create(component.Options(source=str(tmp_path / "saved")))
+
+
+def test_4_bits_need_bitsandbytes_and_weights(
+    backbones: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = str(backbones / "language")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("llavakit_plugins.language.weights.find_spec", lambda name: None)
     for component in (Vicuna, CausalLM):
         options = component.Options(source=source, quantize="nf4", lora=LoraOptions(**LORA))
-        assert "needs a CUDA device" in str(component.missing(options))
-        with pytest.raises(ModelError, match="needs a CUDA device, and this machine has none"):
+        assert "needs bitsandbytes" in str(component.missing(options))
+        with pytest.raises(ModelError, match="needs bitsandbytes"):
             component.create(options)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr("llavakit_plugins.language.weights.find_spec", lambda name: None)
-    assert "needs bitsandbytes" in str(
-        CausalLM.missing(CausalLMOptions(source=source, quantize="nf4"))
-    )
     with pytest.raises(ValueError, match="give `source`"):
         CausalLMOptions(config=config_of("qwen2"), quantize="nf4")
 
 
-def with_lora(write_recipe: RecipeWriter, name: str) -> Path:
-    lora = "lora = { rank = 4, alpha = 8, dropout = 0.1 }"
+def with_lora(write_recipe: RecipeWriter, name: str, more: str = "") -> Path:
+    lora = f"lora = {{ rank = 4, alpha = 8, dropout = 0.1 }}\n{more}"
     return write_recipe(("\n[model.template]", f"{lora}\n\n[model.template]"), name=name)
 
 
-def test_a_recipe_trains_adapters_only_and_resumes_to_the_same_bytes(
-    write_recipe: RecipeWriter, backbones: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def resume_in_the_second_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[Path], None]:
+    """Runs a recipe into `cut`, stops it behind the second step's first checkpoint, resumes it."""
     from llavakit.cli import main
     from llavakit_plugins.training.checkpoints import Checkpoints
+
+    def run(recipe: Path) -> None:
+        saves = []
+        save = Checkpoints.save
+
+        def fail(self: Checkpoints, *arguments: Any) -> None:
+            save(self, *arguments)
+            saves.append(self)
+            if len(saves) == 4:
+                raise OSError("the plug was pulled")
+
+        monkeypatch.setattr(Checkpoints, "save", fail)
+        with pytest.raises(OSError, match="plug"):
+            main([str(recipe), "--out", str(tmp_path / "cut")])
+        monkeypatch.setattr(Checkpoints, "save", save)
+        torch.manual_seed(123)  # whatever the state of the new process
+        assert main([str(recipe), "--out", str(tmp_path / "cut"), "--resume"]) == 0
+
+    return run
+
+
+def assert_same_models(first: Path, second: Path) -> None:
+    files = [file.relative_to(second) for file in second.rglob("*.safetensors")]
+    assert len(files) == 4
+    for file in files:
+        assert (first / file).read_bytes() == (second / file).read_bytes(), file
+
+
+@bits
+def test_a_recipe_trains_adapters_of_4_bits_and_resumes_to_the_same_bytes(
+    write_recipe: RecipeWriter,
+    backbones: Path,
+    tmp_path: Path,
+    resume_in_the_second_step: Callable[[Path], None],
+) -> None:
+    from llavakit.cli import main
+
+    recipe = with_lora(write_recipe, "qlora.toml", 'quantize = "nf4"')
+    assert main([str(recipe), "--out", str(tmp_path / "whole")]) == 0
+    resume_in_the_second_step(recipe)
+    first, second = (tmp_path / out / "02-finetune" / "model" for out in ("cut", "whole"))
+    assert_same_models(first, second)
+    weights = load_file(second / "language" / "model.safetensors")
+    assert {weights[name].dtype for name in weights if name.endswith("proj.weight")} == {
+        torch.uint8
+    }
+    adapters = load_file(second / "language" / "adapter" / "adapter_model.safetensors")
+    assert any(adapters[name].any() for name in adapters if "lora_B" in name)
+    text = "USER : what colour is it ?"
+    assert llavakit.load(first).logits(text, raw=True).isfinite().all()
+    assert main(["export", str(second), str(tmp_path / "hf"), "--format", "hf"]) == 2
+
+
+def test_a_recipe_trains_adapters_only_and_resumes_to_the_same_bytes(
+    write_recipe: RecipeWriter,
+    backbones: Path,
+    tmp_path: Path,
+    resume_in_the_second_step: Callable[[Path], None],
+) -> None:
+    from llavakit.cli import main
 
     recipe = with_lora(write_recipe, "lora.toml")
     assert main([str(recipe), "--out", str(tmp_path / "whole")]) == 0
@@ -201,26 +312,8 @@ def test_a_recipe_trains_adapters_only_and_resumes_to_the_same_bytes(
     assert len(learnt) == len(after)
     assert all("lora" in name for name in learnt)
 
-    saves = []
-    save = Checkpoints.save
-
-    def fail(self: Checkpoints, *arguments: Any) -> None:
-        save(self, *arguments)
-        saves.append(self)
-        if len(saves) == 4:  # in the second step, after its first checkpoint
-            raise OSError("the plug was pulled")
-
-    monkeypatch.setattr(Checkpoints, "save", fail)
-    with pytest.raises(OSError, match="plug"):
-        main([str(recipe), "--out", str(tmp_path / "cut")])
-    monkeypatch.setattr(Checkpoints, "save", save)
-    torch.manual_seed(123)  # whatever the state of the new process
-    assert main([str(recipe), "--out", str(tmp_path / "cut"), "--resume"]) == 0
-    files = [file.relative_to(second) for file in second.rglob("*.safetensors")]
-    assert len(files) == 4
-    for file in files:
-        cut = tmp_path / "cut" / "02-finetune" / "model" / file
-        assert cut.read_bytes() == (second / file).read_bytes(), file
+    resume_in_the_second_step(recipe)
+    assert_same_models(tmp_path / "cut" / "02-finetune" / "model", second)
 
     model = llavakit.load(tmp_path / "cut" / "model")
     merged = model.language.merged()

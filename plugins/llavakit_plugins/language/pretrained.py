@@ -33,7 +33,12 @@ from llavakit_plugins.language.lora import (
     missing_peft,
     save_adapters,
 )
-from llavakit_plugins.language.weights import NF4_BYTES, cannot_quantize, read_weights
+from llavakit_plugins.language.weights import (
+    NF4_BYTES,
+    missing_bitsandbytes,
+    read_weights,
+    save_quantized,
+)
 
 _BY_LENGTH = ("dynamic", "longrope")  # rotary frequencies that depend on the longest position
 
@@ -119,10 +124,13 @@ class PretrainedLanguage(LanguageModel):
     def save(self, folder: Path) -> None:
         """Write the weights and the tokenizer, and adapters into a folder of their own."""
         adapted = self.options.lora is not None
-        with quietly():
-            self.model.save_pretrained(
-                folder, state_dict=base_weights(self.model) if adapted else None
-            )
+        if self.options.quantize is not None:
+            save_quantized(self.model, folder)
+        else:
+            with quietly():
+                self.model.save_pretrained(
+                    folder, state_dict=base_weights(self.model) if adapted else None
+                )
         self.tokenizer.save_pretrained(folder)
         if adapted:
             save_adapters(self.model, folder / ADAPTERS)
@@ -130,7 +138,7 @@ class PretrainedLanguage(LanguageModel):
     @classmethod
     def missing(cls, options: Any) -> str | None:
         lacks = missing_peft() if options.lora is not None else None
-        lacks = lacks or (cannot_quantize() if options.quantize is not None else None)
+        lacks = lacks or (missing_bitsandbytes() if options.quantize is not None else None)
         return lacks or missing_source("language model", options)
 
     def trainable(self) -> Iterator[tuple[str, nn.Parameter]]:

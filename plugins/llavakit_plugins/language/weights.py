@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from llavakit import ModelError
+from llavakit.assembly import cast_weights
 from llavakit_plugins.huggingface import fetch_folder
+from llavakit_plugins.language.lora import base_weights
 from llavakit_plugins.layouts.filling import fill
 from llavakit_plugins.layouts.weights import Weights
+from llavakit_plugins.layouts.writing import write_weights
 
 if TYPE_CHECKING:
     from llavakit_plugins.language.pretrained import LanguageOptions
@@ -37,12 +41,14 @@ def read_weights(network: type[Any], config: Any, options: LanguageOptions) -> A
     if options.device is not None:
         how["device_map"] = {"": options.device}
     if options.quantize is not None:
-        how |= _quantized(options)
+        how |= _quantized(options, small)
     weights = Weights.within(folder, None if small else dtype)
     if weights is None:
         raise ModelError(f"{folder} holds no weights of a language model; copy them there")
     try:
         model = fill(network, config, weights, options.source, dtype=dtype, **how)
+        if small:
+            cast_weights(model, dtype)  # what is not quantised, which transformers leaves as it was
         if (folder / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(folder)
     except (OSError, ValueError, RuntimeError) as error:
@@ -50,30 +56,43 @@ def read_weights(network: type[Any], config: Any, options: LanguageOptions) -> A
     return model
 
 
-def cannot_quantize() -> str | None:
-    """Return why weights of 4 bits cannot be had on this machine, or None."""
-    if not torch.cuda.is_available():
-        return (
-            '`quantize = "nf4"` needs a CUDA device, and this machine has none; leave it out to '
-            "hold the weights in `dtype`"
-        )
-    if find_spec("bitsandbytes") is None:
-        return '`quantize = "nf4"` needs bitsandbytes; install it with `pip install bitsandbytes`'
-    return None
+def save_quantized(model: Any, folder: Path) -> None:
+    """Write weights of 4 bits, without adapters, as transformers reads them.
+
+    transformers' own `save_pretrained` writes the adapters of a quantised model among its weights,
+    whatever it is told.
+    """
+    state = base_weights(model)
+    if model.config.tie_word_embeddings:
+        state.pop("lm_head.weight", None)
+    write_weights(state, folder, "5GB")
+    model.config.save_pretrained(folder)
+    model.generation_config.save_pretrained(folder)
 
 
-def _quantized(options: LanguageOptions) -> dict[str, Any]:
-    """Return transformers' options for 4-bit weights, as QLoRA (arXiv 2305.14314) has them."""
-    if (reason := cannot_quantize()) is not None:
+def missing_bitsandbytes() -> str | None:
+    """Return what must be installed for weights of 4 bits, or None."""
+    if find_spec("bitsandbytes") is not None:
+        return None
+    return '`quantize = "nf4"` needs bitsandbytes; install it with `pip install llavakit[lora]`'
+
+
+def _quantized(options: LanguageOptions, small: bool) -> dict[str, Any]:
+    """Return transformers' options for 4-bit weights, as QLoRA (arXiv 2305.14314) has them.
+
+    Weights that are `small` already bring theirs.
+    """
+    if (reason := missing_bitsandbytes()) is not None:
         raise ModelError(reason)
     from transformers import BitsAndBytesConfig
 
-    return {
-        "device_map": {"": options.device or "cuda"},
-        "quantization_config": BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=getattr(torch, options.dtype),
-        ),
-    }
+    place = {"device_map": {"": options.device or ("cuda" if torch.cuda.is_available() else "cpu")}}
+    if small:
+        return place
+    how = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=getattr(torch, options.dtype),
+    )
+    return {**place, "quantization_config": how}
