@@ -178,7 +178,10 @@ def _add_sources(command: argparse.ArgumentParser) -> None:
     """Add what some layouts leave out of a model folder."""
     group = command.add_argument_group("what a layout may leave out (docs/layouts.md)")
     group.add_argument(
-        "--base", type=Path, metavar="DIR", help="the language model of an adapter or projector"
+        "--base",
+        type=Path,
+        metavar="DIR",
+        help="the language model of an adapter, projector or delta",
     )
     group.add_argument("--vision", type=Path, metavar="DIR", help="the vision encoder")
     group.add_argument("--template", metavar="NAME", help="the prompt template")

@@ -297,6 +297,43 @@ def test_a_lora_adapter_is_merged(tmp_path: Path) -> None:
         llavakit.load(adapter, device="cpu", base=base, vision=made.tower)
 
 
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_a_delta_is_added_to_its_llama(tmp_path: Path, dtype: torch.dtype | None) -> None:
+    """Rows of added tokens are whole, the projector too; the norms say that the rest is not."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    made = make(tmp_path, depth=1, model_type="llava", dtype=torch.float16)
+    rows = LANGUAGE["vocab_size"] - 3
+    llama = LlamaForCausalLM(LlamaConfig(**{**LANGUAGE, "vocab_size": rows})).half()
+    target = made.language.state_dict()
+    whole = load_file(made.folder / "model.safetensors")
+    delta = {name: value.clone() for name, value in whole.items()}
+    for name, value in llama.state_dict().items():
+        value.copy_(target[name][: len(value)] + 0.01 * torch.randn_like(value))
+        delta[name][: len(value)] -= value
+    save_file(delta, made.folder / "model.safetensors")
+    base = tmp_path / "llama"
+    llama.save_pretrained(base)
+    ours = llavakit.load(made.folder, device="cpu", base=base, vision=made.tower, dtype=dtype)
+    found = ours.language.model.state_dict()
+    for name, value in llama.state_dict().items():
+        summed = delta[name].clone()
+        summed[: len(value)] += value  # in float16, as the original does
+        assert torch.equal(found[name], summed.to(dtype or torch.float16)), name
+    (projector, _) = ours.connector.parameters()
+    assert torch.equal(projector, whole["model.mm_projector.weight"].to(dtype or torch.float16))
+    with pytest.raises(ModelError, match=r"holds a delta, .* as --base DIR"):
+        llavakit.load(made.folder, device="cpu", vision=made.tower)
+    with pytest.raises(ModelError, match="holds a delta itself"):
+        llavakit.load(made.folder, device="cpu", vision=made.tower, base=made.folder)
+    LlamaForCausalLM(LlamaConfig(**{**LANGUAGE, "hidden_size": 96})).save_pretrained(base)
+    with pytest.raises(ModelError, match=r"is a delta whose .* give the LLaMA it was made of"):
+        llavakit.load(made.folder, device="cpu", vision=made.tower, base=base)
+    save_file(whole, made.folder / "model.safetensors")
+    with pytest.raises(ModelError, match="holds a whole model, which needs no `base`"):
+        llavakit.load(made.folder, device="cpu", vision=made.tower, base=base)
+
+
 # -- writing ---------------------------------------------------------------------------------------
 
 

@@ -63,7 +63,8 @@ class Original(Exporter):
         """Return the model.
 
         `base` is the folder of the language model that an adapter or a projector was trained
-        with, `vision` that of the vision tower, `template` the name of the prompt template.
+        with, or a delta is added to, `vision` that of the vision tower, `template` the name of
+        the prompt template.
         """
         registry = Registry.installed()
         parts = read_original(

@@ -1,4 +1,4 @@
-"""Reads checkpoints in the layout of the original LLaVA: whole, projector alone, or LoRA adapter.
+"""Reads checkpoints in the layout of the original LLaVA: whole, delta, projector, or LoRA adapter.
 
 config.json               the language model's, and what LLaVA adds to it (mm_…)
 model*.safetensors|bin    model.… and lm_head; model.mm_projector.…; perhaps
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from llavakit import ModelError, PromptTemplate, Registry
 from llavakit_plugins.exporters.original_adapter import merge_adapter
+from llavakit_plugins.exporters.original_delta import add_base, is_delta
 from llavakit_plugins.exporters.original_tower import find_tower
 from llavakit_plugins.layouts.parts import Layer, Parts, make_language, make_vision, set_tokenizer
 from llavakit_plugins.layouts.prompts import choose_template
@@ -162,6 +163,7 @@ class _Pieces:
         if whole is not None and not adapter:
             pieces = cls(None, dtype)
             pieces._sort(whole)
+            pieces._complete(folder, base)
         else:
             what = "LoRA adapter" if adapter else "projector"
             pieces = cls(_base(folder, base, what), dtype)
@@ -178,6 +180,25 @@ class _Pieces:
         elif (folder / PROJECTOR).is_file() and (whole is None or not pieces.projector):
             pieces._override(folder / PROJECTOR)
         return pieces
+
+    def _complete(self, folder: Path, base: Path | None) -> None:
+        """Add the base where the weights are a delta; whole ones need none."""
+        if not is_delta(self.language):
+            if base is not None:
+                raise ModelError(
+                    f"{folder} holds a whole model, which needs no `base`; leave it out"
+                )
+            return
+        if base is None:
+            raise ModelError(
+                f"{folder} holds a delta, what LLaVA's weights add to a LLaMA's; give the folder "
+                "of that LLaMA, in Hugging Face's layout, as --base DIR"
+            )
+        exact = _Pieces(base)
+        weights = Weights.within(folder)
+        assert weights is not None
+        exact._sort(weights)
+        self.base, self.language = base, add_base(exact.language, base, folder, self.dtype)
 
     def _sort(self, weights: Mapping[str, Tensor]) -> None:
         for name in weights:
