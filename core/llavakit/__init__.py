@@ -90,6 +90,7 @@ def load(
 ) -> Any:
     """Return the model in a folder, whatever its layout: recognised by its content.
 
+    `path` may also be a name on Hugging Face's hub, such as `llava-hf/llava-1.5-7b-hf`.
     The result has `generate`, `generate_ids` and `logits`. `device="auto"` is CUDA where there is
     one, else the CPU. Some layouts leave things out: `base` is the folder of the language model
     that an adapter or a projector belongs to, `vision` that of the vision encoder, `template` the

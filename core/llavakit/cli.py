@@ -99,7 +99,7 @@ def _parser() -> argparse.ArgumentParser:
     plugins.set_defaults(command=_plugins)
 
     chat = commands.add_parser("chat", help="ask a model about images")
-    chat.add_argument("model", type=Path, help="a model folder")
+    chat.add_argument("model", type=Path, help="a model folder, or a name on the hub")
     chat.add_argument("--image", type=Path, action="append", default=[], metavar="FILE")
     chat.add_argument("--prompt", help="ask this once and print only the answer")
     chat.add_argument("--max-new-tokens", type=int, default=512, metavar="N")
@@ -114,7 +114,9 @@ def _parser() -> argparse.ArgumentParser:
     chat.set_defaults(command=_chat)
 
     export = commands.add_parser("export", help="write a model in another layout")
-    export.add_argument("model", type=Path, help="a model folder of any layout")
+    export.add_argument(
+        "model", type=Path, help="a model folder of any layout, or a name on the hub"
+    )
     export.add_argument("out", type=Path, help="the folder to write")
     export.add_argument("--format", required=True, help="the exporter: see llava-run plugins")
     export.add_argument(
@@ -124,7 +126,9 @@ def _parser() -> argparse.ArgumentParser:
     export.set_defaults(command=_export)
 
     imports = commands.add_parser("import", help="turn another layout into a model folder")
-    imports.add_argument("source", type=Path, help="a model folder of any layout")
+    imports.add_argument(
+        "source", type=Path, help="a model folder of any layout, or a name on the hub"
+    )
     imports.add_argument("out", type=Path, help="the folder to write")
     _add_sources(imports)
     imports.set_defaults(command=_import)

@@ -212,6 +212,15 @@ class Exporter(Component):
         """
         raise NotImplementedError
 
+    @classmethod
+    def fetch(cls, name: str) -> Path | None:
+        """Return the folder of the model that a public collection has under `name`.
+
+        It is fetched where it must be. None where `name` is not of the form that models have
+        there. Raises ModelError, with the reason, where it cannot be had.
+        """
+        return None
+
 
 class Tracker(Component):
     """Observes a run. Named in the recipe: installing a package never changes a run."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterable, Mapping
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -26,29 +26,27 @@ def load_any(
     vision: Path | None = None,
     template: str | None = None,
 ) -> Any:
-    """Return the model in a folder: our own layout, or one that an exporter recognises.
+    """Return the model in a folder: our own layout, or one that an exporter recognises or fetches.
 
-    `base`, `vision` and `template` are what some layouts leave out; see `Exporter.load`.
+    `base`, `vision` and `template` are what some layouts leave out; see `Exporter.load`. A name
+    in place of a folder is fetched; see `Exporter.fetch`.
     """
     place = pick_device(device)
     registry = Registry.installed()
-    if not path.exists():
-        raise ModelError(f"model {path} does not exist; give the folder a run or an export wrote")
+    layouts = registry.all(Exporter)
+    path = _find(path, layouts.values(), "give the folder a run or an export wrote")
+    given: dict[str, Any] = {
+        name: _find(folder, layouts.values(), "give its folder")
+        for name, folder in (("base", base), ("vision", vision))
+        if folder is not None
+    }
     if template is not None:
         registry.get(PromptTemplate, template)
-    given = {
-        name: value
-        for name, value in (("base", base), ("vision", vision), ("template", template))
-        if value is not None
-    }
-    for folder in (base, vision):
-        if folder is not None and not folder.is_dir():
-            raise ModelError(f"{folder} is no folder; give the folder of a model's weights")
+        given["template"] = template
     if is_model(path):
         _refuse_others(path, "llavakit", given, ("template",))
         model = load_model(path, registry, device=place, dtype=dtype, template=template)
         return model.eval()
-    layouts = registry.all(Exporter)
     for name, exporter in layouts.items():
         if exporter.recognises(path):
             _refuse_others(path, name, given, signature(exporter.load).parameters)
@@ -57,6 +55,16 @@ def load_any(
         f"{path} holds no model that is recognised; known layouts: "
         f"{', '.join(('llavakit (model.toml)', *layouts))}"
     )
+
+
+def _find(path: Path, layouts: Iterable[type[Exporter]], remedy: str) -> Path:
+    """Return a folder: `path`, or what is fetched of that name."""
+    if path.exists():
+        return path
+    for exporter in layouts:
+        if (folder := exporter.fetch(path.as_posix())) is not None:
+            return folder
+    raise ModelError(f"model {path} does not exist; {remedy}")
 
 
 def _refuse_others(

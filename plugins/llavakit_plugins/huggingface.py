@@ -174,35 +174,40 @@ _WEIGHTS = (
 """What a model's weights are called, the preferred first; an index names its shards."""
 
 
-_SMALL = ("*.json", "*.jinja", "*.model", "*.txt")
-"""Configuration, tokenizer and preprocessing."""
+_BESIDE = (
+    "*.json", "*.jinja", "*.model", "*.txt",  # configuration, tokenizer and preprocessing
+    "adapter_model.*", "mm_projector.bin", "non_lora_trainables.bin",
+)  # fmt: skip
+"""What stands beside a model's weights, or in place of them."""
 
 
-def fetch_folder(options: PretrainedOptions) -> Path:
-    """Return the folder with the files of `options.source`: itself, or a snapshot of the hub's.
+def fetch_folder(source: str, revision: str | None = None, *, weights: bool = True) -> Path:
+    """Return the folder with the files of `source`: itself, or a snapshot of the hub's.
 
-    What the hub's cache lacks is fetched: weights, configuration, tokenizer, preprocessing.
+    What the hub's cache lacks is fetched: configuration, tokenizer, preprocessing, `weights`.
     Raises ModelError where they can be had neither here nor from the hub.
     """
     from huggingface_hub import snapshot_download
 
-    assert options.source is not None
-    if (folder := Path(options.source)).is_dir():
+    if (folder := Path(source)).is_dir():
         return folder
     try:
-        for weights in ("model*.safetensors", "pytorch_model*.bin"):
+        for pattern in ("model*.safetensors", "pytorch_model*.bin") if weights else ("*.json",):
             folder = Path(
                 snapshot_download(
-                    options.source,
-                    revision=options.revision,
-                    allow_patterns=[*_SMALL, weights],
+                    source,
+                    revision=revision,
+                    allow_patterns=[*_BESIDE, pattern],
                     ignore_patterns=["*/*"],  # other formats and precisions
                 )
             )
-            if any(folder.glob(weights)):
-                return folder
+            if any(folder.glob(pattern)):
+                break
     except (OSError, ValueError) as error:
-        raise ModelError(f"the weights of `{options.source}` cannot be had: {error}") from error
+        reason = str(error).partition("\n")[0]
+        raise ModelError(
+            f"`{source}` is no folder, and the hub's model of that name cannot be had: {reason}"
+        ) from error
     return folder
 
 

@@ -158,9 +158,11 @@ class TransformersEncoder(VisionTransformer):
 
     @classmethod
     def _read(cls, options: TransformersOptions) -> Self:
+        assert options.source is not None
         cls._shape(fetch_config(options), options.source)
         network = cast(Any, cls.architecture())
-        folder, dtype = fetch_folder(options), getattr(torch, options.dtype)
+        folder = fetch_folder(options.source, options.revision)
+        dtype = getattr(torch, options.dtype)
         try:
             config = network.config_class.from_pretrained(folder, **options.config)
             model = fill(network, config, vision_state(folder, dtype), options.source, dtype=dtype)

@@ -15,38 +15,41 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from tests.plugins.checkpoints import PROMPTS, pictures
 from tests.plugins.families import qwen_tokenizer, their_model
-from transformers import CLIPConfig, CLIPModel
+from tests.plugins.test_layouts_original import Made, make
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
-SHAPE: dict[str, Any] = {
-    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
-}  # fmt: skip
 
 READ = """\
 import json, sys
 import torch
+import llavakit
 from huggingface_hub.utils import disable_progress_bars
-from llavakit import ModelError
 from llavakit.packing import Packing
 from llavakit_plugins.language.causal_lm import CausalLM
 from llavakit_plugins.vision.clip import Clip
+from tests.plugins.checkpoints import PROMPTS, pictures
 
-def read(**options):
+def parts(**options):
     language = CausalLM.create(CausalLM.Options(source="lab/language", **options))
     vision = Clip.create(Clip.Options(source="lab/clip")).eval()
-    with torch.no_grad():
-        ids = torch.arange(1, 12)
-        logits = language.logits(language.hidden(language.embed(ids), Packing.of([11])))
-        features = vision(torch.linspace(-1, 1, 3 * 28 * 28).view(1, 3, 28, 28))
-    return [logits.tolist(), features.tolist()]
+    ids = torch.arange(1, 12)
+    logits = language.logits(language.hidden(language.embed(ids), Packing.of([11])))
+    return [logits.tolist(), vision(torch.linspace(-1, 1, 3072).view(1, 3, 32, 32)).tolist()]
+
+def whole(name):
+    model = llavakit.load(name, device="cpu")
+    return model.logits(PROMPTS[0][0], pictures(1), raw=True).tolist()
 
 disable_progress_bars()
 found = []
 for options in json.loads(sys.argv[1]):
     try:
-        found.append(read(**options))
-    except ModelError as error:
+        with torch.no_grad():
+            found.append(whole(options) if isinstance(options, str) else parts(**options))
+    except llavakit.ModelError as error:
         found.append(str(error))
 print(json.dumps(found))
 """
@@ -80,7 +83,9 @@ class _Handler(BaseHTTPRequestHandler):
         listing = parts[:2] == ["api", "models"]
         name, kind, revision, *rest = [*(parts[3:] if listing else parts[1:]), "", "main", ""]
         folder = self.server.root / name
-        if revision not in ("main", COMMIT):
+        if not folder.is_dir():
+            self._send(404, b"", error="RepoNotFound")
+        elif revision not in ("main", COMMIT):
             self._send(404, b"", error="RevisionNotFound")
         elif kind == "tree":
             files = [
@@ -115,17 +120,21 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def hub(tmp_path: Path) -> Iterator[Hub]:
-    their_model("qwen2").save_pretrained(tmp_path / "served/language", max_shard_size="40KB")
-    qwen_tokenizer().save_pretrained(tmp_path / "served/language")
-    torch.manual_seed(0)
-    vision = SHAPE | {"image_size": 28, "patch_size": 7}
-    whole = CLIPModel(CLIPConfig(vision_config=vision, text_config=SHAPE | {"vocab_size": 64}))
-    clip = tmp_path / "served/clip"
-    whole.save_pretrained(clip)
-    (clip / "model.safetensors").unlink()
-    torch.save(whole.state_dict(), clip / "pytorch_model.bin")  # as older models lie there
-    server = Hub(tmp_path / "served")
+def served(tmp_path: Path) -> Made:
+    """A language model in shards, an original LLaVA and its CLIP as a pickle, as older ones lie."""
+    root = tmp_path / "served"
+    their_model("qwen2").save_pretrained(root / "language", max_shard_size="40KB")
+    qwen_tokenizer().save_pretrained(root / "language")
+    made = make(root, whole_clip=True, pickle=True, mm_vision_tower="lab/clip")
+    weights = made.tower / "model.safetensors"
+    torch.save(load_file(weights), made.tower / "pytorch_model.bin")
+    weights.unlink()
+    return made
+
+
+@pytest.fixture
+def hub(served: Made) -> Iterator[Hub]:
+    server = Hub(served.folder.parent)
     thread = Thread(target=server.serve_forever, daemon=True)
     thread.start()
     yield server
@@ -134,10 +143,11 @@ def hub(tmp_path: Path) -> Iterator[Hub]:
     thread.join()
 
 
-def read(hub: Hub, home: Path, *asked: dict[str, str], offline: bool = False) -> list[Any]:
+def read(hub: Hub, home: Path, *asked: str | dict[str, str], offline: bool = False) -> list[Any]:
     """Return what a process of its own reads from the hub, or what it says where it cannot."""
     environment = {
         **os.environ,
+        "PYTHONPATH": str(Path(__file__).parents[2]),
         "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}",
         "HF_HOME": str(home),
         "HF_HUB_OFFLINE": str(int(offline)),
@@ -148,21 +158,34 @@ def read(hub: Hub, home: Path, *asked: dict[str, str], offline: bool = False) ->
     return found
 
 
-def test_names_are_fetched_once_and_read_as_folders_are(hub: Hub, tmp_path: Path) -> None:
+def test_names_are_fetched_once_and_read_as_folders_are(
+    hub: Hub, served: Made, tmp_path: Path
+) -> None:
     home = tmp_path / "home"
-    first, same, nowhere = read(hub, home, {}, {"revision": COMMIT}, {"revision": "nowhere"})
+    asked: Any = (
+        {},
+        {"revision": COMMIT},
+        {"revision": "nowhere"},
+        "lab/checkpoint",
+        "lab/nothing",
+    )
+    first, same, nowhere, whole, nothing = read(hub, home, *asked)
     with torch.no_grad():
         theirs = their_model("qwen2")(input_ids=torch.arange(1, 12)[None]).logits[0]
     torch.testing.assert_close(torch.tensor(first[0]), theirs, atol=1e-5, rtol=1e-5)
     assert same == first
     assert nowhere.startswith("`lab/language` has no config.json")
-    again, lacking = read(hub, home, {}, {"revision": "nowhere"}, offline=True)
-    assert again == first
+    expected = served.logits(PROMPTS[0][0], pictures(1))
+    torch.testing.assert_close(torch.tensor(whole), expected, atol=1e-5, rtol=1e-5)
+    assert nothing.startswith("`lab/nothing` is no folder, and the hub's model of that name")
+    again, lacking, still, nothing = read(hub, home, *asked[1:], offline=True)
+    assert (again, still) == (first, whole)
     assert lacking.startswith("`lab/language` has no config.json")
+    assert nothing.startswith("`lab/nothing` is no folder, and the hub's model of that name")
     shards = [file.name for file in (hub.root / "language").glob("*.safetensors")]
     assert len(shards) > 2
     fetched = [name for name in hub.sent if name.endswith((".safetensors", ".bin"))]
-    assert sorted(fetched) == sorted([*shards, "pytorch_model.bin"])
+    assert sorted(fetched) == sorted([*shards, "pytorch_model.bin", "pytorch_model.bin"])
 
 
 def test_a_shard_that_the_hub_lacks_is_named(hub: Hub, tmp_path: Path) -> None:

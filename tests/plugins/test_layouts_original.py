@@ -511,7 +511,7 @@ def test_a_tower_that_is_nowhere_is_named(tmp_path: Path) -> None:
     made = make(tmp_path)
     with pytest.raises(ModelError, match=r"tower `openai/clip-of-a-test`.*--vision"):
         llavakit.load(made.folder, device="cpu")
-    with pytest.raises(ModelError, match="is no folder"):
+    with pytest.raises(ModelError, match="nothing does not exist"):
         llavakit.load(made.folder, device="cpu", vision=tmp_path / "nothing")
 
 

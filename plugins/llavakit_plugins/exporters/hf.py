@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Mapping
 from functools import reduce
 from pathlib import Path
@@ -21,7 +22,7 @@ from torch import Tensor
 from llavakit import Exporter, LlavaModel, ModelError, Options, Registry
 from llavakit.files import new_folder
 from llavakit_plugins.exporters.hf_source import is_hf, read_hf
-from llavakit_plugins.huggingface import quietly
+from llavakit_plugins.huggingface import fetch_folder, quietly
 from llavakit_plugins.layouts.hf_reader import HfReader
 from llavakit_plugins.layouts.parity import prove
 from llavakit_plugins.layouts.parts import (
@@ -74,6 +75,11 @@ class Hf(Exporter):
         registry = Registry.installed()
         parts = read_hf(folder, registry, dtype=dtype, template=template)
         return parts.join(registry, folder).to(device).eval()
+
+    @classmethod
+    def fetch(cls, name: str) -> Path | None:
+        """Return the folder of a model on the hub, of whatever layout it turns out to be."""
+        return fetch_folder(name) if re.fullmatch(r"[\w.-]+/[\w.-]+", name) else None
 
     def export(self, model: LlavaModel, folder: Path) -> Mapping[str, Any]:
         """Write the folder, read it back, and return how far the two are apart.

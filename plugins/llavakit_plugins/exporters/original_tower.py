@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from llavakit import ModelError
-from llavakit_plugins.huggingface import KNOWN
+from llavakit_plugins.huggingface import KNOWN, fetch_folder
 from llavakit_plugins.layouts.pixels import Pixels, read_pixels, usual_pixels
 from llavakit_plugins.layouts.weights import read_json
 from llavakit_plugins.vision_transformers import vision_state
@@ -44,7 +44,7 @@ def find_tower(
     """
     name = config.get("mm_vision_tower") or config.get("vision_tower")
     name = name[0] if isinstance(name, list) and name else name
-    place = given or _place(folder, name)
+    place = given or _place(folder, name, weights=not inside)
     if inside:
         state, where = dict(inside), folder
     elif place is not None:
@@ -67,20 +67,15 @@ def find_tower(
     )
 
 
-def _place(folder: Path, name: Any) -> Path | None:
-    """Return the folder of a vision tower on this machine."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-
+def _place(folder: Path, name: Any, *, weights: bool) -> Path | None:
+    """Return the folder of a vision tower: beside the checkpoint, in it, or of the hub."""
     names = [Path(name)] if isinstance(name, str) and name else []
     for place in (*(folder / path for path in names), folder / FOLDER):
         if (place / "config.json").is_file() and place != folder:
             return place
-    if not names:
-        return None
     try:
-        return Path(snapshot_download(str(name), local_files_only=True))
-    except (HFValidationError, LocalEntryNotFoundError, OSError, ValueError):
+        return fetch_folder(str(name), weights=weights) if names else None
+    except ModelError:
         return None
 
 

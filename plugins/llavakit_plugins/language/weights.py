@@ -29,13 +29,14 @@ def read_weights(network: type[Any], config: Any, options: LanguageOptions) -> A
     """
     from transformers import GenerationConfig
 
+    assert options.source is not None
     small = getattr(config, "quantization_config", None) is not None
     if small and options.quantize is None:
         raise ModelError(
             f"{options.source} holds quantised weights; take them in full precision, and give "
             '`quantize = "nf4"` to hold them in 4 bits'
         )
-    folder = fetch_folder(options)
+    folder = fetch_folder(options.source, options.revision)
     dtype = getattr(torch, options.dtype)
     how: dict[str, Any] = {}
     if options.device is not None:
