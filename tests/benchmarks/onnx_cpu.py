@@ -148,6 +148,7 @@ def main() -> int:
     parser.add_argument("--keep", type=Path)
     parser.add_argument("--precisions", nargs="+", default=PRECISIONS, choices=PRECISIONS)
     arguments = parser.parse_args()
+    import numpy as np
     import torch
     from PIL import Image
     from tests.core.peer import their_inputs
@@ -159,7 +160,8 @@ def main() -> int:
     place = tempfile.TemporaryDirectory()
     folder = arguments.keep or Path(place.name) / "exported"
     theirs, ours = export(folder, arguments.layers)
-    picture = Image.effect_noise((224, 224), 60).convert("RGB")
+    noise = np.random.default_rng(0).integers(0, 256, (224, 224, 3), dtype=np.uint8)
+    picture = Image.fromarray(noise)
     inputs = their_inputs(ours, PROMPT, ours.prepare([picture]))
     models = {
         name: load(folder, precision=name, threads=arguments.threads)

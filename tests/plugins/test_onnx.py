@@ -8,7 +8,7 @@ import resource
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from shutil import copytree
 from typing import Any
@@ -178,7 +178,7 @@ def test_the_report_holds_the_proof(exported: Exported) -> None:
     assert report["parity"]["fp32"]["tokens"] == 1.0
     assert 0 < report["parity"]["q8"]["largest"] < 1
     assert exported.figures["fp32 largest"] == report["parity"]["fp32"]["largest"]
-    assert report["settings"]["block_size"] == 32
+    assert report["settings"]["operators"] == "microsoft"
     small = load(exported.folder, precision="q8").logits(QUESTION, exported.pictures[:1])
     exact = exported.model.logits(QUESTION, exported.pictures[:1]).numpy()
     assert 1e-6 < np.abs(small - exact).max() < 1, "8 bits are near, and not the same"
@@ -277,6 +277,100 @@ def _generate(
             return written
         past = dict(zip(past, present, strict=True))
         (embeds,) = embed.run(None, {"input_ids": np.asarray([written[-1:]])})
+
+
+def _nodes(folder: Path, name: str, operator: str) -> list[dict[str, Any]]:
+    """Return the attributes of a graph's nodes of one operator."""
+    graph = onnx.load(folder / f"onnx/{name}.onnx").graph
+    return [
+        {each.name: onnx.helper.get_attribute_value(each) for each in node.attribute}
+        for node in graph.node
+        if node.op_type == operator
+    ]
+
+
+def test_only_rows_whose_logits_are_asked_for_pass_the_last_mlp(exported: Exported) -> None:
+    path = exported.folder / "onnx/decoder_model_merged.onnx"
+    model = onnx.load(path)
+    products = [node for node in model.graph.node if node.op_type == "MatMul"]
+    down = products[-2].output[0]  # the last is the head
+    model.graph.output.append(onnx.helper.make_empty_tensor_value_info(down))
+    session = runtime.InferenceSession(model.SerializeToString())
+    feeds: dict[str, Any] = {
+        value.name: np.zeros((1, value.shape[1], 0, value.shape[3]), np.float32)
+        for value in session.get_inputs()
+        if value.name.startswith("past")
+    }
+    feeds["inputs_embeds"] = np.random.default_rng(0).normal(size=(1, 7, 64)).astype(np.float32)
+    feeds["attention_mask"] = np.ones((1, 7), np.int64)
+    feeds["position_ids"] = np.arange(7)[None]
+    whole, every = session.run(["logits", down], feeds)
+    feeds["num_logits_to_keep"] = np.asarray(2)
+    last, few = session.run(["logits", down], feeds)
+    assert (every.shape[1], few.shape[1]) == (7, 2)
+    np.testing.assert_allclose(last, whole[:, -2:], atol=1e-5)
+
+
+def test_weights_in_blocks_are_hardly_padded(
+    exported: Exported, traced: object, tmp_path: Path
+) -> None:
+    settings = {"precisions": ["q8", "q4"], "least_agreement": {"q8": 0.3, "q4": 0.1}}
+    Onnx(OnnxOptions.model_validate(settings)).export(exported.model, tmp_path / "out")
+    for suffix, bits in (("quantized", 8), ("q4", 4)):
+        for name in ("vision_encoder", "decoder_model_merged"):
+            nodes = _nodes(tmp_path / "out", f"{name}_{suffix}", "MatMulNBits")
+            assert {node["bits"] for node in nodes} == {bits if "decoder" in name else 8}
+            sizes = [(node["K"], node["N"], node["block_size"]) for node in nodes]
+            padded = sum(-(-rows // block) * block * columns for rows, columns, block in sizes)
+            assert padded <= 1.05 * sum(rows * columns for rows, columns, _ in sizes)
+    wide = OnnxOptions.model_validate({**settings, "precisions": "q8", "block_size": 16})
+    Onnx(wide).export(exported.model, tmp_path / "wide")
+    found = _nodes(tmp_path / "wide", "decoder_model_merged_quantized", "MatMulNBits")
+    assert {node["block_size"] for node in found} == {16}, "what is asked for is taken as it is"
+
+
+def test_integer_products_do_not_saturate(exported: Exported, tmp_path: Path) -> None:
+    """Pairs of 255 * 127 are more than the 16 bits that AVX2 adds them up in."""
+    from llavakit_plugins.onnx_runtime.folder import read
+    from llavakit_plugins.onnx_runtime.sessions import open_session
+
+    size, tensor = 64, onnx.TensorProto.FLOAT
+    graph = onnx.helper.make_graph(
+        [
+            onnx.helper.make_node(
+                "DynamicQuantizeMatMul", ["x", "w", "s"], ["y"], domain="com.microsoft"
+            )
+        ],
+        "saturating",
+        [onnx.helper.make_tensor_value_info("x", tensor, [4, size])],
+        [onnx.helper.make_tensor_value_info("y", tensor, [4, size])],
+        [
+            onnx.numpy_helper.from_array(np.full((size, size), 127, np.int8), "w"),
+            onnx.numpy_helper.from_array(np.asarray(1 / 127, np.float32), "s"),
+        ],
+    )
+    domains = [onnx.helper.make_opsetid("", 21), onnx.helper.make_opsetid("com.microsoft", 1)]
+    (tmp_path / "onnx").mkdir()
+    onnx.save(
+        onnx.helper.make_model(graph, opset_imports=domains, ir_version=10),
+        tmp_path / "onnx/vision_encoder.onnx",
+    )
+    folder = replace(read(exported.folder, None)[0], path=tmp_path)
+    session = open_session(folder, "vision_encoder", "fp32", "cpu", 1)
+    (product,) = session.run(None, {"x": np.ones((4, size), np.float32)})
+    np.testing.assert_allclose(product, size, rtol=0.01)
+
+
+def test_an_answer_leaves_no_cache_behind(exported: Exported) -> None:
+    loaded = load(exported.folder)
+    answer = loaded.stream("blue", max_new_tokens=8, raw=True)
+    next(answer)
+    assert loaded.decoder.held()
+    del answer
+    assert loaded.decoder.held() == []
+    expected = exported.model.generate("blue", max_new_tokens=8, raw=True)
+    assert loaded.generate("blue", max_new_tokens=8, raw=True) == expected
+    assert loaded.decoder.held() == []
 
 
 # -- without torch -------------------------------------------------------------------------------

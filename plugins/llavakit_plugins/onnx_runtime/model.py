@@ -147,7 +147,9 @@ class OnnxModel:
     def trace(self, embeds_TE: FloatArray) -> tuple[FloatArray, list[npt.NDArray[Any]]]:
         """Return logits `[T, V]` of every row, and each layer's keys and values in turn."""
         self._check_room([len(embeds_TE)], 0)
-        logits, held = self.decoder.read(embeds_TE[None], np.ones((1, len(embeds_TE)), np.int64))
+        logits = self.decoder.read(embeds_TE[None], np.ones((1, len(embeds_TE)), np.int64))
+        held = self.decoder.held()
+        self.decoder.release()
         return logits[0], held
 
     def generate(
@@ -265,30 +267,34 @@ class OnnxModel:
         ends = special_stops(self._reader, sampling.stop).union(self.manifest.end_tokens)
         texts = [AnswerText(self._reader, sampling.stop) for _ in room] if sampling.stop else None
         draw = np.random.default_rng(sampling.seed)
-        logits_BV = self._read(embeds, max(n + m for n, m in zip(lengths, room, strict=True)))
+        capacity = max(n + m for n, m in zip(lengths, room, strict=True))
         active = list(range(len(prompts)))
-        while True:
-            chosen = choose(logits_BV, sampling, draw)
-            yield list(zip(active, chosen, strict=True))
-            going = []
-            for place, (index, token) in enumerate(zip(active, chosen, strict=True)):
-                room[index] -= 1
-                lengths[index] += 1
-                ended = token in ends or not room[index]
-                if texts is not None and not ended:
-                    texts[index].add(token)
-                    ended = texts[index].stopped
-                if not ended:
-                    going.append(place)
-            if not going:
-                return
-            if len(going) < len(active):
-                self.decoder.select(going)
-                active = [active[place] for place in going]
-                chosen = [chosen[place] for place in going]
-            places = np.asarray([[lengths[index] - 1] for index in active], np.int64)
-            embeds_B1E = self._embed(np.asarray(chosen, np.int64)[:, None])
-            logits_BV = self.decoder.step(embeds_B1E, places)
+        try:
+            logits_BV = self._read(embeds, capacity)
+            while True:
+                chosen = choose(logits_BV, sampling, draw)
+                yield list(zip(active, chosen, strict=True))
+                going = []
+                for place, (index, token) in enumerate(zip(active, chosen, strict=True)):
+                    room[index] -= 1
+                    lengths[index] += 1
+                    ended = token in ends or not room[index]
+                    if texts is not None and not ended:
+                        texts[index].add(token)
+                        ended = texts[index].stopped
+                    if not ended:
+                        going.append(place)
+                if not going:
+                    return
+                if len(going) < len(active):
+                    self.decoder.select(going)
+                    active = [active[place] for place in going]
+                    chosen = [chosen[place] for place in going]
+                places = np.asarray([[lengths[index] - 1] for index in active], np.int64)
+                embeds_B1E = self._embed(np.asarray(chosen, np.int64)[:, None])
+                logits_BV = self.decoder.step(embeds_B1E, places)
+        finally:
+            self.decoder.release()
 
     def _stopping(self, sampling: Sampling, *, raw: bool) -> Sampling:
         """Return `sampling` with the template's stop texts, but for a raw prompt."""
@@ -317,7 +323,7 @@ class OnnxModel:
             real_BT[index, : len(rows)] = 1
         keep = longest - min(lengths) + 1
         room = capacity + longest - min(lengths)
-        logits_BKV, _ = self.decoder.read(batch_BTE, real_BT, keep=keep, capacity=room)
+        logits_BKV = self.decoder.read(batch_BTE, real_BT, keep=keep, capacity=room)
         last = [length - 1 - (longest - keep) for length in lengths]
         return logits_BKV[np.arange(len(lengths)), last]
 

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from llavakit.errors import ModelError
 from llavakit_plugins.onnx_runtime.folder import Folder, Shapes
-from llavakit_plugins.onnx_runtime.layout import KEEP, cache_names, graph_file
+from llavakit_plugins.onnx_runtime.layout import DECODER, KEEP, cache_names, graph_file
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession, OrtValue
@@ -73,6 +73,10 @@ def open_session(
     options.log_severity_level = 3
     # what a prompt or an image took would be held until the next one comes
     options.enable_cpu_mem_arena = False
+    if graph != DECODER:  # its threads would spin on while the decoder's work
+        options.add_session_config_entry("session.force_spinning_stop", "1")
+    # without VNNI, int8 products of signed weights saturate; this takes as long and does not
+    options.add_session_config_entry("session.x64quantprecision", "1")
     if threads is not None:
         options.intra_op_num_threads = threads
     path = folder.file(graph_file(graph, precision))
@@ -104,8 +108,8 @@ def open_session(
 def give_back_memory() -> None:
     """Give the memory that was freed back to the system, where glibc can.
 
-    onnxruntime packs the weights and frees what it read, and a prompt's activations are freed in
-    front of its answer; both come in pieces that glibc would hold on to.
+    onnxruntime packs the weights and frees what it read, and an answer frees its activations and
+    its cache; both come in pieces that glibc would hold on to.
     """
     import ctypes
     import sys
@@ -138,39 +142,58 @@ class Decoder:
 
     def read(
         self, embeds_BTE: FloatArray, real_BT: IntArray, *, keep: int = 0, capacity: int = 0
-    ) -> tuple[FloatArray, list[CacheArray]]:
-        """Read prompts; return logits of the last `keep` rows (0: all), and the cache.
+    ) -> FloatArray:
+        """Read prompts and return logits of their last `keep` rows (0: all).
 
         `real_BT` is 1 for tokens and 0 for the padding behind them. `capacity` is the longest that
         a sequence may become by steps.
         """
         batch, rows = real_BT.shape
-        empty = np.zeros((batch, self.shapes.kv_heads, 0, self.shapes.head_dim), self._kind)
-        feeds: dict[str, npt.NDArray[Any]] = dict.fromkeys(self._past, empty)
-        feeds["inputs_embeds"], feeds["attention_mask"] = embeds_BTE, real_BT
+        room = max(capacity, rows) if self.in_place else 0
+        shape = (batch, self.shapes.kv_heads, room, self.shapes.head_dim)
+        # zeros, since what lies behind a sequence must not be NaN
+        self._cache = [self._place(np.zeros(shape, self._kind)) for _ in self._past]
+        self._binding, self._mask_BL = None, real_BT
         places = np.arange(rows, dtype=np.int64)
-        feeds["position_ids"] = np.broadcast_to(places, real_BT.shape).copy()
-        feeds[KEEP] = np.asarray(keep, np.int64)
-        logits, *held = self.session.run(["logits", *self._present], feeds)
-        give_back_memory()
-        self._mask_BL = real_BT
-        self._cache = [self._place(tensor, max(capacity, rows)) for tensor in held]
-        self._binding = None
-        return logits, held
+        binding = self._bind()
+        kept = runtime_module().OrtValue.ortvalue_from_numpy(np.asarray(keep, np.int64))
+        binding.bind_ortvalue_input(KEEP, kept)  # it has a default, which the other way refuses
+        whole_BT = np.broadcast_to(places, real_BT.shape).copy()
+        logits_BKV = self._run(binding, embeds_BTE, whole_BT)
+        self._binding = None  # its output has as many rows as were kept
+        return logits_BKV
 
     def step(self, embeds_B1E: FloatArray, positions_B1: IntArray) -> FloatArray:
         """Return logits `[B, V]` of one more row of each sequence."""
         self._mask_BL = np.concatenate((self._mask_BL, np.ones_like(positions_B1)), axis=1)
-        binding = self._bind()
-        binding.bind_cpu_input("inputs_embeds", embeds_B1E)
+        return self._run(self._bind(), embeds_B1E, positions_B1)[:, -1]
+
+    def held(self) -> list[CacheArray]:
+        """Return each layer's keys and values `[B, G, L, K]` in turn, as arrays of their own."""
+        return [value.numpy().copy() for value in self._cache]
+
+    def release(self) -> None:
+        """Let go of the sequences, and of the memory that they took."""
+        self._cache, self._binding = [], None
+        give_back_memory()
+
+    def select(self, sequences: Sequence[int]) -> None:
+        """Keep only these sequences, in this order."""
+        rows = list(sequences)
+        self._cache = [self._place(value.numpy()[rows]) for value in self._cache]
+        self._binding = None
+        self._mask_BL = self._mask_BL[rows]
+
+    def _run(self, binding: Any, embeds_BTE: FloatArray, positions_BT: IntArray) -> FloatArray:
+        binding.bind_cpu_input("inputs_embeds", embeds_BTE)
         binding.bind_cpu_input("attention_mask", self._mask_BL)
-        binding.bind_cpu_input("position_ids", positions_B1)
+        binding.bind_cpu_input("position_ids", positions_BT)
         self.session.run_with_iobinding(binding)
-        outputs = binding.get_outputs()
+        logits, *present = binding.get_outputs()
         if not self.in_place:
-            self._cache = list(outputs[1:])
-        logits_B1V: FloatArray = outputs[0].numpy()
-        return logits_B1V[:, -1]
+            self._cache = present
+        logits_BKV: FloatArray = logits.numpy()
+        return logits_BKV
 
     def _bind(self) -> Any:
         """Return a binding of the cache; one that is written in place is bound once."""
@@ -188,19 +211,7 @@ class Decoder:
             self._binding = binding
         return binding
 
-    def select(self, sequences: Sequence[int]) -> None:
-        """Keep only these sequences, in this order."""
-        rows = list(sequences)
-        self._cache = [self._place(value.numpy()[rows], 0) for value in self._cache]
-        self._binding = None
-        self._mask_BL = self._mask_BL[rows]
-
-    def _place(self, held_BGPK: CacheArray, capacity: int) -> OrtValue:
-        """Return a tensor of the cache on the device, with room where it is written in place."""
-        if self.in_place and capacity > held_BGPK.shape[2]:
-            shape = (*held_BGPK.shape[:2], capacity, held_BGPK.shape[3])
-            room = np.zeros(shape, self._kind)  # what lies behind a sequence must not be NaN
-            room[:, :, : held_BGPK.shape[2]] = held_BGPK
-            held_BGPK = room
+    def _place(self, held_BGPK: CacheArray) -> OrtValue:
+        """Return a tensor of the cache on the device; on a CPU it is the array itself."""
         value: OrtValue = runtime_module().OrtValue.ortvalue_from_numpy(held_BGPK, self.device, 0)
         return value

@@ -35,8 +35,9 @@ class OnnxOptions(Options):
     operators: Literal["microsoft", "plain"] = "microsoft"
     """`microsoft`: GroupQueryAttention and fused norms, for onnxruntime. `plain`: ONNX's own
     operators, which take batches padded anywhere and run elsewhere, too."""
-    block_size: int = Field(default=32, ge=16, le=256)
-    """How many weights share a scale in q8 and q4: a power of two."""
+    block_size: int | None = Field(default=None, ge=16, le=256)
+    """How many weights share a scale in q8 and q4, a power of two; by default 128 in 8 bits and 32
+    in 4, fewer in narrow models."""
     tolerance: float = Field(default=1e-4, gt=0)
     """How far a logit of fp32 may be from PyTorch's."""
     least_agreement: dict[Precision, float] = Field(default_factory=dict)
@@ -52,8 +53,8 @@ class OnnxOptions(Options):
 
     @field_validator("block_size")
     @classmethod
-    def _power(cls, value: int) -> int:
-        if value & (value - 1):
+    def _power(cls, value: int | None) -> int | None:
+        if value is not None and value & (value - 1):
             raise ValueError("must be a power of two: 16, 32, 64, 128 or 256")
         return value
 

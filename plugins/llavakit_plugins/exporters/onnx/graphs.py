@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from llavakit import ModelError
 from llavakit_plugins.exporters.onnx.attention import Attention, Trace, attention_of, own_forward
+from llavakit_plugins.exporters.onnx.rows import cut_early
 from llavakit_plugins.onnx_runtime.layout import DECODER, EMBEDDINGS, KEEP, VISION, cache_names
 
 if TYPE_CHECKING:
@@ -165,6 +166,7 @@ def trace_decoder(model: LlavaModel, attention: Attention) -> ir.Model:
         _shape(values[name], [names[0], heads, total, width])
     keep = values[KEEP]
     keep.const_value = ir.tensor(np.asarray(0, np.int64), name=KEEP)
+    cut_early(graph.graph)
     graph.graph.register_initializer(keep)  # an input with a default: nobody has to give it
     return graph
 

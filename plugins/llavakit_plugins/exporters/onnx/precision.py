@@ -10,16 +10,23 @@ from typing import Any
 
 import onnx
 
-from llavakit_plugins.onnx_runtime.layout import DECODER, EMBEDDINGS, Precision
+from llavakit_plugins.onnx_runtime.layout import DECODER, EMBEDDINGS, VISION, Precision
+
+_BLOCK = {8: 128, 4: 32}
+_SMALLEST_BLOCK = 16
+_PADDING = 0.05
+"""How much larger blocks may make the weights: what is left of a column fills a whole one."""
+_FLOAT32, _INT8 = 1, 4
+"""What MatMulNBits computes in, by its `accuracy_level`."""
 
 
 def convert(
-    graph: str, model: onnx.ModelProto, precision: Precision, block: int
+    graph: str, model: onnx.ModelProto, precision: Precision, block: int | None
 ) -> onnx.ModelProto:
     """Return a graph in another precision; `model`, the fp32 graph, is used up.
 
     Inputs and outputs stay float32, but for the key-value cache in fp16. `block` is the number of
-    weights that share a scale.
+    weights that share a scale, by default 128 of 8 bits and 32 of 4, fewer in narrow models.
     """
     if precision == "fp32":
         return model
@@ -29,7 +36,7 @@ def convert(
         return _half(graph, model)
     if precision == "int8":
         return _dynamic(model)
-    return _blocks(model, 8 if precision == "q8" else 4, block)
+    return _blocks(graph, model, 8 if precision == "q8" or graph == VISION else 4, block)
 
 
 def _half(graph: str, model: onnx.ModelProto) -> onnx.ModelProto:
@@ -64,20 +71,45 @@ def _dynamic(model: onnx.ModelProto) -> onnx.ModelProto:
     )
 
 
-def _blocks(model: onnx.ModelProto, bits: int, block: int) -> onnx.ModelProto:
+def _blocks(graph: str, model: onnx.ModelProto, bits: int, block: int | None) -> onnx.ModelProto:
+    """Quantise weights in blocks.
+
+    The decoder's products are computed in int8, which one row at a time is fastest. A vision
+    encoder has many rows, for which CPUs without VNNI unpack the weights sooner than they multiply
+    in int8, and activations that 8 bits hold badly: its products are computed in float32.
+    """
     from onnxruntime.quantization.matmul_nbits_quantizer import (
         DefaultWeightOnlyQuantConfig,
         MatMulNBitsQuantizer,
     )
 
     settings = DefaultWeightOnlyQuantConfig(
-        block_size=block, is_symmetric=bits == 8, accuracy_level=4, bits=bits
+        block_size=block or _fitting(model, _BLOCK[bits]),
+        is_symmetric=bits == 8,
+        accuracy_level=_FLOAT32 if graph == VISION else _INT8,
+        bits=bits,
     )
     quantizer = MatMulNBitsQuantizer(model, algo_config=settings)
     with _quiet():
         quantizer.process()
     found: onnx.ModelProto = quantizer.model.model
     return found
+
+
+def _fitting(model: onnx.ModelProto, block: int) -> int:
+    """Return `block`, or the largest smaller one that pads the weights little."""
+    tables = {table.name: table.dims for table in model.graph.initializer if len(table.dims) == 2}
+    weights = [
+        tables[node.input[1]]
+        for node in model.graph.node
+        if node.op_type == "MatMul" and node.input[1] in tables
+    ]
+    most = (1 + _PADDING) * sum(rows * columns for rows, columns in weights)
+    while block > _SMALLEST_BLOCK:
+        if sum(-(-rows // block) * block * columns for rows, columns in weights) <= most:
+            break
+        block //= 2
+    return block
 
 
 def _through_files(model: onnx.ModelProto, change: Callable[[Path, Path], None]) -> onnx.ModelProto:
