@@ -120,7 +120,7 @@ class Plan(BaseModel):
     def _total(self, known: list[float]) -> list[str]:
         """Return what all steps take together, of those whose hours are known."""
         if self.tflops is None or not known:
-            return ["total: no step says its time", "cost: of this machine, as its time: not known"]
+            return ["total: no step says its time", "cost: not known, as the time is not"]
         source = "measured just now" if self.measured else "as the recipe's [machine] says"
         rate = f"on {self.machine.name} at {self.tflops:,.3g} TFLOP/s ({source})"
         more = ", and what the steps with `?` take" if len(known) < len(self.steps) else ""
@@ -137,6 +137,11 @@ class Planner:
         self._recipe, self._registry = recipe, registry
         self.steps: dict[str, StepPlan] = {}
         """The plans of the steps before, by name."""
+
+    @property
+    def seed(self) -> int:
+        """The recipe's seed, which the run will have."""
+        return self._recipe.seed
 
     @property
     def devices(self) -> int:

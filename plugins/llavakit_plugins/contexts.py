@@ -130,4 +130,6 @@ def _parse(line: str, where: str) -> ImageContext:
         ) from error
     if any(len(box.corners) != 4 for box in context.boxes):
         raise DataError(f"{where}: a `bbox` has four numbers: x1, y1, x2, y2")
+    if not any(map(str.strip, captions)):
+        raise DataError(f"{where}: context `{context.id}` has no captions; remove the line")
     return context

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import socket
 import time
 from collections.abc import Iterator
 from email.utils import formatdate
@@ -149,6 +150,20 @@ def test_a_server_that_is_slow_for_ever_is_left(service: Service) -> None:
     with pytest.raises(ReplyError, match=r"no answer within 0.3 s"):
         ask(model(service, timeout=0.3, retries=1))
     assert time.monotonic() - begun < 20
+
+
+def test_a_service_that_is_not_there_is_told_from_a_slow_one(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        away = Service(url=f"http://127.0.0.1:{free.getsockname()[1]}/v1")
+    with pytest.raises(ReplyError, match=r"after 5 tries: the connection failed: .*Cannot connect"):
+        ask(model(away, retries=4))
+    # said while it is tried, but not again and again
+    (said,) = (record.message for record in caplog.records if record.levelname == "WARNING")
+    assert said.startswith(f"{away.url}: the connection failed: ")
+    assert "asking again in" in said
 
 
 @pytest.mark.parametrize("status", [429, 503])
@@ -449,7 +464,13 @@ def test_what_was_recorded_is_given_again_without_asking(service: Service, tmp_p
 
 
 def test_a_file_of_replies_that_is_not_there_is_named(tmp_path: Path) -> None:
-    player = Replay(ReplayOptions(path=tmp_path / "none"), build=Registry.installed().build)
+    options = ReplayOptions(path=tmp_path / "none")
+    said = Replay.missing(options)  # before a run begins
+    assert said is not None
+    assert f"there is no file of replies {tmp_path / 'none'}" in said
+    recording = ReplayOptions(path=tmp_path / "none", record=Use[ChatModel](use="openai"))
+    assert Replay.missing(recording) is None
+    player = Replay(options, build=Registry.installed().build)
     with pytest.raises(ChatError, match="no file of replies"):
         player.complete(ASK)
     assert not (tmp_path / "none").exists()

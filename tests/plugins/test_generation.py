@@ -198,6 +198,84 @@ def test_the_price_is_known_before(
     assert least < plan["steps"]["01-generate"]["cost_usd"] < least + 36 * 1024 * 100 / 1e6
 
 
+def test_the_price_is_of_the_contexts_that_are_drawn(
+    service: Service, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = write_recipe(tmp_path, service, more='kinds = ["detail"]\ncounts = { detail = 5 }\n')
+    path = tmp_path / "contexts.jsonl"
+    rows = rows_of(path)
+    for number, row in enumerate(rows):
+        row["captions"][0] += f" Thing {number}." * number**2
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main([str(recipe), "--plan"]) == 0
+    planned = capsys.readouterr().out
+    assert main([str(recipe), "--out", str(tmp_path / "run")]) == 0
+    import tiktoken
+
+    encoding = tiktoken.get_encoding("o200k_base")
+    sent = sum(
+        3 + sum(4 + len(encoding.encode(message["content"])) for message in body["messages"])
+        for body in service.asked
+    )
+    assert f"5 requests; {sent:,} tokens sent" in planned
+
+
+def test_an_unknown_price_is_not_said_to_be_nothing(
+    service: Service, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe, out = write_recipe(tmp_path, service), tmp_path / "run"
+    recipe.write_text(recipe.read_text().replace("price =", "# price ="))
+    assert main([str(recipe), "--out", str(out)]) == 0
+    said = capsys.readouterr().err
+    assert "price not known" in said
+    assert "USD" not in said
+    assert "0.00 USD" not in (out / "01-generate" / "review.html").read_text()
+    metrics = json.loads((out / "01-generate" / "artifact.json").read_text())["metrics"]
+    assert "usd" not in metrics
+    events = [event for event in rows_of(out / "events.jsonl") if event["event"] == "asked"]
+    assert events[-1]["usd"] is None
+
+
+@pytest.mark.parametrize("generator", ["", '\ngenerator = { use = "offline" }'])
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ("contexts = '{folder}/empty'", "empty holds no contexts"),
+        ("held_out = '{folder}/empty'", "empty holds no contexts"),
+        ("instances = '{folder}/empty'", "`instances` are COCO's boxes, but"),
+        ('kinds = ["detail"]\ncounts = {{ reasoning = 3 }}', "`reasoning` is not among `kinds`"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(
+    service: Service, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    change: str, sentence: str, generator: str,
+) -> None:  # fmt: skip
+    (tmp_path / "empty").write_text("\n\n")
+    recipe = write_recipe(tmp_path, service, more=change.format(folder=tmp_path))
+    lines = recipe.read_text().splitlines()
+    if change.startswith("contexts"):
+        lines = [line for line in lines if not line.startswith(f'contexts = "{tmp_path}')]
+    if generator:
+        lines = [*lines[: lines.index("[steps.generator]")], generator]
+    recipe.write_text("\n".join(lines))
+    assert main([str(recipe), "--out", str(tmp_path / "run")]) == 2
+    assert sentence in capsys.readouterr().err
+    assert not service.asked
+    assert not (tmp_path / "run" / "01-generate").exists()
+
+
+def test_who_is_refused_leaves_no_folder(
+    service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", KEY[::-1])
+    recipe, out = write_recipe(tmp_path, service), tmp_path / "run"
+    assert main([str(recipe), "--out", str(out)]) == 2
+    assert not (out / "01-generate").exists()
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    assert main([str(recipe), "--out", str(out)]) == 0
+    assert not (out / "superseded").exists()
+
+
 def test_the_built_in_recipe_has_a_price(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["instruct158k", "--plan"]) == 0
     text = capsys.readouterr().out
@@ -313,6 +391,9 @@ def test_a_budget_stops_and_more_money_goes_on(
     assert 0 < before < 36
     with Ledger(out / "01-generate" / "ledger.jsonl") as ledger:
         assert ledger.spent <= 0.04
+        asked = [row for row in rows_of(out / "events.jsonl") if row["event"] == "asked"]
+        assert asked[-1]["replies"] == len(ledger)
+        assert asked[-1]["usd"] == pytest.approx(ledger.spent)
     assert (out / "01-generate" / "review.html").is_file()  # to look at what there is
     # another budget is another recipe: the folder is set aside, what it paid for is not
     assert main([*command, "--set", "steps.generate.budget_usd=10"]) == 0
@@ -503,6 +584,22 @@ def test_cocos_files_give_the_contexts_that_llava_bench_has(tmp_path: Path) -> N
         assert sorted(" ".join(c.split()) for c in one.captions) == sorted(other.captions)
     expected.close()
     found.close()
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the shared data are not beside the checkout")
+def test_any_teacher_can_be_told_of_cocos_files(tmp_path: Path) -> None:
+    rows = rows_of(SHARED / "coco80" / "caps_boxes.jsonl")
+    captions, instances = coco(tmp_path, [row for row in rows if row["instances"]][:7])
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(
+        f'[[steps]]\nuse = "generate"\ncontexts = "{captions}"\ninstances = "{instances}"\n'
+        'counts = { detail = 3 }\ngenerator = { use = "offline" }\n'
+    )
+    assert main([str(recipe), "--out", str(tmp_path / "run")]) == 0
+    made = json.loads((tmp_path / "run" / "01-generate" / "instruct.json").read_text())
+    assert Counter(row["id"].partition("-")[2] for row in made) == {
+        "conversation": 7, "detail": 3, "reasoning": 7,
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(

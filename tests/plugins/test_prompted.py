@@ -99,6 +99,9 @@ def test_contexts_are_read_one_by_one_and_named_by_line(tmp_path: Path) -> None:
     with pytest.raises(IndexError):
         contexts[3]
     contexts.close()
+    path.write_text('{"id": "7", "image": "7.jpg", "captions": [" "]}\n')
+    with pytest.raises(DataError, match=r"contexts\.jsonl:1: context `7` has no captions"):
+        list(read_contexts(path))
 
 
 @pytest.mark.parametrize("kind", RESPONSE_KINDS)
@@ -171,6 +174,16 @@ def test_prompts_can_be_replaced_kind_by_kind(tmp_path: Path) -> None:
         load_prompt("reasoning", tmp_path)
     with pytest.raises(DataError, match="does not exist"):
         load_prompt("detail", tmp_path / "none")
+
+
+def test_a_folder_of_prompts_that_would_not_be_used_is_refused(tmp_path: Path) -> None:
+    """A job with the packaged prompts would cost as much, and not be what was asked for."""
+    with pytest.raises(DataError, match="is empty; a folder of prompts has conversation, detail"):
+        load_prompt("detail", tmp_path)
+    (tmp_path / "reasoning").mkdir()
+    (tmp_path / "details").mkdir()
+    with pytest.raises(DataError, match="details is no kind of response"):
+        load_prompt("detail", tmp_path)
 
 
 # -- what is made of replies -----------------------------------------------------------------------

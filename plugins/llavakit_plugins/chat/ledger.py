@@ -124,6 +124,7 @@ class Ledger:
         self.spent = 0.0
         """USD, of the replies whose price is known."""
         self.input_tokens = self.output_tokens = 0
+        self._priced = False
         self._places: dict[bytes, int] = {}
         self._waiting: list[tuple[Entry, asyncio.Future[None]]] = []
         self._writer: asyncio.Task[None] | None = None
@@ -164,6 +165,11 @@ class Ledger:
         for file in (self._file, self._reader):
             if file is not None:
                 file.close()
+
+    @property
+    def usd(self) -> float | None:
+        """What the replies cost, or None where there are some and no price is known."""
+        return self.spent if self._priced or not self._places else None
 
     def __len__(self) -> int:
         return len(self._places)
@@ -239,6 +245,7 @@ class Ledger:
     def _note(self, entry: Entry, start: int) -> None:
         self._places.setdefault(bytes.fromhex(entry.key), start)
         self.spent += entry.usd or 0.0
+        self._priced |= entry.usd is not None
         self.input_tokens += entry.input_tokens or 0
         self.output_tokens += entry.output_tokens or 0
 

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 OWN_URL = "https://api.openai.com/v1"
 _LONGEST_COMPLAINT = 300
+_PATIENT_TRIES = 3  # of one request, before it is said
+_PATIENT_SECONDS = 10.0  # of one pause, before it is said
 _log = logging.getLogger(__name__)
 
 
@@ -108,6 +110,7 @@ class OpenAI(ChatModel):
         self._client: openai.AsyncOpenAI | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._pace: Pace | None = None
+        self._said = False
 
     # -- what it would cost ------------------------------------------------------------------------
 
@@ -192,8 +195,18 @@ class OpenAI(ChatModel):
                 if fault.busy:
                     waited += pause
                     self._pace.hold(pause)  # all requests, not this one alone
-                _log.info("%s; again in %.1f s", fault, pause)
+                self._say(fault, tries, pause)
                 await self._pace.rest(pause)
+
+    def _say(self, fault: Fault, tries: int, pause: float) -> None:
+        """Log that a request is sent again; so that nobody wonders, where that takes long."""
+        long = (tries >= _PATIENT_TRIES or pause >= _PATIENT_SECONDS) and not self._said
+        self._said |= long
+        _log.log(
+            logging.WARNING if long else logging.INFO,
+            "%s: %s; asking again in %.1f s",
+            *(self.options.base_url, fault, pause),
+        )
 
     def client(self) -> openai.AsyncOpenAI:
         """Return the official client, one for each event loop. Raises ChatError without a key."""
@@ -257,17 +270,23 @@ class OpenAI(ChatModel):
                     body=self.body(messages, draw),
                     options={"headers": {"Idempotency-Key": mark}},
                 )
-        except (TimeoutError, openai.APITimeoutError):
-            raise Fault(f"no answer within {self.options.timeout:g} s") from None
+        except TimeoutError:
+            raise Fault(self._too_late()) from None
         except openai.APIStatusError as error:
             refused = self.explain(error)
             if refused is None:
                 raise await self.fatal(error) from None
             return refused
-        except openai.APIConnectionError as error:
-            reason = error.__cause__ or error
+        except openai.APIConnectionError as error:  # APITimeoutError is one
+            failure = _failure(error)
+            if failure is None and isinstance(error, openai.APITimeoutError):
+                raise Fault(self._too_late()) from None
+            reason = failure or error.__cause__ or error
             raise Fault(self.clean(f"the connection failed: {reason}")) from None
         return self.read(answer.content)
+
+    def _too_late(self) -> str:
+        return f"no answer within {self.options.timeout:g} s"
 
     def read(self, data: bytes) -> Reply:
         """Return the reply that a response holds. Raises Fault where it holds none."""
@@ -352,6 +371,14 @@ class OpenAI(ChatModel):
         """Return a text of the service without the key, and not endless."""
         text = redact(text, self.key)
         return text if longest is None or len(text) <= longest else f"{text[:longest]}…"
+
+
+def _failure(error: BaseException) -> OSError | None:
+    """Return what the system said of a connection: aiohttp's adapter calls all of it a time-out."""
+    behind = error.__cause__ or error.__context__
+    if behind is None or (isinstance(behind, OSError) and not isinstance(behind, TimeoutError)):
+        return behind
+    return _failure(behind)
 
 
 def _complaint(error: openai.APIStatusError) -> str:

@@ -35,6 +35,12 @@ class Replay(ChatModel):
         if self._model is not None:
             self.reply_limit = self._model.reply_limit
 
+    @classmethod
+    def missing(cls, options: ReplayOptions) -> str | None:
+        if options.record is None and not options.path.is_file():
+            return f"there is no file of replies {options.path}; record one with `record`"
+        return None
+
     @property
     def identity(self) -> str:
         return f"replay {self._model.identity if self._model else ''}"
@@ -59,8 +65,8 @@ class Replay(ChatModel):
             last = messages[-1].content if messages else ""
             raise ChatError(
                 f"{self.options.path} has no reply (draw {draw}) to these messages, the last of "
-                f"which begins {last[:60]!r}; the prompts changed since it was recorded: record "
-                'anew with `record = { use = "openai", ... }`'
+                f"which begins {last[:60]!r}; it was recorded with other prompts, contexts or "
+                'kinds: record anew with `record = { use = "openai", ... }`'
             )
         reply = await self._model.reply(messages, draw)
         fresh = asked(self._model.identity, Request(tuple(messages), draw)).entry(reply)
@@ -87,8 +93,8 @@ class Replay(ChatModel):
 
     def _open(self) -> Ledger:
         if self._ledger is None:
-            if self._model is None and not self.options.path.is_file():
-                raise ChatError(f"there is no file of replies {self.options.path}; record one")
+            if sentence := self.missing(self.options):
+                raise ChatError(sentence)
             self._ledger = Ledger(self.options.path, writable=self._model is not None)
             for entry in self._ledger:
                 self._found.setdefault((entry.prompt, entry.draw), entry.key)

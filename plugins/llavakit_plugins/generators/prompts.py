@@ -8,7 +8,7 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 
 from llavakit import DataError, Message
-from llavakit.samples import ResponseKind
+from llavakit.samples import RESPONSE_KINDS, ResponseKind
 
 _PACKAGED = files("llavakit_plugins.generators").joinpath("prompts")
 
@@ -41,8 +41,7 @@ def load_prompt(kind: ResponseKind, folder: Path | None) -> Prompt:
     """
     place: Traversable = _PACKAGED / kind
     if folder is not None:
-        if not folder.is_dir():
-            raise DataError(f"the folder of prompts {folder} does not exist")
+        _refuse_others(folder)
         if (folder / kind).is_dir():
             place = folder / kind
     contexts = sorted(
@@ -62,12 +61,26 @@ def load_prompt(kind: ResponseKind, folder: Path | None) -> Prompt:
     return Prompt(_read(place / "system.txt"), examples, questions)
 
 
+def _refuse_others(folder: Path) -> None:
+    """Raise DataError for a folder from which nothing would be taken, or not all of it."""
+    if not folder.is_dir():
+        raise DataError(f"the folder of prompts {folder} does not exist")
+    found = sorted(item.name for item in folder.iterdir() if item.is_dir())
+    others = [name for name in found if name not in RESPONSE_KINDS and not name.startswith(".")]
+    if others or not found:
+        what = f"{folder / others[0]} is no kind of response" if others else f"{folder} is empty"
+        raise DataError(f"{what}; a folder of prompts has {', '.join(RESPONSE_KINDS)}, or some")
+
+
 def _read(file: Traversable) -> str:
     try:
         text = file.read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-        raise DataError(f"cannot read the prompt {file}: {reason}") from error
+        raise DataError(
+            f"cannot read the prompt {file}: {reason}; a kind has system.txt, and for each "
+            "NAME_context.txt a NAME_reply.txt"
+        ) from error
     if not text:
         raise DataError(f"the prompt {file} is empty; write something or remove its folder")
     return text

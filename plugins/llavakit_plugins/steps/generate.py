@@ -4,21 +4,34 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 
-from llavakit import Generator, ImageContext, InputPath, Options, Outcome, Run, Step, Turn, Use
+from llavakit import (
+    Generator,
+    ImageContext,
+    InputPath,
+    Options,
+    Outcome,
+    Run,
+    Step,
+    Stopped,
+    Turn,
+    Use,
+)
 from llavakit.files import write_text
 from llavakit.planning import Planner, StepPlan
 from llavakit.reporting import Card, Gallery, Table
 from llavakit.samples import IMAGE, RESPONSE_KINDS, ResponseKind
 from llavakit_plugins.chat.prompted import PromptedGenerator
-from llavakit_plugins.contexts import read_contexts
+from llavakit_plugins.contexts import Contexts
+from llavakit_plugins.steps.generation.items import choose
+from llavakit_plugins.steps.generation.sources import open_sources
 
 BRIEF = (
     "Describe the image briefly.",
@@ -28,6 +41,10 @@ BRIEF = (
 )
 """Questions of stage 1 for a small language model; `brief_questions` has all of them."""
 _SHOWN = 9
+
+Row = Mapping[str, Any]
+"""A sample as LLaVA's JSON has it."""
+Made = tuple[ImageContext, ResponseKind, Row]
 
 
 class GenerateOptions(Options):
@@ -50,6 +67,16 @@ class GenerateOptions(Options):
     budget_usd: float | None = Field(default=None, gt=0)
     """Most that the chat model may cost."""
 
+    @field_validator("counts")
+    @classmethod
+    def _of_kinds(
+        cls, counts: dict[ResponseKind, int], info: ValidationInfo
+    ) -> dict[ResponseKind, int]:
+        for kind in counts:
+            if kind not in info.data.get("kinds", RESPONSE_KINDS):
+                raise ValueError(f"`{kind}` is not among `kinds`; add it there or take it out here")
+        return counts
+
 
 class Generate(Step):
     """Leaves `captions.json` for stage 1, and `KIND.json` and `instruct.json` for stage 2."""
@@ -67,7 +94,7 @@ class Generate(Step):
             return None
         from llavakit_plugins.steps.generation.price import price_job
 
-        return price_job(options, generator)
+        return price_job(options, generator, planner.seed)
 
     def run(self, run: Run) -> Outcome:
         generator = run.build(self.options.generator)
@@ -75,28 +102,26 @@ class Generate(Step):
             from llavakit_plugins.steps.generation.job import run_job
 
             return run_job(self.options, generator, run)
+        return self._at_once(generator, run)
+
+    def _at_once(self, generator: Generator, run: Run) -> Outcome:
+        """Write the data of a generator that needs no waiting, no retries and no money."""
         counts: dict[str, int] = {}
         shown: list[Card] = []
-        sources = {"": self.options.contexts, "held-out": self.options.held_out}
-        for name, path in sources.items():
-            if path is None:
-                continue
-            contexts = list(read_contexts(path))
-            rows: dict[str, list[Mapping[str, Any]]] = {kind: [] for kind in self.options.kinds}
-            for number, context in enumerate(contexts, start=1):
+        with open_sources(self.options, run.directory) as sources:
+            for name, contexts in sources.items():
+                draw = np.random.default_rng(run.seed)
+                captions = [caption_row(context, draw, BRIEF) for context in contexts]
+                made = list(self._samples(generator, contexts, name, run))
+                content = {"captions": captions, "instruct": [row for _, _, row in made]}
                 for kind in self.options.kinds:
-                    rows[kind].append(row_of(context, kind, generator.generate(context, kind)))
-                if number % 256 == 0 or number == len(contexts):
-                    run.progress(number, len(contexts), f"generating {name}".strip())
-            draw = np.random.default_rng(run.seed)
-            captions = [caption_row(context, draw, BRIEF) for context in contexts]
-            folder = run.directory / name
-            folder.mkdir(exist_ok=True)
-            mixed = [row for together in zip(*rows.values(), strict=True) for row in together]
-            for label, content in {"captions": captions, "instruct": mixed, **rows}.items():
-                _write(folder / f"{label}.json", content)
-                counts[f"{name}/{label}".lstrip("/")] = len(content)
-            shown = shown or _cards(run.directory, self.options, contexts, rows)
+                    content[kind] = [row for _, own, row in made if own == kind]
+                folder = run.directory / name
+                folder.mkdir(exist_ok=True)
+                for label, rows in content.items():
+                    _write(folder / f"{label}.json", rows)
+                    counts[f"{name}/{label}".lstrip("/")] = len(rows)
+                shown = shown or _cards(run.directory, self.options, made)
         table = Table(
             title="Samples by file",
             columns=["file", "samples"],
@@ -105,8 +130,23 @@ class Generate(Step):
         metrics = {"samples": float(counts["instruct"])}
         return Outcome(metrics, [table, Gallery(title="What the teacher wrote", cards=shown)])
 
+    def _samples(
+        self, generator: Generator, contexts: Contexts, name: str, run: Run
+    ) -> Iterator[Made]:
+        """Yield every sample, in the order of the contexts."""
+        counts = {} if name else self.options.counts
+        chosen = choose(len(contexts), self.options.kinds, counts, run.seed)
+        for index, context in enumerate(contexts):
+            for kind in self.options.kinds:
+                if chosen[kind][index]:
+                    yield context, kind, row_of(context, kind, generator.generate(context, kind))
+            if (index + 1) % 256 == 0 or index + 1 == len(contexts):
+                if run.stopping():
+                    raise Stopped
+                run.progress(index + 1, len(contexts), f"generating {name}".strip())
 
-def row_of(context: ImageContext, kind: str, turns: Sequence[Turn]) -> Mapping[str, Any]:
+
+def row_of(context: ImageContext, kind: str, turns: Sequence[Turn]) -> Row:
     """Return a sample as LLaVA's JSON has it."""
     conversations = [{"from": turn.role, "value": turn.text} for turn in turns]
     return {
@@ -116,9 +156,7 @@ def row_of(context: ImageContext, kind: str, turns: Sequence[Turn]) -> Mapping[s
     }
 
 
-def caption_row(
-    context: ImageContext, draw: np.random.Generator, questions: Sequence[str]
-) -> Mapping[str, Any]:
+def caption_row(context: ImageContext, draw: np.random.Generator, questions: Sequence[str]) -> Row:
     """Return a sample of stage 1: a brief question and one of the captions."""
     question, answer = str(draw.choice(questions)), str(draw.choice(context.captions))
     turns = (Turn("human", f"{IMAGE}\n{question}"), Turn("gpt", answer))
@@ -141,24 +179,22 @@ def find_image(images: Path | None, context: ImageContext) -> Path | None:
     return found if found.is_file() else None
 
 
-def _write(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+def _write(path: Path, rows: Sequence[Row]) -> None:
     write_text(path, json.dumps(list(rows), ensure_ascii=False, indent=1) + "\n")
 
 
-def _cards(
-    folder: Path,
-    options: GenerateOptions,
-    contexts: Sequence[ImageContext],
-    rows: Mapping[str, Sequence[Mapping[str, Any]]],
-) -> list[Card]:
+def _cards(folder: Path, options: GenerateOptions, made: Sequence[Made]) -> list[Card]:
     cards = []
     for number, kind in enumerate((*options.kinds,) * 3):
-        index = number * max(1, len(contexts) // _SHOWN) % len(contexts)
-        lines = [("told", contexts[index].captions[0])]
-        for turn in rows[kind][index]["conversations"]:
+        own = [(context, row) for context, k, row in made if k == kind]
+        if not own:
+            continue
+        context, row = own[number * max(1, len(own) // _SHOWN) % len(own)]
+        lines = [("told", context.captions[0])]
+        for turn in row["conversations"]:
             label = "question" if turn["from"] == "human" else kind
             lines.append((label, turn["value"].replace(IMAGE, "").strip()))
-        image = find_image(options.images, contexts[index])
+        image = find_image(options.images, context)
         shown = None if image is None else os.path.relpath(image, folder)
         cards.append(Card(image=shown, lines=lines))
     return cards

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,13 +11,13 @@ from llavakit import ChatError, Outcome, Run, Stopped
 from llavakit_plugins.chat.asking import ask_all
 from llavakit_plugins.chat.ledger import Entry, Ledger, Request
 from llavakit_plugins.chat.prompted import PromptedGenerator
-from llavakit_plugins.coco import convert_coco, is_coco
-from llavakit_plugins.contexts import Contexts
 from llavakit_plugins.steps.generation.items import Items
-from llavakit_plugins.steps.generation.output import write_output
+from llavakit_plugins.steps.generation.output import price_of, write_output
 from llavakit_plugins.steps.generation.review import Review
+from llavakit_plugins.steps.generation.sources import open_sources
 
 if TYPE_CHECKING:
+    from llavakit_plugins.contexts import Contexts
     from llavakit_plugins.steps.generate import GenerateOptions
 
 LEDGER = "ledger.jsonl"
@@ -27,31 +27,40 @@ _EVERY = 15.0  # seconds between events that say what was spent
 
 def run_job(options: GenerateOptions, generator: PromptedGenerator, run: Run) -> Outcome:
     """Leave the data, their provenance, what was rejected, and a page to review them."""
-    sources = {"": options.contexts, "held-out": options.held_out}
-    with Ledger(
-        run.directory / LEDGER, identity=generator.chat.identity, earlier=_earlier(run.directory)
-    ) as ledger:
-        review = Review(options.images, run.seed)
+    with open_sources(options, run.directory) as sources:
         jobs = []
-        for name, path in sources.items():
-            if path is None:
-                continue
-            contexts = Contexts(_as_lines(path, name, options, run.directory))
+        for name, contexts in sources.items():
             counts = options.counts if not name else {}
             items = Items(contexts, options.kinds, counts, generator, options.attempts, run.seed)
             jobs.append((name, contexts, items))
-        unanswered: dict[str, str] = {}
-        if len(ledger):  # said first, so that nobody fears to pay for them again
-            total = sum(len(items) for _, _, items in jobs)
-            run.progress(0, total, f"{len(ledger)} replies are here already")
-        try:
-            for name, _, items in jobs:
-                unanswered |= _ask(options, generator, run, ledger, items, name)
-        except (ChatError, Stopped):
-            if len(ledger):  # what there is can be looked at, though the step is not done
-                write_output(jobs, ledger, unanswered, review, run)
-            raise
-        return write_output(jobs, ledger, unanswered, review, run)
+        identity, earlier = generator.chat.identity, _earlier(run.directory)
+        with Ledger(run.directory / LEDGER, identity=identity, earlier=earlier) as ledger:
+            return _work_off(options, generator, run, ledger, jobs)
+
+
+def _work_off(
+    options: GenerateOptions,
+    generator: PromptedGenerator,
+    run: Run,
+    ledger: Ledger,
+    jobs: Sequence[tuple[str, Contexts, Items]],
+) -> Outcome:
+    review = Review(options.images, run.seed)
+    unanswered: dict[str, str] = {}
+    if len(ledger):  # said first, so that nobody fears to pay for them again
+        total = sum(len(items) for _, _, items in jobs)
+        run.progress(0, total, f"{len(ledger)} replies are here already")
+    try:
+        for name, _, items in jobs:
+            unanswered |= _ask(options, generator, run, ledger, items, name)
+    except (ChatError, Stopped):
+        if len(ledger):  # what there is can be looked at, though the step is not done
+            run.event("asked", **totals(ledger))
+            write_output(jobs, ledger, unanswered, review, run)
+        else:
+            ledger.path.unlink()
+        raise
+    return write_output(jobs, ledger, unanswered, review, run)
 
 
 def _ask(
@@ -77,7 +86,7 @@ def _ask(
                 yield item.request
 
     def show_progress() -> None:
-        run.progress(at, len(items), f"{name} {ledger.spent:.2f} USD".strip())
+        run.progress(at, len(items), f"{name} {price_of(ledger)}".strip())
 
     def show(entry: Entry) -> None:
         nonlocal said
@@ -101,24 +110,14 @@ def _ask(
             return tally.unanswered
 
 
-def totals(ledger: Ledger) -> dict[str, float | int]:
+def totals(ledger: Ledger) -> dict[str, float | int | None]:
     """Return the running total."""
     return {
         "replies": len(ledger),
         "input_tokens": ledger.input_tokens,
         "output_tokens": ledger.output_tokens,
-        "usd": round(ledger.spent, 6),
+        "usd": None if ledger.usd is None else round(ledger.usd, 6),
     }
-
-
-def _as_lines(path: Path, name: str, options: GenerateOptions, folder: Path) -> Path:
-    """Return a file of one context a line; COCO's is turned into one."""
-    if not is_coco(path):
-        return path
-    out = folder / f"{name or 'all'}-contexts.jsonl"
-    if not out.is_file():
-        convert_coco(path, options.instances, out)
-    return out
 
 
 def _earlier(folder: Path) -> list[Path]:

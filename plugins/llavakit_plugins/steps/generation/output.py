@@ -66,12 +66,11 @@ def write_output(
         with json_list(folder / "captions.json") as write:
             for context in contexts:
                 write(caption_row(context, draw, questions))
-        contexts.close()
     facts = [
         f"{summary.usable:,} samples of {sum(len(items) for _, _, items in jobs):,}",
         f"{len(ledger):,} replies",
         f"{ledger.input_tokens:,} tokens sent, {ledger.output_tokens:,} received",
-        f"{ledger.spent:,.2f} USD",
+        price_of(ledger),
         f"seed {run.seed}",
     ]
     review.write(run.directory / "review.html", summary, facts)
@@ -79,11 +78,16 @@ def write_output(
         "samples": float(summary.usable),
         "rejected": float(summary.rejected),
         "unanswered": float(summary.unanswered),
-        "usd": ledger.spent,
+        **({} if ledger.usd is None else {"usd": ledger.usd}),
         "input_tokens": float(ledger.input_tokens),
         "output_tokens": float(ledger.output_tokens),
     }
     return Outcome(metrics, [*summary.sections(), review.gallery(run.directory)])
+
+
+def price_of(ledger: Ledger) -> str:
+    """Return what the replies cost, in words."""
+    return "price not known" if ledger.usd is None else f"{ledger.usd:,.2f} USD"
 
 
 def _origin(item: Item) -> dict[str, Any]:

@@ -10,15 +10,14 @@ from llavakit import ImageContext, Message
 from llavakit.planning import StepPlan
 from llavakit_plugins.chat.prompted import PromptedGenerator
 from llavakit_plugins.chat.tokens import ESTIMATE, Counter
-from llavakit_plugins.coco import convert_coco, is_coco
-from llavakit_plugins.contexts import Contexts
 from llavakit_plugins.steps.generation.items import Items
+from llavakit_plugins.steps.generation.sources import open_sources
 
 if TYPE_CHECKING:
     from llavakit_plugins.steps.generate import GenerateOptions
 
 
-def price_job(options: GenerateOptions, generator: PromptedGenerator) -> StepPlan:
+def price_job(options: GenerateOptions, generator: PromptedGenerator, seed: int) -> StepPlan:
     """Return the plan: exact for what is sent; replies are reckoned as long as the examples'."""
     files = [path for path in (options.contexts, options.held_out) if path is not None]
     if not all(path.is_file() for path in files):
@@ -29,26 +28,20 @@ def price_job(options: GenerateOptions, generator: PromptedGenerator) -> StepPla
         kind: chat.count([Message("assistant", generator.expected_reply(kind))])
         for kind in options.kinds
     }
-    with TemporaryDirectory() as folder:
-        for path in files:
-            lines = path
-            if is_coco(path):
-                lines = Path(folder) / "contexts.jsonl"
-                convert_coco(path, options.instances, lines)
-            contexts = Contexts(lines)
-            counts = options.counts if path is files[0] else {}
-            for context, kind in Items(contexts, options.kinds, counts, generator, 1, 0).pairs():
+    with TemporaryDirectory() as folder, open_sources(options, Path(folder)) as sources:
+        for name, contexts in sources.items():
+            counts = options.counts if not name else {}
+            for context, kind in Items(contexts, options.kinds, counts, generator, 1, seed).pairs():
                 sent += chat.count(generator.messages(context, kind))
                 made += expected[kind]
                 count += 1
-            contexts.close()
     return _plan(generator, count, sent, made, "counted")
 
 
 def _by_examples(options: GenerateOptions, generator: PromptedGenerator) -> StepPlan:
     """Return the plan where the contexts are not there yet: reckoned from the examples."""
     if any(kind not in options.counts for kind in options.kinds):
-        note = "no price yet: the contexts are made by the run; say `counts` for each kind"
+        note = "no price yet: the contexts are not there; say `counts` for each kind"
         return StepPlan(note=note)
     chat = generator.chat
     nothing = ImageContext("", "", ())

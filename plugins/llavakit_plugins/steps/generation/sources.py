@@ -1,0 +1,44 @@
+"""The files of contexts that a job is about, one context a line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llavakit import DataError
+from llavakit_plugins.coco import convert_coco, is_coco
+from llavakit_plugins.contexts import Contexts
+
+if TYPE_CHECKING:
+    from llavakit_plugins.steps.generate import GenerateOptions
+
+
+@contextmanager
+def open_sources(options: GenerateOptions, folder: Path) -> Iterator[dict[str, Contexts]]:
+    """Yield the contexts and the held-out ones, by the folder that their data go to.
+
+    COCO's files are turned into lines in `folder`, once. Raises DataError where a file cannot be
+    used or holds nothing, and where `instances` stand beside what is not COCO's.
+    """
+    if options.instances is not None and not is_coco(options.contexts):
+        raise DataError(
+            f"`instances` are COCO's boxes, but {options.contexts} is not COCO's captions: it has "
+            "boxes of its own; leave `instances` out"
+        )
+    with ExitStack() as stack:
+        opened = {}
+        for name, path in (("", options.contexts), ("held-out", options.held_out)):
+            if path is None:
+                continue
+            lines = path
+            if is_coco(path):
+                lines = folder / f"{name or 'all'}-contexts.jsonl"
+                if not lines.is_file():
+                    convert_coco(path, options.instances, lines)
+            opened[name] = contexts = Contexts(lines)
+            stack.callback(contexts.close)
+            if not len(contexts):
+                raise DataError(f"{path} holds no contexts; it needs one JSON object a line")
+        yield opened
