@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -87,6 +88,7 @@ def load(
     base: str | Path | None = None,
     vision: str | Path | None = None,
     template: str | None = None,
+    options: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Any:
     """Return the model in a folder, whatever its layout: recognised by its content.
 
@@ -94,8 +96,9 @@ def load(
     The result has `generate`, `generate_ids` and `logits`. `device="auto"` is CUDA where there is
     one, else the CPU. Some layouts leave things out: `base` is the folder of the language model
     that an adapter or a projector belongs to, `vision` that of the vision encoder, `template` the
-    name of the prompt template. Raises ModelError where the folder holds no model that this
-    installation reads, or lacks one of these.
+    name of the prompt template. `options` change those of a model folder's parts, as in
+    `{"language": {"quantize": "nf4"}}`. Raises ModelError where the folder holds no model that
+    this installation reads, or lacks one of these.
     """
     from llavakit.loading import load_any
 
@@ -106,6 +109,7 @@ def load(
         base=None if base is None else Path(base),
         vision=None if vision is None else Path(vision),
         template=template,
+        options=options,
     )
 
 

@@ -8,6 +8,7 @@ vision/  language/      what the part's `save` wrote; a Hugging Face folder for 
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from pydantic import ValidationError
 from safetensors import SafetensorError
 from torch import nn
 
+from llavakit.checking import problems_in
 from llavakit.components import Options, Use
 from llavakit.errors import ModelError
 from llavakit.files import HASHED_BYTES, digest, new_folder, without_none
@@ -140,10 +142,12 @@ def load_model(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
     template: str | None = None,
+    options: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> LlavaModel:
     """Return the model in a model folder; `template` names another prompt template than its own.
 
-    Raises ModelError where a file is missing or changed, or the parts do not fit.
+    `options` change those of its parts, as in `{"language": {"quantize": "nf4"}}`. Raises
+    ModelError where a file is missing or changed, or the parts do not fit.
     """
     path = folder / MANIFEST
     try:
@@ -173,6 +177,8 @@ def load_model(
         recipe = ModelRecipe.model_validate({name: manifest[name] for name in (*PARTS, "template")})
         if template is not None:
             recipe = recipe.model_copy(update={"template": Use[PromptTemplate](use=template)})
+        for part, changes in (options or {}).items():
+            recipe = _change(recipe, part, changes, registry)
         vision = _load_part(recipe.vision, registry, _place(folder, "vision"), dtype)
         language = _load_part(recipe.language, registry, _place(folder, "language"), dtype)
         connector = _load_part(
@@ -189,6 +195,24 @@ def load_model(
     if dtype is not None:
         cast_weights(model, dtype)
     return model
+
+
+def _change(
+    recipe: ModelRecipe, part: str, changes: Mapping[str, Any], registry: Registry
+) -> ModelRecipe:
+    """Return the recipe with other options for a part. Raises ModelError where it has none such."""
+    if part not in PARTS:
+        raise ModelError(f"a model has no part `{part}`; there are: {', '.join(PARTS)}")
+    use: Use[Any] = getattr(recipe, part)
+    component: Any = registry.get(use.kind(), use.use)
+    table = {**use.options, **changes}
+    try:
+        component.Options.model_validate(table)
+    except ValidationError as error:
+        problem = next(problems_in(error, component.Options, (part,), f" of `{use.use}`"))
+        raise ModelError(f"{problem.message}; {problem.hint}") from error
+    changed = type(use).model_validate({"use": use.use, **table})
+    return recipe.model_copy(update={part: changed})
 
 
 def cast_weights(module: nn.Module, dtype: torch.dtype) -> None:

@@ -6,7 +6,7 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +110,13 @@ def _parser() -> argparse.ArgumentParser:
     chat.add_argument(
         "--heatmap", type=Path, metavar="PNG", help="with --prompt: draw where the model looks"
     )
+    chat.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="change an option of a part, for example language.quantize=nf4",
+    )
     _add_sources(chat)
     chat.set_defaults(command=_chat)
 
@@ -191,7 +198,12 @@ def _add_sources(command: argparse.ArgumentParser) -> None:
     group.add_argument("--template", metavar="NAME", help="the prompt template")
 
 
-def _load(folder: Path, arguments: argparse.Namespace, device: str) -> Any:
+def _load(
+    folder: Path,
+    arguments: argparse.Namespace,
+    device: str,
+    options: Mapping[str, Any] | None = None,
+) -> Any:
     import llavakit
 
     return llavakit.load(
@@ -200,6 +212,7 @@ def _load(folder: Path, arguments: argparse.Namespace, device: str) -> Any:
         base=arguments.base,
         vision=arguments.vision,
         template=arguments.template,
+        options=options,
     )
 
 
@@ -283,7 +296,7 @@ def _plugins(arguments: argparse.Namespace) -> int:
 def _chat(arguments: argparse.Namespace) -> int:
     if arguments.heatmap is not None and (arguments.prompt is None or not arguments.image):
         raise LlavaError("--heatmap draws one answer over its image: give --prompt and --image too")
-    model = _load(arguments.model, arguments, arguments.device)
+    model = _load(arguments.model, arguments, arguments.device, _table(arguments.set))
     settings = {
         "max_new_tokens": arguments.max_new_tokens,
         "temperature": arguments.temperature,
@@ -310,6 +323,18 @@ def _chat(arguments: argparse.Namespace) -> int:
             print()
         except LlavaError as error:  # of this question; the next may do
             print(f"error: {error}", file=sys.stderr)
+
+
+def _table(assignments: Sequence[str]) -> dict[str, Any]:
+    """Return what `part.option=value` say, as tables of options."""
+    from llavakit.checking import set_key
+
+    table: dict[str, Any] = {}
+    for assignment in assignments:
+        if "." not in assignment.partition("=")[0]:
+            raise LlavaError(f"--set {assignment}: write it as part.option=value")
+        set_key(table, assignment)
+    return table
 
 
 def _chat_with_heatmap(arguments: argparse.Namespace, model: object) -> None:

@@ -25,6 +25,7 @@ def load_any(
     base: Path | None = None,
     vision: Path | None = None,
     template: str | None = None,
+    options: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Any:
     """Return the model in a folder: our own layout, or one that an exporter recognises or fetches.
 
@@ -45,10 +46,17 @@ def load_any(
         given["template"] = template
     if is_model(path):
         _refuse_others(path, "llavakit", given, ("template",))
-        model = load_model(path, registry, device=place, dtype=dtype, template=template)
+        model = load_model(
+            path, registry, device=place, dtype=dtype, template=template, options=options
+        )
         return model.eval()
     for name, exporter in layouts.items():
         if exporter.recognises(path):
+            if options:
+                raise ModelError(
+                    f"{path} is in the layout `{name}`; options of its parts can be changed in a "
+                    "model folder, so turn it into one with `llava-run import`"
+                )
             _refuse_others(path, name, given, signature(exporter.load).parameters)
             return exporter.load(path, device=place, dtype=dtype, **given)
     raise ModelError(

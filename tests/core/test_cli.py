@@ -125,12 +125,26 @@ def test_a_question_that_cannot_be_asked_does_not_end_the_chat(
         (["--prompt", "x", "--temperature", "-1"], "a temperature of 0 or more"),
         (["--prompt", "x", "--top-p", "0"], "0 < top_p <= 1"),
         (["--prompt", "x", "--device", "cuda:77"], "device `cuda:77` is not available"),
+        (["--prompt", "x", "--set", "layer=-1"], "--set layer=-1: write it as part.option=value"),
+        (["--prompt", "x", "--set", "tongue.layer=-1"], "a model has no part `tongue`"),
+        (["--prompt", "x", "--set", "vision.laier=-1"], "`laier` of `clip`; did you mean `layer`?"),
+        (["--prompt", "x", "--set", "vision.layer=99"], "`layer = 99` names none"),
     ],
 )
 def test_what_chat_cannot_do_is_said(
     model: Path, refused: Callable[..., str], arguments: list[str], sentence: str
 ) -> None:
     assert sentence in refused("chat", model, *arguments)
+
+
+def test_chat_with_other_options_of_a_part(model: Path, llava_run: Command) -> None:
+    whole = llavakit.load(model, device="cpu")
+    other = llavakit.load(model, device="cpu", options={"vision": {"layer": -1}})
+    assert other.vision.depth == whole.vision.depth + 1
+    words = "what colour is it ? " * 9
+    code, _, err = llava_run("chat", model, "--prompt", words, "--set", "language.max_length=20")
+    assert code == 2
+    assert "the language model reads at most 20" in err
 
 
 def test_chat_with_a_folder_that_is_not_there(refused: Callable[..., str], tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 import llavakit
 import llavakit.testing
-from llavakit import LanguageModel, ModelError
+from llavakit import LanguageModel, ModelError, Recipe, Registry
 from llavakit.packing import Packing
 from llavakit_plugins.language.causal_lm import CausalLM, CausalLMOptions
 from llavakit_plugins.language.lora import LoraOptions
@@ -195,6 +195,28 @@ def test_4_bits_are_those_of_bitsandbytes_and_stay_as_they_are(family: str, tmp_
         again.merged()
     with pytest.raises(ModelError, match="holds quantised weights; take them in full precision"):
         component.create(component.Options(source=str(tmp_path / "saved")))
+
+
+@bits
+def test_any_model_folder_can_be_used_in_4_bits(
+    write_recipe: RecipeWriter, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from llavakit.assembly import create_model, save_model
+    from llavakit.cli import main
+
+    registry, model = Registry.installed(), tmp_path / "model"
+    save_model(create_model(Recipe.load(write_recipe(), registry).model, registry, seed=0), model)
+    whole = llavakit.load(model, device="cpu")
+    small = llavakit.load(model, device="cpu", options={"language": {"quantize": "nf4"}})
+    kinds = {p.dtype for p in small.language.parameters()}
+    assert kinds == {torch.uint8, torch.float32}
+    text = "USER : what colour is it ?"
+    difference = small.logits(text, raw=True) - whole.logits(text, raw=True)
+    assert 1e-4 < difference.abs().max() < 0.5
+    command = ["chat", str(model), "--prompt", "what ?", "--device", "cpu"]
+    command += ["--max-new-tokens", "9", "--set", "language.quantize=nf4"]
+    assert main(command) == 0
+    assert capsys.readouterr().out.strip() == small.generate("what ?", max_new_tokens=9).strip()
 
 
 def test_4_bits_need_bitsandbytes_and_weights(
