@@ -21,6 +21,7 @@ from llavakit.progress import Display, duration, say, show_progress
 from llavakit.recipe import Recipe, StepUse
 from llavakit.registry import Registry
 from llavakit.reporting import StepRecord, write_report
+from llavakit.reporting.values import show
 from llavakit.reuse import DONE, contents, find_step, take_step
 from llavakit.step_folders import (
     Record,
@@ -245,4 +246,4 @@ def _ignore(*_: object, **__: object) -> None:
 
 
 def _metrics(metrics: Mapping[str, float]) -> str:
-    return "".join(f"{name} {value:.4g}, " for name, value in metrics.items())
+    return "".join(f"{name} {show(value)}, " for name, value in metrics.items())

@@ -132,7 +132,8 @@ def _items(path: Path, name: str) -> Iterator[dict[str, Any]]:
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from error
     except ijson.JSONError as error:
-        raise DataError(f"{path} is not valid JSON: {error}; fetch it again") from error
+        reason = str(error).partition("\n")[0].rstrip(".")  # a picture of the place follows
+        raise DataError(f"{path} is not valid JSON: {reason}; fetch it again") from error
 
 
 def _field(item: dict[str, Any], name: str, path: Path) -> Any:

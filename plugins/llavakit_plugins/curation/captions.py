@@ -49,7 +49,8 @@ def _json_list(path: Path) -> Iterator[CaptionRow]:
             for number, row in enumerate(ijson.items(file, "item", use_float=True), start=1):
                 yield CaptionRow(_answer(row, f"{path}: sample {number}"), row)
     except ijson.JSONError as error:
-        raise DataError(f"{path} is not valid JSON: {error}; fetch it again") from error
+        reason = str(error).partition("\n")[0].rstrip(".")  # a picture of the place follows
+        raise DataError(f"{path} is not valid JSON: {reason}; fetch it again") from error
 
 
 def _answer(row: Any, where: str) -> str:

@@ -113,7 +113,7 @@ class Summary:
             series={kind: _histogram(found) for kind, found in sorted(self._answers.items())},
             log=False,
         )
-        return [verdicts, samples, notes, lengths]
+        return [verdicts, samples, *([notes] if self._notes else []), lengths]
 
     def firsts(self) -> list[Bars]:
         """Return how the questions of each kind begin."""
