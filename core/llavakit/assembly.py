@@ -24,8 +24,7 @@ from llavakit.errors import ModelError
 from llavakit.files import HASHED_BYTES, digest, new_folder, without_none
 from llavakit.interfaces import PromptTemplate
 from llavakit.model import LlavaModel
-from llavakit.model_recipe import MANIFEST, PARTS
-from llavakit.model_recipe import ModelRecipe as ModelRecipe
+from llavakit.model_recipe import MANIFEST, PARTS, ModelRecipe
 from llavakit.networks import Connector, LanguageModel, VisionEncoder
 from llavakit.registry import Registry
 

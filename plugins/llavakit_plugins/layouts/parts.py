@@ -17,7 +17,8 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 
 from llavakit import Connector, LanguageModel, LlavaModel, ModelError, Registry, Use, VisionEncoder
-from llavakit.assembly import ModelRecipe, join_model
+from llavakit.assembly import join_model
+from llavakit.model_recipe import ModelRecipe
 from llavakit_plugins.layouts.filling import fill, needed
 from llavakit_plugins.layouts.pixels import Pixels
 from llavakit_plugins.layouts.prompts import TemplateUse
