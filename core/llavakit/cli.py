@@ -261,9 +261,14 @@ def _recipes(arguments: argparse.Namespace) -> int:
     from llavakit.recipe import recipe_folder
 
     folder = recipe_folder()
-    for file in sorted(folder.rglob("*.toml")):
-        comment = file.read_text(encoding="utf-8").partition("\n")[0].removeprefix("#").strip()
-        print(f"{file.relative_to(folder).with_suffix('').as_posix():24}{comment}")
+    recipes = {
+        file.relative_to(folder).with_suffix("").as_posix(): file.read_text(encoding="utf-8")
+        for file in sorted(folder.rglob("*.toml"))
+    }
+    width = max(map(len, recipes)) + 2
+    for name, text in recipes.items():
+        comment = text.partition("\n")[0].removeprefix("#").strip()
+        print(f"{name:{width}}{comment}")
     return 0
 
 

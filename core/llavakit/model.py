@@ -93,9 +93,9 @@ class LlavaModel(nn.Module):
         return self.language.loss(hidden_ME, batch.targets_M)
 
     def merged(self) -> LlavaModel:
-        """Return the model with adapters added into its weights, which is what exporters write.
+        """Return the model as weights alone give it, which is what exporters write.
 
-        It shares all other weights; a model without adapters is returned itself.
+        See `LanguageModel.merged`; a model that has nothing but weights is returned itself.
         """
         language = self.language.merged()
         if language is self.language:

@@ -191,8 +191,17 @@ def test_4_bits_are_those_of_bitsandbytes_and_stay_as_they_are(family: str, tmp_
     of_half = type(adapted).load(half, tmp_path / "saved").named_parameters()
     dtypes = {parameter.dtype for name, parameter in of_half if "lora" not in name}
     assert dtypes == {torch.uint8, torch.bfloat16}
-    with pytest.raises(ModelError, match="cannot be added into weights of 4 bits"):
-        again.merged()
+    merged = again.merged()
+    assert {type(m) for m in merged.modules() if isinstance(m, torch.nn.Linear)} == {
+        torch.nn.Linear
+    }
+    torch.testing.assert_close(logits_of(merged), logits_of(again), atol=1e-5, rtol=1e-5)
+    assert torch.equal(logits_of(again), logits_of(adapted))  # merging left it as it was
+    torch.testing.assert_close(logits_of(small.merged()), found, atol=1e-5, rtol=1e-5)
+    (tmp_path / "merged").mkdir()
+    merged.save(tmp_path / "merged")
+    plain = component.create(component.Options(source=str(tmp_path / "merged"))).eval()
+    assert torch.equal(logits_of(plain), logits_of(merged))
     with pytest.raises(ModelError, match="holds quantised weights; take them in full precision"):
         component.create(component.Options(source=str(tmp_path / "saved")))
 
@@ -294,8 +303,10 @@ def test_a_recipe_trains_adapters_of_4_bits_and_resumes_to_the_same_bytes(
     adapters = load_file(second / "language" / "adapter" / "adapter_model.safetensors")
     assert any(adapters[name].any() for name in adapters if "lora_B" in name)
     text = "USER : what colour is it ?"
-    assert llavakit.load(first).logits(text, raw=True).isfinite().all()
-    assert main(["export", str(second), str(tmp_path / "hf"), "--format", "hf"]) == 2
+    expected = llavakit.load(first).logits(text, raw=True)
+    assert main(["export", str(second), str(tmp_path / "hf"), "--format", "hf"]) == 0
+    exported = llavakit.load(tmp_path / "hf").logits(text, raw=True)
+    torch.testing.assert_close(exported, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_a_recipe_trains_adapters_only_and_resumes_to_the_same_bytes(

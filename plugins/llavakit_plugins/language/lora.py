@@ -15,6 +15,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from llavakit import ModelError, Options
+from llavakit_plugins.huggingface import quietly
 
 FOLDER = "adapter"
 _WEIGHTS = "adapter_model.safetensors"
@@ -124,18 +125,28 @@ def load_adapters(model: Any, folder: Path) -> None:
 def merge_adapters(model: Any) -> Any:
     """Return a copy of a model with its adapters added into the weights they change.
 
-    The weights without an adapter are shared with `model`.
+    Weights of 4 bits become the numbers that they stand for, so that the copy computes what the
+    model does. The other weights without an adapter are shared with `model`.
     """
-    from peft.tuners.lora import LoraLayer
-
-    adapted = [m.get_base_layer() for m in model.modules() if isinstance(m, LoraLayer)]
-    changed = {id(layer.weight) for layer in adapted}
+    bases = [layer.get_base_layer() for _, layer in _adapted(model)]
+    changed = {id(base.weight) for base in bases if base.weight.is_floating_point()}
     shared = {id(p): p for p in model.parameters() if id(p) not in changed}
     whole = copy.deepcopy(model, shared)
-    layers = [(name, m) for name, m in whole.named_modules() if isinstance(m, LoraLayer)]
+    if getattr(whole, "is_quantized", False):
+        with quietly(report=False):
+            whole.dequantize(dtype=whole.get_input_embeddings().weight.dtype)
+        whole._weight_conversions = None  # of reading 4 bits, which saving would want to undo
+    layers = _adapted(whole)
     for name, layer in layers:
-        layer.merge()
+        base = layer.get_base_layer()
+        base.weight.data += layer.get_delta_weight("default").to(base.weight.dtype)
         parent, _, last = name.rpartition(".")
-        setattr(whole.get_submodule(parent), last, layer.get_base_layer())
-    del whole.peft_config
+        setattr(whole.get_submodule(parent), last, base)
+    if layers:
+        del whole.peft_config
     return whole
+
+
+def _adapted(model: Any) -> list[tuple[str, Any]]:
+    """Return the layers with an adapter, peft's, whatever their weights are held in."""
+    return [(name, m) for name, m in model.named_modules() if hasattr(m, "get_delta_weight")]

@@ -159,20 +159,15 @@ class PretrainedLanguage(LanguageModel):
         return NF4_BYTES * small + each * (total - small)
 
     def merged(self) -> Self:
-        """Return the model with its adapters added into the weights; itself where it has none.
+        """Return the model as its weights alone give it; itself where there is nothing else.
 
-        The weights without an adapter are shared. Raises ModelError for weights of 4 bits.
+        Adapters are added into the weights, and weights of 4 bits become the numbers that they
+        stand for. Weights that stay as they are are shared.
         """
-        if self.options.lora is None:
+        if self.options.lora is None and self.options.quantize is None:
             return self
-        if self.options.quantize is not None:
-            raise ModelError(
-                "adapters cannot be added into weights of 4 bits without loss; take `quantize` "
-                "out of the model's options (model.toml) and load it again"
-            )
-        language = type(self)(
-            self.options.model_copy(update={"lora": None}), merge_adapters(self.model)
-        )
+        plain = self.options.model_copy(update={"lora": None, "quantize": None})
+        language = type(self)(plain, merge_adapters(self.model))
         language.tokenizer = self.tokenizer
         return language.train(self.training)
 
