@@ -7,14 +7,12 @@ T rows of the stream, M supervised rows, S sequences, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from llavakit.answers import AnswerText, decode
+from llavakit.answering import Answering
 from llavakit.errors import ModelError
 from llavakit.generation import Sampling, generate_stream
 from llavakit.images import read_pixels
@@ -22,10 +20,13 @@ from llavakit.interfaces import PromptTemplate, Segment
 from llavakit.networks import Connector, LanguageModel, VisionEncoder
 from llavakit.packing import PackedBatch, Stream, pack
 from llavakit.prompts import Encoded, encode, tokenise
-from llavakit.samples import IMAGE, ImageSource, Sample, Turn
+from llavakit.samples import ImageSource, Sample
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
-class LlavaModel(nn.Module):
+class LlavaModel(nn.Module, Answering[Tensor]):
     """A LLaVA: images become embeddings in the rows of a text stream.
 
     Raises ModelError where the parts do not fit each other.
@@ -115,34 +116,19 @@ class LlavaModel(nn.Module):
         pixels = [read_pixels(self.vision, image, where) for image in images]
         return torch.stack(pixels).to(self.device, dtype)
 
-    def prompt(
-        self, prompt: str, images: Sequence[ImageSource], *, raw: bool = False, begun: str = ""
-    ) -> Encoded:
-        """Render one question, or take a raw prompt as it is, and tokenise it.
+    @property
+    def reader(self) -> PreTrainedTokenizerBase:
+        return self.language.tokenizer
 
-        A question without placeholders gets one for each image in front. `begun` is what its
-        answer has begun with, for the model to go on from there.
-        """
-        if raw:
-            ids, learned = tokenise([Segment(prompt, markup=True)], self.language.tokenizer)
-            encoded = Encoded(ids, learned)
-        else:
-            if IMAGE not in prompt:
-                prompt = f"{IMAGE}\n" * len(images) + prompt
-            sample = Sample("prompt", (Turn("human", prompt),), tuple(images))
-            sample.check()
-            encoded = encode(sample, self.template, self.language.tokenizer)
-        if begun:
-            ids, learned = tokenise([Segment(begun)], self.language.tokenizer, begin=False)
-            encoded = Encoded(
-                np.concatenate((encoded.ids, ids)), np.concatenate((encoded.learned, learned))
-            )
-        if encoded.image_count != len(images):
-            raise ModelError(
-                f"the prompt has {encoded.image_count} `{IMAGE}` for {len(images)} images; "
-                "each image needs exactly one"
-            )
-        return encoded
+    @property
+    def stops(self) -> Sequence[str]:
+        return self.template.stop(self.language.tokenizer)
+
+    def _render(self, question: Sample) -> Encoded:
+        return encode(question, self.template, self.language.tokenizer)
+
+    def _read_raw(self, prompt: str) -> Encoded:
+        return Encoded(*tokenise([Segment(prompt, markup=True)], self.language.tokenizer))
 
     @torch.inference_mode()
     def logits(
@@ -151,138 +137,18 @@ class LlavaModel(nn.Module):
         """Return logits `[T, V]`, float32, of every row of the spliced sequence."""
         batch = pack([self.prompt(prompt, images, raw=raw)], [0], self.visual_tokens)
         hidden_TE = self.language.hidden(
-            self._embed_images(batch, images), batch.packing.to(self.device)
+            self._embed(batch, self.prepare(images)), batch.packing.to(self.device)
         )
         return self.language.logits(hidden_TE).float()
 
-    def generate(
-        self,
-        prompt: str,
-        images: Sequence[ImageSource] = (),
-        *,
-        max_new_tokens: int = 64,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        seed: int | None = None,
-        stop: Sequence[str] = (),
-        raw: bool = False,
-    ) -> str:
-        """Return the answer to a prompt; greedy where `temperature` is 0.
-
-        It ends before the first of the `stop` texts, besides where the model itself ends it.
-        """
-        sampling = Sampling(max_new_tokens, temperature, top_p, seed, tuple(stop))
-        return self.answer([(prompt, images)], sampling, raw=raw)[0]
-
-    def generate_ids(
-        self,
-        prompt: str,
-        images: Sequence[ImageSource] = (),
-        *,
-        max_new_tokens: int = 64,
-        raw: bool = False,
-    ) -> list[int]:
-        """Return the new tokens of a greedy answer, the end token included where it came."""
-        sampling = Sampling(max_new_tokens)
-        return self.answer_ids([(prompt, images)], sampling, raw=raw)[0]
-
-    def stream(
-        self,
-        prompt: str,
-        images: Sequence[ImageSource] = (),
-        *,
-        max_new_tokens: int = 512,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        seed: int | None = None,
-        stop: Sequence[str] = (),
-        raw: bool = False,
-    ) -> Iterator[str]:
-        """Yield the answer in pieces as it comes; together they are what `generate` returns."""
-        sampling = self._stopping(
-            Sampling(max_new_tokens, temperature, top_p, seed, tuple(stop)), raw=raw
-        )
-        text = AnswerText(self.language.tokenizer, sampling.stop)
-        for tokens in self._steps([(prompt, images)], sampling, raw=raw):
-            if piece := text.add(tokens[0][1]):
-                yield piece
-        if piece := text.finish():
-            yield piece
-
-    def answer(
-        self,
-        prompts: Sequence[tuple[str, Sequence[ImageSource]]],
-        sampling: Sampling,
-        *,
-        raw: bool = False,
-        pixels_IHW: Tensor | None = None,
-        begun: Sequence[str] = (),
-    ) -> list[str]:
-        """Return the answers to several prompts with their images, decoded as one batch.
-
-        `pixels_IHW` are all their images as `prepare` returns them, where that is done already.
-        `begun` is what each answer has begun with; what is returned goes on from there.
-        """
-        sampling = self._stopping(sampling, raw=raw)
-        found = self.answer_ids(prompts, sampling, raw=raw, pixels_IHW=pixels_IHW, begun=begun)
-        return [decode(self.language.tokenizer, ids, sampling.stop) for ids in found]
-
-    def answer_ids(
-        self,
-        prompts: Sequence[tuple[str, Sequence[ImageSource]]],
-        sampling: Sampling,
-        *,
-        raw: bool = False,
-        pixels_IHW: Tensor | None = None,
-        begun: Sequence[str] = (),
-    ) -> list[list[int]]:
-        """Return the new tokens of each answer."""
-        answers: list[list[int]] = [[] for _ in prompts]
-        steps = self._steps(prompts, sampling, raw=raw, pixels_IHW=pixels_IHW, begun=begun)
-        for tokens in steps:
-            for index, token in tokens:
-                answers[index].append(token)
-        return answers
-
-    def _steps(
-        self,
-        prompts: Sequence[tuple[str, Sequence[ImageSource]]],
-        sampling: Sampling,
-        *,
-        raw: bool,
-        pixels_IHW: Tensor | None = None,
-        begun: Sequence[str] = (),
+    def _write(
+        self, prompts: Sequence[Encoded], pixels_IHW: Tensor | None, sampling: Sampling
     ) -> Iterator[list[tuple[int, int]]]:
-        """Yield (prompt, token) of every prompt that still goes on, step by step."""
-        encoded = [
-            self.prompt(prompt, images, raw=raw, begun=start)
-            for (prompt, images), start in zip(prompts, begun or ("",) * len(prompts), strict=True)
-        ]
-        batch = pack(encoded, range(len(encoded)), self.visual_tokens)
+        batch = pack(prompts, range(len(prompts)), self.visual_tokens)
         with torch.inference_mode():
-            images = [image for _, images in prompts for image in images]
-            embeds_TE = self._embed_images(batch, images, pixels_IHW)
-        sampling = self._stopping(sampling, raw=raw)
-        yield from generate_stream(
-            self.language, embeds_TE, batch.packing.to(self.device), sampling
-        )
+            embeds_TE = self._embed(batch, pixels_IHW)
+        return generate_stream(self.language, embeds_TE, batch.packing.to(self.device), sampling)
 
-    def _stopping(self, sampling: Sampling, *, raw: bool) -> Sampling:
-        """Return `sampling` with the template's stop texts, but for a raw prompt."""
-        own = () if raw else tuple(self.template.stop(self.language.tokenizer))
-        return replace(sampling, stop=tuple(dict.fromkeys((*sampling.stop, *own))))
-
-    def _embed_images(
-        self,
-        batch: PackedBatch,
-        images: Sequence[ImageSource],
-        pixels_IHW: Tensor | None = None,
-    ) -> Tensor:
-        pixels = self.prepare(images) if pixels_IHW is None else pixels_IHW
-        features = None if pixels is None else self.features(pixels)
-        return self.embed(batch.to(self.device), features)
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of an answer's tokens, up to what ends it."""
-        stops = tuple(self.template.stop(self.language.tokenizer))
-        return decode(self.language.tokenizer, ids, stops)
+    def _embed(self, batch: PackedBatch, pixels_IHW: Tensor | None) -> Tensor:
+        features_IPD = None if pixels_IHW is None else self.features(pixels_IHW)
+        return self.embed(batch.to(self.device), features_IPD)

@@ -91,13 +91,7 @@ def test_llavakit_load_gives_what_pytorch_gives(exported: Exported, images: int)
     assert "".join(loaded.stream(QUESTION, pictures, max_new_tokens=24)) == answer
 
 
-SAME = (
-    "generate", "generate_ids", "stream", "answer", "answer_ids", "logits", "prompt", "prepare",
-    "decode",
-)  # fmt: skip
-
-
-@pytest.mark.parametrize("name", SAME)
+@pytest.mark.parametrize("name", ["logits", "prepare"])
 def test_its_methods_take_what_a_pytorch_model_takes(name: str) -> None:
     def taken(model: type) -> list[tuple[str, Any, Any]]:
         parameters = inspect.signature(getattr(model, name)).parameters.values()

@@ -6,22 +6,22 @@ I images, P' visual tokens of an image, B sequences, T rows, E width, V vocabula
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import numpy.typing as npt
 
-from llavakit.answers import AnswerText, decode, special_stops
+from llavakit.answering import Answering
+from llavakit.answers import AnswerText, special_stops
 from llavakit.errors import ModelError
 from llavakit.images import open_image
+from llavakit.interfaces import Segment
 from llavakit.prompts import IMAGE_ID, Encoded, tokenise
-from llavakit.samples import IMAGE, ImageSource, Sample, Turn
+from llavakit.samples import ImageSource, Sample
 from llavakit.sampling import Sampling
 from llavakit_plugins.onnx_runtime.folder import Folder, read
 from llavakit_plugins.onnx_runtime.layout import DECODER, EMBEDDINGS, VISION
-from llavakit_plugins.onnx_runtime.prompting import Piece
 from llavakit_plugins.onnx_runtime.sessions import (
     Decoder,
     give_back_memory,
@@ -30,9 +30,11 @@ from llavakit_plugins.onnx_runtime.sessions import (
 )
 from llavakit_plugins.onnx_runtime.text import TextTokenizer
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int64]
-Prompt = tuple[str, Sequence[ImageSource]]
 
 
 def load(
@@ -53,7 +55,7 @@ def load(
     return OnnxModel(folder, chosen, provider=pick_provider(device), threads=threads)
 
 
-class OnnxModel:
+class OnnxModel(Answering[FloatArray]):
     """A LLaVA in onnxruntime."""
 
     def __init__(
@@ -67,8 +69,6 @@ class OnnxModel:
     ) -> None:
         self.manifest, self.precision, self.provider = folder.manifest, precision, provider
         self.tokenizer = TextTokenizer.of(folder)
-        self._reader = cast("Any", self.tokenizer)
-        """The tokenizer for functions of the core that name transformers' class."""
         self._array = array
         """What `logits` returns the numpy array as."""
         self._vision, self._embeddings, decoder = (
@@ -88,34 +88,29 @@ class OnnxModel:
         """How many rows of the sequence one image takes (P')."""
         return self.manifest.shapes.visual_tokens
 
-    def prompt(
-        self, prompt: str, images: Sequence[ImageSource], *, raw: bool = False, begun: str = ""
-    ) -> Encoded:
-        """Render one question, or take a raw prompt as it is, and tokenise it.
+    @property
+    def reader(self) -> PreTrainedTokenizerBase:
+        return cast("PreTrainedTokenizerBase", self.tokenizer)  # as far as the core asks
 
-        A question without placeholders gets one for each image in front. `begun` is what its
-        answer has begun with, for the model to go on from there.
-        """
+    @property
+    def stops(self) -> Sequence[str]:
+        return self.manifest.prompt.stops
+
+    def _render(self, question: Sample) -> Encoded:
         form = self.manifest.prompt
-        if raw:
-            pieces: Sequence[Piece] = [Piece(prompt, markup=True)]
-        else:
-            if IMAGE not in prompt:
-                prompt = f"{IMAGE}\n" * len(images) + prompt
-            Sample("prompt", (Turn("human", prompt),), tuple(images)).check()
-            pieces = form.pieces(prompt)
-        first = np.asarray(form.beginning if raw or form.adds_bos else (), np.int64)
-        parts = [(first, np.zeros(len(first), np.bool_))]
-        for texts in (pieces, [Piece(begun)] if begun else []):
-            parts.append(tokenise(cast("Any", texts), self._reader, begin=False))
-        ids, learned = zip(*parts, strict=True)
-        encoded = Encoded(np.concatenate(ids), np.concatenate(learned))
-        if encoded.image_count != len(images):
-            raise ModelError(
-                f"the prompt has {encoded.image_count} `{IMAGE}` for {len(images)} images; "
-                "each image needs exactly one"
-            )
-        return encoded
+        return self._encode(form.pieces(question.turns[0].text), begins=form.adds_bos)
+
+    def _read_raw(self, prompt: str) -> Encoded:
+        return self._encode([Segment(prompt, markup=True)], begins=True)
+
+    def _encode(self, pieces: Sequence[Segment], *, begins: bool) -> Encoded:
+        """Return a prompt's tokens, with those in front that the model's own tokenizer puts."""
+        first = self.manifest.prompt.beginning if begins else ()
+        ids, learned = tokenise(pieces, self.reader, begin=False)
+        return Encoded(
+            np.concatenate((np.asarray(first, np.int64), ids)),
+            np.concatenate((np.zeros(len(first), np.bool_), learned)),
+        )
 
     def prepare(
         self, images: Sequence[ImageSource], where: str = "the prompt"
@@ -152,123 +147,17 @@ class OnnxModel:
         self.decoder.release()
         return logits[0], held
 
-    def generate(
-        self,
-        prompt: str,
-        images: Sequence[ImageSource] = (),
-        *,
-        max_new_tokens: int = 64,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        seed: int | None = None,
-        stop: Sequence[str] = (),
-        raw: bool = False,
-    ) -> str:
-        """Return the answer to a prompt; greedy where `temperature` is 0.
-
-        It ends before the first of the `stop` texts, besides where the model itself ends it.
-        """
-        sampling = Sampling(max_new_tokens, temperature, top_p, seed, tuple(stop))
-        return self.answer([(prompt, images)], sampling, raw=raw)[0]
-
-    def generate_ids(
-        self,
-        prompt: str,
-        images: Sequence[ImageSource] = (),
-        *,
-        max_new_tokens: int = 64,
-        raw: bool = False,
-    ) -> list[int]:
-        """Return the new tokens of a greedy answer, the end token included where it came."""
-        return self.answer_ids([(prompt, images)], Sampling(max_new_tokens), raw=raw)[0]
-
-    def stream(
-        self,
-        prompt: str,
-        images: Sequence[ImageSource] = (),
-        *,
-        max_new_tokens: int = 512,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        seed: int | None = None,
-        stop: Sequence[str] = (),
-        raw: bool = False,
-    ) -> Iterator[str]:
-        """Yield the answer in pieces as it comes; together they are what `generate` returns."""
-        sampling = self._stopping(
-            Sampling(max_new_tokens, temperature, top_p, seed, tuple(stop)), raw=raw
-        )
-        text = AnswerText(self._reader, sampling.stop)
-        for tokens in self._steps([(prompt, images)], sampling, raw=raw):
-            if piece := text.add(tokens[0][1]):
-                yield piece
-        if piece := text.finish():
-            yield piece
-
-    def answer(
-        self,
-        prompts: Sequence[Prompt],
-        sampling: Sampling,
-        *,
-        raw: bool = False,
-        pixels_IHW: FloatArray | None = None,
-        begun: Sequence[str] = (),
-    ) -> list[str]:
-        """Return the answers to several prompts with their images, decoded as one batch.
-
-        `pixels_IHW` are all their images as `prepare` returns them, where that is done already.
-        `begun` is what each answer has begun with; what is returned goes on from there.
-        """
-        sampling = self._stopping(sampling, raw=raw)
-        found = self.answer_ids(prompts, sampling, raw=raw, pixels_IHW=pixels_IHW, begun=begun)
-        return [decode(self._reader, ids, sampling.stop) for ids in found]
-
-    def answer_ids(
-        self,
-        prompts: Sequence[Prompt],
-        sampling: Sampling,
-        *,
-        raw: bool = False,
-        pixels_IHW: FloatArray | None = None,
-        begun: Sequence[str] = (),
-    ) -> list[list[int]]:
-        """Return the new tokens of each answer."""
-        answers: list[list[int]] = [[] for _ in prompts]
-        steps = self._steps(prompts, sampling, raw=raw, pixels_IHW=pixels_IHW, begun=begun)
-        for tokens in steps:
-            for index, token in tokens:
-                answers[index].append(token)
-        return answers
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of an answer's tokens, up to what ends it."""
-        return decode(self._reader, ids, self.manifest.prompt.stops)
-
-    def _steps(
-        self,
-        prompts: Sequence[Prompt],
-        sampling: Sampling,
-        *,
-        raw: bool,
-        pixels_IHW: FloatArray | None = None,
-        begun: Sequence[str] = (),
+    def _write(
+        self, prompts: Sequence[Encoded], pixels_IHW: FloatArray | None, sampling: Sampling
     ) -> Iterator[list[tuple[int, int]]]:
-        """Yield (prompt, token) of every prompt that still goes on, step by step."""
-        sampling = self._stopping(sampling, raw=raw)
-        encoded = [
-            self.prompt(prompt, images, raw=raw, begun=start)
-            for (prompt, images), start in zip(prompts, begun or ("",) * len(prompts), strict=True)
-        ]
-        if pixels_IHW is None:
-            pixels_IHW = self.prepare([image for _, images in prompts for image in images])
-        embeds = self._embed_prompts(encoded, pixels_IHW)
+        embeds = self._embed_prompts(prompts, pixels_IHW)
         lengths = [len(rows) for rows in embeds]
         room = self._check_room(lengths, sampling.max_new_tokens)
-        ends = special_stops(self._reader, sampling.stop).union(self.manifest.end_tokens)
-        texts = [AnswerText(self._reader, sampling.stop) for _ in room] if sampling.stop else None
+        ends = special_stops(self.reader, sampling.stop).union(self.manifest.end_tokens)
+        texts = [AnswerText(self.reader, sampling.stop) for _ in room] if sampling.stop else None
         draw = np.random.default_rng(sampling.seed)
         capacity = max(n + m for n, m in zip(lengths, room, strict=True))
-        active = list(range(len(prompts)))
+        active = list(range(len(room)))
         try:
             logits_BV = self._read(embeds, capacity)
             while True:
@@ -295,11 +184,6 @@ class OnnxModel:
                 logits_BV = self.decoder.step(embeds_B1E, places)
         finally:
             self.decoder.release()
-
-    def _stopping(self, sampling: Sampling, *, raw: bool) -> Sampling:
-        """Return `sampling` with the template's stop texts, but for a raw prompt."""
-        own = () if raw else self.manifest.prompt.stops
-        return replace(sampling, stop=tuple(dict.fromkeys((*sampling.stop, *own))))
 
     def _embed_prompts(
         self, encoded: Sequence[Encoded], pixels_IHW: FloatArray | None

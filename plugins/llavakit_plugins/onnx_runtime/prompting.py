@@ -7,19 +7,12 @@ each one that is moved to the front.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from llavakit.interfaces import Segment
 from llavakit.samples import IMAGE
-
-
-class Piece(NamedTuple):
-    """A stretch of a prompt, as `llavakit.prompts.tokenise` takes it."""
-
-    text: str
-    learned: bool = False
-    markup: bool = False
 
 
 class PromptFormat(BaseModel):
@@ -58,10 +51,10 @@ class PromptFormat(BaseModel):
             return "\n".join([*[self.image] * count, *([words] if words else [])])
         return (text.strip() if self.trims else text).replace(IMAGE, self.image)
 
-    def pieces(self, text: str) -> Sequence[Piece]:
+    def pieces(self, text: str) -> Sequence[Segment]:
         """Return the prompt for one question, open for the answer."""
         return [
-            Piece(self.head, markup=True),
-            Piece(self.question(text)),
-            Piece(self.ask, markup=True),
+            Segment(self.head, markup=True),
+            Segment(self.question(text)),
+            Segment(self.ask, markup=True),
         ]
