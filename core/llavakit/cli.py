@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -246,9 +247,12 @@ def _run(arguments: argparse.Namespace) -> int:
     try:
         result = run(recipe, registry, directory, resume=arguments.resume, reuse=reuse)
     except Stopped:
+        again = [arguments.recipe, "--out", str(directory)]
+        again += [word for change in arguments.set for word in ("--set", change)]
+        again += [word for folder in reuse for word in ("--reuse", str(folder))]
         print(
             f"stopped; what was done is in {directory}. Go on with: llava-run "
-            f"{arguments.recipe} --out {directory} --resume",
+            f"{shlex.join(again)} --resume",
             file=sys.stderr,
         )
         return 130

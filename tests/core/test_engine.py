@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
+import signal
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -350,3 +352,32 @@ def test_a_device_that_is_not_there_is_said_before_anything_is_done(
     path = write_recipe(('device = "cpu"', 'device = "cuda:77"'))
     assert "device `cuda:77` is not available" in refused(path, "--out", tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_who_stops_a_run_is_told_the_whole_command_to_go_on_with(
+    tmp_path: Path, llava_run: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run without its `--set` would be another one, and its folder be set aside."""
+    path = tmp_path / "recipe.toml"
+    contexts = tmp_path / "contexts.jsonl"
+    contexts.write_text(
+        '{"id": "1", "image": "1.jpg", "captions": ["A cat."], '
+        '"instances": [{"category": "cat", "bbox": [0, 0, 1, 1]}]}\n'
+    )
+    path.write_text(
+        f'[[steps]]\nuse = "generate"\ncontexts = "{contexts}"\ngenerator = {{ use = "offline" }}\n'
+    )
+    out = tmp_path / "a run"
+    arguments = [path, "--out", out, "--set", 'steps.generate.kinds=["detail"]', "--set", "seed=3"]
+
+    def interrupt(*_: object) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("llavakit_plugins.steps.generate.caption_row", interrupt)
+        code, _, err = llava_run(*arguments)
+    assert code == 130
+    command = shlex.split(err.partition("Go on with: ")[2])
+    assert command == ["llava-run", *map(str, arguments), "--resume"]
+    assert llava_run(*command[1:]).code == 0
+    assert not (out / "superseded").exists()
