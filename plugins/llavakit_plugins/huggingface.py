@@ -299,8 +299,10 @@ def load_tokenizer(
     if model is not None and find_file(options, "tokenizer.json") is None:
         merge_by_score(tokenizer, model)
     if legacy is not None:
-        tokenizer.init_kwargs["legacy"] = legacy  # which transformers 5.23 forgets to save
         _put_spaces(tokenizer, source, "always" if legacy else "first")
+    known = getattr(tokenizer, "legacy", None) if legacy is None else legacy
+    if known is not None:  # transformers 5.23 forgets to save it, and then takes False
+        tokenizer.init_kwargs["legacy"] = known
     return tokenizer
 
 

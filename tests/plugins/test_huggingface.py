@@ -32,6 +32,32 @@ def test_a_bare_sentencepiece_model_gives_sentencepiece_ids(tmp_path: Path) -> N
         assert tokenizer(text)["input_ids"] == [1, *oracle.encode(text)]
 
 
+@pytest.mark.skipif(not LLAMA.is_file(), reason="the real tokenizer is not beside the checkout")
+@pytest.mark.parametrize("bare", [True, False], ids=["tokenizer.model", "tokenizer.json"])
+@pytest.mark.parametrize("legacy", [True, False, None])
+def test_a_tokenizer_that_was_saved_puts_spaces_as_before(
+    tmp_path: Path, bare: bool, legacy: bool | None
+) -> None:
+    """A model is asked with the tokens that it learnt from: behind `</s>`, too."""
+    source, saved = tmp_path / "source", tmp_path / "saved"
+    source.mkdir()
+    shutil.copy(LLAMA, source / "tokenizer.model")
+    settings = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True}
+    (source / "tokenizer_config.json").write_text(json.dumps(settings))
+    if not bare:
+        load_tokenizer(str(source)).save_pretrained(source)
+        (source / "tokenizer.model").unlink()
+    settings |= {} if legacy is None else {"legacy": legacy}
+    (source / "tokenizer_config.json").write_text(json.dumps(settings))
+    tokenizer = load_tokenizer(str(source))
+    hello = tokenizer("</s>hello")["input_ids"]
+    assert hello == [1, 2, 22172 if legacy else 12199]  # with a space in front, and without
+    tokenizer.save_pretrained(saved)
+    again = load_tokenizer(str(saved))
+    for text in ("</s>hello", "USER: a\nASSISTANT: b</s>USER: c", "a  b</s> d"):
+        assert again(text)["input_ids"] == tokenizer(text)["input_ids"]
+
+
 def test_a_whole_clip_gives_its_vision_half(tmp_path: Path) -> None:
     table = {"model_type": "clip", "vision_config": {"hidden_size": 32}, "projection_dim": 8}
     (tmp_path / "config.json").write_text(json.dumps(table))

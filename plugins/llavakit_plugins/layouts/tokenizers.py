@@ -54,8 +54,6 @@ def read_tokenizer(folder: Path, model_type: str) -> PreTrainedTokenizerBase:
                 f"the tokenizer in {folder} cannot be read ({reason}); copy it again"
             ) from error
     tokenizer.name_or_path = str(folder)
-    if hasattr(tokenizer, "legacy"):  # transformers 5.23 forgets to save it, and then takes False
-        tokenizer.init_kwargs["legacy"] = tokenizer.legacy
     return tokenizer
 
 
