@@ -440,10 +440,28 @@ def test_graphs_that_differ_are_refused_with_the_layer(
     assert list(tmp_path.iterdir()) == []
 
 
+_CONVERTED = """\
+import logging, sys
+import onnx
+from llavakit_plugins.exporters.onnx.precision import convert
+for precision in ("int8", "q8", "q4"):
+    convert("decoder_model_merged", onnx.load(sys.argv[1]), precision, None)
+logging.getLogger("onnx_ir").info("heard")
+print(logging.root.handlers, logging.root.level == logging.WARNING)
+"""
+
+
+def test_converting_leaves_the_logging_of_the_process_alone(exported: Exported) -> None:
+    graph = exported.folder / "onnx/decoder_model_merged.onnx"
+    command: list[str | Path] = [sys.executable, "-c", _CONVERTED, graph]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr) == ("[] True\n", "")
+
+
 def test_a_precision_below_its_limit_is_refused(
     exported: Exported, traced: object, tmp_path: Path
 ) -> None:
-    options = OnnxOptions(precisions=("q4",), least_agreement={"q4": 1.01})
+    options = OnnxOptions(precisions=("q4",), least_agreement={"q4": 1.0})
     with pytest.raises(ModelError, match=r"precision q4 agrees .* `least_agreement`"):
         Onnx(options).export(exported.model, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
@@ -569,6 +587,7 @@ def test_without_the_extra_a_sentence_says_how_to_get_it(exported: Exported) -> 
         ({"precisions": ["q5"]}, "precisions"),
         ({"precisions": []}, "precisions"),
         ({"block_size": 48}, "power of two"),
+        ({"least_agreement": {"q8": 95}}, "least_agreement"),
         ({"operators": "nvidia"}, "operators"),
     ],
 )

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from copy import deepcopy
 from pathlib import Path
 from shutil import rmtree
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
 from pydantic import Field, field_validator
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 _LEAST: Mapping[str, float] = {"fp32": 1.0, "fp16": 0.95, "q8": 0.9, "int8": 0.5, "q4": 0.3}
 _WORK = "work"
+Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class OnnxOptions(Options):
@@ -40,7 +41,7 @@ class OnnxOptions(Options):
     in 4, fewer in narrow models."""
     tolerance: float = Field(default=1e-4, gt=0)
     """How far a logit of fp32 may be from PyTorch's."""
-    least_agreement: dict[Precision, float] = Field(default_factory=dict)
+    least_agreement: dict[Precision, Share] = Field(default_factory=dict)
     """The share of rows whose likeliest token must be PyTorch's, for each smaller precision; by
     default fp16 0.95, q8 0.9, int8 0.5, q4 0.3."""
     external_data_over: int = Field(default=1_900_000_000, ge=0)

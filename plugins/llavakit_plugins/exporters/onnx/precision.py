@@ -55,7 +55,8 @@ def _half(graph: str, model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def _dynamic(model: onnx.ModelProto) -> onnx.ModelProto:
-    from onnxruntime.quantization import QuantType, quantize_dynamic
+    with _quiet():
+        from onnxruntime.quantization import QuantType, quantize_dynamic
 
     return _through_files(
         model,
@@ -78,19 +79,19 @@ def _blocks(graph: str, model: onnx.ModelProto, bits: int, block: int | None) ->
     encoder has many rows, for which CPUs without VNNI unpack the weights sooner than they multiply
     in int8, and activations that 8 bits hold badly: its products are computed in float32.
     """
-    from onnxruntime.quantization.matmul_nbits_quantizer import (
-        DefaultWeightOnlyQuantConfig,
-        MatMulNBitsQuantizer,
-    )
-
-    settings = DefaultWeightOnlyQuantConfig(
-        block_size=block or _fitting(model, _BLOCK[bits]),
-        is_symmetric=bits == 8,
-        accuracy_level=_FLOAT32 if graph == VISION else _INT8,
-        bits=bits,
-    )
-    quantizer = MatMulNBitsQuantizer(model, algo_config=settings)
     with _quiet():
+        from onnxruntime.quantization.matmul_nbits_quantizer import (
+            DefaultWeightOnlyQuantConfig,
+            MatMulNBitsQuantizer,
+        )
+
+        settings = DefaultWeightOnlyQuantConfig(
+            block_size=block or _fitting(model, _BLOCK[bits]),
+            is_symmetric=bits == 8,
+            accuracy_level=_FLOAT32 if graph == VISION else _INT8,
+            bits=bits,
+        )
+        quantizer = MatMulNBitsQuantizer(model, algo_config=settings)
         quantizer.process()
     found: onnx.ModelProto = quantizer.model.model
     return found
@@ -124,11 +125,18 @@ def _through_files(model: onnx.ModelProto, change: Callable[[Path, Path], None])
 
 
 class _quiet:
-    """Keeps onnxruntime's converters from logging every node they look at."""
+    """Keeps onnxruntime's converters from logging every node they look at.
+
+    One of them sets up the logging of the whole process when it is imported; that is undone.
+    """
 
     def __enter__(self) -> None:
-        self._before = logging.root.manager.disable
+        root = logging.root
+        self._before = root.manager.disable, root.level, list(root.handlers)
         logging.disable(logging.WARNING)
 
     def __exit__(self, *_: Any) -> None:
-        logging.disable(self._before)
+        disabled, level, handlers = self._before
+        logging.disable(disabled)
+        logging.root.setLevel(level)
+        logging.root.handlers[:] = handlers
