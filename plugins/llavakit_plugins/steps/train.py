@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from llavakit_plugins.training.options import TrainOptions
 from llavakit_plugins.training.parallel import divides
 from llavakit_plugins.training.parts import PARTS, require_weights
 
+_log = logging.getLogger("llavakit")
 _SHOWN = 6  # looks of the validation in the gallery
 _SUPERVISED = 0.5  # share of a sample's text that is learned, roughly: for plans only
 
@@ -36,6 +38,11 @@ class _Train(Step):
     def run(self, run: Run) -> Outcome:
         options = self.options
         torch.manual_seed(run.seed)
+        if options.precision == "bf16" and run.device.type == "cpu" and run.team.leads:
+            _log.warning(
+                "note: most CPUs compute slower in bf16 than in float32: try --set "
+                "steps.%s.precision=fp32", self.name,
+            )  # fmt: skip
         model = run.model(options.init)
         template = run.build(options.template) if options.template else model.template
         data = run.build(options.data)
