@@ -43,7 +43,9 @@ def read_weights(network: type[Any], config: Any, options: LanguageOptions) -> A
         how["device_map"] = {"": options.device}
     if options.quantize is not None:
         how |= _quantized(options, small)
-    weights = Weights.within(folder, None if small else dtype)
+    # on their way elsewhere weights are turned one by one, and need not be held here before
+    elsewhere = options.quantize is not None or options.device not in (None, "cpu")
+    weights = Weights.within(folder, None if elsewhere else dtype)
     if weights is None:
         raise ModelError(f"{folder} holds no weights of a language model; copy them there")
     try:
