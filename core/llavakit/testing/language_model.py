@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from itertools import pairwise
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -125,6 +126,15 @@ class LanguageModelContract(NetworkContract[LanguageModel]):
         ids, learned = tokenise([Segment("a b", learned=True)], model.tokenizer)
         assert learned.any()
         assert ids.max() < model.head.out_features, "the tokenizer knows more than the head"
+
+    def test_the_tokenizer_is_the_same_when_it_is_read_again(self, tmp_path: Path) -> None:
+        model = self.build()
+        model.save(tmp_path)
+        again = type(model).load(self.stated(), tmp_path).tokenizer
+        end = model.tokenizer.eos_token or ""
+        for text in ("a b", f"a{end}b", f"a: b {end}\n c", "a  b\n\n"):
+            before, after = (reader(text)["input_ids"] for reader in (model.tokenizer, again))
+            assert after == before, f"{text!r} has other tokens behind `save` and `load`"
 
     def test_its_usual_template_is_installed(self) -> None:
         assert Registry.installed().get(PromptTemplate, self.build().default_template)
