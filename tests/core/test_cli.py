@@ -61,9 +61,11 @@ def test_options_may_stand_before_the_recipe(llava_run: Command) -> None:
 def test_recipes_are_listed_with_what_they_are(llava_run: Command) -> None:
     code, out, _ = llava_run("recipes")
     assert code == 0
-    assert "llava13b                LLaVA 13B as in the paper" in out
-    names = [line.split()[0] for line in out.splitlines()]
-    assert {"tiny", "llava7b", "llava13b"} <= set(names)
+    said = {name: text.strip() for name, _, text in (x.partition(" ") for x in out.splitlines())}
+    assert {"tiny", "llava7b", "llava13b"} <= set(said)
+    assert said["llava13b"].startswith("LLaVA 13B as in the paper")
+    places = {line.index(said[line.split()[0]]) for line in out.splitlines()}
+    assert len(places) == 1, "the descriptions stand in one column"
 
 
 def test_an_unknown_recipe_is_exit_code_2(refused: Callable[..., str]) -> None:
