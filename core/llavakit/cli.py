@@ -239,8 +239,8 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.plan:
         print(make_plan(recipe, registry).render())
         return 0
-    from llavakit.engine import run
-    from llavakit.reuse import runs_below
+    from llavakit.engine.reuse import runs_below
+    from llavakit.engine.runner import run
 
     directory = arguments.out or Path("runs") / recipe.name
     reuse = runs_below(arguments.reuse)

@@ -24,7 +24,7 @@ WRITES = {
 _SERVER = multiprocessing.get_context("forkserver")
 _SERVER.set_forkserver_preload(
     [
-        "llavakit.engine",
+        "llavakit.engine.runner",
         "llavakit.cli",
         "llavakit.reporting.pictures",
         "llavakit_plugins.steps.train",

@@ -17,7 +17,7 @@ from tests.core.conftest import Command
 
 import llavakit
 from llavakit import Outcome, Recipe, Registry, Run, Step, hookimpl
-from llavakit.engine import run as run_recipe
+from llavakit.engine.runner import run as run_recipe
 
 
 @pytest.fixture

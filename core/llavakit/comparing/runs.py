@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from llavakit.comparing.published import Published
+from llavakit.engine.reuse import DONE
 from llavakit.errors import RecipeError
 from llavakit.reporting.summary import flat
 from llavakit.reporting.values import show
-from llavakit.reuse import DONE
 
 _SAME_EXPERIMENT = ("name", "seed", "device", "machine", "trackers", "paper")
 """Keys of a recipe that do not make it another experiment."""

@@ -10,11 +10,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from llavakit.engine.reuse import DONE
 from llavakit.errors import RecipeError
 from llavakit.files import HASHED_BYTES, digest, explain_write, write_text
 from llavakit.progress import say
 from llavakit.recipe import Recipe
-from llavakit.reuse import DONE
 
 _BEGUN = "begun.json"
 _LONGEST_PATH = 1024

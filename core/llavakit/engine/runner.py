@@ -10,20 +10,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from llavakit.checked_data import check_data
-from llavakit.events import EventLog
-from llavakit.facts import write_environment, write_recipe
-from llavakit.files import explain_write, one_writer, write_text
-from llavakit.interfaces import Build, Event, Outcome, Run, Step, Stopped, Stopping
-from llavakit.interrupts import interrupts
-from llavakit.planning import make_plan
-from llavakit.progress import Display, duration, say, show_progress
-from llavakit.recipe import Recipe, StepUse
-from llavakit.registry import Registry
-from llavakit.reporting import StepRecord, write_report
-from llavakit.reporting.values import show
-from llavakit.reuse import DONE, contents, find_step, take_step
-from llavakit.step_folders import (
+from llavakit.engine.checked_data import check_data
+from llavakit.engine.facts import write_environment, write_recipe
+from llavakit.engine.interrupts import interrupts
+from llavakit.engine.reuse import DONE, contents, find_step, take_step
+from llavakit.engine.step_folders import (
     Record,
     nothing_half_begun,
     prepare,
@@ -31,7 +22,16 @@ from llavakit.step_folders import (
     record_of,
     set_aside,
 )
-from llavakit.step_models import StepModel, link_newest
+from llavakit.engine.step_models import StepModel, link_newest
+from llavakit.events import EventLog
+from llavakit.files import explain_write, one_writer, write_text
+from llavakit.interfaces import Build, Event, Outcome, Run, Step, Stopped, Stopping
+from llavakit.planning import make_plan
+from llavakit.progress import Display, duration, say, show_progress
+from llavakit.recipe import Recipe, StepUse
+from llavakit.registry import Registry
+from llavakit.reporting import StepRecord, write_report
+from llavakit.reporting.values import show
 from llavakit.team import Device, Team, join_team
 
 

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llavakit.components import Use
+from llavakit.engine.step_folders import set_aside
 from llavakit.files import link_folder
 from llavakit.model_recipe import is_model
 from llavakit.recipe import Recipe
 from llavakit.registry import Registry
-from llavakit.step_folders import set_aside
 from llavakit.team import Device
 
 if TYPE_CHECKING:
