@@ -24,9 +24,13 @@ try {
   const status = await page.$eval("#status", (element) => element.textContent);
   if (status !== "ready") throw new Error(status);
   await (await page.$("#file")).uploadFile(picture);
+  // the picture moves the button when it appears, away from under a click
+  const shown = () => document.getElementById("picture").naturalWidth > 0;
+  await page.waitForFunction(shown, { timeout: 60_000 });
   await page.$eval("#question", (element, text) => (element.value = text), question);
   await page.click("#ask");
-  const answered = () => !document.getElementById("ask").disabled;
+  const answered = () =>
+    !document.getElementById("ask").disabled && document.getElementById("answer").textContent;
   await page.waitForFunction(answered, { timeout: 300_000 });
   const text = await page.$eval("#answer", (element) => element.textContent);
   console.log(JSON.stringify({ text, outside }));
