@@ -209,7 +209,7 @@ def _change(
         component.Options.model_validate(table)
     except ValidationError as error:
         problem = next(problems_in(error, component.Options, (part,), f" of `{use.use}`"))
-        raise ModelError(f"{problem.message}; {problem.hint}") from error
+        raise ModelError("; ".join(filter(None, (problem.message, problem.hint)))) from error
     changed = type(use).model_validate({"use": use.use, **table})
     return recipe.model_copy(update={part: changed})
 

@@ -12,12 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tests.conftest import LANGUAGE, RecipeWriter, make_tokenizer
+from tests.plugins.checkpoints import make_hf
 from tests.plugins.families import config_of, qwen_tokenizer, their_model
 from torch import Tensor
 
 import llavakit
 import llavakit.testing
-from llavakit import LanguageModel, ModelError, Recipe, Registry
+from llavakit import LanguageModel, ModelError
 from llavakit.packing import Packing
 from llavakit_plugins.language.causal_lm import CausalLM, CausalLMOptions
 from llavakit_plugins.language.lora import LoraOptions
@@ -208,13 +209,14 @@ def test_4_bits_are_those_of_bitsandbytes_and_stay_as_they_are(family: str, tmp_
 
 @bits
 def test_any_model_folder_can_be_used_in_4_bits(
-    write_recipe: RecipeWriter, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from llavakit.assembly import create_model, save_model
     from llavakit.cli import main
 
-    registry, model = Registry.installed(), tmp_path / "model"
-    save_model(create_model(Recipe.load(write_recipe(), registry).model, registry, seed=0), model)
+    make_hf(tmp_path / "hf")
+    model = tmp_path / "model"
+    assert main(["import", str(tmp_path / "hf"), str(model)]) == 0
+    capsys.readouterr()
     whole = llavakit.load(model, device="cpu")
     small = llavakit.load(model, device="cpu", options={"language": {"quantize": "nf4"}})
     kinds = {p.dtype for p in small.language.parameters()}
@@ -238,8 +240,11 @@ def test_4_bits_need_bitsandbytes_and_weights(
         assert "needs bitsandbytes" in str(component.missing(options))
         with pytest.raises(ModelError, match="needs bitsandbytes"):
             component.create(options)
-    with pytest.raises(ValueError, match="give `source`"):
-        CausalLMOptions(config=config_of("qwen2"), quantize="nf4")
+    monkeypatch.undo()
+    new = CausalLMOptions(config=config_of("qwen2"), quantize="nf4")
+    assert "give `source`" in str(CausalLM.missing(new))
+    with pytest.raises(ModelError, match="give `source`"):
+        CausalLM.create(new)
 
 
 def with_lora(write_recipe: RecipeWriter, name: str, more: str = "") -> Path:

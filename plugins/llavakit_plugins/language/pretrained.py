@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor, nn
 
 from llavakit import LanguageModel, ModelError
@@ -40,6 +40,7 @@ from llavakit_plugins.language.weights import (
     save_quantized,
 )
 
+_NOTHING_TO_QUANTIZE = "`quantize` is for weights that are there: give `source`"
 _BY_LENGTH = ("dynamic", "longrope")  # rotary frequencies that depend on the longest position
 
 
@@ -58,12 +59,6 @@ class LanguageOptions(PretrainedOptions):
     """Adapters that learn in place of the weights; without them all weights learn."""
     quantize: Literal["nf4"] | None = None
     """Hold the linear layers' weights in 4 bits (QLoRA); then only adapters can learn."""
-
-    @model_validator(mode="after")
-    def _quantizes_weights(self) -> LanguageOptions:
-        if self.quantize is not None and self.source is None:
-            raise ValueError("`quantize` is for weights that are there: give `source`")
-        return self
 
 
 class PretrainedLanguage(LanguageModel):
@@ -96,9 +91,11 @@ class PretrainedLanguage(LanguageModel):
 
     @classmethod
     def create(cls, options: Any, **context: Any) -> Self:
-        if options.source is None:
-            return cls(options, **context)
-        return cls._pretrained(options.source, options.revision, options)
+        if options.source is not None:
+            return cls._pretrained(options.source, options.revision, options)
+        if options.quantize is not None:
+            raise ModelError(_NOTHING_TO_QUANTIZE)
+        return cls(options, **context)
 
     @classmethod
     def load(cls, options: Any, folder: Path, **context: Any) -> Self:
@@ -138,7 +135,9 @@ class PretrainedLanguage(LanguageModel):
     @classmethod
     def missing(cls, options: Any) -> str | None:
         lacks = missing_peft() if options.lora is not None else None
-        lacks = lacks or (missing_bitsandbytes() if options.quantize is not None else None)
+        if options.quantize is not None:
+            lacks = lacks or (_NOTHING_TO_QUANTIZE if options.source is None else None)
+            lacks = lacks or missing_bitsandbytes()
         return lacks or missing_source("language model", options)
 
     def trainable(self) -> Iterator[tuple[str, nn.Parameter]]:
