@@ -83,13 +83,17 @@ def test_vicuna_refuses_other_architectures(folder: Path) -> None:
         Vicuna.create(VicunaOptions(source=str(folder)))
 
 
-def test_a_generation_config_that_contradicts_itself_can_be_saved(folder: Path) -> None:
+@pytest.mark.parametrize("more", [{}, {"length_penalty": 2.0}], ids=str)
+def test_a_generation_config_that_contradicts_itself_can_be_saved(
+    folder: Path, more: dict[str, float]
+) -> None:
     """As Vicuna's does: it names a temperature and does not sample."""
-    told = {"temperature": 0.9, "top_p": 0.6, "eos_token_id": 2}
-    (folder / "generation_config.json").write_text(json.dumps(told))
+    told = {"temperature": 0.9, "top_p": 0.6, "eos_token_id": [2, 5]}
+    (folder / "generation_config.json").write_text(json.dumps(told | more))
     language = Vicuna.create(VicunaOptions(source=str(folder)))
     saved = folder / "saved"
     saved.mkdir()
     language.save(saved)
     assert torch.equal(logits_of(Vicuna.load(language.options, saved)), logits_of(language))
     assert Vicuna.load(language.options, saved).end_ids == language.end_ids
+    assert {2, 5} <= language.end_ids

@@ -112,14 +112,18 @@ def _sort(weights: Weights) -> dict[str, dict[str, torch.Tensor]]:
 
 def _with_defaults(table: Mapping[str, Any], model_type: str) -> dict[str, Any]:
     """Return a part's configuration; transformers left out what was usual for its LLaVA."""
-    from transformers import LlavaConfig
-
-    full = dict(table)
-    full.setdefault("model_type", model_type)
-    usual = LlavaConfig.sub_configs_defaults["vision_config"]
-    if full["model_type"] == usual.model_type and "hidden_size" not in full:
-        full = {**usual.init_kwargs, **full}
+    full = {"model_type": model_type, **table}
+    if full["model_type"] == "clip_vision_model" and "hidden_size" not in full:
+        full = {**_USUAL_CLIP, **full}
     return full
+
+
+_USUAL_CLIP = {
+    "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24,
+    "num_attention_heads": 16, "image_size": 336, "patch_size": 14, "projection_dim": 768,
+    "vocab_size": 32000,
+}  # fmt: skip
+"""What LlavaConfig takes for granted of a vision tower: CLIP ViT-L/14 at 336 pixels."""
 
 
 def _layer(config: Mapping[str, Any], folder: Path) -> int:

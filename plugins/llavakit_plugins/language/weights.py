@@ -53,10 +53,27 @@ def read_weights(network: type[Any], config: Any, options: LanguageOptions) -> A
         if small:
             cast_weights(model, dtype)  # what is not quantised, which transformers leaves as it was
         if (folder / "generation_config.json").is_file():
-            model.generation_config = GenerationConfig.from_pretrained(folder)
+            model.generation_config = _consistent(GenerationConfig.from_pretrained(folder))
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(f"the weights of {options.source} cannot be read: {error}") from error
     return model
+
+
+def _consistent(config: Any) -> Any:
+    """Return a generation configuration that can be saved.
+
+    Vicuna's names a temperature and does not say that it samples; transformers before 5.23 reads
+    that and refuses to write it.
+    """
+    for do_sample in (config.do_sample, True):
+        config.do_sample = do_sample
+        try:
+            config.validate(strict=True)
+        except ValueError:
+            continue
+        return config
+    tokens = ("bos_token_id", "eos_token_id", "pad_token_id")
+    return type(config)(**{name: getattr(config, name) for name in tokens})
 
 
 def save_quantized(model: Any, folder: Path) -> None:
