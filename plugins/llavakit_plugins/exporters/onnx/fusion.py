@@ -7,6 +7,7 @@ MLP; the residual addition joins the norm behind it; rotary positions go into th
 from __future__ import annotations
 
 from collections import defaultdict
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -201,16 +202,16 @@ def _tables(model: ir.Model, names: tuple[str, str], longest: int) -> tuple[ir.V
     for value in graph.outputs:
         value.type, value.shape = ir.TensorType(ir.DataType.FLOAT), None
     RemoveUnusedNodesPass()(part)
-    graph.inputs[:] = [value for value in graph.inputs if value.name == "position_ids"]
+    graph.inputs[:] = [value for value in graph.inputs if value.uses()]
     content = ir.to_proto(part).SerializeToString()
     settings = SessionOptions()
     settings.log_severity_level = 3  # it warns of initializers that this part does not use
     session = InferenceSession(content, settings, providers=["CPUExecutionProvider"])
-    positions = np.arange(longest, dtype=np.int64)[None]
+    # besides positions, other inputs may be asked how many sequences there are
+    feeds = {value.name or "": _empty(value) for value in graph.inputs}
+    feeds["position_ids"] = np.arange(longest, dtype=np.int64)[None]
     found = []
-    for name, table in zip(
-        names, session.run(list(names), {"position_ids": positions}), strict=True
-    ):
+    for name, table in zip(names, session.run(list(names), feeds), strict=True):
         rows = table.reshape(longest, -1)
         value = ir.Value(
             name=f"{name}.table",
@@ -221,6 +222,15 @@ def _tables(model: ir.Model, names: tuple[str, str], longest: int) -> tuple[ir.V
         model.graph.register_initializer(value)
         found.append(value)
     return found[0], found[1]
+
+
+def _empty(value: ir.Value) -> np.ndarray[Any, Any]:
+    """Return one sequence of nothing for an input of the graph."""
+    assert value.shape is not None
+    assert value.dtype is not None
+    first, *others = value.shape
+    sizes = [size if isinstance(size, int) else 0 for size in others]
+    return np.zeros((first if isinstance(first, int) else 1, *sizes), value.dtype.numpy())
 
 
 def _weight(node: ir.Node) -> ir.Value | None:
