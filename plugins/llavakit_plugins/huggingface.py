@@ -165,15 +165,6 @@ def fetch_config(options: PretrainedOptions, part: str = "vision_config") -> dic
     return read_config(options, part)
 
 
-_WEIGHTS = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
-"""What a model's weights are called, the preferred first; an index names its shards."""
-
-
 _BESIDE = (
     "*.json", "*.jinja", "*.model", "*.txt",  # configuration, tokenizer and preprocessing
     "adapter_model.*", "mm_projector.bin", "non_lora_trainables.bin",
@@ -231,7 +222,13 @@ def missing_source(what: str, options: PretrainedOptions) -> str | None:
     """Return a sentence on what is missing and how to get it, or None where weights are here."""
     if options.source is None:
         return None
-    if any(find_file(options, name) for name in _WEIGHTS):
+    names = (
+        "model.safetensors",
+        "model.safetensors.index.json",
+        "pytorch_model.bin",
+        "pytorch_model.bin.index.json",
+    )
+    if any(find_file(options, name) for name in names):
         return None
     if Path(options.source).is_dir():
         return f"{what}: {options.source} holds no model.safetensors; copy the weights into it"
