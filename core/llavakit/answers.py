@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -102,3 +102,34 @@ def _overlap(text: str, stop: str) -> int:
     """Return how long the longest end of `text` is that `stop` begins with."""
     sizes = range(min(len(text), len(stop) - 1), 0, -1)
     return next((size for size in sizes if text.endswith(stop[:size])), 0)
+
+
+class Unfinished:
+    """Which of several answers go on, as their tokens come."""
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        ends: Container[int],
+        stops: Sequence[str],
+        room: Sequence[int],
+    ) -> None:
+        """`ends` are the tokens that end an answer; `room` is how many each may have."""
+        self.active = list(range(len(room)))
+        """The answers that go on, by number."""
+        self._ends, self._room = ends, list(room)
+        self._texts = [AnswerText(tokenizer, stops) for _ in room] if stops else None
+
+    def take(self, tokens: Sequence[int]) -> list[int]:
+        """Add a token to each active answer; return the places of those that go on."""
+        going = []
+        for place, (index, token) in enumerate(zip(self.active, tokens, strict=True)):
+            self._room[index] -= 1
+            ended = token in self._ends or not self._room[index]
+            if self._texts is not None and not ended:
+                self._texts[index].add(token)
+                ended = self._texts[index].stopped
+            if not ended:
+                going.append(place)
+        self.active = [self.active[place] for place in going]
+        return going

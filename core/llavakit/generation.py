@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from llavakit.answers import AnswerText, special_stops
+from llavakit.answers import Unfinished, special_stops
 from llavakit.attention import KVCache
 from llavakit.errors import ModelError
 from llavakit.networks import LanguageModel
@@ -49,29 +49,19 @@ def generate_stream(
     cache.advance(prompt)
 
     ends = language.end_ids | special_stops(language.tokenizer, sampling.stop)
-    texts = [AnswerText(language.tokenizer, sampling.stop) for _ in room] if sampling.stop else None
-    active = list(range(len(room)))
+    unfinished = Unfinished(language.tokenizer, ends, sampling.stop, room)
     positions_S = torch.tensor(cache.lengths, device=device)
     while True:
         tokens_S = _choose(language.logits(hidden_SE).float(), sampling, draw)
         chosen = tokens_S.tolist()
-        yield list(zip(active, chosen, strict=True))
-        going = []
-        for place, (sequence, token) in enumerate(zip(active, chosen, strict=True)):
-            room[sequence] -= 1
-            ended = token in ends or not room[sequence]
-            if texts is not None and not ended:
-                texts[sequence].add(token)
-                ended = texts[sequence].stopped
-            if not ended:
-                going.append(place)
+        yield list(zip(unfinished.active, chosen, strict=True))
+        going = unfinished.take(chosen)
         if not going:
             return
-        if len(going) < len(active):
+        if len(going) < len(chosen):
             cache.select(going)
-            active = [active[place] for place in going]
             tokens_S, positions_S = tokens_S[going], positions_S[going]
-        step = Packing(tuple(range(len(active) + 1)), positions_S, cache)
+        step = Packing(tuple(range(len(going) + 1)), positions_S, cache)
         hidden_SE = language.hidden(language.embed(tokens_S), step)
         cache.advance(step)
         positions_S = positions_S + 1

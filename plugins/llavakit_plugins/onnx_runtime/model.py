@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from llavakit.answering import Answering
-from llavakit.answers import AnswerText, special_stops
+from llavakit.answers import Unfinished, special_stops
 from llavakit.errors import ModelError
 from llavakit.images import open_image
 from llavakit.interfaces import Segment
@@ -154,32 +154,23 @@ class OnnxModel(Answering[FloatArray]):
         lengths = [len(rows) for rows in embeds]
         room = self._check_room(lengths, sampling.max_new_tokens)
         ends = special_stops(self.reader, sampling.stop).union(self.manifest.end_tokens)
-        texts = [AnswerText(self.reader, sampling.stop) for _ in room] if sampling.stop else None
+        unfinished = Unfinished(self.reader, ends, sampling.stop, room)
         draw = np.random.default_rng(sampling.seed)
         capacity = max(n + m for n, m in zip(lengths, room, strict=True))
-        active = list(range(len(room)))
         try:
             logits_BV = self._read(embeds, capacity)
             while True:
                 chosen = choose(logits_BV, sampling, draw)
-                yield list(zip(active, chosen, strict=True))
-                going = []
-                for place, (index, token) in enumerate(zip(active, chosen, strict=True)):
-                    room[index] -= 1
+                for index in unfinished.active:
                     lengths[index] += 1
-                    ended = token in ends or not room[index]
-                    if texts is not None and not ended:
-                        texts[index].add(token)
-                        ended = texts[index].stopped
-                    if not ended:
-                        going.append(place)
+                yield list(zip(unfinished.active, chosen, strict=True))
+                going = unfinished.take(chosen)
                 if not going:
                     return
-                if len(going) < len(active):
+                if len(going) < len(chosen):
                     self.decoder.select(going)
-                    active = [active[place] for place in going]
                     chosen = [chosen[place] for place in going]
-                places = np.asarray([[lengths[index] - 1] for index in active], np.int64)
+                places = np.asarray([[lengths[index] - 1] for index in unfinished.active], np.int64)
                 embeds_B1E = self._embed(np.asarray(chosen, np.int64)[:, None])
                 logits_BV = self.decoder.step(embeds_B1E, places)
         finally:
