@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import shlex
 import sys
@@ -26,6 +27,8 @@ RECIPE is a TOML file or the name of a built-in recipe (llava-run recipes lists 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; return 0 when done, 2 where the user can mend it, 130 after an interrupt."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # what a terminal has no letter for, is spelt out
+        sys.stdout.reconfigure(errors="backslashreplace")
     parser = _parser()
     commands = parser.get_default("commands")
     if arguments and arguments[0] not in {*commands, "-h", "--help", "--version"}:
@@ -413,6 +416,8 @@ def _score(arguments: argparse.Namespace) -> int:
 
 
 def _check_data(arguments: argparse.Namespace) -> int:
+    import json
+
     from llavakit.checking import build_from, state_options
     from llavakit.components import Use
     from llavakit.errors import DataError
@@ -449,7 +454,7 @@ def _check_data(arguments: argparse.Namespace) -> int:
     with show_progress("check-data") as progress:
         report = inspect_data(use, registry, lengths, progress)
     if arguments.json:
-        print(report.model_dump_json(indent=2))
+        print(json.dumps(report.model_dump(), indent=2))
     else:
         from rich.console import Console
 

@@ -77,7 +77,7 @@ def score_command(arguments: Sequence[str], registry: Registry) -> int:
     for note in result.notes:
         print(f"note: {note}", file=sys.stderr)
     if as_json:
-        print(json.dumps(result.data, indent=2, ensure_ascii=False, allow_nan=False))
+        print(json.dumps(result.data, indent=2, allow_nan=False))
     else:
         print("\n\n".join(plain(table) for table in result.tables))
     return 0

@@ -17,6 +17,8 @@ from typing import overload
 from llavakit import DataError, ImageContext
 from llavakit.samples import Box
 
+_BEYOND = 0.01  # of 1: what rounding may do to a box at an edge
+
 
 def to_line(context: ImageContext) -> str:
     """Return one line of the file, its end included."""
@@ -84,7 +86,7 @@ class Contexts(Sequence[ImageContext]):
         self._file.seek(self._starts[index])
         where = f"{self._path}:{self._numbers[index]}"
         try:
-            return _parse(self._file.readline().decode("utf-8"), where)
+            return _parse(self._file.readline().decode("utf-8-sig"), where)
         except UnicodeDecodeError as error:
             raise DataError(f"{where} is not UTF-8 text; convert the file") from error
 
@@ -99,7 +101,7 @@ def read_contexts(path: Path) -> Iterator[ImageContext]:
     Raises DataError naming the line that cannot be used.
     """
     try:
-        with path.open(encoding="utf-8") as file:
+        with path.open(encoding="utf-8-sig", newline="\n") as file:
             for number, line in enumerate(file, start=1):
                 if line.strip():
                     yield _parse(line, f"{path}:{number}")
@@ -116,7 +118,11 @@ def _parse(line: str, where: str) -> ImageContext:
         raise DataError(
             f"{where}:{error.colno}: not valid JSON: {error.msg}; mend or remove the line"
         ) from error
+    except (RecursionError, ValueError) as error:
+        raise DataError(f"{where}: nested too deeply, or a number too long; mend it") from error
     try:
+        if not isinstance(row["captions"], list):
+            raise TypeError(f"`captions` is no list but {row['captions']!r:.60}")
         boxes = tuple(
             Box(str(item["category"]), tuple(map(float, item["bbox"])))  # type: ignore[arg-type]
             for item in row.get("instances", [])
@@ -130,6 +136,12 @@ def _parse(line: str, where: str) -> ImageContext:
         ) from error
     if any(len(box.corners) != 4 for box in context.boxes):
         raise DataError(f"{where}: a `bbox` has four numbers: x1, y1, x2, y2")
+    for box in context.boxes:
+        if not all(-_BEYOND <= corner <= 1 + _BEYOND for corner in box.corners):
+            raise DataError(
+                f"{where}: the corners of `{box.category}` are within 0..1, shares of the image's "
+                f"width and height, got {list(box.corners)}; divide them by its size"
+            )
     if not any(map(str.strip, captions)):
         raise DataError(f"{where}: context `{context.id}` has no captions; remove the line")
     return context

@@ -81,6 +81,7 @@ def nothing_was_done(folder: Path) -> bool:
         ("null", "own.json is not a list of objects"),
         (b"\x93\xff\xfe[]", "own.json is not UTF-8 text"),
         ("[" * 100_000, "own.json is nested too deeply"),
+        (f'[{{"id": {"9" * 5000}}}]', "own.json:1:2: not valid JSON: a number is too long"),
         ('{"id": 1}\n{"id": 2}\n', "own.json:2:1: not valid JSON: Extra data"),
     ],
 )

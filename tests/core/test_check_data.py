@@ -77,6 +77,13 @@ def check(folder: Path, llava_run: Command) -> Callable[..., tuple[int, dict[str
 Check = Callable[..., tuple[int, dict[str, Any], str]]
 
 
+def test_halves_of_characters_are_shown(check: Check) -> None:
+    """As JSON has them where a text was cut within an emoji; no terminal can print them."""
+    code, report, _ = check([row("half \ud83d", "what ?", "red .", image="a\ud83d.png")])
+    assert code == 2
+    assert "a\ud83d.png" in json.dumps(report, ensure_ascii=False)
+
+
 def test_good_data(check: Check) -> None:
     code, report, _ = check(GOOD)
     assert code == 0

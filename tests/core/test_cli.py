@@ -53,6 +53,17 @@ def test_wrong_usage_is_exit_code_2(
     assert "usage: llava-run" in capsys.readouterr().err
 
 
+def test_a_terminal_without_a_letter_gets_it_spelt_out(
+    monkeypatch: pytest.MonkeyPatch, llava_run: Command
+) -> None:
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    monkeypatch.setattr("llavakit.planning.Plan.render", lambda plan: "1 – 2")
+    assert llava_run("llava7b", "--plan").code == 0
+    terminal.flush()
+    assert terminal.buffer.getvalue() == b"1 \\u2013 2\n"
+
+
 def test_options_may_stand_before_the_recipe(llava_run: Command) -> None:
     assert llava_run("--plan", "llava7b").out == llava_run("llava7b", "--plan").out
     assert llava_run("run", "llava7b", "--plan").code == 0

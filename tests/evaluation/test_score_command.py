@@ -222,6 +222,10 @@ def test_files_that_do_not_belong_together_are_refused(
     assert "`7` is there more than once" in refused(*ask, tmp_path / "twice.json")
     (tmp_path / "numbers.json").write_text('{"outputs": {"7": 3}}')
     assert "answer `7` is no text but 3" in refused(*ask, tmp_path / "numbers.json")
+    (tmp_path / "deep.json").write_text('{"outputs": ' * 100_000)
+    assert "deep.json is nested too deeply" in refused(*ask, tmp_path / "deep.json")
+    (tmp_path / "long.jsonl").write_text('{"question_id": ' + "9" * 5000 + ', "text": "A"}\n')
+    assert "long.jsonl holds a number that is too long" in refused(*ask, tmp_path / "long.jsonl")
     text = refused(*ask, answers("b.jsonl", RIGHT), "--ensemble", "judge")
     assert "an ensemble needs both `second` and `ensemble`" in text
 
@@ -291,6 +295,48 @@ def test_failures_of_the_original_count_nowhere(tmp_path: Path, llava_run: Comma
     data = scored(llava_run, "reviews", path)
     assert data["stored"]["relative"] == 50.0
     assert data["stored"]["unparsed"] == ["2"]
+
+
+@pytest.mark.parametrize(
+    "stored",
+    ["[1, NaN]", "[Infinity, 1]", "[1e308, 2]", "[11, 2]", '"57"', "[true, 1]", '["8", "9"]', "{}"],
+)
+def test_stored_scores_that_no_judge_gives_are_refused(
+    tmp_path: Path, refused: Callable[..., str], stored: str
+) -> None:
+    path = tmp_path / "reviews.jsonl"
+    good = '{"question_id": 1, "content": "8 9", "tuple": [8, 9]}\n'
+    path.write_text(f'{good}{{"question_id": 2, "content": "8 9", "tuple": {stored}}}\n')
+    said = refused("score", "reviews", path, "--json")
+    assert said.startswith(f"{path}:2: stored scores are two numbers up to 10, got ")
+
+
+def test_scores_put_in_by_hand_do_without_the_texts(tmp_path: Path, llava_run: Command) -> None:
+    path = tmp_path / "reviews.jsonl"
+    path.write_text('{"question_id": 1, "content": "both are fine", "tuple": [8, 4]}\n')
+    data = scored(llava_run, "reviews", path)
+    assert (data["relative"], data["scores"], "text" in data) == (50.0, "stored", False)
+    assert "only those stored count" in llava_run("score", "reviews", path).err
+
+
+def test_a_reference_of_zeros_is_named_as_that(tmp_path: Path, refused: Callable[..., str]) -> None:
+    path = tmp_path / "reviews.jsonl"
+    path.write_text('{"question_id": 1, "content": "0 8"}\n')
+    assert "the reference's scores (as text) are all 0" in refused("score", "reviews", path)
+
+
+def test_scores_that_only_some_reviews_store_are_left_aside_and_that_is_said(
+    tmp_path: Path, llava_run: Command
+) -> None:
+    path = tmp_path / "reviews.jsonl"
+    rows = [
+        {"question_id": 1, "content": "8 4", "tuple": [8, 8]},
+        {"question_id": 2, "content": "5 5"},
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = scored(llava_run, "reviews", path)
+    assert (data["scores"], data["relative"]) == ("text", pytest.approx(100 * 9 / 13))
+    assert f"1 of 2 reviews store no scores (`{path}:2`)" in llava_run("score", "reviews", path).err
 
 
 def test_a_question_reviewed_twice_is_named(tmp_path: Path, refused: Callable[..., str]) -> None:

@@ -102,6 +102,31 @@ def test_contexts_are_read_one_by_one_and_named_by_line(tmp_path: Path) -> None:
     path.write_text('{"id": "7", "image": "7.jpg", "captions": [" "]}\n')
     with pytest.raises(DataError, match=r"contexts\.jsonl:1: context `7` has no captions"):
         list(read_contexts(path))
+    path.write_text(f"\ufeff{text}", encoding="utf-8")  # as some editors write it
+    contexts = Contexts(path)
+    assert (contexts[0], list(read_contexts(path))) == (CONTEXT, [CONTEXT])
+    contexts.close()
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ('"captions": "a dog"', "`captions` is no list but 'a dog'"),  # a paid letter each
+        ('"captions": ["a"], "instances": [{"category": "dog", "bbox": [12, 30, 200.5, 90]}]',
+         "the corners of `dog` are within 0..1"),
+        ('"captions": ["a"], "instances": [{"category": "dog", "bbox": [0, NaN, 1, 1]}]',
+         "the corners of `dog` are within 0..1"),
+        ('"captions": ["a"], "x": ' + "[" * 100_000, "nested too deeply"),
+        ('"captions": ["a"], "x": ' + "9" * 5000, "a number too long"),
+    ],
+)  # fmt: skip
+def test_contexts_that_are_not_meant_are_refused(tmp_path: Path, more: str, said: str) -> None:
+    path = tmp_path / "contexts.jsonl"
+    path.write_text(f'{{"id": "7", "image": "7.jpg", {more}}}\n')
+    with pytest.raises(DataError) as caught:
+        list(read_contexts(path))
+    assert str(caught.value).startswith(f"{path}:1: ")
+    assert said in str(caught.value)
 
 
 @pytest.mark.parametrize("kind", RESPONSE_KINDS)

@@ -249,7 +249,7 @@ class Comparison:
             for order in self.orders
         ]
         whole = {"groups": groups, "orders": orders, "left_out": list(self.left_out)}
-        return json.dumps(whole, indent=2, ensure_ascii=False)
+        return json.dumps(whole, indent=2)
 
 
 def _plain(cell: str | float | int | None) -> str:

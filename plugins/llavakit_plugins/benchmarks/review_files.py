@@ -12,6 +12,7 @@ from llavakit import DataError, InputPath, Options
 from llavakit.reporting import Table
 from llavakit.scoring import FileScore, FileScorer
 from llavakit_plugins.evaluation.reviews import (
+    HIGHEST,
     RELATIVE_COLUMNS,
     Pair,
     Scores,
@@ -67,25 +68,46 @@ class ReviewFiles(FileScorer):
             for name, ways in groups.items()
         }
         readings: dict[str, Scores] = {"text": text}
-        if all(_has_scores(row) for _, row in rows):
+        notes: list[str] = []
+        bare = [where for where, row in rows if not _has_scores(row)]
+        if bare and len(bare) < len(rows):
+            notes.append(
+                f"{len(bare)} of {len(rows)} reviews store no scores ({listed(bare)}): what the "
+                "others store is left aside"
+            )
+        elif not bare:
             stored = {
                 name: mean_pair(_from_stored(*way) for way in ways.values())
                 for name, ways in groups.items()
             }
             readings = {"stored": stored, "text": text}
-        return self._result(len(rows), readings, categories)
+        return self._result(len(rows), readings, categories, notes)
 
     def _result(
-        self, reviews: int, readings: Mapping[str, Scores], categories: Mapping[str, str]
+        self,
+        reviews: int,
+        readings: Mapping[str, Scores],
+        categories: Mapping[str, str],
+        notes: list[str],
     ) -> FileScore:
-        notes: list[str] = []
         shown: dict[str, Any] = {}
         lines: list[list[str | float | int | None]] = []
         for name, scores in readings.items():
             results, unparsed = summarise(scores, categories)
             whole = results.get("all")
+            where = "as text" if name == "text" else "as stored"
             if whole is None:
-                raise DataError(f"{self.options.file}: no review has two scores to compare")
+                if len(unparsed) < len(scores):
+                    raise DataError(
+                        f"{self.options.file}: the reference's scores ({where}) are all 0, so "
+                        "nothing can be put in percent of them; mend the file"
+                    )
+                if name == "text" and shown:  # those that are stored will do
+                    notes.append("no review has two scores as text: only those stored count")
+                    continue
+                raise DataError(
+                    f"{self.options.file}: no review has two scores {where}; choose another file"
+                )
             shown[name] = {
                 **asdict(whole),
                 "unparsed": unparsed,
@@ -93,7 +115,6 @@ class ReviewFiles(FileScorer):
             }
             lines += [[name, *line] for line in relative_rows(results)]
             if unparsed:
-                where = "as text" if name == "text" else "as stored"
                 notes.append(
                     f"{len(unparsed)} of {len(scores)} reviews have no two scores {where} "
                     f"({listed(unparsed)}): they count nowhere"
@@ -136,8 +157,12 @@ def _from_stored(where: str, row: Row) -> Pair | None:
     value = row.get("tuple", row.get("score"))
     if value is None:
         return None
-    try:
-        first, second = map(float, value)
-    except (TypeError, ValueError) as error:
-        raise DataError(f"{where}: stored scores are two numbers, got {value!r:.60}") from error
+    if not (isinstance(value, list) and len(value) == 2 and all(map(_is_score, value))):
+        raise DataError(f"{where}: stored scores are two numbers up to 10, got {value!r:.60}")
+    first, second = map(float, value)
     return unswapped((first, second), row) if min(first, second) >= 0 else None
+
+
+def _is_score(value: object) -> bool:
+    """Whether it is a number that a judge may have given, or -1, for none."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and -1 <= value <= HIGHEST

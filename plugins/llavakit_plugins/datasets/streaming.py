@@ -134,6 +134,8 @@ class _Window:
                 if self._may_be_cut(error) and self._fill():
                     continue
                 raise self.error(error.msg, error.pos) from error
+            except ValueError as error:  # a whole number of more digits than Python reads
+                raise self.error("a number is too long") from error
             if end == len(self._text) and not isinstance(value, dict | list) and self._fill():
                 continue  # a number may go on
             start = self._byte
@@ -208,6 +210,8 @@ def _read_lines(file: BinaryIO, path: Path) -> Iterator[Row]:
             except UnicodeDecodeError as error:
                 place = start + error.start
                 raise DataError(f"{path} is not UTF-8 text (byte {place}); convert it") from error
+            except ValueError as error:  # a whole number of more digits than Python reads
+                raise DataError(f"{path}:{number}: a number is too long; mend the file") from error
             if not isinstance(value, dict):
                 raise DataError(f"{path}:{number}: the line is no JSON object; mend the file")
             yield Row(value, start, len(line))

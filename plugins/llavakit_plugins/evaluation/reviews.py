@@ -11,7 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 _SCORES = re.compile(r"\s*(\d+(?:\.\d+)?)(?:\s*,\s*|\s+)(\d+(?:\.\d+)?)\s*")
-_HIGHEST = 10.0
+HIGHEST = 10.0
+"""The best score that a judge gives."""
 _RESAMPLES = 1000
 
 Pair = tuple[float, float]
@@ -30,7 +31,7 @@ def read_scores(text: str) -> Pair | None:
     if found is None:
         return None
     first, second = float(found[1]), float(found[2])
-    return (first, second) if max(first, second) <= _HIGHEST else None
+    return (first, second) if max(first, second) <= HIGHEST else None
 
 
 @dataclass(frozen=True)

@@ -105,6 +105,8 @@ def _parse(text: str, path: Path, line: int | None = None) -> Any:
         ) from error
     except RecursionError as error:
         raise DataError(f"{where} is nested too deeply to read; mend the file") from error
+    except ValueError as error:  # a whole number of more digits than Python reads
+        raise DataError(f"{where} holds a number that is too long to read; mend it") from error
 
 
 def _object(where: str, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
