@@ -110,9 +110,7 @@ class Watch:
         scores_HRT = torch.einsum("rhk,thk->hrt", q_RHK, k_THK) * scale
         if scoring.softcap is not None:
             scores_HRT = scoring.softcap * torch.tanh(scores_HRT / scoring.softcap)
-        lengths = torch.tensor(packing.lengths, device=q_THK.device)
-        sample_T = torch.arange(len(lengths), device=q_THK.device).repeat_interleave(lengths)
-        places_T = packing.position_ids_T
+        sample_T, places_T = packing.samples_T, packing.position_ids_T
         visible_RT = _band(places_T[self.rows_R], places_T, scoring.window)
         visible_RT &= sample_T[self.rows_R][:, None] == sample_T[None, :]
         scores_HRT = scores_HRT.masked_fill(~visible_RT, -torch.inf)
@@ -136,10 +134,16 @@ def packed_attention(
 ) -> Tensor:
     """Return causal attention `[T, H, K]`; no row sees another sample's.
 
-    The options are those of `Scoring`. In half precision on CUDA the first kernel that honours
-    them is used: FlashAttention, torch's own, FlexAttention; else each sample is read by itself.
+    The options are those of `Scoring`. In half precision on CUDA, which autocast counts as, the
+    first kernel that honours them is used: FlashAttention, torch's own, FlexAttention; else each
+    sample is read by itself.
     """
     scoring = Scoring(scale, window, softcap, sinks_H)
+    kind = q_THK.device.type
+    if torch.is_autocast_enabled(kind):
+        # beside float32 weights, rotary angles make queries and keys float32, and values stay half
+        half = torch.get_autocast_dtype(kind)
+        q_THK, k_TGK, v_TGK = q_THK.to(half), k_TGK.to(half), v_TGK.to(half)
     if packing.watch is not None:
         packing.watch.see(layer, q_THK, k_TGK, packing, scoring)
     if packing.cache is not None:
@@ -149,7 +153,8 @@ def packed_attention(
     if q_THK.is_cuda and q_THK.dtype in (torch.bfloat16, torch.float16):
         from llavakit.varlen import choose
 
-        if (kernel := choose(scoring, q_THK.shape[-1], v_TGK.shape[-1])) is not None:
+        kernel = choose(scoring, q_THK.shape[-1], v_TGK.shape[-1], q_THK.device)
+        if kernel is not None:
             return kernel(q_THK, k_TGK, v_TGK, packing, scoring)
     outputs = []
     lengths = packing.lengths

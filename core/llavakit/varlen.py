@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
-from inspect import signature
 from typing import Any, TypeAlias
 
 import torch
@@ -19,21 +18,33 @@ from llavakit.packing import Packing
 
 Kernel: TypeAlias = Callable[[Tensor, Tensor, Tensor, Packing, Scoring], Tensor]
 
-_FLASH_WIDEST = 256  # head dimension
-_TORCH = "torch.nn.attention.varlen"
+_FLASH_WIDEST, _FLASH_MULTIPLE = 256, 8  # head dimension
+_FLEX_NARROWEST = 16
 
 
-def choose(scoring: Scoring, key_width: int, value_width: int) -> Kernel | None:
-    """Return the fastest installed kernel that honours all of `scoring`, or None."""
-    flash = key_width == value_width <= _FLASH_WIDEST and scoring.sinks_H is None
-    if flash and find_spec("flash_attn") is not None:
-        return flash_attention
-    bounded = scoring.window is None or "window_size" in _known()
-    if flash and scoring.softcap is None and bounded and find_spec(_TORCH) is not None:
-        return torch_attention
-    if key_width == value_width and find_spec("torch.nn.attention.flex_attention") is not None:
-        return compiled_flex_attention
-    return None
+def choose(
+    scoring: Scoring, key_width: int, value_width: int, device: torch.device
+) -> Kernel | None:
+    """Return the fastest installed kernel that honours all of `scoring` on `device`, or None."""
+    if key_width != value_width or not _is_recent(device):
+        return None
+    if key_width <= _FLASH_WIDEST and scoring.sinks_H is None:
+        if _has_flash_attn():
+            return flash_attention
+        if scoring.softcap is None and key_width % _FLASH_MULTIPLE == 0:
+            return torch_attention
+    return compiled_flex_attention if key_width >= _FLEX_NARROWEST else None
+
+
+@cache
+def _is_recent(device: torch.device) -> bool:
+    """Say whether it is Ampere or later, for which these kernels are written."""
+    return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+@cache
+def _has_flash_attn() -> bool:
+    return find_spec("flash_attn") is not None
 
 
 def flash_attention(
@@ -51,16 +62,6 @@ def flash_attention(
     return attended_THK
 
 
-@cache
-def _known() -> frozenset[str]:
-    """Return the options of torch's varlen_attn, which grew between 2.10 and 2.14."""
-    if find_spec(_TORCH) is None:
-        return frozenset()
-    from torch.nn.attention.varlen import varlen_attn
-
-    return frozenset(signature(varlen_attn).parameters)
-
-
 def torch_attention(
     q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, packing: Packing, scoring: Scoring
 ) -> Tensor:
@@ -69,17 +70,13 @@ def torch_attention(
 
     bounds, longest = packing.bounds_S, max(packing.lengths)
     reach = -1 if scoring.window is None else scoring.window - 1
-    options: dict[str, Any] = (
-        {"window_size": (reach, 0)} if "window_size" in _known() else {"is_causal": True}
-    )
-    if scoring.scale is not None and "scale" in _known():
-        options["scale"] = scoring.scale
-    elif scoring.scale is not None:
-        q_THK = q_THK * (scoring.scale * q_THK.shape[-1] ** 0.5)
     repeat = q_THK.shape[1] // k_TGK.shape[1]
     if repeat > 1:
         k_TGK, v_TGK = (x.repeat_interleave(repeat, dim=1) for x in (k_TGK, v_TGK))
-    attended_THK = varlen_attn(q_THK, k_TGK, v_TGK, bounds, bounds, longest, longest, **options)
+    attended_THK = varlen_attn(
+        q_THK, k_TGK, v_TGK, bounds, bounds, longest, longest,
+        scale=scoring.scale, window_size=(reach, 0),
+    )  # fmt: skip
     assert isinstance(attended_THK, Tensor)
     return attended_THK
 
@@ -88,14 +85,16 @@ def compiled_flex_attention(
     q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, packing: Packing, scoring: Scoring
 ) -> Tensor:
     """FlexAttention (arXiv 2412.05496), compiled once for streams of any length."""
-    return flex_attention(q_THK, k_TGK, v_TGK, packing, scoring, _compiled())
+    return flex_attention(q_THK, k_TGK, v_TGK, packing, scoring, *_compiled())
 
 
 @cache
-def _compiled() -> Callable[..., Any]:
-    from torch.nn.attention.flex_attention import flex_attention as flex
+def _compiled() -> tuple[Callable[..., Any], Callable[..., Any]]:
+    from torch.nn.attention import flex_attention as flex
 
-    return torch.compile(flex, dynamic=True)
+    attend = torch.compile(flex.flex_attention, dynamic=True)
+    # uncompiled, the making of a mask holds a number for each pair of rows
+    return attend, torch.compile(flex.create_block_mask, dynamic=True)
 
 
 def flex_attention(
@@ -105,8 +104,9 @@ def flex_attention(
     packing: Packing,
     scoring: Scoring,
     flex: Callable[..., Any],
+    create_block_mask: Callable[..., Any],
 ) -> Tensor:
-    """FlexAttention by `flex`, torch's function or what its compilation gave."""
+    """FlexAttention by torch's two functions, or by what their compilation gave."""
     from torch.nn.attention.flex_attention import AuxRequest
 
     def score(value: Tensor, b: Tensor, h: Tensor, row: Tensor, column: Tensor) -> Tensor:
@@ -117,7 +117,7 @@ def flex_attention(
     attended_BHTK, extra = flex(
         q_BHTK, k_BGTK, v_BGTK,
         score_mod=None if scoring.softcap is None else score,
-        block_mask=_block_mask(packing, scoring.window),
+        block_mask=_block_mask(packing, scoring.window, create_block_mask),
         scale=scoring.scale,
         enable_gqa=q_THK.shape[1] != k_TGK.shape[1],
         return_aux=AuxRequest(lse=scoring.sinks_H is not None),
@@ -129,10 +129,8 @@ def flex_attention(
     return attended
 
 
-def _block_mask(packing: Packing, window: int | None) -> Any:
+def _block_mask(packing: Packing, window: int | None, create: Callable[..., Any]) -> Any:
     """Return the blocks of the stream in which a row sees something; made once a packing."""
-    from torch.nn.attention.flex_attention import create_block_mask
-
     if window not in packing.block_masks:
         sample_T = packing.samples_T
         length = packing.starts[-1]
@@ -142,7 +140,7 @@ def _block_mask(packing: Packing, window: int | None) -> Any:
             behind = (row >= column) & (row - column < reach)
             return behind & (sample_T[row] == sample_T[column])
 
-        packing.block_masks[window] = create_block_mask(
+        packing.block_masks[window] = create(
             sees, None, None, length, length, device=sample_T.device
         )
     return packing.block_masks[window]

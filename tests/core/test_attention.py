@@ -103,41 +103,51 @@ def test_decoding_gives_what_the_formula_gives(scoring: dict[str, Any]) -> None:
 @pytest.mark.parametrize("scoring", SCORINGS)
 def test_flex_attention_gives_what_the_formula_gives(scoring: dict[str, Any]) -> None:
     """Uncompiled, on the CPU: the same masks and scores as the compiled kernel's."""
-    from torch.nn.attention.flex_attention import flex_attention
+    from torch.nn.attention import flex_attention as flex
 
     q, k, v = stream()
     packing = Packing.of(LENGTHS)
+    made: list[object] = []
+
+    def create(*args: Any, **options: Any) -> Any:
+        made.append(args)
+        return flex.create_block_mask(*args, **options)
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that it is not compiled
-        found = varlen.flex_attention(q, k, v, packing, Scoring(**scoring), flex_attention)
+        for _ in range(2):
+            found = varlen.flex_attention(
+                q, k, v, packing, Scoring(**scoring), flex.flex_attention, create
+            )
     torch.testing.assert_close(found, written_out(q, k, v, **scoring), atol=1e-5, rtol=1e-5)
-    again = varlen._block_mask(packing, scoring.get("window"))
-    assert varlen._block_mask(packing, scoring.get("window")) is again  # made once
+    assert len(made) == 1, "the mask of a stream is made once, for all layers"
 
 
 def test_no_kernel_is_chosen_that_ignores_what_a_layer_asks_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    installed: set[str] = set()
-    monkeypatch.setattr(varlen, "find_spec", lambda name: name in installed or None)
-    monkeypatch.setattr(varlen, "_known", lambda: frozenset({"window_size"} & installed))
+    gpu = torch.device("cuda", 0)
     plain, window, cap = Scoring(), Scoring(window=4), Scoring(softcap=1.0)
     sinks = Scoring(sinks_H=torch.zeros(4))
-    assert [varlen.choose(s, 64, 64) for s in (plain, window, cap, sinks)] == [None] * 4
-    installed |= {"torch.nn.attention.flex_attention"}
-    flex = varlen.compiled_flex_attention
-    assert [varlen.choose(s, 64, 64) for s in (plain, window, cap, sinks)] == [flex] * 4
-    installed |= {"torch.nn.attention.varlen"}
-    torchs = varlen.torch_attention
-    assert [varlen.choose(s, 64, 64) for s in (plain, window, cap, sinks)] == [
-        torchs, flex, flex, flex,
-    ]  # fmt: skip
-    installed |= {"window_size"}
-    assert [varlen.choose(s, 64, 64) for s in (window, cap, sinks)] == [torchs, flex, flex]
-    installed |= {"flash_attn"}
-    flash = varlen.flash_attention
-    assert [varlen.choose(s, 64, 64) for s in (plain, window, cap, sinks)] == [
-        flash, flash, flash, flex,
-    ]  # fmt: skip
-    assert varlen.choose(plain, 512, 512) is flex
-    assert varlen.choose(plain, 64, 32) is None  # values narrower than keys: one by one
+    asked = (plain, window, cap, sinks)
+    flash, torchs, flex = (
+        varlen.flash_attention, varlen.torch_attention, varlen.compiled_flex_attention,
+    )  # fmt: skip
+
+    def chosen(width: int, values: int | None = None) -> list[object]:
+        return [varlen.choose(s, width, values or width, gpu) for s in asked]
+
+    monkeypatch.setattr(varlen, "_has_flash_attn", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    varlen._is_recent.cache_clear()
+    assert chosen(64) == [None] * 4  # none of them runs on Turing
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    varlen._is_recent.cache_clear()
+    assert chosen(64) == [flash, flash, flash, flex]
+    monkeypatch.setattr(varlen, "_has_flash_attn", lambda: False)
+    assert chosen(64) == [torchs, torchs, flex, flex]
+    assert chosen(20) == [flex] * 4  # torch's takes multiples of 8
+    assert chosen(512) == [flex] * 4
+    assert chosen(12) == [None] * 4
+    assert chosen(64, 32) == [None] * 4  # values narrower than keys: one by one
+    varlen._is_recent.cache_clear()
