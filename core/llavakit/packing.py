@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,13 @@ from torch import Tensor
 if TYPE_CHECKING:
     from llavakit.attention import KVCache, Watch
     from llavakit.prompts import Encoded
+
+
+def upload(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return a tensor on `device`, without waiting for what a GPU has still to do."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()  # from any other memory the host does wait
+    return tensor.to(device, non_blocking=True)
 
 
 @dataclass(frozen=True)
@@ -45,21 +52,21 @@ class Packing:
 
     @property
     def last_rows_S(self) -> Tensor:
-        """Return the last row of each sample."""
-        rows = torch.tensor(self.starts[1:], device=self.position_ids_T.device)
-        return rows - 1
+        """The last row of each sample."""
+        return upload(torch.tensor(self.starts[1:]) - 1, self.position_ids_T.device)
 
     @cached_property
     def bounds_S(self) -> Tensor:
         """`starts` on the device, int32, as attention kernels want it."""
-        return torch.tensor(self.starts, dtype=torch.int32, device=self.position_ids_T.device)
+        starts = torch.tensor(self.starts, dtype=torch.int32)
+        return upload(starts, self.position_ids_T.device)
 
     @cached_property
     def samples_T(self) -> Tensor:
         """The number of the sample that each row belongs to, int32."""
-        lengths = torch.tensor(self.lengths, device=self.position_ids_T.device)
-        numbers = torch.arange(len(lengths), dtype=torch.int32, device=lengths.device)
-        return numbers.repeat_interleave(lengths, output_size=self.starts[-1])
+        numbers = torch.arange(len(self.lengths), dtype=torch.int32)
+        samples_T = numbers.repeat_interleave(torch.tensor(self.lengths))
+        return upload(samples_T, self.position_ids_T.device)
 
     @cached_property
     def block_masks(self) -> dict[int | None, Any]:
@@ -67,7 +74,7 @@ class Packing:
         return {}
 
     def to(self, device: torch.device) -> Packing:
-        return replace(self, position_ids_T=self.position_ids_T.to(device, non_blocking=True))
+        return replace(self, position_ids_T=upload(self.position_ids_T, device))
 
 
 @dataclass(frozen=True)
@@ -114,10 +121,7 @@ class PackedBatch:
 
     def to(self, device: torch.device) -> PackedBatch:
         """Return the batch on `device`."""
-
-        def move(tensor: Tensor) -> Tensor:
-            return tensor.to(device, non_blocking=True)
-
+        move = partial(upload, device=device)
         kept = self.visual_kept_N
         return replace(
             self,

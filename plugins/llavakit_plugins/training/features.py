@@ -17,7 +17,7 @@ from torch.utils.data import Dataset as TorchDataset
 
 from llavakit import Build, LlavaModel, TrainingError, Use, VisionEncoder
 from llavakit.images import read_pixels
-from llavakit.packing import PackedBatch
+from llavakit.packing import PackedBatch, upload
 from llavakit.samples import ImageSource
 from llavakit_plugins.training.corpus import Corpus
 
@@ -138,7 +138,7 @@ class Cached:
             features = None
             if batch.images and self._features is not None:
                 rows = torch.tensor([self._place[image] for image in batch.images])
-                features = self._features.index_select(0, rows).to(self._device)
+                features = upload(self._features.index_select(0, rows), self._device)
             yield batch.to(self._device), features
 
 

@@ -123,6 +123,8 @@ class Optimiser:
                 )
             parameter.copy_(divided_like(parameter, value))
             self._adamw.state[parameter] = {
-                kind: tensor if kind == "step" else divided_like(parameter, tensor)
+                # the fused kernel reads the number of steps where the parameter is
+                kind: tensor.to(parameter.device) if kind == "step"
+                else divided_like(parameter, tensor)
                 for kind, tensor in state.items()
-            }
+            }  # fmt: skip
