@@ -91,7 +91,10 @@ GELU_TILES: dict[str, list[triton.Config]] = {
     "tf32": [
         tile(128, 128, 32, 8, 3, FLATTEN=0, PIECES=2),
     ],
-    "float32": PRODUCT_TILES["float32"],
+    "float32": [
+        tile(64, 64, 16, 4, 3, FLATTEN=0, PIECES=2, PER_SM=2),
+        tile(128, 64, 16, 8, 2, FLATTEN=0, PIECES=2, PER_SM=2),
+    ],
 }
 TILES = {"product": PRODUCT_TILES, "gelu": GELU_TILES}
 # The weight's gradient is not tuned: its sums of columns depend on the layout, and with that its

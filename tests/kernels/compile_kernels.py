@@ -114,6 +114,7 @@ def compile_one(family: str, kernel: Kernel, config: Any) -> dict[str, Any]:
         "tma": "cp.async.bulk.tensor" in compiled.asm["ptx"],
         "wgmma": "wgmma.mma_async" in compiled.asm["ptx"],
         "mma": "mma.sync" in compiled.asm["ptx"],
+        "serialized": serialized(compiled.asm["ptx"]),
         **resources(compiled.asm["cubin"]),
     }
 
@@ -128,14 +129,34 @@ def _type(name: str, dtype: str, constants: dict[str, Any]) -> str:
     return INDEX_TYPES.get(name) or (f"*{dtype}" if name in POINTERS else "i32")
 
 
+TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+
+
+def serialized(ptx: str) -> bool:
+    """Whether the assembler has to wait for each of Hopper's asynchronous products by itself, which
+    it only says: nothing runs beside them then."""
+    chip = re.search(r"^\.target (\w+)", ptx, re.MULTILINE)
+    assert chip is not None
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "kernel.ptx"
+        source.write_text(ptx)
+        command = [TOOLS / "ptxas", "--verbose", f"--gpu-name={chip[1]}", source]
+        command += ["--output-file", source.with_suffix(".cubin")]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    assert "registers" in said, said
+    return "serialized" in said
+
+
 def resources(cubin: bytes) -> dict[str, int]:
     """Registers of a thread, and the bytes of its stack: a kernel that spills has some."""
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         usage = subprocess.run(
-            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+            [TOOLS / "cuobjdump", "--dump-resource-usage", file.name],
+            capture_output=True,
+            text=True,
+            check=True,
         ).stdout
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert found is not None, usage

@@ -54,6 +54,7 @@ def compiled(*names: str) -> dict[str, list[dict[str, Any]]]:
 def check(name: str, result: dict[str, Any]) -> None:
     kernel, family = name.split("-")
     assert result["stack"] == 0, f"{name} spills registers: {result}"
+    assert not result["serialized"], f"{name} waits for each product: {result}"
     assert result["shared"] <= SHARED[family], f"{name} does not fit: {result}"
     product = kernel not in ("segments", "atomics")
     on_tensor_cores = product and family != "float32"

@@ -91,6 +91,11 @@ def _weight_grad_sums(
     COLUMN_SUMS: tl.constexpr,
 ):
     sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    # In 16 bits a product with ones adds the columns up: a reduction between the tensor cores'
+    # asynchronous products would make the compiler run these one after another.
+    BY_PRODUCT: tl.constexpr = COLUMN_SUMS and grad.dtype.element_ty.primitive_bitwidth == 16
+    ones = tl.full((BLOCK_K, 16), 1.0, tl.float32).to(grad.dtype.element_ty)
+    products = tl.zeros((BLOCK_M, 16), tl.float32)
     column_sums = tl.zeros((BLOCK_M,), tl.float32)
     for start in range(row, rows_end, BLOCK_K):
         at = start + tl.arange(0, BLOCK_K)
@@ -98,9 +103,13 @@ def _weight_grad_sums(
         valid = (rows >= 0) & (rows < T)
         a = load_rows(grad, rows, valid, e, E, grad_stride, BLOCK_M)
         b = load_tile(right_inner, start, d, rows_end, D, right_stride, BLOCK_K, BLOCK_N, TMA)
-        if COLUMN_SUMS:
+        if BY_PRODUCT:
+            products = multiply(a.T, ones, products, PRECISION)
+        elif COLUMN_SUMS:
             column_sums += tl.sum(a.to(tl.float32), 0)
         sums = multiply(a.T, b, sums, PRECISION)
+    if BY_PRODUCT:  # every column holds the sums
+        column_sums = tl.sum(tl.where(tl.arange(0, 16)[None, :] == 0, products, 0.0), 1)
     return sums, column_sums
 
 
