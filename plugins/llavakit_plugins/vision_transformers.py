@@ -6,6 +6,7 @@ B images, P patches, D width.
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 from abc import abstractmethod
@@ -127,6 +128,9 @@ class TransformersEncoder(VisionTransformer):
             )
             model = cls(config).to(getattr(torch, options.dtype))
         self.model = model
+        # Layers of some families want a mask and others take none, by transformers' version, too.
+        takes = [inspect.signature(block.forward).parameters for block in self.blocks]
+        self.unmasked = {"attention_mask": None} if all("attention_mask" in t for t in takes) else {}
         config = self.model.config
         self.choose(options, config.num_hidden_layers)
         self.width: int = config.hidden_size
@@ -206,7 +210,7 @@ class TransformersEncoder(VisionTransformer):
         """Return features `[B, prefix + P, D]`."""
         hidden_BPD = self.embed(pixels_BCHW)
         for block in list(self.blocks)[: self.depth]:
-            hidden_BPD = block(hidden_BPD, attention_mask=None)
+            hidden_BPD = block(hidden_BPD, **self.unmasked)
         return self.final_norm(hidden_BPD) if self.normalised else hidden_BPD
 
 
