@@ -4,13 +4,22 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint format clean
+.PHONY: demo test test-minimum lint format clean
 
 demo: $(STAMP)
 	$(BIN)/llava-run recipes/tiny.toml --resume
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+
+# The tests with the oldest libraries that pyproject.toml admits, for maintainers: Python 3.11.
+test-minimum:
+	$(PYTHON) -m venv $(VENV)-minimum
+	$(VENV)-minimum/bin/python -m pip install --quiet --upgrade "pip>=25.1"
+	$(PYTHON) tests/minimum.py > $(VENV)-minimum/constraints.txt
+	$(VENV)-minimum/bin/python -m pip install --quiet --editable ".[demo,onnx,openai,lora]" --group dev \
+		--constraint $(VENV)-minimum/constraints.txt
+	$(VENV)-minimum/bin/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -29,4 +38,4 @@ $(STAMP): pyproject.toml
 	touch $(STAMP)
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) $(VENV)-minimum runs

@@ -140,9 +140,13 @@ def serialized(ptx: str) -> bool:
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "kernel.ptx"
         source.write_text(ptx)
-        command = [TOOLS / "ptxas", "--verbose", f"--gpu-name={chip[1]}", source]
-        command += ["--output-file", source.with_suffix(".cubin")]
-        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+        said = subprocess.run(
+            [TOOLS / "ptxas", "--verbose", f"--gpu-name={chip[1]}", "-o", "kernel.cubin", source],
+            capture_output=True,
+            text=True,
+            check=True,
+            cwd=folder,
+        ).stderr
     assert "registers" in said, said
     return "serialized" in said
 

@@ -38,6 +38,11 @@ CHOSEN = (
 EVERY = [f"{kernel}-{family}" for family in SHARED for kernel in KERNELS]
 
 
+@pytest.fixture
+def interpreter() -> None:
+    """Not needed here."""
+
+
 def compiled(*names: str) -> dict[str, list[dict[str, Any]]]:
     roots = os.pathsep.join(path for path in sys.path if path)
     run = subprocess.run(
