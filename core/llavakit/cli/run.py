@@ -1,0 +1,62 @@
+"""`llava-run RECIPE`: runs a recipe, or prints what it will cost."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+
+from llavakit.cli.flags import Commands, add_settings
+
+
+def add(commands: Commands) -> None:
+    run = commands.add_parser("run", help="run a recipe (the word `run` may be left out)")
+    run.add_argument("recipe", help="a recipe file, or the name of a built-in recipe")
+    run.add_argument("--out", type=Path, metavar="DIR", help="run folder (runs/NAME)")
+    add_settings(run, "change one key, for example steps.finetune.epochs=2")
+    run.add_argument("--plan", action="store_true", help="print what it will cost; run nothing")
+    run.add_argument("--resume", action="store_true", help="go on where an attempt was interrupted")
+    run.add_argument(
+        "--reuse",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="take steps that a run there has finished the same way (a run's folder, or runs)",
+    )
+    run.set_defaults(command=_run)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from llavakit.interfaces import Stopped
+    from llavakit.planning import make_plan
+    from llavakit.recipe import Recipe, find_recipe
+    from llavakit.registry import Registry
+
+    registry = Registry.installed()
+    path = find_recipe(arguments.recipe)
+    recipe = Recipe.load(path, registry, arguments.set, inputs=not arguments.plan)
+    if arguments.plan:
+        print(make_plan(recipe, registry).render())
+        return 0
+    from llavakit.engine.reuse import runs_below
+    from llavakit.engine.runner import run
+
+    directory = arguments.out or Path("runs") / recipe.name
+    reuse = runs_below(arguments.reuse)
+    try:
+        result = run(recipe, registry, directory, resume=arguments.resume, reuse=reuse)
+    except Stopped:
+        again = [arguments.recipe, "--out", str(directory)]
+        again += [word for change in arguments.set for word in ("--set", change)]
+        again += [word for folder in reuse for word in ("--reuse", str(folder))]
+        print(
+            f"stopped; what was done is in {directory}. Go on with: llava-run "
+            f"{shlex.join(again)} --resume",
+            file=sys.stderr,
+        )
+        return 130
+    if result is not None:  # None: another process leads
+        print(f"{recipe.name}: done, see {result.report}")
+    return 0
