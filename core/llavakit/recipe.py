@@ -13,6 +13,7 @@ from typing import Any, cast
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_settings import (
     BaseSettings,
+    EnvSettingsSource,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
     SettingsError,
@@ -57,7 +58,7 @@ class Machine(BaseModel):
 
 
 class Recipe(BaseSettings):
-    """One run, from start to end. `LLAVA_SEED=1` in the environment overrides the file."""
+    """One run, from start to end. The environment, `LLAVA_SEED=1`, overrides the file."""
 
     model_config = SettingsConfigDict(
         extra="forbid", frozen=True, env_prefix="LLAVA_", env_nested_delimiter="__"
@@ -91,18 +92,14 @@ class Recipe(BaseSettings):
         Raises RecipeError with every problem at once, each at its line.
         """
         files, table = read_tables(path)
+        table = _merge(table, _from_environment(cls), ())
         for override in overrides:
             set_key(table, override)
         table.setdefault("name", re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).strip("-._"))
         names = [step.get("use") for step in _steps(table)]
-        sources = [*_environment(), *(stated(override) for override in overrides[::-1]), *files]
+        sources = [*(stated(override) for override in overrides[::-1]), *_environment(), *files]
         try:
             recipe = cls(**table)
-        except SettingsError as error:
-            raise RecipeError(
-                f"the environment sets a table by LLAVA_…, but not as JSON: {error} "
-                f"({error.__cause__}); mend or unset that variable"
-            ) from error
         except ValidationError as error:
             later = dict.fromkeys(filter(None, names), LATER)
             problems = list(problems_in(error, cls))
@@ -127,7 +124,7 @@ class Recipe(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        return env_settings, init_settings  # the environment wins over the file
+        return (init_settings,)  # `load` puts the environment between the file and --set
 
     def parts(self) -> ModelRecipe:
         """Return the model's parts. Raises RecipeError where the recipe names none."""
@@ -153,6 +150,17 @@ def _environment() -> Iterator[Source]:
         if name.upper().startswith("LLAVA_"):
             key = tuple(name[len("LLAVA_") :].lower().split("__"))
             yield Source(Path(), "", f"environment variable {name}={value}", key)
+
+
+def _from_environment(model: type[Recipe]) -> dict[str, Any]:
+    """Return the table that the environment states. Raises RecipeError where it is none."""
+    try:
+        return EnvSettingsSource(model)()
+    except SettingsError as error:
+        raise RecipeError(
+            f"the environment sets a table by LLAVA_…, but not as JSON: {error} "
+            f"({error.__cause__}); mend or unset that variable"
+        ) from error
 
 
 def recipe_folder() -> Path:

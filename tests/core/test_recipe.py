@@ -321,7 +321,7 @@ def test_a_bad_set_is_named(tmp_path: Path, override: str, sentence: str) -> Non
     assert sentence in problems(write(tmp_path, BASE), override)
 
 
-def test_the_environment_wins_over_file_and_set(
+def test_the_environment_wins_over_the_file_and_set_over_both(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LLAVA_SEED", "7")
@@ -329,10 +329,17 @@ def test_the_environment_wins_over_file_and_set(
     monkeypatch.setenv("LLAVA_SOMETHING_ELSE", "1")
     monkeypatch.setenv("SEED", "8")
     monkeypatch.setenv("NAME", "nobody")
-    recipe = Recipe.load(write(tmp_path, BASE), REGISTRY, ["seed=6"])
+    recipe = Recipe.load(write(tmp_path, BASE), REGISTRY)
     assert recipe.seed == 7
+    assert Recipe.load(write(tmp_path, BASE), REGISTRY, ["seed=6"]).seed == 6
     assert recipe.name == "r"
     assert recipe.model.connector.model_dump() == {"use": "mlp", "depth": "4"}
+    monkeypatch.delenv("LLAVA_MODEL__CONNECTOR__DEPTH")
+    monkeypatch.setenv("LLAVA_MODEL__CONNECTOR__USE", "linear")  # which has no `depth`
+    monkeypatch.setenv("LLAVA_STEPS__FINETUNE__EPOCHS", "9")
+    recipe = Recipe.load(write(tmp_path, BASE), REGISTRY)
+    assert recipe.model.connector.model_dump() == {"use": "linear"}
+    assert [step.options.get("epochs") for step in recipe.steps] == [None, "9"]
 
 
 @pytest.mark.parametrize(
