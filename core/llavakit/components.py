@@ -30,6 +30,10 @@ class Component(ABC):
     """The name a recipe uses, unique within the kind."""
     Options: ClassVar[type[Options]] = Options
 
+    def __init__(self, options: Any = None) -> None:
+        """Keep the options; one that needs more when it is built has an `__init__` of its own."""
+        vars(self)["options"] = options  # of a type that each component knows best
+
     @classmethod
     def missing(cls, options: Any) -> str | None:
         """Return one sentence on what must be fetched before it can be built, or None."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,8 @@ from llavakit.files import explain_write
 from llavakit.interfaces import Tracker
 
 FILE = "events.jsonl"
+
+_log = logging.getLogger("llavakit")
 
 
 class EventLog:
@@ -23,7 +27,7 @@ class EventLog:
         with explain_write(path):
             _drop_torn_line(path)
             self._file = path.open("a", encoding="utf-8")
-        self._trackers = trackers
+        self._trackers = list(trackers)
         self._step = ""
 
     def enter(self, step: str) -> None:
@@ -35,8 +39,9 @@ class EventLog:
         with explain_write(Path(self._file.name)):
             self._file.write(json.dumps(_plain(event), ensure_ascii=False) + "\n")
             self._file.flush()
-        for tracker in self._trackers:
-            tracker.record(event)
+        for tracker in list(self._trackers):
+            with self._watching(tracker):
+                tracker.record(event)
 
     def close(self) -> None:
         """Close the file and the trackers."""
@@ -44,8 +49,21 @@ class EventLog:
             with explain_write(Path(self._file.name)):
                 self._file.close()
         finally:
-            for tracker in self._trackers:
-                tracker.close()
+            for tracker in list(self._trackers):
+                with self._watching(tracker):
+                    tracker.close()
+
+    @contextmanager
+    def _watching(self, tracker: Tracker) -> Iterator[None]:
+        """Let a tracker that fails observe no more: what it observes must not end with it."""
+        try:
+            yield
+        except Exception:
+            self._trackers.remove(tracker)
+            _log.warning(
+                "tracker `%s` failed; it sees nothing more of this run, which goes on",
+                tracker.name, exc_info=True,
+            )  # fmt: skip
 
 
 def _plain(value: Any) -> Any:

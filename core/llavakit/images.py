@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from llavakit.errors import DataError
+from llavakit.errors import DataError, ModelError
 from llavakit.files import explain_write
 from llavakit.samples import ImageSource
 
@@ -101,7 +101,14 @@ def open_image(source: ImageSource, where: str, edge: int | None = None) -> Imag
 
 def read_pixels(encoder: VisionEncoder, source: ImageSource, where: str) -> Tensor:
     """Return the pixels `[3, H, W]` that a vision encoder reads of an image."""
-    return encoder.prepare(open_image(source, where, encoder.decode_edge))
+    pixels_3HW = encoder.prepare(open_image(source, where, encoder.decode_edge))
+    expected = (3, encoder.image_size, encoder.image_size)
+    if tuple(pixels_3HW.shape) != expected:
+        raise ModelError(
+            f"vision encoder `{encoder.name}` prepares an image as {tuple(pixels_3HW.shape)}, but "
+            f"its `image_size` says {expected}; mend `prepare` or `image_size`"
+        )
+    return pixels_3HW
 
 
 def _rgb(image: Image.Image) -> Image.Image:

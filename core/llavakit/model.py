@@ -68,6 +68,11 @@ class LlavaModel(nn.Module, Answering[Tensor]):
                 f"says {self.vision.prefix_tokens} prefix + "
                 f"{expected - self.vision.prefix_tokens} patches; mend `tokens` or `prefix_tokens`"
             )
+        if features_IPD.shape[2] != self.vision.width:
+            raise ModelError(
+                f"vision encoder `{self.vision.name}` gave features of width "
+                f"{features_IPD.shape[2]}, but says {self.vision.width}; mend `width`"
+            )
         return features_IPD[:, self.vision.prefix_tokens :]
 
     def embed(self, batch: PackedBatch, features_IPD: Tensor | None) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from llavakit.components import Component
+from llavakit.errors import ModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -113,9 +114,21 @@ class Connector(Network):
         """Return embeddings `[B, P', E]`."""
 
     def project_into(self, features_BPD: Tensor, stream: Stream) -> Tensor:
-        """Return the embeddings `[T, E]` of the packed stream: text rows and visual rows."""
+        """Return the embeddings `[T, E]` of the packed stream: text rows and visual rows.
+
+        Raises ModelError where `forward` gives another shape than it should.
+        """
         embeds_TE = stream.embed(stream.token_ids_T)
-        visual_NE = self(features_BPD).flatten(0, 1)
+        visual_BPE = self(features_BPD)
+        images, patches, _ = features_BPD.shape
+        expected = (images, self.tokens(patches), embeds_TE.shape[1])
+        if tuple(visual_BPE.shape) != expected:
+            raise ModelError(
+                f"connector `{self.name}` gave {tuple(visual_BPE.shape)} where "
+                f"{expected} was expected: images, `tokens({patches})`, width of the language "
+                "model; mend its `forward` or `tokens`"
+            )
+        visual_NE = visual_BPE.flatten(0, 1)
         if stream.visual_kept_N is not None:
             visual_NE = visual_NE.index_select(0, stream.visual_kept_N)
         return embeds_TE.index_copy(0, stream.visual_rows_N, visual_NE.to(embeds_TE.dtype))

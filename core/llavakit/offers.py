@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pkgutil import resolve_name
 from typing import Any, TypeVar
 
-from llavakit.components import Component
+from llavakit.components import Component, Options
 from llavakit.errors import PluginError
 
 KindT = TypeVar("KindT", bound=Component)
@@ -26,7 +26,9 @@ class Offer:
     @property
     def path(self) -> str:
         """Where the class is, with dots."""
-        return self.source.replace(":", ".") if isinstance(self.source, str) else _path(self.source)
+        return (
+            self.source.replace(":", ".") if isinstance(self.source, str) else path_of(self.source)
+        )
 
     def same_as(self, other: Offer) -> bool:
         """Say whether both are one class."""
@@ -64,16 +66,29 @@ def offers_of(plugin: str, returned: object, kind: type[Component]) -> Iterator[
                 )
             yield Offer(plugin, str(name), place)
         return
-    for component in returned:  # type: ignore[attr-defined]
+    if not isinstance(returned, Iterable):
+        raise PluginError(
+            f"plugin {plugin} cannot load its {kind.__name__} components: its hook returned "
+            f"{returned!r}; return a list of classes"
+        )
+    for component in returned:
         known = _checked(plugin, component, kind)
         yield Offer(plugin, known.name, known)
 
 
 def _checked(plugin: str, component: Any, kind: type[KindT]) -> type[KindT]:
     if not (isinstance(component, type) and issubclass(component, kind)):
-        raise PluginError(f"{_path(component)} of {plugin} is not a {kind.__name__}")
+        raise PluginError(f"{path_of(component)} of {plugin} is not a {kind.__name__}")
     if not isinstance(getattr(component, "name", None), str):
-        raise PluginError(f"{_path(component)} of {plugin} has no `name`; give it one")
+        raise PluginError(f"{path_of(component)} of {plugin} has no `name`; give it one")
+    if missing := ", ".join(f"`{name}`" for name in sorted(component.__abstractmethods__)):
+        raise PluginError(
+            f"{path_of(component)} of {plugin} lacks {missing}, which every {kind.__name__} has"
+        )
+    if not (isinstance(component.Options, type) and issubclass(component.Options, Options)):
+        raise PluginError(
+            f"`Options` of {path_of(component)} of {plugin} must derive from llavakit.Options"
+        )
     return component
 
 
@@ -90,6 +105,7 @@ def explained(plugin: str, what: str) -> Iterator[None]:
         ) from error
 
 
-def _path(component: object) -> str:
+def path_of(component: object) -> str:
+    """Return where a class is, with dots."""
     name = getattr(component, "__qualname__", None)
     return f"{getattr(component, '__module__', '')}.{name}" if name else repr(component)

@@ -98,11 +98,11 @@ class Plan(BaseModel):
             )
         lines += _table(rows)
         frozen = {
-            name: [part for part in self.parts if part not in step.trained]
+            name: ", ".join(part for part in self.parts if part not in step.trained)
             for name, step in self.steps.items()
             if step.trained
         }
-        lines += ["", *(f"{name}: {', '.join(parts)} frozen" for name, parts in frozen.items())]
+        lines += ["", *(f"{name}: {parts or 'nothing'} frozen" for name, parts in frozen.items())]
         lines += [f"{name}: {step.note}" for name, step in self.steps.items() if step.note]
         lines += self._total(known)
         charged = {n: step.cost_usd for n, step in self.steps.items() if step.cost_usd is not None}

@@ -101,7 +101,8 @@ def encode(
     if encoded.image_count != len(sample.images):
         raise DataError(
             f"sample `{sample.id}` has {len(sample.images)} images, but the prompt template "
-            f"`{template.name}` renders {encoded.image_count}"
+            f"`{template.name}` renders {encoded.image_count}; its `segments` must keep every "
+            f"`{IMAGE}`"
         )
     return encoded
 

@@ -14,7 +14,7 @@ import pluggy
 from llavakit import hooks
 from llavakit.components import Component, StepFolders, Use
 from llavakit.errors import PluginError, RecipeError
-from llavakit.offers import Offer, explained, offers_of
+from llavakit.offers import Offer, explained, offers_of, path_of
 
 KindT = TypeVar("KindT", bound=Component)
 ComponentT = TypeVar("ComponentT", bound=Component)
@@ -38,7 +38,8 @@ class Registry:
                 plugin = entry_point.load()
             except Exception as error:
                 raise PluginError(
-                    f"plugin `{entry_point.name}` of {origin} failed to import: {error}"
+                    f"plugin `{entry_point.name}` of {origin} failed to import: {error}; mend it, "
+                    f"or uninstall it (pip uninstall {origin})"
                 ) from error
             name = f"{origin}:{entry_point.name}"
             registry.register(plugin, name=name)
@@ -59,6 +60,14 @@ class Registry:
             self._manager.check_pending()
         except (pluggy.PluginValidationError, ValueError) as error:
             raise PluginError(f"plugin {name or plugin} cannot be registered: {error}") from error
+        known = [hook for hook in vars(hooks) if hook.startswith("llava_")]
+        for hook in known:
+            found = getattr(plugin, hook, None)
+            if callable(found) and not hasattr(found, f"{hooks.PROJECT}_impl"):
+                raise PluginError(
+                    f"plugin {name or plugin} has a function `{hook}` that is no hook; write "
+                    "@hookimpl above it"
+                )
         self._found.clear()
 
     def get(self, kind: type[KindT], name: str) -> type[KindT]:
@@ -104,6 +113,14 @@ class Registry:
             context["build"] = partial(self.build, steps=steps, **shown)
         if "progress" in takes:
             context |= shown
+        try:
+            signature(component).bind(options, **context)
+        except TypeError as error:
+            given = ", ".join(("options", *(f"{name}=" for name in context)))
+            raise PluginError(
+                f"{path_of(component)} is built as {component.__name__}({given}), which its "
+                f"`__init__` does not take: {error}"
+            ) from error
         return factory(options, **context)
 
     def origins(self, kind: type[Component]) -> dict[str, tuple[str, str]]:

@@ -60,7 +60,7 @@ def build(name: str, **options: Any) -> Benchmark:
     try:
         return benchmark(stated, build=lambda use: Judge())  # type: ignore[call-arg]
     except TypeError:
-        return benchmark(stated)  # type: ignore[call-arg]
+        return benchmark(stated)
 
 
 def write(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:

@@ -23,6 +23,7 @@ from llavakit.engine.step_folders import (
     set_aside,
 )
 from llavakit.engine.step_models import StepModel, link_newest
+from llavakit.errors import PluginError
 from llavakit.events import EventLog
 from llavakit.files import explain_write, one_writer, write_text
 from llavakit.interfaces import Build, Event, Outcome, Run, Step, Stopped, Stopping
@@ -111,8 +112,8 @@ def _lead(work: _Work, *, resume: bool, reuse: Sequence[Path]) -> None:
                     StepRecord.model_validate({"name": name, "folder": directory / name, **done})
                 )
                 work.folders |= {use.use: directory / name, name: directory / name}
+                link_newest(directory, work.folders)
                 write_report(recipe, directory, records)
-            link_newest(directory, work.folders)
         finally:
             log.close()
 
@@ -195,19 +196,38 @@ def _one_step(
         work.together = False
     seconds = time.monotonic() - begun
     write_environment(work.device.known, work.directory)  # the step may have asked for one
+    metrics = _checked_metrics(use, outcome)
     sections = [section.model_dump(mode="json") for section in outcome.sections]
     done = {
         "record": record,
         "seconds": round(seconds, 1),
-        "metrics": dict(outcome.metrics),
+        "metrics": metrics,
         "sections": sections,
         "contents": contents(folder),
     }
-    work.log("done", seconds=round(seconds, 1), **outcome.metrics)
+    work.log("done", seconds=round(seconds, 1), **metrics)
     # written last: its presence means that the step finished
     write_text(folder / DONE, json.dumps(done, indent=1, ensure_ascii=False))
-    say(f"{name}: {_metrics(outcome.metrics)}{duration(seconds)}")
+    say(f"{name}: {_metrics(metrics)}{duration(seconds)}")
     return done
+
+
+def _checked_metrics(use: StepUse, outcome: object) -> dict[str, float]:
+    """Return the numbers that a step reports. Raises PluginError where it reports none."""
+    if not isinstance(outcome, Outcome):
+        raise PluginError(
+            f"step `{use.use}` returned {type(outcome).__name__} from `run`; return an Outcome"
+        )
+    metrics = dict(outcome.metrics)
+    for name, value in metrics.items():
+        if not isinstance(value, int | float):  # numpy's and torch's numbers are none of JSON's
+            try:
+                metrics[name] = float(value)
+            except (TypeError, ValueError) as error:
+                raise PluginError(
+                    f"step `{use.use}` reports {value!r} as its metric `{name}`; report a number"
+                ) from error
+    return metrics
 
 
 # -- several processes -----------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -15,7 +14,7 @@ from llavakit.registry import Registry
 KindT = TypeVar("KindT", bound=Component)
 
 
-class Contract(ABC, Generic[KindT]):
+class Contract(Generic[KindT]):
     """Checks what every component promises."""
 
     kind: ClassVar[type[Component]]
@@ -28,9 +27,10 @@ class Contract(ABC, Generic[KindT]):
         """
         return {}
 
-    @abstractmethod
     def build(self) -> KindT:
         """Return a small instance: no download, fast on a CPU, the same one each time."""
+        # not abstract: pytest passes abstract classes over without a word
+        raise AssertionError(f"{type(self).__name__} has no `build`; return a small component")
 
     def stated(self) -> Any:
         """Return `options` as the component's own Options."""

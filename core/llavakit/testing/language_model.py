@@ -108,9 +108,10 @@ class LanguageModelContract(NetworkContract[LanguageModel]):
 
     def test_gradient_reaches_every_parameter_and_the_embeddings(self) -> None:
         gradients = []
+        model = self.build().train()
+        model.requires_grad_(True)
         for recompute in (False, True):
-            model = self.build().train()
-            model.requires_grad_(True)
+            model.zero_grad()
             model.recompute = recompute
             embeds = model.embed(self.ids(model))
             embeds.retain_grad()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,7 +15,7 @@ from llavakit.testing.contract import Contract
 NetworkT = TypeVar("NetworkT", bound=Network)
 
 
-class NetworkContract(Contract[NetworkT]):
+class NetworkContract(Contract[NetworkT], ABC):
     """Checks weights: their shapes, and that they come back from a folder."""
 
     def context(self) -> dict[str, Any]:

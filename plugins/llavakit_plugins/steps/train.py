@@ -112,7 +112,10 @@ class _Train(Step):
         memory = _memory_gb(options, planner)
         expected = planner.expect(options.data)
         if expected is None:
-            notes.append("the data is not there yet; say `expect` to have it reckoned with")
+            notes.append(
+                f"`{options.data.use}` cannot say yet how much data there is; its option `expect`, "
+                "where it has that, says it for plans"
+            )
             return StepPlan(trained=trained, memory_gb=memory, note="; ".join(notes))
         samples, text = expected
         visual = planner.model.visual_tokens

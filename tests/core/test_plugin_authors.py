@@ -1,0 +1,321 @@
+"""What authors of plugins get wrong is said in a sentence that names the plugin."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from tests.conftest import RecipeWriter
+from tests.core.conftest import Command
+from tests.core.test_registry import distribution, plugin_with
+from torch import Tensor
+
+from llavakit import (
+    Connector,
+    LlavaModel,
+    ModelError,
+    Options,
+    PluginError,
+    PromptTemplate,
+    Recipe,
+    Registry,
+    Segment,
+    Turn,
+    Use,
+    VisionEncoder,
+    hookimpl,
+)
+from llavakit.assembly import create_model
+from llavakit_plugins.connectors.mlp import Linear
+
+REGISTRY = Registry.installed()
+
+
+# -- components ------------------------------------------------------------------------------------
+
+
+class Plain(PromptTemplate):
+    """A component with neither options nor an `__init__`."""
+
+    name = "plain-text"
+
+    def segments(self, turns: Sequence[Turn], tokenizer: Any) -> Sequence[Segment]:
+        return [Segment(turn.text, learned=turn.role == "gpt") for turn in turns]
+
+
+def registry_with(hook: str, *components: Any) -> Registry:
+    def found(self: object) -> list[Any]:
+        return list(components)
+
+    found.__name__ = hook
+    registry = Registry.empty()
+    registry.register(type("Plugin", (), {hook: hookimpl(found)})(), name="mine")
+    return registry
+
+
+def test_a_component_needs_no_init() -> None:
+    registry = registry_with("llava_prompt_templates", Plain)
+    template = registry.build(Use[PromptTemplate](use="plain-text"))
+    assert vars(template) == {"options": Options()}
+
+
+class Headless(Connector):
+    name = "headless"
+
+
+class Loose(Linear):
+    name = "loose"
+    Options = dict  # type: ignore[assignment]
+
+
+class Renamed(Linear):
+    name = "renamed"
+
+    def __init__(self, options: Any, *, vision_dim: int, language_dim: int) -> None:
+        super().__init__(options, vision_width=vision_dim, language_width=language_dim)
+
+
+@pytest.mark.parametrize(
+    ("component", "sentence"),
+    [
+        (Headless, r"Headless of mine lacks `forward`, which every Connector has"),
+        (Loose, r"`Options` of .*Loose of mine must derive from llavakit.Options"),
+    ],
+)
+def test_what_is_not_whole_is_refused(component: type[Connector], sentence: str) -> None:
+    registry = Registry.empty()
+    registry.register(plugin_with(component), name="mine")
+    with pytest.raises(PluginError, match=sentence):
+        registry.get(Connector, component.name)
+
+
+def test_another_signature_is_named() -> None:
+    registry = registry_with("llava_connectors", Renamed)
+    with pytest.raises(PluginError, match=r"Renamed is built as Renamed\(options, vision_width=, "):
+        registry.build(Use[Connector](use="renamed"), vision_width=1, language_width=1)
+
+
+def test_a_function_named_as_a_hook_without_its_mark_is_named() -> None:
+    class Plugin:
+        def llava_connectors(self) -> list[Any]:
+            return [Linear]
+
+    with pytest.raises(PluginError, match="`llava_connectors` that is no hook; write @hookimpl"):
+        Registry.empty().register(Plugin(), name="mine")
+
+
+@pytest.mark.parametrize("returned", [None, Linear])
+def test_a_hook_returns_a_list(returned: Any) -> None:
+    class Plugin:
+        @hookimpl
+        def llava_connectors(self) -> Any:
+            return returned
+
+    registry = Registry.empty()
+    registry.register(Plugin(), name="mine")
+    with pytest.raises(PluginError, match=r"its hook returned .*; return a list of classes"):
+        registry.all(Connector)
+
+
+# -- shapes ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def model(write_recipe: RecipeWriter) -> LlavaModel:
+    recipe = Recipe.load(write_recipe(), REGISTRY)
+    return create_model(recipe.parts(), REGISTRY, seed=0).eval()
+
+
+def asked(model: LlavaModel) -> str:
+    with pytest.raises(ModelError) as caught:
+        model.logits("what is it ?", [Image.new("RGB", (9, 9))])
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("more", [(0, 1), (1, 0)])
+def test_a_connector_of_other_shapes_is_named(model: LlavaModel, more: tuple[int, int]) -> None:
+    class Wrong(Connector):
+        name = "wrong"
+
+        def forward(self, features_BPD: Tensor) -> Tensor:
+            images, patches, _ = features_BPD.shape
+            return torch.zeros(images, patches + more[0], 48 + more[1])
+
+    model.connector = Wrong()
+    given = (1, 16 + more[0], 48 + more[1])
+    assert f"`wrong` gave {given} where (1, 16, 48) was expected" in asked(model)
+
+
+def test_an_encoder_of_another_width_is_named(model: LlavaModel) -> None:
+    model.vision.width += 1
+    assert "`clip` gave features of width 32, but says 33; mend `width`" in asked(model)
+
+
+def test_an_encoder_that_prepares_another_shape_is_named(
+    model: LlavaModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def channels_last(self: VisionEncoder, image: Image.Image) -> Tensor:
+        return torch.zeros(self.image_size, self.image_size, 3)
+
+    monkeypatch.setattr(type(model.vision), "prepare", channels_last)
+    assert "`clip` prepares an image as (32, 32, 3), but its `image_size` says" in asked(model)
+
+
+# -- contracts -------------------------------------------------------------------------------------
+
+
+CONTRACTS = """\
+from llavakit.testing import ConnectorContract, ExporterContract
+
+class TestNothing(ConnectorContract):
+    pass
+
+class TestModelless(ExporterContract):
+    def build(self):
+        return None
+"""
+
+
+def test_a_contract_that_is_not_filled_in_fails_rather_than_being_passed_over(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "test_mine.py").write_text(CONTRACTS)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_mine.py"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == pytest.ExitCode.TESTS_FAILED
+    assert "TestNothing has no `build`" in done.stdout
+    assert "TestModelless has no `model`" in done.stdout
+    assert "passed" not in done.stdout
+
+
+# -- in a run --------------------------------------------------------------------------------------
+
+PACKAGE = """\
+from llavakit import Exporter, Options, Outcome, Step, Tracker, hookimpl
+from llavakit.files import new_folder
+
+class Figures(Options):
+    what: str
+
+class Work(Step):
+    name = "work"
+    Options = Figures
+
+    def run(self, run):
+        import numpy as np
+        values = {
+            "number": Outcome({"value": np.float32(0.5), "count": np.int64(3)}),
+            "text": Outcome({"value": "many"}),
+            "nothing": None,
+        }
+        (run.directory / "file").write_text("made")
+        return values[self.options.what]
+
+class Lost(Tracker):
+    name = "lost"
+
+    def record(self, event):
+        if event["event"] == "done":
+            raise ConnectionError("no network")
+
+    def close(self):
+        raise AssertionError("it is told nothing more")
+
+class Written(Exporter):
+    name = "written"
+
+    def export(self, model, folder):
+        with new_folder(folder) as partial:
+            (partial / "weights").write_bytes(b"1234")
+        return {"difference": 0.0}
+
+@hookimpl
+def llava_steps():
+    return [Work]
+
+@hookimpl
+def llava_trackers():
+    return [Lost]
+
+@hookimpl
+def llava_exporters():
+    return [Written]
+"""
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    site = tmp_path / "site"
+    site.mkdir()
+    monkeypatch.syspath_prepend(site)
+    distribution(site, "llava-authors", "llava_authors", PACKAGE)
+    yield
+    sys.modules.pop("llava_authors", None)
+
+
+def metrics(run: Path, step: str) -> Mapping[str, Any]:
+    found: Mapping[str, Any] = json.loads((run / step / "artifact.json").read_text())["metrics"]
+    return found
+
+
+@pytest.mark.usefixtures("package")
+def test_numbers_of_numpy_are_numbers_and_a_tracker_that_fails_ends_no_run(
+    tmp_path: Path, llava_run: Command, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "r.toml"
+    path.write_text(
+        'trackers = [{ use = "lost" }]\nsteps = [{ use = "work", what = "number" }, '
+        '{ use = "work", what = "number" }]'
+    )
+    code, _, err = llava_run(path, "--out", tmp_path / "run")
+    assert code == 0, err
+    assert metrics(tmp_path / "run", "02-work") == {"value": 0.5, "count": 3}
+    told = [record for record in caplog.records if "tracker `lost` failed" in record.message]
+    assert len(told) == 1
+    assert told[0].exc_info
+    assert "no network" in str(told[0].exc_info[1])
+
+
+@pytest.mark.usefixtures("package")
+@pytest.mark.parametrize(
+    ("what", "sentence"),
+    [
+        ("text", "step `work` reports 'many' as its metric `value`; report a number"),
+        ("nothing", "step `work` returned NoneType from `run`; return an Outcome"),
+    ],
+)
+def test_a_step_that_reports_no_numbers_is_named_and_not_done(
+    tmp_path: Path, llava_run: Command, what: str, sentence: str
+) -> None:
+    path = tmp_path / "r.toml"
+    path.write_text(f'steps = [{{ use = "work", what = "{what}" }}]')
+    for _ in range(2):  # the second time as the first
+        code, _, err = llava_run(path, "--out", tmp_path / "run")
+        assert code == 2
+        assert sentence in err
+    assert not (tmp_path / "run" / "01-work" / "artifact.json").exists()
+
+
+@pytest.mark.usefixtures("package")
+def test_a_layout_that_is_only_written_can_be_exported_and_the_model_tried(
+    write_recipe: RecipeWriter, llava_run: Command, tmp_path: Path, data: Path
+) -> None:
+    path = write_recipe()
+    own = f'{{ use = "conversations", path = "{data}/train.json", images = "{data}/images" }}'
+    path.write_text(
+        path.read_text()
+        + f'\n[[steps]]\nuse = "export"\nformat = {{ use = "written" }}\ncount = 2\ntries = {own}'
+    )
+    run = tmp_path / "run"
+    code, _, err = llava_run(path, "--out", run, "--set", "steps.1.skip=true")
+    assert code == 0, err
+    assert metrics(run, "03-export")["bytes"] == 4
+    assert "The model&#39;s answers" in (run / "report.html").read_text()
+    assert (run / "model").resolve() == run / "02-finetune" / "model"
