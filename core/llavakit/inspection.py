@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -306,64 +306,3 @@ def _distribution(values: npt.NDArray[np.int64]) -> Tokens | None:
         edges=edges,
         counts=counts.tolist(),
     )
-
-
-# -- as text ---------------------------------------------------------------------------------------
-
-
-def render(report: Report, shown: int = 5) -> Iterator[object]:
-    """Yield what rich prints of a report: tables, histograms, the first findings of each sort."""
-    from rich.table import Table
-    from rich.text import Text
-
-    facts = Table(show_header=False, title=report.data, title_justify="left")
-    facts.add_column()
-    facts.add_column(justify="right")
-    facts.add_column()
-    unread = report.rows - report.samples
-    for name, value, remark in (
-        ("samples", report.samples, f"{unread:,} rows cannot be used" if unread else ""),
-        ("  with one image", report.image_samples, ""),
-        ("  with several images", report.multi_image_samples, ""),
-        ("  text only", report.text_samples, ""),
-        ("turns", report.turns, f"{report.most_turns} at most in one sample"),
-        ("images", report.distinct_images, f"{report.images:,} mentions"),
-        ("  missing", report.missing_images, ""),
-        ("  broken", report.broken_images, ""),
-        ("duplicate ids", report.duplicate_ids, ""),
-        ("cut samples", report.cut, f"longer than {report.max_length:,} tokens"),
-        ("nothing learned", report.nothing_learned, ""),
-    ):
-        facts.add_row(name, f"{value:,}", remark)
-    yield facts
-    for title, tokens in (("tokens", report.tokens), ("learned tokens", report.learned_tokens)):
-        if tokens is not None:
-            yield _histogram(title, tokens, report)
-    for sort in report.findings:
-        what = "stops a training" if sort.stops else "does not stop a training"
-        yield Text(f"{sort.sort}: {sort.count:,} ({what})", "bold")
-        yield from (Text(f"  {message}") for message in sort.messages[:shown])
-        if sort.count > shown:
-            yield Text(f"  and {sort.count - shown:,} more; --json lists {KEPT} of each sort")
-    yield Text(f"{report.rows:,} rows in {report.seconds:,.1f} s")
-
-
-def _histogram(title: str, tokens: Tokens, report: Report) -> object:
-    from rich.table import Table
-
-    table = Table(
-        title=f"{title} a sample, by {report.counted_with}, {report.visual_tokens} an image: "
-        f"mean {tokens.mean:,}, median {tokens.median:,}, 95 % {tokens.p95:,}, "
-        f"longest {tokens.longest:,}, total {tokens.total:,}",
-        title_justify="left",
-        show_header=False,
-        box=None,
-    )
-    table.add_column(justify="right")
-    table.add_column(justify="right")
-    table.add_column(no_wrap=True)
-    ends: Sequence[int] = [*tokens.edges[1:], tokens.longest + 1]
-    for begin, end, count in zip(tokens.edges, ends, tokens.counts, strict=True):
-        bar = "█" * round(40 * count / max(tokens.counts))
-        table.add_row(f"{begin:,} – {end - 1:,}", f"{count:,}", bar)
-    return table

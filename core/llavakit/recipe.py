@@ -19,22 +19,13 @@ from pydantic_settings import (
     SettingsError,
 )
 
-from llavakit.checking import (
-    Problem,
-    Source,
-    check,
-    check_value,
-    problems_in,
-    set_key,
-    sound,
-    stated,
-    step_index,
-)
+from llavakit.checking import Problem, check, check_value, problems_in, sound
 from llavakit.comparing.published import Published
 from llavakit.components import LATER, SkippableUse, Use
 from llavakit.errors import RecipeError
 from llavakit.interfaces import Step, Tracker
 from llavakit.model_recipe import ModelRecipe
+from llavakit.overrides import Source, set_key, stated, step_index
 from llavakit.registry import Registry
 from llavakit.toml_lines import Key
 

@@ -63,7 +63,7 @@ def _chat(arguments: argparse.Namespace) -> int:
 
 def _table(assignments: Sequence[str]) -> dict[str, Any]:
     """Return what `part.option=value` say, as tables of options."""
-    from llavakit.checking import set_key
+    from llavakit.overrides import set_key
 
     table: dict[str, Any] = {}
     for assignment in assignments:

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from llavakit.cli.flags import Commands, add_settings
 from llavakit.errors import DataError
+
+if TYPE_CHECKING:
+    from llavakit.inspection import Report, Tokens
+
+_SHOWN = 5  # findings of each sort
 
 
 def add(commands: Commands) -> None:
@@ -38,7 +45,7 @@ def _check_data(arguments: argparse.Namespace) -> int:
 
     from llavakit.checking import build_from, state_options
     from llavakit.components import Use
-    from llavakit.inspection import Lengths, inspect_data, render
+    from llavakit.inspection import Lengths, inspect_data
     from llavakit.interfaces import Dataset, PromptTemplate
     from llavakit.progress import show_progress
     from llavakit.registry import Registry
@@ -75,10 +82,73 @@ def _check_data(arguments: argparse.Namespace) -> int:
     else:
         from rich.console import Console
 
-        Console(soft_wrap=True).print(*render(report), sep="\n")
+        Console(soft_wrap=True).print(*_render(report), sep="\n")
     if report.usable:
         return 0
     stopping = [f"{sort.sort} ({sort.count:,})" for sort in report.findings if sort.stops]
     raise DataError(
         f"{arguments.file} would stop a training: {', '.join(stopping) or 'it has no samples'}"
     )
+
+
+# -- as text ---------------------------------------------------------------------------------------
+
+
+def _render(report: Report) -> Iterator[object]:
+    """Yield what rich prints of a report: tables, histograms, the first findings of each sort."""
+    from rich.table import Table
+    from rich.text import Text
+
+    from llavakit.inspection import KEPT
+
+    facts = Table(show_header=False, title=report.data, title_justify="left")
+    facts.add_column()
+    facts.add_column(justify="right")
+    facts.add_column()
+    unread = report.rows - report.samples
+    for name, value, remark in (
+        ("samples", report.samples, f"{unread:,} rows cannot be used" if unread else ""),
+        ("  with one image", report.image_samples, ""),
+        ("  with several images", report.multi_image_samples, ""),
+        ("  text only", report.text_samples, ""),
+        ("turns", report.turns, f"{report.most_turns} at most in one sample"),
+        ("images", report.distinct_images, f"{report.images:,} mentions"),
+        ("  missing", report.missing_images, ""),
+        ("  broken", report.broken_images, ""),
+        ("duplicate ids", report.duplicate_ids, ""),
+        ("cut samples", report.cut, f"longer than {report.max_length:,} tokens"),
+        ("nothing learned", report.nothing_learned, ""),
+    ):
+        facts.add_row(name, f"{value:,}", remark)
+    yield facts
+    for title, tokens in (("tokens", report.tokens), ("learned tokens", report.learned_tokens)):
+        if tokens is not None:
+            yield _histogram(title, tokens, report)
+    for sort in report.findings:
+        what = "stops a training" if sort.stops else "does not stop a training"
+        yield Text(f"{sort.sort}: {sort.count:,} ({what})", "bold")
+        yield from (Text(f"  {message}") for message in sort.messages[:_SHOWN])
+        if sort.count > _SHOWN:
+            yield Text(f"  and {sort.count - _SHOWN:,} more; --json lists {KEPT} of each sort")
+    yield Text(f"{report.rows:,} rows in {report.seconds:,.1f} s")
+
+
+def _histogram(title: str, tokens: Tokens, report: Report) -> object:
+    from rich.table import Table
+
+    table = Table(
+        title=f"{title} a sample, by {report.counted_with}, {report.visual_tokens} an image: "
+        f"mean {tokens.mean:,}, median {tokens.median:,}, 95 % {tokens.p95:,}, "
+        f"longest {tokens.longest:,}, total {tokens.total:,}",
+        title_justify="left",
+        show_header=False,
+        box=None,
+    )
+    table.add_column(justify="right")
+    table.add_column(justify="right")
+    table.add_column(no_wrap=True)
+    ends: Sequence[int] = [*tokens.edges[1:], tokens.longest + 1]
+    for begin, end, count in zip(tokens.edges, ends, tokens.counts, strict=True):
+        bar = "█" * round(40 * count / max(tokens.counts))
+        table.add_row(f"{begin:,} – {end - 1:,}", f"{count:,}", bar)
+    return table
