@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from llavakit.files import explain_write
+from llavakit.files import drop_torn_line, explain_write
 from llavakit.interfaces import Tracker
 
 FILE = "events.jsonl"
@@ -24,9 +24,9 @@ class EventLog:
 
     def __init__(self, folder: Path, trackers: Sequence[Tracker] = ()) -> None:
         path = folder / FILE
+        drop_torn_line(path)
         with explain_write(path):
-            _drop_torn_line(path)
-            self._file = path.open("a", encoding="utf-8")
+            self._file = path.open("a", encoding="utf-8", errors="backslashreplace")
         self._trackers = list(trackers)
         self._step = ""
 
@@ -75,22 +75,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     return value
-
-
-def _drop_torn_line(path: Path) -> None:
-    """Cut the half line that a killed run may have left."""
-    if path.is_file():
-        data = path.read_bytes()
-        if data and not data.endswith(b"\n"):
-            with path.open("r+b") as file:
-                file.truncate(data.rfind(b"\n") + 1)
-
-
-def read_events(folder: Path) -> Iterator[Mapping[str, Any]]:
-    """Yield the events of a run."""
-    path = folder / FILE
-    if path.is_file():
-        with path.open(encoding="utf-8") as file:
-            for line in file:
-                if line.endswith("\n"):
-                    yield json.loads(line)

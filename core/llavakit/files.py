@@ -21,11 +21,14 @@ def write_text(path: Path, text: str) -> None:
 
 @contextmanager
 def new_file(path: Path) -> Iterator[TextIO]:
-    """Yield a file to write that becomes `path` when the block ends without an error."""
+    """Yield a file to write that becomes `path` when the block ends without an error.
+
+    A lone surrogate, which UTF-8 has no place for, is written as the escape that JSON has for it.
+    """
     partial = path.with_name(f".{path.name}.partial")
     with explain_write(path):
         try:
-            with partial.open("w", encoding="utf-8") as file:
+            with partial.open("w", encoding="utf-8", errors="backslashreplace") as file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
@@ -63,6 +66,14 @@ def new_folder(path: Path) -> Iterator[Path]:
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
+
+
+def drop_torn_line(path: Path) -> None:
+    """Cut the half line that a killed process or a full disk left at a file's end."""
+    with explain_write(path):
+        data = path.read_bytes() if path.is_file() else b""
+        if data and not data.endswith(b"\n"):
+            os.truncate(path, data.rfind(b"\n") + 1)
 
 
 def link_folder(link: Path, folder: Path) -> None:

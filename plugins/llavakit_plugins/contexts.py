@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import overload
 
 from llavakit import DataError, ImageContext
+from llavakit.files import new_file
 from llavakit.samples import Box
 
 _BEYOND = 0.01  # of 1: what rounding may do to a box at an edge
@@ -33,8 +34,8 @@ def to_line(context: ImageContext) -> str:
 
 
 def write_contexts(path: Path, contexts: Iterable[ImageContext]) -> None:
-    """Write a file of contexts."""
-    with path.open("w", encoding="utf-8") as file:
+    """Write a file of contexts, whole or not at all."""
+    with new_file(path) as file:
         file.writelines(map(to_line, contexts))
 
 

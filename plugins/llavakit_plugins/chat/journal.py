@@ -9,7 +9,7 @@ from typing import Any, Self
 from uuid import uuid4
 
 from llavakit import DataError
-from llavakit.files import explain_write
+from llavakit.files import drop_torn_line, explain_write
 from llavakit_plugins.chat.ledger import Ledger
 
 
@@ -18,7 +18,7 @@ class Journal:
 
     def __init__(self, path: Path, earlier: list[Path]) -> None:
         self._path = path
-        self._mend()
+        drop_torn_line(path)
         self.marks: list[str] = []
         self.collected: set[str] = set()
         for other in (*earlier, path):
@@ -47,13 +47,6 @@ class Journal:
                 self.marks.append(row["mark"])
             else:
                 self.collected.add(row["collected"])
-
-    def _mend(self) -> None:
-        """Cut the half line that a killed process or a full disk left."""
-        data = self._path.read_bytes() if self._path.is_file() else b""
-        if data and not data.endswith(b"\n"):
-            with explain_write(self._path):
-                os.truncate(self._path, data.rfind(b"\n") + 1)
 
     def _append(self, row: dict[str, Any]) -> None:
         with explain_write(self._path), self._path.open("a", encoding="utf-8") as file:

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from llavakit import DataError, LlavaModel, Question, Stopped
-from llavakit.files import explain_write
+from llavakit.files import drop_torn_line, explain_write
 from llavakit.generation import Sampling
 from llavakit.interfaces import Progress
 from llavakit.samples import ImageSource
@@ -45,7 +45,7 @@ class AnswerFile:
         self.path, self._model_id = path, model_id
         self._known: dict[tuple[str, str, tuple[str, ...]], str] = {}
         if resume and path.is_file():
-            _drop_torn_line(path)
+            drop_torn_line(path)
             for _, row in read_lines(path):
                 key = (str(row["question_id"]), row["prompt"], tuple(row["image"]))
                 self._known[key] = row["text"]
@@ -209,10 +209,3 @@ def _key(question: Question) -> tuple[str, str, tuple[str, ...]]:
 def _names(images: Sequence[ImageSource]) -> Iterator[str]:
     """Yield the images' paths; one that was never a file has no name that lasts."""
     return (str(image) if isinstance(image, Path) else "" for image in images)
-
-
-def _drop_torn_line(path: Path) -> None:
-    data = path.read_bytes()
-    if data and not data.endswith(b"\n"):
-        with explain_write(path), path.open("r+b") as file:
-            file.truncate(data.rfind(b"\n") + 1)

@@ -118,7 +118,7 @@ def json_list(path: Path) -> Iterator[Write]:
         def write(row: Mapping[str, Any]) -> None:
             nonlocal count
             text = json.dumps(row, ensure_ascii=False, indent=1).replace("\n", "\n ")
-            file.write(f"{',' if count else '['}\n {_storable(text)}")
+            file.write(f"{',' if count else '['}\n {text}")
             count += 1
 
         yield write
@@ -129,9 +129,4 @@ def json_list(path: Path) -> Iterator[Write]:
 def json_lines(path: Path) -> Iterator[Write]:
     """Yield a function that appends a line to a file."""
     with new_file(path) as file:
-        yield lambda row: print(_storable(json.dumps(row, ensure_ascii=False)), file=file)
-
-
-def _storable(text: str) -> str:
-    """Return JSON in which a lone surrogate, which UTF-8 has no place for, is an escape."""
-    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+        yield lambda row: print(json.dumps(row, ensure_ascii=False), file=file)

@@ -102,7 +102,7 @@ class Review:
             unusable=[card for card in unusable if card["id"] not in shown],
             unusable_total=self._unusable.total,
         )
-        write_text(path, text.encode("utf-8", "replace").decode("utf-8"))
+        write_text(path, text)
 
     def _card(self, item: Item) -> dict[str, Any]:
         verdict, entry = item.verdict, item.entry
