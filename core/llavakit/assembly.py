@@ -44,7 +44,8 @@ def create_model(
 
     New weights depend on `seed` and the part alone. Parts that are given are taken as they are.
     """
-    with torch.random.fork_rng():
+    place = torch.device(device)
+    with torch.random.fork_rng([place] if place.type == "cuda" else []):  # none of other devices
         if vision is None:
             torch.manual_seed(seed)
             vision = create_part(recipe.vision, registry)
@@ -58,7 +59,7 @@ def create_model(
             vision_width=vision.width,
             language_width=language.width,
         )
-    return join_model(recipe, registry, vision, connector, language).to(device)
+    return join_model(recipe, registry, vision, connector, language).to(place)
 
 
 def create_part(use: Use[Any], registry: Registry, **context: Any) -> Any:

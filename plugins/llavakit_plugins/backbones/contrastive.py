@@ -69,6 +69,7 @@ def train_clip(
             f"`backbones` trains a CLIP, not `{vision.name}`; use `clip` as vision encoder"
         )
     assert target is not None
+    device = target.device
     contexts = [context for file in files for context in file]
     captions = [
         [[*tokenizer(caption)["input_ids"], tokenizer.eos_token_id] for caption in context.captions]
@@ -90,7 +91,7 @@ def train_clip(
         logit_scale_init_value=math.log(1 / 0.07),
     )
     torch.manual_seed(run.seed)
-    clip = CLIPModel(config).train()
+    clip = CLIPModel(config).train().to(device)
     for module in clip.modules():
         if isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight, std=options.loudness)
@@ -110,9 +111,11 @@ def train_clip(
         with torch.no_grad():
             clip.logit_scale.clamp_(0, _MAX_SCALE)
         logits_BB = clip(
-            input_ids=rows, attention_mask=mask, pixel_values=pixels[index]
+            input_ids=rows.to(device),
+            attention_mask=mask.to(device),
+            pixel_values=pixels[index].to(device),
         ).logits_per_image
-        truth = torch.arange(len(index))
+        truth = torch.arange(len(index), device=device)
         loss: Tensor = (F.cross_entropy(logits_BB, truth) + F.cross_entropy(logits_BB.T, truth)) / 2
         return loss
 

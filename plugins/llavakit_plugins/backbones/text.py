@@ -87,6 +87,7 @@ def train_language(
         encoded.append(Encoded(ids, learned, language.max_length))
     language.train()
     named = dict(language.named_parameters())
+    device = next(iter(named.values())).device
     decayed = {name: p for name, p in named.items() if p.ndim > 1 and "embed" not in name}
     others = {name: p for name, p in named.items() if name not in decayed}
     groups = [Group(decayed, options.lr, options.weight_decay), Group(others, options.lr)]
@@ -97,7 +98,7 @@ def train_language(
         begin = step * options.batch_size
         places = range(begin, begin + options.batch_size)
         chosen = shuffled(places, len(encoded), run.seed, 4)
-        return pack([encoded[index] for index in chosen], chosen, visual_tokens=1)
+        return pack([encoded[index] for index in chosen], chosen, visual_tokens=1).to(device)
 
     def loss_of(step: int) -> Tensor:
         packed = batch(step)
