@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from llavakit.errors import ModelError
 from llavakit.files import HASHED_BYTES, digest
-from llavakit_plugins.onnx_runtime.layout import DECODER, REPORT, SUFFIXES, graph_file
+from llavakit_plugins.onnx_runtime.layout import DECODER, GRAPHS, REPORT, SUFFIXES, graph_file
 from llavakit_plugins.onnx_runtime.pictures import Preparation
 from llavakit_plugins.onnx_runtime.prompting import PromptFormat
 
@@ -118,8 +118,6 @@ def read(path: Path, precision: str | None) -> tuple[Folder, str]:
 
 
 def _stems(precision: str) -> tuple[str, ...]:
-    from llavakit_plugins.onnx_runtime.layout import GRAPHS
-
     return tuple(f"{graph}{SUFFIXES[precision]}" for graph in GRAPHS)
 
 

@@ -15,7 +15,7 @@ from llavakit.prompts import IMAGE_ID, encode
 from llavakit.samples import IMAGE, Sample, Turn
 from llavakit_plugins.exporters.onnx.pictures import javascript_settings, python_settings
 from llavakit_plugins.exporters.onnx.prompts import chat_template
-from llavakit_plugins.onnx_runtime.layout import graph_file
+from llavakit_plugins.onnx_runtime.layout import GRAPHS, graph_file
 from llavakit_plugins.onnx_runtime.pictures import Preparation
 from llavakit_plugins.onnx_runtime.prompting import PromptFormat
 
@@ -185,7 +185,7 @@ def _config(
     for table in (text, shape):
         for name in ("_name_or_path", "transformers_version", "architectures", "dtype"):
             table.pop(name, None)
-    clients: dict[str, Any] = {"dtype": _client_dtype(precisions[0])}
+    clients: dict[str, Any] = {"dtype": dict.fromkeys(GRAPHS, precisions[0])}
     if external:
         clients["use_external_data_format"] = dict(external)
     return {
@@ -202,15 +202,7 @@ def _config(
     }
 
 
-def _client_dtype(precision: str) -> dict[str, str]:
-    from llavakit_plugins.onnx_runtime.layout import GRAPHS
-
-    return dict.fromkeys(GRAPHS, precision)
-
-
 def external_files(folder: Path, precisions: Sequence[str]) -> dict[str, int]:
     """Return the graphs whose weights lie in a file beside them."""
-    from llavakit_plugins.onnx_runtime.layout import GRAPHS
-
     names = [graph_file(graph, precision) for precision in precisions for graph in GRAPHS]
     return {Path(name).name: 1 for name in names if (folder / f"{name}_data").is_file()}

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
 from pydantic import Field, field_validator
+from torch import nn
 
 from llavakit import Exporter, ModelError, Options
-from llavakit.assembly import cast_weights
 from llavakit.files import digest, new_folder
 from llavakit_plugins.exporters.onnx.attention import Attention
 from llavakit_plugins.onnx_runtime import folder as folders
@@ -237,9 +237,13 @@ class _in_float32:
         kinds = {p.dtype for p in self._model.parameters() if p.is_floating_point()}
         if kinds == {torch.float32} and self._model.device.type == "cpu":
             return self._model.eval()
-        copy = deepcopy(self._model).to("cpu").eval()
-        cast_weights(copy, torch.float32)
-        return copy
+        # weight by weight: whole, the copy would lie beside the model on its device first
+        copies = {
+            id(p): nn.Parameter(p.detach().to("cpu", torch.float32), requires_grad=False)
+            for p in self._model.parameters()
+            if p.is_floating_point()
+        }
+        return deepcopy(self._model, copies).to("cpu").eval()
 
     def __exit__(self, *_: object) -> None:
         self._model.train(self._training)
