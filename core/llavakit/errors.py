@@ -33,3 +33,8 @@ class ChatError(LlavaError):
 
 class ReplyError(ChatError):
     """A chat model did not answer one request; it may answer others."""
+
+    def __init__(self, message: str, *, lasting: bool = False) -> None:
+        super().__init__(message)
+        self.lasting = lasting
+        """Whether this request will never be answered, however often it is asked."""

@@ -429,6 +429,64 @@ def test_the_recipe_evaluates_any_model_folder(
     assert "## Model" not in page
 
 
+def test_a_judge_that_falls_silent_leaves_no_score_and_a_resume_asks_what_is_left(
+    shared: Path, model: Path, tmp_path: Path, llava_run: Command, service: Service
+) -> None:
+    """A score of the questions that happened to be answered would be taken for the score."""
+    bench = shared / "llava_bench_coco"
+    asked = rows(bench / "questions.jsonl")[:6]
+    names = sorted({row["image"] for row in asked})
+    contexts = tmp_path / "contexts.jsonl"
+    contexts.write_text("".join(json.dumps({"image": n, "caption": n}) + "\n" for n in names))
+    recipe = tmp_path / "judged.toml"
+    recipe.write_text(
+        f"""\
+name = "judged"
+device = "cpu"
+[[steps]]
+use = "evaluate"
+init = "{model}"
+max_new_tokens = 4
+[[steps.benchmarks]]
+use = "llava-bench"
+questions = "{bench / "questions.jsonl"}"
+references = "{bench / "gpt4_answers.jsonl"}"
+contexts = "{contexts}"
+images = "{pictures(tmp_path / "images", names)}"
+limit = 6
+judge = {{ use = "openai", model = "gpt-4o", base_url = "{service.url}", retries = 0 }}
+"""
+    )
+    good = service.otherwise
+    service.actions = [
+        good,
+        good,
+        lambda handler, body: handler.fail(500, "boom"),
+        lambda handler, body: handler.fail(400, "too long"),
+        lambda handler, body: handler.hang_up(),
+    ]
+    run = tmp_path / "run"
+    code, _, err = llava_run(recipe, "--out", run)
+    assert code == 2
+    assert "the judge left 2 of 6 questions without an answer (`" in err
+    assert "what it answered is kept" in err
+    assert "run again later with --resume" in err
+    assert len(service.asked) == 6
+    answers = (run / "01-evaluate" / "llava-bench.jsonl").read_bytes()
+    service.actions = [good, lambda handler, body: handler.fail(400, "too long"), good]
+    code, _, err = llava_run(recipe, "--out", run, "--resume")
+    assert code == 0, err
+    assert len(service.asked) == 6 + 3  # the two, and the one that is refused for good
+    reviews = rows(run / "01-evaluate" / "llava-bench-scoring" / "reviews.jsonl")
+    assert len(reviews) == 6
+    assert sum(review["tuple"] is None for review in reviews) == 1
+    metrics = json.loads((run / "01-evaluate" / "artifact.json").read_text())["metrics"]
+    assert metrics["sighted_unparsed"] == 1
+    written = [json.loads(line)["text"] for line in answers.splitlines()]
+    final = rows(run / "01-evaluate" / "llava-bench.jsonl")
+    assert sorted(row["text"] for row in final) == sorted(written)
+
+
 def test_a_recipe_without_a_model_needs_a_folder(refused: Callable[..., str]) -> None:
     text = refused("evaluate")
     assert "missing option `model`" in text

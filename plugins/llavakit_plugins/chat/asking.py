@@ -27,6 +27,8 @@ class Tally:
     """Requests answered now, those already in the ledger not counted."""
     unanswered: dict[str, str] = field(default_factory=dict)
     """Why requests got no reply, by key."""
+    refused: set[str] = field(default_factory=set)
+    """Those of them that will never get one."""
 
 
 def ask_all(
@@ -149,7 +151,7 @@ class _Asker:
             try:
                 await self._ask(facts, request)
             except ReplyError as error:
-                self._no_answer(facts.key, str(error))
+                self._no_answer(facts.key, error)
             except ChatError as error:
                 self._end = self._end or error
             finally:
@@ -182,8 +184,10 @@ class _Asker:
             self._reserving_now -= 1
             self._reserved = self._reserved - most if self._reserving_now else 0.0
 
-    def _no_answer(self, key: str, reason: str) -> None:
-        self.tally.unanswered[key] = reason
+    def _no_answer(self, key: str, error: ReplyError) -> None:
+        self.tally.unanswered[key] = reason = str(error)
+        if error.lasting:
+            self.tally.refused.add(key)
         self._failed_in_a_row += 1
         if self._failed_in_a_row >= _PATIENCE and self._end is None:
             self._end = ChatError(
@@ -280,6 +284,7 @@ class _Asker:
     async def _take(self, key: str, reply: Reply | str, known: dict[str, Asked]) -> None:
         if isinstance(reply, str):
             self.tally.unanswered[key] = reply
+            self.tally.refused.add(key)
             return
         if key in self._ledger:
             return

@@ -339,7 +339,7 @@ class OpenAI(ChatModel):
         if status in (408, 409, 425, 429) or status >= 500:
             pause = retry_after(error.response.headers)
             raise Fault(said, pause, busy=status == 429 or pause is not None)
-        raise ReplyError(f"{self.options.base_url} refuses a request: {said}")
+        raise ReplyError(f"{self.options.base_url} refuses a request: {said}", lasting=True)
 
     async def fatal(self, error: openai.APIStatusError) -> ChatError:
         """Return what ends the job: the key, the model or the address is wrong."""

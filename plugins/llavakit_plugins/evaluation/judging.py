@@ -9,10 +9,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Self
 
-from llavakit import ChatModel, Message, Run
+from llavakit import ChatError, ChatModel, Message, Run
 from llavakit.interfaces import Progress
 from llavakit_plugins.chat.asking import ask_all
 from llavakit_plugins.chat.ledger import Entry, Ledger, Request, asked
+from llavakit_plugins.evaluation.rows import listed
 
 
 def _silent(done: int, total: int, note: str = "") -> None:
@@ -39,10 +40,11 @@ class Asking:
 def replies(
     judge: ChatModel, questions: Sequence[Sequence[Message]], labels: Sequence[str], asking: Asking
 ) -> list[str | None]:
-    """Return the judge's reply to each question; None where the service gave none.
+    """Return the judge's reply to each question; None where the service refuses that one.
 
-    Raises ChatError where the service cannot be used, Stopped where the user asked to stop; what
-    was replied until then is kept.
+    Raises ChatError where the service cannot be used, or did not answer some questions for now: a
+    score without them would stand for all. Raises Stopped where the user asked to stop. What was
+    replied until then is kept.
     """
     requests = [
         Request(tuple(messages), label=label)
@@ -53,7 +55,8 @@ def replies(
         if path is None:
             path = Path(stack.enter_context(TemporaryDirectory())) / "judge.jsonl"
         ledger = stack.enter_context(Ledger(path, identity=judge.identity))
-        wanted = {asked(judge.identity, request).key for request in requests}
+        keys = [asked(judge.identity, request).key for request in requests]
+        wanted = set(keys)
         done = sum(key in ledger for key in wanted)
 
         def show(entry: Entry) -> None:
@@ -61,7 +64,7 @@ def replies(
             done += 1
             asking.progress(done, len(wanted), "asking the judge")
 
-        ask_all(
+        tally = ask_all(
             judge,
             lambda: requests,
             ledger,
@@ -69,5 +72,12 @@ def replies(
             stopping=asking.stopping,
             progress=show,
         )
-        found = [ledger.get(asked(judge.identity, request).key) for request in requests]
+        found = [ledger.get(key) for key in keys]
+    silent = [key for key in tally.unanswered if key not in tally.refused]
+    if silent:
+        names = [label for key, label in zip(keys, labels, strict=True) if key in silent]
+        raise ChatError(
+            f"the judge left {len(silent)} of {len(wanted)} questions without an answer "
+            f"({listed(names)}); what it answered is kept. The last: {tally.unanswered[silent[-1]]}"
+        )
     return [None if entry is None else entry.text for entry in found]
