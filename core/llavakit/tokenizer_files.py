@@ -24,8 +24,8 @@ def find_tokenizer(source: str) -> PreTrainedTokenizerBase:
         if path.is_file():
             return _from_file(path)
         if (path / "model.toml").is_file():  # a model folder of ours
-            return _load(str(path / "language"))
-        return _load(source)
+            return fast_tokenizer(str(path / "language"))
+        return fast_tokenizer(source)
     except (OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())
         raise ModelError(
@@ -34,17 +34,26 @@ def find_tokenizer(source: str) -> PreTrainedTokenizerBase:
         ) from error
 
 
-def _load(source: str) -> PreTrainedTokenizerBase:
-    """Return the fast tokenizer of a Hugging Face folder or a hub name."""
+def fast_tokenizer(
+    source: str, revision: str | None = None, **settings: Any
+) -> PreTrainedTokenizerBase:
+    """Return the fast tokenizer of a Hugging Face folder or a hub name.
+
+    `settings` change those that are written there.
+    """
     from transformers import AutoTokenizer
     from transformers.utils.hub import cached_file
 
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source)
+    revision = revision or "main"
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+        source, revision=revision, **settings
+    )
 
     def held(name: str) -> str | None:
         found: str | None = cached_file(
             source,
             name,
+            revision=revision,
             local_files_only=True,
             _raise_exceptions_for_missing_entries=False,
             _raise_exceptions_for_connection_errors=False,
@@ -52,7 +61,7 @@ def _load(source: str) -> PreTrainedTokenizerBase:
         return found
 
     if held("tokenizer.json") is None and (model := held("tokenizer.model")) is not None:
-        merge_by_score(tokenizer, Path(model))
+        _merge_by_score(tokenizer, Path(model))
     return tokenizer
 
 
@@ -61,17 +70,17 @@ def _from_file(path: Path) -> PreTrainedTokenizerBase:
 
     if path.suffix == ".json":
         if (path.parent / "tokenizer_config.json").is_file():
-            return _load(str(path.parent))
+            return fast_tokenizer(str(path.parent))
         tokenizer: PreTrainedTokenizerBase = PreTrainedTokenizerFast(tokenizer_file=str(path))
         return tokenizer
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "tokenizer.model").symlink_to(path.resolve())
         settings = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "legacy": True}
         (Path(folder) / "tokenizer_config.json").write_text(json.dumps(settings))
-        return _load(folder)
+        return fast_tokenizer(folder)
 
 
-def merge_by_score(tokenizer: Any, model: Path) -> None:
+def _merge_by_score(tokenizer: Any, model: Path) -> None:
     """Sort the merges of a tokenizer by the scores in its SentencePiece file.
 
     transformers 5.23 reads the merges of a bare `tokenizer.model` in the order of their ids, which

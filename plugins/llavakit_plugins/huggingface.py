@@ -12,98 +12,11 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field, model_validator
 
 from llavakit import ModelError, Options
-from llavakit.tokenizer_files import merge_by_score
+from llavakit.tokenizer_files import fast_tokenizer
+from llavakit_plugins.known_shapes import KNOWN
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-
-def _clip(width: int, layers: int, edge: int, patch: int, **others: Any) -> dict[str, Any]:
-    return {
-        "model_type": "clip_vision_model",
-        "hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": layers,
-        "num_attention_heads": width // (80 if width == 1280 else 64),
-        "image_size": edge, "patch_size": patch, **others,
-    }  # fmt: skip
-
-
-def _siglip(size: str, edge: int, patch: int) -> dict[str, Any]:
-    width, inner, layers, heads = {
-        "base": (768, 3072, 12, 12),
-        "large": (1024, 4096, 24, 16),
-        "so400m": (1152, 4304, 27, 16),
-        "giant-opt": (1536, 6144, 40, 16),
-    }[size]
-    return {
-        "model_type": "siglip_vision_model",
-        "hidden_size": width, "intermediate_size": inner, "num_hidden_layers": layers,
-        "num_attention_heads": heads, "image_size": edge, "patch_size": patch,
-    }  # fmt: skip
-
-
-KNOWN: dict[str, dict[str, Any]] = {
-    # shapes as their config.json files give them, so that a plan works without the network
-    "openai/clip-vit-base-patch32": _clip(768, 12, 224, 32),
-    "openai/clip-vit-base-patch16": _clip(768, 12, 224, 16),
-    "openai/clip-vit-large-patch14": _clip(1024, 24, 224, 14),
-    "openai/clip-vit-large-patch14-336": _clip(1024, 24, 336, 14),
-    "laion/CLIP-ViT-H-14-laion2B-s32B-b79K": _clip(1280, 32, 224, 14, hidden_act="gelu"),
-    **{
-        f"google/{version}-{size}-patch{patch}-{edge}": _siglip(size, edge, patch)
-        for version, size, patch, edges in (
-            ("siglip", "base", 16, (224, 256, 384, 512)),
-            ("siglip", "large", 16, (256, 384)),
-            ("siglip", "so400m", 14, (224, 384)),
-            ("siglip2", "base", 16, (224, 256, 384, 512)),
-            ("siglip2", "large", 16, (256, 384, 512)),
-            ("siglip2", "so400m", 14, (224, 384)),
-            ("siglip2", "so400m", 16, (256, 384, 512)),
-            ("siglip2", "giant-opt", 16, (256, 384)),
-        )
-        for edge in edges
-    },
-    "lmsys/vicuna-7b-v1.5": {
-        "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
-        "num_attention_heads": 32, "num_key_value_heads": 32, "vocab_size": 32000,
-        "max_position_embeddings": 4096, "rms_norm_eps": 1e-5,
-    },
-    "lmsys/vicuna-13b-v1.5": {
-        "hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40,
-        "num_attention_heads": 40, "num_key_value_heads": 40, "vocab_size": 32000,
-        "max_position_embeddings": 4096, "rms_norm_eps": 1e-5,
-    },
-    "lmsys/vicuna-7b-v1.3": {
-        "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
-        "num_attention_heads": 32, "num_key_value_heads": 32, "vocab_size": 32000,
-        "max_position_embeddings": 2048, "rms_norm_eps": 1e-6,
-    },
-    "lmsys/vicuna-13b-v1.3": {
-        "hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40,
-        "num_attention_heads": 40, "num_key_value_heads": 40, "vocab_size": 32000,
-        "max_position_embeddings": 2048, "rms_norm_eps": 1e-6,
-    },
-    "Qwen/Qwen2.5-0.5B-Instruct": {
-        "model_type": "qwen2",
-        "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24,
-        "num_attention_heads": 14, "num_key_value_heads": 2, "vocab_size": 151936,
-        "max_position_embeddings": 32768, "rms_norm_eps": 1e-6, "rope_theta": 1e6,
-        "tie_word_embeddings": True,
-    },
-    "HuggingFaceTB/SmolLM2-135M-Instruct": {
-        "model_type": "llama",
-        "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
-        "num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49152,
-        "max_position_embeddings": 8192, "rms_norm_eps": 1e-5, "rope_theta": 1e5,
-        "tie_word_embeddings": True,
-    },
-    "HuggingFaceTB/SmolLM2-360M-Instruct": {
-        "model_type": "llama",
-        "hidden_size": 960, "intermediate_size": 2560, "num_hidden_layers": 32,
-        "num_attention_heads": 15, "num_key_value_heads": 5, "vocab_size": 49152,
-        "max_position_embeddings": 8192, "rms_norm_eps": 1e-5, "rope_theta": 1e5,
-        "tie_word_embeddings": True,
-    },
-}  # fmt: skip
 
 
 class PretrainedOptions(Options):
@@ -282,19 +195,9 @@ def load_tokenizer(
     """Return a fast tokenizer from a folder or the hub.
 
     `legacy` says whether a LLaMA tokenizer puts a space behind special tokens too.
-
-    transformers 5.23 reads the merges of a bare `tokenizer.model` in the order of their ids, which
-    for runs of spaces is not that of SentencePiece's scores; they are sorted here.
     """
-    from transformers import AutoTokenizer
-
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-        source, revision=revision or "main", **({} if legacy is None else {"legacy": legacy})
-    )
-    options = PretrainedOptions(source=source, revision=revision)
-    model = find_file(options, "tokenizer.model")
-    if model is not None and find_file(options, "tokenizer.json") is None:
-        merge_by_score(tokenizer, model)
+    stated = {} if legacy is None else {"legacy": legacy}
+    tokenizer = fast_tokenizer(source, revision, **stated)
     if legacy is not None:
         _put_spaces(tokenizer, source, "always" if legacy else "first")
     known = getattr(tokenizer, "legacy", None) if legacy is None else legacy

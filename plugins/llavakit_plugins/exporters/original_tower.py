@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from llavakit import ModelError
-from llavakit_plugins.huggingface import KNOWN, fetch_folder
+from llavakit_plugins.huggingface import fetch_folder
+from llavakit_plugins.known_shapes import KNOWN
 from llavakit_plugins.layouts.pixels import Pixels, read_pixels, usual_pixels
 from llavakit_plugins.layouts.weights import read_json
 from llavakit_plugins.vision_transformers import vision_state
