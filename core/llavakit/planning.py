@@ -14,6 +14,7 @@ from llavakit.model_recipe import PARTS
 from llavakit.progress import duration
 from llavakit.recipe import Machine, Recipe
 from llavakit.registry import KindT, Registry
+from llavakit.reporting.plain import aligned
 
 if TYPE_CHECKING:
     from torch import nn
@@ -77,7 +78,7 @@ class Plan(BaseModel):
         total = sum(part.parameters for part in self.parts.values())
         if self.parts:
             size = f"{_count(total)} parameters, {self.visual_tokens} tokens an image"
-            lines = [f"{self.recipe}: {size}", "", *_table(rows), ""]
+            lines = [f"{self.recipe}: {size}", "", *_aligned(rows), ""]
         else:
             lines = [f"{self.recipe}: no model of its own", ""]
         rows = [["step", "trains", "samples", "tokens", "steps", "TFLOP", "memory", "time"]]
@@ -96,7 +97,7 @@ class Plan(BaseModel):
                     "?" if spent is None else duration(spent * 3600),
                 ]
             )
-        lines += _table(rows)
+        lines += _aligned(rows)
         frozen = {
             name: ", ".join(part for part in self.parts if part not in step.trained)
             for name, step in self.steps.items()
@@ -228,12 +229,6 @@ def _count(value: int | None) -> str:
     return str(value)
 
 
-def _table(rows: list[list[str]]) -> list[str]:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return [
-        "  ".join(
-            cell.ljust(width) if column < 2 else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
+def _aligned(rows: list[list[str]]) -> list[str]:
+    """Return a table's lines: two columns of words, then numbers."""
+    return aligned(rows, [column >= 2 for column in range(len(rows[0]))])

@@ -16,6 +16,7 @@ from typing import Any
 
 from llavakit.comparing.runs import Group, group_runs, read_runs
 from llavakit.errors import RecipeError
+from llavakit.reporting.plain import aligned
 from llavakit.reporting.sections import Table
 
 _NOISE = 2.0  # standard errors of a difference
@@ -177,15 +178,9 @@ class Comparison:
         """Return the table, the orders and what was left out, for a terminal."""
         table = self.table()
         rows = [table.columns, *([_plain(cell) for cell in row] for row in table.rows)]
-        widths = [max(len(row[place]) for row in rows) for place in range(len(table.columns))]
-        lines = [
-            "  ".join(
-                cell.ljust(width) if place == 0 else cell.rjust(width)
-                for place, (cell, width) in enumerate(zip(row, widths, strict=True))
-            ).rstrip()
-            for row in rows
-        ]
-        lines.insert(1, "  ".join("-" * width for width in widths))
+        rules = ["-" * max(map(len, column)) for column in zip(*rows, strict=True)]
+        right = [place > 0 for place in range(len(rules))]
+        lines = aligned([rows[0], rules, *rows[1:]], right)
         for order in self.orders:
             lines += ["", f"{order}:" if order.agreeing < len(order.pairs) else f"{order}."]
             lines += [f"  not: {pair}" for pair in order.pairs if not pair.agrees]
