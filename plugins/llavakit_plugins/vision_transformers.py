@@ -130,7 +130,9 @@ class TransformersEncoder(VisionTransformer):
         self.model = model
         # Layers of some families want a mask and others take none, by transformers' version, too.
         takes = [inspect.signature(block.forward).parameters for block in self.blocks]
-        self.unmasked = {"attention_mask": None} if all("attention_mask" in t for t in takes) else {}
+        self.unmasked = (
+            {"attention_mask": None} if all("attention_mask" in t for t in takes) else {}
+        )
         config = self.model.config
         self.choose(options, config.num_hidden_layers)
         self.width: int = config.hidden_size

@@ -185,15 +185,20 @@ def test_damaged_images_are_found_before_training(
     assert nothing_was_done(folder)
 
 
+@pytest.mark.parametrize("workers", [0, 1])
 def test_an_image_that_breaks_during_training_names_its_sample(
-    train: Refused, folder: Path
+    train: Refused, folder: Path, workers: int
 ) -> None:
     image = folder / "images" / "b.png"
     data = bytearray(image.read_bytes())
     data[len(data) // 2] ^= 0xFF  # both ends are whole
     image.write_bytes(data)
-    text = train(rows(), "--set", "steps.finetune.cache_features=false")
+    text = train(
+        rows(), "--set", "steps.finetune.cache_features=false",
+        "--set", f"steps.finetune.workers={workers}",
+    )  # fmt: skip
     assert f"image {image} of sample `sample-b` cannot be decoded" in text
+    assert "worker process" not in text
 
 
 # -- training --------------------------------------------------------------------------------------

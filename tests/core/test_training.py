@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
-from tests.conftest import RecipeWriter
+from tests.conftest import LANGUAGE, RecipeWriter
 from tests.core.conftest import Command
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from llavakit import Dataset, Recipe, Registry, Use
 from llavakit.assembly import create_model, load_model
 from llavakit.images import open_image
 from llavakit_plugins.training.corpus import Corpus
 from llavakit_plugins.training.optimiser import Group, Optimiser, Schedule
+from llavakit_plugins.vision.clip import Clip
 
 Trained = tuple[list[float], list[float], dict[str, Tensor]]
 Train = Callable[..., Trained]
@@ -67,7 +71,7 @@ GENTLE = "train={ connector = 1e-4, language = 1e-4 }"
         ["micro_batch_tokens=8"],  # every sample alone
         ["micro_batch_tokens=100000"],  # all at once
         ["cache_features=false"],
-        ["cache_features=false", "workers=1"],
+        ["cache_features=false", "workers=2"],
         ["recompute=true"],
     ],
     ids=lambda options: options[-1],
@@ -135,6 +139,46 @@ def test_bf16_learns_the_same_within_its_precision(
     assert half[0] != full[0]
     for weight in half[2].values():
         assert weight.dtype == torch.float32
+
+
+def test_weights_are_rounded_once_a_step(train: Train) -> None:
+    """And not once a micro-batch, which costs a large model some hundredths of its time."""
+    casts = []
+    down = (LANGUAGE["hidden_size"], LANGUAGE["intermediate_size"])
+
+    class Casts(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+        ) -> Any:
+            if func is torch.ops.aten._to_copy.default and kwargs["dtype"] == torch.bfloat16:
+                casts.append(tuple(args[0].shape))
+            return func(*args, **kwargs or {})
+
+    counts = []
+    for rows in (8, 100_000):  # every sample alone, and all at once
+        with Casts():
+            train(GENTLE, 'precision="bf16"', f"micro_batch_tokens={rows}", "max_steps=2")
+        counts.append(casts.count(down))
+        casts.clear()
+    assert counts == [2 * LANGUAGE["num_hidden_layers"]] * 2
+
+
+def test_images_are_read_by_the_same_processes_all_the_time(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = tmp_path / "processes"
+    prepare = Clip.prepare
+
+    def noted(self: Clip, image: Image.Image) -> Tensor:
+        with seen.open("a") as file:
+            file.write(f"{os.getpid()}\n")
+        return prepare(self, image)
+
+    monkeypatch.setattr(Clip, "prepare", noted)
+    train(GENTLE, "cache_features=false", "workers=2", "epochs=3")
+    processes = set(seen.read_text().split())
+    assert len(processes) == 2
+    assert str(os.getpid()) not in processes
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

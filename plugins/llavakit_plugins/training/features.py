@@ -5,7 +5,8 @@ I images, P patches, D vision width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import signal
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
-from llavakit import Build, LlavaModel, TrainingError, Use, VisionEncoder
+from llavakit import Build, LlavaError, LlavaModel, TrainingError, Use, VisionEncoder
 from llavakit.images import read_pixels
 from llavakit.packing import PackedBatch, upload
 from llavakit.samples import ImageSource
@@ -50,12 +51,16 @@ def preparation(model: LlavaModel, changes: Mapping[str, Any], build: Build) -> 
 class Features(Protocol):
     """Gives micro-batches with the features of their images."""
 
-    def load(self, micros: Sequence[Sequence[int]]) -> Iterator[tuple[PackedBatch, Tensor | None]]:
-        """Yield each micro-batch, on the device, with features `[I, P, D]` or None."""
+    def load(self, micros: Iterable[Sequence[int]]) -> Generator[tuple[PackedBatch, Tensor | None]]:
+        """Yield each micro-batch, on the device, with features `[I, P, D]` or None.
+
+        `micros` may be read ahead of what is yielded. Uses up no random number.
+        """
 
 
 class Encoding:
-    """Reads and encodes the images of each micro-batch when it is its turn."""
+    """Encodes the images of each micro-batch when it is its turn; `workers` processes read them
+    before, so that an encoder on a GPU need not wait."""
 
     def __init__(
         self,
@@ -71,16 +76,21 @@ class Encoding:
         self._preparing = preparing or model.vision
         self._workers, self._dtype, self._learns = workers, dtype, learns
 
-    def load(self, micros: Sequence[Sequence[int]]) -> Iterator[tuple[PackedBatch, Tensor | None]]:
+    def load(self, micros: Iterable[Sequence[int]]) -> Generator[tuple[PackedBatch, Tensor | None]]:
         device = self._model.device
         loader = DataLoader(
-            _MicroBatches(self._corpus, self._preparing, micros),
+            _MicroBatches(self._corpus, self._preparing),
             batch_size=None,
+            sampler=micros,
             num_workers=self._workers,
             pin_memory=device.type == "cuda",
-            collate_fn=None,
+            worker_init_fn=_leave_signals_to_the_parent,
+            generator=torch.Generator(),
         )
-        for batch, pixels in loader:
+        for item in loader:
+            if isinstance(item, LlavaError):
+                raise item
+            batch, pixels = item
             features = None
             if pixels is not None:
                 pixels = pixels.to(device, self._dtype, non_blocking=True)
@@ -89,22 +99,31 @@ class Encoding:
             yield batch.to(device), features
 
 
-class _MicroBatches(TorchDataset[tuple[PackedBatch, Tensor | None]]):
-    def __init__(
-        self, corpus: Corpus, vision: VisionEncoder, micros: Sequence[Sequence[int]]
-    ) -> None:
-        self._corpus, self._micros, self._vision = corpus, micros, vision
+class _MicroBatches(TorchDataset[tuple[PackedBatch, Tensor | None] | LlavaError]):
+    """Micro-batches by their samples, with the pixels of their images.
 
-    def __len__(self) -> int:
-        return len(self._micros)
+    What is wrong with an image is returned: raised in a worker, it would come as a traceback.
+    """
 
-    def __getitem__(self, index: int) -> tuple[PackedBatch, Tensor | None]:
-        batch = self._corpus.pack(self._micros[index])
+    def __init__(self, corpus: Corpus, vision: VisionEncoder) -> None:
+        self._corpus, self._vision = corpus, vision
+
+    def __getitem__(self, samples: Sequence[int]) -> tuple[PackedBatch, Tensor | None] | LlavaError:
+        batch = self._corpus.pack(samples)
         pixels = []
         for sample, number in batch.images:
             item = self._corpus.data[sample]
-            pixels.append(read_pixels(self._vision, item.images[number], f"sample `{item.id}`"))
+            try:
+                pixels.append(read_pixels(self._vision, item.images[number], f"sample `{item.id}`"))
+            except LlavaError as error:
+                return error
         return batch, torch.stack(pixels) if pixels else None
+
+
+def _leave_signals_to_the_parent(worker: int) -> None:
+    """Ctrl-C and SIGTERM often come to a whole group: the training process says when to stop."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class Cached:
@@ -132,7 +151,7 @@ class Cached:
                 progress(begin + len(part), len(sources), "encoding images")
         self._features = torch.cat(chunks) if chunks else None
 
-    def load(self, micros: Sequence[Sequence[int]]) -> Iterator[tuple[PackedBatch, Tensor | None]]:
+    def load(self, micros: Iterable[Sequence[int]]) -> Generator[tuple[PackedBatch, Tensor | None]]:
         for samples in micros:
             batch = self._corpus.pack(samples)
             features = None

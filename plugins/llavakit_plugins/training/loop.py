@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from itertools import islice, tee
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from llavakit import LlavaModel, PromptTemplate, Run, Sample, Stopped, TrainingError
+from llavakit.packing import PackedBatch
 from llavakit_plugins.training.checkpoints import Best, Checkpoints
 from llavakit_plugins.training.corpus import Batch, Corpus
 from llavakit_plugins.training.features import (
@@ -37,6 +40,7 @@ from llavakit_plugins.training.progress import Meter, Progress
 from llavakit_plugins.training.validation import Look, Validation
 
 _NAMED = 5
+_MOST_WORKERS = 8
 
 
 class _Taken(NamedTuple):
@@ -46,6 +50,17 @@ class _Taken(NamedTuple):
     batch: Batch
     values: Tensor
     """Loss a target and gradient norm, `[2]`."""
+
+
+class _Due(NamedTuple):
+    """A step to be taken."""
+
+    epoch: int
+    number: int
+    """Of the step within the epoch, counted from 1."""
+    batch: Batch
+    micros: list[Micro]
+    """This device's share."""
 
 
 class Trainer:
@@ -120,11 +135,19 @@ class Trainer:
         return Encoding(
             corpus,
             self.model,
-            workers=self.options.workers,
+            workers=self._workers(),
             dtype=dtype,
             learns=learns,
             preparing=preparing,
         )
+
+    def _workers(self) -> int:
+        """Return how many processes read images for this one."""
+        if self.options.workers is not None:
+            return self.options.workers
+        if self.model.device.type == "cpu":  # its cores train
+            return 0
+        return max(1, min(_MOST_WORKERS, (os.cpu_count() or 1) // self.team.size))
 
     def _worth_caching(self, corpus: Corpus) -> bool:
         if self.options.cache_features is not None:
@@ -146,76 +169,83 @@ class Trainer:
             self._look()
         meter = Meter(self.progress)
         note = ""
-        for batch in self._batches():
-            rate = self._step(batch)
-            progress = self.progress
-            last = progress.step == self.steps
-            logs = progress.step % self.options.log_every == 0 or last
-            every = self.options.validate_every
-            looks = last or (every is not None and progress.step % every == 0)
-            if logs or looks:
-                loss, norm = self._read()
-                note = f"loss {loss:.3f}"
-            if logs:
-                self.run.event(
-                    "train",
-                    at=progress.step,
-                    loss=round(loss, 6),
-                    lr=rate,
-                    grad_norm=round(norm, 6),
-                    epoch=progress.epoch,
-                    **meter.rates(progress),
-                )
-            self.run.progress(progress.step, self.steps, note)
-            if looks:
-                self._look()
-                meter = Meter(progress)  # the time it took is not training's
-            stopping = self.run.stopping()
-            if stopping or last or progress.step % self.options.checkpoint_every == 0:
-                self._save()
-            if stopping and not last:
-                raise Stopped
+        due, ahead = tee(self._due())
+        micros = (micro.samples for step in ahead for micro in step.micros)
+        with closing(self.features.load(micros)) as found:
+            for step in due:
+                rate = self._step(step, found)
+                progress = self.progress
+                last = progress.step == self.steps
+                logs = progress.step % self.options.log_every == 0 or last
+                every = self.options.validate_every
+                looks = last or (every is not None and progress.step % every == 0)
+                if logs or looks:
+                    loss, norm = self._read()
+                    note = f"loss {loss:.3f}"
+                if logs:
+                    self.run.event(
+                        "train",
+                        at=progress.step,
+                        loss=round(loss, 6),
+                        lr=rate,
+                        grad_norm=round(norm, 6),
+                        epoch=progress.epoch,
+                        **meter.rates(progress),
+                    )
+                self.run.progress(progress.step, self.steps, note)
+                if looks:
+                    self._look()
+                    meter = Meter(progress)  # the time it took is not training's
+                stopping = self.run.stopping()
+                if stopping or last or progress.step % self.options.checkpoint_every == 0:
+                    self._save()
+                if stopping and not last:
+                    raise Stopped
         if self.sharded:
             self._gather()
         else:
             self.parts.tear_down()
         return self.progress
 
-    def _batches(self) -> Iterator[Batch]:
-        """Yield the steps that are left, in the order that the seed decides."""
-        options, progress = self.options, self.progress
-        while progress.step < self.steps:
-            epoch = self.corpus.epoch(
-                self.run.seed, progress.epoch, options.batch_size, options.micro_batch_tokens
-            )
-            for number, batch in enumerate(epoch):
-                if number >= progress.batch and progress.step < self.steps:
-                    yield batch
-            if progress.step < self.steps:
-                progress.epoch += 1
-                progress.batch = 0
+    def _due(self) -> Iterator[_Due]:
+        """Yield the steps that are left, in the order that the seed decides.
 
-    def _step(self, batch: Batch) -> float:
-        """Take one optimisation step and return its learning rate.
+        Images are read ahead by it, so it goes its way whatever `progress` says meanwhile.
+        """
+        options, done = self.options, self.progress.step
+        epoch, before = self.progress.epoch, self.progress.batch
+        while done < self.steps:
+            batches = self.corpus.epoch(
+                self.run.seed, epoch, options.batch_size, options.micro_batch_tokens
+            )
+            for batch in islice(batches, before, before + self.steps - done):
+                before += 1
+                done += 1
+                yield _Due(epoch, before, batch, self._micros(batch))
+            epoch, before = epoch + 1, 0
+
+    def _step(self, due: _Due, found: Iterator[tuple[PackedBatch, Tensor | None]]) -> float:
+        """Take one optimisation step over what is next in `found`; return its learning rate.
 
         Nothing here waits for the device: what came of the step is read by `_read`.
         """
+        batch = due.batch
         targets = sum(self.corpus.learned_counts[sample] for sample in batch.all_samples)
         total = torch.zeros((), device=self.model.device)
-        micros = self._micros(batch)
-        found = self.features.load([micro.samples for micro in micros])
-        for micro, (packed, features) in zip(micros, found, strict=True):
-            if features is None and self.sharded:
-                features = no_images(self.model)
-            with self._autocast():
-                loss = self.model.loss(packed, features) / targets * float(micro.counts)
-            loss.backward()
-            total += loss.detach()
+        with self._autocast(enabled=False):  # within one, weights are rounded once a step
+            for micro in due.micros:
+                packed, features = next(found)
+                if features is None and self.sharded:
+                    features = no_images(self.model)
+                with self._autocast():
+                    loss = self.model.loss(packed, features) / targets * float(micro.counts)
+                loss.backward()
+                total += loss.detach()
         self.team.sum(total)
         sum_gradients(self.optimiser.named.values(), self.team)
         norm, rate = self.optimiser.step(self.progress.step, total)
         self.progress.step += 1
-        self.progress.batch += 1
+        self.progress.epoch, self.progress.batch = due.epoch, due.number
         self.progress.samples += len(batch.all_samples)
         self.progress.tokens += sum(self.corpus.lengths[s] for s in batch.all_samples)
         self.progress.targets += targets
@@ -310,10 +340,10 @@ class Trainer:
             self.model.get_parameter(name).copy_(weight)
         return best
 
-    def _autocast(self) -> AbstractContextManager[Any]:
+    def _autocast(self, enabled: bool = True) -> AbstractContextManager[Any]:
         if self.options.precision == "fp32":
             return nullcontext()
-        return torch.autocast(self.model.device.type, dtype=torch.bfloat16)
+        return torch.autocast(self.model.device.type, dtype=torch.bfloat16, enabled=enabled)
 
     def _save(self) -> None:
         if self._unread:  # a checkpoint holds no step that is not known to be good

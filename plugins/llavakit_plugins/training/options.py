@@ -58,8 +58,9 @@ class TrainOptions(Options):
     """Compute activations again in the backward pass: less memory, a third more work."""
     cache_features: bool | None = None
     """Encode each image once, where the encoder is frozen; by default where images recur."""
-    workers: int = Field(default=0, ge=0)
-    """Processes that read images; 0 reads them in the training process."""
+    workers: int | None = Field(default=None, ge=0)
+    """Processes that read images ahead; 0 reads them in the training process, as is the default on
+    a CPU. On a GPU it is up to 8."""
     log_every: int = Field(default=10, ge=1)
     """Steps between looks at the loss. Nothing waits for the device in between; a loss that is no
     number stops learning at once, and is reported at the next look."""
