@@ -5,6 +5,7 @@ T rows of the stream, S samples in it, N visual rows, M supervised rows, I image
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -178,15 +179,17 @@ def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     """
     order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
     bins: list[list[int]] = []
-    by_space: list[list[int]] = [[] for _ in range(capacity + 1)]  # bins with that space left
-    for index in order:
+    open_bins: list[tuple[int, int, int]] = []  # space left, the newest first of one space, bin
+    for number, index in enumerate(order):
         length = lengths[index]
-        space = next((s for s in range(min(length, capacity), capacity + 1) if by_space[s]), None)
-        if length > capacity or space is None:
+        place = bisect_left(open_bins, (length,))
+        if place == len(open_bins):
             bins.append([index])
-            chosen, space = len(bins) - 1, max(capacity, length)
+            chosen, space = len(bins) - 1, capacity - length
         else:
-            chosen = by_space[space].pop()
+            room, _, chosen = open_bins.pop(place)
             bins[chosen].append(index)
-        by_space[space - length].append(chosen)
+            space = room - length
+        if space > 0:
+            insort(open_bins, (space, -number, chosen))
     return [sorted(items) for items in bins]

@@ -43,8 +43,16 @@ def test_little_room_is_wasted(case: tuple[list[int], int]) -> None:
 
 @given(lengths_and_capacity)
 @settings(deadline=None)
-def test_bins_depend_on_nothing_but_the_lengths(case: tuple[list[int], int]) -> None:
-    assert best_fit(*case) == best_fit(*case)
+def test_each_item_goes_to_the_fullest_bin_that_has_room(case: tuple[list[int], int]) -> None:
+    lengths, capacity = case
+    expected: list[int] = []
+    for length in sorted(lengths, reverse=True):
+        fullest = max((load for load in expected if load + length <= capacity), default=0)
+        if fullest:
+            expected.remove(fullest)
+        expected.append(fullest + length)
+    bins = best_fit(lengths, capacity)
+    assert sorted(sum(lengths[i] for i in items) for items in bins) == sorted(expected)
 
 
 def test_bins_of_lengths_like_the_papers_are_nearly_full() -> None:
