@@ -192,7 +192,7 @@ def make_plan(recipe: Recipe, registry: Registry) -> Plan:
     if rate is None and any(step.tflop is not None for step in planner.steps.values()):
         from llavakit.speed import measure_tflops
 
-        rate, measured = measure_tflops(), True
+        rate, measured = measure_tflops(recipe.device), True
     return Plan(
         recipe=recipe.name,
         parts={} if model is None else _parts(model),

@@ -1,4 +1,4 @@
-"""How fast this machine multiplies."""
+"""How fast a device multiplies."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import time
 import torch
 
 
-def measure_tflops() -> float:
-    """Return this machine's rate of float32 products on the CPU, bfloat16 on CUDA, sustained."""
-    cuda = torch.cuda.is_available()
+def measure_tflops(name: str) -> float:
+    """Return the rate of a recipe's `device`, sustained: in float32 on a CPU, bfloat16 on CUDA."""
+    cuda = name != "cpu" and torch.cuda.is_available()
     size = 8192 if cuda else 768
     device, dtype = ("cuda", torch.bfloat16) if cuda else ("cpu", torch.float32)
     left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
