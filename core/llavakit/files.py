@@ -138,6 +138,12 @@ HASHED_BYTES = 1 << 30
 """Larger files take longer to hash than to read otherwise; their size must do."""
 
 
+def fingerprint(path: Path) -> str | int:
+    """Return what tells a file from another one in its place: its hash, or its size if large."""
+    size = path.stat().st_size
+    return size if size > HASHED_BYTES else digest(path)
+
+
 def digest(path: Path) -> str:
     """Return the SHA-256 of a file, as hex."""
     total = sha256()

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from llavakit.errors import RecipeError
-from llavakit.files import HASHED_BYTES, digest, explain_write
+from llavakit.files import explain_write, fingerprint
 
 DONE = "artifact.json"
 
@@ -26,12 +26,7 @@ Contents = Mapping[str, str | int]
 def contents(folder: Path) -> Contents:
     """Return what lies in a step's folder: the hash of each file, of a very large one its size."""
     files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != DONE)
-    return {path.relative_to(folder).as_posix(): _mark(path) for path in files}
-
-
-def _mark(path: Path) -> str | int:
-    size = path.stat().st_size
-    return size if size > HASHED_BYTES else digest(path)
+    return {path.relative_to(folder).as_posix(): fingerprint(path) for path in files}
 
 
 def runs_below(folders: Sequence[Path]) -> list[Path]:
@@ -80,7 +75,7 @@ def find_step(
 def _changed(folder: Path, known: Contents) -> Iterator[str]:
     for name, mark in known.items():
         path = folder / name
-        if not path.is_file() or _mark(path) != mark:
+        if not path.is_file() or fingerprint(path) != mark:
             yield name
 
 

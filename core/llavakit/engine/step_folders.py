@@ -7,12 +7,13 @@ import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from llavakit.engine.reuse import DONE
 from llavakit.errors import RecipeError
-from llavakit.files import HASHED_BYTES, digest, explain_write, write_text
+from llavakit.files import explain_write, fingerprint, write_text
 from llavakit.progress import say
 from llavakit.recipe import Recipe
 
@@ -31,8 +32,8 @@ def record_of(recipe: Recipe, until: str) -> Record:
         for text in texts_in(use.options):
             path = Path(text)
             if text not in files and len(text) < _LONGEST_PATH and path.is_file():
-                size = path.stat().st_size
-                files[text] = size if size > HASHED_BYTES else digest(path)
+                state = path.stat()
+                files[text] = _fingerprint(path, state.st_size, state.st_mtime_ns)
         if name == until:
             break
     record = {
@@ -43,6 +44,11 @@ def record_of(recipe: Recipe, until: str) -> Record:
     }
     plain: Record = json.loads(json.dumps(record))  # tuples become lists, as in the file
     return plain
+
+
+@lru_cache(maxsize=256)  # every step's record has the data of the steps before it
+def _fingerprint(path: Path, size: int, modified: int) -> str | int:
+    return fingerprint(path)
 
 
 def texts_in(value: object) -> Iterator[str]:
