@@ -215,20 +215,27 @@ def problems_in(
     for item in error.errors(include_url=False):
         loc = tuple(part for part in item["loc"] if part != "[key]")  # of a table's own name
         where, last = (*key, *loc), loc[-1] if loc else ""
+        entry = isinstance(last, int) and len(loc) > 1
+        option = f"`{loc[-2]}`, entry {last + 1}," if entry else f"`{last}`"  # type: ignore[operator]
         known = list(_fields(model, item["loc"][:-1]))
         if item["type"] == "model_type" and not isinstance(item["input"], dict | Use):
             hint = f'write {{ use = "NAME" }}; got {_show(item["input"])}'
-            yield Problem(where, f"option `{last}`{owner} is a table", hint)
+            yield Problem(where, f"option {option}{owner} is a table", hint)
         elif item["type"] == "extra_forbidden":
             close = get_close_matches(str(last), known, n=1)
             hint = f"did you mean `{close[0]}`?" if close else f"known: {', '.join(known)}"
             yield Problem(where, f"unknown option `{last}`{owner}", hint)
+        elif item["type"] == "tuple_type" and isinstance(item["input"], dict):
+            hint = f"write [[{last}]] for a table of it" if len(loc) == 1 else "write it as [...]"
+            yield Problem(where, f"option `{last}`{owner} is a list", hint)
+        elif item["type"] == "missing" and entry:
+            yield Problem(where[:-1], f"option `{loc[-2]}`{owner} is too short a list", "")
         elif item["type"] == "missing":
             yield Problem(where[:-1], f"missing option `{last}`{owner}", "add it")
         else:
             message = item["msg"].removeprefix("Value error, ")
             message = message[:1].lower() + message[1:]
-            subject = f"option `{last}`{owner}" if loc else f"options{owner}"
+            subject = f"option {option}{owner}" if loc else f"options{owner}"
             hint = f"got {_show(item['input'])}" if loc else ""
             yield Problem(where, f"{subject}: {message}", hint)
 

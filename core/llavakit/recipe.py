@@ -10,7 +10,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, cast
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from pydantic_settings import (
     BaseSettings,
     EnvSettingsSource,
@@ -55,8 +55,8 @@ class Recipe(BaseSettings):
         extra="forbid", frozen=True, env_prefix="LLAVA_", env_nested_delimiter="__"
     )
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    seed: int = Field(default=0, ge=0)
+    name: str
+    seed: int = Field(default=0, ge=0, lt=2**63)
     device: str = "auto"
     """`auto` is CUDA where there is one, else the CPU."""
     # not an optional type: pydantic would tell of a wrong part that all of it is wrong
@@ -66,6 +66,16 @@ class Recipe(BaseSettings):
     trackers: tuple[Use[Tracker], ...] = ()
     machine: Machine = Machine()
     paper: tuple[Published, ...] = ()
+
+    @field_validator("name")
+    @classmethod
+    def _names_a_folder(cls, name: str) -> str:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+            raise ValueError(
+                "it names the run's folder, so it begins with a letter or digit of ASCII and holds "
+                "only these, `.`, `_` and `-`"
+            )
+        return name
 
     @classmethod
     def load(
@@ -86,7 +96,8 @@ class Recipe(BaseSettings):
         table = _merge(table, _from_environment(cls), ())
         for override in overrides:
             set_key(table, override)
-        table.setdefault("name", re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).strip("-._"))
+        if own := re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).strip("-._"):
+            table.setdefault("name", own)
         names = [step.get("use") for step in _steps(table)]
         sources = [*(stated(override) for override in overrides[::-1]), *_environment(), *files]
         try:
@@ -195,6 +206,8 @@ def read_tables(path: Path) -> tuple[list[Source], dict[str, Any]]:
             raise RecipeError(f"{current} is not UTF-8 text: {error.reason}") from error
         except tomllib.TOMLDecodeError as error:
             raise RecipeError(f"{current} is not valid TOML: {error}") from error
+        if tables:
+            table.pop("name", None)  # of another run, in a folder of its own
         sources.append(Source(current, text))
         tables.append(table)
         base = table.pop("base", None)

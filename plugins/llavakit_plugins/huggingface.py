@@ -62,6 +62,21 @@ def read_config(options: PretrainedOptions, part: str = "vision_config") -> dict
     return {**table, **options.config}
 
 
+@contextmanager
+def explain_config(kind: str) -> Iterator[None]:
+    """Turn what transformers says of a configuration that it cannot build into a sentence."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    faults = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+    try:
+        yield
+    except (*faults, StrictDataclassError) as error:
+        raise ModelError(
+            f"transformers cannot make a {kind} of this configuration "
+            f"({type(error).__name__}: {' '.join(str(error).split())}); mend `config`"
+        ) from error
+
+
 def fetch_config(options: PretrainedOptions, part: str = "vision_config") -> dict[str, Any]:
     """Return the configuration of `options.source`, as `read_config`; fetch it where it must be.
 

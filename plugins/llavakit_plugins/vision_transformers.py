@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from llavakit import ModelError, Options, VisionEncoder
 from llavakit_plugins.huggingface import (
     PretrainedOptions,
+    explain_config,
     fetch_config,
     fetch_folder,
     find_file,
@@ -123,10 +124,10 @@ class TransformersEncoder(VisionTransformer):
         super().__init__()
         if model is None:
             cls = self.architecture()
-            config = cast(Any, cls.config_class)(
-                **self._shape(read_config(options), options.source)
-            )
-            model = cls(config).to(getattr(torch, options.dtype))
+            shape = self._shape(read_config(options), options.source)
+            with explain_config(cls.__name__):
+                model = cls(cast(Any, cls.config_class)(**shape))
+            model = model.to(getattr(torch, options.dtype))
         self.model = model
         # Layers of some families want a mask and others take none, by transformers' version, too.
         takes = [inspect.signature(block.forward).parameters for block in self.blocks]

@@ -254,6 +254,34 @@ def test_lines_are_those_of_the_file_that_says_so(tmp_path: Path) -> None:
     assert "base.toml:13: unknown option `epoks` of `finetune`" in text
 
 
+def test_a_recipe_without_a_name_has_its_files_not_its_bases(tmp_path: Path) -> None:
+    write(tmp_path, 'name = "theirs"\n' + BASE, "base.toml")
+    write(tmp_path, 'base = "base"', "m y.toml")
+    write(tmp_path, 'base = "m y"\nname = "own"', "own.toml")
+    assert Recipe.load(tmp_path / "base.toml", REGISTRY).name == "theirs"
+    assert Recipe.load(tmp_path / "m y.toml", REGISTRY).name == "m-y"
+    assert Recipe.load(tmp_path / "own.toml", REGISTRY).name == "own"
+    write(tmp_path, 'base = "base"', "日本.toml")
+    assert "missing option `name`" in problems(tmp_path / "日本.toml")
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ('name="ü"', "it begins with a letter or digit of ASCII"),
+        ("seed=9223372036854775808", "option `seed`: input should be less than"),
+        ("steps.finetune.train={connector=nan}", "each with a finite learning rate above 0"),
+        ("steps.finetune.train={connector=inf}", "each with a finite learning rate above 0"),
+        ("steps.finetune.betas=[0.9,1.5]", "option `betas`, entry 2, of `finetune`: input should"),
+        ("steps.finetune.betas=[0.9]", "option `betas` of `finetune` is too short a list"),
+        ("steps.finetune.weight_decay=inf", "`weight_decay` of `finetune`: input should be a fin"),
+        ("steps={use='x'}", "option `steps` is a list\n = help: write [[steps]]"),
+    ],
+)
+def test_values_that_would_only_fail_in_a_run(tmp_path: Path, change: str, sentence: str) -> None:
+    assert sentence in problems(write(tmp_path, BASE), change)
+
+
 def test_a_recipe_that_builds_on_itself_is_refused(tmp_path: Path) -> None:
     write(tmp_path, 'base = "r"', "other.toml")
     assert "builds on itself" in problems(write(tmp_path, 'base = "other"'))

@@ -16,6 +16,7 @@ from llavakit.assembly import cast_weights
 from llavakit.packing import Packing
 from llavakit_plugins.huggingface import (
     PretrainedOptions,
+    explain_config,
     fetch_config,
     load_tokenizer,
     missing_source,
@@ -72,7 +73,9 @@ class PretrainedLanguage(LanguageModel):
     def __init__(self, options: LanguageOptions, model: Any = None) -> None:
         super().__init__()
         if model is None:
-            model = _new(*self.configure(read_config(options, "text_config")))
+            network, config = self.configure(read_config(options, "text_config"))
+            with explain_config(network.__name__):
+                model = network(config)
             cast_weights(model, getattr(torch, options.dtype))
         if options.lora is not None:
             add_adapters(model, options.lora)
@@ -209,17 +212,6 @@ class PretrainedLanguage(LanguageModel):
         rows = packing.position_ids_T.shape[0]
         if rows != embeds_TE.shape[0]:
             raise ModelError(f"the stream has {embeds_TE.shape[0]} rows, its packing {rows}")
-
-
-def _new(network: type[Any], config: Any) -> Any:
-    """Return a new model of transformers. Raises ModelError where the configuration is amiss."""
-    try:
-        return network(config)
-    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
-        raise ModelError(
-            f"transformers cannot make a {network.__name__} of this configuration "
-            f"({type(error).__name__}: {error}); mend `config`"
-        ) from error
 
 
 def _longest(name: str, config: Any, wanted: int | None) -> int:

@@ -20,6 +20,7 @@ from llavakit import ModelError
 from llavakit.attention import packed_attention, rows_attention
 from llavakit.packing import Packing, Rows
 from llavakit_kernels.linear_cross_entropy import linear_cross_entropy
+from llavakit_plugins.huggingface import explain_config
 from llavakit_plugins.language.pretrained import LanguageOptions, PretrainedLanguage
 
 _KINDS = ("llama", "llava", "llava_llama")  # the latter two are the original LLaVA's
@@ -52,9 +53,9 @@ class Vicuna(PretrainedLanguage):
                 f"language model `{cls.name}` cannot run `{kind}`, only LLaMA's own architecture; "
                 "use `causal-lm`"
             )
-        return LlamaForCausalLM, LlamaConfig(
-            **{k: v for k, v in table.items() if k != "model_type"}
-        )
+        with explain_config(LlamaConfig.__name__):
+            config = LlamaConfig(**{k: v for k, v in table.items() if k != "model_type"})
+        return LlamaForCausalLM, config
 
     def loss(self, hidden_ME: Tensor, targets_M: Tensor) -> Tensor:
         head = self.head

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+import math
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from llavakit import Dataset, InputPath, Options, PromptTemplate, Use
 
 Part = Literal["vision", "connector", "language"]
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class TrainOptions(Options):
@@ -45,8 +47,8 @@ class TrainOptions(Options):
     warmup: float = Field(default=0.03, ge=0, lt=1)
     """Share of the steps in which the learning rate rises."""
     schedule: Literal["cosine", "constant"] = "cosine"
-    weight_decay: float = Field(default=0.0, ge=0)
-    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
     clip: float = Field(default=1.0, gt=0)
     """Largest norm of the gradient over all trained parts."""
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -71,8 +73,8 @@ class TrainOptions(Options):
     @field_validator("train")
     @classmethod
     def _learns_something(cls, train: dict[Part, float]) -> dict[Part, float]:
-        if not train or any(rate <= 0 for rate in train.values()):
-            raise ValueError("name at least one part with a learning rate above 0")
+        if not train or not all(0 < rate < math.inf for rate in train.values()):
+            raise ValueError("name at least one part, each with a finite learning rate above 0")
         return train
 
     @model_validator(mode="after")
