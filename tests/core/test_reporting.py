@@ -214,6 +214,15 @@ def test_the_page_needs_nothing_from_elsewhere(run: Path) -> None:
     assert policy.startswith("default-src 'none'")
 
 
+def test_every_image_has_words_in_its_place(run: Path) -> None:
+    """For whoever hears the page."""
+    Image.new("RGB", (8, 8)).save(run / "02-evaluate" / "a.png")
+    cards = [Card(image="a.png", lines=[("question", "?")], right=None)] * 2
+    page = write(run, Gallery(title=HOSTILE, cards=cards))
+    said = [image["alt"] for image in page.all("img")]
+    assert said == [f"image {number} of {HOSTILE}" for number in (1, 2)]
+
+
 def test_links_of_the_summary_lead_to_their_steps(run: Path) -> None:
     page = write(run)
     targets = {f"#{section['id']}" for section in page.all("section") if "id" in section}
