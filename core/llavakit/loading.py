@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Container, Iterable, Mapping
 from inspect import signature
 from pathlib import Path
@@ -59,10 +60,20 @@ def load_any(
                 )
             _refuse_others(path, name, given, signature(exporter.load).parameters)
             return exporter.load(path, device=place, dtype=dtype, **given)
+    broken = [file.name for file in sorted(path.glob("*.json")) if not _is_json(file)]
     raise ModelError(
         f"{path} holds no model that is recognised; known layouts: "
         f"{', '.join(('llavakit (model.toml)', *layouts))}"
+        + (f". Its {broken[0]} cannot be read as JSON: copy that again" if broken else "")
     )
+
+
+def _is_json(file: Path) -> bool:
+    try:
+        json.loads(file.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return True
 
 
 def _find(path: Path, layouts: Iterable[type[Exporter]], remedy: str) -> Path:

@@ -402,6 +402,15 @@ def without(name: str) -> Callable[[Path], None]:
     return spoil
 
 
+def projector(key: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Path], None]:
+    def spoil(folder: Path) -> None:
+        tensors = load_file(folder / "model.safetensors")
+        name = f"multi_modal_projector.linear_{key}"
+        save_file({**tensors, name: change(tensors[name]).clone()}, folder / "model.safetensors")
+
+    return spoil
+
+
 def reshaped(folder: Path) -> None:
     tensors = load_file(folder / "model.safetensors")
     tensors["language_model.model.norm.weight"] = torch.ones(7)
@@ -435,6 +444,16 @@ def processor(**changes: Any) -> Callable[[Path], None]:
     (without("language_model.lm_head.weight"), "it lacks lm_head"),
     (without("vision_tower.pre_layrnorm.bias"), "a CLIPVisionModel .* it lacks pre_layr"),
     (without("multi_modal_projector.linear_2.weight"), "lacks multi_modal_projector.linear_2"),
+    (without("multi_modal_projector.linear_1.bias"), "lacks multi_modal_projector.linear_1.bias"),
+    (config(multimodal_projector_bias=False), "holds multi_modal_projector.linear_1.bias, which"),
+    (projector("2.weight", torch.Tensor.flatten), r"linear_2.weight is \[2304\] and its bias"),
+    (projector("1.weight", lambda tensor: tensor[0, 0]), r"linear_1.weight is \[\] and its bias"),
+    (projector("1.bias", lambda tensor: tensor[:7]), r"and its bias \[7\]"),
+    (projector("2.bias", torch.Tensor.char), "the projector has weights of torch.int8"),
+    (lambda folder: (folder / "config.json").write_text('{"model_type": '),
+     "Its config.json cannot be read as JSON: copy that again"),
+    (lambda folder: (folder / "processor_config.json").write_text("[" * 100_000),
+     "processor_config.json is not valid JSON"),
     (reshaped, r"in another shape, model.norm.weight \[7\]"),
     (with_more, "holds image_newline, which no LLaVA of transformers has"),
     (config(model_type="llava_next"), "LLaVA-1.6 cuts images into tiles"),
@@ -464,6 +483,17 @@ def test_what_is_wrong_is_said_in_one_sentence(
     with pytest.raises(LlavaError, match=sentence) as caught:
         llavakit.load(clip, device="cpu")
     assert "\n" not in str(caught.value)
+
+
+def test_layers_of_several_precisions_are_used_in_the_widest(clip: Path) -> None:
+    before = llavakit.load(clip, device="cpu")
+    projector("2.weight", torch.Tensor.bfloat16)(clip)
+    projector("1.bias", torch.Tensor.bfloat16)(clip)
+    model = llavakit.load(clip, device="cpu")
+    assert {parameter.dtype for parameter in model.connector.parameters()} == {torch.float32}
+    prompt, count = PROMPTS[0]
+    found, expected = (m.logits(prompt, pictures(count), raw=True) for m in (model, before))
+    assert torch.allclose(found, expected, atol=0.05)
 
 
 def test_siglip_without_its_first_patch_is_refused(tmp_path: Path) -> None:

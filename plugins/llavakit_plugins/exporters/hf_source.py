@@ -167,13 +167,10 @@ def _pixels(folder: Path, vision: Mapping[str, Any]) -> Any:
 
 def _projector(config: Mapping[str, Any], state: State, folder: Path) -> list[Layer]:
     """Return the projector's layers; one where it is a linear projector in disguise."""
-    missing = {"linear_1.weight", "linear_2.weight"} - state.keys()
-    if missing:
-        raise ModelError(f"{folder} lacks multi_modal_projector.{min(missing)}; copy it again")
+    bias = config.get("multimodal_projector_bias") is not False
     layers = [
-        Layer(weight, _bias(state.get(f"linear_{number}.bias"), weight))
-        for number in (1, 2)
-        for weight in (state[f"linear_{number}.weight"],)
+        Layer.of(state, name, f"multi_modal_projector.{name}", folder, bias=bias)
+        for name in ("linear_1.", "linear_2.")
     ]
     first, second = layers
     if second.weight.shape[1] != first.weight.shape[0]:
@@ -195,10 +192,6 @@ def _projector(config: Mapping[str, Any], state: State, folder: Path) -> list[La
     product = (second.weight.double() @ first.weight.double()).to(first.weight.dtype)
     shifted = second.weight.double() @ first.bias.double() + second.bias.double()
     return [Layer(product, shifted.to(first.bias.dtype))]
-
-
-def _bias(bias: torch.Tensor | None, weight: torch.Tensor) -> torch.Tensor:
-    return torch.zeros(len(weight), dtype=weight.dtype) if bias is None else bias
 
 
 def _is_identity(layer: Layer) -> bool:

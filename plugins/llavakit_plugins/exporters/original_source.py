@@ -278,16 +278,7 @@ def _projector(config: Mapping[str, Any], state: Mapping[str, Tensor], folder: P
             f"{folder}: `mm_projector_type` is `{kind}`; linear, mlp2x_gelu (any depth) and "
             "identity can be read"
         )
-    layers = []
-    for name in names:
-        if f"{name}weight" not in state:
-            raise ModelError(
-                f"{folder} lacks mm_projector.{name}weight, which a projector of type `{kind}` "
-                "has; copy the whole checkpoint"
-            )
-        weight = state[f"{name}weight"]
-        bias = state.get(f"{name}bias")
-        layers.append(Layer(weight, weight.new_zeros(len(weight)) if bias is None else bias))
+    layers = [Layer.of(state, name, f"mm_projector.{name}", folder) for name in names]
     unknown = state.keys() - {f"{name}{what}" for name in names for what in ("weight", "bias")}
     if unknown:
         raise ModelError(

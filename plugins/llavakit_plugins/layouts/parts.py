@@ -46,6 +46,33 @@ class Layer(NamedTuple):
     weight: Tensor
     bias: Tensor
 
+    @classmethod
+    def of(cls, state: State, key: str, name: str, where: object, *, bias: bool = True) -> Layer:
+        """Return the layer whose tensors begin with `key`; without a `bias` it is zero.
+
+        The checkpoint calls it `name`. Raises ModelError for tensors that are missing, left over
+        or of no layer's shape.
+        """
+        parts = {what: state.get(f"{key}{what}") for what in ("weight", "bias")}
+        for what, tensor in parts.items():
+            if tensor is None and (bias or what == "weight"):
+                raise ModelError(f"{where} lacks {name}{what}; copy the whole checkpoint")
+        if not bias and parts["bias"] is not None:
+            raise ModelError(
+                f"{where} holds {name}bias, which by its config.json it has not; is it the "
+                "config.json of these weights?"
+            )
+        weight = parts["weight"]
+        assert weight is not None
+        found = parts["bias"]
+        made = cls(weight, weight.new_zeros(weight.shape[:1]) if found is None else found)
+        if weight.dim() != 2 or made.bias.shape != weight.shape[:1]:
+            raise ModelError(
+                f"{where}: {name}weight is {list(weight.shape)} and its bias "
+                f"{list(made.bias.shape)}, which no layer has; copy the checkpoint again"
+            )
+        return made
+
 
 @dataclass(frozen=True)
 class Parts:
@@ -216,7 +243,10 @@ def _precision(state: State, what: str, where: object) -> torch.dtype:
     tensors = needed(state)
     if not tensors:
         raise ModelError(f"{where} lacks the weights of the {what}; copy the whole checkpoint")
-    dtype = reduce(torch.promote_types, (value.dtype for value in tensors.values()))
+    kinds = {value.dtype for value in tensors.values()}
+    # a number of one byte was quantised: promoted to its neighbours', it would pass for a weight
+    quantised = [kind for kind in kinds if kind.itemsize == 1 and kind != torch.bool]
+    dtype = quantised[0] if quantised else reduce(torch.promote_types, kinds)
     if dtype not in _DTYPES:
         raise ModelError(
             f"{where}: the {what} has weights of {dtype}; convert them to float32, float16 or "
@@ -245,6 +275,12 @@ def make_connector(
         use = Use[Connector].model_validate({"use": "mlp", "depth": len(layers)})
     with torch.device("meta"):
         connector = registry.build(use, vision_width=vision_width, language_width=language_width)
+    tensors = {
+        f"{number}.{t}": tensor
+        for number, layer in enumerate(layers)
+        for t, tensor in zip(layer._fields, layer, strict=True)
+    }
+    dtype = _precision(tensors, "projector", where) if tensors else None
     for number, (module, layer) in enumerate(zip(linears(connector), layers, strict=True), start=1):
         if layer.weight.shape != module.weight.shape:
             raise ModelError(
@@ -252,12 +288,7 @@ def make_connector(
                 f"between this vision tower and language model it is {list(module.weight.shape)}; "
                 "is it the projector of another model?"
             )
-        if layer.bias.shape != module.bias.shape:
-            raise ModelError(
-                f"{where}: layer {number} of the projector has a bias {list(layer.bias.shape)}, "
-                f"but {list(module.bias.shape)} is needed; copy the checkpoint again"
-            )
-        module.weight, module.bias = nn.Parameter(layer.weight), nn.Parameter(layer.bias)
+        module.weight, module.bias = (nn.Parameter(tensor.to(dtype)) for tensor in layer)
     return use, connector
 
 

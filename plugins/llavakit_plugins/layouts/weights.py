@@ -156,10 +156,10 @@ def _unpickle(path: Path, *, mapped: bool) -> dict[str, Tensor]:
 def read_json(path: Path) -> dict[str, Any]:
     """Return a JSON table. Raises ModelError where the file cannot be read or holds none."""
     try:
-        table = json.loads(path.read_text(encoding="utf-8"))
+        table = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ModelError(f"{path} cannot be read ({error.strerror}); copy it again") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ModelError(f"{path} is not valid JSON ({error}); copy it again") from error
     if not isinstance(table, dict):
         raise ModelError(f"{path} holds no table; copy it again")
