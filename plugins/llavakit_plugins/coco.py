@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from array import array
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +15,8 @@ from llavakit.files import new_file
 from llavakit.samples import Box
 from llavakit_plugins.contexts import to_line
 
+_log = logging.getLogger("llavakit")
 _FIRST = 1 << 16  # bytes by which a file of one JSON is told from one of a JSON a line
-
-
-@dataclass(frozen=True)
-class Converted:
-    """What became of COCO's files."""
-
-    contexts: int
-    boxes: int
-    without_captions: int
-    """Images that are left out, as nobody described them."""
 
 
 def is_coco(path: Path) -> bool:
@@ -38,11 +29,12 @@ def is_coco(path: Path) -> bool:
     return begin.lstrip()[:1] == b"{" and b'"captions"' not in begin.partition(b"\n")[0]
 
 
-def convert_coco(captions: Path, instances: Path | None, out: Path) -> Converted:
+def convert_coco(captions: Path, instances: Path | None, out: Path) -> None:
     """Write contexts, in the order of the captions' images; boxes keep COCO's order.
 
-    Corners are within 0..1, rounded to three decimals. Raises DataError where a file is not COCO's,
-    or speaks of an image that it does not list.
+    Images without captions are left out, and how many is logged. Corners are within 0..1, rounded
+    to three decimals. Raises DataError where a file is not COCO's, or speaks of an image that it
+    does not list.
     """
     places: dict[int, int] = {}
     names: list[str] = []
@@ -63,20 +55,18 @@ def convert_coco(captions: Path, instances: Path | None, out: Path) -> Converted
         raise DataError(f"{captions} holds no captions; is it captions_*.json of COCO?")
     order, which, corners, categories = _boxes(instances, places, sizes)
     begins = np.searchsorted(order, np.arange(len(names) + 1))
-    count = 0
     with new_file(out) as file:
         for index, name in enumerate(names):
             if not texts[index]:
                 continue
             chosen = range(begins[index], begins[index + 1])
             boxes = tuple(Box(categories[which[k]], tuple(corners[k].tolist())) for k in chosen)
-            count += len(boxes)
             context = ImageContext(
                 Path(name).stem.rpartition("_")[2], name, tuple(texts[index]), boxes
             )
             file.write(to_line(context))
-    described = sum(map(bool, texts))
-    return Converted(described, count, len(names) - described)
+    if left_out := texts.count([]):
+        _log.warning("note: %d images of %s have no captions: left out", left_out, captions)
 
 
 def _boxes(
