@@ -123,7 +123,7 @@ class Answering(ABC, Generic[Pixels]):
         prompt: str,
         images: Sequence[ImageSource] = (),
         *,
-        max_new_tokens: int = 512,
+        max_new_tokens: int = 64,
         temperature: float = 0.0,
         top_p: float = 1.0,
         seed: int | None = None,
