@@ -31,7 +31,7 @@ class Answering(ABC, Generic[Pixels]):
 
     @property
     @abstractmethod
-    def reader(self) -> PreTrainedTokenizerBase:
+    def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer, or what stands for it."""
 
     @property
@@ -77,7 +77,7 @@ class Answering(ABC, Generic[Pixels]):
             question.check()
             encoded = self._render(question)
         if begun:
-            ids, learned = tokenise([Segment(begun)], self.reader, begin=False)
+            ids, learned = tokenise([Segment(begun)], self.tokenizer, begin=False)
             encoded = Encoded(
                 np.concatenate((encoded.ids, ids)), np.concatenate((encoded.learned, learned))
             )
@@ -133,7 +133,7 @@ class Answering(ABC, Generic[Pixels]):
         """Yield the answer in pieces as it comes; together they are what `generate` returns."""
         sampling = Sampling(max_new_tokens, temperature, top_p, seed, tuple(stop))
         sampling = self._stopping(sampling, raw=raw)
-        text = AnswerText(self.reader, sampling.stop)
+        text = AnswerText(self.tokenizer, sampling.stop)
         for tokens in self._steps([(prompt, images)], sampling, raw=raw):
             if piece := text.add(tokens[0][1]):
                 yield piece
@@ -156,7 +156,7 @@ class Answering(ABC, Generic[Pixels]):
         """
         found = self.answer_ids(prompts, sampling, raw=raw, pixels_IHW=pixels_IHW, begun=begun)
         stops = self._stopping(sampling, raw=raw).stop
-        return [decode(self.reader, ids, stops) for ids in found]
+        return [decode(self.tokenizer, ids, stops) for ids in found]
 
     def answer_ids(
         self,
@@ -178,7 +178,7 @@ class Answering(ABC, Generic[Pixels]):
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of an answer's tokens, up to what ends it."""
-        return decode(self.reader, ids, self.stops)
+        return decode(self.tokenizer, ids, self.stops)
 
     def _stopping(self, sampling: Sampling, *, raw: bool) -> Sampling:
         """Return `sampling` with the template's stop texts, but for a raw prompt."""

@@ -122,7 +122,7 @@ class LlavaModel(nn.Module, Answering[Tensor]):
         return torch.stack(pixels).to(self.device, dtype)
 
     @property
-    def reader(self) -> PreTrainedTokenizerBase:
+    def tokenizer(self) -> PreTrainedTokenizerBase:
         return self.language.tokenizer
 
     @property

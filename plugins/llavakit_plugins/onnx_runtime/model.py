@@ -68,7 +68,7 @@ class OnnxModel(Answering[FloatArray]):
         array: Callable[[FloatArray], Any] = lambda logits: logits,
     ) -> None:
         self.manifest, self.precision, self.provider = folder.manifest, precision, provider
-        self.tokenizer = TextTokenizer.of(folder)
+        self._tokenizer = TextTokenizer.of(folder)
         self._array = array
         """What `logits` returns the numpy array as."""
         self._vision, self._embeddings, decoder = (
@@ -89,8 +89,8 @@ class OnnxModel(Answering[FloatArray]):
         return self.manifest.shapes.visual_tokens
 
     @property
-    def reader(self) -> PreTrainedTokenizerBase:
-        return cast("PreTrainedTokenizerBase", self.tokenizer)  # as far as the core asks
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return cast("PreTrainedTokenizerBase", self._tokenizer)  # as far as the core asks
 
     @property
     def stops(self) -> Sequence[str]:
@@ -106,7 +106,7 @@ class OnnxModel(Answering[FloatArray]):
     def _encode(self, pieces: Sequence[Segment], *, begins: bool) -> Encoded:
         """Return a prompt's tokens, with those in front that the model's own tokenizer puts."""
         first = self.manifest.prompt.beginning if begins else ()
-        ids, learned = tokenise(pieces, self.reader, begin=False)
+        ids, learned = tokenise(pieces, self.tokenizer, begin=False)
         return Encoded(
             np.concatenate((np.asarray(first, np.int64), ids)),
             np.concatenate((np.zeros(len(first), np.bool_), learned)),
@@ -153,8 +153,8 @@ class OnnxModel(Answering[FloatArray]):
         embeds = self._embed_prompts(prompts, pixels_IHW)
         lengths = [len(rows) for rows in embeds]
         room = self._check_room(lengths, sampling.max_new_tokens)
-        ends = special_stops(self.reader, sampling.stop).union(self.manifest.end_tokens)
-        unfinished = Unfinished(self.reader, ends, sampling.stop, room)
+        ends = special_stops(self.tokenizer, sampling.stop).union(self.manifest.end_tokens)
+        unfinished = Unfinished(self.tokenizer, ends, sampling.stop, room)
         draw = np.random.default_rng(sampling.seed)
         capacity = max(n + m for n, m in zip(lengths, room, strict=True))
         try:
