@@ -454,7 +454,12 @@ references = "{bench / "gpt4_answers.jsonl"}"
 contexts = "{contexts}"
 images = "{pictures(tmp_path / "images", names)}"
 limit = 6
-judge = {{ use = "openai", model = "gpt-4o", base_url = "{service.url}", retries = 0 }}
+[steps.benchmarks.judge]
+use = "openai"
+model = "gpt-4o"
+base_url = "{service.url}"
+retries = 0
+price = {{ input = 2, output = 4 }}
 """
     )
     good = service.otherwise
@@ -482,6 +487,14 @@ judge = {{ use = "openai", model = "gpt-4o", base_url = "{service.url}", retries
     assert sum(review["tuple"] is None for review in reviews) == 1
     metrics = json.loads((run / "01-evaluate" / "artifact.json").read_text())["metrics"]
     assert metrics["sighted_unparsed"] == 1
+    spent = (100 * 2 + 10 * 4) / 1e6  # of each reply, by what the service says it took
+    assert metrics["sighted_judge_usd"] == pytest.approx(5 * spent)
+    assert "asking the judge, 0.00 USD" in err
+    service.actions = []
+    code, _, err = llava_run(recipe, "--out", run, "--set", "seed=1")
+    assert code == 0, err
+    assert "it is done again" in err
+    assert len(service.asked) == 9 + 1  # the refused one alone: the others are paid for
     written = [json.loads(line)["text"] for line in answers.splitlines()]
     final = rows(run / "01-evaluate" / "llava-bench.jsonl")
     assert sorted(row["text"] for row in final) == sorted(written)

@@ -120,6 +120,7 @@ PASSING = {
     "dropped in the answer": lambda h, b: h.half(b'{"choices": [{"mess'),
     "half a JSON": lambda h, b: h.send(200, b'{"choices": [{"mess', "application/json"),
     "no JSON": lambda h, b: h.send(200, b"<html>", "text/html"),
+    "too deep a JSON": lambda h, b: h.send(200, b"[" * 100_000, "application/json"),
     "invalid UTF-8": lambda h, b: h.send(
         200, b'{"choices": [{"message": {"content": "\xff\xfe"}}]}', "application/json"
     ),

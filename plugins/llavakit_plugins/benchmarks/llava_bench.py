@@ -27,7 +27,7 @@ from llavakit.files import write_text
 from llavakit.reporting import Table
 from llavakit_plugins.benchmarks.review_files import ReviewFiles
 from llavakit_plugins.evaluation.answers import read_answers
-from llavakit_plugins.evaluation.judging import Asking, replies
+from llavakit_plugins.evaluation.judging import Asking, Replies, replies
 from llavakit_plugins.evaluation.questions import read_questions
 from llavakit_plugins.evaluation.reviews import (
     RELATIVE_COLUMNS,
@@ -127,17 +127,18 @@ class LlavaBench(Benchmark):
         return self.found
 
     def score(self, questions: Sequence[Question], answers: Sequence[str]) -> Score:
-        return self._score(self._ask(questions, answers, Asking(self.options.concurrency)))
+        return self._score(*self._ask(questions, answers, Asking(self.options.concurrency)))
 
     def score_in(self, run: Run, questions: Sequence[Question], answers: Sequence[str]) -> Score:
-        reviews = self._ask(questions, answers, Asking.within(run, self.options.concurrency))
+        asking = Asking.within(run, self.options.concurrency)
+        reviews, said = self._ask(questions, answers, asking)
         lines = [json.dumps(review.row(), ensure_ascii=False) for review in reviews]
         write_text(run.directory / "reviews.jsonl", "\n".join(lines) + "\n")
-        return self._score(reviews)
+        return self._score(reviews, said)
 
     def _ask(
         self, questions: Sequence[Question], answers: Sequence[str], asking: Asking
-    ) -> list[_Review]:
+    ) -> tuple[list[_Review], Replies]:
         ways = (False, True) if self.options.swap else (False,)
         asked = [
             (question, swapped, self._messages(question, answer, swapped))
@@ -146,7 +147,8 @@ class LlavaBench(Benchmark):
         ]
         labels = [f"{q.id}{', swapped' if swapped else ''}" for q, swapped, _ in asked]
         said = replies(self.judge, [messages for *_, messages in asked], labels, asking)
-        return [_Review(q, way, text) for (q, way, _), text in zip(asked, said, strict=True)]
+        pairs = zip(asked, said.texts, strict=True)
+        return [_Review(q, way, text) for (q, way, _), text in pairs], said
 
     def _messages(self, question: Question, answer: str, swapped: bool) -> tuple[Message, ...]:
         first, second = (answer, question.truth) if swapped else (question.truth, answer)
@@ -159,7 +161,7 @@ class LlavaBench(Benchmark):
         ]
         return Message("system", _SYSTEM), Message("user", "\n\n".join(parts))
 
-    def _score(self, reviews: Sequence[_Review]) -> Score:
+    def _score(self, reviews: Sequence[_Review], said: Replies) -> Score:
         groups: dict[str, list[_Review]] = {}
         for review in reviews:
             groups.setdefault(str(review.question.id), []).append(review)
@@ -169,7 +171,7 @@ class LlavaBench(Benchmark):
         }
         categories = {name: group[0].question.category for name, group in groups.items()}
         results, unparsed = summarise(scores, categories, self.options.seed)
-        metrics = {"unparsed": float(len(unparsed))}
+        metrics = {"unparsed": float(len(unparsed)), **said.metrics()}
         for category, result in results.items():
             metrics[f"relative_{category}"] = result.relative
         if whole := results.get("all"):

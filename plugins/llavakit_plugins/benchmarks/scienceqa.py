@@ -21,7 +21,7 @@ from llavakit_plugins.benchmarks.ensembles import (
 from llavakit_plugins.benchmarks.science_table import Result, table
 from llavakit_plugins.benchmarks.scienceqa_files import ScienceQAFiles
 from llavakit_plugins.evaluation.answers import read_answers
-from llavakit_plugins.evaluation.judging import Asking, replies
+from llavakit_plugins.evaluation.judging import Asking, Replies, replies
 from llavakit_plugins.evaluation.scienceqa import (
     LETTERS,
     Format,
@@ -125,11 +125,12 @@ class ScienceQA(Benchmark):
         }
         if self.second is not None:
             second = [read_choice(self.second.get(p.id, ""), p) for p in problems]
-            final = (
-                complement(ours, second)
-                if self.judge is None
-                else judged(ours, second, self._verdicts(problems, answers, ours, second, asking))
-            )
+            if self.judge is None:
+                final = complement(ours, second)
+            else:
+                verdicts, said = self._verdicts(problems, answers, ours, second, asking)
+                final = judged(ours, second, verdicts)
+                metrics |= said.metrics()
             shown["second"] = Result.of(problems, second)
             shown[str(self.options.ensemble)] = Result.of(problems, final)
             shown["upper bound"] = Result.of(problems, upper_bound(problems, ours, second))
@@ -152,7 +153,7 @@ class ScienceQA(Benchmark):
         ours: Sequence[int | None],
         second: Sequence[int | None],
         asking: Asking,
-    ) -> Mapping[int, int | None]:
+    ) -> tuple[Mapping[int, int | None], Replies]:
         """Ask the judge about the problems on which the two differ; return its choices by place."""
         assert self.judge is not None
         assert self.second is not None
@@ -162,7 +163,8 @@ class ScienceQA(Benchmark):
             for i in places
         ]
         said = replies(self.judge, asked, [problems[i].id for i in places], asking)
-        return {
+        choices = {
             i: None if text is None else read_choice(text, problems[i])
-            for i, text in zip(places, said, strict=True)
+            for i, text in zip(places, said.texts, strict=True)
         }
+        return choices, said

@@ -135,7 +135,7 @@ class ScienceQAFiles(FileScorer):
         if self.options.ensemble == "complement":
             return complement(ours, second), data
         chosen = [problems[place] for place in places]
-        texts = self._verdicts(chosen, answers, others)
+        texts = self._verdicts(chosen, answers, others, notes)
         verdicts = {p.id: read_choice(texts.get(p.id, ""), p) for p in chosen}
         silent = [name for name, verdict in verdicts.items() if verdict is None]
         data |= {"requeried": len(verdicts) - len(silent), "not_requeried": silent}
@@ -148,7 +148,7 @@ class ScienceQAFiles(FileScorer):
         return judged(ours, second, {i: verdicts[problems[i].id] for i in places}), data
 
     def _verdicts(
-        self, problems: Sequence[Problem], ours: Answers, second: Answers
+        self, problems: Sequence[Problem], ours: Answers, second: Answers, notes: list[str]
     ) -> Mapping[str, str]:
         """Return what the judge says on the problems on which the two differ."""
         texts: dict[str, str] = {}
@@ -163,7 +163,10 @@ class ScienceQAFiles(FileScorer):
             said = replies(
                 self.judge, asked, [p.id for p in todo], Asking(ledger=self.options.ledger)
             )
-            texts |= {p.id: text for p, text in zip(todo, said, strict=True) if text is not None}
+            pairs = zip(todo, said.texts, strict=True)
+            texts |= {problem.id: text for problem, text in pairs if text is not None}
+            if said.usd is not None:
+                notes.append(f"the judge's replies cost {said.usd:.2f} USD")
         return texts
 
 

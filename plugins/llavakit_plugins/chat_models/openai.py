@@ -292,7 +292,7 @@ class OpenAI(ChatModel):
         """Return the reply that a response holds. Raises Fault where it holds none."""
         try:
             table = json.loads(data.decode("utf-8"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise Fault(self.clean(f"the answer is no JSON: {error}")) from None
         return self.reply_of(table)
 

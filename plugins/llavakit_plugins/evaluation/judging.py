@@ -15,6 +15,8 @@ from llavakit_plugins.chat.asking import ask_all
 from llavakit_plugins.chat.ledger import Entry, Ledger, Request, asked
 from llavakit_plugins.evaluation.rows import listed
 
+_LEDGER = "judge.jsonl"
+
 
 def _silent(done: int, total: int, note: str = "") -> None:
     """Show nothing."""
@@ -27,20 +29,37 @@ class Asking:
     concurrency: int = 8
     ledger: Path | None = None
     """Where replies are kept, and found again; nowhere where it is None."""
+    earlier: Sequence[Path] = ()
+    """Ledgers of attempts that were set aside: what they hold is not asked again."""
     progress: Progress = _silent
     stopping: Callable[[], bool] = lambda: False
 
     @classmethod
     def within(cls, run: Run, concurrency: int) -> Self:
-        """Return how it is done in a step: replies stay in its folder."""
-        ledger = run.directory / "judge.jsonl"
-        return cls(concurrency, ledger, run.progress, run.stopping)
+        """Return how it is done in a folder within a step's: replies stay in it."""
+        folder, step = run.directory, run.directory.parent
+        found = (step.parent / "superseded").glob(f"{step.name}.*/{folder.name}/{_LEDGER}")
+        return cls(concurrency, folder / _LEDGER, sorted(found), run.progress, run.stopping)
+
+
+@dataclass(frozen=True)
+class Replies:
+    """What the judge said."""
+
+    texts: Sequence[str | None]
+    """One a question; None where the service refuses that one."""
+    usd: float | None
+    """What they cost, whenever they were asked for; None where no price is known."""
+
+    def metrics(self) -> dict[str, float]:
+        """Return the price as a figure of a benchmark, where it is known."""
+        return {} if self.usd is None else {"judge_usd": self.usd}
 
 
 def replies(
     judge: ChatModel, questions: Sequence[Sequence[Message]], labels: Sequence[str], asking: Asking
-) -> list[str | None]:
-    """Return the judge's reply to each question; None where the service refuses that one.
+) -> Replies:
+    """Return the judge's reply to each question.
 
     Raises ChatError where the service cannot be used, or did not answer some questions for now: a
     score without them would stand for all. Raises Stopped where the user asked to stop. What was
@@ -54,7 +73,7 @@ def replies(
         path = asking.ledger
         if path is None:
             path = Path(stack.enter_context(TemporaryDirectory())) / "judge.jsonl"
-        ledger = stack.enter_context(Ledger(path, identity=judge.identity))
+        ledger = stack.enter_context(Ledger(path, identity=judge.identity, earlier=asking.earlier))
         keys = [asked(judge.identity, request).key for request in requests]
         wanted = set(keys)
         done = sum(key in ledger for key in wanted)
@@ -62,7 +81,8 @@ def replies(
         def show(entry: Entry) -> None:
             nonlocal done
             done += 1
-            asking.progress(done, len(wanted), "asking the judge")
+            usd = "" if ledger.usd is None else f", {ledger.usd:.2f} USD"
+            asking.progress(done, len(wanted), f"asking the judge{usd}")
 
         tally = ask_all(
             judge,
@@ -73,6 +93,7 @@ def replies(
             progress=show,
         )
         found = [ledger.get(key) for key in keys]
+        own = {key: entry.usd for key, entry in zip(keys, found, strict=True) if entry is not None}
     silent = [key for key in tally.unanswered if key not in tally.refused]
     if silent:
         names = [label for key, label in zip(keys, labels, strict=True) if key in silent]
@@ -80,4 +101,6 @@ def replies(
             f"the judge left {len(silent)} of {len(wanted)} questions without an answer "
             f"({listed(names)}); what it answered is kept. The last: {tally.unanswered[silent[-1]]}"
         )
-    return [None if entry is None else entry.text for entry in found]
+    prices = [usd for usd in own.values() if usd is not None]
+    texts = [None if entry is None else entry.text for entry in found]
+    return Replies(texts, sum(prices) if prices else None)
