@@ -46,12 +46,12 @@ def state_options(
     """
     table: dict[str, Any] = dict(flags or {})
     sources = [stated(setting) for setting in settings]
-    sources += [Source(Path(), "", f"--{name.replace('_', '-')}", (name,)) for name in flags or ()]
+    sources += [Source(said=f"--{name.replace('_', '-')}", key=(name,)) for name in flags or ()]
     for setting in settings:
         set_key(table, setting)
     problems = list(_check_options(component, table, registry, (), {}, inputs=True))
     if problems:
-        sources.append(Source(Path(), "", component.name))
+        sources.append(Source(said=component.name))
         raise RecipeError("\n\n".join(problem.render(sources, []) for problem in problems))
     return table
 

@@ -15,8 +15,8 @@ from llavakit.toml_lines import Key, Place, Span, locate
 class Source:
     """A recipe file that took part, as text; or a key that was set elsewhere."""
 
-    path: Path
-    text: str
+    path: Path = Path()
+    text: str = ""
     said: str = ""
     """Where a single key was set, if not in a file, for example `--set seed=1`."""
     key: Key = ()
@@ -36,7 +36,7 @@ class Source:
 def stated(override: str) -> Source:
     """Return `--set a.b.c=value` as the source of that key."""
     path = override.partition("=")[0].strip().split(".")
-    return Source(Path(), "", f"--set {override}", tuple(path))
+    return Source(said=f"--set {override}", key=tuple(path))
 
 
 def set_key(table: dict[str, Any], override: str) -> None:

@@ -151,7 +151,7 @@ def _environment() -> Iterator[Source]:
     for name, value in os.environ.items():
         if name.upper().startswith("LLAVA_"):
             key = tuple(name[len("LLAVA_") :].lower().split("__"))
-            yield Source(Path(), "", f"environment variable {name}={value}", key)
+            yield Source(said=f"environment variable {name}={value}", key=key)
 
 
 def _from_environment(model: type[Recipe]) -> dict[str, Any]:

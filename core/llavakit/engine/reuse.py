@@ -6,7 +6,6 @@ since is found. Files are linked rather than copied where the disk allows it.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from llavakit.errors import RecipeError
-from llavakit.files import explain_write, fingerprint
+from llavakit.files import explain_write, fingerprint, peek_json
 
 DONE = "artifact.json"
 
@@ -58,7 +57,7 @@ def find_step(
     problems = []
     for run in runs:
         folder = run / name
-        done = _read(folder / DONE)
+        done = peek_json(folder / DONE)
         if done.get("record") != record:
             continue
         if (made_by := _version(run)) != version("llavakit"):
@@ -80,15 +79,7 @@ def _changed(folder: Path, known: Contents) -> Iterator[str]:
 
 
 def _version(run: Path) -> str:
-    return str(_read(run / "environment.json").get("packages", {}).get("llavakit", "unknown"))
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
+    return str(peek_json(run / "environment.json").get("packages", {}).get("llavakit", "unknown"))
 
 
 def take_step(source: Path, target: Path) -> None:

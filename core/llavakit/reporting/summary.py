@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llavakit.files import peek_json
 from llavakit.progress import duration
 from llavakit.reporting.sections import Section, StepRecord
 
@@ -73,8 +73,8 @@ def collect(recipe: Recipe, directory: Path, records: Sequence[StepRecord]) -> R
     done = {record.name for record in records}
     stages += [Stage(name, "") for name in uses if name not in done]
 
-    environment = _read_json(directory / "environment.json")
-    plan = flat(_read_json(directory / "plan.json"))
+    environment = peek_json(directory / "environment.json")
+    plan = flat(peek_json(directory / "plan.json"))
     parts = [
         Part(name, use.use, plan.get(f"parts.{name}.parameters"), flat(use.options))
         for name in (type(recipe.model).model_fields if recipe.model else ())
@@ -92,14 +92,6 @@ def collect(recipe: Recipe, directory: Path, records: Sequence[StepRecord]) -> R
     except OSError:
         text = ""
     return Report(recipe.name, facts, stages, parts, flat(environment), text.strip())
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
 
 
 def flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
