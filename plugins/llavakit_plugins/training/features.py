@@ -83,6 +83,8 @@ class Encoding:
             batch_size=None,
             sampler=micros,
             num_workers=self._workers,
+            # otherwise, from Python 3.14 on, each would be sent the whole model
+            multiprocessing_context="fork" if self._workers else None,
             pin_memory=device.type == "cuda",
             worker_init_fn=_leave_signals_to_the_parent,
             generator=torch.Generator(),
@@ -141,15 +143,18 @@ class Cached:
         self._corpus, self._device = corpus, model.device
         vision = preparing or model.vision
         self._place, sources = index_images(corpus)
-        chunks = []
+        self._features: Tensor | None = None
         with torch.no_grad():
             for begin in range(0, len(sources), _ENCODE_BATCH):
                 part = sources[begin : begin + _ENCODE_BATCH]
                 pixels = [read_pixels(vision, image, name) for image, name in part]
                 batch = torch.stack(pixels).to(model.device, dtype)
-                chunks.append(model.features(batch).to("cpu"))
+                found = model.features(batch)
+                if self._features is None:  # at once: joined from pieces they would be there twice
+                    shape = (len(sources), *found.shape[1:])
+                    self._features = torch.empty(shape, dtype=found.dtype)
+                self._features[begin : begin + len(part)] = found
                 progress(begin + len(part), len(sources), "encoding images")
-        self._features = torch.cat(chunks) if chunks else None
 
     def load(self, micros: Iterable[Sequence[int]]) -> Generator[tuple[PackedBatch, Tensor | None]]:
         for samples in micros:
