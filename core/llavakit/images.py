@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
 import struct
 import warnings
@@ -30,6 +31,7 @@ MAX_PIXELS = 178_956_970
 
 ImagePath = Path | str
 _READERS, _AT_ONCE = 16, 256  # threads that look at files, and files that each takes at once
+_NO_BOMB = 1 << 18  # bytes of a JPEG that cannot hold more pixels than are safe to decode
 _ABSENT = (None, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
 
 
@@ -162,7 +164,8 @@ def _seems_whole(path: ImagePath, where: str) -> bool | DataError:
         handle = os.open(path, os.O_RDONLY)
         try:
             size = os.fstat(handle).st_size
-            head, tail = os.pread(handle, 16, 0), os.pread(handle, 32, max(0, size - 32))
+            wanted = 24 if size < _NO_BOMB else 1 << 16
+            head, tail = os.pread(handle, wanted, 0), os.pread(handle, 32, max(0, size - 32))
         finally:
             os.close(handle)
     except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
@@ -170,12 +173,26 @@ def _seems_whole(path: ImagePath, where: str) -> bool | DataError:
         kind = MissingImage if getattr(error, "errno", None) in _ABSENT else DataError
         return kind(f"image {path} of {where} cannot be read ({reason}); check the images folder")
     if head.startswith(b"\xff\xd8\xff"):
-        return tail.rstrip(b"\0").endswith(b"\xff\xd9")
+        small = size < _NO_BOMB or _jpeg_pixels(head) <= MAX_PIXELS
+        return small and tail.rstrip(b"\0").endswith(b"\xff\xd9")
     if head.startswith(b"\x89PNG\r\n\x1a\n"):
-        return tail.endswith(b"IEND\xaeB`\x82")
+        width, height = int.from_bytes(head[16:20]), int.from_bytes(head[20:24])
+        return width * height <= MAX_PIXELS and tail.endswith(b"IEND\xaeB`\x82")
     if head.startswith(b"RIFF") and head[8:12] == b"WEBP":
         return size >= 8 + int.from_bytes(head[4:8], "little")
     return False
+
+
+def _jpeg_pixels(head: bytes) -> float:
+    """Return how many pixels a JPEG has; infinity where its beginning does not say."""
+    place = 2
+    while head[place : place + 1] == b"\xff" and place + 9 <= len(head):
+        marker = head[place + 1]
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # start of a frame
+            height, width = struct.unpack_from(">HH", head, place + 5)
+            return float(height * width)
+        place += 2 + int.from_bytes(head[place + 2 : place + 4])
+    return math.inf
 
 
 def inside(folder: Path, name: str, where: str) -> Path:

@@ -101,7 +101,7 @@ class Plan(BaseModel):
         frozen = {
             name: ", ".join(part for part in self.parts if part not in step.trained)
             for name, step in self.steps.items()
-            if step.trained
+            if self.parts and step.trained
         }
         lines += ["", *(f"{name}: {parts or 'nothing'} frozen" for name, parts in frozen.items())]
         lines += [f"{name}: {step.note}" for name, step in self.steps.items() if step.note]
@@ -148,6 +148,11 @@ class Planner:
     def devices(self) -> int:
         """On how many devices the recipe's machine trains."""
         return self._recipe.machine.devices
+
+    @property
+    def has_model(self) -> bool:
+        """Whether the recipe has a model; it need not where every step names a folder of one."""
+        return self._recipe.model is not None
 
     @cached_property
     def model(self) -> LlavaModel:

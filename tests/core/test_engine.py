@@ -112,6 +112,24 @@ def test_what_does_not_change_a_step_does_not_redo_it(
     assert err.count("done before") == 2
 
 
+def test_training_from_a_folder_needs_no_model_in_the_recipe(
+    done: tuple[Path, Path], llava_run: Command, tmp_path: Path, data: Path
+) -> None:
+    path = tmp_path / "more.toml"
+    own = f'{{ use = "conversations", path = "{data}/train.json", images = "{data}/images" }}'
+    path.write_text(
+        f'[[steps]]\nuse = "finetune"\ninit = "{done[1]}/model"\ntrain = {{ connector = 1e-3 }}\n'
+        f"max_steps = 1\nbatch_size = 2\nmax_length = 64\ndata = {own}\n"
+    )
+    code, out, err = llava_run(path, "--plan")
+    assert code == 0, err
+    assert "its model is that in" in out
+    assert "frozen" not in out
+    code, _, err = llava_run(path, "--out", tmp_path / "run")
+    assert code == 0, err
+    assert (tmp_path / "run" / "model" / "model.toml").is_file()
+
+
 def test_a_skipped_step_leaves_no_folder_and_keeps_the_numbers(
     write_recipe: RecipeWriter, llava_run: Command, tmp_path: Path
 ) -> None:

@@ -115,6 +115,35 @@ def test_a_decompression_bomb_is_refused(tmp_path: Path) -> None:
         open_image(tmp_path / "a.png", "sample `7`")
 
 
+def large_jpeg(path: Path, edge: int | None = None) -> None:
+    """Write a JPEG of half a megabyte, claiming `edge` x `edge` pixels where that is given."""
+    noise = np.random.default_rng(0).integers(0, 255, (500, 500, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(path, quality=95, exif=b"Exif\0\0" + bytes(3000))
+    data = bytearray(path.read_bytes())
+    frame = data.index(b"\xff\xc0")
+    if edge is not None:
+        data[frame + 5 : frame + 9] = struct.pack(">HH", edge, edge)
+    path.write_bytes(data)
+
+
+def test_a_decompression_bomb_is_found_before_training(tmp_path: Path) -> None:
+    bomb(tmp_path / "a.png")
+    large_jpeg(tmp_path / "a.jpg", 60_000)
+    for name in ("a.png", "a.jpg"):
+        assert list(whole_images([tmp_path / name])) == [False]
+        with pytest.raises(DataError, match=rf"{name} of sample `7` .*shrink it"):
+            check_image(tmp_path / name, "sample `7`")
+
+
+def test_a_large_jpeg_is_looked_at_and_not_decoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    large_jpeg(tmp_path / "a.jpg")
+    assert (tmp_path / "a.jpg").stat().st_size > 1 << 18
+    monkeypatch.setattr("llavakit.images.open_image", None)  # cannot be called
+    check_image(tmp_path / "a.jpg", "sample `7`")
+
+
 @pytest.fixture(params=["png", "jpg", "gif", "webp", "bmp", "tiff"])
 def photo(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     draw = np.random.default_rng(0)

@@ -101,6 +101,9 @@ class _Train(Step):
     @classmethod
     def plan(cls, options: TrainOptions, planner: Planner) -> StepPlan:
         trained = tuple(part for part in PARTS if part in options.train)
+        if not planner.has_model:
+            note = f"its model is that in {options.init}, which a plan does not read"
+            return StepPlan(trained=trained, note=note)
         for part in trained:
             require_weights(part, planner.trainable(part))
         preparation(planner.model, options.prepare, planner.build)  # for its errors
