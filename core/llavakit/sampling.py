@@ -24,7 +24,8 @@ class Sampling:
     def __post_init__(self) -> None:
         if "" in self.stop:
             raise ModelError("an empty text cannot stop an answer; leave it out of `stop`")
-        if self.max_new_tokens < 1 or self.temperature < 0 or not 0 < self.top_p <= 1:
+        warm = 0 <= self.temperature < float("inf")
+        if self.max_new_tokens < 1 or not warm or not 0 < self.top_p <= 1:
             raise ModelError(
                 f"cannot sample with max_new_tokens={self.max_new_tokens}, "
                 f"temperature={self.temperature}, top_p={self.top_p}; use at least one new "

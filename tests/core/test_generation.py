@@ -191,6 +191,8 @@ def test_the_number_of_new_tokens_is_bounded(model: LlavaModel) -> None:
     assert len(model.generate_ids(prompt, max_new_tokens=99, raw=True)) == 3
     with pytest.raises(ModelError, match=rf"{limit} tokens .*reads at most {limit}: shorten it"):
         model.generate_ids(prompt + " a a a", raw=True)
-    for wrong in ({"max_new_tokens": 0}, {"temperature": -1.0}, {"top_p": 0.0}):
+    wrong_ones: list[dict[str, Any]] = [{"max_new_tokens": 0}, {"top_p": 0.0}]
+    wrong_ones += [{"temperature": value} for value in (-1.0, float("nan"), float("inf"))]
+    for wrong in wrong_ones:
         with pytest.raises(ModelError, match="cannot sample"):
             model.generate("a", **wrong)

@@ -89,5 +89,5 @@ def _chat_with_heatmap(arguments: argparse.Namespace, model: object) -> None:
         arguments.max_new_tokens, arguments.temperature, arguments.top_p, arguments.seed
     )
     gaze = watch_answer(model, arguments.prompt, arguments.image, sampling)
+    print(gaze.answer, flush=True)  # first: it is not lost where the picture cannot be written
     save_image(draw_gaze(gaze, arguments.image, model.vision), arguments.heatmap)
-    print(gaze.answer)
