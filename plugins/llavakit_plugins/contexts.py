@@ -122,19 +122,22 @@ def _parse(line: str, where: str) -> ImageContext:
     except (RecursionError, ValueError) as error:
         raise DataError(f"{where}: nested too deeply, or a number too long; mend it") from error
     try:
-        if not isinstance(row["captions"], list):
-            raise TypeError(f"`captions` is no list but {row['captions']!r:.60}")
+        captions = tuple(row["captions"]) if isinstance(row["captions"], list) else (None,)
+        if not all(isinstance(caption, str) for caption in captions):
+            raise TypeError(f"`captions` is no list of texts but {row['captions']!r:.60}")
         boxes = tuple(
             Box(str(item["category"]), tuple(map(float, item["bbox"])))  # type: ignore[arg-type]
             for item in row.get("instances", [])
         )
-        captions = tuple(map(str, row["captions"]))
         context = ImageContext(str(row["id"]), str(row["image"]), captions, boxes)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise DataError(
             f"{where}: a context needs `id`, `image`, `captions` and `instances` of `category` "
             f"and `bbox`: {type(error).__name__} {error}"
         ) from error
+    words = (context.id, context.image, *captions, *(box.category for box in boxes))
+    if any(map(_half_a_character, words)):
+        raise DataError(f"{where}: a text ends within a character (half an emoji); mend it")
     if any(len(box.corners) != 4 for box in context.boxes):
         raise DataError(f"{where}: a `bbox` has four numbers: x1, y1, x2, y2")
     for box in context.boxes:
@@ -146,3 +149,12 @@ def _parse(line: str, where: str) -> ImageContext:
     if not any(map(str.strip, captions)):
         raise DataError(f"{where}: context `{context.id}` has no captions; remove the line")
     return context
+
+
+def _half_a_character(text: str) -> bool:
+    """Whether a text has a lone surrogate, as JSON may: no service can be sent it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return True
+    return False

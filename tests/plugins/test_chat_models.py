@@ -145,6 +145,13 @@ def test_what_does_not_pass_ends_in_a_sentence(service: Service, fault: Any) -> 
         ask(model(service, retries=2, patience=0.2))
 
 
+def test_a_message_that_no_service_can_be_sent_is_refused(service: Service) -> None:
+    with pytest.raises(ReplyError, match="cut within a character") as caught:
+        asyncio.run(model(service).reply([Message("user", "half an emoji \ud83d")]))
+    assert caught.value.lasting
+    assert not service.asked
+
+
 def test_a_server_that_is_slow_for_ever_is_left(service: Service) -> None:
     service.otherwise = slow  # each byte in time, the whole never
     begun = time.monotonic()

@@ -264,6 +264,28 @@ def test_what_cannot_be_meant_is_refused(
     assert not (tmp_path / "run" / "01-generate").exists()
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"id": "0001"}, "has context `0001` more than once"),
+        ({"image": "../secret.jpg"}, "image `../secret.jpg` of context `0003` of"),
+        ({"captions": ["half a \ud83d"]}, "contexts.jsonl:4: a text ends within a character"),
+    ],
+)
+def test_what_could_not_be_used_is_said_before_it_is_paid_for(
+    service: Service, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    change: dict[str, Any], said: str,
+) -> None:  # fmt: skip
+    recipe = write_recipe(tmp_path, service, count=4)
+    path = tmp_path / "contexts.jsonl"
+    rows = rows_of(path)
+    rows[3] |= change
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main([str(recipe), "--out", str(tmp_path / "run")]) == 2
+    assert said in capsys.readouterr().err
+    assert not service.asked
+
+
 def test_who_is_refused_leaves_no_folder(
     service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -111,7 +111,9 @@ def test_contexts_are_read_one_by_one_and_named_by_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        ('"captions": "a dog"', "`captions` is no list but 'a dog'"),  # a paid letter each
+        ('"captions": "a dog"', "`captions` is no list of texts but 'a dog'"),  # a paid letter each
+        ('"captions": ["a", null]', "`captions` is no list of texts but ['a', None]"),
+        (r'"captions": ["half a \ud83d"]', "a text ends within a character"),
         ('"captions": ["a"], "instances": [{"category": "dog", "bbox": [12, 30, 200.5, 90]}]',
          "the corners of `dog` are within 0..1"),
         ('"captions": ["a"], "instances": [{"category": "dog", "bbox": [0, NaN, 1, 1]}]',

@@ -272,6 +272,12 @@ class OpenAI(ChatModel):
                 )
         except TimeoutError:
             raise Fault(self._too_late()) from None
+        except UnicodeEncodeError as error:
+            raise ReplyError(
+                f"a message cannot be sent, since it is cut within a character ({error.reason}); "
+                "mend the text",
+                lasting=True,
+            ) from None
         except openai.APIStatusError as error:
             refused = self.explain(error)
             if refused is None:

@@ -19,8 +19,9 @@ if TYPE_CHECKING:
 def open_sources(options: GenerateOptions, folder: Path) -> Iterator[dict[str, Contexts]]:
     """Yield the contexts and the held-out ones, by the folder that their data go to.
 
-    COCO's files are turned into lines in `folder`, once. Raises DataError where a file cannot be
-    used or holds nothing, and where `instances` stand beside what is not COCO's.
+    COCO's files are turned into lines in `folder`, once. All lines are looked at before anything is
+    paid for. Raises DataError where a file cannot be used or holds nothing, where `instances` stand
+    beside what is not COCO's, for an id that is there twice, and for an image outside its folder.
     """
     if options.instances is not None and not is_coco(options.contexts):
         raise DataError(
@@ -41,4 +42,19 @@ def open_sources(options: GenerateOptions, folder: Path) -> Iterator[dict[str, C
             stack.callback(contexts.close)
             if not len(contexts):
                 raise DataError(f"{path} holds no contexts; it needs one JSON object a line")
+            _check(contexts, path, options.images or Path())
         yield opened
+
+
+def _check(contexts: Contexts, path: Path, images: Path) -> None:
+    from llavakit.images import inside
+
+    seen: set[str] = set()
+    for context in contexts:
+        inside(images, context.image, f"context `{context.id}` of {path}")
+        if context.id in seen:
+            raise DataError(
+                f"{path} has context `{context.id}` more than once, and samples are named after "
+                "it; keep one, or give the others ids of their own"
+            )
+        seen.add(context.id)
