@@ -65,6 +65,7 @@ def load_any(
         f"{path} holds no model that is recognised; known layouts: "
         f"{', '.join(('llavakit (model.toml)', *layouts))}"
         + (f". Its {broken[0]} cannot be read as JSON: copy that again" if broken else "")
+        + (f"; did you mean {path / 'model'}?" if is_model(path / "model") else "")
     )
 
 

@@ -220,6 +220,41 @@ def test_a_loss_that_is_no_number_names_the_samples(
         assert "NaN" not in checkpoint.read_text()
 
 
+@pytest.mark.parametrize(
+    "fault",
+    [
+        "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 23.6 GiB",
+        "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes.",
+        "something else",
+    ],
+)
+def test_a_device_that_is_full_says_what_needs_less(
+    write_recipe: RecipeWriter,
+    refused: Refused,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    fault: str,
+) -> None:
+    import torch
+
+    from llavakit_plugins.language.vicuna import Vicuna
+
+    def fill(*_: object) -> None:
+        raise (torch.OutOfMemoryError if "CUDA" in fault else RuntimeError)(fault)
+
+    monkeypatch.setattr(Vicuna, "loss", fill)
+    path, run = write_recipe(), tmp_path / "run"
+    if "memory" not in fault:
+        with pytest.raises(RuntimeError, match="something else"):
+            refused(path, "--out", run)
+        return
+    text = refused(path, "--out", run)
+    assert (
+        f"out of memory ({fault.partition('. GPU')[0].rstrip('.')}); less is needed with " in text
+    )
+    assert "fewer `micro_batch_tokens` (now " in text
+
+
 def test_one_poisoned_image_is_told_from_its_neighbours(
     write_recipe: RecipeWriter, refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -165,6 +165,15 @@ def test_chat_with_a_folder_that_is_not_there(refused: Callable[..., str], tmp_p
     assert "holds no model that is recognised" in refused("chat", tmp_path, "--prompt", "x")
 
 
+def test_chat_with_a_run_names_the_model_in_it(
+    model: Path, refused: Callable[..., str], tmp_path: Path
+) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "model").symlink_to(model)
+    text = refused("chat", tmp_path / "run", "--prompt", "x")
+    assert f"did you mean {tmp_path / 'run' / 'model'}?" in text
+
+
 def test_import_replaces_nothing(model: Path, refused: Callable[..., str], tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")

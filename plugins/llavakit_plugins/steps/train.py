@@ -10,6 +10,7 @@ import torch
 
 from llavakit import Outcome, Run, Sample, Step
 from llavakit.assembly import save_model
+from llavakit.devices import explain_memory
 from llavakit.files import link_folder
 from llavakit.images import save_thumbnail
 from llavakit.planning import Planner, StepPlan
@@ -62,8 +63,9 @@ class _Train(Step):
         if options.held_out is not None:
             held_out = Corpus(run.build(options.held_out), model, template, options.max_length)
         run.event("corpus", samples=len(corpus), tokens=sum(corpus.lengths), cut=corpus.cut)
-        trainer = Trainer(model, corpus, options, run, held_out, template)
-        progress = trainer.train()
+        with explain_memory(_less_memory(options)):
+            trainer = Trainer(model, corpus, options, run, held_out, template)
+            progress = trainer.train()
         if not run.team.leads:
             return Outcome({})
         model = trainer.model
@@ -155,6 +157,16 @@ def _gallery(
         truth = [("truth", sample.turns[1].text)] if len(sample.turns) > 1 else []
         cards.append(Card(image=shown, lines=[("question", question), *said, *truth]))
     return Gallery(title="Held-out answers while it learns", cards=cards)
+
+
+def _less_memory(options: TrainOptions) -> str:
+    """Return what to change where a device is full."""
+    ways = [f"fewer `micro_batch_tokens` (now {options.micro_batch_tokens:,})"]
+    if not options.recompute:
+        ways.append("`recompute = true`")
+    if options.precision != "bf16":
+        ways.append('`precision = "bf16"` on a GPU')
+    return f"less is needed with {', '.join(ways)}, or a shorter `max_length`"
 
 
 def _tail_mean(losses: list[float]) -> float:
