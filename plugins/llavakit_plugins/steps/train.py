@@ -6,8 +6,6 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from llavakit import Outcome, Run, Sample, Step
 from llavakit.assembly import save_model
 from llavakit.devices import explain_memory
@@ -38,7 +36,6 @@ class _Train(Step):
 
     def run(self, run: Run) -> Outcome:
         options = self.options
-        torch.manual_seed(run.seed)
         if options.precision == "bf16" and run.device.type == "cpu" and run.team.leads:
             _log.warning(
                 "note: most CPUs compute slower in bf16 than in float32: try --set "

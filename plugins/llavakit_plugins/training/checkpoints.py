@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -28,20 +27,17 @@ class Checkpoints:
         self.keep = keep
 
     def save(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
-        """Write a checkpoint with the random state; then drop the oldest beyond `keep`."""
-        random = {"random/cpu": torch.get_rng_state()}
-        if torch.cuda.is_available():
-            random["random/cuda"] = torch.cuda.get_rng_state()
+        """Write a checkpoint; then drop the oldest beyond `keep`."""
         whole = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
         with new_folder(self.folder / f"step-{step:06}") as partial:
-            save_file(whole | random, partial / _TENSORS)
+            save_file(whole, partial / _TENSORS)
             found = {"step": step, "check": _fingerprint(partial / _TENSORS), "state": dict(state)}
             (partial / _STATE).write_text(json.dumps(found), encoding="utf-8")
         for old in self._all()[: -self.keep]:
             shutil.rmtree(old)
 
     def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """Return the newest checkpoint's tensors and state, its random state set; None for none.
+        """Return the newest checkpoint's tensors and state; None where there is none.
 
         Raises TrainingError where the newest checkpoint is damaged.
         """
@@ -60,9 +56,6 @@ class Checkpoints:
                 f"checkpoint {newest} is damaged ({error}); remove it to go on from the one "
                 "before, or from the step's start"
             ) from error
-        torch.set_rng_state(tensors.pop("random/cpu"))
-        if (cuda := tensors.pop("random/cuda", None)) is not None and torch.cuda.is_available():
-            torch.cuda.set_rng_state(cuda)
         return tensors, state
 
     def _all(self) -> list[Path]:

@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, closing, contextmanager, nullcont
 from itertools import islice, tee
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -229,6 +230,7 @@ class Trainer:
 
         Nothing here waits for the device: what came of the step is read by `_read`.
         """
+        self._reseed()
         batch = due.batch
         targets = sum(self.corpus.learned_counts[sample] for sample in batch.all_samples)
         total = torch.zeros((), device=self.model.device)
@@ -251,6 +253,14 @@ class Trainer:
         self.progress.targets += targets
         self._unread.append(_Taken(self.progress.step, batch, torch.stack((total, norm))))
         return rate
+
+    def _reseed(self) -> None:
+        """Let what a step draws, such as dropout, depend on seed, step and process alone.
+
+        So a resumed run draws what the uninterrupted one does, and no two devices drop the same.
+        """
+        key = np.random.SeedSequence([self.run.seed, self.progress.step, self.team.rank])
+        torch.manual_seed(int(key.generate_state(1, np.uint64)[0]))
 
     def _read(self) -> tuple[float, float]:
         """Wait for the steps not read yet; return loss a target and gradient norm of the last.
@@ -316,10 +326,8 @@ class Trainer:
 
     @contextmanager
     def _undisturbed(self) -> Iterator[None]:
-        """Let the model be looked at: nothing is learned, and no random number is used up."""
-        device = self.model.device
-        devices = [device] if device.type == "cuda" else []
-        with torch.random.fork_rng(devices), torch.no_grad(), self._autocast():
+        """Let the model be looked at: nothing is learned."""
+        with torch.no_grad(), self._autocast():
             self.model.eval()
             try:
                 yield
