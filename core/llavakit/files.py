@@ -122,7 +122,7 @@ def explain_write(path: Path) -> Iterator[None]:
         place = (error.filename if isinstance(error, OSError) else None) or path
         reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
         raise LlavaError(
-            f"cannot write {place}: {reason}; free some space or choose another folder with --out"
+            f"cannot write {place}: {reason}; free some space or choose another place to write to"
         ) from error
 
 

@@ -429,6 +429,20 @@ def test_the_recipe_evaluates_any_model_folder(
     assert "## Model" not in page
 
 
+@pytest.mark.parametrize(
+    "line",
+    ['{"question_id": 1}', '{"question_id": 1, "prompt": "a", "image": 5, "text": "x"}',
+     '{"question_id": 1, "prompt": "a", "image": [], "text": 3}'],
+)  # fmt: skip
+def test_answers_of_something_else_are_named(tmp_path: Path, line: str) -> None:
+    good = AnswerFile(tmp_path / "a.jsonl", "m", resume=False)
+    good.append([Question(0, "a", (), "")], ["x"])
+    with (tmp_path / "a.jsonl").open("a") as file:
+        file.write(line + "\n")
+    with pytest.raises(DataError, match=r"a\.jsonl:2: not an answer that this run wrote"):
+        AnswerFile(tmp_path / "a.jsonl", "m", resume=True)
+
+
 def test_a_judge_that_falls_silent_leaves_no_score_and_a_resume_asks_what_is_left(
     shared: Path, model: Path, tmp_path: Path, llava_run: Command, service: Service
 ) -> None:

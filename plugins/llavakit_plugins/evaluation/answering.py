@@ -46,9 +46,16 @@ class AnswerFile:
         self._known: dict[tuple[str, str, tuple[str, ...]], str] = {}
         if resume and path.is_file():
             drop_torn_line(path)
-            for _, row in read_lines(path):
-                key = (str(row["question_id"]), row["prompt"], tuple(row["image"]))
-                self._known[key] = row["text"]
+            for where, row in read_lines(path):
+                images = row.get("image")
+                images = images if isinstance(images, list) else [None]
+                texts = [row.get("prompt"), row.get("text"), *images]
+                if not all(isinstance(text, str) for text in texts):
+                    raise DataError(
+                        f"{where}: not an answer that this run wrote; remove the line, and its "
+                        "question is asked again"
+                    )
+                self._known[str(row.get("question_id")), texts[0], tuple(images)] = texts[1]
         else:
             with explain_write(path):
                 path.write_bytes(b"")
