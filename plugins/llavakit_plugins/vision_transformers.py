@@ -12,10 +12,11 @@ import re
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, cast
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, cast
 
 import torch
 from PIL import Image
+from pydantic import Field
 from torch import Tensor, nn
 
 from llavakit import ModelError, Options, VisionEncoder
@@ -37,6 +38,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+Spread = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
 class EncoderOptions(Options):
     """Which features are taken, and of which pixels."""
 
@@ -48,7 +52,7 @@ class EncoderOptions(Options):
     """`cls_patch` keeps the class token, and registers, as visual tokens before the patches."""
     mean: RGB | None = None
     """Of each colour, of values 0..1; where absent, what the weights come with."""
-    std: RGB | None = None
+    std: tuple[Spread, Spread, Spread] | None = None
     interpolation: Interpolation | None = None
     fast: bool = False
     """Decode JPEGs at a fraction of their size and shrink others in blocks: several times faster,

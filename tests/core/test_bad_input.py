@@ -331,6 +331,7 @@ def test_a_read_only_disk(write_recipe: RecipeWriter, refused: Refused, tmp_path
         ("device=meta", "device `meta` is not available"),
         ("steps.1.train={ vision = 1e-3, conector = 1 }", "option `conector` of `pretrain`"),
         ("steps.1.train={}", "name at least one part"),
+        ("model.vision.std=[1,0,1]", "option `std`, entry 2, of `clip`: input should be greater"),
         ("model.vision.config.hidden_size=33", "cannot make a CLIPVisionModel of this config"),
         ("model.language.config.num_attention_heads=5", "cannot make a LlamaConfig of this"),
         ("steps.1.train={ connector = -1 }", "name at least one part"),
