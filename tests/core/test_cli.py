@@ -190,6 +190,28 @@ def test_export_in_an_unknown_format_names_those_there_are(
     assert not (tmp_path / "out").exists()
 
 
+def test_ctrl_c_ends_a_run_that_has_not_begun_whatever_catches_it() -> None:
+    """As the import of a library may."""
+    code = """
+import os, signal, sys, time
+from llavakit.registry import Registry
+
+def installed():
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(60)
+    except BaseException:
+        raise ImportError("could not import") from None
+
+Registry.installed = installed
+sys.argv = ["llava-run", "tiny", "--plan"]
+from llavakit.cli import main
+main()
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (run.returncode, run.stderr) == (130, "interrupted\n")
+
+
 def test_ctrl_c_is_exit_code_130(llava_run: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt

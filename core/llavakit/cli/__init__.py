@@ -46,7 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags: list[str] = []
     if arguments[:1] == ["score"]:  # its flags are known once the benchmarks are
         arguments, flags = arguments[:1], arguments[1:]
-    parsed = parser.parse_args(arguments, argparse.Namespace(flags=flags))
+    known = argparse.Namespace(flags=flags, program=argv is None)
+    parsed = parser.parse_args(arguments, known)
     if not hasattr(parsed, "command"):
         parser.print_help()
         return 0

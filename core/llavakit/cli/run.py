@@ -29,6 +29,15 @@ def add(commands: Commands) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    if not arguments.program:
+        return _plan_or_run(arguments)
+    from llavakit.engine.interrupts import ended_at_once
+
+    with ended_at_once():  # until the engine says otherwise
+        return _plan_or_run(arguments)
+
+
+def _plan_or_run(arguments: argparse.Namespace) -> int:
     from llavakit.interfaces import Stopped
     from llavakit.planning import make_plan
     from llavakit.recipe import Recipe, find_recipe

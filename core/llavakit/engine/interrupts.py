@@ -1,8 +1,10 @@
-"""Ctrl-C and SIGTERM: a run stops where it can go on from."""
+"""Ctrl-C and SIGTERM: a run stops where it can go on from, at once before it has begun."""
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -39,3 +41,26 @@ def interrupts(team: Team) -> Iterator[Stopping]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def ended_at_once() -> Iterator[None]:
+    """Let Ctrl-C end the process on the spot, with exit code 130, while nothing is at stake.
+
+    Raised as an exception it may come within the import of a library that catches everything.
+    """
+
+    def end(number: int, frame: FrameType | None) -> None:
+        sys.stderr.write("interrupted\n")
+        sys.stderr.flush()
+        os._exit(130)
+
+    try:
+        before = signal.signal(signal.SIGINT, end)
+    except ValueError:  # not in the main thread: whoever runs us handles signals
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
