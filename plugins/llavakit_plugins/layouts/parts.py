@@ -230,8 +230,11 @@ def _sensible(what: str, where: object) -> Iterator[None]:
     """Turn what transformers raises for a configuration into a sentence."""
     try:
         yield
-    except _MALFORMED as error:
-        reason = " ".join(str(error).split())[:300]
+    except (*_MALFORMED, ModelError) as error:
+        cause = error.__cause__ if isinstance(error, ModelError) else error
+        if not isinstance(cause, _MALFORMED):  # another sentence, not about a recipe's `config`
+            raise
+        reason = " ".join(str(cause).split())[:300]
         raise ModelError(
             f"{where}: transformers makes no {what} of this config.json ({reason}); mend it, or "
             "copy the checkpoint again"
