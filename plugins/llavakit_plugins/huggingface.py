@@ -62,16 +62,20 @@ def read_config(options: PretrainedOptions, part: str = "vision_config") -> dict
     return {**table, **options.config}
 
 
+class UnfitConfig(ModelError):
+    """A configuration that transformers cannot build; the cause is what it said of it."""
+
+
 @contextmanager
 def explain_config(kind: str) -> Iterator[None]:
-    """Turn what transformers says of a configuration that it cannot build into a sentence."""
+    """Turn what transformers says of a configuration that it cannot build into UnfitConfig."""
     from huggingface_hub.errors import StrictDataclassError
 
     faults = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
     try:
         yield
     except (*faults, StrictDataclassError) as error:
-        raise ModelError(
+        raise UnfitConfig(
             f"transformers cannot make a {kind} of this configuration "
             f"({type(error).__name__}: {' '.join(str(error).split())}); mend `config`"
         ) from error

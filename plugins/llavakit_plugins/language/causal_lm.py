@@ -26,6 +26,7 @@ from llavakit import ModelError
 from llavakit.attention import packed_attention
 from llavakit.packing import Packing, Rows
 from llavakit_kernels.linear_cross_entropy import linear_cross_entropy
+from llavakit_plugins.huggingface import explain_config
 from llavakit_plugins.language.pretrained import LanguageOptions, PretrainedLanguage
 
 _ATTENTION = "llavakit"  # the name that our attention has in transformers
@@ -60,19 +61,14 @@ class CausalLM(PretrainedLanguage):
 
     @classmethod
     def configure(cls, table: dict[str, Any]) -> tuple[type[Any], Any]:
-        from huggingface_hub.errors import StrictDataclassError
         from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
         from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
         kind = table.get("model_type")
         if kind is None:
             raise ModelError('say which model it is in `config`, such as `model_type = "qwen2"`')
-        try:
+        with explain_config(f"`{kind}`"):
             config = AutoConfig.for_model(**table)
-        except (ValueError, TypeError, StrictDataclassError) as error:
-            raise ModelError(
-                f"transformers cannot make a `{kind}` of this configuration: {error}; mend `config`"
-            ) from error
         network: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
         reason = "it is no causal language model" if network is None else _misfit(network, config)
         if reason is not None:

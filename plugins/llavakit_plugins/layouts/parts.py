@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from llavakit import Connector, LanguageModel, LlavaModel, ModelError, Registry, Use, VisionEncoder
 from llavakit.assembly import join_model
 from llavakit.model_recipe import ModelRecipe
+from llavakit_plugins.huggingface import UnfitConfig
 from llavakit_plugins.layouts.filling import fill, needed
 from llavakit_plugins.layouts.pixels import Pixels
 from llavakit_plugins.layouts.prompts import TemplateUse
@@ -230,10 +231,8 @@ def _sensible(what: str, where: object) -> Iterator[None]:
     """Turn what transformers raises for a configuration into a sentence."""
     try:
         yield
-    except (*_MALFORMED, ModelError) as error:
-        cause = error.__cause__ if isinstance(error, ModelError) else error
-        if not isinstance(cause, _MALFORMED):  # another sentence, not about a recipe's `config`
-            raise
+    except (*_MALFORMED, UnfitConfig) as error:
+        cause = error.__cause__ if isinstance(error, UnfitConfig) else error
         reason = " ".join(str(cause).split())[:300]
         raise ModelError(
             f"{where}: transformers makes no {what} of this config.json ({reason}); mend it, or "
