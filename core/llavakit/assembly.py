@@ -21,7 +21,7 @@ from torch import nn
 from llavakit.checking import problems_in
 from llavakit.components import Options, Use
 from llavakit.errors import ModelError
-from llavakit.files import digest, fingerprint, new_folder, without_none
+from llavakit.files import differs, digest, new_folder, without_none
 from llavakit.interfaces import PromptTemplate
 from llavakit.model import LlavaModel
 from llavakit.model_recipe import MANIFEST, PARTS, ModelRecipe
@@ -171,7 +171,7 @@ def load_model(
         if not file.is_file():
             raise ModelError(f"{folder} lacks {name}; copy the whole folder again")
         # safetensors notices by itself where a large file is cut short
-        if isinstance(found := fingerprint(file), str) and found != known:
+        if differs(file, known):
             raise ModelError(f"{file} differs from what {MANIFEST} says; copy the folder again")
     try:
         recipe = ModelRecipe.model_validate({name: manifest[name] for name in (*PARTS, "template")})

@@ -145,6 +145,12 @@ def fingerprint(path: Path) -> str | int:
     return size if size > HASHED_BYTES else digest(path)
 
 
+def differs(path: Path, known: str) -> bool:
+    """Say whether a file is not the one of that hash; one too large to be hashed is believed."""
+    found = fingerprint(path)
+    return isinstance(found, str) and found != known
+
+
 def digest(path: Path) -> str:
     """Return the SHA-256 of a file, as hex."""
     total = sha256()

@@ -28,6 +28,15 @@ def _siglip(size: str, edge: int, patch: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _vicuna(size: str, longest: int, epsilon: float) -> dict[str, Any]:
+    width, inner, layers, heads = {"7b": (4096, 11008, 32, 32), "13b": (5120, 13824, 40, 40)}[size]
+    return {
+        "hidden_size": width, "intermediate_size": inner, "num_hidden_layers": layers,
+        "num_attention_heads": heads, "num_key_value_heads": heads, "vocab_size": 32000,
+        "max_position_embeddings": longest, "rms_norm_eps": epsilon,
+    }  # fmt: skip
+
+
 KNOWN: dict[str, dict[str, Any]] = {
     "openai/clip-vit-base-patch32": _clip(768, 12, 224, 32),
     "openai/clip-vit-base-patch16": _clip(768, 12, 224, 16),
@@ -48,26 +57,10 @@ KNOWN: dict[str, dict[str, Any]] = {
         )
         for edge in edges
     },
-    "lmsys/vicuna-7b-v1.5": {
-        "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
-        "num_attention_heads": 32, "num_key_value_heads": 32, "vocab_size": 32000,
-        "max_position_embeddings": 4096, "rms_norm_eps": 1e-5,
-    },
-    "lmsys/vicuna-13b-v1.5": {
-        "hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40,
-        "num_attention_heads": 40, "num_key_value_heads": 40, "vocab_size": 32000,
-        "max_position_embeddings": 4096, "rms_norm_eps": 1e-5,
-    },
-    "lmsys/vicuna-7b-v1.3": {
-        "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
-        "num_attention_heads": 32, "num_key_value_heads": 32, "vocab_size": 32000,
-        "max_position_embeddings": 2048, "rms_norm_eps": 1e-6,
-    },
-    "lmsys/vicuna-13b-v1.3": {
-        "hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40,
-        "num_attention_heads": 40, "num_key_value_heads": 40, "vocab_size": 32000,
-        "max_position_embeddings": 2048, "rms_norm_eps": 1e-6,
-    },
+    "lmsys/vicuna-7b-v1.5": _vicuna("7b", 4096, 1e-5),
+    "lmsys/vicuna-13b-v1.5": _vicuna("13b", 4096, 1e-5),
+    "lmsys/vicuna-7b-v1.3": _vicuna("7b", 2048, 1e-6),
+    "lmsys/vicuna-13b-v1.3": _vicuna("13b", 2048, 1e-6),
     "Qwen/Qwen2.5-0.5B-Instruct": {
         "model_type": "qwen2",
         "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24,

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tests.conftest import VISION
 from tests.core.peer import Bare
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -28,10 +29,6 @@ from llavakit_plugins.training.optimiser import Group, Optimiser, Schedule
 from llavakit_plugins.vision.clip import Clip, ClipOptions
 
 GPU = torch.device("cuda", 0)
-VISION = {
-    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2,
-    "image_size": 32, "patch_size": 8,
-}  # fmt: skip
 TEXT = {
     "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "vocab_size": 64, "max_position_embeddings": 64,

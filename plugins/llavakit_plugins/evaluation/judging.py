@@ -72,7 +72,7 @@ def replies(
     with ExitStack() as stack:
         path = asking.ledger
         if path is None:
-            path = Path(stack.enter_context(TemporaryDirectory())) / "judge.jsonl"
+            path = Path(stack.enter_context(TemporaryDirectory())) / _LEDGER
         ledger = stack.enter_context(Ledger(path, identity=judge.identity, earlier=asking.earlier))
         keys = [asked(judge.identity, request).key for request in requests]
         wanted = set(keys)

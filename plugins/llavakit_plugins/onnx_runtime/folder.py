@@ -10,7 +10,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from llavakit.errors import ModelError
-from llavakit.files import fingerprint
+from llavakit.files import differs
 from llavakit_plugins.onnx_runtime.layout import DECODER, GRAPHS, REPORT, SUFFIXES, graph_file
 from llavakit_plugins.onnx_runtime.pictures import Preparation
 from llavakit_plugins.onnx_runtime.prompting import PromptFormat
@@ -112,7 +112,7 @@ def read(path: Path, precision: str | None) -> tuple[Folder, str]:
             raise ModelError(f"{path} lacks {name}; copy the whole folder again")
         if name in others:  # of a precision that isn't run
             continue
-        if isinstance(found := fingerprint(file), str) and found != known:
+        if differs(file, known):
             raise ModelError(f"{file} differs from what {REPORT} says; copy the folder again")
     return Folder(path, manifest), chosen
 
