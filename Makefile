@@ -14,12 +14,9 @@ test: $(STAMP)
 
 # The tests with the oldest libraries that pyproject.toml admits, for maintainers: Python 3.11.
 test-minimum:
-	$(PYTHON) -m venv $(VENV)-minimum
-	$(VENV)-minimum/bin/python -m pip install --quiet --upgrade "pip>=25.1"
+	mkdir -p $(VENV)-minimum
 	$(PYTHON) tests/minimum.py > $(VENV)-minimum/constraints.txt
-	$(VENV)-minimum/bin/python -m pip install --quiet --editable ".[demo,onnx,openai,lora]" --group dev \
-		--constraint $(VENV)-minimum/constraints.txt
-	$(VENV)-minimum/bin/python -m pytest -n 2 --dist loadfile $(ARGS)
+	PIP_CONSTRAINT=$(abspath $(VENV)-minimum/constraints.txt) $(MAKE) test VENV=$(VENV)-minimum
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
