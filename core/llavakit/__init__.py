@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-    from llavakit.components import Component, InputPath, Options, Use
-    from llavakit.errors import (
+    from llavakit.contracts.component import Component, InputPath, Options, Use
+    from llavakit.contracts.data import ImageContext, Message, Question, Reply, Sample, Score, Turn
+    from llavakit.contracts.errors import (
         ChatError,
         DataError,
         LlavaError,
@@ -21,8 +22,8 @@ if TYPE_CHECKING:
         ReplyError,
         TrainingError,
     )
-    from llavakit.hooks import hookimpl
-    from llavakit.interfaces import (
+    from llavakit.contracts.hooks import hookimpl
+    from llavakit.contracts.interfaces import (
         Benchmark,
         Build,
         ChatModel,
@@ -37,15 +38,14 @@ if TYPE_CHECKING:
         Stopped,
         Tracker,
     )
-    from llavakit.model import LlavaModel
-    from llavakit.networks import Connector, LanguageModel, VisionEncoder
-    from llavakit.recipe import Recipe
+    from llavakit.contracts.networks import Connector, LanguageModel, VisionEncoder
+    from llavakit.model.llava import LlavaModel
+    from llavakit.recipe.recipe import Recipe
     from llavakit.registry import Registry
-    from llavakit.samples import ImageContext, Message, Question, Reply, Sample, Score, Turn
 
 _HOMES = {
-    "components": ("Component", "InputPath", "Options", "Use"),
-    "errors": (
+    "contracts.component": ("Component", "InputPath", "Options", "Use"),
+    "contracts.errors": (
         "ChatError",
         "DataError",
         "LlavaError",
@@ -55,8 +55,8 @@ _HOMES = {
         "ReplyError",
         "TrainingError",
     ),
-    "hooks": ("hookimpl",),
-    "interfaces": (
+    "contracts.hooks": ("hookimpl",),
+    "contracts.interfaces": (
         "Benchmark",
         "Build",
         "ChatModel",
@@ -71,11 +71,11 @@ _HOMES = {
         "Stopped",
         "Tracker",
     ),
-    "model": ("LlavaModel",),
-    "networks": ("Connector", "LanguageModel", "VisionEncoder"),
-    "recipe": ("Recipe",),
+    "model.llava": ("LlavaModel",),
+    "contracts.networks": ("Connector", "LanguageModel", "VisionEncoder"),
+    "recipe.recipe": ("Recipe",),
     "registry": ("Registry",),
-    "samples": ("ImageContext", "Message", "Question", "Reply", "Sample", "Score", "Turn"),
+    "contracts.data": ("ImageContext", "Message", "Question", "Reply", "Sample", "Score", "Turn"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -100,7 +100,7 @@ def load(
     `{"language": {"quantize": "nf4"}}`. Raises ModelError where the folder holds no model that
     this installation reads, or lacks one of these.
     """
-    from llavakit.loading import load_any
+    from llavakit.model.load import load_any
 
     return load_any(
         Path(path),

@@ -11,7 +11,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, TextIO
 
-from llavakit.errors import LlavaError, RecipeError
+from llavakit.contracts.errors import LlavaError, RecipeError
 
 
 def write_text(path: Path, text: str) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from llavakit.components import Component
-from llavakit.interfaces import (
+from llavakit.contracts.component import Component
+from llavakit.contracts.interfaces import (
     Benchmark,
     ChatModel,
     Dataset,
@@ -13,7 +13,7 @@ from llavakit.interfaces import (
     Step,
     Tracker,
 )
-from llavakit.networks import Connector, LanguageModel, VisionEncoder
+from llavakit.contracts.networks import Connector, LanguageModel, VisionEncoder
 
 KINDS: tuple[type[Component], ...] = (
     VisionEncoder,

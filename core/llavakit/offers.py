@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pkgutil import resolve_name
 from typing import Any, TypeVar
 
-from llavakit.components import Component, Options
-from llavakit.errors import PluginError
+from llavakit.contracts.component import Component, Options
+from llavakit.contracts.errors import PluginError
 
 KindT = TypeVar("KindT", bound=Component)
 

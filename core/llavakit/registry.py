@@ -11,9 +11,9 @@ from typing import Any, TypeVar, cast
 
 import pluggy
 
-from llavakit import hooks
-from llavakit.components import Component, StepFolders, Use
-from llavakit.errors import PluginError, RecipeError
+from llavakit.contracts import hooks
+from llavakit.contracts.component import Component, StepFolders, Use
+from llavakit.contracts.errors import PluginError, RecipeError
 from llavakit.offers import Offer, explained, offers_of, path_of
 
 KindT = TypeVar("KindT", bound=Component)

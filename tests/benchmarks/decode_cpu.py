@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from tests.core.peer import make_pair, their_inputs
 
 from llavakit import LlavaModel
-from llavakit.generation import Sampling
+from llavakit.contracts.model import Sampling
 
 VISION = {
     "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,

@@ -90,12 +90,12 @@ def fill_ledger(path: Path, recipe: Path, contexts: Path, but: int) -> None:
     from dataclasses import asdict
 
     from llavakit import Generator, Reply
-    from llavakit.components import Use
-    from llavakit.recipe import Recipe
+    from llavakit.contracts.component import Use
+    from llavakit.recipe.recipe import Recipe
     from llavakit.registry import Registry
-    from llavakit_plugins.chat.ledger import Request, asked
-    from llavakit_plugins.chat.prompted import PromptedGenerator
-    from llavakit_plugins.contexts import read_contexts
+    from llavakit_plugins.generation.contexts import read_contexts
+    from llavakit_plugins.generation.requests.ledger import Request, asked
+    from llavakit_plugins.generation.requests.prompted import PromptedGenerator
 
     registry = Registry.installed()
     table = Recipe.load(recipe, registry).steps[0].options["generator"]

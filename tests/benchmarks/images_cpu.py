@@ -24,8 +24,8 @@ from torch import Tensor
 from transformers import CLIPImageProcessor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from llavakit.images import open_image
-from llavakit_plugins.preprocessing import MEAN, STD, Square, to_square
+from llavakit.model.images import open_image
+from llavakit_plugins.vision.preprocessing import MEAN, STD, Square, to_square
 
 PHOTOS = Path(__file__).parents[3] / "shared" / "data" / "images"
 Way = Callable[[Path], Tensor]

@@ -55,7 +55,7 @@ def export(folder: Path, layers: int = 12) -> Any:
     vocabulary = LANGUAGE["vocab_size"] * layers // 12
     theirs, ours = make_pair(VISION | shorter, LANGUAGE | shorter | {"vocab_size": vocabulary})
     if not folder.exists():
-        from llavakit_plugins.exporters.onnx.exporter import Onnx, OnnxOptions
+        from llavakit_plugins.onnx.exporter.exporter import Onnx, OnnxOptions
 
         least = dict.fromkeys(("fp16", "int8", "q8", "q4"), 0.0)
         options = OnnxOptions.model_validate(
@@ -129,7 +129,7 @@ print(held() - before)
 
 def memory(folder: Path, precision: str, threads: int) -> tuple[float, float]:
     """Return the bytes that a process holds for a precision, and those of its files."""
-    from llavakit_plugins.onnx_runtime.layout import GRAPHS, graph_file
+    from llavakit_plugins.onnx.runtime.layout import GRAPHS, graph_file
 
     settings = [str(folder), precision, PROMPT, str(NEW), str(threads)]
     command = [sys.executable, "-c", _MEMORY, *settings]
@@ -157,7 +157,7 @@ def main() -> int:
     from PIL import Image
     from tests.core.peer import their_inputs
 
-    from llavakit_plugins.onnx_runtime import load
+    from llavakit_plugins.onnx.runtime import load
 
     clock: Clock = time.process_time if arguments.cpu_time else time.perf_counter
     torch.set_num_threads(arguments.threads)

@@ -21,8 +21,8 @@ import numpy.typing as npt
 import onnx
 import onnxruntime as runtime
 
-from llavakit_plugins.exporters.onnx.precision import convert
-from llavakit_plugins.onnx_runtime.layout import DECODER, VISION, Precision
+from llavakit_plugins.onnx.exporter.precision import convert
+from llavakit_plugins.onnx.runtime.layout import DECODER, VISION, Precision
 
 SHAPES = ((768, 2304), (768, 768), (768, 4096), (2048, 768), (768, 3072), (3072, 768))
 """Packed queries, keys and values; output; gate and up; down; and the encoder's two of its MLP."""

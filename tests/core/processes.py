@@ -26,14 +26,14 @@ _SERVER.set_forkserver_preload(
     [
         "llavakit.engine.runner",
         "llavakit.cli",
-        "llavakit.reporting.pictures",
+        "llavakit_plugins.reporting.pictures",
         "llavakit_plugins.steps.train",
         "llavakit_plugins.vision.clip",
         "llavakit_plugins.language.vicuna",
         "transformers.models.clip.modeling_clip",
         "transformers.models.llama.modeling_llama",
         "torch._dynamo",
-        "llavakit_plugins.steps.generation.job",
+        "llavakit_plugins.generation.job",
         "openai",
         "httpx_aiohttp",
     ]

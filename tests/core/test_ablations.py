@@ -11,7 +11,7 @@ import pytest
 from tests.core.conftest import Command
 
 from llavakit import Recipe, Registry
-from llavakit.recipe import read_tables, recipe_folder
+from llavakit.recipe.recipe import read_tables, recipe_folder
 
 ABLATIONS = recipe_folder() / "ablations"
 NAMES = sorted(path.stem for path in ABLATIONS.glob("*.toml"))

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from llavakit import varlen
-from llavakit.attention import KVCache, Scoring, packed_attention
-from llavakit.packing import Packing
+from llavakit.stream import varlen
+from llavakit.stream.attention import KVCache, Scoring, packed_attention
+from llavakit.stream.batch import Packing
 
 LENGTHS = (5, 1, 9)
 HEADS, GROUPS, WIDTH = 4, 2, 8

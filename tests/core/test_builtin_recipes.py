@@ -17,8 +17,8 @@ from tests.core.conftest import Command
 
 import llavakit
 from llavakit import Recipe, Registry
-from llavakit.planning import Plan, make_plan
-from llavakit.recipe import find_recipe, recipe_folder
+from llavakit.engine.plan import Plan, make_plan
+from llavakit.recipe.recipe import find_recipe, recipe_folder
 
 TRAINING = {"pretrain", "finetune"}
 NAMES = [

@@ -12,8 +12,8 @@ from PIL import Image
 from tests.core.conftest import Command
 
 from llavakit import Dataset, Registry, Use
-from llavakit.inspection import Lengths, inspect_data
 from llavakit.testing import byte_tokenizer
+from llavakit_plugins.datasets.inspection import Lengths, inspect_data
 
 LLAMA = Path(__file__).parents[3] / "shared" / "data" / "tokenizer" / "llama2.model"
 

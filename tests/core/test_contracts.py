@@ -42,10 +42,10 @@ from llavakit import (
     Use,
     VisionEncoder,
 )
-from llavakit.assembly import create_model, load_model, save_model
 from llavakit.kinds import KINDS
-from llavakit.model_recipe import ModelRecipe
-from llavakit.packing import Packing
+from llavakit.model.folder import create_model, load_model, save_model
+from llavakit.recipe.model_choice import ModelRecipe
+from llavakit.stream.batch import Packing
 from llavakit_plugins.connectors.mlp import Linear, Mlp, MlpOptions
 from llavakit_plugins.datasets.conversations import Conversations
 from llavakit_plugins.language.vicuna import Vicuna, VicunaOptions

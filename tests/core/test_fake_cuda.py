@@ -18,10 +18,11 @@ from tests.core.peer import Bare
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from llavakit import LanguageModel, LlavaModel, varlen
-from llavakit.assembly import cast_weights
-from llavakit.packing import PackedBatch, pack
-from llavakit.prompts import Encoded
+from llavakit import LanguageModel, LlavaModel
+from llavakit.model.folder import cast_weights
+from llavakit.stream import varlen
+from llavakit.stream.batch import PackedBatch, pack
+from llavakit.stream.encode import Encoded
 from llavakit_plugins.connectors.mlp import Mlp, MlpOptions
 from llavakit_plugins.language.causal_lm import CausalLM, CausalLMOptions
 from llavakit_plugins.language.vicuna import Vicuna, VicunaOptions

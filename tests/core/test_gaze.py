@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from llavakit import Connector, LanguageModel, LlavaModel, ModelError, VisionEncoder
-from llavakit.attention import Watch, packed_attention
-from llavakit.errors import DataError
-from llavakit.gaze import Gaze, grid_edge, watch_answer
-from llavakit.generation import Sampling
-from llavakit.heatmap import draw_gaze, draw_heat, seen_region
-from llavakit.packing import Packing, Rows
+from llavakit.contracts.errors import DataError
+from llavakit.contracts.model import Sampling
+from llavakit.stream.attention import Watch, packed_attention
+from llavakit.stream.batch import Packing, Rows
+from llavakit_plugins.heatmaps.attention_maps import Gaze, grid_edge, watch_answer
+from llavakit_plugins.heatmaps.drawing import draw_gaze, draw_heat, seen_region
 from llavakit_plugins.vision.clip import Clip, ClipOptions
 
 
@@ -310,7 +310,7 @@ def test_an_encoder_that_turns_the_image_is_refused() -> None:
 @pytest.fixture
 def model(write_recipe: RecipeWriter, tmp_path: Path) -> Path:
     from llavakit import Recipe, Registry
-    from llavakit.assembly import create_model, save_model
+    from llavakit.model.folder import create_model, save_model
 
     registry = Registry.installed()
     made = create_model(Recipe.load(write_recipe(), registry).model, registry, seed=0)

@@ -19,9 +19,10 @@ from tests.core.peer import make_pair
 from tests.plugins.families import qwen_tokenizer
 
 from llavakit import LlavaModel, ModelError
-from llavakit.answers import AnswerText, decode
-from llavakit.generation import Sampling, distribution
-from llavakit_plugins.huggingface import load_tokenizer
+from llavakit.contracts.model import Sampling
+from llavakit.model.detokenise import AnswerText, decode
+from llavakit.model.generate import distribution
+from llavakit_plugins.huggingface.hub import load_tokenizer
 
 LLAMA = Path(__file__).parents[3] / "shared" / "data" / "tokenizer" / "llama2.model"
 

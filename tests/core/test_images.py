@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from llavakit import DataError
-from llavakit.images import MissingImage, check_image, inside, open_image, whole_images
+from llavakit.model.images import MissingImage, check_image, inside, open_image, whole_images
 
 GREY = np.linspace(0, 255, 12 * 10).reshape(12, 10)
 
@@ -140,7 +140,7 @@ def test_a_large_jpeg_is_looked_at_and_not_decoded(
 ) -> None:
     large_jpeg(tmp_path / "a.jpg")
     assert (tmp_path / "a.jpg").stat().st_size > 1 << 18
-    monkeypatch.setattr("llavakit.images.open_image", None)  # cannot be called
+    monkeypatch.setattr("llavakit.model.images.open_image", None)  # cannot be called
     check_image(tmp_path / "a.jpg", "sample `7`")
 
 

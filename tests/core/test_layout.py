@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import llavakit
-from llavakit import hooks, interfaces
+from llavakit.contracts import hooks, interfaces
 from llavakit.kinds import KINDS
 
 ROOT = Path(__file__).parents[2]

@@ -17,7 +17,7 @@ from tests.core.conftest import Command
 
 import llavakit
 from llavakit import LlavaModel, ModelError, Recipe, Registry
-from llavakit.assembly import create_model, load_model, save_model
+from llavakit.model.folder import create_model, load_model, save_model
 
 REGISTRY = Registry.installed()
 PICTURE = Image.effect_noise((50, 40), 60).convert("RGB")

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llavakit.packing import best_fit, pack
-from llavakit.prompts import IMAGE_ID, Encoded
+from llavakit.stream.batch import best_fit, pack
+from llavakit.stream.encode import IMAGE_ID, Encoded
 
 lengths_and_capacity = st.integers(1, 60).flatmap(
     lambda capacity: st.tuples(st.lists(st.integers(1, 80), max_size=40), st.just(capacity))

@@ -10,9 +10,9 @@ from tests.core.peer import IMAGE_TOKEN, make_pair, their_inputs
 from torch import Tensor
 from torch.nn import functional as F
 
-from llavakit.generation import Sampling
-from llavakit.packing import pack
-from llavakit.prompts import IMAGE_ID, Encoded
+from llavakit.contracts.model import Sampling
+from llavakit.stream.batch import pack
+from llavakit.stream.encode import IMAGE_ID, Encoded
 
 PROMPTS = [
     ("USER : <image> what colour is it ? ASSISTANT :", 1),

@@ -32,7 +32,7 @@ from llavakit import (
     VisionEncoder,
     hookimpl,
 )
-from llavakit.assembly import create_model
+from llavakit.model.folder import create_model
 from llavakit_plugins.connectors.mlp import Linear
 
 REGISTRY = Registry.installed()

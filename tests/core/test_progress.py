@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from llavakit.progress import duration, show_if_slow, show_progress
+from llavakit.engine.progress import duration, show_if_slow, show_progress
 
 
 class Clock:

@@ -12,7 +12,7 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from llavakit import DataError, ModelError, PromptTemplate, Sample, Segment, Turn
-from llavakit.prompts import IMAGE_ID, encode, tokenise
+from llavakit.stream.encode import IMAGE_ID, encode, tokenise
 
 LETTERS = ["▁", *"abcd.#</s>:é", "ab", "▁a", "▁ab", "▁▁", "cd", "</", "▁<"]
 MERGES = [("a", "b"), ("▁", "a"), ("▁", "ab"), ("▁", "▁"), ("c", "d"), ("<", "/"), ("▁", "<")]

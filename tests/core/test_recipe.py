@@ -11,8 +11,8 @@ from tests.conftest import RecipeWriter
 from tests.core.conftest import Command
 
 from llavakit import Recipe, RecipeError, Registry
-from llavakit.recipe import find_recipe, recipe_folder
-from llavakit.toml_lines import find_keys, locate
+from llavakit.recipe.lines import find_keys, locate
+from llavakit.recipe.recipe import find_recipe, recipe_folder
 
 REGISTRY = Registry.installed()
 BUILT_IN = sorted(recipe_folder().rglob("*.toml"))

@@ -71,7 +71,7 @@ class Nameless(Linear):
 @pytest.mark.parametrize(
     ("component", "sentence"),
     [
-        (Options, r"components\.Options of mine is not a Connector"),
+        (Options, r"component\.Options of mine is not a Connector"),
         (Nameless, "Nameless of mine has no `name`"),
         ("linear", "'linear' of mine is not a Connector"),
         (Linear(Options(), vision_width=1, language_width=1), "of mine is not a Connector"),

@@ -19,11 +19,12 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 from PIL import Image
 
-from llavakit.errors import LlavaError
-from llavakit.recipe import Recipe
-from llavakit.reporting import Card, Curves, Gallery, Section, StepRecord, Table, write_report
-from llavakit.reporting.charts import Chart, draw_lines
-from llavakit.reporting.markdown import code, escape, table
+from llavakit.contracts.errors import LlavaError
+from llavakit.contracts.sections import Card, Curves, Gallery, Section, StepRecord, Table
+from llavakit.recipe.recipe import Recipe
+from llavakit_plugins.reporting import write_report
+from llavakit_plugins.reporting.charts import Chart, draw_lines
+from llavakit_plugins.reporting.markdown import code, escape, table
 
 HOSTILE = (
     """<script>alert('x')</script> & <img src="http://e.org/a.png" onerror=f()> | `a` _b_ *c*"""
@@ -269,9 +270,8 @@ def test_a_record_survives_the_step_folder_s_json(run: Path) -> None:
 
 
 def test_the_models_of_sections_import_nothing_heavy() -> None:
-    program = (
-        "import sys, llavakit.reporting; print(*{'torch', 'PIL', 'jinja2'} & set(sys.modules))"
-    )
+    names = "{'torch', 'PIL', 'jinja2'}"
+    program = f"import sys, llavakit.contracts.sections; print(*{names} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True)
     assert done.stdout.strip() == b""
 

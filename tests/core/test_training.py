@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from llavakit import Dataset, Recipe, Registry, Use
-from llavakit.assembly import create_model, load_model
-from llavakit.images import open_image
+from llavakit.model.folder import create_model, load_model
+from llavakit.model.images import open_image
 from llavakit_plugins.training.corpus import Corpus
 from llavakit_plugins.training.optimiser import Group, Optimiser, Schedule
 from llavakit_plugins.vision.clip import Clip

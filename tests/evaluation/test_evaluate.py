@@ -22,8 +22,8 @@ from tests.plugins.chat_server import KEY, Handler, Service, serve, user_text
 
 import llavakit
 from llavakit import DataError, LlavaModel, Question, Recipe, Registry, Stopped
-from llavakit.assembly import create_model, save_model
 from llavakit.cli import main
+from llavakit.model.folder import create_model, save_model
 from llavakit_plugins.evaluation.answering import AnswerFile, Pace, ask
 
 EVALUATE = """\

@@ -16,7 +16,7 @@ from tests.conftest import RecipeWriter
 
 import llavakit
 from llavakit import Recipe, Registry
-from llavakit.assembly import create_model, save_model
+from llavakit.model.folder import create_model, save_model
 
 TASK = """\
 task: llavakit_local
@@ -83,7 +83,7 @@ with open(f"{folder}/results.json", "w") as file:
 def test_the_package_registers_itself() -> None:
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
     assert project["entry-points"]["lmms_eval.models"] == {
-        "llavakit": "llavakit_plugins.lmms_eval:manifest"
+        "llavakit": "llavakit_plugins.evaluation.lmms_eval:manifest"
     }
     assert any("lmms-eval" in name for name in project["optional-dependencies"]["lmms-eval"])
 

@@ -13,7 +13,7 @@ from tests.evaluation.conftest import PROBLEMS
 
 import llavakit.testing
 from llavakit import DataError, Dataset, Registry, Use
-from llavakit.components import Options
+from llavakit.contracts.component import Options
 from llavakit_plugins.datasets.scienceqa import ScienceQAOptions
 from llavakit_plugins.evaluation.scienceqa import (
     LETTERS,

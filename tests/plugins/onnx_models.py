@@ -11,8 +11,8 @@ from PIL import Image
 from tests.conftest import LANGUAGE, VISION, make_tokenizer
 
 from llavakit import LlavaModel, Registry
-from llavakit.assembly import create_model
-from llavakit.model_recipe import ModelRecipe
+from llavakit.model.folder import create_model
+from llavakit.recipe.model_choice import ModelRecipe
 
 HEADS_OF_16: dict[str, Any] = {**LANGUAGE, "hidden_size": 64}
 """GroupQueryAttention takes head sizes that are a multiple of 8; LANGUAGE's are of 12."""

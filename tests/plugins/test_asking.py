@@ -17,9 +17,9 @@ from tests.core.processes import small_disk
 from tests.plugins.chat_server import KEY, Handler, Service, completion, serve, user_text
 
 from llavakit import ChatError, DataError, LlavaError, Message, Reply, Stopped
-from llavakit_plugins.chat.asking import ask_all
-from llavakit_plugins.chat.ledger import Ledger, Request, asked
 from llavakit_plugins.chat_models.openai import OpenAI, OpenAIOptions
+from llavakit_plugins.generation.requests.asking import ask_all
+from llavakit_plugins.generation.requests.ledger import Ledger, Request, asked
 
 PRICE = {"input": 10, "output": 100}  # a reply of 100 + 10 tokens: 0.002 USD
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 
 from llavakit import PromptTemplate, Registry, Use
-from llavakit.samples import IMAGE
-from llavakit_plugins.backbones.text import documents
-from llavakit_plugins.backbones.tokenizer import train_tokenizer
+from llavakit.contracts.data import IMAGE
+from llavakit_plugins.generation.scenes import compose
 from llavakit_plugins.generators.offline import Offline, OfflineOptions
-from llavakit_plugins.scenes import compose
+from llavakit_plugins.training.backbones.text import documents
+from llavakit_plugins.training.backbones.tokenizer import train_tokenizer
 
 
 def words(text: str) -> list[str]:

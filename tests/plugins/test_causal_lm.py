@@ -14,8 +14,9 @@ from torch.nn import functional as F
 
 import llavakit.testing
 from llavakit import LanguageModel, ModelError
-from llavakit.generation import Sampling, generate_stream
-from llavakit.packing import Packing, Rows
+from llavakit.contracts.model import Sampling
+from llavakit.model.generate import generate_stream
+from llavakit.stream.batch import Packing, Rows
 from llavakit_plugins.language.causal_lm import CausalLM, CausalLMOptions
 
 LENGTHS = (9, 1, 14)

@@ -18,15 +18,15 @@ from pydantic import ValidationError
 from tests.plugins.chat_server import KEY, Handler, Service, completion, serve
 
 from llavakit import ChatError, ChatModel, Message, Reply, ReplyError
-from llavakit.components import Use
+from llavakit.contracts.component import Use
 from llavakit.registry import Registry
 from llavakit.testing import ChatModelContract
-from llavakit_plugins.chat.ledger import Ledger
-from llavakit_plugins.chat.prices import Price, price_list
-from llavakit_plugins.chat.tokens import counter_for, estimate
 from llavakit_plugins.chat_models.openai import OpenAI, OpenAIOptions
 from llavakit_plugins.chat_models.pacing import Pace, backoff, retry_after
 from llavakit_plugins.chat_models.replay import Replay, ReplayOptions
+from llavakit_plugins.generation.requests.ledger import Ledger
+from llavakit_plugins.generation.requests.prices import Price, price_list
+from llavakit_plugins.generation.requests.tokens import counter_for, estimate
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 ASK = (Message("system", "Be brief."), Message("user", "Is it red?"))
@@ -393,7 +393,7 @@ def test_without_a_vocabulary_nothing_is_downloaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr("llavakit_plugins.chat.tokens.find_spec", lambda name: None)
+    monkeypatch.setattr("llavakit_plugins.generation.requests.tokens.find_spec", lambda name: None)
     monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("it reaches out"))
     counter_for.cache_clear()
     assert not counter_for("gpt-4").exact
@@ -485,8 +485,8 @@ def test_a_file_of_replies_that_is_not_there_is_named(tmp_path: Path) -> None:
 
 
 def test_a_ledger_of_another_run_can_be_replayed(service: Service, tmp_path: Path) -> None:
-    from llavakit_plugins.chat.asking import ask_all
-    from llavakit_plugins.chat.ledger import Request
+    from llavakit_plugins.generation.requests.asking import ask_all
+    from llavakit_plugins.generation.requests.ledger import Request
 
     with Ledger(tmp_path / "ledger.jsonl") as ledger:
         ask_all(model(service), lambda: [Request(ASK)], ledger)

@@ -12,8 +12,8 @@ import torch
 from tests.conftest import RecipeWriter
 
 from llavakit import Dataset, Recipe, Registry, Use
-from llavakit.assembly import create_model
-from llavakit.images import read_pixels
+from llavakit.model.folder import create_model
+from llavakit.model.images import read_pixels
 from llavakit_plugins.datasets.conversations import Conversations
 from llavakit_plugins.training.corpus import Corpus
 

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from llavakit import Benchmark, DataError, Registry, Use
-from llavakit_plugins.benchmarks.facts import facts_in, scene_facts
-from llavakit_plugins.contexts import read_contexts, write_contexts
-from llavakit_plugins.scenes import compose
+from llavakit_plugins.evaluation.benchmarks.facts import facts_in, scene_facts
+from llavakit_plugins.generation.contexts import read_contexts, write_contexts
+from llavakit_plugins.generation.scenes import compose
 
 
 @pytest.mark.parametrize(

@@ -19,9 +19,13 @@ import pytest
 from llavakit import Step
 from llavakit.cli import main
 from llavakit.testing import StepContract
-from llavakit_plugins.curation.captions import read_captions
-from llavakit_plugins.curation.concepts import Postings, choose
-from llavakit_plugins.curation.phrases import light_phrases, phrases_of, without_determiners
+from llavakit_plugins.generation.curation.captions import read_captions
+from llavakit_plugins.generation.curation.concepts import Postings, choose
+from llavakit_plugins.generation.curation.phrases import (
+    light_phrases,
+    phrases_of,
+    without_determiners,
+)
 from llavakit_plugins.steps.filter import Filter, FilterOptions
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"

@@ -26,11 +26,11 @@ from tests.plugins.chat_server import KEY, Handler, Service, lesson, serve, teac
 
 from llavakit import Message, Registry
 from llavakit.cli import main
-from llavakit.recipe import Recipe
-from llavakit_plugins.chat.ledger import Ledger, hash_messages
-from llavakit_plugins.coco import convert_coco, is_coco
-from llavakit_plugins.contexts import Contexts
+from llavakit.recipe.recipe import Recipe
 from llavakit_plugins.datasets.conversations import Conversations
+from llavakit_plugins.generation.coco import convert_coco, is_coco
+from llavakit_plugins.generation.contexts import Contexts
+from llavakit_plugins.generation.requests.ledger import Ledger, hash_messages
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 KINDS = ("conversation", "detail", "reasoning")

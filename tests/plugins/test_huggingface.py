@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from llavakit import ModelError
-from llavakit_plugins.huggingface import (
+from llavakit_plugins.huggingface.hub import (
     PretrainedOptions,
     load_tokenizer,
     missing_source,
@@ -72,7 +72,7 @@ def test_an_unknown_source_is_named() -> None:
 
 
 def test_known_names_have_their_published_size() -> None:
-    from llavakit.planning import count_parameters
+    from llavakit.engine.plan import count_parameters
     from llavakit_plugins.language.vicuna import Vicuna, VicunaOptions
     from llavakit_plugins.vision.clip import Clip, ClipOptions
 

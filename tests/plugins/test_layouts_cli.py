@@ -16,9 +16,9 @@ from tests.plugins.onnx_models import HEADS_OF_16, make_model
 from tests.plugins.test_layouts_original import make
 
 import llavakit
-from llavakit.assembly import save_model
 from llavakit.cli import main
-from llavakit_plugins.layouts.tokenizers import read_tokenizer
+from llavakit.model.folder import save_model
+from llavakit_plugins.checkpoints.tokenizers import read_tokenizer
 
 LLAMA = Path(__file__).parents[3] / "shared" / "data" / "tokenizer" / "llama2.model"
 

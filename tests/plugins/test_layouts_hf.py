@@ -24,9 +24,9 @@ from torch import nn
 
 import llavakit
 from llavakit import Exporter, LlavaError, LlavaModel, ModelError, Registry
-from llavakit.assembly import load_model, save_model
+from llavakit.model.folder import load_model, save_model
 from llavakit.testing import ExporterContract
-from llavakit_plugins.exporters.hf import Hf, HfOptions
+from llavakit_plugins.checkpoints.hf import Hf, HfOptions
 
 KINDS = [("clip", "llama"), ("siglip", "qwen2")]
 
@@ -175,8 +175,8 @@ def test_every_end_token_is_kept(clip: Path, tmp_path: Path) -> None:
 @pytest.fixture
 def native(backbones: Path, write_recipe: Any) -> Callable[..., LlavaModel]:
     """A function that makes a new model of the small recipe, changed."""
-    from llavakit.assembly import create_model
-    from llavakit.recipe import Recipe
+    from llavakit.model.folder import create_model
+    from llavakit.recipe.recipe import Recipe
 
     def make(*changes: tuple[str, str]) -> LlavaModel:
         registry = Registry.installed()
@@ -311,9 +311,9 @@ def test_what_the_layout_cannot_express_is_refused(
 def test_a_wrong_export_is_noticed(
     native: Callable[..., LlavaModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import llavakit_plugins.exporters.hf
+    import llavakit_plugins.checkpoints.hf
 
-    module: Any = llavakit_plugins.exporters.hf
+    module: Any = llavakit_plugins.checkpoints.hf
 
     def wrong(tensors: dict[str, torch.Tensor], *rest: Any) -> Any:
         changed = tensors | {"language_model.model.norm.weight": torch.ones(48) * 1.5}
@@ -540,7 +540,7 @@ def test_a_pickle_that_runs_code_is_refused(clip: Path, capsys: pytest.CaptureFi
 def test_a_failed_export_leaves_nothing(
     native: Callable[..., LlavaModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import llavakit_plugins.layouts.writing as module
+    import llavakit_plugins.checkpoints.writing as module
 
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")

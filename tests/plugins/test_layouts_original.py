@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 import llavakit
 from llavakit import Exporter, LlavaError, LlavaModel, ModelError, Registry
-from llavakit.assembly import load_model, save_model
+from llavakit.model.folder import load_model, save_model
 from llavakit.testing import ExporterContract
-from llavakit_plugins.exporters.original import Original, OriginalOptions
+from llavakit_plugins.checkpoints.original import Original, OriginalOptions
 
 PROMPT = "USER : <image> what colour is it ? ASSISTANT :"
 SETTINGS: dict[str, Any] = {
@@ -375,8 +375,8 @@ def test_import_export_import_is_byte_identical(tmp_path: Path, settings: dict[s
 @pytest.fixture
 def native(backbones: Path, write_recipe: Any) -> Callable[..., LlavaModel]:
     """A function that makes a new model of the small recipe, changed."""
-    from llavakit.assembly import create_model
-    from llavakit.recipe import Recipe
+    from llavakit.model.folder import create_model
+    from llavakit.recipe.recipe import Recipe
 
     def create(*changes: tuple[str, str]) -> LlavaModel:
         registry = Registry.installed()

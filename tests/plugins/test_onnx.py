@@ -22,10 +22,10 @@ from tests.plugins.onnx_models import make_model, make_pictures
 
 import llavakit
 from llavakit import Connector, LlavaError, LlavaModel, ModelError, Options, VisionEncoder
-from llavakit.assembly import save_model
 from llavakit.cli import main
-from llavakit.generation import Sampling
-from llavakit.samples import IMAGE
+from llavakit.contracts.data import IMAGE
+from llavakit.contracts.model import Sampling
+from llavakit.model.folder import save_model
 
 pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -33,10 +33,10 @@ pytest.importorskip("onnxruntime")
 import onnx
 import onnxruntime as runtime
 
-from llavakit_plugins.exporters.onnx import graphs as tracing
-from llavakit_plugins.exporters.onnx.exporter import Onnx, OnnxOptions
-from llavakit_plugins.exporters.onnx.pictures import find_preparation
-from llavakit_plugins.onnx_runtime import OnnxModel, load
+from llavakit_plugins.onnx.exporter import graphs as tracing
+from llavakit_plugins.onnx.exporter.exporter import Onnx, OnnxOptions
+from llavakit_plugins.onnx.exporter.pictures import find_preparation
+from llavakit_plugins.onnx.runtime import OnnxModel, load
 
 QUESTION = "what colour is the picture ?"
 
@@ -325,8 +325,8 @@ def test_weights_in_blocks_are_hardly_padded(
 
 def test_integer_products_do_not_saturate(exported: Exported, tmp_path: Path) -> None:
     """Pairs of 255 * 127 are more than the 16 bits that AVX2 adds them up in."""
-    from llavakit_plugins.onnx_runtime.folder import read
-    from llavakit_plugins.onnx_runtime.sessions import open_session
+    from llavakit_plugins.onnx.runtime.folder import read
+    from llavakit_plugins.onnx.runtime.sessions import open_session
 
     size, tensor = 64, onnx.TensorProto.FLOAT
     graph = onnx.helper.make_graph(

@@ -25,7 +25,7 @@ from llavakit import LlavaModel
 pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 
-from llavakit_plugins.exporters.onnx.exporter import Onnx, OnnxOptions
+from llavakit_plugins.onnx.exporter.exporter import Onnx, OnnxOptions
 
 pytestmark = pytest.mark.slow
 NODE = Path(__file__).parents[1] / "node"
@@ -119,7 +119,7 @@ def test_node_resizes_nearly_as_pillow_does(packages: Path, shared: Shared) -> N
 
 @pytest.mark.parametrize("dtype", ["fp16", "int8", "q8", "q4"])
 def test_node_loads_every_precision(packages: Path, shared: Shared, dtype: str) -> None:
-    from llavakit_plugins.onnx_runtime import load
+    from llavakit_plugins.onnx.runtime import load
 
     found = _ask(packages, shared, shared.square, dtype)
     assert len(found["new_ids"]) > 0

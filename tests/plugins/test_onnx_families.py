@@ -13,8 +13,8 @@ import torch
 from tests.plugins.onnx_models import HEADS_OF_16, make_model, make_pictures
 
 from llavakit import Exporter, LlavaModel, Registry
-from llavakit.generation import Sampling
-from llavakit.networks import LanguageModel
+from llavakit.contracts.model import Sampling
+from llavakit.contracts.networks import LanguageModel
 from llavakit.testing import ExporterContract
 
 pytest.importorskip("onnx")
@@ -22,9 +22,9 @@ pytest.importorskip("onnxruntime")
 
 import onnx_ir as ir
 
-from llavakit_plugins.exporters.onnx import graphs as tracing
-from llavakit_plugins.exporters.onnx.exporter import Onnx, OnnxOptions
-from llavakit_plugins.onnx_runtime import load
+from llavakit_plugins.onnx.exporter import graphs as tracing
+from llavakit_plugins.onnx.exporter.exporter import Onnx, OnnxOptions
+from llavakit_plugins.onnx.runtime import load
 
 pytestmark = pytest.mark.slow
 QUESTION = "what colour is it ?"

@@ -11,17 +11,17 @@ import pytest
 from tests.conftest import make_tokenizer
 
 from llavakit import ModelError, PromptTemplate, Registry, Turn
-from llavakit.components import Use
-from llavakit.prompts import IMAGE_ID, encode, tokenise
-from llavakit.samples import IMAGE, Sample
+from llavakit.contracts.component import Use
+from llavakit.contracts.data import IMAGE, Sample
+from llavakit.stream.encode import IMAGE_ID, encode, tokenise
 
 pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 
-from llavakit_plugins.exporters.onnx.client import agreeing_template, client_tokenizer, render
-from llavakit_plugins.exporters.onnx.prompts import find_format
-from llavakit_plugins.huggingface import load_tokenizer
-from llavakit_plugins.onnx_runtime.prompting import PromptFormat
+from llavakit_plugins.huggingface.hub import load_tokenizer
+from llavakit_plugins.onnx.exporter.client import agreeing_template, client_tokenizer, render
+from llavakit_plugins.onnx.exporter.prompts import find_format
+from llavakit_plugins.onnx.runtime.prompting import PromptFormat
 
 NAMES = [
     "vicuna_v1", "llava_v1", "v1_mmtag", "llava_v0", "v0", "v0_mmtag", "llama_2", "llava_llama_2",

@@ -12,11 +12,11 @@ import pytest
 from tests.plugins.chat_server import KEY, Service, serve, teach
 
 from llavakit import ChatModel, DataError, Generator, ImageContext, Reply
-from llavakit.components import Use
+from llavakit.contracts.component import Use
+from llavakit.contracts.data import IMAGE, RESPONSE_KINDS, Box, ResponseKind, Sample
 from llavakit.registry import Registry
-from llavakit.samples import IMAGE, RESPONSE_KINDS, Box, ResponseKind, Sample
 from llavakit.testing import GeneratorContract
-from llavakit_plugins.contexts import Contexts, as_text, read_contexts, write_contexts
+from llavakit_plugins.generation.contexts import Contexts, as_text, read_contexts, write_contexts
 from llavakit_plugins.generators.prompted import Prompted, PromptedOptions
 from llavakit_plugins.generators.prompts import load_prompt
 

@@ -11,10 +11,10 @@ import pytest
 from sklearn.datasets import load_digits
 
 from llavakit import DataError, ImageContext
-from llavakit.samples import RESPONSE_KINDS, Box
-from llavakit_plugins.contexts import read_contexts, write_contexts
+from llavakit.contracts.data import RESPONSE_KINDS, Box
+from llavakit_plugins.generation.contexts import read_contexts, write_contexts
+from llavakit_plugins.generation.scenes import CANVASES, COLOURS, FAMILY, SIDE, WORDS, compose
 from llavakit_plugins.generators.offline import Offline, OfflineOptions, place_of, understand
-from llavakit_plugins.scenes import CANVASES, COLOURS, FAMILY, SIDE, WORDS, compose
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 

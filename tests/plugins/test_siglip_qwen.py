@@ -13,7 +13,7 @@ from tests.plugins.families import config_of, qwen_tokenizer
 from torch import Tensor
 
 from llavakit import LlavaModel
-from llavakit.generation import Sampling
+from llavakit.contracts.model import Sampling
 from llavakit_plugins.connectors.mlp import Mlp, MlpOptions
 from llavakit_plugins.language.causal_lm import CausalLM, CausalLMOptions
 from llavakit_plugins.vision.siglip import Siglip, SiglipOptions

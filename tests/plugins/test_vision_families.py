@@ -27,11 +27,11 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from llavakit import ModelError, VisionEncoder
-from llavakit.planning import count_parameters
+from llavakit.engine.plan import count_parameters
 from llavakit.testing import VisionEncoderContract, make_picture
 from llavakit_plugins.vision.clip import Clip, ClipOptions
 from llavakit_plugins.vision.siglip import Siglip, SiglipOptions
-from llavakit_plugins.vision_transformers import TransformersEncoder
+from llavakit_plugins.vision.vision_transformer import TransformersEncoder
 
 SHAPE: dict[str, Any] = {
     "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2,

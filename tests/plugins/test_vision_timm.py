@@ -16,7 +16,7 @@ from timm.data.transforms_factory import create_transform
 from timm.models import save_for_hf
 
 from llavakit import ModelError, VisionEncoder
-from llavakit.images import open_image
+from llavakit.model.images import open_image
 from llavakit.testing import VisionEncoderContract, make_picture
 from llavakit_plugins.vision.timm import Timm, TimmOptions
 

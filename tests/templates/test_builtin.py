@@ -18,8 +18,8 @@ from sentencepiece import SentencePieceProcessor
 from transformers import PreTrainedTokenizerBase
 
 from llavakit import DataError, ModelError, PromptTemplate, Registry, Sample, Turn
-from llavakit.prompts import IMAGE_ID, Encoded, encode, tokenise
-from llavakit.samples import IMAGE, Role
+from llavakit.contracts.data import IMAGE, Role
+from llavakit.stream.encode import IMAGE_ID, Encoded, encode, tokenise
 
 # name, length and hash of the rendered probe; length and hash of the system text
 PROBES = [

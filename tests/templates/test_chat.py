@@ -12,8 +12,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from llavakit import DataError, ModelError, Sample, Turn
-from llavakit.prompts import IMAGE_ID, Encoded, encode
-from llavakit.samples import Role
+from llavakit.contracts.data import Role
+from llavakit.stream.encode import IMAGE_ID, Encoded, encode
 from llavakit_plugins.templates.chat import ChatTemplate, ChatTemplateOptions
 
 # Written for these tests, each in the manner of a family.

@@ -1,6 +1,8 @@
-"""The `llava-run` command: `main`, and one module for each command.
+"""The `llava-run` command: finds the commands, and runs one.
 
-A module's `add` says how its command is called; what the command needs is imported when it runs.
+The core's own are `run`, `recipes` and `plugins`. All others, ours too, come from entry points of
+the group `llavakit.commands` (see `llavakit.contracts.commands`), imported when they are used or
+listed. What a command needs is imported when it runs.
 """
 
 from __future__ import annotations
@@ -11,19 +13,11 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from importlib.metadata import EntryPoint, entry_points
 
-from llavakit.cli import (
-    chat,
-    check_data,
-    compare,
-    export,
-    import_model,
-    plugins,
-    recipes,
-    run,
-    score,
-)
-from llavakit.errors import LlavaError
+from llavakit.cli import plugins, recipes, run
+from llavakit.contracts.commands import GROUP, Add, Commands
+from llavakit.contracts.errors import LlavaError, PluginError
 
 _USAGE = """\
 llava-run RECIPE [--out DIR] [--set a.b.c=value ...] [--plan] [--resume]
@@ -31,29 +25,16 @@ llava-run RECIPE [--out DIR] [--set a.b.c=value ...] [--plan] [--resume]
 
 RECIPE is a TOML file or the name of a built-in recipe (llava-run recipes lists them).
 """
-_COMMANDS = (run, recipes, plugins, chat, export, import_model, score, check_data, compare)
+_OWN: dict[str, Add] = {"run": run.add, "recipes": recipes.add, "plugins": plugins.add}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; return 0 when done, 2 where the user can mend it, 130 after an interrupt."""
+    """Run a command; return 0 when done, 2 where the user can fix it, 130 after an interrupt."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if isinstance(sys.stdout, io.TextIOWrapper):  # what a terminal has no letter for, is spelt out
         sys.stdout.reconfigure(errors="backslashreplace")
-    parser = _parser()
-    commands = parser.get_default("commands")
-    if arguments and arguments[0] not in {*commands, "-h", "--help", "--version"}:
-        arguments.insert(0, "run")
-    flags: list[str] = []
-    if arguments[:1] == ["score"]:  # its flags are known once the benchmarks are
-        arguments, flags = arguments[:1], arguments[1:]
-    known = argparse.Namespace(flags=flags, program=argv is None)
-    parsed = parser.parse_args(arguments, known)
-    if not hasattr(parsed, "command"):
-        parser.print_help()
-        return 0
-    command: Callable[[argparse.Namespace], int] = parsed.command
     try:
-        return command(parsed)
+        return _run(arguments, program=argv is None)
     except LlavaError as error:
         _let_the_leader_speak()
         print(f"error: {error}", file=sys.stderr)
@@ -66,16 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
 
 
-def _let_the_leader_speak() -> None:
-    """Of several processes under torchrun most meet the same error; one that says it is enough.
-
-    The leader ends with it, and torchrun ends the others then.
-    """
-    if os.environ.get("RANK", "0") != "0":
-        time.sleep(10)
-
-
-def _parser() -> argparse.ArgumentParser:
+def _run(arguments: list[str], *, program: bool) -> int:
     parser = argparse.ArgumentParser(
         prog="llava-run",
         usage=_USAGE,
@@ -83,10 +55,64 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version")
     commands = parser.add_subparsers(metavar="COMMAND", title="commands")
-    for command in _COMMANDS:
-        command.add(commands)
-    parser.set_defaults(commands=frozenset(commands.choices))
-    return parser
+    installed = entry_points(group=GROUP)
+    if arguments and arguments[0] not in ("-h", "--help", "--version"):
+        if arguments[0] not in {*_OWN, *installed.names}:
+            arguments.insert(0, "run")
+        _find(arguments[0])(commands)
+    else:
+        for add in _OWN.values():
+            add(commands)
+        for name in sorted(installed.names - _OWN.keys()):
+            _list(name, commands)
+    parsed, rest = parser.parse_known_args(arguments, argparse.Namespace(program=program))
+    if not hasattr(parsed, "command"):
+        parser.print_help()
+        return 0
+    if rest and not getattr(parsed, "reads_flags", False):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    parsed.flags = rest
+    command: Callable[[argparse.Namespace], int] = parsed.command
+    return command(parsed)
+
+
+def _find(name: str) -> Add:
+    """Return what adds the command. Raises PluginError where it cannot be imported, or is two."""
+    if name in _OWN:
+        return _OWN[name]
+    found = list(entry_points(group=GROUP, name=name))
+    if len(found) > 1:
+        packages = " and ".join(sorted(map(_package, found)))
+        raise PluginError(f"{packages} both have a command `{name}`; uninstall one of them")
+    try:
+        add: Add = found[0].load()
+    except Exception as error:
+        raise PluginError(
+            f"command `{name}` of {_package(found[0])} cannot be imported: {error}; fix it, or "
+            f"uninstall it (pip uninstall {_package(found[0])})"
+        ) from error
+    return add
+
+
+def _list(name: str, commands: Commands) -> None:
+    """Add a command for `--help`; one that is broken is listed with the reason."""
+    try:
+        _find(name)(commands)
+    except PluginError as error:
+        commands.add_parser(name, help=str(error))
+
+
+def _package(entry_point: EntryPoint) -> str:
+    return entry_point.dist.name if entry_point.dist else "an unknown package"
+
+
+def _let_the_leader_speak() -> None:
+    """Of several processes under torchrun most meet the same error; one that says it is enough.
+
+    The leader ends with it, and torchrun ends the others then.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(10)
 
 
 class _Version(argparse.Action):

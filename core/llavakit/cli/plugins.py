@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from llavakit.cli.flags import Commands
+from llavakit.contracts.commands import Commands
 
 
 def add(commands: Commands) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from llavakit.cli.flags import Commands
+from llavakit.contracts.commands import Commands
 
 
 def add(commands: Commands) -> None:
@@ -13,7 +13,7 @@ def add(commands: Commands) -> None:
 
 
 def _recipes(arguments: argparse.Namespace) -> int:
-    from llavakit.recipe import recipe_folder
+    from llavakit.recipe.recipe import recipe_folder
 
     folder = recipe_folder()
     recipes = {

@@ -7,14 +7,20 @@ import shlex
 import sys
 from pathlib import Path
 
-from llavakit.cli.flags import Commands, add_settings
+from llavakit.contracts.commands import Commands
 
 
 def add(commands: Commands) -> None:
     run = commands.add_parser("run", help="run a recipe (the word `run` may be left out)")
     run.add_argument("recipe", help="a recipe file, or the name of a built-in recipe")
     run.add_argument("--out", type=Path, metavar="DIR", help="run folder (runs/NAME)")
-    add_settings(run, "change one key, for example steps.finetune.epochs=2")
+    run.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="change one key, for example steps.finetune.epochs=2",
+    )
     run.add_argument("--plan", action="store_true", help="print what it will cost; run nothing")
     run.add_argument("--resume", action="store_true", help="go on where an attempt was interrupted")
     run.add_argument(
@@ -38,9 +44,9 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _plan_or_run(arguments: argparse.Namespace) -> int:
-    from llavakit.interfaces import Stopped
-    from llavakit.planning import make_plan
-    from llavakit.recipe import Recipe, find_recipe
+    from llavakit.contracts.interfaces import Stopped
+    from llavakit.engine.plan import make_plan
+    from llavakit.recipe.recipe import Recipe, find_recipe
     from llavakit.registry import Registry
 
     registry = Registry.installed()

@@ -9,11 +9,11 @@ from typing import Any, cast
 
 from pydantic import BaseModel
 
-from llavakit.components import SkippableUse, Use
+from llavakit.contracts.component import SkippableUse, Use
+from llavakit.contracts.interfaces import Dataset
+from llavakit.engine.progress import say, show_if_slow
 from llavakit.engine.step_folders import read_done, record_of, texts_in
-from llavakit.interfaces import Dataset
-from llavakit.progress import say, show_if_slow
-from llavakit.recipe import Recipe
+from llavakit.recipe.recipe import Recipe
 from llavakit.registry import KindT, Registry
 
 

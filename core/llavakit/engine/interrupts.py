@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from llavakit.interfaces import Stopping
-from llavakit.progress import say
-from llavakit.team import Team
+from llavakit.contracts.interfaces import Stopping
+from llavakit.engine.distributed import Team
+from llavakit.engine.progress import say
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from llavakit.errors import RecipeError
+from llavakit.contracts.errors import RecipeError
 from llavakit.files import explain_write, fingerprint, peek_json
 
 DONE = "artifact.json"

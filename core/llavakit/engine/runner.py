@@ -10,9 +10,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from llavakit.contracts.errors import PluginError
+from llavakit.contracts.interfaces import Build, Event, Outcome, Run, Step, Stopped, Stopping
+from llavakit.contracts.sections import StepRecord
 from llavakit.engine.checked_data import check_data
-from llavakit.engine.facts import write_environment, write_recipe
+from llavakit.engine.distributed import Device, Team, join_team
+from llavakit.engine.environment import write_environment, write_recipe
+from llavakit.engine.events import EventLog
 from llavakit.engine.interrupts import interrupts
+from llavakit.engine.plan import make_plan
+from llavakit.engine.progress import Display, duration, say, show_progress
 from llavakit.engine.reuse import DONE, contents, find_step, take_step
 from llavakit.engine.step_folders import (
     Record,
@@ -23,17 +30,11 @@ from llavakit.engine.step_folders import (
     set_aside,
 )
 from llavakit.engine.step_models import StepModel, link_newest
-from llavakit.errors import PluginError
-from llavakit.events import EventLog
 from llavakit.files import explain_write, one_writer, write_text
-from llavakit.interfaces import Build, Event, Outcome, Run, Step, Stopped, Stopping
-from llavakit.planning import make_plan
-from llavakit.progress import Display, duration, say, show_progress
-from llavakit.recipe import Recipe, StepUse
+from llavakit.recipe.recipe import Recipe, StepUse
 from llavakit.registry import Registry
-from llavakit.reporting import StepRecord, write_report
-from llavakit.reporting.values import show
-from llavakit.team import Device, Team, join_team
+from llavakit_plugins.reporting import write_report
+from llavakit_plugins.reporting.values import show
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from llavakit.contracts.errors import RecipeError
+from llavakit.engine.progress import say
 from llavakit.engine.reuse import DONE
-from llavakit.errors import RecipeError
 from llavakit.files import explain_write, fingerprint, write_text
-from llavakit.progress import say
-from llavakit.recipe import Recipe
+from llavakit.recipe.recipe import Recipe
 
 _BEGUN = "begun.json"
 _LONGEST_PATH = 1024

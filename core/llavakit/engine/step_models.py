@@ -6,17 +6,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llavakit.components import Use
+from llavakit.contracts.component import Use
+from llavakit.engine.distributed import Device
 from llavakit.engine.step_folders import set_aside
 from llavakit.files import link_folder
-from llavakit.model_recipe import is_model
-from llavakit.recipe import Recipe
+from llavakit.recipe.model_choice import is_model
+from llavakit.recipe.recipe import Recipe
 from llavakit.registry import Registry
-from llavakit.team import Device
 
 if TYPE_CHECKING:
-    from llavakit.model import LlavaModel
-    from llavakit.networks import LanguageModel, VisionEncoder
+    from llavakit.contracts.networks import LanguageModel, VisionEncoder
+    from llavakit.model.llava import LlavaModel
 
 
 def newest_model(folders: Mapping[str, Path]) -> Path | None:
@@ -54,7 +54,7 @@ class StepModel:
         return self._recipe.parts().language
 
     def __call__(self, folder: Path | None = None) -> LlavaModel:
-        from llavakit.assembly import load_model
+        from llavakit.model.folder import load_model
 
         folder = folder or newest_model(self._folders)
         if folder is not None:
@@ -64,7 +64,7 @@ class StepModel:
     def new(
         self, vision: VisionEncoder | None = None, language: LanguageModel | None = None
     ) -> LlavaModel:
-        from llavakit.assembly import create_model
+        from llavakit.model.folder import create_model
 
         return create_model(
             self._recipe.parts(),

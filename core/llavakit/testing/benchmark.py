@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 
-from llavakit.images import open_image
-from llavakit.interfaces import Benchmark
+from llavakit.contracts.interfaces import Benchmark
+from llavakit.model.images import open_image
 from llavakit.testing.contract import Contract
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from llavakit.interfaces import ChatModel
-from llavakit.samples import Message
+from llavakit.contracts.data import Message
+from llavakit.contracts.interfaces import ChatModel
 from llavakit.testing.contract import Contract
 
 

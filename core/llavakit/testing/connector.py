@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from llavakit.networks import Connector
-from llavakit.packing import Stream
+from llavakit.contracts.networks import Connector
+from llavakit.stream.batch import Stream
 from llavakit.testing.network import NetworkContract
 
 

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 
 from pydantic import ValidationError
 
-from llavakit.components import Component
+from llavakit.contracts.component import Component
 from llavakit.registry import Registry
 
 KindT = TypeVar("KindT", bound=Component)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from llavakit.images import open_image
-from llavakit.interfaces import Dataset
-from llavakit.samples import Sample
+from llavakit.contracts.data import Sample
+from llavakit.contracts.interfaces import Dataset
+from llavakit.model.images import open_image
 from llavakit.testing.contract import Contract
 
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import torch
 
-from llavakit.assembly import save_model
-from llavakit.interfaces import Exporter
-from llavakit.model import LlavaModel
+from llavakit.contracts.interfaces import Exporter
+from llavakit.model.folder import save_model
+from llavakit.model.llava import LlavaModel
 from llavakit.testing.contract import Contract
 from llavakit.testing.samples import make_picture
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from llavakit.interfaces import Generator
-from llavakit.samples import IMAGE, RESPONSE_KINDS, Box, ImageContext, ResponseKind, Sample
+from llavakit.contracts.data import IMAGE, RESPONSE_KINDS, Box, ImageContext, ResponseKind, Sample
+from llavakit.contracts.interfaces import Generator
 from llavakit.testing.contract import Contract
 from llavakit.testing.samples import make_picture
 

@@ -9,12 +9,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from llavakit.attention import KVCache
-from llavakit.interfaces import PromptTemplate, Segment
-from llavakit.networks import LanguageModel
-from llavakit.packing import Packing, Rows
-from llavakit.prompts import tokenise
+from llavakit.contracts.interfaces import PromptTemplate, Segment
+from llavakit.contracts.networks import LanguageModel
 from llavakit.registry import Registry
+from llavakit.stream.attention import KVCache
+from llavakit.stream.batch import Packing, Rows
+from llavakit.stream.encode import tokenise
 from llavakit.testing.network import NetworkContract
 
 _assert_close = partial(torch.testing.assert_close, atol=1e-4, rtol=1e-3)

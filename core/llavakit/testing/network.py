@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from llavakit.networks import Network
+from llavakit.contracts.networks import Network
 from llavakit.testing.contract import Contract
 
 NetworkT = TypeVar("NetworkT", bound=Network)

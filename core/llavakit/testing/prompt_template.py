@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from llavakit.errors import DataError
-from llavakit.interfaces import PromptTemplate, Segment
-from llavakit.prompts import encode
-from llavakit.samples import IMAGE, Sample, Turn
+from llavakit.contracts.data import IMAGE, Sample, Turn
+from llavakit.contracts.errors import DataError
+from llavakit.contracts.interfaces import PromptTemplate, Segment
+from llavakit.stream.encode import encode
 from llavakit.testing.contract import Contract
 from llavakit.testing.samples import byte_tokenizer, make_picture
 

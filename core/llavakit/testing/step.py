@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 
-from llavakit.components import Use
-from llavakit.interfaces import Outcome, Run, Step, Stopped
-from llavakit.model import LlavaModel
-from llavakit.networks import LanguageModel, VisionEncoder
+from llavakit.contracts.component import Use
+from llavakit.contracts.interfaces import Outcome, Run, Step, Stopped
+from llavakit.contracts.networks import LanguageModel, VisionEncoder
+from llavakit.engine.distributed import Team
+from llavakit.model.llava import LlavaModel
 from llavakit.registry import Registry
-from llavakit.team import Team
 from llavakit.testing.contract import Contract
 
 

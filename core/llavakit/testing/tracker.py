@@ -5,7 +5,7 @@ from __future__ import annotations
 from copy import deepcopy
 from typing import Any
 
-from llavakit.interfaces import Tracker
+from llavakit.contracts.interfaces import Tracker
 from llavakit.testing.contract import Contract
 
 EVENTS: tuple[dict[str, Any], ...] = (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from llavakit.networks import VisionEncoder
+from llavakit.contracts.networks import VisionEncoder
 from llavakit.testing.network import NetworkContract
 from llavakit.testing.samples import make_picture
 

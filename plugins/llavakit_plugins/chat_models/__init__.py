@@ -1,13 +1,13 @@
-"""Chat models."""
+"""Chat models: who writes instruction data, and who judges answers."""
 
-from __future__ import annotations
+from collections.abc import Mapping
 
-from llavakit import ChatModel, hookimpl
+from llavakit import hookimpl
 
 
 @hookimpl
-def llava_chat_models() -> list[type[ChatModel]]:
-    from llavakit_plugins.chat_models.openai import OpenAI
-    from llavakit_plugins.chat_models.replay import Replay
-
-    return [OpenAI, Replay]
+def llava_chat_models() -> Mapping[str, str]:
+    return {
+        "openai": "llavakit_plugins.chat_models.openai:OpenAI",
+        "replay": "llavakit_plugins.chat_models.replay:Replay",
+    }

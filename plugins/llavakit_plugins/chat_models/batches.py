@@ -8,9 +8,9 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from llavakit import ChatError, Reply, ReplyError
-from llavakit_plugins.chat.batches import BatchService, BatchState
-from llavakit_plugins.chat.ledger import Request
 from llavakit_plugins.chat_models.pacing import backoff, retry_after
+from llavakit_plugins.generation.requests.batches import BatchService, BatchState
+from llavakit_plugins.generation.requests.ledger import Request
 
 if TYPE_CHECKING:
     from llavakit_plugins.chat_models.openai import OpenAI

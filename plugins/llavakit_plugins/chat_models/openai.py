@@ -23,11 +23,11 @@ from urllib.parse import urlsplit
 from pydantic import AfterValidator, Field
 
 from llavakit import ChatError, ChatModel, Message, Options, Reply, ReplyError
-from llavakit_plugins.chat.ledger import hash_messages, short_hash
-from llavakit_plugins.chat.prices import Price, price_list
-from llavakit_plugins.chat.tokens import Counter, counter_for
 from llavakit_plugins.chat_models.pacing import Halted, Pace, backoff, retry_after
 from llavakit_plugins.chat_models.secret import read_key, redact
+from llavakit_plugins.generation.requests.ledger import hash_messages, short_hash
+from llavakit_plugins.generation.requests.prices import Price, price_list
+from llavakit_plugins.generation.requests.tokens import Counter, counter_for
 
 if TYPE_CHECKING:
     import openai

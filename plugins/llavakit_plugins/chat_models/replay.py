@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from llavakit import Build, ChatError, ChatModel, Message, Options, Reply, Use
-from llavakit_plugins.chat.ledger import Ledger, Request, asked, hash_messages
+from llavakit_plugins.generation.requests.ledger import Ledger, Request, asked, hash_messages
 
 
 class ReplayOptions(Options):

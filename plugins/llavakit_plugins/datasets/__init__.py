@@ -1,14 +1,14 @@
-"""Datasets."""
+"""Data sets."""
 
-from __future__ import annotations
+from collections.abc import Mapping
 
-from llavakit import Dataset, hookimpl
+from llavakit import hookimpl
 
 
 @hookimpl
-def llava_datasets() -> list[type[Dataset]]:
-    from llavakit_plugins.datasets.conversations import Conversations
-    from llavakit_plugins.datasets.mix import Mix
-    from llavakit_plugins.datasets.scienceqa import ScienceQA
-
-    return [Conversations, Mix, ScienceQA]
+def llava_datasets() -> Mapping[str, str]:
+    return {
+        "conversations": "llavakit_plugins.datasets.conversations:Conversations",
+        "mix": "llavakit_plugins.datasets.mix:Mix",
+        "scienceqa": "llavakit_plugins.datasets.scienceqa:ScienceQA",
+    }

@@ -12,9 +12,9 @@ from typing import Any, Literal, TypeVar
 from pydantic import Field
 
 from llavakit import DataError, Dataset, InputPath, Options, Sample, Turn
-from llavakit.images import MissingImage, check_image, inside, whole_images
-from llavakit.interfaces import Progress
-from llavakit.samples import CHARACTERS_A_TOKEN, Finding, Inspected
+from llavakit.contracts.data import CHARACTERS_A_TOKEN, Finding, Inspected
+from llavakit.contracts.interfaces import Progress
+from llavakit.model.images import MissingImage, check_image, inside, whole_images
 from llavakit_plugins.datasets.expected import Expected
 from llavakit_plugins.datasets.streaming import StoredRows, count_rows, read_rows
 

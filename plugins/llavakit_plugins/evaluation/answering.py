@@ -15,10 +15,10 @@ from typing import Any
 from torch import Tensor
 
 from llavakit import DataError, LlavaModel, Question, Stopped
+from llavakit.contracts.data import ImageSource
+from llavakit.contracts.interfaces import Progress
+from llavakit.contracts.model import Sampling
 from llavakit.files import drop_torn_line, explain_write
-from llavakit.generation import Sampling
-from llavakit.interfaces import Progress
-from llavakit.samples import ImageSource
 from llavakit_plugins.evaluation.rows import listed, read_lines
 
 Row = dict[str, Any]

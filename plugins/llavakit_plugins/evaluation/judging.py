@@ -10,10 +10,10 @@ from tempfile import TemporaryDirectory
 from typing import Self
 
 from llavakit import ChatError, ChatModel, Message, Run
-from llavakit.interfaces import Progress
-from llavakit_plugins.chat.asking import ask_all
-from llavakit_plugins.chat.ledger import Entry, Ledger, Request, asked
+from llavakit.contracts.interfaces import Progress
 from llavakit_plugins.evaluation.rows import listed
+from llavakit_plugins.generation.requests.asking import ask_all
+from llavakit_plugins.generation.requests.ledger import Entry, Ledger, Request, asked
 
 _LEDGER = "judge.jsonl"
 

@@ -1,13 +1,13 @@
 """Generators of instruction data."""
 
-from __future__ import annotations
+from collections.abc import Mapping
 
-from llavakit import Generator, hookimpl
+from llavakit import hookimpl
 
 
 @hookimpl
-def llava_generators() -> list[type[Generator]]:
-    from llavakit_plugins.generators.offline import Offline
-    from llavakit_plugins.generators.prompted import Prompted
-
-    return [Offline, Prompted]
+def llava_generators() -> Mapping[str, str]:
+    return {
+        "offline": "llavakit_plugins.generators.offline:Offline",
+        "prompted": "llavakit_plugins.generators.prompted:Prompted",
+    }

@@ -17,7 +17,7 @@ import numpy as np
 from pydantic import Field
 
 from llavakit import DataError, Generator, ImageContext, Options, Turn
-from llavakit.samples import IMAGE, Box, ResponseKind
+from llavakit.contracts.data import IMAGE, Box, ResponseKind
 
 COLOURS = (
     "red", "green", "blue", "black", "white", "yellow", "pink", "grey", "gray", "brown", "orange",

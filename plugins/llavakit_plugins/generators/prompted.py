@@ -8,9 +8,9 @@ from hashlib import sha256
 from pydantic import Field
 
 from llavakit import Build, ChatModel, ImageContext, InputPath, Message, Options, Reply, Turn, Use
-from llavakit.samples import IMAGE, RESPONSE_KINDS, ResponseKind
-from llavakit_plugins.chat.prompted import PromptedGenerator, Verdict
-from llavakit_plugins.contexts import as_text
+from llavakit.contracts.data import IMAGE, RESPONSE_KINDS, ResponseKind
+from llavakit_plugins.generation.contexts import as_text
+from llavakit_plugins.generation.requests.prompted import PromptedGenerator, Verdict
 from llavakit_plugins.generators.parsing import Pair, read_pairs, read_prose
 from llavakit_plugins.generators.prompts import Prompt, load_prompt
 

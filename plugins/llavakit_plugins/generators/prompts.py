@@ -8,7 +8,7 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 
 from llavakit import DataError, Message
-from llavakit.samples import RESPONSE_KINDS, ResponseKind
+from llavakit.contracts.data import RESPONSE_KINDS, ResponseKind
 
 _PACKAGED = files("llavakit_plugins.generators").joinpath("prompts")
 

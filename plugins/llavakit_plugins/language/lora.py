@@ -15,7 +15,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from llavakit import ModelError, Options
-from llavakit_plugins.huggingface import quietly
+from llavakit_plugins.huggingface.hub import quietly
 
 FOLDER = "adapter"
 _WEIGHTS = "adapter_model.safetensors"

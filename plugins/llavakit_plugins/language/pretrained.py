@@ -12,9 +12,9 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from llavakit import LanguageModel, ModelError
-from llavakit.assembly import cast_weights
-from llavakit.packing import Packing
-from llavakit_plugins.huggingface import (
+from llavakit.model.folder import cast_weights
+from llavakit.stream.batch import Packing
+from llavakit_plugins.huggingface.hub import (
     PretrainedOptions,
     explain_config,
     fetch_config,

@@ -17,10 +17,10 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from llavakit import ModelError
-from llavakit.attention import packed_attention, rows_attention
-from llavakit.packing import Packing, Rows
+from llavakit.stream.attention import packed_attention, rows_attention
+from llavakit.stream.batch import Packing, Rows
 from llavakit_kernels.linear_cross_entropy import linear_cross_entropy
-from llavakit_plugins.huggingface import explain_config
+from llavakit_plugins.huggingface.hub import explain_config
 from llavakit_plugins.language.pretrained import LanguageOptions, PretrainedLanguage
 
 _KINDS = ("llama", "llava", "llava_llama")  # the latter two are the original LLaVA's

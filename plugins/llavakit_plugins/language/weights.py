@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from llavakit import ModelError
-from llavakit.assembly import cast_weights
-from llavakit_plugins.huggingface import fetch_folder
+from llavakit.model.folder import cast_weights
+from llavakit_plugins.checkpoints.filling import fill
+from llavakit_plugins.checkpoints.weights import Weights
+from llavakit_plugins.checkpoints.writing import write_weights
+from llavakit_plugins.huggingface.hub import fetch_folder
 from llavakit_plugins.language.lora import base_weights
-from llavakit_plugins.layouts.filling import fill
-from llavakit_plugins.layouts.weights import Weights
-from llavakit_plugins.layouts.writing import write_weights
 
 if TYPE_CHECKING:
     from llavakit_plugins.language.pretrained import LanguageOptions

@@ -6,13 +6,13 @@ from __future__ import annotations
 import torch
 
 from llavakit import Generator, InputPath, Options, Outcome, Run, Step, Use
-from llavakit.assembly import save_model
-from llavakit.planning import Planner, StepPlan
-from llavakit.reporting import Curves
-from llavakit_plugins.backbones.contrastive import ContrastiveOptions, train_clip
-from llavakit_plugins.backbones.text import TextOptions, documents, train_language
-from llavakit_plugins.backbones.tokenizer import train_tokenizer
-from llavakit_plugins.contexts import read_contexts
+from llavakit.contracts.sections import Curves
+from llavakit.engine.plan import Planner, StepPlan
+from llavakit.model.folder import save_model
+from llavakit_plugins.generation.contexts import read_contexts
+from llavakit_plugins.training.backbones.contrastive import ContrastiveOptions, train_clip
+from llavakit_plugins.training.backbones.text import TextOptions, documents, train_language
+from llavakit_plugins.training.backbones.tokenizer import train_tokenizer
 
 _TOKENS = 60  # of a document, roughly: for plans only
 

@@ -27,11 +27,11 @@ from llavakit import (
     Step,
     Use,
 )
-from llavakit.components import SkippableUse
+from llavakit.contracts.component import SkippableUse
+from llavakit.contracts.data import IMAGE
+from llavakit.contracts.sections import Card, Gallery, Section, Table
 from llavakit.files import write_text
-from llavakit.images import save_thumbnail
-from llavakit.reporting import Card, Gallery, Section, Table
-from llavakit.samples import IMAGE
+from llavakit.model.images import save_thumbnail
 from llavakit_plugins.evaluation.answering import AnswerFile, Pace, ask
 from llavakit_plugins.training.corpus import Corpus
 from llavakit_plugins.training.features import Encoding

@@ -20,13 +20,13 @@ from llavakit import (
     Step,
     Use,
 )
-from llavakit.assembly import save_model
-from llavakit.gaze import watch_answer
-from llavakit.generation import Sampling
-from llavakit.heatmap import draw_gaze
-from llavakit.images import save_image, save_thumbnail
-from llavakit.reporting import Card, Gallery
-from llavakit.samples import IMAGE, ImageSource
+from llavakit.contracts.data import IMAGE, ImageSource
+from llavakit.contracts.model import Sampling
+from llavakit.contracts.sections import Card, Gallery
+from llavakit.model.folder import save_model
+from llavakit.model.images import save_image, save_thumbnail
+from llavakit_plugins.heatmaps.attention_maps import watch_answer
+from llavakit_plugins.heatmaps.drawing import draw_gaze
 
 _LOOKS = (
     "Attention from the answer's tokens to the image's patches, the mean over layers and heads: "

@@ -11,11 +11,11 @@ import numpy as np
 from pydantic import Field
 
 from llavakit import DataError, InputPath, Options, Outcome, Run, Step, Stopped
+from llavakit.contracts.data import IMAGE
+from llavakit.contracts.sections import Curves, Table
 from llavakit.files import new_file
-from llavakit.reporting import Curves, Table
-from llavakit.samples import IMAGE
-from llavakit_plugins.curation.captions import CaptionRow, read_captions
-from llavakit_plugins.curation.concepts import (
+from llavakit_plugins.generation.curation.captions import CaptionRow, read_captions
+from llavakit_plugins.generation.curation.concepts import (
     Choice,
     choose,
     find_phrases,
@@ -23,9 +23,9 @@ from llavakit_plugins.curation.concepts import (
     ranks,
     worker_pool,
 )
-from llavakit_plugins.curation.phrases import LIGHT, has_spacy, hash_phrase
+from llavakit_plugins.generation.curation.phrases import LIGHT, has_spacy, hash_phrase
+from llavakit_plugins.generation.output import json_lines, json_list
 from llavakit_plugins.steps.generate import brief_questions
-from llavakit_plugins.steps.generation.output import json_lines, json_list
 
 _SHOWN = 15
 

@@ -24,14 +24,14 @@ from llavakit import (
     Turn,
     Use,
 )
+from llavakit.contracts.data import IMAGE, RESPONSE_KINDS, ResponseKind
+from llavakit.contracts.sections import Card, Gallery, Table
+from llavakit.engine.plan import Planner, StepPlan
 from llavakit.files import write_text
-from llavakit.planning import Planner, StepPlan
-from llavakit.reporting import Card, Gallery, Table
-from llavakit.samples import IMAGE, RESPONSE_KINDS, ResponseKind
-from llavakit_plugins.chat.prompted import PromptedGenerator
-from llavakit_plugins.contexts import Contexts
-from llavakit_plugins.steps.generation.items import choose
-from llavakit_plugins.steps.generation.sources import open_sources
+from llavakit_plugins.generation.contexts import Contexts
+from llavakit_plugins.generation.items import choose
+from llavakit_plugins.generation.requests.prompted import PromptedGenerator
+from llavakit_plugins.generation.sources import open_sources
 
 BRIEF = (
     "Describe the image briefly.",
@@ -92,14 +92,14 @@ class Generate(Step):
         generator = planner.build(options.generator)
         if not isinstance(generator, PromptedGenerator):
             return None
-        from llavakit_plugins.steps.generation.price import price_job
+        from llavakit_plugins.generation.price import price_job
 
         return price_job(options, generator, planner.seed)
 
     def run(self, run: Run) -> Outcome:
         generator = run.build(self.options.generator)
         if isinstance(generator, PromptedGenerator):
-            from llavakit_plugins.steps.generation.job import run_job
+            from llavakit_plugins.generation.job import run_job
 
             return run_job(self.options, generator, run)
         return self._at_once(generator, run)
@@ -165,13 +165,13 @@ def caption_row(context: ImageContext, draw: np.random.Generator, questions: Seq
 
 def brief_questions() -> tuple[str, ...]:
     """Return the questions of stage 1: our own words for the paper's table 11."""
-    text = files("llavakit_plugins").joinpath("brief.txt").read_text(encoding="utf-8")
+    text = files("llavakit_plugins.generation").joinpath("brief.txt").read_text(encoding="utf-8")
     return tuple(text.splitlines())
 
 
 def find_image(images: Path | None, context: ImageContext) -> Path | None:
     """Return the file of a context's image, where there is one."""
-    from llavakit.images import inside
+    from llavakit.model.images import inside
 
     if images is None:
         return None

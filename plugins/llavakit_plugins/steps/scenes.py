@@ -7,9 +7,9 @@ from pathlib import Path
 from pydantic import Field
 
 from llavakit import ImageContext, Options, Outcome, Run, Step
-from llavakit.reporting import Card, Gallery
-from llavakit_plugins.contexts import write_contexts
-from llavakit_plugins.scenes import FAMILY, Scene, Split, compose
+from llavakit.contracts.sections import Card, Gallery
+from llavakit_plugins.generation.contexts import write_contexts
+from llavakit_plugins.generation.scenes import FAMILY, Scene, Split, compose
 
 _SHOWN = 12
 

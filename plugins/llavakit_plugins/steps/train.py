@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llavakit import Outcome, Run, Sample, Step
-from llavakit.assembly import save_model
-from llavakit.devices import explain_memory
+from llavakit.contracts.data import IMAGE
+from llavakit.contracts.sections import Card, Curves, Gallery, Section
+from llavakit.engine.plan import Planner, StepPlan
 from llavakit.files import link_folder
-from llavakit.images import save_thumbnail
-from llavakit.planning import Planner, StepPlan
-from llavakit.reporting import Card, Curves, Gallery, Section
-from llavakit.samples import IMAGE
+from llavakit.model.devices import explain_memory
+from llavakit.model.folder import save_model
+from llavakit.model.images import save_thumbnail
 from llavakit_plugins.training.corpus import Corpus
 from llavakit_plugins.training.features import preparation
 from llavakit_plugins.training.loop import Trainer

@@ -1,13 +1,14 @@
 """Prompt templates."""
 
-from __future__ import annotations
+from collections.abc import Mapping
 
-from llavakit import PromptTemplate, hookimpl
+from llavakit import hookimpl
 
 
 @hookimpl
-def llava_prompt_templates() -> list[type[PromptTemplate]]:
-    from llavakit_plugins.templates.builtin import BUILTIN
-    from llavakit_plugins.templates.chat import ChatTemplate
+def llava_prompt_templates() -> Mapping[str, str]:
+    from llavakit_plugins.templates.formats import NAMES
 
-    return [*BUILTIN.values(), ChatTemplate]
+    builtin = "llavakit_plugins.templates.builtin:TEMPLATES"
+    chat = "llavakit_plugins.templates.chat:ChatTemplate"
+    return {**{name: f"{builtin}.{name}" for name in NAMES}, "chat-template": chat}

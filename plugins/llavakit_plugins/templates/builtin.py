@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from llavakit import ModelError, Options, PromptTemplate, Segment, Turn
-from llavakit.samples import IMAGE
+from llavakit.contracts.data import IMAGE
 from llavakit_plugins.templates.formats import FORMATS, Format
 from llavakit_plugins.templates.placement import TemplateOptions, exchanges
 from llavakit_plugins.templates.styles import Frame, Style, image_and_caption
@@ -105,6 +106,9 @@ def _component(name: str, row: Format) -> type[BuiltinTemplate]:
 BUILTIN: dict[str, type[BuiltinTemplate]] = {
     name: _component(name, row) for main, row in FORMATS.items() for name in (main, *row.aliases)
 }
+
+TEMPLATES = SimpleNamespace(**BUILTIN)
+"""The same, as the hook names them: `templates.builtin:TEMPLATES.vicuna_v1`."""
 
 
 def _build(name: str, options: Options) -> BuiltinTemplate:

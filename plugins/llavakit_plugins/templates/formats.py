@@ -176,3 +176,5 @@ FORMATS: dict[str, Format] = {
     ),
     "chatml": _CHATML,
 }
+
+NAMES = tuple(name for main, row in FORMATS.items() for name in (main, *row.aliases))

@@ -10,7 +10,7 @@ from typing import Literal
 from pydantic import field_validator
 
 from llavakit import DataError, Options, Turn
-from llavakit.samples import IMAGE
+from llavakit.contracts.data import IMAGE
 
 Placement = Literal["front", "keep", "random"]
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from llavakit import DataError, Segment
-from llavakit.samples import IMAGE
+from llavakit.contracts.data import IMAGE
 from llavakit_plugins.templates.placement import Exchange
 
 

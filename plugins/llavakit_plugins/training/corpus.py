@@ -10,8 +10,8 @@ from typing import Literal
 import numpy as np
 
 from llavakit import DataError, Dataset, LlavaModel, PromptTemplate
-from llavakit.packing import PackedBatch, best_fit, pack
-from llavakit.prompts import Encoded, encode
+from llavakit.stream.batch import PackedBatch, best_fit, pack
+from llavakit.stream.encode import Encoded, encode
 
 _NAMED = 5  # samples that an error lists
 

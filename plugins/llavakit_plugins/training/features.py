@@ -17,9 +17,9 @@ from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
 from llavakit import Build, LlavaError, LlavaModel, TrainingError, Use, VisionEncoder
-from llavakit.images import read_pixels
-from llavakit.packing import PackedBatch, upload
-from llavakit.samples import ImageSource
+from llavakit.contracts.data import ImageSource
+from llavakit.model.images import read_pixels
+from llavakit.stream.batch import PackedBatch, upload
 from llavakit_plugins.training.corpus import Corpus
 
 _ENCODE_BATCH = 32

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from llavakit import LlavaModel, PromptTemplate, Sample
-from llavakit.generation import Sampling
+from llavakit.contracts.model import Sampling
 from llavakit_plugins.training.corpus import Corpus
 from llavakit_plugins.training.features import Features
 

@@ -1,19 +1,14 @@
 """Vision encoders."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
 
 from llavakit import hookimpl
 
-if TYPE_CHECKING:
-    from llavakit import VisionEncoder
-
 
 @hookimpl
-def llava_vision_encoders() -> list[type[VisionEncoder]]:
-    from llavakit_plugins.vision.clip import Clip
-    from llavakit_plugins.vision.siglip import Siglip
-    from llavakit_plugins.vision.timm import Timm
-
-    return [Clip, Siglip, Timm]
+def llava_vision_encoders() -> Mapping[str, str]:
+    return {
+        "clip": "llavakit_plugins.vision.clip:Clip",
+        "siglip": "llavakit_plugins.vision.siglip:Siglip",
+        "timm": "llavakit_plugins.vision.timm:Timm",
+    }

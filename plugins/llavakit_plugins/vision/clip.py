@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from llavakit_plugins.vision_transformers import TransformersEncoder, TransformersOptions
+from llavakit_plugins.vision.vision_transformer import TransformersEncoder, TransformersOptions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

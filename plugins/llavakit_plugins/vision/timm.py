@@ -15,9 +15,9 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from llavakit import ModelError
-from llavakit_plugins.huggingface import PretrainedOptions, missing_source
-from llavakit_plugins.preprocessing import Aspect, pad_to_square, shrink
-from llavakit_plugins.vision_transformers import EncoderOptions, VisionTransformer
+from llavakit_plugins.huggingface.hub import PretrainedOptions, missing_source
+from llavakit_plugins.vision.preprocessing import Aspect, pad_to_square, shrink
+from llavakit_plugins.vision.vision_transformer import EncoderOptions, VisionTransformer
 
 
 class TimmOptions(EncoderOptions):

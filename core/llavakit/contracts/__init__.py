@@ -1,0 +1,1 @@
+"""What a plugin implements and what it is handed. Nothing here imports the rest of the core."""

@@ -1,0 +1,111 @@
+"""What every component has in common: a name, options, and a recipe's choice of one.
+
+Nothing here imports torch, so recipes and plugins can be listed without it.
+"""
+
+from __future__ import annotations
+
+from abc import ABC
+from collections.abc import Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Generic, TypeVar, cast, get_args
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationInfo
+from pydantic.fields import FieldInfo
+
+
+class Options(BaseModel):
+    """Options of one component, as a recipe states them. Unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Component(ABC):
+    """Something a recipe can name. Every kind derives from this."""
+
+    hook: ClassVar[str]
+    """The hook that collects this kind; set once by each abstract kind."""
+    name: ClassVar[str]
+    """The name a recipe uses, unique within the kind."""
+    Options: ClassVar[type[Options]] = Options
+
+    def __init__(self, options: Any = None) -> None:
+        """Keep the options; one that needs more when it is built has an `__init__` of its own."""
+        vars(self)["options"] = options  # of a type that each component knows best
+
+    @classmethod
+    def missing(cls, options: Any) -> str | None:
+        """Return one sentence on what must be fetched before it can be built, or None."""
+        return None
+
+
+KindT_co = TypeVar("KindT_co", bound=Component, covariant=True)
+
+
+class Use(BaseModel, Generic[KindT_co]):
+    """A recipe's choice of one component: `{ use = "clip", layer = -2 }`."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    use: str
+
+    @classmethod
+    def kind(cls) -> type[Component]:
+        """Return the `Kind` of `Use[Kind]`; of `Use["Kind"]`, which is not imported before."""
+        for base in cls.__mro__:
+            metadata = getattr(base, "__pydantic_generic_metadata__", None)
+            if metadata and metadata["args"]:
+                kind: type[Component] | str = metadata["args"][0]
+                if isinstance(kind, str):
+                    from llavakit.contracts import interfaces  # it imports this module
+
+                    return cast("type[Component]", getattr(interfaces, kind))
+                return kind
+        raise TypeError(f"{cls.__name__} names no kind; write Use[Kind]")
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options beside `use`, unchecked."""
+        return dict(self.model_extra or {})
+
+
+class SkippableUse(Use[KindT_co], Generic[KindT_co]):
+    """A choice that a recipe may also leave out: `{ use = "pope", skip = true }`."""
+
+    skip: bool = False
+
+
+StepFolders = Mapping[str, Path]
+"""The folders of earlier steps, by the name a recipe refers to them with."""
+
+
+def _resolve(value: object, info: ValidationInfo) -> object:
+    """Turn `@step/file` into a path below the folder of that earlier step."""
+    if not isinstance(value, str) or not value.startswith("@"):
+        return value
+    folders: StepFolders | None = (info.context or {}).get("steps")
+    if folders is None:  # no recipe around it: a component checked on its own
+        return value
+    name, _, rest = value[1:].partition("/")
+    if name not in folders:
+        close = get_close_matches(name, folders, n=1)
+        known = f"did you mean `@{close[0]}`?" if close else f"earlier: {', '.join(folders)}"
+        raise ValueError(f"no earlier step is called `{name}`; {known}")
+    if ".." in Path(rest).parts or Path(rest).is_absolute():
+        raise ValueError(f"`{value}` leaves the folder of its step")
+    return value if folders[name] is LATER else folders[name] / rest
+
+
+_INPUT = BeforeValidator(_resolve)
+InputPath = Annotated[Path, _INPUT]
+"""A file or folder to read: from the working directory, or `@step/file` of an earlier step."""
+
+LATER = Path("@")
+"""Stands for the folder of a step that has not run yet, while a recipe is checked."""
+
+
+def is_input(field: FieldInfo) -> bool:
+    """Say whether an option is an InputPath."""
+    optional = (getattr(part, "__metadata__", ()) for part in get_args(field.annotation))
+    return _INPUT in field.metadata or any(_INPUT in metadata for metadata in optional)

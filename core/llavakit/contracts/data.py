@@ -1,0 +1,171 @@
+"""What data is made of: samples of turns and images, and the symbolic context of an image."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, Union
+
+from llavakit.contracts.errors import DataError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from llavakit.contracts.sections import Section
+
+IMAGE = "<image>"
+"""The placeholder in a turn's text where an image goes (the original LLaVA's spelling)."""
+
+CHARACTERS_A_TOKEN = 4.2
+"""Of English under LLaMA's tokenizer, roughly: where there is no tokenizer to ask."""
+
+Role = Literal["human", "gpt"]
+ImageSource: TypeAlias = Union[Path, "Image"]
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One turn of a conversation; `role` as in LLaVA's JSON."""
+
+    role: Role
+    text: str
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One conversation about zero or more images, in the order of its `<image>` placeholders."""
+
+    id: str
+    turns: tuple[Turn, ...]
+    images: tuple[ImageSource, ...] = ()
+    kind: str = ""
+    """What sort of response it teaches (conversation, detail, reasoning), where known."""
+
+    def check(self, where: str = "") -> None:
+        """Raise DataError unless roles alternate from a human turn and placeholders fit images."""
+        place = f"sample `{self.id}`{f' of {where}' if where else ''}"
+        for number, turn in enumerate(self.turns):
+            expected = ("human", "gpt")[number % 2]
+            if turn.role != expected:
+                raise DataError(
+                    f"{place}: turn {number + 1} is from `{turn.role}`, expected `{expected}`; "
+                    "turns must alternate and start with the human"
+                )
+        if not self.turns:
+            raise DataError(f"{place} has no turns; remove it or give it a conversation")
+        marks = sum(turn.text.count(IMAGE) for turn in self.turns if turn.role == "human")
+        stray = sum(turn.text.count(IMAGE) for turn in self.turns if turn.role == "gpt")
+        if stray:
+            raise DataError(
+                f"{place}: an answer contains `{IMAGE}`, which only a question may; remove it"
+            )
+        if marks != len(self.images):
+            raise DataError(
+                f"{place} has {_count(len(self.images), 'image')} for "
+                f"{_count(marks, f'`{IMAGE}` placeholder')}; each image needs exactly one"
+            )
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something about a row of data that its owner should know."""
+
+    sort: str
+    """A word or two under which findings of one sort are counted."""
+    message: str
+    stops: bool = True
+    """Whether a training on the data would stop at it."""
+
+
+@dataclass(frozen=True)
+class Inspected:
+    """A row of a data set, looked at before any training."""
+
+    id: str
+    sample: Sample | None
+    """None where the row cannot be used."""
+    findings: tuple[Finding, ...] = ()
+    images: tuple[ImageSource, ...] = ()
+    """The row's images, where those are known although there is no sample."""
+    read: float = 0.0
+    """The share of the data read up to here."""
+
+
+@dataclass(frozen=True)
+class Box:
+    """One object of an image: top-left and bottom-right corners, each within 0..1."""
+
+    category: str
+    corners: tuple[float, float, float, float]
+
+
+@dataclass(frozen=True)
+class ImageContext:
+    """What a text-only teacher is told of an image: captions and boxes (paper, section 3)."""
+
+    id: str
+    image: str
+    captions: tuple[str, ...]
+    boxes: tuple[Box, ...] = ()
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    """Anything else the data set knows (a rule-based teacher may use it)."""
+
+
+ResponseKind = Literal["conversation", "detail", "reasoning"]
+RESPONSE_KINDS: tuple[ResponseKind, ...] = ("conversation", "detail", "reasoning")
+
+
+@dataclass(frozen=True)
+class Message:
+    """One message of a chat completion."""
+
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What a chat model answered, and what is known of it."""
+
+    text: str
+    finish: str = "stop"
+    """Why it ends: `stop`, `length` (cut), `refusal` or `content_filter` (withheld)."""
+    model: str = ""
+    """Which model answered, as the service names it."""
+    input_tokens: int | None = None
+    output_tokens: int | None = None
+    usd: float | None = None
+    """What it cost; None where no price is known."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """One item of a benchmark."""
+
+    id: str | int
+    """As the file has it; joined with others as text."""
+    prompt: str
+    images: tuple[ImageSource, ...] = ()
+    truth: str = ""
+    category: str = ""
+    then: str = ""
+    """What an answer must hold: where it ends without, the model is given its answer and this, and
+    goes on. LLaVA's first version is so asked for a letter behind its reasons."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """What a benchmark makes of answers."""
+
+    metrics: Mapping[str, float]
+    right: Sequence[bool | None]
+    """One entry a question; None where a question cannot be right or wrong by itself."""
+    sections: Sequence[Section] = ()
+    """Tables for the report; where there are none, it shows the share of right answers."""
+    remarks: Sequence[str] = ()
+    """One entry a question, such as a judge's review; or none at all."""

@@ -1,0 +1,337 @@
+"""What a plugin implements: one abstract class for each kind of component.
+
+Those with weights lie in `networks` and come from there when they are asked for: nothing else here
+imports torch, so that data can be looked at, and files scored, without it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+from llavakit.contracts.component import Component, KindT_co, Use
+from llavakit.contracts.data import (
+    ImageContext,
+    Inspected,
+    Message,
+    Question,
+    Reply,
+    ResponseKind,
+    Sample,
+    Score,
+    Turn,
+)
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+    from llavakit.contracts.networks import Connector as Connector
+    from llavakit.contracts.networks import LanguageModel as LanguageModel
+    from llavakit.contracts.networks import Network as Network
+    from llavakit.contracts.networks import VisionEncoder as VisionEncoder
+    from llavakit.contracts.sections import Section
+    from llavakit.engine.distributed import Team
+    from llavakit.engine.plan import Planner, StepPlan
+    from llavakit.model.llava import LlavaModel
+    from llavakit_plugins.commands.scoring import FileScorer
+
+_WITH_WEIGHTS = ("Connector", "LanguageModel", "Network", "VisionEncoder")
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WITH_WEIGHTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from llavakit.contracts import networks
+
+    return getattr(networks, name)
+
+
+class ChatModel(Component):
+    """Answers a chat, here or over a network.
+
+    `complete` is enough. One that answers many requests at a time overrides `reply`; one that costs
+    money says how much in `price`, before it is spent.
+    """
+
+    hook = "llava_chat_models"
+    reply_limit: int | None = None
+    """Longest reply in tokens, where there is a limit."""
+
+    @property
+    def identity(self) -> str:
+        """What of its options decides its replies: replies to another identity are other ones."""
+        return self.name
+
+    @abstractmethod
+    def complete(self, messages: Sequence[Message]) -> str:
+        """Return the text of the assistant's reply."""
+
+    def halt(self) -> None:
+        """Send nothing more: requests that wait for their turn or another try fail at once."""
+
+    async def reply(self, messages: Sequence[Message], draw: int = 0) -> Reply:
+        """Return a reply and what is known of it; `draw` numbers the replies to one question.
+
+        Raises ChatError where no request would be answered, ReplyError where this one is not.
+        """
+        return Reply(await asyncio.to_thread(self.complete, messages))
+
+    def count(self, messages: Sequence[Message]) -> int:
+        """Return how many tokens a request has; here a guess of four bytes a token."""
+        return sum(4 + len(message.content.encode()) // 4 for message in messages)
+
+    def price(self, input_tokens: int, output_tokens: int) -> float | None:
+        """Return what so many tokens cost in USD, or None where that is not known."""
+        return None
+
+    async def close(self) -> None:
+        """Close its connections; called in the event loop that `reply` was called in."""
+
+
+class Generator(Component):
+    """Writes instruction-following conversations about images it is told of in words."""
+
+    hook = "llava_generators"
+
+    @abstractmethod
+    def generate(self, context: ImageContext, kind: ResponseKind) -> Sequence[Turn]:
+        """Return the turns of one conversation; the image's placeholder is in the first."""
+
+
+class Dataset(Component):
+    """A sequence of samples. Built as `Dataset(options)`; images are opened by the reader."""
+
+    hook = "llava_datasets"
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def __getitem__(self, index: int) -> Sample: ...
+
+    def __iter__(self) -> Iterator[Sample]:
+        return (self[index] for index in range(len(self)))
+
+    @classmethod
+    def expect(cls, options: Any) -> tuple[int, int] | None:
+        """Return (samples, mean text tokens a sample) for a plan, or None where unknown."""
+        return None
+
+    @classmethod
+    def inspect(cls, options: Any) -> Iterator[Inspected] | None:
+        """Yield every row and what is wrong with it, for `llava-run check-data`.
+
+        Where None (the default) the data set is built instead, and its samples are looked at.
+        """
+        return None
+
+    def notes(self) -> Sequence[str]:
+        """Return what a reader of the run should know: samples that were left out, say."""
+        return ()
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A stretch of a rendered prompt. `<image>` within it marks the place of an image."""
+
+    text: str
+    learned: bool = False
+    """Whether the loss covers it."""
+    markup: bool = False
+    """Whether it belongs to the template, so that special tokens in it count as such."""
+
+
+class PromptTemplate(Component):
+    """Renders turns as the text a language model was, or will be, tuned on."""
+
+    hook = "llava_prompt_templates"
+    adds_bos: ClassVar[bool] = True
+    """Whether the tokenizer's own first token goes in front; False where the template writes it."""
+
+    @abstractmethod
+    def segments(
+        self, turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase
+    ) -> Sequence[Segment]:
+        """Return the text in order; after a human turn at the end it is open for the answer."""
+
+    def stop(self, tokenizer: PreTrainedTokenizerBase) -> Sequence[str]:
+        """Return texts besides the end token that end an answer."""
+        return ()
+
+
+class Benchmark(Component):
+    """Questions with images, and what makes an answer a good one."""
+
+    hook = "llava_benchmarks"
+    scorers: ClassVar[Sequence[type[FileScorer]]] = ()
+    """What `llava-run score` can do without a model, where files hold the answers already."""
+
+    @abstractmethod
+    def questions(self) -> Sequence[Question]:
+        """Return what is asked, in the same order each time; no two of one id."""
+
+    @abstractmethod
+    def score(self, questions: Sequence[Question], answers: Sequence[str]) -> Score:
+        """Return what the answers are worth, one answer a question."""
+
+    def score_in(self, run: Run, questions: Sequence[Question], answers: Sequence[str]) -> Score:
+        """Score as `score` does, within a step: for those that take long, such as a judge's.
+
+        What is paid for is kept in `run.directory`, which belongs to these answers alone, so that
+        nothing is asked twice when the step is resumed.
+        """
+        return self.score(questions, answers)
+
+
+class Exporter(Component):
+    """Writes a model in another layout, and reads that layout back where it can."""
+
+    hook = "llava_exporters"
+
+    @abstractmethod
+    def export(self, model: LlavaModel, folder: Path) -> Mapping[str, Any]:
+        """Write `model` to `folder`, prove its parity, and return the proof's figures."""
+
+    @classmethod
+    def recognises(cls, folder: Path) -> bool:
+        """Say by its content whether `folder` is in this layout."""
+        return False
+
+    @classmethod
+    def load(cls, folder: Path, *, device: torch.device, dtype: torch.dtype | None) -> Any:
+        """Return the model in `folder`: something with `generate`, `generate_ids`, `logits`.
+
+        A layout that leaves something out may take it as a further keyword, None by default:
+        `template`, the name of the prompt template; `base` and `vision`, the folders of the
+        language model and of the vision encoder that a checkpoint builds on.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def fetch(cls, name: str) -> Path | None:
+        """Return the folder of the model that a public collection has under `name`.
+
+        It is fetched where it must be. None where `name` is not of the form that models have
+        there. Raises ModelError, with the reason, where it cannot be had.
+        """
+        return None
+
+
+class Tracker(Component):
+    """Observes a run. Named in the recipe: installing a package never changes a run."""
+
+    hook = "llava_trackers"
+
+    @abstractmethod
+    def record(self, event: Mapping[str, Any]) -> None:
+        """Take one event: `time`, `step`, `event`, and what belongs to it."""
+
+    def close(self) -> None:
+        """Flush what is held back; called once, when the run ends for whatever reason."""
+
+
+class Build(Protocol):
+    """Builds what a recipe chose: `build(self.options.data)` is a `Dataset`."""
+
+    def __call__(self, use: Use[KindT_co], /, **context: Any) -> KindT_co: ...
+
+
+class Progress(Protocol):
+    """Shows how far a step is, with the time left."""
+
+    def __call__(self, done: int, total: int, note: str = "") -> None: ...
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a step is given."""
+
+    directory: Path
+    """A folder of its own; whatever it leaves there is its artifact."""
+    earlier: Mapping[str, Path]
+    """The folders of the steps before it, by name, oldest first."""
+    build: Build
+    seed: int
+    resume: bool
+    """Whether to go on from what an interrupted attempt left in `directory`."""
+    find_device: Callable[[], torch.device]
+    model: ModelSource
+    progress: Progress
+    event: Event
+    stopping: Stopping
+    """Says whether the user asked to stop: save, then raise `Stopped`."""
+    team: Team
+    """The processes that share this step's work; one process alone unless it is `together`."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where networks run; torch is imported when a step asks for it."""
+        return self.find_device()
+
+
+class Event(Protocol):
+    """Appends an event to events.jsonl and shows it to the trackers."""
+
+    def __call__(self, name: str, /, **values: Any) -> None: ...
+
+
+class Stopping(Protocol):
+    def __call__(self) -> bool: ...
+
+
+class ModelSource(Protocol):
+    """The model as it stands before a step: the newest one an earlier step left, else new."""
+
+    @property
+    def vision(self) -> Use[VisionEncoder]:
+        """The recipe's choice. Raises RecipeError where it has no model."""
+
+    @property
+    def language(self) -> Use[LanguageModel]:
+        """The recipe's choice. Raises RecipeError where it has no model."""
+
+    def __call__(self, folder: Path | None = None) -> LlavaModel:
+        """Return the model in `folder`, or as the recipe and the earlier steps have it."""
+
+    def new(
+        self, vision: VisionEncoder | None = None, language: LanguageModel | None = None
+    ) -> LlavaModel:
+        """Return the recipe's model around parts that were made elsewhere."""
+
+
+class Stopped(Exception):
+    """A step stopped because it was asked to, after saving what it had."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a step reports: numbers, and sections for the run's report."""
+
+    metrics: Mapping[str, float]
+    sections: Sequence[Section] = ()
+
+
+class Step(Component):
+    """One thing a recipe does. Built as `Step(options)`."""
+
+    hook = "llava_steps"
+    needs_model: ClassVar[bool] = False
+    """Whether it starts from the recipe's model, so that missing weights, and a device that is not
+    there, are found at once."""
+    together: ClassVar[bool] = False
+    """Whether every process of a torchrun takes part in it, not the first alone. Then `run.team`
+    says who they are, and only who leads writes to `run.directory`."""
+
+    @abstractmethod
+    def run(self, run: Run) -> Outcome:
+        """Do the work, write it to `run.directory`, and report."""
+
+    @classmethod
+    def plan(cls, options: Any, planner: Planner) -> StepPlan | None:
+        """Return what the step will cost, without loading anything; None where negligible."""
+        return None

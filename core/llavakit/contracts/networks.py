@@ -1,0 +1,204 @@
+"""What a plugin with weights implements: vision encoder, connector, language model.
+
+Tensor names carry their shape (`pixels_BCHW`):
+    B images, C colour, H height, W width, P visual tokens of an image, D vision width,
+    T rows of the packed stream, E language width, N visual rows, M selected rows.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+from PIL.Image import Image
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from llavakit.contracts.component import Component
+from llavakit.contracts.errors import ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from llavakit.stream.batch import Packing, Rows, Stream
+
+
+class Network(nn.Module, Component):
+    """A component with weights. Its options alone determine the shape of every weight.
+
+    Construction never reads weights: it may run on the meta device, where a plan counts
+    parameters. Override `create`, `save` and `load` together where weights have a layout of
+    their own, such as a Hugging Face folder.
+    """
+
+    weights_file: ClassVar[str] = "model.safetensors"
+
+    @classmethod
+    def create(cls, options: Any, **context: Any) -> Self:
+        """Return what a recipe asks for: with pretrained weights where the options name some."""
+        return cls(options, **context)
+
+    def trainable(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield the parameters that learn, with their names, where a recipe trains this part."""
+        yield from self.named_parameters()
+
+    def frozen_bytes(self, each: int) -> float:
+        """Return the size of the weights while they are frozen, `each` bytes a parameter."""
+        return float(each * sum(parameter.numel() for parameter in self.parameters()))
+
+    def save(self, folder: Path) -> None:
+        """Write the weights to `folder`, which exists, as safetensors."""
+        from safetensors.torch import save_file
+
+        tensors = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
+        save_file(tensors, folder / self.weights_file)
+
+    @classmethod
+    def load(cls, options: Any, folder: Path, **context: Any) -> Self:
+        """Return the component that `save` wrote to `folder`."""
+        from safetensors.torch import load_file
+
+        network = cls(options, **context)
+        # assigned, not copied: weights keep the precision they were saved in
+        network.load_state_dict(load_file(folder / cls.weights_file), assign=True)
+        return network
+
+
+class VisionEncoder(Network):
+    """Turns images into patch features. Built as `VisionEncoder(options)`.
+
+    `forward` may return tokens that stand for no patch (CLIP's class token) in front of the
+    patches: it says how many in `prefix_tokens`, and the core strips them.
+    """
+
+    hook = "llava_vision_encoders"
+
+    width: int
+    """Size of one patch feature (D)."""
+    image_size: int
+    """Edge in pixels of the square that `prepare` returns."""
+    prefix_tokens: int = 0
+    decode_edge: int | None = None
+    """Shorter side in pixels that does for `prepare`: larger JPEGs may be decoded smaller."""
+
+    @abstractmethod
+    def tokens(self, image_size: int) -> int:
+        """Return the number of visual tokens (P, prefix excluded) of a square image."""
+
+    @abstractmethod
+    def prepare(self, image: Image) -> Tensor:
+        """Return normalised pixels `[3, H, W]`, float32, of an RGB image."""
+
+    @abstractmethod
+    def forward(self, pixels_BCHW: Tensor) -> Tensor:
+        """Return features `[B, prefix_tokens + P, D]`."""
+
+
+class Connector(Network):
+    """Turns patch features into language-model embeddings.
+
+    Built as `Connector(options, vision_width=D, language_width=E)`.
+    """
+
+    hook = "llava_connectors"
+    weights_file = "connector.safetensors"  # lies in the model folder itself
+
+    def tokens(self, patches: int) -> int:
+        """Return how many visual tokens `patches` features become (P')."""
+        return patches
+
+    @abstractmethod
+    def forward(self, features_BPD: Tensor) -> Tensor:
+        """Return embeddings `[B, P', E]`."""
+
+    def project_into(self, features_BPD: Tensor, stream: Stream) -> Tensor:
+        """Return the embeddings `[T, E]` of the packed stream: text rows and visual rows.
+
+        Raises ModelError where `forward` gives another shape than it should.
+        """
+        embeds_TE = stream.embed(stream.token_ids_T)
+        visual_BPE = self(features_BPD)
+        images, patches, _ = features_BPD.shape
+        expected = (images, self.tokens(patches), embeds_TE.shape[1])
+        if tuple(visual_BPE.shape) != expected:
+            raise ModelError(
+                f"connector `{self.name}` gave {tuple(visual_BPE.shape)} where "
+                f"{expected} was expected: images, `tokens({patches})`, width of the language "
+                "model; mend its `forward` or `tokens`"
+            )
+        visual_NE = visual_BPE.flatten(0, 1)
+        if stream.visual_kept_N is not None:
+            visual_NE = visual_NE.index_select(0, stream.visual_kept_N)
+        return embeds_TE.index_copy(0, stream.visual_rows_N, visual_NE.to(embeds_TE.dtype))
+
+
+class LanguageModel(Network):
+    """A causal language model over a packed stream. Built as `LanguageModel(options)`."""
+
+    hook = "llava_language_models"
+    default_template: ClassVar[str] = "vicuna_v1"
+    """The prompt template where a recipe names none."""
+
+    options: Any
+    """What it was built with, where `merged` gives another model than itself."""
+    width: int
+    """Size of one token embedding (E)."""
+    max_length: int
+    """Longest sequence in tokens."""
+    recompute: bool = False
+    """Whether the backward pass computes activations again instead of keeping them."""
+    tokenizer: PreTrainedTokenizerBase
+    """A fast tokenizer; a new model has none until one is set."""
+
+    @abstractmethod
+    def embed(self, ids_T: Tensor) -> Tensor:
+        """Return token embeddings `[T, E]`."""
+
+    @property
+    def embedding_VE(self) -> Tensor | None:
+        """The table behind `embed` where that is a plain look-up; lets kernels fuse it."""
+        return None
+
+    @abstractmethod
+    def hidden(self, embeds_TE: Tensor, packing: Packing, rows: Rows | None = None) -> Tensor:
+        """Return final hidden states `[M, E]` (normalised), of all rows where `rows` is None."""
+
+    @property
+    @abstractmethod
+    def head(self) -> nn.Linear:
+        """The layer from hidden states to logits, `[V, E]`."""
+
+    def logits(self, hidden_ME: Tensor) -> Tensor:
+        """Return logits `[M, V]`: the head's output, and what a model does to it behind that."""
+        logits_MV: Tensor = self.head(hidden_ME)
+        return logits_MV
+
+    def loss(self, hidden_ME: Tensor, targets_M: Tensor) -> Tensor:
+        """Return the summed cross-entropy, float32 `[]`, of the targets after these rows."""
+        return F.cross_entropy(self.logits(hidden_ME).float(), targets_M, reduction="sum")
+
+    @property
+    def end_ids(self) -> frozenset[int]:
+        """The tokens that end an answer, by default the tokenizer's end token."""
+        end = self.tokenizer.eos_token_id
+        return frozenset(() if end is None else (end,))
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        """The layers, each called as a module in `hidden`: training on several devices divides
+        the weights of one after another. Empty: all at once."""
+        return ()
+
+    def merged(self) -> Self:
+        """Return the model with adapters added into its weights, for exporters; as a rule itself.
+
+        An exporter writes what this returns: it has every weight under its usual name, and in
+        `options` what makes the same architecture again.
+        """
+        return self
+
+    @abstractmethod
+    def cache_shape(self) -> tuple[int, int, int]:
+        """Return (layers, key-value heads, head dimension) of the key-value cache."""

@@ -1,0 +1,84 @@
+"""The processes that train one model together: one for each device, started by torchrun.
+
+    torchrun --nproc-per-node 8 "$(command -v llava-run)" recipes/llava13b.toml
+
+Without torchrun a run is a team of one, and nothing here costs anything, not even torch.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+    from torch.distributed.device_mesh import DeviceMesh
+
+T = TypeVar("T")
+
+
+class Team:
+    """One process's place among those of its run; here it is alone."""
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process is the one that writes, reports and does what needs one only."""
+        return self.rank == 0
+
+    def share(self, value: T) -> T:
+        """Return the leader's value in every process."""
+        return value
+
+    def any(self, flag: bool) -> bool:
+        """Say in every process whether it is so in any of them."""
+        return flag
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Return the sum of `tensor` over the processes, in its place."""
+        return tensor
+
+    def mesh(self, kind: str) -> DeviceMesh:
+        """Return all devices in one row, for sharding; `kind` is `cpu` or `cuda`."""
+        from torch.distributed.device_mesh import init_device_mesh
+
+        return init_device_mesh(kind, (self.size,))
+
+
+class Device:
+    """The device of a process, looked up when it is first asked for: that takes torch."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self.known: torch.device | None = None
+
+    def __str__(self) -> str:
+        return "none" if self.known is None else str(self.known)
+
+    def find(self) -> torch.device:
+        """Return the device. Raises ModelError where this machine has none of that name."""
+        if self.known is None:
+            from llavakit.model.devices import pick_device
+
+            self.known = pick_device(self._name)
+        return self.known
+
+
+@contextmanager
+def join_team(name: str) -> Iterator[tuple[Team, Device]]:
+    """Yield this process's place and its device; `name` is the recipe's `device`.
+
+    Raises RecipeError where there are more processes than devices, or a single device is named.
+    """
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        from llavakit.engine.torchrun import join_processes
+
+        with join_processes(name) as place:
+            yield place
+    else:
+        yield Team(), Device(name)

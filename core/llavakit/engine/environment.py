@@ -1,0 +1,50 @@
+"""What a run was, and on what it ran: recipe.toml and environment.json."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import tomli_w
+
+from llavakit.files import without_none, write_text
+from llavakit.recipe.recipe import Recipe
+
+if TYPE_CHECKING:
+    import torch
+
+_PACKAGES = ("llavakit", "torch", "transformers", "tokenizers", "numpy", "pillow", "triton")
+
+
+def write_recipe(recipe: Recipe, directory: Path) -> None:
+    """Write recipe.toml, from which the same run can be made again."""
+    table = without_none(recipe.model_dump(mode="json", exclude_defaults=True))
+    write_text(directory / "recipe.toml", tomli_w.dumps(table))
+
+
+def write_environment(device: torch.device | None, directory: Path) -> None:
+    """Write environment.json; `device` is None while no step has asked for one."""
+    packages = {}
+    for package in _PACKAGES:
+        try:
+            packages[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    facts: dict[str, Any] = {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": packages,
+        "device": None if device is None else str(device),
+        "device_name": "no device",
+        "cpu_count": os.cpu_count(),
+    }
+    if device is not None:
+        import torch
+
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+        facts |= {"device_name": name, "threads": torch.get_num_threads()}
+    write_text(directory / "environment.json", json.dumps(facts, indent=2))

@@ -1,0 +1,77 @@
+"""events.jsonl: one line for everything that happens in a run, in order."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from llavakit.contracts.interfaces import Tracker
+from llavakit.files import drop_torn_line, explain_write
+
+FILE = "events.jsonl"
+
+_log = logging.getLogger("llavakit")
+
+
+class EventLog:
+    """Appends events to a file and shows them to the recipe's trackers."""
+
+    def __init__(self, folder: Path, trackers: Sequence[Tracker] = ()) -> None:
+        path = folder / FILE
+        drop_torn_line(path)
+        with explain_write(path):
+            self._file = path.open("a", encoding="utf-8", errors="backslashreplace")
+        self._trackers = list(trackers)
+        self._step = ""
+
+    def enter(self, step: str) -> None:
+        """Name the step that the next events belong to."""
+        self._step = step
+
+    def __call__(self, name: str, /, **values: Any) -> None:
+        event = {"time": round(time.time(), 3), "step": self._step, "event": name, **values}
+        with explain_write(Path(self._file.name)):
+            self._file.write(json.dumps(_plain(event), ensure_ascii=False) + "\n")
+            self._file.flush()
+        for tracker in list(self._trackers):
+            with self._watching(tracker):
+                tracker.record(event)
+
+    def close(self) -> None:
+        """Close the file and the trackers."""
+        try:
+            with explain_write(Path(self._file.name)):
+                self._file.close()
+        finally:
+            for tracker in list(self._trackers):
+                with self._watching(tracker):
+                    tracker.close()
+
+    @contextmanager
+    def _watching(self, tracker: Tracker) -> Iterator[None]:
+        """Let a tracker that fails observe no more: what it observes must not end with it."""
+        try:
+            yield
+        except Exception:
+            self._trackers.remove(tracker)
+            _log.warning(
+                "tracker `%s` failed; it sees nothing more of this run, which goes on",
+                tracker.name, exc_info=True,
+            )  # fmt: skip
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no NaN and no infinity: they become null, so that any reader can read on."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value

@@ -1,0 +1,63 @@
+"""Joins the processes that torchrun started."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from llavakit.contracts.errors import RecipeError
+from llavakit.engine.distributed import Device, T, Team
+
+_PATIENCE = timedelta(days=30)  # the others wait while the leader generates data, say
+
+
+class Processes(Team):
+    """A place among the processes of torch.distributed."""
+
+    def __init__(self) -> None:
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+
+    def share(self, value: T) -> T:
+        box = [value]
+        dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+        return box[0]
+
+    def any(self, flag: bool) -> bool:
+        return bool(self.sum(torch.tensor(int(flag))).item())
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        dist.all_reduce(tensor)
+        return tensor
+
+
+@contextmanager
+def join_processes(name: str) -> Iterator[tuple[Team, Device]]:
+    """Yield this process's place and device; `name` is the recipe's `device`.
+
+    Raises RecipeError where there are more processes than devices, or a single device is named.
+    """
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    if name == "cuda" or (name == "auto" and torch.cuda.is_available()):
+        if local >= torch.cuda.device_count():
+            raise RecipeError(
+                f"torchrun started more processes than the {torch.cuda.device_count()} devices of "
+                "this machine; lower --nproc-per-node"
+            )
+        name = f"cuda:{local}"
+        torch.cuda.set_device(local)
+    elif name not in ("auto", "cpu"):
+        raise RecipeError(f"torchrun gives every process a device, so `device = {name}` cannot be")
+    device = Device(name)
+    # objects and flags travel by gloo, tensors on devices by nccl
+    backend = "cpu:gloo,cuda:nccl" if device.find().type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=_PATIENCE)
+    try:
+        yield Processes(), device
+    finally:
+        dist.destroy_process_group()

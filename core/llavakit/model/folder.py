@@ -1,0 +1,236 @@
+"""Builds a model from a recipe, and reads and writes model folders.
+
+model.toml              the parts: component, options, widths; the hash of every file
+connector.safetensors   the connector
+vision/  language/      what the part's `save` wrote; a Hugging Face folder for the built-in ones
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from torch import nn
+
+from llavakit.contracts.component import Options, Use
+from llavakit.contracts.errors import ModelError
+from llavakit.contracts.interfaces import PromptTemplate
+from llavakit.contracts.networks import Connector, LanguageModel, VisionEncoder
+from llavakit.files import differs, digest, new_folder, without_none
+from llavakit.model.llava import LlavaModel
+from llavakit.recipe.check import problems_in
+from llavakit.recipe.model_choice import MANIFEST, PARTS, ModelRecipe
+from llavakit.registry import Registry
+
+_FORMAT = 1
+
+
+def create_model(
+    recipe: ModelRecipe,
+    registry: Registry,
+    *,
+    seed: int,
+    device: torch.device | str = "cpu",
+    vision: VisionEncoder | None = None,
+    language: LanguageModel | None = None,
+) -> LlavaModel:
+    """Return the recipe's model: pretrained parts where it names some, the rest new.
+
+    New weights depend on `seed` and the part alone. Parts that are given are taken as they are.
+    """
+    place = torch.device(device)
+    with torch.random.fork_rng([place] if place.type == "cuda" else []):  # none of other devices
+        if vision is None:
+            torch.manual_seed(seed)
+            vision = create_part(recipe.vision, registry)
+        if language is None:
+            torch.manual_seed(seed + 1)
+            language = create_part(recipe.language, registry)
+        torch.manual_seed(seed + 2)
+        connector = create_part(
+            recipe.connector,
+            registry,
+            vision_width=vision.width,
+            language_width=language.width,
+        )
+    return join_model(recipe, registry, vision, connector, language).to(place)
+
+
+def create_part(use: Use[Any], registry: Registry, **context: Any) -> Any:
+    """Return one network as its options ask: pretrained, or new."""
+    component = registry.get(use.kind(), use.use)
+    return component.create(component.Options(**use.options), **context)  # type: ignore[attr-defined]
+
+
+def sketch_model(recipe: ModelRecipe, registry: Registry) -> LlavaModel:
+    """Return the model on the meta device: every shape, no weight, nothing read or fetched."""
+    with torch.device("meta"):
+        vision = registry.build(recipe.vision)
+        language = registry.build(recipe.language)
+        connector = registry.build(
+            recipe.connector, vision_width=vision.width, language_width=language.width
+        )
+    return join_model(recipe, registry, vision, connector, language)
+
+
+def join_model(
+    recipe: ModelRecipe,
+    registry: Registry,
+    vision: VisionEncoder,
+    connector: Connector,
+    language: LanguageModel,
+) -> LlavaModel:
+    """Return the model of these parts; the recipe describes them, and names the template.
+
+    Raises ModelError where one image alone is longer than what the language model reads.
+    """
+    template = recipe.template or Use[PromptTemplate](use=language.default_template)
+    choices = {
+        name: use.model_dump(mode="json")
+        for name, use in (
+            ("vision", recipe.vision),
+            ("connector", recipe.connector),
+            ("language", recipe.language),
+            ("template", template),
+        )
+    }
+    model = LlavaModel(vision, connector, language, registry.build(template), choices=choices)
+    if model.visual_tokens >= language.max_length:
+        raise ModelError(
+            f"one image takes {model.visual_tokens} tokens, but `{language.name}` reads at most "
+            f"{language.max_length}; use smaller images, a connector that shortens, or a longer "
+            "context"
+        )
+    return model
+
+
+def save_model(model: LlavaModel, folder: Path) -> None:
+    """Write a model folder, whole or not at all."""
+    with new_folder(folder) as partial:
+        for name in PARTS:
+            place = _place(partial, name)
+            place.mkdir(exist_ok=True)
+            getattr(model, name).save(place)
+        files = {
+            file.relative_to(partial).as_posix(): digest(file)
+            for file in sorted(partial.rglob("*"))
+            if file.is_file()
+        }
+        manifest = {
+            "format": _FORMAT,
+            "widths": {"vision": model.vision.width, "language": model.language.width},
+            **{name: without_none(choice) for name, choice in model.choices.items()},
+            "sha256": files,
+        }
+        (partial / MANIFEST).write_text(tomli_w.dumps(manifest), encoding="utf-8")
+
+
+def _place(folder: Path, part: str) -> Path:
+    return folder if part == "connector" else folder / part
+
+
+def load_model(
+    folder: Path,
+    registry: Registry,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    template: str | None = None,
+    options: Mapping[str, Mapping[str, Any]] | None = None,
+) -> LlavaModel:
+    """Return the model in a model folder; `template` names another prompt template than its own.
+
+    `options` change those of its parts, as in `{"language": {"quantize": "nf4"}}`. Raises
+    ModelError where a file is missing or changed, or the parts do not fit.
+    """
+    path = folder / MANIFEST
+    try:
+        manifest = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ModelError(
+            f"{folder} is no model folder: cannot read {MANIFEST} ({error.strerror}); give the "
+            "folder that a run, an import or an export wrote"
+        ) from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ModelError(f"{path} is not valid TOML: {error}; export the model again") from error
+    if manifest.get("format") != _FORMAT:
+        raise ModelError(
+            f"{path} has format {manifest.get('format')}, this llavakit reads {_FORMAT}; "
+            "install the llavakit that wrote it"
+        )
+    if not isinstance(manifest.get("sha256"), dict):
+        raise ModelError(f"{path} lists no files under [sha256]; copy the whole folder again")
+    for name, known in manifest["sha256"].items():
+        file = folder / name
+        if not file.is_file():
+            raise ModelError(f"{folder} lacks {name}; copy the whole folder again")
+        # safetensors notices by itself where a large file is cut short
+        if differs(file, known):
+            raise ModelError(f"{file} differs from what {MANIFEST} says; copy the folder again")
+    try:
+        recipe = ModelRecipe.model_validate({name: manifest[name] for name in (*PARTS, "template")})
+        if template is not None:
+            recipe = recipe.model_copy(update={"template": Use[PromptTemplate](use=template)})
+        for part, changes in (options or {}).items():
+            recipe = _change(recipe, part, changes, registry)
+        vision = _load_part(recipe.vision, registry, _place(folder, "vision"), dtype)
+        language = _load_part(recipe.language, registry, _place(folder, "language"), dtype)
+        connector = _load_part(
+            recipe.connector,
+            registry,
+            _place(folder, "connector"),
+            dtype,
+            vision_width=vision.width,
+            language_width=language.width,
+        )
+    except (KeyError, ValidationError, RuntimeError, OSError, SafetensorError) as error:
+        raise ModelError(f"{path} does not describe the weights beside it: {error}") from error
+    model = join_model(recipe, registry, vision, connector, language).to(device)
+    if dtype is not None:
+        cast_weights(model, dtype)
+    return model
+
+
+def _change(
+    recipe: ModelRecipe, part: str, changes: Mapping[str, Any], registry: Registry
+) -> ModelRecipe:
+    """Return the recipe with other options for a part. Raises ModelError where it has none such."""
+    if part not in PARTS:
+        raise ModelError(f"a model has no part `{part}`; there are: {', '.join(PARTS)}")
+    use: Use[Any] = getattr(recipe, part)
+    component: Any = registry.get(use.kind(), use.use)
+    table = {**use.options, **changes}
+    try:
+        component.Options.model_validate(table)
+    except ValidationError as error:
+        problem = next(problems_in(error, component.Options, (part,), f" of `{use.use}`"))
+        raise ModelError("; ".join(filter(None, (problem.message, problem.hint)))) from error
+    changed = type(use).model_validate({"use": use.use, **table})
+    return recipe.model_copy(update={part: changed})
+
+
+def cast_weights(module: nn.Module, dtype: torch.dtype) -> None:
+    """Turn the weights to `dtype`, and leave the buffers: rotary frequencies need float32.
+
+    Weights of 4 bits stay as they are.
+    """
+    for parameter in module.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+
+
+def _load_part(
+    use: Use[Any], registry: Registry, folder: Path, dtype: torch.dtype | None, **context: Any
+) -> Any:
+    """Return a part in `dtype`, read so at once where it has an option for it."""
+    component: Any = registry.get(use.kind(), use.use)
+    options: Options = component.Options(**use.options)
+    if dtype is not None and "dtype" in component.Options.model_fields:
+        options = options.model_copy(update={"dtype": str(dtype).removeprefix("torch.")})
+    return component.load(options, folder, **context)

@@ -1,0 +1,160 @@
+"""The model: vision encoder, connector and language model around one packed stream.
+
+I images, P patches, P' visual tokens of an image, D vision width, E language width,
+T rows of the stream, M supervised rows, S sequences, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from llavakit.contracts.data import ImageSource, Sample
+from llavakit.contracts.errors import ModelError
+from llavakit.contracts.interfaces import PromptTemplate, Segment
+from llavakit.contracts.model import Sampling
+from llavakit.contracts.networks import Connector, LanguageModel, VisionEncoder
+from llavakit.model.answer import Answering
+from llavakit.model.generate import generate_stream
+from llavakit.model.images import read_pixels
+from llavakit.stream.batch import PackedBatch, Stream, pack
+from llavakit.stream.encode import Encoded, encode, tokenise
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class LlavaModel(nn.Module, Answering[Tensor]):
+    """A LLaVA: images become embeddings in the rows of a text stream.
+
+    Raises ModelError where the parts do not fit each other.
+    """
+
+    def __init__(
+        self,
+        vision: VisionEncoder,
+        connector: Connector,
+        language: LanguageModel,
+        template: PromptTemplate,
+        *,
+        choices: dict[str, dict[str, Any]],
+    ) -> None:
+        super().__init__()
+        self.vision = vision
+        self.connector = connector
+        self.language = language
+        self.template = template
+        self.choices = choices
+        """What a recipe says of each part, enough to build the same architecture again."""
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.language.parameters()).device
+
+    @property
+    def visual_tokens(self) -> int:
+        """How many rows of the stream one image takes (P')."""
+        return self.connector.tokens(self.vision.tokens(self.vision.image_size))
+
+    def features(self, pixels_IHW: Tensor) -> Tensor:
+        """Return the patch features `[I, P, D]` of pixels `[I, 3, H, W]`, prefix stripped."""
+        features_IPD: Tensor = self.vision(pixels_IHW)
+        expected = self.vision.prefix_tokens + self.vision.tokens(pixels_IHW.shape[-1])
+        if features_IPD.shape[1] != expected:
+            raise ModelError(
+                f"vision encoder `{self.vision.name}` gave {features_IPD.shape[1]} tokens, but "
+                f"says {self.vision.prefix_tokens} prefix + "
+                f"{expected - self.vision.prefix_tokens} patches; mend `tokens` or `prefix_tokens`"
+            )
+        if features_IPD.shape[2] != self.vision.width:
+            raise ModelError(
+                f"vision encoder `{self.vision.name}` gave features of width "
+                f"{features_IPD.shape[2]}, but says {self.vision.width}; mend `width`"
+            )
+        return features_IPD[:, self.vision.prefix_tokens :]
+
+    def embed(self, batch: PackedBatch, features_IPD: Tensor | None) -> Tensor:
+        """Return the stream's embeddings `[T, E]`, text and visual rows."""
+        if features_IPD is None:
+            return self.language.embed(batch.token_ids_T)
+        stream = Stream(
+            batch.token_ids_T,
+            batch.visual_rows_N,
+            batch.visual_kept_N,
+            self.language.embed,
+            self.language.embedding_VE,
+        )
+        return self.connector.project_into(features_IPD, stream)
+
+    def loss(self, batch: PackedBatch, features_IPD: Tensor | None) -> Tensor:
+        """Return the summed cross-entropy of the batch's targets, float32 `[]`.
+
+        Divide by the number of targets of the whole optimisation step: then every target weighs
+        the same, however the step was cut into micro-batches.
+        """
+        embeds_TE = self.embed(batch, features_IPD)
+        hidden_ME = self.language.hidden(embeds_TE, batch.packing, batch.target_rows)
+        return self.language.loss(hidden_ME, batch.targets_M)
+
+    def merged(self) -> LlavaModel:
+        """Return the model as weights alone give it, which is what exporters write.
+
+        See `LanguageModel.merged`; a model that has nothing but weights is returned itself.
+        """
+        language = self.language.merged()
+        if language is self.language:
+            return self
+        own = {"use": language.name, **language.options.model_dump(mode="json")}
+        choices = {**self.choices, "language": own}
+        merged = LlavaModel(self.vision, self.connector, language, self.template, choices=choices)
+        return merged.train(self.training)
+
+    # -- trying it -----------------------------------------------------------------------------
+
+    def prepare(self, images: Sequence[ImageSource], where: str = "the prompt") -> Tensor | None:
+        """Return the pixels `[I, 3, H, W]` of images, or None for none."""
+        if not images:
+            return None
+        dtype = next(self.vision.parameters(), torch.empty(0)).dtype
+        pixels = [read_pixels(self.vision, image, where) for image in images]
+        return torch.stack(pixels).to(self.device, dtype)
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return self.language.tokenizer
+
+    @property
+    def stops(self) -> Sequence[str]:
+        return self.template.stop(self.language.tokenizer)
+
+    def _render(self, question: Sample) -> Encoded:
+        return encode(question, self.template, self.language.tokenizer)
+
+    def _read_raw(self, prompt: str) -> Encoded:
+        return Encoded(*tokenise([Segment(prompt, markup=True)], self.language.tokenizer))
+
+    @torch.inference_mode()
+    def logits(
+        self, prompt: str, images: Sequence[ImageSource] = (), *, raw: bool = False
+    ) -> Tensor:
+        """Return logits `[T, V]`, float32, of every row of the spliced sequence."""
+        batch = pack([self.prompt(prompt, images, raw=raw)], [0], self.visual_tokens)
+        hidden_TE = self.language.hidden(
+            self._embed(batch, self.prepare(images)), batch.packing.to(self.device)
+        )
+        return self.language.logits(hidden_TE).float()
+
+    def _write(
+        self, prompts: Sequence[Encoded], pixels_IHW: Tensor | None, sampling: Sampling
+    ) -> Iterator[list[tuple[int, int]]]:
+        batch = pack(prompts, range(len(prompts)), self.visual_tokens)
+        with torch.inference_mode():
+            embeds_TE = self._embed(batch, pixels_IHW)
+        return generate_stream(self.language, embeds_TE, batch.packing.to(self.device), sampling)
+
+    def _embed(self, batch: PackedBatch, pixels_IHW: Tensor | None) -> Tensor:
+        features_IPD = None if pixels_IHW is None else self.features(pixels_IHW)
+        return self.embed(batch.to(self.device), features_IPD)

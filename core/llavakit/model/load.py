@@ -1,0 +1,98 @@
+"""Loads a model of any layout that is installed, recognised by the folder's content."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Container, Iterable, Mapping
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llavakit.contracts.errors import ModelError
+from llavakit.contracts.interfaces import Exporter, PromptTemplate
+from llavakit.model.devices import pick_device
+from llavakit.model.folder import load_model
+from llavakit.recipe.model_choice import is_model
+from llavakit.registry import Registry
+
+
+def load_any(
+    path: Path,
+    *,
+    device: str | torch.device,
+    dtype: torch.dtype | None,
+    base: Path | None = None,
+    vision: Path | None = None,
+    template: str | None = None,
+    options: Mapping[str, Mapping[str, Any]] | None = None,
+) -> Any:
+    """Return the model in a folder: our own layout, or one that an exporter recognises or fetches.
+
+    `base`, `vision` and `template` are what some layouts leave out; see `Exporter.load`. A name
+    in place of a folder is fetched; see `Exporter.fetch`.
+    """
+    place = pick_device(device)
+    registry = Registry.installed()
+    layouts = registry.all(Exporter)
+    path = _find(path, layouts.values(), "give the folder a run or an export wrote")
+    given: dict[str, Any] = {
+        name: _find(folder, layouts.values(), "give its folder")
+        for name, folder in (("base", base), ("vision", vision))
+        if folder is not None
+    }
+    if template is not None:
+        registry.get(PromptTemplate, template)
+        given["template"] = template
+    if is_model(path):
+        _refuse_others(path, "llavakit", given, ("template",))
+        model = load_model(
+            path, registry, device=place, dtype=dtype, template=template, options=options
+        )
+        return model.eval()
+    for name, exporter in layouts.items():
+        if exporter.recognises(path):
+            if options:
+                raise ModelError(
+                    f"{path} is in the layout `{name}`; options of its parts can be changed in a "
+                    "model folder, so turn it into one with `llava-run import`"
+                )
+            _refuse_others(path, name, given, signature(exporter.load).parameters)
+            return exporter.load(path, device=place, dtype=dtype, **given)
+    broken = [file.name for file in sorted(path.glob("*.json")) if not _is_json(file)]
+    raise ModelError(
+        f"{path} holds no model that is recognised; known layouts: "
+        f"{', '.join(('llavakit (model.toml)', *layouts))}"
+        + (f". Its {broken[0]} cannot be read as JSON: copy that again" if broken else "")
+        + (f"; did you mean {path / 'model'}?" if is_model(path / "model") else "")
+    )
+
+
+def _is_json(file: Path) -> bool:
+    try:
+        json.loads(file.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return True
+
+
+def _find(path: Path, layouts: Iterable[type[Exporter]], remedy: str) -> Path:
+    """Return a folder: `path`, or what is fetched of that name."""
+    if path.exists():
+        return path
+    for exporter in layouts:
+        if (folder := exporter.fetch(path.as_posix())) is not None:
+            return folder
+    raise ModelError(f"model {path} does not exist; {remedy}")
+
+
+def _refuse_others(
+    path: Path, layout: str, given: Mapping[str, object], taken: Container[str]
+) -> None:
+    """Raise ModelError for what was given and the layout has no use for."""
+    for name in given:
+        if name not in taken:
+            raise ModelError(
+                f"{path} is in the layout `{layout}`, which needs no `{name}`; leave it out"
+            )

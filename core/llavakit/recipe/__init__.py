@@ -1,0 +1,1 @@
+"""Recipes: what a TOML file says, checked, each problem at its line."""

@@ -1,0 +1,257 @@
+"""Checks options, of a recipe or a command line, and says what is wrong with them and where."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, cast, get_args
+
+from pydantic import BaseModel, TypeAdapter, ValidationError
+
+from llavakit.contracts.component import LATER, Component, SkippableUse, Use, is_input
+from llavakit.contracts.errors import RecipeError
+from llavakit.contracts.interfaces import Step
+from llavakit.recipe.lines import Key, Span
+from llavakit.recipe.overrides import Source, set_key, stated
+from llavakit.registry import ComponentT, Registry
+
+
+def build_from(
+    component: type[ComponentT],
+    settings: Sequence[str],
+    registry: Registry,
+    flags: Mapping[str, Any] | None = None,
+) -> ComponentT:
+    """Return the component with the options that a command line states.
+
+    `flags` are options by name, `settings` are `key=value` and win over them.
+    Raises RecipeError with every problem at once.
+    """
+    return registry.make(component, state_options(component, settings, registry, flags))
+
+
+def state_options(
+    component: type[Component],
+    settings: Sequence[str],
+    registry: Registry,
+    flags: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Return the options that a command line states, checked, as a recipe would state them.
+
+    Raises RecipeError with every problem at once.
+    """
+    table: dict[str, Any] = dict(flags or {})
+    sources = [stated(setting) for setting in settings]
+    sources += [Source(said=f"--{name.replace('_', '-')}", key=(name,)) for name in flags or ()]
+    for setting in settings:
+        set_key(table, setting)
+    problems = list(_check_options(component, table, registry, (), {}, inputs=True))
+    if problems:
+        sources.append(Source(said=component.name))
+        raise RecipeError("\n\n".join(problem.render(sources, []) for problem in problems))
+    return table
+
+
+_SECRET = re.compile(
+    r"(?<![\w-])(?:sk|pk|key)-[\w-]{12,}|(?<=key = \")[^\"]+(?=\")|(?<=key=)\S+", re.IGNORECASE
+)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing wrong with a recipe."""
+
+    key: Key
+    message: str
+    hint: str = ""
+
+    def render(self, sources: Sequence[Source], steps: Sequence[str | None]) -> str:
+        """Return the message with the line it is about, as compilers do; keys of services hidden.
+
+        `steps` are the steps' names, by which a recipe with a `base` may address them.
+        """
+        return _SECRET.sub("[hidden]", self._render(sources, steps))
+
+    def _render(self, sources: Sequence[Source], steps: Sequence[str | None]) -> str:
+        source, span = self._locate(sources, steps)
+        if source.said:
+            lines = [f"{source.said}: {self.message}"]
+            return "\n".join([*lines, f" = help: {self.hint}"] if self.hint else lines)
+        number = str(span.line)
+        line = source.text.splitlines()[span.line - 1] if source.text else ""
+        gutter = " " * len(number)
+        lines = [
+            f"{source.path}:{span.line}: {self.message}",
+            f" {gutter} |",
+            f" {number} | {line}",
+            f" {gutter} | {' ' * span.start}{'^' * max(1, span.end - span.start)}",
+        ]
+        return "\n".join([*lines, f" {gutter} = help: {self.hint}"] if self.hint else lines)
+
+    def _locate(
+        self, sources: Sequence[Source], steps: Sequence[str | None]
+    ) -> tuple[Source, Span]:
+        """Return the source that says most of the key, the strongest one first."""
+        spellings = [self.key]
+        if len(self.key) > 1 and self.key[0] == "steps" and isinstance(self.key[1], int):
+            index = self.key[1]
+            for alias in (str(index + 1), steps[index] if index < len(steps) else None):
+                if isinstance(alias, str):
+                    spellings.append(("steps", alias, *self.key[2:]))
+        places = [(source, *source.locate(*spellings)) for source in sources]
+        source, span, _ = max(places, key=lambda place: place[2])
+        return source, span
+
+
+def sound(
+    model: type[BaseModel], table: Mapping[str, Any], key: Key = ()
+) -> Iterator[tuple[Key, object]]:
+    """Yield what is valid by itself in a table that is not, so that its parts can be checked."""
+    for name, field in model.model_fields.items():
+        if name not in table:
+            continue
+        value, annotation = table[name], cast("Any", field.annotation)
+        try:
+            yield (*key, name), TypeAdapter[object](annotation).validate_python(value)
+        except ValidationError:
+            if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+                if isinstance(value, Mapping):
+                    yield from sound(annotation, value, (*key, name))
+            elif isinstance(value, list):
+                adapter = TypeAdapter[object](get_args(annotation)[0])
+                for index, item in enumerate(value):
+                    with suppress(ValidationError):
+                        yield (*key, name, index), adapter.validate_python(item)
+
+
+def check(
+    node: BaseModel, registry: Registry, key: Key, steps: Mapping[str, Path], inputs: bool
+) -> Iterator[Problem]:
+    """Yield the problems of every `Use` below `node`, in file order."""
+    for name, field in type(node).model_fields.items():
+        value = getattr(node, name)
+        if inputs and is_input(field):
+            for path in value if isinstance(value, tuple | list) else (value,):
+                if _is_absent(path):
+                    message = f"`{name}`: {path} does not exist"
+                    yield Problem((*key, name), message, _path_hint(path))
+        else:
+            yield from check_value(value, registry, (*key, name), steps, inputs)
+
+
+def check_value(
+    value: object, registry: Registry, key: Key, steps: Mapping[str, Path], inputs: bool
+) -> Iterator[Problem]:
+    """Yield the problems of every `Use` in a value: a choice, or a table or list with some."""
+    if isinstance(value, Use):
+        yield from _check_use(value, registry, key, steps, inputs)
+    elif isinstance(value, BaseModel):
+        yield from check(value, registry, key, steps, inputs)
+    elif isinstance(value, Mapping):
+        for name, item in value.items():
+            yield from check_value(item, registry, (*key, str(name)), steps, inputs)
+    elif isinstance(value, tuple | list):
+        earlier = dict(steps)
+        for index, item in enumerate(value):
+            if isinstance(item, SkippableUse) and item.skip:
+                continue
+            yield from check_value(item, registry, (*key, index), earlier, inputs)
+            if isinstance(item, SkippableUse) and issubclass(item.kind(), Step):
+                earlier |= dict.fromkeys((item.use, f"{index + 1:02}-{item.use}"), LATER)
+
+
+def _check_use(
+    use: Use[Any], registry: Registry, key: Key, steps: Mapping[str, Path], inputs: bool
+) -> Iterator[Problem]:
+    try:
+        component: type[Component] = registry.get(use.kind(), use.use)
+    except RecipeError as error:
+        yield Problem((*key, "use"), str(error))
+        return
+    yield from _check_options(component, use.options, registry, key, steps, inputs)
+
+
+def _check_options(
+    component: type[Component],
+    table: Mapping[str, Any],
+    registry: Registry,
+    key: Key,
+    steps: Mapping[str, Path],
+    inputs: bool,
+) -> Iterator[Problem]:
+    try:
+        options = component.Options.model_validate(table, context={"steps": steps})
+    except ValidationError as error:
+        yield from problems_in(error, component.Options, key, f" of `{component.name}`")
+        for inner, value in sound(component.Options, table, key):
+            yield from check_value(value, registry, inner, steps, inputs)
+        return
+    if inputs and (sentence := component.missing(options)):
+        yield Problem((*key, "use"), sentence)
+    yield from check(options, registry, key, steps, inputs)
+
+
+def _is_absent(value: object) -> bool:
+    return isinstance(value, Path) and not str(value).startswith("@") and not value.exists()
+
+
+def _path_hint(path: Path) -> str:
+    close = []
+    if path.parent.is_dir():
+        close = get_close_matches(path.name, [item.name for item in path.parent.iterdir()], n=1)
+    if close:
+        return f"did you mean `{path.parent / close[0]}`?"
+    return "relative paths start at the working directory; `@step/file` is an earlier step's file"
+
+
+def problems_in(
+    error: ValidationError, model: type[BaseModel], key: Key = (), owner: str = ""
+) -> Iterator[Problem]:
+    """Yield what pydantic complains of, in the words of recipes."""
+    for item in error.errors(include_url=False):
+        loc = tuple(part for part in item["loc"] if part != "[key]")  # of a table's own name
+        where, last = (*key, *loc), loc[-1] if loc else ""
+        entry = isinstance(last, int) and len(loc) > 1
+        option = f"`{loc[-2]}`, entry {last + 1}," if entry else f"`{last}`"  # type: ignore[operator]
+        known = list(_fields(model, item["loc"][:-1]))
+        if item["type"] == "model_type" and not isinstance(item["input"], dict | Use):
+            hint = f'write {{ use = "NAME" }}; got {_show(item["input"])}'
+            yield Problem(where, f"option {option}{owner} is a table", hint)
+        elif item["type"] == "extra_forbidden":
+            close = get_close_matches(str(last), known, n=1)
+            hint = f"did you mean `{close[0]}`?" if close else f"known: {', '.join(known)}"
+            yield Problem(where, f"unknown option `{last}`{owner}", hint)
+        elif item["type"] == "tuple_type" and isinstance(item["input"], dict):
+            hint = f"write [[{last}]] for a table of it" if len(loc) == 1 else "write it as [...]"
+            yield Problem(where, f"option `{last}`{owner} is a list", hint)
+        elif item["type"] == "missing" and entry:
+            yield Problem(where[:-1], f"option `{loc[-2]}`{owner} is too short a list", "")
+        elif item["type"] == "missing":
+            yield Problem(where[:-1], f"missing option `{last}`{owner}", "add it")
+        else:
+            message = item["msg"].removeprefix("Value error, ")
+            message = message[:1].lower() + message[1:]
+            subject = f"option {option}{owner}" if loc else f"options{owner}"
+            hint = f"got {_show(item['input'])}" if loc else ""
+            yield Problem(where, f"{subject}: {message}", hint)
+
+
+def _fields(model: type[BaseModel], path: Sequence[str | int]) -> Iterator[str]:
+    """Yield the option names of the model that `path` leads to, where that is a plain one."""
+    for part in path:
+        field = model.model_fields.get(str(part))
+        annotation = field.annotation if field else None
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return
+        model = annotation
+    yield from model.model_fields
+
+
+def _show(value: Any) -> str:
+    text = repr(value)
+    short = text if len(text) <= 120 else f"{text[:117]}..."
+    return f"`{short}` ({type(value).__name__})"

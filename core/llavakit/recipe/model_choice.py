@@ -1,0 +1,34 @@
+"""The parts that a model is made of, as recipes and model folders name them."""
+
+# Kinds in quotes, and no `annotations` of the future: a recipe without a model imports no torch.
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pydantic import BaseModel, ConfigDict
+
+from llavakit.contracts.component import Use
+from llavakit.contracts.interfaces import PromptTemplate
+
+if TYPE_CHECKING:
+    from llavakit.contracts.networks import Connector, LanguageModel, VisionEncoder
+
+MANIFEST = "model.toml"
+"""The file of a model folder that names the parts."""
+PARTS = ("vision", "connector", "language")
+
+
+class ModelRecipe(BaseModel):
+    """The parts of the model."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    vision: Use["VisionEncoder"]
+    connector: Use["Connector"]
+    language: Use["LanguageModel"]
+    template: Use[PromptTemplate] | None = None
+    """The language model's usual one where it is absent."""
+
+
+def is_model(folder: Path) -> bool:
+    """Say whether `folder` is a model folder of ours."""
+    return (folder / MANIFEST).is_file()

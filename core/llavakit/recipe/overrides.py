@@ -1,0 +1,81 @@
+"""Where keys are stated, in a recipe's files or by `--set`, and how one of them is set."""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llavakit.contracts.errors import RecipeError
+from llavakit.recipe.lines import Key, Place, Span, locate
+
+
+@dataclass(frozen=True)
+class Source:
+    """A recipe file that took part, as text; or a key that was set elsewhere."""
+
+    path: Path = Path()
+    text: str = ""
+    said: str = ""
+    """Where a single key was set, if not in a file, for example `--set seed=1`."""
+    key: Key = ()
+    """Which key that was, as it was written."""
+
+    def locate(self, *spellings: Key) -> Place:
+        """Return the place of a key in the file, or how much of it was set here."""
+        if not self.said:
+            return locate(self.text, *spellings)
+        nowhere = Span(1, 0, 0)
+        if any(self.key == key[: len(self.key)] for key in spellings):
+            return Place(nowhere, len(self.key))
+        around = [len(key) for key in spellings if key == self.key[: len(key)]]
+        return Place(nowhere, max(around, default=0) - 0.5)  # a file that says it comes first
+
+
+def stated(override: str) -> Source:
+    """Return `--set a.b.c=value` as the source of that key."""
+    path = override.partition("=")[0].strip().split(".")
+    return Source(said=f"--set {override}", key=tuple(path))
+
+
+def set_key(table: dict[str, Any], override: str) -> None:
+    """Set what `a.b.c=value` says in a table. Raises RecipeError where there is no such place."""
+    name, separator, text = override.partition("=")
+    path = name.strip().split(".")
+    if not separator or not all(path):
+        raise RecipeError(f"--set {override}: write it as a.b.c=value")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()
+    node: Any = table
+    for depth, part in enumerate(path):
+        last = depth == len(path) - 1
+        if isinstance(node, list):
+            index = step_index(node, part, tuple(path[:depth]))
+            if last:
+                node[index] = value
+            node = node[index]
+        elif isinstance(node, dict):
+            if last and part == "use" and node.get("use", value) != value:
+                node.clear()  # another component: the old one's options do not carry over
+            if last:
+                node[part] = value
+            node = node.setdefault(part, {})
+        else:
+            raise RecipeError(f"--set {override}: `{'.'.join(path[:depth])}` has no parts")
+
+
+def step_index(items: list[Any], name: str, key: Key) -> int:
+    """Return the place of a step by its name or number. Raises RecipeError where none is meant."""
+    names = [item.get("use") if isinstance(item, dict) else None for item in items]
+    if name.isdecimal() and 1 <= int(name) <= len(items):
+        return int(name) - 1
+    if names.count(name) == 1:
+        return names.index(name)
+    known = ", ".join(f"{number} ({use})" for number, use in enumerate(names, start=1))
+    what = "more than one entry is" if name in names else "no entry is"
+    raise RecipeError(
+        f"`{'.'.join(map(str, key))}.{name}`: {what} called `{name}`; there are: {known}"
+    )

@@ -1,0 +1,258 @@
+"""The recipe: what to build and what to do with it, read from a TOML file."""
+
+from __future__ import annotations
+
+import os
+import re
+import tomllib
+from collections.abc import Iterator, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, cast
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic_settings import (
+    BaseSettings,
+    EnvSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+)
+
+from llavakit.contracts.component import LATER, SkippableUse, Use
+from llavakit.contracts.errors import RecipeError
+from llavakit.contracts.interfaces import Step, Tracker
+from llavakit.recipe.check import Problem, check, check_value, problems_in, sound
+from llavakit.recipe.lines import Key
+from llavakit.recipe.model_choice import ModelRecipe
+from llavakit.recipe.overrides import Source, set_key, stated, step_index
+from llavakit.registry import Registry
+from llavakit_plugins.comparing.published import Published
+
+
+class StepUse(SkippableUse[Step]):
+    """A step of a recipe."""
+
+
+class Machine(BaseModel):
+    """What the plan reckons with. Left out: the machine that plans."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str = "this machine"
+    devices: int = Field(default=1, ge=1)
+    tflops: float | None = Field(default=None, gt=0)
+    """Sustained rate of one device in 10^12 floating-point operations a second."""
+    memory_gb: float | None = Field(default=None, gt=0)
+    usd_per_hour: float = Field(default=0.0, ge=0)
+    """Price of all devices together."""
+
+
+class Recipe(BaseSettings):
+    """One run, from start to end. The environment, `LLAVA_SEED=1`, overrides the file."""
+
+    model_config = SettingsConfigDict(
+        extra="forbid", frozen=True, env_prefix="LLAVA_", env_nested_delimiter="__"
+    )
+
+    name: str
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    device: str = "auto"
+    """`auto` is CUDA where there is one, else the CPU."""
+    # not an optional type: pydantic would tell of a wrong part that all of it is wrong
+    model: ModelRecipe = Field(default=cast("ModelRecipe", None), validate_default=False)
+    """None where it is left out, as it may be where no step needs one; `parts` refuses that."""
+    steps: tuple[StepUse, ...] = Field(min_length=1)
+    trackers: tuple[Use[Tracker], ...] = ()
+    machine: Machine = Machine()
+    paper: tuple[Published, ...] = ()
+
+    @field_validator("name")
+    @classmethod
+    def _names_a_folder(cls, name: str) -> str:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+            raise ValueError(
+                "it names the run's folder, so it begins with a letter or digit of ASCII and holds "
+                "only these, `.`, `_` and `-`"
+            )
+        return name
+
+    @classmethod
+    def load(
+        cls,
+        path: Path,
+        registry: Registry,
+        overrides: Sequence[str] = (),
+        *,
+        inputs: bool = False,
+    ) -> Recipe:
+        """Read a recipe and check every component and option that it names.
+
+        `overrides` are `a.b.c=value`, each value a TOML literal or else a string. With `inputs`
+        the files and the weights that it needs must be there, too.
+        Raises RecipeError with every problem at once, each at its line.
+        """
+        files, table = read_tables(path)
+        table = _merge(table, _from_environment(cls), ())
+        for override in overrides:
+            set_key(table, override)
+        if own := re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).strip("-._"):
+            table.setdefault("name", own)
+        names = [step.get("use") for step in _steps(table)]
+        sources = [*(stated(override) for override in overrides[::-1]), *_environment(), *files]
+        try:
+            recipe = cls(**table)
+        except ValidationError as error:
+            later = dict.fromkeys(filter(None, names), LATER)
+            problems = list(problems_in(error, cls))
+            for key, value in sound(cls, table):
+                problems += check_value(value, registry, key, later, inputs)
+            if "model" not in table and not names:
+                problems += _missing_model((), registry)
+        else:
+            problems = list(check(recipe, registry, (), {}, inputs))
+            if recipe.model is None and inputs:
+                problems += _missing_model(recipe.steps, registry)
+            if not problems:
+                return recipe
+        raise RecipeError("\n\n".join(problem.render(sources, names) for problem in problems))
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return (init_settings,)  # `load` puts the environment between the file and --set
+
+    def parts(self) -> ModelRecipe:
+        """Return the model's parts. Raises RecipeError where the recipe names none."""
+        if self.model is None:
+            raise RecipeError(
+                f"recipe `{self.name}` has no [model], but one of its steps needs one; add it"
+            )
+        return self.model
+
+    def active_steps(self) -> Iterator[tuple[str, StepUse]]:
+        """Yield the folder name and the choice of every step that is not skipped."""
+        for number, use in enumerate(self.steps, start=1):
+            if not use.skip:
+                yield f"{number:02}-{use.use}", use
+
+
+# -- reading ---------------------------------------------------------------------------------------
+
+
+def _environment() -> Iterator[Source]:
+    """Yield what the environment sets, as pydantic-settings reads it."""
+    for name, value in os.environ.items():
+        if name.upper().startswith("LLAVA_"):
+            key = tuple(name[len("LLAVA_") :].lower().split("__"))
+            yield Source(said=f"environment variable {name}={value}", key=key)
+
+
+def _from_environment(model: type[Recipe]) -> dict[str, Any]:
+    """Return the table that the environment states. Raises RecipeError where it is none."""
+    try:
+        return EnvSettingsSource(model)()
+    except SettingsError as error:
+        raise RecipeError(
+            f"the environment sets a table by LLAVA_…, but not as JSON: {error} "
+            f"({error.__cause__}); mend or unset that variable"
+        ) from error
+
+
+def recipe_folder() -> Path:
+    """Return the folder of the built-in recipes, in a wheel or in a checkout."""
+    package = Path(__file__).parents[1]
+    packaged = package / "recipes"
+    return packaged if packaged.is_dir() else package.parents[1] / "recipes"
+
+
+def find_recipe(name: str, beside: Path | None = None) -> Path:
+    """Return the file `name`, or the built-in recipe of that name."""
+    path = Path(name)
+    if path.suffix == ".toml":
+        return path if beside is None else beside / path
+    for folder in (beside, recipe_folder()):
+        if folder is not None and (file := folder / f"{name}.toml").is_file():
+            return file
+    folder = recipe_folder()
+    known = sorted(
+        file.relative_to(folder).with_suffix("").as_posix() for file in folder.rglob("*.toml")
+    )
+    close = get_close_matches(name, known, n=1)
+    hint = f"did you mean `{close[0]}`?" if close else f"there are: {', '.join(known)}"
+    raise RecipeError(f"no built-in recipe is called `{name}`; {hint}")
+
+
+def read_tables(path: Path) -> tuple[list[Source], dict[str, Any]]:
+    """Return the recipe's own file and those it builds on, and the merged table."""
+    sources: list[Source] = []
+    tables: list[dict[str, Any]] = []
+    current: Path | None = path
+    while current is not None:
+        if any(current.resolve() == source.path.resolve() for source in sources):
+            raise RecipeError(f"{current} builds on itself; remove `base` from one of the recipes")
+        try:
+            text = current.read_text(encoding="utf-8")
+            table = tomllib.loads(text)
+        except OSError as error:
+            raise RecipeError(f"cannot read recipe {current}: {error.strerror}") from error
+        except UnicodeDecodeError as error:
+            raise RecipeError(f"{current} is not UTF-8 text: {error.reason}") from error
+        except tomllib.TOMLDecodeError as error:
+            raise RecipeError(f"{current} is not valid TOML: {error}") from error
+        if tables:
+            table.pop("name", None)  # of another run, in a folder of its own
+        sources.append(Source(current, text))
+        tables.append(table)
+        base = table.pop("base", None)
+        if base is not None and not isinstance(base, str):
+            raise RecipeError(f'{current}: `base` names one recipe, for example base = "tiny"')
+        current = None if base is None else find_recipe(base, current.parent)
+    merged = tables.pop()
+    while tables:
+        merged = _merge(merged, tables.pop(), ())
+    return sources, merged
+
+
+def _merge(base: Any, change: Any, key: Key) -> Any:
+    """Return `base` with the values of `change`; steps are addressed by name or number."""
+    if isinstance(base, dict) and isinstance(change, dict):
+        if "use" in change and change["use"] != base.get("use"):
+            return change  # another component: the old one's options do not carry over
+        merged = dict(base)
+        for name, value in change.items():
+            merged[name] = _merge(base[name], value, (*key, name)) if name in base else value
+        return merged
+    if isinstance(base, list) and isinstance(change, dict):
+        merged_list = list(base)
+        for name, value in change.items():
+            index = step_index(merged_list, name, key)
+            merged_list[index] = _merge(merged_list[index], value, (*key, index))
+        return merged_list
+    return change
+
+
+def _steps(table: dict[str, Any]) -> list[dict[str, Any]]:
+    steps = table.get("steps")
+    return [s if isinstance(s, dict) else {} for s in steps] if isinstance(steps, list) else []
+
+
+def _missing_model(steps: Sequence[StepUse], registry: Registry) -> Iterator[Problem]:
+    """Yield that there is no model, unless no step needs one: `init` names another."""
+    needing = [
+        step.use
+        for step in steps
+        if not step.skip
+        and registry.has(Step, step.use)
+        and registry.get(Step, step.use).needs_model
+        and step.options.get("init") is None
+    ]
+    if needing or not steps:
+        hint = f"`{needing[0]}` needs one: add [model], or state `init`" if needing else "add it"
+        yield Problem((), "missing option `model`", hint)

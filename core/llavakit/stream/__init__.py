@@ -1,0 +1,1 @@
+"""The packed stream: turns to tokens, tokens to micro-batches, attention within each sample."""

@@ -1,0 +1,256 @@
+"""Causal attention within each sample of a packed stream, and the key-value cache for decoding.
+
+T rows, S samples, H query heads, G key-value heads, K head dimension, L longest cache; within one
+sample Q rows that look and C columns that are looked at; R watched rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from llavakit.stream.batch import Packing, Rows
+
+
+class KVCache:
+    """Keys and values of S sequences, right-padded to the longest, one pair for each layer."""
+
+    def __init__(self, layers: int, capacities: Sequence[int]) -> None:
+        self.lengths = [0] * len(capacities)
+        """Tokens held for each sequence, the same in every layer."""
+        self.capacity = max(capacities)
+        self.keys: list[Tensor | None] = [None] * layers
+        self.values: list[Tensor | None] = [None] * layers
+
+    def append(self, layer: int, k_TGK: Tensor, v_TGK: Tensor, packing: Packing) -> None:
+        """Store the rows of a packed stream behind what each sequence already holds."""
+        if self.keys[layer] is None:
+            sequences = len(self.lengths)
+            self.keys[layer], self.values[layer] = (
+                new.new_zeros(sequences, new.shape[1], self.capacity, new.shape[2])
+                for new in (k_TGK, v_TGK)
+            )
+        keys, values = self.keys[layer], self.values[layer]
+        assert keys is not None
+        assert values is not None
+        if packing.starts[-1] == len(self.lengths):  # decoding: one row a sequence
+            rows = torch.arange(len(self.lengths), device=k_TGK.device)
+            places = packing.position_ids_T
+            keys[rows, :, places] = k_TGK
+            values[rows, :, places] = v_TGK
+            return
+        for s, (start, end) in enumerate(pairwise(packing.starts)):
+            begin = self.lengths[s]
+            held = slice(begin, begin + end - start)
+            keys[s, :, held] = k_TGK[start:end].transpose(0, 1)
+            values[s, :, held] = v_TGK[start:end].transpose(0, 1)
+
+    def advance(self, packing: Packing) -> None:
+        """Count the rows of a stream as held, once every layer has stored them."""
+        self.lengths = [n + m for n, m in zip(self.lengths, packing.lengths, strict=True)]
+
+    def select(self, sequences: Sequence[int]) -> None:
+        """Keep only these sequences, in this order."""
+        for store in (self.keys, self.values):
+            for layer, tensor in enumerate(store):
+                if tensor is not None:
+                    rows = torch.tensor(list(sequences), device=tensor.device)
+                    store[layer] = tensor.index_select(0, rows)
+        self.lengths = [self.lengths[s] for s in sequences]
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """How a layer turns products of queries and keys into weights."""
+
+    scale: float | None = None
+    """Factor of the products; 1/sqrt(K) where absent."""
+    window: int | None = None
+    """How far back a row sees, itself included."""
+    softcap: float | None = None
+    """Scores become `softcap * tanh(score / softcap)` (Gemma 2)."""
+    sinks_H: Tensor | None = None
+    """One score a head that takes weight and gives nothing (gpt-oss)."""
+
+    @property
+    def plain(self) -> bool:
+        """Whether torch's own scaled_dot_product_attention does all of it but the window."""
+        return self.softcap is None and self.sinks_H is None
+
+
+class Watch:
+    """Keeps the attention weights of chosen rows of a stream, layer by layer.
+
+    The weights of all rows are never computed otherwise: the fused attention has none to show.
+    """
+
+    def __init__(self, rows_R: Tensor) -> None:
+        self.rows_R = rows_R
+        self.weights: dict[int, Tensor] = {}
+        """`[H, R, T]`, float32, by layer."""
+
+    @torch.no_grad()
+    def see(
+        self,
+        layer: int,
+        q_THK: Tensor,
+        k_TGK: Tensor,
+        packing: Packing,
+        scoring: Scoring,
+    ) -> None:
+        """Compute the weights of one layer for the chosen rows alone."""
+        scale = q_THK.shape[-1] ** -0.5 if scoring.scale is None else scoring.scale
+        q_RHK = q_THK.index_select(0, self.rows_R).float()
+        k_THK = k_TGK.float().repeat_interleave(q_THK.shape[1] // k_TGK.shape[1], dim=1)
+        scores_HRT = torch.einsum("rhk,thk->hrt", q_RHK, k_THK) * scale
+        if scoring.softcap is not None:
+            scores_HRT = scoring.softcap * torch.tanh(scores_HRT / scoring.softcap)
+        sample_T, places_T = packing.samples_T, packing.position_ids_T
+        visible_RT = _band(places_T[self.rows_R], places_T, scoring.window)
+        visible_RT &= sample_T[self.rows_R][:, None] == sample_T[None, :]
+        scores_HRT = scores_HRT.masked_fill(~visible_RT, -torch.inf)
+        if scoring.sinks_H is not None:
+            sinks_HR1 = scoring.sinks_H.float()[:, None, None].expand(-1, len(self.rows_R), 1)
+            scores_HRT = torch.cat([scores_HRT, sinks_HR1], dim=-1)
+        self.weights[layer] = scores_HRT.softmax(dim=-1)[..., : len(places_T)]
+
+
+def packed_attention(
+    q_THK: Tensor,
+    k_TGK: Tensor,
+    v_TGK: Tensor,
+    packing: Packing,
+    *,
+    layer: int,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks_H: Tensor | None = None,
+) -> Tensor:
+    """Return causal attention `[T, H, K]`; no row sees another sample's.
+
+    The options are those of `Scoring`. In half precision on CUDA, which autocast counts as, the
+    first kernel that honours them is used: FlashAttention, torch's own, FlexAttention; else each
+    sample is read by itself.
+    """
+    scoring = Scoring(scale, window, softcap, sinks_H)
+    kind = q_THK.device.type
+    if torch.is_autocast_enabled(kind):
+        # beside float32 weights, rotary angles make queries and keys float32, and values stay half
+        half = torch.get_autocast_dtype(kind)
+        q_THK, k_TGK, v_TGK = q_THK.to(half), k_TGK.to(half), v_TGK.to(half)
+    if packing.watch is not None:
+        packing.watch.see(layer, q_THK, k_TGK, packing, scoring)
+    if packing.cache is not None:
+        packing.cache.append(layer, k_TGK, v_TGK, packing)
+        if any(packing.cache.lengths):
+            return _decode(q_THK, packing, layer, scoring)
+    if q_THK.is_cuda and q_THK.dtype in (torch.bfloat16, torch.float16):
+        from llavakit.stream.varlen import choose
+
+        kernel = choose(scoring, q_THK.shape[-1], v_TGK.shape[-1], q_THK.device)
+        if kernel is not None:
+            return kernel(q_THK, k_TGK, v_TGK, packing, scoring)
+    outputs = []
+    lengths = packing.lengths
+    # split, not slices: the gradient of each slice would be as long as the whole stream
+    parts = zip(q_THK.split(lengths), k_TGK.split(lengths), v_TGK.split(lengths), strict=True)
+    for q, k, v in parts:
+        mask = None
+        if not scoring.plain or (window is not None and len(q) > window):
+            places = torch.arange(len(q), device=q.device)
+            mask = _band(places, places, window)
+        outputs.append(_attend(q, k, v, mask, scoring))
+    return torch.cat(outputs)
+
+
+def rows_attention(
+    q_MHK: Tensor,
+    k_TGK: Tensor,
+    v_TGK: Tensor,
+    packing: Packing,
+    rows: Rows,
+    *,
+    scale: float | None = None,
+) -> Tensor:
+    """Return the attention `[M, H, K]` of selected rows only, as `packed_attention` has it.
+
+    For the last block, where only supervised rows go on.
+    """
+    outputs = []
+    lengths = packing.lengths
+    places = packing.position_ids_T.index_select(0, rows.index_M).split(rows.counts)
+    columns = torch.arange(max(lengths), device=q_MHK.device)
+    parts = zip(q_MHK.split(rows.counts), k_TGK.split(lengths), v_TGK.split(lengths), strict=True)
+    for (q, k, v), place in zip(parts, places, strict=True):
+        if len(q):
+            mask = _band(place, columns[: len(k)], None)
+            outputs.append(_attend(q, k, v, mask, Scoring(scale)))
+    return torch.cat(outputs) if outputs else q_MHK
+
+
+def _band(rows_Q: Tensor, columns_C: Tensor, window: int | None) -> Tensor:
+    """Return which columns each row may see, `[Q, C]` bool."""
+    distance_QC = rows_Q[:, None] - columns_C[None, :]
+    visible_QC = distance_QC >= 0
+    return visible_QC if window is None else visible_QC & (distance_QC < window)
+
+
+def _attend(
+    q_QHK: Tensor, k_CGK: Tensor, v_CGK: Tensor, mask_QC: Tensor | None, scoring: Scoring
+) -> Tensor:
+    """Return one sample's attention `[Q, H, K]`; causal where there is no mask."""
+    q_1HQK, k_1GCK, v_1GCK = (x.transpose(0, 1)[None] for x in (q_QHK, k_CGK, v_CGK))
+    return _weigh(q_1HQK, k_1GCK, v_1GCK, mask_QC, scoring)[0].transpose(0, 1)
+
+
+def _weigh(
+    q_SHQK: Tensor, k_SGCK: Tensor, v_SGCK: Tensor, mask: Tensor | None, scoring: Scoring
+) -> Tensor:
+    """Return attention `[S, H, Q, K]`; `mask` is `[Q, C]` or `[S, 1, Q, C]`, None for causal."""
+    if scoring.plain:
+        return F.scaled_dot_product_attention(
+            q_SHQK, k_SGCK, v_SGCK,
+            attn_mask=mask, is_causal=mask is None, scale=scoring.scale,
+            enable_gqa=q_SHQK.shape[1] != k_SGCK.shape[1],
+        )  # fmt: skip
+    assert mask is not None
+    repeat = q_SHQK.shape[1] // k_SGCK.shape[1]
+    k_SHCK, v_SHCK = (x.repeat_interleave(repeat, dim=1) for x in (k_SGCK, v_SGCK))
+    scale = q_SHQK.shape[-1] ** -0.5 if scoring.scale is None else scoring.scale
+    scores_SHQC = q_SHQK @ k_SHCK.transpose(2, 3) * scale
+    if scoring.softcap is not None:
+        scores_SHQC = torch.tanh(scores_SHQC / scoring.softcap) * scoring.softcap
+    scores_SHQC = scores_SHQC.float().masked_fill(~mask, float("-inf"))
+    if scoring.sinks_H is not None:
+        sinks = scoring.sinks_H.float().view(1, -1, 1, 1).expand(*scores_SHQC.shape[:3], 1)
+        scores_SHQC = torch.cat((scores_SHQC, sinks), dim=-1)
+    weights_SHQC = scores_SHQC.softmax(dim=-1)[..., : k_SHCK.shape[2]].to(v_SHCK.dtype)
+    return weights_SHQC @ v_SHCK
+
+
+def _decode(q_THK: Tensor, packing: Packing, layer: int, scoring: Scoring) -> Tensor:
+    """Attend from new rows to everything the cache holds, the new rows included."""
+    store = packing.cache
+    assert store is not None
+    keys, values = store.keys[layer], store.values[layer]
+    assert keys is not None
+    assert values is not None
+    longest = max(held + new for held, new in zip(store.lengths, packing.lengths, strict=True))
+    columns = torch.arange(longest, device=q_THK.device)
+    if packing.starts[-1] == len(store.lengths):  # one row a sequence: all at once
+        mask_S11L = _band(packing.position_ids_T, columns, scoring.window)[:, None, None]
+        held = keys[:, :, :longest], values[:, :, :longest]
+        return _weigh(q_THK[:, :, None], *held, mask_S11L, scoring)[:, :, 0]
+    outputs = []
+    for s, (start, end) in enumerate(pairwise(packing.starts)):
+        total = store.lengths[s] + end - start
+        mask = _band(packing.position_ids_T[start:end], columns[:total], scoring.window)
+        k_CGK, v_CGK = keys[s, :, :total].transpose(0, 1), values[s, :, :total].transpose(0, 1)
+        outputs.append(_attend(q_THK[start:end], k_CGK, v_CGK, mask, scoring))
+    return torch.cat(outputs)

@@ -1,0 +1,143 @@
+"""From turns to token ids and the mask of learned tokens, built together in one pass.
+
+Ids are those of the original LLaVA: the text is cut at `<image>`, each stretch is tokenised by
+itself, and IMAGE_ID stands between. Where this differs from the original, it does so on purpose:
+
+- The mask comes from the characters each token stands for. The original tokenises every turn a
+  second time, compares lengths, and leaves a sample unlearned, with one printed line, where they
+  differ: separators inside answers, a question at the end, an empty answer. No sample is left out
+  here. One whose answers lie behind `max_length` has `learned_count` 0, for the caller to report.
+- A special token spelt out in a turn, such as `</s>` in a question about HTML, is ordinary text:
+  only what the template writes (`Segment.markup`) is special. `<image>` in an answer is text too.
+- Of what a tokenizer puts around a text by itself only the beginning (BOS) is taken, never an end
+  token: ends are the template's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from llavakit.contracts.data import IMAGE
+from llavakit.contracts.errors import DataError
+from llavakit.stream.tokenise import BoolArray, Part, Reader
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from llavakit.contracts.data import Sample
+    from llavakit.contracts.interfaces import PromptTemplate, Segment
+
+IMAGE_ID = -200
+"""Stands for one image among token ids, as in the original LLaVA."""
+
+IntArray = npt.NDArray[np.int64]
+
+
+class Rows(NamedTuple):
+    """One sample's rows of the stream."""
+
+    token_ids: IntArray
+    learned: BoolArray
+    visual: BoolArray
+    visual_count: int
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One rendered sample: ids with IMAGE_ID for each image, and which ids are learned."""
+
+    ids: IntArray
+    learned: BoolArray
+    max_length: int | None = None
+    """Rows to keep after the images are spliced in; the original truncates there too."""
+
+    @property
+    def image_count(self) -> int:
+        return int((self.ids == IMAGE_ID).sum())
+
+    def length(self, visual_tokens: int) -> int:
+        """Return the rows it takes when one image takes `visual_tokens` rows."""
+        full = len(self.ids) + self.image_count * (visual_tokens - 1)
+        return full if self.max_length is None else min(full, self.max_length)
+
+    def learned_count(self, visual_tokens: int) -> int:
+        """Return how many learned tokens are left after truncation."""
+        return int(self.expand(visual_tokens).learned[1:].sum())
+
+    def expand(self, visual_tokens: int) -> Rows:
+        """Give each image its rows; truncate."""
+        is_image = self.ids == IMAGE_ID
+        repeats = np.where(is_image, visual_tokens, 1)
+        visual = np.repeat(is_image, repeats)[: self.max_length]
+        ids = np.repeat(np.where(is_image, 0, self.ids), repeats)[: self.max_length]
+        learned = np.repeat(self.learned, repeats)[: self.max_length]
+        return Rows(ids, learned, visual, int(visual.sum()))
+
+
+def encode(
+    sample: Sample,
+    template: PromptTemplate,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int | None = None,
+) -> Encoded:
+    """Render a sample and tokenise it.
+
+    Raises DataError, with the sample's id, where the template cannot render it, or loses or
+    invents an image.
+    """
+    try:
+        segments = template.segments(sample.turns, tokenizer)
+        # `adds_bos = False` on a template: it writes the beginning of the text itself
+        begin: bool = template.adds_bos
+        ids, learned = tokenise(segments, tokenizer, begin=begin)
+    except DataError as error:
+        raise DataError(f"sample `{sample.id}`: {error}") from error
+    encoded = Encoded(ids, learned, max_length)
+    if encoded.image_count != len(sample.images):
+        raise DataError(
+            f"sample `{sample.id}` has {len(sample.images)} images, but the prompt template "
+            f"`{template.name}` renders {encoded.image_count}; its `segments` must keep every "
+            f"`{IMAGE}`"
+        )
+    return encoded
+
+
+def tokenise(
+    segments: Sequence[Segment], tokenizer: PreTrainedTokenizerBase, *, begin: bool = True
+) -> tuple[IntArray, BoolArray]:
+    """Return ids `[T]` and the mask `[T]` of learned ids.
+
+    A token that any learned character is part of is learned. `begin` puts the tokenizer's own
+    beginning (BOS) in front, where it has one. Raises ModelError for a tokenizer that cannot say
+    which characters a token stands for, DataError for text that is no valid Unicode.
+    """
+    reader = Reader.of(tokenizer)
+    ids: list[int] = reader.beginning() if begin else []
+    masks = [np.zeros(len(ids), dtype=np.bool_)]
+    for number, parts in enumerate(_stretches(segments)):
+        if number:
+            ids.append(IMAGE_ID)
+            masks.append(np.zeros(1, dtype=np.bool_))
+        new, learned = reader.read(parts)
+        ids += new
+        masks.append(learned)
+    return np.asarray(ids, dtype=np.int64), np.concatenate(masks)
+
+
+def _stretches(segments: Sequence[Segment]) -> Iterator[list[Part]]:
+    """Yield the text between the images, in parts."""
+    parts: list[Part] = []
+    for segment in segments:
+        # an answer shows no images: the original would take a later sample's image for it
+        pieces = [segment.text] if segment.learned else segment.text.split(IMAGE)
+        for number, text in enumerate(pieces):
+            if number:
+                yield parts
+                parts = []
+            parts.append(Part(text, segment.learned, segment.markup))
+    yield parts

@@ -1,0 +1,108 @@
+"""Puts tensors into a model of transformers', each into its place and none twice in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llavakit import ModelError
+from llavakit_plugins.huggingface.hub import quietly
+
+_RECOMPUTED = ("rotary_emb.inv_freq", "embeddings.position_ids")
+"""Tensors that older versions of transformers saved."""
+_NAMED = 4  # tensors that an error lists
+_AT_MOST = 2  # times what the files hold: a network that is larger is not even made
+
+
+def needed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors without those that any version of transformers computes by itself."""
+    return {name: tensor for name, tensor in state.items() if not name.endswith(_RECOMPUTED)}
+
+
+def fill(
+    network: type[Any],
+    config: Any,
+    state: Mapping[str, Tensor],
+    where: object,
+    *,
+    dtype: torch.dtype,
+    **how: Any,
+) -> Any:
+    """Return a model of class `network`, made of `config`, that holds the tensors in `state`.
+
+    A tensor that has `dtype` already is taken as it is, not copied. `how` are further options of
+    transformers' `from_pretrained`. Raises ModelError, which begins with `where`, for tensors that
+    are missing, left over or of another shape.
+    """
+    state = needed(state)
+    _refuse_another_size(network, config, state, where)
+    with quietly(report=False):
+        model, found = network.from_pretrained(
+            None,
+            config=config,
+            state_dict=state,
+            dtype=dtype,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are named below
+            **how,
+        )
+    wrong = {
+        "lacks": found["missing_keys"],
+        "has, unasked for,": found["unexpected_keys"],
+        "has, in another shape,": [
+            f"{name} {list(there)} for {list(wanted)}"
+            for name, there, wanted in found["mismatched_keys"]
+        ],
+    }
+    if any(wrong.values()) or found["error_msgs"]:
+        raise _misfit(network, where, wrong, found["error_msgs"])
+    return model
+
+
+def _refuse_another_size(
+    network: type[Any], config: Any, state: Mapping[str, Tensor], where: object
+) -> None:
+    """Raise ModelError where the network is far larger than its weights.
+
+    transformers makes what is missing, which would fill the memory before anything is said: a
+    config.json that lost its fields describes a model of billions of parameters.
+    """
+    layers = getattr(config, "num_hidden_layers", 0)
+    if layers > len(state):  # so many that even their names would fill it
+        raise _misfit(network, where, {}, [f"it has {len(state)} tensors for {layers:,} layers"])
+    with torch.device("meta"), quietly(report=False):
+        asked = dict(network(config).named_parameters())
+    count = sum(parameter.numel() for parameter in asked.values())
+    if count <= _AT_MOST * sum(tensor.numel() for tensor in state.values()):
+        return
+    both = asked.keys() & state.keys()
+    wrong = {
+        "lacks": asked.keys() - both,
+        "has, in another shape,": [
+            f"{name} {list(state[name].shape)} for {list(asked[name].shape)}"
+            for name in both
+            if state[name].shape != asked[name].shape
+        ],
+    }
+    raise _misfit(network, where, wrong, [f"{count:,} parameters are asked for"])
+
+
+def _misfit(
+    network: type[Any],
+    where: object,
+    wrong: Mapping[str, Collection[str]],
+    others: Sequence[str],
+) -> ModelError:
+    complaints = [f"it {what} {_list(names)}" for what, names in wrong.items() if names]
+    return ModelError(
+        f"{where} does not hold the weights of a {network.__name__} with its config.json: "
+        f"{'; '.join([*complaints, *others])}. Fetch the model again, or give its real shape"
+    )
+
+
+def _list(names: Collection[str]) -> str:
+    shown = ", ".join(sorted(names)[:_NAMED])
+    return shown + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")

@@ -1,0 +1,225 @@
+"""transformers' layout of LLaVA-1.5: a folder for `LlavaForConditionalGeneration`.
+
+Tensors get the names that transformers wrote before version 5, which every version since reads:
+
+    vision_tower.vision_model.…    multi_modal_projector.linear_1|linear_2.…
+    language_model.model.…         language_model.lm_head.weight
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Mapping
+from functools import reduce
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from llavakit import Exporter, LlavaModel, ModelError, Options, Registry
+from llavakit.files import new_folder
+from llavakit_plugins.checkpoints.hf_reader import HfReader
+from llavakit_plugins.checkpoints.hf_source import is_hf, read_hf
+from llavakit_plugins.checkpoints.parity import prove
+from llavakit_plugins.checkpoints.parts import (
+    Layer,
+    language_state,
+    plain_encoder,
+    projector_layers,
+    stated_options,
+)
+from llavakit_plugins.checkpoints.pixels import make_processor
+from llavakit_plugins.checkpoints.prompts import NOTE, note_template, write_chat
+from llavakit_plugins.checkpoints.vocabulary import with_image_token, with_rows
+from llavakit_plugins.checkpoints.writing import ShardSize, write_config, write_weights
+from llavakit_plugins.huggingface.hub import fetch_folder, quietly
+from llavakit_plugins.vision.vision_transformer import TransformersEncoder
+
+_log = logging.getLogger("llavakit")
+
+
+class HfOptions(Options):
+    projector: Literal["linear", "gelu"] = "linear"
+    """How the paper's linear projector W is written. `linear`: W, no activation, the identity;
+    transformers reads that. `gelu`: [W; -W], GELU, [I, -I], for readers that know GELU only and
+    take the sizes of the layers from the weights, which transformers' own class does not."""
+    max_shard_size: ShardSize = "5GB"
+
+
+class Hf(Exporter):
+    """The layout of transformers' LlavaForConditionalGeneration."""
+
+    name = "hf"
+    Options = HfOptions
+
+    def __init__(self, options: HfOptions | None = None) -> None:
+        self.options = options or HfOptions()
+
+    @classmethod
+    def recognises(cls, folder: Path) -> bool:
+        return is_hf(folder)
+
+    @classmethod
+    def load(
+        cls,
+        folder: Path,
+        *,
+        device: torch.device,
+        dtype: torch.dtype | None,
+        template: str | None = None,
+    ) -> LlavaModel:
+        """Return the model; `template` names its prompt template where the folder's is not it."""
+        registry = Registry.installed()
+        parts = read_hf(folder, registry, dtype=dtype, template=template)
+        return parts.join(registry, folder).to(device).eval()
+
+    @classmethod
+    def fetch(cls, name: str) -> Path | None:
+        """Return the folder of a model on the hub, of whatever layout it turns out to be."""
+        return fetch_folder(name) if re.fullmatch(r"[\w.-]+/[\w.-]+", name) else None
+
+    def export(self, model: LlavaModel, folder: Path) -> Mapping[str, Any]:
+        """Write the folder, read it back, and return how far the two are apart.
+
+        It is read back with transformers, but for `projector = "gelu"`, which transformers cannot
+        read. Raises ModelError for a model that the layout cannot express.
+        """
+        registry = Registry.installed()
+        options = stated_options(model, "vision", registry)
+        vision = _vision(model, options)
+        layers, activation = self._projector(model)
+        text, state = language_state(model.language, self.name)
+        tokenizer, image_token, rows = with_image_token(
+            model.language.tokenizer, model.language.head.out_features
+        )
+        state = with_rows(state, ("model.embed_tokens.weight", "lm_head.weight"), rows)
+        tensors = {f"language_model.{name}": value for name, value in state.items()}
+        for name, value in vision.model.state_dict().items():
+            tensors[f"vision_tower.vision_model.{name.removeprefix('vision_model.')}"] = value
+        for number, layer in enumerate(layers, start=1):
+            tensors[f"multi_modal_projector.linear_{number}.weight"] = layer.weight
+            tensors[f"multi_modal_projector.linear_{number}.bias"] = layer.bias
+        config = {
+            "architectures": ["LlavaForConditionalGeneration"],
+            "model_type": "llava",
+            "dtype": _widest(tensors),
+            "text_config": {**text.to_dict(), "vocab_size": rows},
+            "vision_config": vision.model.config.to_dict(),
+            "tie_word_embeddings": bool(text.tie_word_embeddings),
+            "image_token_index": image_token,
+            "image_seq_length": model.visual_tokens,
+            "projector_hidden_act": activation,
+            "vision_feature_layer": options.layer,
+            "vision_feature_select_strategy": _strategy(vision),
+            NOTE: note_template(model.choices["template"]),
+        }
+        with new_folder(folder) as partial:
+            files = write_weights(tensors, partial, self.options.max_shard_size)
+            write_config(config, partial, model.language)
+            chat = write_chat(model.template, model.language.tokenizer)
+            _write_processor(vision, tokenizer, chat, partial)
+            return {"files": files, **self._prove(model, partial, folder)}
+
+    def _projector(self, model: LlavaModel) -> tuple[list[Layer], str]:
+        """Return the two layers, and the activation between them."""
+        layers = projector_layers(model.connector)
+        if layers is None or len(layers) > 2:
+            what = f"connector `{model.connector.name}`" + (
+                f" of depth {len(layers)}" if layers else ""
+            )
+            remedy = (
+                f"`--format original` writes it, as mlp{len(layers)}x_gelu"
+                if layers
+                else "`--format onnx` writes any, and the model folder keeps it"
+            )
+            raise ModelError(
+                f"{what} does not fit transformers' LLaVA, whose projector is two linear layers "
+                f"over every patch; {remedy}"
+            )
+        if len(layers) == 2:
+            return layers, "gelu"
+        width = model.language.width
+        if not layers and model.vision.width != width:
+            raise ModelError("connector `identity` joins parts of different widths; use `linear`")
+        example = layers[0].weight if layers else next(model.language.parameters())
+        identity = Layer(
+            torch.eye(width, dtype=example.dtype), torch.zeros(width, dtype=example.dtype)
+        )
+        first = layers[0] if layers else identity
+        if self.options.projector == "linear":
+            return [first, identity], "linear"
+        # GELU(x) - GELU(-x) = x
+        doubled = Layer(
+            torch.cat([first.weight, -first.weight]), torch.cat([first.bias, -first.bias])
+        )
+        back = torch.cat([identity.weight, -identity.weight], dim=1)
+        return [doubled, Layer(back, identity.bias)], "gelu"
+
+    def _prove(self, model: LlavaModel, partial: Path, folder: Path) -> dict[str, Any]:
+        if self.options.projector == "gelu" and len(projector_layers(model.connector) or ()) < 2:
+            ours = self.load(partial, device=model.device, dtype=None)
+            return prove(model, ours, folder)
+        with quietly(report=False):
+            reader = HfReader(partial, model)
+            figures = prove(model, reader, folder) | reader.processor_figures()
+        if not figures["processor_ids_equal"]:
+            _log.warning(
+                "note: transformers' processor tokenises the text behind an image otherwise than "
+                "this model was tuned on, as its tokenizer puts no space there (legacy = false); "
+                "the weights are the same"
+            )
+        return figures
+
+
+def _vision(model: LlavaModel, options: Any) -> TransformersEncoder:
+    """Return the vision encoder. Raises ModelError where the layout has no place for it."""
+    name = model.vision.name
+    found = plain_encoder(model.vision)
+    if found is None:
+        raise ModelError(
+            f"vision encoder `{name}` is none of transformers' own, which alone fit into "
+            "transformers' LLaVA; `--format onnx` writes any, and the model folder keeps it"
+        )
+    if options.norm:
+        raise ModelError(
+            f"vision encoder `{name}` gives features behind its final normalisation, and "
+            "transformers' LLaVA takes them before it; the model folder keeps this"
+        )
+    if model.vision.prefix_tokens > 1:
+        raise ModelError(
+            f"vision encoder `{name}` drops {model.vision.prefix_tokens} tokens before the patches,"
+            " and transformers' LLaVA one or none; the model folder keeps this"
+        )
+    return found
+
+
+def _strategy(vision: TransformersEncoder) -> str:
+    return "default" if vision.prefix_tokens else "full"
+
+
+def _widest(tensors: Mapping[str, Tensor]) -> str:
+    """Return the precision that holds every tensor exactly: transformers has one for them all."""
+    widest = reduce(torch.promote_types, (tensor.dtype for tensor in tensors.values()))
+    return str(widest).removeprefix("torch.")
+
+
+def _write_processor(
+    vision: TransformersEncoder, tokenizer: Any, chat: str | None, folder: Path
+) -> None:
+    """Write processor_config.json with all that transformers 5 reads, and what earlier ones do."""
+    from transformers import LlavaProcessor
+
+    processor = LlavaProcessor(
+        make_processor(vision.square),
+        tokenizer,
+        patch_size=vision.patch_size,
+        vision_feature_select_strategy=_strategy(vision),
+        num_additional_image_tokens=vision.prefix_tokens + vision.kept,
+        chat_template=chat,
+    )
+    processor.save_pretrained(folder)
+    table = json.loads((folder / "processor_config.json").read_text("utf-8"))["image_processor"]
+    (folder / "preprocessor_config.json").write_text(json.dumps(table, indent=2) + "\n", "utf-8")

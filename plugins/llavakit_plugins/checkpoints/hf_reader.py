@@ -1,0 +1,94 @@
+"""What transformers makes of a folder in its layout, asked the way our models are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llavakit import LlavaModel
+from llavakit.contracts.data import IMAGE, ImageSource, Turn
+from llavakit.stream.encode import IMAGE_ID
+from llavakit_plugins.checkpoints.parity import picture
+from llavakit_plugins.huggingface.hub import quietly
+
+
+class HfReader:
+    """LlavaForConditionalGeneration from a folder, fed with the token ids and pixels of `ours`."""
+
+    def __init__(self, folder: Path, ours: LlavaModel) -> None:
+        from transformers import LlavaForConditionalGeneration
+
+        self._folder, self._ours = folder, ours
+        with quietly(report=False):
+            self._model: Any = LlavaForConditionalGeneration.from_pretrained(folder).eval()
+        self._image_token: int = self._model.config.image_token_index
+
+    def _inputs(
+        self, prompt: str, images: Sequence[ImageSource], *, raw: bool
+    ) -> dict[str, Tensor]:
+        ids = self._expanded(self._ours.prompt(prompt, images, raw=raw).ids)
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        pixels = self._ours.prepare(images)
+        if pixels is not None:
+            inputs["pixel_values"] = pixels.to("cpu", self._model.dtype)
+        return inputs
+
+    def _expanded(self, ids: Any) -> Tensor:
+        """Return ids `[1, T]` with one image token for each of an image's rows."""
+        repeats = np.where(ids == IMAGE_ID, self._ours.visual_tokens, 1)
+        filled = np.where(ids == IMAGE_ID, self._image_token, ids)
+        return torch.from_numpy(np.repeat(filled, repeats))[None]
+
+    @torch.inference_mode()
+    def logits(
+        self, prompt: str, images: Sequence[ImageSource] = (), *, raw: bool = False
+    ) -> Tensor:
+        """Return logits `[T, V]`, float32."""
+        found: Tensor = self._model(**self._inputs(prompt, images, raw=raw)).logits[0]
+        return found.float()
+
+    def generate_ids(
+        self,
+        prompt: str,
+        images: Sequence[ImageSource] = (),
+        *,
+        max_new_tokens: int = 64,
+        raw: bool = False,
+    ) -> list[int]:
+        """Return the new tokens of a greedy answer."""
+        inputs = self._inputs(prompt, images, raw=raw)
+        with quietly(report=False):
+            found = self._model.generate(
+                **inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=0
+            )
+        ids: list[int] = found[0, inputs["input_ids"].shape[1] :].tolist()
+        return ids
+
+    def processor_figures(self) -> dict[str, Any]:
+        """Return whether the folder's processor makes our token ids and our pixels."""
+        from transformers import AutoProcessor
+
+        ours, tokenizer = self._ours, self._ours.language.tokenizer
+        with quietly(report=False):
+            processor = AutoProcessor.from_pretrained(self._folder, backend="pil")
+        question, image = f"{IMAGE}\nWhat is in the picture?", picture()
+        segments = ours.template.segments([Turn("human", question)], tokenizer)
+        found = processor(
+            text=["".join(segment.text for segment in segments)],
+            images=[image],
+            add_special_tokens=ours.template.adds_bos,
+            return_tensors="pt",
+        )
+        expected = self._expanded(ours.prompt(question, [image]).ids)
+        pixels = ours.prepare([image])
+        assert pixels is not None
+        away = (found["pixel_values"] - pixels.cpu().float()).abs().max().item()
+        return {
+            "processor_ids_equal": torch.equal(found["input_ids"], expected),
+            "processor_pixel_difference": away,
+        }

@@ -1,0 +1,215 @@
+"""Reads transformers' LLaVA layout, as any version from 4.36 on wrote it."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llavakit import ModelError, Registry
+from llavakit_plugins.checkpoints.parts import (
+    Layer,
+    Parts,
+    State,
+    make_language,
+    make_vision,
+    set_tokenizer,
+)
+from llavakit_plugins.checkpoints.pixels import read_pixels, usual_pixels
+from llavakit_plugins.checkpoints.prompts import choose_template
+from llavakit_plugins.checkpoints.tokenizers import read_tokenizer
+from llavakit_plugins.checkpoints.weights import Weights, peek_json, read_json
+
+_log = logging.getLogger("llavakit")
+
+_PLACES = (
+    # the names of version 4.36 to 4.51, which 5 writes again; those of 4.52 on; the rest of both
+    (r"^language_model\.model\.", "language", "model."),
+    (r"^language_model\.lm_head\.", "language", "lm_head."),
+    (r"^model\.language_model\.", "language", "model."),
+    (r"^lm_head\.", "language", "lm_head."),
+    (r"^(?:model\.)?vision_tower\.(?:vision_model\.)?", "vision", ""),
+    (r"^(?:model\.)?multi_modal_projector\.", "projector", ""),
+)
+
+
+def is_hf(folder: Path) -> bool:
+    """Say whether a folder's config.json describes a vision model and a language model.
+
+    ONNX folders have such a one, too, with a note for transformers.js in it.
+    """
+    config = peek_json(folder / "config.json")
+    return "transformers.js_config" not in config and all(
+        isinstance(config.get(part), dict) for part in ("vision_config", "text_config")
+    )
+
+
+def read_hf(
+    folder: Path, registry: Registry, *, dtype: torch.dtype | None, template: str | None
+) -> Parts:
+    """Return the parts of the model in a folder, weights in `dtype`, or as they are.
+
+    Raises ModelError for what is damaged, missing, or cannot be expressed here.
+    """
+    config = read_json(folder / "config.json")
+    kind = config.get("model_type")
+    if kind != "llava":
+        hint = "LLaVA-1.6 cuts images into tiles" if kind == "llava_next" else "it is another model"
+        raise ModelError(
+            f"{folder}: config.json says `model_type` {kind!r}, and `llava` can be read, the shape "
+            f"of LLaVA-1.5; {hint}"
+        )
+    weights = Weights.within(folder, dtype)
+    if weights is None:
+        raise ModelError(f"{folder} holds no weights; copy its model.safetensors, or its shards")
+    states = _sort(weights)
+    vision_table = _with_defaults(config["vision_config"], "clip_vision_model")
+    text_table = _with_defaults(config["text_config"], "llama")
+    if config.get("tie_word_embeddings") and "lm_head.weight" not in states["language"]:
+        text_table["tie_word_embeddings"] = True
+    vision_use, vision = make_vision(
+        vision_table,
+        states["vision"],
+        registry,
+        folder,
+        layer=_layer(config, folder),
+        select=_select(config, vision_table, folder),
+        pixels=_pixels(folder, vision_table),
+    )
+    language_use, language = make_language(text_table, states["language"], registry, folder)
+    tokenizer = read_tokenizer(folder, str(text_table["model_type"]))
+    set_tokenizer(language, tokenizer, folder)
+    return Parts(
+        vision,
+        vision_use,
+        language,
+        language_use,
+        _projector(config, states["projector"], folder),
+        choose_template(template, config, tokenizer, registry, folder),
+    )
+
+
+def _sort(weights: Weights) -> dict[str, dict[str, torch.Tensor]]:
+    """Return the tensors of each part, by the names that the part itself has for them."""
+    states: dict[str, dict[str, torch.Tensor]] = {"language": {}, "vision": {}, "projector": {}}
+    for name in weights:
+        for pattern, part, prefix in _PLACES:
+            match = re.match(pattern, name)
+            if match:
+                states[part][prefix + name[match.end() :]] = weights[name]
+                break
+        else:
+            raise ModelError(
+                f"{weights.home} holds {name}, which no LLaVA of transformers has; is it the "
+                "checkpoint of another model?"
+            )
+    return states
+
+
+def _with_defaults(table: Mapping[str, Any], model_type: str) -> dict[str, Any]:
+    """Return a part's configuration; transformers left out what was usual for its LLaVA."""
+    full = {"model_type": model_type, **table}
+    if full["model_type"] == "clip_vision_model" and "hidden_size" not in full:
+        full = {**_USUAL_CLIP, **full}
+    return full
+
+
+_USUAL_CLIP = {
+    "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24,
+    "num_attention_heads": 16, "image_size": 336, "patch_size": 14, "projection_dim": 768,
+    "vocab_size": 32000,
+}  # fmt: skip
+"""What LlavaConfig takes for granted of a vision tower: CLIP ViT-L/14 at 336 pixels."""
+
+
+def _layer(config: Mapping[str, Any], folder: Path) -> int:
+    value = config.get("vision_feature_layer", -2)
+    layers = [value] if isinstance(value, int) else value
+    if isinstance(layers, Iterable) and len(found := list(layers)) == 1:
+        return int(found[0])
+    raise ModelError(
+        f"{folder}: `vision_feature_layer` is {value}; features of one layer can be read, not of "
+        "several side by side"
+    )
+
+
+def _select(config: Mapping[str, Any], vision: Mapping[str, Any], folder: Path) -> str:
+    strategy = config.get("vision_feature_select_strategy", "default")
+    classed = not str(vision["model_type"]).startswith("siglip")
+    if strategy == "default" and not classed:
+        raise ModelError(
+            f'{folder}: `vision_feature_select_strategy` is "default", which drops the first token '
+            "of every image, and with a SigLIP that is a patch; no vision encoder here drops one. "
+            'Use "full" if the model was trained with every patch'
+        )
+    if strategy not in ("default", "full"):
+        raise ModelError(
+            f"{folder}: `vision_feature_select_strategy` is {strategy!r}; it must be default or "
+            "full"
+        )
+    return "cls_patch" if strategy == "full" and classed else "patch"
+
+
+def _pixels(folder: Path, vision: Mapping[str, Any]) -> Any:
+    usual = usual_pixels(str(vision["model_type"]))
+    found = read_pixels(folder, vision.get("image_size", 224), usual)
+    if found is None:
+        _log.warning(
+            "note: %s says nothing of image preprocessing (preprocessor_config.json); taken is "
+            "what is usual for a %s: %s", folder, vision["model_type"], usual.aspect,
+        )  # fmt: skip
+    return found or usual
+
+
+def _projector(config: Mapping[str, Any], state: State, folder: Path) -> list[Layer]:
+    """Return the projector's layers; one where it is a linear projector in disguise."""
+    bias = config.get("multimodal_projector_bias") is not False
+    layers = [
+        Layer.of(state, name, f"multi_modal_projector.{name}", folder, bias=bias)
+        for name in ("linear_1.", "linear_2.")
+    ]
+    first, second = layers
+    if second.weight.shape[1] != first.weight.shape[0]:
+        raise ModelError(
+            f"{folder}: the projector's layers are {list(first.weight.shape)} and "
+            f"{list(second.weight.shape)}, which do not follow on each other; copy it again"
+        )
+    activation = config.get("projector_hidden_act", "gelu")
+    if activation == "gelu":
+        halves = _halves(first, second)
+        return [halves] if halves else layers
+    if activation != "linear":
+        raise ModelError(
+            f"{folder}: `projector_hidden_act` is {activation!r}; a projector with gelu, or "
+            "linear, can be read"
+        )
+    if _is_identity(second):
+        return [] if _is_identity(first) else [first]
+    product = (second.weight.double() @ first.weight.double()).to(first.weight.dtype)
+    shifted = second.weight.double() @ first.bias.double() + second.bias.double()
+    return [Layer(product, shifted.to(first.bias.dtype))]
+
+
+def _is_identity(layer: Layer) -> bool:
+    rows, columns = layer.weight.shape
+    eye = torch.eye(rows, dtype=layer.weight.dtype)
+    return rows == columns and torch.equal(layer.weight, eye) and not layer.bias.any()
+
+
+def _halves(first: Layer, second: Layer) -> Layer | None:
+    """Return W of [W; -W], GELU, [I, -I]; None for any other two layers."""
+    width, inner = second.weight.shape
+    if inner != 2 * width or second.bias.any():
+        return None
+    eye = torch.eye(width, dtype=second.weight.dtype)
+    weight, bias = first.weight[:width], first.bias[:width]
+    same = (
+        torch.equal(second.weight, torch.cat([eye, -eye], dim=1))
+        and torch.equal(first.weight[width:], -weight)
+        and torch.equal(first.bias[width:], -bias)
+    )
+    return Layer(weight.contiguous(), bias.contiguous()) if same else None

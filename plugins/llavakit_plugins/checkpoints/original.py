@@ -1,0 +1,167 @@
+"""The layout of the original LLaVA, as its own code loads it (haotian-liu/LLaVA)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llavakit import Exporter, LlavaModel, ModelError, Options, Registry
+from llavakit.files import new_folder
+from llavakit_plugins.checkpoints.original_source import TOKENS, is_original, read_original
+from llavakit_plugins.checkpoints.original_tower import FOLDER
+from llavakit_plugins.checkpoints.parity import prove
+from llavakit_plugins.checkpoints.parts import (
+    language_state,
+    plain_encoder,
+    projector_layers,
+    stated_options,
+)
+from llavakit_plugins.checkpoints.prompts import NOTE, note_template
+from llavakit_plugins.checkpoints.writing import ShardSize, write_config, write_weights
+
+_TYPES = {
+    "llama": ("llava_llama", "LlavaLlamaForCausalLM"),
+    "mistral": ("llava_mistral", "LlavaMistralForCausalLM"),
+}
+
+
+class OriginalOptions(Options):
+    vision_tower: str | None = None
+    """What config.json calls the vision tower. The original looks a path up from its working
+    directory, so give an absolute one; by default the name on the hub where the model was made
+    of it, else the folder `vision_tower` within the export."""
+    max_shard_size: ShardSize = "5GB"
+
+
+class Original(Exporter):
+    """The original LLaVA's layout: the language model with `model.mm_projector` in it."""
+
+    name = "original"
+    Options = OriginalOptions
+
+    def __init__(self, options: OriginalOptions | None = None) -> None:
+        self.options = options or OriginalOptions()
+
+    @classmethod
+    def recognises(cls, folder: Path) -> bool:
+        return is_original(folder)
+
+    @classmethod
+    def load(
+        cls,
+        folder: Path,
+        *,
+        device: torch.device,
+        dtype: torch.dtype | None,
+        base: Path | None = None,
+        vision: Path | None = None,
+        template: str | None = None,
+    ) -> LlavaModel:
+        """Return the model.
+
+        `base` is the folder of the language model that an adapter or a projector was trained
+        with, or a delta is added to, `vision` that of the vision tower, `template` the name of
+        the prompt template.
+        """
+        registry = Registry.installed()
+        parts = read_original(
+            folder, registry, dtype=dtype, base=base, vision=vision, template=template
+        )
+        return parts.join(registry, folder).to(device).eval()
+
+    def export(self, model: LlavaModel, folder: Path) -> Mapping[str, Any]:
+        """Write the folder, read it back, and return how far the two are apart.
+
+        Raises ModelError for a model that the layout cannot express.
+        """
+        registry = Registry.installed()
+        options = stated_options(model, "vision", registry)
+        _check_vision(model, options)
+        text, state = language_state(model.language, self.name)
+        if text.model_type not in _TYPES:
+            raise ModelError(
+                f"the original LLaVA has no language model of type `{text.model_type}`, but "
+                f"{' and '.join(_TYPES)}; `--format hf` writes this one"
+            )
+        kind, architecture = _TYPES[text.model_type]
+        projector, tensors = _projector(model)
+        if text.tie_word_embeddings:  # the original always has a head of its own
+            state["lm_head.weight"] = state["model.embed_tokens.weight"].clone()
+        template = model.choices["template"]
+        config = {
+            **{k: v for k, v in text.to_dict().items() if k != "tie_word_embeddings"},
+            "tie_word_embeddings": False,
+            "model_type": kind,
+            "architectures": [architecture],
+            "dtype": str(model.language.head.weight.dtype).removeprefix("torch."),
+            "mm_vision_tower": self._tower_name(model),
+            "mm_vision_select_layer": options.layer,
+            "mm_vision_select_feature": options.select,
+            "mm_hidden_size": model.vision.width,
+            "mm_projector_type": projector,
+            "mm_patch_merge_type": "flat",
+            "mm_use_im_start_end": TOKENS[0] in str(template.get("image", "")),
+            "mm_use_im_patch_token": False,
+            "use_mm_proj": True,
+            "tune_mm_mlp_adapter": False,
+            "freeze_mm_mlp_adapter": False,
+            "image_aspect_ratio": "pad" if options.aspect == "pad" else "square",
+            "tokenizer_padding_side": "right",
+            "tokenizer_model_max_length": model.language.max_length,
+            NOTE: note_template(template),
+        }
+        with new_folder(folder) as partial:
+            files = write_weights({**state, **tensors}, partial, self.options.max_shard_size)
+            write_config(config, partial, model.language)
+            model.language.tokenizer.save_pretrained(partial)
+            (partial / FOLDER).mkdir()
+            model.vision.save(partial / FOLDER)
+            ours = self.load(partial, device=model.device, dtype=None, vision=partial / FOLDER)
+            return {"files": files, **prove(model, ours, folder)}
+
+    def _tower_name(self, model: LlavaModel) -> str:
+        source = model.choices["vision"].get("source")
+        if self.options.vision_tower is not None:
+            return self.options.vision_tower
+        # a name on the hub, not a path
+        return source if source and source.count("/") == 1 and not Path(source).exists() else FOLDER
+
+
+def _check_vision(model: LlavaModel, options: Any) -> None:
+    """Raise ModelError where the layout has no place for the vision encoder."""
+    found = plain_encoder(model.vision)
+    name = model.vision.name
+    if found is None or found.model.config.model_type != "clip_vision_model":
+        other = "`--format hf`" if found is not None else "`--format onnx`"
+        raise ModelError(
+            f"the original LLaVA has CLIP as its vision tower, and not `{name}`; {other} writes it"
+        )
+    if options.norm or options.aspect == "squash":
+        what = "features behind the final normalisation" if options.norm else "squashed images"
+        raise ModelError(
+            f"the original LLaVA does not know {what}, which vision encoder `{name}` is set to; "
+            "the model folder keeps this"
+        )
+
+
+def _projector(model: LlavaModel) -> tuple[str, dict[str, torch.Tensor]]:
+    """Return the original's name of the connector, and its tensors."""
+    layers = projector_layers(model.connector)
+    prefix = "model.mm_projector."
+    if layers is None:
+        raise ModelError(
+            f"the original LLaVA has no projector like connector `{model.connector.name}`, but "
+            "linear, mlp of any depth and identity; `--format onnx` writes any"
+        )
+    if not layers:
+        return "identity", {}
+    if len(layers) == 1:
+        return "linear", {prefix + "weight": layers[0].weight, prefix + "bias": layers[0].bias}
+    tensors = {}
+    for number, layer in enumerate(layers):
+        tensors[f"{prefix}{2 * number}.weight"] = layer.weight
+        tensors[f"{prefix}{2 * number}.bias"] = layer.bias
+    return f"mlp{len(layers)}x_gelu", tensors

@@ -1,0 +1,67 @@
+"""Merges a LoRA adapter into the language model it was trained on."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+from llavakit import LanguageModel, ModelError
+from llavakit_plugins.checkpoints.weights import Weights, read_json
+from llavakit_plugins.huggingface.hub import quietly
+
+_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+
+
+def merge_adapter(language: LanguageModel, folder: Path) -> None:
+    """Add the adapter in `folder` to the weights of `language`, with peft.
+
+    Raises ModelError where the adapter is damaged or belongs to another model.
+    """
+    try:
+        import peft
+    except ImportError as error:
+        raise ModelError(
+            f"{folder} holds a LoRA adapter, which peft reads; `pip install llavakit[lora]`"
+        ) from error
+    path = next((folder / name for name in _FILES if (folder / name).is_file()), None)
+    if path is None:
+        raise ModelError(f"{folder} lacks {_FILES[0]}; copy the whole adapter")
+    table = read_json(folder / "adapter_config.json")
+    if table.get("peft_type") != "LORA":
+        raise ModelError(
+            f"{folder}: the adapter is of type {table.get('peft_type')!r}; LORA can be read"
+        )
+    network: Any = language
+    library: Any = peft
+    model = network.model
+    # a key may have the adapter's name in it, which peft leaves out when it saves
+    state = {
+        re.sub(r"\.default\.weight$", ".weight", name): value
+        for name, value in Weights.of_file(path).items()
+    }
+    try:
+        with quietly(report=False), warnings.catch_warnings():
+            # peft 0.21 reads a property that transformers 5.23 has renamed
+            warnings.simplefilter("ignore", FutureWarning)
+            known = library.LoraConfig.from_peft_type(**table)
+            known.inference_mode = True
+            tuned = library.PeftModel(model, known)
+            report = library.set_peft_model_state_dict(tuned, state)
+    except (ValueError, TypeError, KeyError, RuntimeError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ModelError(
+            f"the adapter in {folder} does not fit its base model ({reason}); is --base the "
+            "model it was trained on?"
+        ) from error
+    missing = [name for name in report.missing_keys if "lora_" in name]
+    wrong = [*missing, *report.unexpected_keys]
+    if wrong:
+        what = "lacks" if missing else "has"
+        raise ModelError(
+            f"the adapter in {folder} {what} {wrong[0]}, unlike its adapter_config.json and base "
+            "model say; is --base the model it was trained on?"
+        )
+    network.model = tuned.merge_and_unload()
+    language.requires_grad_(True)

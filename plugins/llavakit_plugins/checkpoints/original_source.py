@@ -1,0 +1,339 @@
+"""Reads checkpoints in the layout of the original LLaVA: whole, delta, projector, or LoRA adapter.
+
+config.json               the language model's, and what LLaVA adds to it (mm_…)
+model*.safetensors|bin    model.… and lm_head; model.mm_projector.…; perhaps
+                          model.vision_tower.vision_tower.…
+mm_projector.bin          the projector alone, and new rows of the embedding
+adapter_model.*           LoRA, with adapter_config.json; what was trained besides it is in
+non_lora_trainables.bin   this file
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from llavakit import ModelError, PromptTemplate, Registry
+from llavakit_plugins.checkpoints.original_adapter import merge_adapter
+from llavakit_plugins.checkpoints.original_delta import add_base, is_delta
+from llavakit_plugins.checkpoints.original_tower import find_tower
+from llavakit_plugins.checkpoints.parts import (
+    Layer,
+    Parts,
+    make_language,
+    make_vision,
+    set_tokenizer,
+)
+from llavakit_plugins.checkpoints.prompts import choose_template
+from llavakit_plugins.checkpoints.tokenizers import has_tokenizer, read_tokenizer
+from llavakit_plugins.checkpoints.vocabulary import with_rows
+from llavakit_plugins.checkpoints.weights import Weights, peek_json, read_json
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+ADAPTER, PROJECTOR, BESIDE = "adapter_config.json", "mm_projector.bin", "non_lora_trainables.bin"
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+TOKENS = ("<im_start>", "<im_end>")
+"""What stands around an image where `mm_use_im_start_end` is true."""
+
+_TEXT_TYPES = {
+    "llava_llama": "llama",
+    "llava": "llama",  # of the first releases
+    "llama": "llama",
+    "llava_mistral": "mistral",
+    "mistral": "mistral",
+}
+_OURS = re.compile(
+    r"mm_|(un)?freeze_mm_|tune_mm_|use_mm_|image_(aspect|grid)_|tokenizer_|s2|vision_tower|"
+    r"model_type$|architectures$|torch_dtype$|dtype$|transformers_version$|llavakit$|_name_or_path$"
+)
+"""The keys of config.json that are not the language model's own."""
+
+
+def is_original(folder: Path) -> bool:
+    """Say by its content whether a folder is in the original's layout, or part of such a model."""
+    config = peek_json(folder / "config.json")
+    if "vision_config" in config:
+        return False
+    described = {"mm_vision_tower", "mm_projector_type", "mm_hidden_size"} & config.keys()
+    kind = str(config.get("model_type"))
+    return bool(
+        described
+        or kind.startswith("llava_")
+        or (folder / ADAPTER).is_file()
+        or (folder / PROJECTOR).is_file()
+    )
+
+
+def read_original(
+    folder: Path,
+    registry: Registry,
+    *,
+    dtype: torch.dtype | None,
+    base: Path | None,
+    vision: Path | None,
+    template: str | None,
+) -> Parts:
+    """Return the parts of the model in a folder, weights in `dtype` or as they are.
+
+    An adapter is merged. Raises ModelError for what is damaged, missing, or cannot be
+    expressed here.
+    """
+    config = _config(folder)
+    pieces = _Pieces.of(folder, base, dtype)
+    text_table = _text_table(config, folder)
+    source = folder if pieces.base is None or has_tokenizer(folder) else pieces.base
+    tokenizer = read_tokenizer(source, str(text_table["model_type"]))
+    tokenizer.add_tokens(_added(config), special_tokens=True)
+    state = _widened(pieces, len(tokenizer), int(text_table.get("vocab_size", 0)))
+    text_table["vocab_size"] = len(state[EMBEDDING]) if EMBEDDING in state else 0
+    language_use, language = make_language(
+        text_table,
+        state,
+        registry,
+        folder if pieces.base is None else pieces.base,
+        max_length=_max_length(config, text_table),
+    )
+    set_tokenizer(language, tokenizer, folder)
+    if (folder / ADAPTER).is_file():
+        merge_adapter(language, folder)
+    tower = find_tower(folder, config, vision, inside=pieces.vision, dtype=dtype)
+    vision_use, encoder = make_vision(
+        tower.table,
+        tower.state,
+        registry,
+        tower.where,
+        layer=tower.layer,
+        select=tower.select,
+        pixels=tower.pixels,
+    )
+    chosen = choose_template(
+        template, config, tokenizer, registry, folder, _betrayed(config, tokenizer)
+    )
+    options = registry.get(PromptTemplate, chosen.use).Options.model_fields
+    if config.get("mm_use_im_start_end") and "image" in options:
+        around = f"{TOKENS[0]}<image>{TOKENS[1]}"
+        chosen = chosen.model_validate({"use": chosen.use, "image": around, **chosen.options})
+    return Parts(
+        encoder,
+        vision_use,
+        language,
+        language_use,
+        _projector(config, pieces.projector, folder),
+        chosen,
+    )
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ModelError(
+            f"{folder} holds no config.json: the original writes it at the end of training, and "
+            "its saves in between lack it; copy that of the finished model into the folder"
+        )
+    config = read_json(path)
+    if config.get("s2") or str(config.get("image_aspect_ratio", "")).startswith("anyres"):
+        raise ModelError(
+            f"{folder}: the model cuts images into tiles (image_aspect_ratio or s2 in "
+            "config.json), as LLaVA-1.6 does; models of the shape of LLaVA-1.5 can be read"
+        )
+    return config
+
+
+# -- tensors ---------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Pieces:
+    """The tensors of a checkpoint by what they belong to, by the names used there."""
+
+    base: Path | None
+    dtype: torch.dtype | None = None
+    language: dict[str, Tensor] = field(default_factory=dict)
+    projector: dict[str, Tensor] = field(default_factory=dict)
+    vision: dict[str, Tensor] = field(default_factory=dict)
+    rows: Tensor | None = None
+    """Embeddings of the newest tokens, or of all."""
+
+    @classmethod
+    def of(cls, folder: Path, base: Path | None, dtype: torch.dtype | None) -> _Pieces:
+        whole = Weights.within(folder, dtype)
+        adapter = (folder / ADAPTER).is_file()
+        if whole is not None and not adapter:
+            pieces = cls(None, dtype)
+            pieces._sort(whole)
+            pieces._complete(folder, base)
+        else:
+            what = "LoRA adapter" if adapter else "projector"
+            pieces = cls(_base(folder, base, what), dtype)
+            assert pieces.base is not None
+            found = Weights.within(pieces.base, dtype)
+            if found is None:
+                raise ModelError(
+                    f"{pieces.base} holds no weights; give the folder of the language model that "
+                    f"the {what} in {folder} was trained with"
+                )
+            pieces._sort(found)
+        if adapter:
+            pieces._override(folder / BESIDE)
+        elif (folder / PROJECTOR).is_file() and (whole is None or not pieces.projector):
+            pieces._override(folder / PROJECTOR)
+        return pieces
+
+    def _complete(self, folder: Path, base: Path | None) -> None:
+        """Add the base where the weights are a delta; whole ones need none."""
+        if not is_delta(self.language):
+            if base is not None:
+                raise ModelError(
+                    f"{folder} holds a whole model, which needs no `base`; leave it out"
+                )
+            return
+        if base is None:
+            raise ModelError(
+                f"{folder} holds a delta, what LLaVA's weights add to a LLaMA's; give the folder "
+                "of that LLaMA, in Hugging Face's layout, as --base DIR"
+            )
+        exact = _Pieces(base)
+        weights = Weights.within(folder)
+        assert weights is not None
+        exact._sort(weights)
+        self.base, self.language = base, add_base(exact.language, base, folder, self.dtype)
+
+    def _sort(self, weights: Mapping[str, Tensor]) -> None:
+        for name in weights:
+            key = re.sub(r"^base_model\.model\.", "", name)
+            part, rest = self.language, key
+            if match := re.match(r"^(?:model\.)?mm_projector\.", key):
+                part, rest = self.projector, key[match.end() :]
+            elif match := re.match(r"^model\.vision_tower\.(?:vision_tower\.)?", key):
+                part, rest = self.vision, key[match.end() :].removeprefix("vision_model.")
+            part[rest] = weights[name]
+
+    def _override(self, path: Path) -> None:
+        """Take what was trained in place of the base's."""
+        if not path.is_file():
+            raise ModelError(
+                f"{path.parent} lacks {path.name}, which holds the projector: the original writes "
+                "it at the end of training, and its saves in between lack it"
+            )
+        trained = _Pieces(self.base)
+        trained._sort(Weights.of_file(path, self.dtype))
+        if path.name == PROJECTOR:
+            found = [trained.language.pop(k, None) for k in (EMBEDDING, "embed_tokens.weight")]
+            self.rows = next((rows for rows in found if rows is not None), None)
+        if trained.projector:
+            self.projector = trained.projector
+        self.language |= trained.language
+        self.vision |= trained.vision
+
+
+def _base(folder: Path, given: Path | None, what: str) -> Path:
+    """Return the folder of the language model that a checkpoint builds on."""
+    if given is not None:
+        return given
+    named = peek_json(folder / ADAPTER).get("base_model_name_or_path")
+    if isinstance(named, str) and Path(named).is_dir():
+        return Path(named)
+    known = f" (it was `{named}`)" if isinstance(named, str) else ""
+    raise ModelError(
+        f"{folder} holds a {what} alone; give the folder of the language model it was trained "
+        f"with{known} as --base DIR"
+    )
+
+
+def _widened(pieces: _Pieces, tokens: int, vocabulary: int) -> dict[str, Tensor]:
+    """Return the language model's tensors with a row for every token."""
+    state = pieces.language
+    trained = pieces.rows
+    sizes = [len(state[name]) for name in (EMBEDDING, HEAD) if name in state]
+    if pieces.base is not None:
+        sizes += [tokens, vocabulary]
+    state = with_rows(state, (EMBEDDING, HEAD), max(sizes, default=0))
+    if trained is not None and EMBEDDING in state:
+        table_VE = state[EMBEDDING].clone()
+        count = min(len(TOKENS), len(trained))  # of a whole table only these were trained
+        if trained.shape[1:] != table_VE.shape[1:]:
+            raise ModelError(
+                f"{PROJECTOR} holds embeddings of width {trained.shape[-1]}, the language model "
+                f"has {table_VE.shape[1]}; is --base the model it was trained with?"
+            )
+        end = min(tokens, len(table_VE))
+        table_VE[end - count : end] = trained[-count:].to(table_VE.dtype)
+        state[EMBEDDING] = table_VE
+    return state
+
+
+def _projector(config: Mapping[str, Any], state: Mapping[str, Tensor], folder: Path) -> list[Layer]:
+    kind = str(config.get("mm_projector_type") or "linear")
+    depth = re.fullmatch(r"mlp(\d+)x_gelu", kind)
+    if kind == "identity":
+        names: list[str] = []
+    elif kind == "linear":
+        names = [""]
+    elif depth:
+        names = [f"{2 * number}." for number in range(int(depth[1]))]  # GELU stands between
+    else:
+        raise ModelError(
+            f"{folder}: `mm_projector_type` is `{kind}`; linear, mlp2x_gelu (any depth) and "
+            "identity can be read"
+        )
+    layers = [Layer.of(state, name, f"mm_projector.{name}", folder) for name in names]
+    unknown = state.keys() - {f"{name}{what}" for name in names for what in ("weight", "bias")}
+    if unknown:
+        raise ModelError(
+            f"{folder} holds mm_projector.{min(unknown)}, which no projector of type `{kind}` has; "
+            "is it the config.json of these weights?"
+        )
+    return layers
+
+
+# -- the language model ----------------------------------------------------------------------------
+
+
+def _text_table(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Return the language model's own configuration."""
+    kind = config.get("model_type")
+    if kind not in _TEXT_TYPES:
+        raise ModelError(
+            f"{folder}: config.json says `model_type` {kind!r}; of the original LLaVA, "
+            f"{', '.join(sorted(_TEXT_TYPES))} can be read"
+        )
+    own = {key: value for key, value in config.items() if not _OURS.match(key)}
+    return {"model_type": _TEXT_TYPES[kind], **own}
+
+
+def _max_length(config: Mapping[str, Any], table: Mapping[str, Any]) -> int | None:
+    """Return where the original truncates, if that is before the positions end."""
+    length = config.get("tokenizer_model_max_length")
+    longest = table.get("max_position_embeddings")
+    if not isinstance(length, int) or (isinstance(longest, int) and length >= longest):
+        return None
+    return length
+
+
+def _added(config: Mapping[str, Any]) -> list[str]:
+    """Return the tokens that the original adds when it loads a model."""
+    patch = ["<im_patch>"] if config.get("mm_use_im_patch_token") else []
+    return [*patch, *(TOKENS if config.get("mm_use_im_start_end") else ())]
+
+
+def _betrayed(
+    config: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase
+) -> tuple[str, str] | None:
+    """Return the prompt template that tokenizer and configuration betray, and how."""
+    chat = tokenizer.chat_template
+    if _TEXT_TYPES.get(str(config.get("model_type"))) == "mistral":
+        return "mistral_instruct", "the original asks its Mistral models so"
+    if "[PAD]" in tokenizer.get_added_vocab():
+        return "llava_v0", "the tokenizer has the token [PAD], which training with it adds"
+    if isinstance(chat, str) and "[INST]" in chat:
+        return "llava_llama_2", "the tokenizer's chat template is Llama 2's"
+    reason = "config.json does not say which; LLaVA-1.5 was tuned on it"
+    return "vicuna_v1", reason

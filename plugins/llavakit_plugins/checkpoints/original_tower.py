@@ -1,0 +1,121 @@
+"""Finds the vision tower of an original LLaVA, which its checkpoint may only name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from llavakit import ModelError
+from llavakit_plugins.checkpoints.pixels import Pixels, read_pixels, usual_pixels
+from llavakit_plugins.checkpoints.weights import read_json
+from llavakit_plugins.huggingface.hub import fetch_folder
+from llavakit_plugins.huggingface.known_configs import KNOWN
+from llavakit_plugins.vision.vision_transformer import vision_state
+
+FOLDER = "vision_tower"
+"""Where an export of ours puts the vision tower, within the checkpoint's folder."""
+
+
+class Tower(NamedTuple):
+    """A vision tower: its configuration, tensors, and what is taken of it."""
+
+    where: Path
+    table: dict[str, Any]
+    state: dict[str, Tensor]
+    layer: int
+    select: str
+    pixels: Pixels
+
+
+def find_tower(
+    folder: Path,
+    config: Mapping[str, Any],
+    given: Path | None,
+    *,
+    inside: Mapping[str, Tensor],
+    dtype: torch.dtype | None,
+) -> Tower:
+    """Return the vision tower: what the user gives, what config.json names, or what is inside.
+
+    Raises ModelError where it is nowhere on this machine.
+    """
+    name = config.get("mm_vision_tower") or config.get("vision_tower")
+    name = name[0] if isinstance(name, list) and name else name
+    place = given or _place(folder, name, weights=not inside)
+    if inside:
+        state, where = dict(inside), folder
+    elif place is not None:
+        state, where = vision_state(place, dtype), place
+    else:
+        raise ModelError(
+            f"{folder} names the vision tower `{name}` and does not hold its weights; fetch it "
+            f"(`hf download {name} --local-dir DIR`) and give its folder as --vision DIR"
+        )
+    table = _table(place, name, folder)
+    usual = usual_pixels(str(table["model_type"]))
+    pixels = (place and read_pixels(place, int(table.get("image_size", 224)), usual)) or usual
+    return Tower(
+        where,
+        table,
+        state,
+        _layer(config, folder),
+        _select(config, folder),
+        pixels._replace(aspect=_aspect(config, folder, pixels)),
+    )
+
+
+def _place(folder: Path, name: Any, *, weights: bool) -> Path | None:
+    """Return the folder of a vision tower: beside the checkpoint, in it, or of the hub."""
+    names = [Path(name)] if isinstance(name, str) and name else []
+    for place in (*(folder / path for path in names), folder / FOLDER):
+        if (place / "config.json").is_file() and place != folder:
+            return place
+    try:
+        return fetch_folder(str(name), weights=weights) if names else None
+    except ModelError:
+        return None
+
+
+def _table(place: Path | None, name: Any, folder: Path) -> dict[str, Any]:
+    if place is not None:
+        table = read_json(place / "config.json")
+        inner = table.get("vision_config")  # of a CLIP, or of a LLaVA, as a whole
+        table = dict(inner) if isinstance(inner, dict) else table
+    elif name in KNOWN:
+        table = dict(KNOWN[name])
+    else:
+        raise ModelError(
+            f"{folder} holds the weights of its vision tower, but not its shape, and `{name}` is "
+            "not on this machine; give a folder with its config.json as --vision DIR"
+        )
+    table.setdefault("model_type", "clip_vision_model")
+    return table
+
+
+def _layer(config: Mapping[str, Any], folder: Path) -> int:
+    layer = config.get("mm_vision_select_layer", -2)
+    if not isinstance(layer, int):
+        raise ModelError(f"{folder}: `mm_vision_select_layer` is {layer!r}; it must be a number")
+    return layer
+
+
+def _select(config: Mapping[str, Any], folder: Path) -> str:
+    select = config.get("mm_vision_select_feature", "patch")
+    if select not in ("patch", "cls_patch"):
+        raise ModelError(
+            f"{folder}: `mm_vision_select_feature` is {select!r}; it must be patch or cls_patch"
+        )
+    return str(select)
+
+
+def _aspect(config: Mapping[str, Any], folder: Path, pixels: Pixels) -> Any:
+    aspect = config.get("image_aspect_ratio") or "square"
+    if aspect == "pad":
+        return "pad"
+    if aspect == "square":
+        return "crop" if pixels.aspect == "pad" else pixels.aspect
+    raise ModelError(f"{folder}: `image_aspect_ratio` is {aspect!r}; square or pad can be read")

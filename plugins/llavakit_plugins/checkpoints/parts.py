@@ -1,0 +1,363 @@
+"""Between a checkpoint's parts and ours: a configuration and tensors become components, and back.
+
+Tensors are taken as they are, never copied: a mapped file stays a mapped file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import reduce
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from torch import Tensor, nn
+
+from llavakit import Connector, LanguageModel, LlavaModel, ModelError, Registry, Use, VisionEncoder
+from llavakit.model.folder import join_model
+from llavakit.recipe.model_choice import ModelRecipe
+from llavakit_plugins.checkpoints.filling import fill, needed
+from llavakit_plugins.checkpoints.pixels import Pixels
+from llavakit_plugins.checkpoints.prompts import TemplateUse
+from llavakit_plugins.checkpoints.weights import peek_json
+from llavakit_plugins.huggingface.hub import UnfitConfig
+from llavakit_plugins.vision.vision_transformer import TransformersEncoder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
+_MALFORMED = (
+    StrictDataclassError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    TypeError,
+    ValueError,
+)  # what transformers raises for configurations that make no sense
+State = Mapping[str, Tensor]
+
+
+class Layer(NamedTuple):
+    """One linear layer of a projector: weight `[out, in]`, bias `[out]`."""
+
+    weight: Tensor
+    bias: Tensor
+
+    @classmethod
+    def of(cls, state: State, key: str, name: str, where: object, *, bias: bool = True) -> Layer:
+        """Return the layer whose tensors begin with `key`; without a `bias` it is zero.
+
+        The checkpoint calls it `name`. Raises ModelError for tensors that are missing, left over
+        or of no layer's shape.
+        """
+        parts = {what: state.get(f"{key}{what}") for what in ("weight", "bias")}
+        for what, tensor in parts.items():
+            if tensor is None and (bias or what == "weight"):
+                raise ModelError(f"{where} lacks {name}{what}; copy the whole checkpoint")
+        if not bias and parts["bias"] is not None:
+            raise ModelError(
+                f"{where} holds {name}bias, which by its config.json it has not; is it the "
+                "config.json of these weights?"
+            )
+        weight = parts["weight"]
+        assert weight is not None
+        found = parts["bias"]
+        made = cls(weight, weight.new_zeros(weight.shape[:1]) if found is None else found)
+        if weight.dim() != 2 or made.bias.shape != weight.shape[:1]:
+            raise ModelError(
+                f"{where}: {name}weight is {list(weight.shape)} and its bias "
+                f"{list(made.bias.shape)}, which no layer has; copy the checkpoint again"
+            )
+        return made
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Everything that a model is made of, read from another layout."""
+
+    vision: VisionEncoder
+    vision_use: Use[VisionEncoder]
+    language: LanguageModel
+    language_use: Use[LanguageModel]
+    projector: Sequence[Layer]
+    """Linear layers with exact GELU between them; none is the identity."""
+    template: TemplateUse
+
+    def join(self, registry: Registry, where: object) -> LlavaModel:
+        """Return the model. Raises ModelError where the projector fits neither side."""
+        use, connector = make_connector(
+            self.projector, self.vision.width, self.language.width, registry, where
+        )
+        recipe = ModelRecipe(
+            vision=self.vision_use,
+            connector=use,
+            language=self.language_use,
+            template=self.template,
+        )
+        return join_model(recipe, registry, self.vision, connector, self.language)
+
+
+# -- from a configuration and tensors --------------------------------------------------------------
+
+
+def make_vision(
+    table: Mapping[str, Any],
+    state: State,
+    registry: Registry,
+    where: object,
+    *,
+    layer: int,
+    select: str,
+    pixels: Pixels,
+) -> tuple[Use[VisionEncoder], VisionEncoder]:
+    """Return the installed vision encoder for a configuration, with these tensors.
+
+    Raises ModelError, which begins with `where`, for what does not fit.
+    """
+    kind = _type_of(table, "vision tower", where)
+    found = {
+        _config_class(component).model_type: component
+        for component in registry.all(VisionEncoder).values()
+        if issubclass(component, TransformersEncoder)
+    }
+    if kind not in found:
+        raise ModelError(
+            f"{where}: no installed vision encoder reads a vision tower of type `{kind}`; known: "
+            f"{', '.join(sorted(found))}"
+        )
+    component = found[kind]
+    network: Any = component.architecture()
+    with _sensible("vision tower", where):
+        config = _config_class(component)(**{k: v for k, v in table.items() if k != "model_type"})
+    dtype = _precision(state, "vision tower", where)
+    with _sensible("vision tower", where):
+        model = fill(network, config, state, where, dtype=dtype)
+    options = {
+        "config": config_table(config),
+        "layer": layer,
+        "select": select,
+        **pixels._asdict(),
+        "dtype": _DTYPES[model.dtype],
+    }
+    vision: VisionEncoder = component(component.Options(**options), model)
+    return Use[VisionEncoder].model_validate({"use": component.name, **options}), vision
+
+
+def _config_class(component: type[TransformersEncoder]) -> Any:
+    return component.architecture().config_class
+
+
+def make_language(
+    table: Mapping[str, Any],
+    state: State,
+    registry: Registry,
+    where: object,
+    *,
+    max_length: int | None = None,
+) -> tuple[Use[LanguageModel], LanguageModel]:
+    """Return the installed language model for a configuration, with these tensors, no tokenizer.
+
+    Whether the head is the embedding follows from the tensors where they contradict `table`.
+    Raises ModelError, which begins with `where`, for what does not fit.
+    """
+    from transformers import CONFIG_MAPPING
+
+    kind = _type_of(table, "language model", where)
+    if kind not in CONFIG_MAPPING:
+        raise ModelError(
+            f"{where}: transformers knows no language model of type `{kind}`; mend `model_type` in "
+            "config.json, or install the transformers that does"
+        )
+    component: Any = registry.get(LanguageModel, "vicuna" if kind == "llama" else "causal-lm")
+    with _sensible("language model", where):
+        network, config = component.configure(dict(table))
+    head, embedding = state.get("lm_head.weight"), state.get("model.embed_tokens.weight")
+    if config.tie_word_embeddings and head is not None and embedding is not None:
+        config.tie_word_embeddings = head.shape == embedding.shape and torch.equal(head, embedding)
+    dtype = _precision(state, "language model", where)
+    with _sensible("language model", where):
+        model = fill(network, config, state, where, dtype=dtype)
+    options: dict[str, Any] = {"config": config_table(config), "dtype": _DTYPES[model.dtype]}
+    if max_length is not None:
+        options["max_length"] = max_length
+    language: LanguageModel = component(component.Options(**options), model)
+    return Use[LanguageModel].model_validate({"use": component.name, **options}), language
+
+
+def set_tokenizer(language: LanguageModel, tokenizer: PreTrainedTokenizerBase, where: Path) -> None:
+    """Give a language model its tokenizer, and the end tokens of generation_config.json.
+
+    Raises ModelError where the tokenizer knows more tokens than the model.
+    """
+    if len(tokenizer) > language.head.out_features:
+        raise ModelError(
+            f"{where}: the tokenizer has {len(tokenizer)} tokens, the language model "
+            f"{language.head.out_features}; take the tokenizer that belongs to these weights"
+        )
+    language.tokenizer = tokenizer
+    ends = peek_json(where / "generation_config.json").get("eos_token_id")
+    numbers = ends if isinstance(ends, list) else [ends]
+    if ends and all(isinstance(number, int) for number in numbers):
+        network: Any = language
+        network.model.generation_config.eos_token_id = ends
+
+
+def config_table(config: Any) -> dict[str, Any]:
+    """Return what a configuration says of the architecture, as a recipe would."""
+    return {key: value for key, value in config.to_diff_dict().items() if key not in _PROVENANCE}
+
+
+_PROVENANCE = ("transformers_version", "architectures", "dtype", "_name_or_path")
+
+
+def _type_of(table: Mapping[str, Any], what: str, where: object) -> str:
+    if table.get("quantization_config"):
+        raise ModelError(
+            f"{where}: the {what} is quantised; take the checkpoint in full precision, and choose "
+            "4 bits when it is used"
+        )
+    kind = table.get("model_type")
+    if not isinstance(kind, str):
+        raise ModelError(f"{where}: config.json gives the {what} no `model_type`; add it")
+    return kind
+
+
+@contextmanager
+def _sensible(what: str, where: object) -> Iterator[None]:
+    """Turn what transformers raises for a configuration into a sentence."""
+    try:
+        yield
+    except (*_MALFORMED, UnfitConfig) as error:
+        cause = error.__cause__ if isinstance(error, UnfitConfig) else error
+        reason = " ".join(str(cause).split())[:300]
+        raise ModelError(
+            f"{where}: transformers makes no {what} of this config.json ({reason}); mend it, or "
+            "copy the checkpoint again"
+        ) from error
+
+
+def _precision(state: State, what: str, where: object) -> torch.dtype:
+    """Return the precision that holds every tensor exactly."""
+    tensors = needed(state)
+    if not tensors:
+        raise ModelError(f"{where} lacks the weights of the {what}; copy the whole checkpoint")
+    kinds = {value.dtype for value in tensors.values()}
+    # a number of one byte was quantised: promoted to its neighbours', it would pass for a weight
+    quantised = [kind for kind in kinds if kind.itemsize == 1 and kind != torch.bool]
+    dtype = quantised[0] if quantised else reduce(torch.promote_types, kinds)
+    if dtype not in _DTYPES:
+        raise ModelError(
+            f"{where}: the {what} has weights of {dtype}; convert them to float32, float16 or "
+            "bfloat16"
+        )
+    return dtype
+
+
+# -- connectors ------------------------------------------------------------------------------------
+
+
+def make_connector(
+    layers: Sequence[Layer],
+    vision_width: int,
+    language_width: int,
+    registry: Registry,
+    where: object,
+) -> tuple[Use[Connector], Connector]:
+    """Return the connector of these layers; raises ModelError where their shapes do not fit."""
+    use: Use[Connector]
+    if not layers:
+        use = Use[Connector](use="identity")
+    elif len(layers) == 1:
+        use = Use[Connector](use="linear")
+    else:
+        use = Use[Connector].model_validate({"use": "mlp", "depth": len(layers)})
+    with torch.device("meta"):
+        connector = registry.build(use, vision_width=vision_width, language_width=language_width)
+    tensors = {
+        f"{number}.{t}": tensor
+        for number, layer in enumerate(layers)
+        for t, tensor in zip(layer._fields, layer, strict=True)
+    }
+    dtype = _precision(tensors, "projector", where) if tensors else None
+    for number, (module, layer) in enumerate(zip(linears(connector), layers, strict=True), start=1):
+        if layer.weight.shape != module.weight.shape:
+            raise ModelError(
+                f"{where}: layer {number} of the projector is {list(layer.weight.shape)}, but "
+                f"between this vision tower and language model it is {list(module.weight.shape)}; "
+                "is it the projector of another model?"
+            )
+        module.weight, module.bias = (nn.Parameter(tensor.to(dtype)) for tensor in layer)
+    return use, connector
+
+
+def linears(module: nn.Module) -> list[nn.Linear]:
+    """Return the linear layers within a module, in order."""
+    return [layer for layer in module.modules() if isinstance(layer, nn.Linear)]
+
+
+def projector_layers(connector: Connector) -> list[Layer] | None:
+    """Return a connector as linear layers with GELU between; None for one that is not so."""
+    if connector.name == "identity":
+        return []
+    if connector.name not in ("linear", "mlp"):
+        return None
+    return [Layer(layer.weight.detach(), layer.bias.detach()) for layer in linears(connector)]
+
+
+# -- from our components ---------------------------------------------------------------------------
+
+
+def plain_encoder(vision: VisionEncoder) -> TransformersEncoder | None:
+    """Return a vision encoder if it is one of transformers', as its LLaVA would build it."""
+    from transformers import MODEL_MAPPING
+
+    if not isinstance(vision, TransformersEncoder):
+        return None
+    usual: Any = MODEL_MAPPING.get(type(vision.model.config), None)
+    return vision if usual is type(vision.model) else None
+
+
+def language_state(language: LanguageModel, layout: str) -> tuple[Any, dict[str, Tensor]]:
+    """Return transformers' configuration and tensors of a language model.
+
+    Names begin with `model.` or are `lm_head.weight`; a head that is the embedding is left out.
+    Raises ModelError where `layout` has no place for it.
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
+
+    model: Any = getattr(language, "model", None)
+    usual: Any = None
+    if isinstance(model, PreTrainedModel):
+        usual = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model.config), None)
+    remedy = "`--format onnx` writes any, and the model folder keeps it"
+    if usual is None or usual is not type(model):
+        raise ModelError(
+            f"language model `{language.name}` is none of transformers' own, which alone fit into "
+            f"the layout `{layout}`; {remedy}"
+        )
+    config = model.config
+    state = model.state_dict()
+    if config.tie_word_embeddings:
+        state.pop("lm_head.weight", None)
+    strange = [n for n in state if not n.startswith("model.") and n != "lm_head.weight"]
+    scaled = [n for n in _LOGITS if getattr(config, n, None) not in (None, 1.0)]
+    if strange or scaled:
+        raise ModelError(
+            f"a language model of type `{config.model_type}` has {(strange or scaled)[0]}, for "
+            f"which the layout `{layout}` has no place; {remedy}"
+        )
+    return config, state
+
+
+_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+
+
+def stated_options(model: LlavaModel, part: str, registry: Registry) -> Any:
+    """Return a part's options as its recipe states them, with the defaults."""
+    choice = dict(model.choices[part])
+    kind: Any = {"vision": VisionEncoder, "language": LanguageModel}[part]
+    return registry.get(kind, choice.pop("use")).Options(**choice)

@@ -1,0 +1,260 @@
+"""Which prompt template a checkpoint was tuned on, which no layout says, and saying it to others.
+
+What is looked at, in this order: what the user says; what an export of ours noted in config.json;
+the chat template in the folder; what the configuration and tokenizer betray. Never a folder's name.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, cast
+
+from jinja2 import TemplateError
+from pydantic import ValidationError
+
+from llavakit import LlavaError, ModelError, PromptTemplate, Registry, Turn, Use
+from llavakit.contracts.data import IMAGE
+from llavakit.files import without_none
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+TemplateUse = Use[PromptTemplate]
+
+NOTE = "llavakit"
+"""The table that our exports add to config.json."""
+
+_log = logging.getLogger("llavakit")
+_QUESTION = "Which of them is it?"
+_TURNS = (Turn("human", f"{IMAGE}\n{_QUESTION}"), Turn("gpt", "The second."), Turn("human", "Why?"))
+_USUAL = "vicuna_v1"
+"""LLaVA-1.5 was tuned on it, and its benchmarks ask with it."""
+
+
+def choose_template(
+    asked: str | None,
+    config: Mapping[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    registry: Registry,
+    where: object,
+    guess: tuple[str, str] | None = None,
+) -> TemplateUse:
+    """Return the template, and log which one and why where it is a guess.
+
+    `guess` is a template's name and the reason, from what only the layout's reader knows. A chat
+    template that no built-in one equals is put into the tokenizer in the form that the template
+    `chat-template` reads.
+    """
+    if asked is not None:
+        registry.get(PromptTemplate, asked)
+        return TemplateUse(use=asked)
+    noted = config.get(NOTE)
+    if isinstance(noted, Mapping) and isinstance(noted.get("template"), Mapping):
+        return _noted(noted["template"], registry, where)
+    chat = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None
+    if guess is None and chat is not None:
+        found = _same_text(chat, tokenizer, registry)
+        if found is not None:
+            _say(found, "the folder's chat template writes the same", where)
+            return found
+        tokenizer.chat_template = _of_strings(chat, tokenizer)
+        use = TemplateUse(use="chat-template")
+        _say(use, "the folder's chat template is none of the built-in ones", where)
+        return use
+    name, reason = guess or (_USUAL, "nothing in the folder says which; LLaVA-1.5 was tuned on it")
+    use = TemplateUse(use=name)
+    _say(use, reason, where)
+    return use
+
+
+def _noted(table: Mapping[str, Any], registry: Registry, where: object) -> TemplateUse:
+    try:
+        use = TemplateUse.model_validate(table)
+        registry.build(use)
+    except (LlavaError, ValidationError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ModelError(
+            f"{where}: config.json notes a prompt template that cannot be used ({reason}); choose "
+            "another with --template"
+        ) from error
+    return use
+
+
+def _say(use: TemplateUse, reason: str, where: object) -> None:
+    options = "".join(f", {key} = {json.dumps(value)}" for key, value in use.options.items())
+    _log.warning(
+        "note: prompt template `%s`%s for %s: %s; choose another with --template",
+        use.use, options, where, reason,
+    )  # fmt: skip
+
+
+# -- reading a chat template -----------------------------------------------------------------------
+
+
+def _same_text(
+    chat: str, tokenizer: PreTrainedTokenizerBase, registry: Registry
+) -> TemplateUse | None:
+    """Return the built-in template that asks a question about an image with the same text."""
+    texts = {_rendered(chat, tokenizer, question) for question in _questions()}
+    texts = {_without_bos(text, tokenizer) for text in texts if text is not None}
+    for name in sorted(registry.all(PromptTemplate), key=lambda name: (name != _USUAL, name)):
+        for options in ({}, {"system": ""}):
+            try:
+                use = TemplateUse.model_validate({"use": name, **options})
+                template = registry.build(use)
+                segments = template.segments(_TURNS[:1], tokenizer)
+            except (LlavaError, ValidationError):
+                continue  # it has no such option, or the tokenizer lacks what it needs
+            if name == "chat-template" or "".join(s.text for s in segments) not in texts:
+                continue
+            return use
+    return None
+
+
+def _questions() -> Iterator[Any]:
+    """Yield a question about an image in the ways that chat templates take it."""
+    image, text = {"type": "image"}, {"type": "text", "text": _QUESTION}
+    yield [image, text]
+    yield f"{IMAGE}\n{_QUESTION}"
+
+
+def _rendered(chat: str, tokenizer: PreTrainedTokenizerBase, content: Any) -> str | None:
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    render = cast(Any, render_jinja_template)
+    try:
+        texts, _ = render(
+            conversations=[[{"role": "user", "content": content}]],
+            chat_template=chat,
+            add_generation_prompt=True,
+            **tokenizer.special_tokens_map,
+        )
+    except (TemplateError, TypeError, ValueError, AttributeError):
+        return None
+    text: str = texts[0]
+    return text if _QUESTION in text else None
+
+
+def _without_bos(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    return text.removeprefix(tokenizer.bos_token or "")
+
+
+def _of_strings(chat: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return a chat template as our `chat-template` reads it.
+
+    It takes a message's text as a string, and begins with the beginning token where the tokenizer
+    would put that in front of the text.
+    """
+    *_, plain = _questions()
+    if _rendered(chat, tokenizer, plain) is None:
+        chat = _WRAPPED + chat
+    text = _rendered(chat, tokenizer, plain)
+    if text is None:
+        raise ModelError(
+            "the folder's chat template cannot be used for a question about an image; choose a "
+            "template with --template"
+        )
+    bos = tokenizer.bos_token
+    adds = bos and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+    return "{{- bos_token -}}" + chat if adds and not text.startswith(str(bos)) else chat
+
+
+_WRAPPED = (
+    "{%- set wrapped = namespace(messages=[]) -%}"
+    "{%- for message in messages -%}"
+    "{%- set parts = [{'type': 'text', 'text': message['content']}] "
+    "if message['content'] is string else message['content'] -%}"
+    "{%- set wrapped.messages = wrapped.messages + "
+    "[{'role': message['role'], 'content': parts}] -%}"
+    "{%- endfor -%}{%- set messages = wrapped.messages -%}"
+)
+
+
+# -- writing one -----------------------------------------------------------------------------------
+
+
+def write_chat(template: PromptTemplate, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Return a chat template in Jinja that writes what `template` writes when it asks.
+
+    It takes a message's content as a string, or as a list of images and texts; images come first.
+    A system message is refused, as the template has its own. None for a template that rewrites or
+    leaves out questions, as `plain` does.
+    """
+    try:
+        bare, shown, asked, answered = (
+            "".join(segment.text for segment in template.segments(turns, tokenizer))
+            for turns in ([Turn("human", _QUESTION)], _TURNS[:1], _TURNS, _TURNS[:2])
+        )
+    except LlavaError:  # a template that must have an image, or one question only
+        return None
+    first = bare.partition(_QUESTION)[0]
+    before_question, found, _ = shown.partition(_QUESTION)
+    pieces = _around(asked, [_QUESTION, *(turn.text for turn in _TURNS[1:])])
+    image = before_question.removeprefix(first)
+    if not found or pieces is None or first + image != before_question or IMAGE not in image:
+        return None
+    _, answer, following, prompt = pieces
+    before, _, end = answered.partition(_TURNS[1].text)
+    if not (before.endswith(answer) and following.startswith(end)):
+        stops = template.stop(tokenizer)  # it trains with other text than it asks with
+        end = stops[0] if stops else ""
+    texts = {"first": first, "answer": answer, "following": following, "prompt": prompt}
+    return _CHAT % {k: _quoted(v) for k, v in {**texts, "end": end, "image": image}.items()}
+
+
+def _around(text: str, turns: Sequence[str]) -> list[str] | None:
+    """Return the text in front of each turn and behind the last; None where one is missing."""
+    pieces: list[str] = []
+    for turn in turns:
+        before, found, text = text.partition(turn)
+        if not found:
+            return None
+        pieces.append(before)
+    return [*pieces, text]
+
+
+_CHAT = """\
+{%%- for message in messages -%%}
+{%%- if message['role'] == 'user' -%%}
+{{- %(first)s if loop.first else %(following)s -}}
+{%%- if message['content'] is string -%%}
+{{- message['content'] -}}
+{%%- else -%%}
+{%%- for part in message['content'] if part['type'] == 'image' -%%}
+{{- %(image)s -}}
+{%%- endfor -%%}
+{%%- for part in message['content'] if part['type'] == 'text' -%%}
+{{- part['text'] -}}
+{%%- endfor -%%}
+{%%- endif -%%}
+{%%- elif message['role'] == 'assistant' -%%}
+{{- %(answer)s -}}
+{%%- if message['content'] is string -%%}
+{{- message['content'] -}}
+{%%- else -%%}
+{%%- for part in message['content'] if part['type'] == 'text' -%%}
+{{- part['text'] -}}
+{%%- endfor -%%}
+{%%- endif -%%}
+{%%- if loop.last -%%}{{- %(end)s -}}{%%- endif -%%}
+{%%- else -%%}
+{{- raise_exception('this model was tuned with a system text of its own; leave yours out') -}}
+{%%- endif -%%}
+{%%- endfor -%%}
+{%%- if add_generation_prompt -%%}{{- %(prompt)s -}}{%%- endif -%%}
+"""
+
+
+def _quoted(text: str) -> str:
+    """Return a Jinja string."""
+    escaped = text.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n")
+    return f"'{escaped}'"
+
+
+def note_template(choice: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what an export notes of the template, for `choose_template`."""
+    if choice["use"] == "chat-template":  # its options are in the chat template that is written
+        return {"template": {"use": "chat-template"}}
+    return {"template": without_none(dict(choice))}

@@ -1,0 +1,70 @@
+"""Reads a checkpoint's tokenizer as that of its language model, whatever config.json says."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from llavakit import ModelError
+from llavakit_plugins.checkpoints.weights import read_json
+from llavakit_plugins.huggingface.hub import load_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+_OTHERS = ("special_tokens_map.json", "added_tokens.json", "merges.txt")
+_SETTINGS = "tokenizer_config.json"
+_LLAMA = (None, "LLaMATokenizer", "LlamaTokenizer")
+_CHATS = ("chat_template.jinja", "chat_template.json")
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Say whether a tokenizer's files lie in a folder."""
+    return any((folder / name).is_file() for name in _VOCABULARIES)
+
+
+def read_tokenizer(folder: Path, model_type: str) -> PreTrainedTokenizerBase:
+    """Return the tokenizer in a checkpoint's folder, for a language model of this type.
+
+    Where config.json says `llava`, or tokenizer_config.json names no class it knows, as in the
+    first releases, transformers 5.23 reads a bare tokenizer.model otherwise than LLaMA's: "a"
+    without the space in front of it. So it is shown the files in a folder that says what they are.
+
+    Raises ModelError where there is none, or it cannot be read.
+    """
+    if not has_tokenizer(folder):
+        raise ModelError(f"{folder} holds no tokenizer ({', '.join(_VOCABULARIES)}); copy it there")
+    with TemporaryDirectory() as place:
+        for name in (*_VOCABULARIES, *_OTHERS, *_CHATS):
+            if (folder / name).is_file():
+                (Path(place) / name).symlink_to((folder / name).resolve())
+        # a tokenizer.json is whole: knowing the model, transformers would build it another way
+        config = {"model_type": model_type} if _is_bare(folder) else {}
+        tables = {"config.json": config, _SETTINGS: _settings(folder)}
+        for name, table in tables.items():
+            (Path(place) / name).write_text(json.dumps(table), encoding="utf-8")
+        try:
+            tokenizer = load_tokenizer(place)
+        except Exception as error:  # tokenizers raises nothing narrower for a damaged file
+            reason = " ".join(str(error).replace(place, str(folder)).split())[:200]
+            raise ModelError(
+                f"the tokenizer in {folder} cannot be read ({reason}); copy it again"
+            ) from error
+    tokenizer.name_or_path = str(folder)
+    return tokenizer
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    """Return tokenizer_config.json; of a bare tokenizer.model with what 4.x took for granted."""
+    path = folder / _SETTINGS
+    table = read_json(path) if path.is_file() else {}
+    if _is_bare(folder) and table.get("tokenizer_class") in _LLAMA:
+        table = {"add_bos_token": True, **table, "tokenizer_class": "LlamaTokenizer"}
+    return table
+
+
+def _is_bare(folder: Path) -> bool:
+    return (folder / "tokenizer.model").is_file() and not (folder / "tokenizer.json").is_file()

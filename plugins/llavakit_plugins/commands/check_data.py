@@ -1,0 +1,155 @@
+"""`llava-run check-data`: looks at training data before it is used."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llavakit.contracts.commands import Commands
+from llavakit.contracts.errors import DataError
+from llavakit_plugins.commands.flags import add_settings
+
+if TYPE_CHECKING:
+    from llavakit_plugins.datasets.inspection import Report, Tokens
+
+_SHOWN = 5  # findings of each sort
+
+
+def add(commands: Commands) -> None:
+    check = commands.add_parser("check-data", help="look at training data before using it")
+    check.add_argument("file", type=Path, help="the data: LLaVA's JSON, or JSON lines (.jsonl)")
+    check.add_argument("--images", type=Path, metavar="DIR", help="the folder of its images")
+    check.add_argument("--json", action="store_true", help="print JSON")
+    check.add_argument(
+        "--tokenizer",
+        metavar="PATH",
+        help="count tokens with this one (a folder, a file or a hub name) instead of estimating",
+    )
+    check.add_argument("--template", metavar="NAME", help="the prompt template (vicuna_v1)")
+    check.add_argument(
+        "--max-length", type=int, default=2048, metavar="N", help="where samples are cut (2048)"
+    )
+    check.add_argument(
+        "--visual-tokens", type=int, default=256, metavar="N", help="tokens of one image (256)"
+    )
+    check.add_argument(
+        "--dataset", default="conversations", metavar="NAME", help="what reads the file"
+    )
+    add_settings(check, "its other options")
+    check.set_defaults(command=_check_data)
+
+
+def _check_data(arguments: argparse.Namespace) -> int:
+    import json
+
+    from llavakit.contracts.component import Use
+    from llavakit.contracts.interfaces import Dataset, PromptTemplate
+    from llavakit.engine.progress import show_progress
+    from llavakit.recipe.check import build_from, state_options
+    from llavakit.registry import Registry
+    from llavakit_plugins.datasets.inspection import Lengths, inspect_data
+
+    places = {"path": arguments.file, "images": arguments.images}
+    for place in filter(None, places.values()):
+        if not place.exists():
+            raise DataError(f"{place} does not exist; check its spelling")
+    registry = Registry.installed()
+    flags = {key: str(place) for key, place in places.items() if place is not None}
+    reader = registry.get(Dataset, arguments.dataset)
+    options = state_options(reader, arguments.set, registry, flags)
+    use = Use[Dataset].model_validate({**options, "use": reader.name})
+    if arguments.max_length < 2 or arguments.visual_tokens < 1:
+        raise DataError("--max-length is 2 or more, --visual-tokens 1 or more")
+    lengths = Lengths(arguments.max_length, arguments.visual_tokens)
+    if arguments.tokenizer is not None:
+        from llavakit.contracts.networks import LanguageModel
+        from llavakit_plugins.huggingface.tokenizers import find_tokenizer
+
+        name = arguments.template or LanguageModel.default_template
+        lengths = Lengths(
+            arguments.max_length,
+            arguments.visual_tokens,
+            find_tokenizer(arguments.tokenizer),
+            build_from(registry.get(PromptTemplate, name), [], registry),
+        )
+    elif arguments.template is not None:
+        raise DataError("--template needs --tokenizer: without one, lengths are estimated")
+    with show_progress("check-data") as progress:
+        report = inspect_data(use, registry, lengths, progress)
+    if arguments.json:
+        print(json.dumps(report.model_dump(), indent=2))
+    else:
+        from rich.console import Console
+
+        Console(soft_wrap=True).print(*_render(report), sep="\n")
+    if report.usable:
+        return 0
+    stopping = [f"{sort.sort} ({sort.count:,})" for sort in report.findings if sort.stops]
+    raise DataError(
+        f"{arguments.file} would stop a training: {', '.join(stopping) or 'it has no samples'}"
+    )
+
+
+# -- as text ---------------------------------------------------------------------------------------
+
+
+def _render(report: Report) -> Iterator[object]:
+    """Yield what rich prints of a report: tables, histograms, the first findings of each sort."""
+    from rich.table import Table
+    from rich.text import Text
+
+    from llavakit_plugins.datasets.inspection import KEPT
+
+    facts = Table(show_header=False, title=report.data, title_justify="left")
+    facts.add_column()
+    facts.add_column(justify="right")
+    facts.add_column()
+    unread = report.rows - report.samples
+    for name, value, remark in (
+        ("samples", report.samples, f"{unread:,} rows cannot be used" if unread else ""),
+        ("  with one image", report.image_samples, ""),
+        ("  with several images", report.multi_image_samples, ""),
+        ("  text only", report.text_samples, ""),
+        ("turns", report.turns, f"{report.most_turns} at most in one sample"),
+        ("images", report.distinct_images, f"{report.images:,} mentions"),
+        ("  missing", report.missing_images, ""),
+        ("  broken", report.broken_images, ""),
+        ("duplicate ids", report.duplicate_ids, ""),
+        ("cut samples", report.cut, f"longer than {report.max_length:,} tokens"),
+        ("nothing learned", report.nothing_learned, ""),
+    ):
+        facts.add_row(name, f"{value:,}", remark)
+    yield facts
+    for title, tokens in (("tokens", report.tokens), ("learned tokens", report.learned_tokens)):
+        if tokens is not None:
+            yield _histogram(title, tokens, report)
+    for sort in report.findings:
+        what = "stops a training" if sort.stops else "does not stop a training"
+        yield Text(f"{sort.sort}: {sort.count:,} ({what})", "bold")
+        yield from (Text(f"  {message}") for message in sort.messages[:_SHOWN])
+        if sort.count > _SHOWN:
+            yield Text(f"  and {sort.count - _SHOWN:,} more; --json lists {KEPT} of each sort")
+    yield Text(f"{report.rows:,} rows in {report.seconds:,.1f} s")
+
+
+def _histogram(title: str, tokens: Tokens, report: Report) -> object:
+    from rich.table import Table
+
+    table = Table(
+        title=f"{title} a sample, by {report.counted_with}, {report.visual_tokens} an image: "
+        f"mean {tokens.mean:,}, median {tokens.median:,}, 95 % {tokens.p95:,}, "
+        f"longest {tokens.longest:,}, total {tokens.total:,}",
+        title_justify="left",
+        show_header=False,
+        box=None,
+    )
+    table.add_column(justify="right")
+    table.add_column(justify="right")
+    table.add_column(no_wrap=True)
+    ends: Sequence[int] = [*tokens.edges[1:], tokens.longest + 1]
+    for begin, end, count in zip(tokens.edges, ends, tokens.counts, strict=True):
+        bar = "█" * round(40 * count / max(tokens.counts))
+        table.add_row(f"{begin:,} – {end - 1:,}", f"{count:,}", bar)
+    return table

@@ -1,0 +1,39 @@
+"""`llava-run export`: writes a model in another layout."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from llavakit.contracts.commands import Commands
+from llavakit.contracts.errors import ModelError
+from llavakit_plugins.commands.flags import add_model, add_settings, load_model, refuse_to_replace
+
+
+def add(commands: Commands) -> None:
+    export = commands.add_parser("export", help="write a model in another layout")
+    add_model(export, "model")
+    export.add_argument("out", type=Path, help="the folder to write")
+    export.add_argument("--format", required=True, help="the exporter: see llava-run plugins")
+    add_settings(export, "its options")
+    export.set_defaults(command=_export)
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from llavakit.contracts.interfaces import Exporter
+    from llavakit.model.llava import LlavaModel
+    from llavakit.recipe.check import build_from
+    from llavakit.registry import Registry
+
+    registry = Registry.installed()
+    exporter = build_from(registry.get(Exporter, arguments.format), arguments.set, registry)
+    refuse_to_replace(arguments.out)
+    model = load_model(arguments.model, arguments)
+    if not isinstance(model, LlavaModel):
+        raise ModelError(
+            f"{arguments.model} can be run but not written in another layout; export the model "
+            "folder that it was made of"
+        )
+    for name, value in exporter.export(model.merged(), arguments.out).items():
+        print(f"{name}: {value}")
+    return 0

@@ -1,0 +1,33 @@
+"""`llava-run import`: turns another layout into a model folder."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from llavakit.contracts.commands import Commands
+from llavakit.contracts.errors import ModelError
+from llavakit_plugins.commands.flags import add_model, load_model, refuse_to_replace
+
+
+def add(commands: Commands) -> None:
+    imports = commands.add_parser("import", help="turn another layout into a model folder")
+    add_model(imports, "source")
+    imports.add_argument("out", type=Path, help="the folder to write")
+    imports.set_defaults(command=_import)
+
+
+def _import(arguments: argparse.Namespace) -> int:
+    from llavakit.model.folder import save_model
+    from llavakit.model.llava import LlavaModel
+
+    refuse_to_replace(arguments.out)
+    model = load_model(arguments.source, arguments)
+    if not isinstance(model, LlavaModel):
+        raise ModelError(
+            f"{arguments.source} can be run but not turned into a model folder: its layout keeps "
+            "no weights that training could go on from"
+        )
+    save_model(model, arguments.out)
+    print(f"wrote {arguments.out}")
+    return 0

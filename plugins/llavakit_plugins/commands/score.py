@@ -1,0 +1,19 @@
+"""`llava-run score`: scores files of answers or reviews."""
+
+from __future__ import annotations
+
+import argparse
+
+from llavakit.contracts.commands import Commands
+
+
+def add(commands: Commands) -> None:
+    score = commands.add_parser("score", help="score files of answers or reviews", add_help=False)
+    score.set_defaults(command=_score, reads_flags=True)
+
+
+def _score(arguments: argparse.Namespace) -> int:
+    from llavakit.registry import Registry
+    from llavakit_plugins.commands.scoring import score_command
+
+    return score_command(arguments.flags, Registry.installed())

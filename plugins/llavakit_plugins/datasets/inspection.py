@@ -1,0 +1,308 @@
+"""Looks at every sample of a data set before any training, and reports all that is wrong with it.
+
+`llava-run check-data` prints the report. Rows pass one at a time; what grows with the data are a
+few numbers a sample.
+"""
+
+from __future__ import annotations
+
+import time
+from array import array
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import BaseModel
+
+from llavakit.contracts.component import Use
+from llavakit.contracts.data import CHARACTERS_A_TOKEN, IMAGE, Finding, Inspected, Sample
+from llavakit.contracts.errors import DataError
+from llavakit.model.images import MissingImage, check_image, whole_images
+from llavakit.stream.encode import encode
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from llavakit.contracts.interfaces import Dataset, Progress, PromptTemplate
+    from llavakit.registry import Registry
+
+KEPT = 100
+"""Findings of one sort whose sentences are kept; the others are counted."""
+_TURN_TOKENS = 5  # role and separator, roughly
+_AT_ONCE = 4096  # images to look at together
+_EDGES = (0, 32, 64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 8192, 16384)
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """How long a sample is counted to be."""
+
+    max_length: int = 2048
+    """Where a training would cut it."""
+    visual_tokens: int = 256
+    """Rows that one image takes."""
+    tokenizer: PreTrainedTokenizerBase | None = None
+    """Without one, lengths are estimated from characters."""
+    template: PromptTemplate | None = None
+    """Needed beside a tokenizer."""
+
+
+class Tokens(BaseModel):
+    """The distribution of a number of tokens over the samples."""
+
+    total: int
+    mean: float
+    median: int
+    p95: int
+    longest: int
+    edges: list[int]
+    """Of the histogram's bins: bin i counts edges[i] to edges[i + 1] - 1, the last one is open."""
+    counts: list[int]
+
+
+class Sort(BaseModel):
+    """All findings of one sort."""
+
+    sort: str
+    count: int
+    stops: bool
+    """Whether a training would stop at them."""
+    messages: list[str]
+    """The first of them."""
+
+
+class Report(BaseModel):
+    """What there is in a data set, and what is wrong with it."""
+
+    data: str
+    usable: bool
+    """Whether a training would begin."""
+    rows: int
+    samples: int
+    """Rows that can be used."""
+    image_samples: int
+    """Samples with exactly one image."""
+    multi_image_samples: int
+    text_samples: int
+    turns: int
+    most_turns: int
+    images: int
+    """Mentions of an image."""
+    distinct_images: int
+    missing_images: int
+    broken_images: int
+    duplicate_ids: int
+    """Rows whose id an earlier row has."""
+    max_length: int
+    visual_tokens: int
+    counted_with: Literal["the tokenizer", "characters (an estimate)"]
+    tokens: Tokens | None
+    """Rows of the stream a sample takes, images included, before it is cut."""
+    learned_tokens: Tokens | None
+    """Those that the loss covers, after the cut."""
+    cut: int
+    """Samples longer than `max_length`."""
+    nothing_learned: int
+    """Samples in which no learned token is left."""
+    findings: list[Sort]
+    seconds: float
+    rows_per_second: float
+
+
+def inspect_data(
+    use: Use[Dataset], registry: Registry, lengths: Lengths, progress: Progress
+) -> Report:
+    """Return what there is in a data set, read from the beginning to the end."""
+    seen = _Seen(lengths)
+    begun = time.monotonic()
+    try:
+        for row in _rows(use, registry):
+            seen.add(row)
+            if seen.rows % 512 == 0:
+                rate = seen.rows / (time.monotonic() - begun)
+                missing = seen.count("missing images")
+                note = f", {missing:,} images missing" if missing else ""
+                progress(round(1000 * row.read), 1000, f"{seen.rows:,} rows, {rate:,.0f}/s{note}")
+    except DataError as error:  # nothing behind it can be read
+        seen.find(Finding("file", str(error)))
+    seen.look_at_images()
+    progress(1000, 1000, f"{seen.rows:,} rows")
+    return seen.report(str(use.options.get("path", use.use)), time.monotonic() - begun)
+
+
+def _rows(use: Use[Dataset], registry: Registry) -> Iterator[Inspected]:
+    component = registry.get(use.kind(), use.use)
+    rows = component.inspect(component.Options.model_validate(use.options))  # type: ignore[attr-defined]
+    if rows is not None:
+        yield from rows
+        return
+    data = registry.build(use)
+    for index in range(len(data)):
+        sample = data[index]
+        read = (index + 1) / len(data)
+        try:
+            sample.check()
+        except DataError as error:
+            finding = Finding("conversations", str(error))
+            yield Inspected(sample.id, None, (finding,), sample.images, read)
+        else:
+            yield Inspected(sample.id, sample, (), sample.images, read)
+
+
+class _Seen:
+    """What was seen so far."""
+
+    def __init__(self, lengths: Lengths) -> None:
+        self.rows = 0
+        self._lengths = lengths
+        self._findings: dict[str, Sort] = {}
+        self._ids: set[int] = set()  # hashes take a third of the texts' room
+        self._images: set[int] = set()
+        self._waiting: list[tuple[str, str]] = []  # images to look at, and whose they are
+        self._tokens, self._learned = array("q"), array("q")
+        self._by_images = [0, 0, 0]  # samples with none, one, several
+        self._turns = self._most_turns = self._mentions = self._cut = 0
+
+    def find(self, finding: Finding) -> None:
+        """Count a finding."""
+        sort = self._findings.setdefault(
+            finding.sort, Sort(sort=finding.sort, count=0, stops=finding.stops, messages=[])
+        )
+        sort.count += 1
+        if len(sort.messages) < KEPT:
+            sort.messages.append(finding.message)
+
+    def add(self, row: Inspected) -> None:
+        self.rows += 1
+        for finding in row.findings:
+            self.find(finding)
+        key = hash(row.id)
+        if key in self._ids:
+            self.find(
+                Finding("duplicate ids", f"sample `{row.id}` is there more than once", stops=False)
+            )
+        self._ids.add(key)
+        self._mentions += len(row.images)
+        for image in row.images:
+            if isinstance(image, Path) and (key := hash(str(image))) not in self._images:
+                self._images.add(key)
+                self._waiting.append((str(image), row.id))
+        if len(self._waiting) >= _AT_ONCE:
+            self.look_at_images()
+        if row.sample is not None:
+            self._measure(row.sample)
+
+    def look_at_images(self) -> None:
+        """Look at the images that wait for it."""
+        paths = [path for path, _ in self._waiting]
+        for (path, identity), whole in zip(self._waiting, whole_images(paths), strict=True):
+            if not whole:
+                try:
+                    check_image(path, f"sample `{identity}`")
+                except MissingImage as error:
+                    self.find(Finding("missing images", str(error)))
+                except DataError as error:
+                    self.find(Finding("broken images", str(error)))
+        self._waiting.clear()
+
+    def _measure(self, sample: Sample) -> None:
+        try:
+            tokens, learned = self._count(sample)
+        except DataError as error:
+            self.find(Finding("prompt template", str(error)))
+            return
+        self._by_images[min(2, len(sample.images))] += 1
+        self._turns += len(sample.turns)
+        self._most_turns = max(self._most_turns, len(sample.turns))
+        self._tokens.append(tokens)
+        self._learned.append(learned)
+        if any(turn.role == "gpt" and not turn.text.strip() for turn in sample.turns):
+            self.find(
+                Finding("empty answers", f"sample `{sample.id}` has an empty answer", stops=False)
+            )
+        longest = self._lengths.max_length
+        if tokens > longest:
+            self._cut += 1
+            self.find(
+                Finding(
+                    "samples that are cut",
+                    f"sample `{sample.id}` takes {tokens} tokens, of {longest} at most",
+                    stops=False,
+                )
+            )
+        if not learned:
+            why = "its answers lie behind the cut" if tokens > longest else "it has no answer"
+            self.find(Finding("nothing learned", f"sample `{sample.id}` teaches nothing: {why}"))
+
+    def _count(self, sample: Sample) -> tuple[int, int]:
+        """Return a sample's tokens, and how many of them are learned after the cut."""
+        visual, longest = self._lengths.visual_tokens, self._lengths.max_length
+        template, tokenizer = self._lengths.template, self._lengths.tokenizer
+        if tokenizer is not None and template is not None:
+            encoded = encode(sample, template, tokenizer, longest)
+            full = len(encoded.ids) + encoded.image_count * (visual - 1)
+            return full, encoded.learned_count(visual)
+        place = learned = 0
+        for turn in sample.turns:
+            text = turn.text.replace(IMAGE, "") if turn.role == "human" else turn.text
+            length = round(len(text) / CHARACTERS_A_TOKEN)
+            place += _TURN_TOKENS + turn.text.count(IMAGE) * visual * (turn.role == "human")
+            if turn.role == "gpt":  # its end is learned even where it says nothing
+                learned += max(0, min(max(1, length), longest - place))
+            place += length
+        return place, learned
+
+    def count(self, sort: str) -> int:
+        """Return how many findings of a sort there are."""
+        return self._findings[sort].count if sort in self._findings else 0
+
+    def report(self, data: str, seconds: float) -> Report:
+        text, one, several = self._by_images
+        order = sorted(self._findings.values(), key=lambda sort: (not sort.stops, sort.sort))
+        exact = self._lengths.tokenizer is not None
+        return Report(
+            data=data,
+            usable=bool(self._tokens) and not any(sort.stops for sort in order),
+            rows=self.rows,
+            samples=text + one + several,
+            image_samples=one,
+            multi_image_samples=several,
+            text_samples=text,
+            turns=self._turns,
+            most_turns=self._most_turns,
+            images=self._mentions,
+            distinct_images=len(self._images),
+            missing_images=self.count("missing images"),
+            broken_images=self.count("broken images"),
+            duplicate_ids=self.count("duplicate ids"),
+            max_length=self._lengths.max_length,
+            visual_tokens=self._lengths.visual_tokens,
+            counted_with="the tokenizer" if exact else "characters (an estimate)",
+            tokens=_distribution(np.asarray(self._tokens)),
+            learned_tokens=_distribution(np.asarray(self._learned)),
+            cut=self._cut,
+            nothing_learned=self.count("nothing learned"),
+            findings=order,
+            seconds=round(seconds, 2),
+            rows_per_second=round(self.rows / max(seconds, 1e-9), 1),
+        )
+
+
+def _distribution(values: npt.NDArray[np.int64]) -> Tokens | None:
+    if not len(values):
+        return None
+    longest = int(values.max())
+    edges = [edge for edge in _EDGES if edge <= longest]
+    counts = np.bincount(np.searchsorted(edges, values, side="right") - 1, minlength=len(edges))
+    return Tokens(
+        total=int(values.sum()),
+        mean=round(float(values.mean()), 1),
+        median=int(np.median(values)),
+        p95=int(np.percentile(values, 95)),
+        longest=longest,
+        edges=edges,
+        counts=counts.tolist(),
+    )

@@ -1,0 +1,218 @@
+"""LLaVA-Bench: answers rated by a judge beside a reference's (paper, section 5.1)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from llavakit import (
+    Benchmark,
+    Build,
+    ChatModel,
+    DataError,
+    InputPath,
+    Message,
+    Options,
+    Question,
+    Run,
+    Score,
+    Use,
+)
+from llavakit.contracts.sections import Table
+from llavakit.files import write_text
+from llavakit_plugins.evaluation.answers import read_answers
+from llavakit_plugins.evaluation.benchmarks.review_files import ReviewFiles
+from llavakit_plugins.evaluation.judging import Asking, Replies, replies
+from llavakit_plugins.evaluation.questions import read_questions
+from llavakit_plugins.evaluation.reviews import (
+    RELATIVE_COLUMNS,
+    mean_pair,
+    read_scores,
+    relative_rows,
+    summarise,
+    unswapped,
+)
+from llavakit_plugins.evaluation.rows import Row, listed, read_rows, text_of
+
+_SYSTEM = "You compare the answers of two assistants to a question about an image, fairly."
+_RULE = (
+    "You cannot see the image; the context above says what is in it. Rate how well each assistant "
+    "answers the question: whether the answer helps, keeps to the question, is accurate, and says "
+    "as much as it should. Give each a score from 1 to 10; a higher one is better.\n"
+    "Write on the first line nothing but the two scores, that of Assistant 1 first, with one space "
+    "between them. Explain them in the lines after it. The order in which the answers are shown "
+    "must not matter."
+)
+
+
+class LlavaBenchOptions(Options):
+    questions: InputPath
+    """One `{"question_id", "image", "text", "category"}` a line."""
+    images: InputPath | None = None
+    """The folder that `image` is relative to; the questions' own where absent."""
+    references: InputPath
+    """The reference's answers, `{"question_id", "text"}` a line; the paper's are GPT-4's."""
+    contexts: InputPath
+    """What the judge is told of each image: `{"image", "caption"}` or `{"image", "captions",
+    "instances"}` a line."""
+    judge: Use[ChatModel]
+    swap: bool = False
+    """Also ask with the candidate first, and take the mean of both."""
+    limit: int | None = Field(default=None, ge=1)
+    """Use only so many questions from the start."""
+    concurrency: int = Field(default=8, ge=1)
+    """Requests to the judge at a time."""
+    seed: int = 0
+    """Of the bootstrap."""
+
+
+@dataclass(frozen=True)
+class _Review:
+    question: Question
+    swapped: bool
+    text: str | None
+
+    def row(self) -> dict[str, Any]:
+        """Return the line of a review file, in LLaVA's format."""
+        scores = read_scores(self.text or "")
+        return {
+            "question_id": self.question.id,
+            "category": self.question.category,
+            "content": self.text or "",
+            "tuple": None if scores is None else list(scores),
+            "swapped": self.swapped,
+        }
+
+
+class LlavaBench(Benchmark):
+    """LLaVA-Bench, COCO or in the wild, rated by a judge: the reference's answer is shown first.
+
+    The relative score is the mean of the candidate's scores in percent of the reference's mean.
+    A review without two scores on its first line counts nowhere, and is counted.
+    """
+
+    name = "llava-bench"
+    Options = LlavaBenchOptions
+    scorers = (ReviewFiles,)
+
+    def __init__(self, options: LlavaBenchOptions, *, build: Build) -> None:
+        self.options = options
+        self.judge = build(options.judge)
+        self.contexts = _read_contexts(options.contexts)
+        references = read_answers(options.references).texts
+        asked = read_questions(options.questions, options.images, options.limit)
+        self.found: list[Question] = []
+        self.context_of: dict[str, str] = {}
+        lacking: list[str] = []
+        for item in asked:
+            identity, image = str(item.question.id), str(item.row.get("image"))
+            if identity not in references:
+                lacking.append(identity)
+                continue
+            if image not in self.contexts:
+                raise DataError(
+                    f"{options.contexts} says nothing of `{image}` (question `{identity}`); add it"
+                )
+            self.context_of[identity] = self.contexts[image]
+            self.found.append(replace(item.question, truth=references[identity]))
+        if lacking:
+            raise DataError(f"{options.references} has no answer to {listed(lacking)}; add it")
+
+    def questions(self) -> Sequence[Question]:
+        return self.found
+
+    def score(self, questions: Sequence[Question], answers: Sequence[str]) -> Score:
+        return self._score(*self._ask(questions, answers, Asking(self.options.concurrency)))
+
+    def score_in(self, run: Run, questions: Sequence[Question], answers: Sequence[str]) -> Score:
+        asking = Asking.within(run, self.options.concurrency)
+        reviews, said = self._ask(questions, answers, asking)
+        lines = [json.dumps(review.row(), ensure_ascii=False) for review in reviews]
+        write_text(run.directory / "reviews.jsonl", "\n".join(lines) + "\n")
+        return self._score(reviews, said)
+
+    def _ask(
+        self, questions: Sequence[Question], answers: Sequence[str], asking: Asking
+    ) -> tuple[list[_Review], Replies]:
+        ways = (False, True) if self.options.swap else (False,)
+        asked = [
+            (question, swapped, self._messages(question, answer, swapped))
+            for question, answer in zip(questions, answers, strict=True)
+            for swapped in ways
+        ]
+        labels = [f"{q.id}{', swapped' if swapped else ''}" for q, swapped, _ in asked]
+        said = replies(self.judge, [messages for *_, messages in asked], labels, asking)
+        pairs = zip(asked, said.texts, strict=True)
+        return [_Review(q, way, text) for (q, way, _), text in pairs], said
+
+    def _messages(self, question: Question, answer: str, swapped: bool) -> tuple[Message, ...]:
+        first, second = (answer, question.truth) if swapped else (question.truth, answer)
+        parts = [
+            f"[Context]\n{self.context_of[str(question.id)]}",
+            f"[Question]\n{question.prompt}",
+            f"[Assistant 1]\n{first}\n\n[End of Assistant 1]",
+            f"[Assistant 2]\n{second}\n\n[End of Assistant 2]",
+            f"[System]\n{_RULE}",
+        ]
+        return Message("system", _SYSTEM), Message("user", "\n\n".join(parts))
+
+    def _score(self, reviews: Sequence[_Review], said: Replies) -> Score:
+        groups: dict[str, list[_Review]] = {}
+        for review in reviews:
+            groups.setdefault(str(review.question.id), []).append(review)
+        scores = {
+            name: mean_pair(unswapped(read_scores(r.text or ""), r.row()) for r in group)
+            for name, group in groups.items()
+        }
+        categories = {name: group[0].question.category for name, group in groups.items()}
+        results, unparsed = summarise(scores, categories, self.options.seed)
+        metrics = {"unparsed": float(len(unparsed)), **said.metrics()}
+        for category, result in results.items():
+            metrics[f"relative_{category}"] = result.relative
+        if whole := results.get("all"):
+            metrics |= {"relative_low": whole.low, "relative_high": whole.high}
+            metrics |= {"reference": whole.reference, "candidate": whole.candidate}
+        caption = f"95 % bootstrap interval over questions. Judge: {self.judge.name}."
+        if unparsed:
+            caption += f" Without two scores, counted nowhere: {listed(unparsed)}."
+        table = Table(
+            title="LLaVA-Bench: relative score",
+            columns=RELATIVE_COLUMNS,
+            rows=relative_rows(results),
+            caption=caption,
+        )
+        remarks = ["\n\n".join(r.text or "(no review)" for r in group) for group in groups.values()]
+        return Score(metrics, [None] * len(groups), [table], remarks)
+
+
+def _read_contexts(path: Path) -> Mapping[str, str]:
+    """Return what the judge is told of each image, by the image's name."""
+    found: dict[str, str] = {}
+    for where, row in read_rows(path):
+        image = text_of(row, "image", where)
+        if image in found:
+            raise DataError(f"{where}: image `{image}` is there more than once; keep one row")
+        found[image] = _context(row, where)
+    return found
+
+
+def _context(row: Row, where: str) -> str:
+    """Return captions and then boxes, as the generator's teacher is told them."""
+    captions = row.get("captions", row.get("caption"))
+    captions = [captions] if isinstance(captions, str) else captions
+    boxes = row.get("instances") or []
+    if not isinstance(captions, list) or not captions or not isinstance(boxes, list):
+        raise DataError(f"{where}: a context needs `caption`, or `captions` and `instances`")
+    try:
+        lines = [f"{b['category']}: {[round(float(x), 3) for x in b['bbox']]}" for b in boxes]
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(
+            f"{where}: an instance has `category` and `bbox` of numbers, got {error}"
+        ) from error
+    text = "\n".join(map(str, captions))
+    return f"{text}\n\n{chr(10).join(lines)}" if lines else text

@@ -1,0 +1,203 @@
+"""POPE (Li et al., 2023): is this object in the image? It measures objects that are made up."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass, replace
+from pathlib import Path
+
+from pydantic import Field
+
+from llavakit import Benchmark, DataError, InputPath, Options, Question, Score
+from llavakit.contracts.sections import Table
+from llavakit_plugins.evaluation.questions import Asked, read_questions, with_suffix
+from llavakit_plugins.evaluation.rows import Row, id_of, read_rows
+
+_WORD = re.compile(r"[a-z']+")
+_NO = {"no", "not"}
+_YES = {"yes"}
+
+
+class PopeOptions(Options):
+    questions: InputPath
+    """One `{"question_id", "image", "text", "category"}` a line, perhaps with its `label`."""
+    labels: InputPath | None = None
+    """A folder with `coco_pope_CATEGORY.json`, or one file; where the questions have no label."""
+    images: InputPath | None = None
+    """The folder that `image` is relative to; the questions' own where absent."""
+    suffix: str = ""
+    """A last line to every question, such as a wish for one word."""
+    limit: int | None = Field(default=None, ge=1)
+    """Use only so many questions from the start."""
+
+
+@dataclass(frozen=True)
+class Confusion:
+    """How often yes and no were said, rightly and wrongly; "yes" is the positive answer."""
+
+    true_positive: int
+    false_positive: int
+    true_negative: int
+    false_negative: int
+    silent: int
+    """Answers that say neither; each is wrong."""
+    positives: int
+    """Questions whose right answer is yes."""
+
+    @classmethod
+    def of(cls, truths: Sequence[bool], said: Sequence[bool | None]) -> Confusion:
+        """Count answers: True for yes, False for no, None for neither."""
+        pairs = list(zip(truths, said, strict=True))
+        return cls(
+            true_positive=pairs.count((True, True)),
+            false_positive=pairs.count((False, True)),
+            true_negative=pairs.count((False, False)),
+            false_negative=pairs.count((True, False)),
+            silent=list(said).count(None),
+            positives=list(truths).count(True),
+        )
+
+    def metrics(self) -> dict[str, float]:
+        """Return accuracy, precision, recall, F1 and the share of yes; 0 where undefined."""
+        tp, fp, tn, fn, silent, positives = astuple(self)
+        total = tp + fp + tn + fn + silent
+        precision = tp / (tp + fp) if tp + fp else 0.0
+        recall = tp / positives if positives else 0.0
+        f1 = 2 * precision * recall / (precision + recall) if precision + recall else 0.0
+        return {
+            "accuracy": (tp + tn) / total,
+            "precision": precision,
+            "recall": recall,
+            "f1": f1,
+            "yes_ratio": (tp + fp) / total,
+        }
+
+
+class Pope(Benchmark):
+    """Yes-or-no questions about objects, by category: random, popular, adversarial.
+
+    An answer has to say yes or no in its first sentence, and not both; else it is wrong. The
+    original takes whatever has no "no", "No" or "not" for yes; its figures stand beside ours.
+    """
+
+    name = "pope"
+    Options = PopeOptions
+
+    def __init__(self, options: PopeOptions) -> None:
+        asked = read_questions(options.questions, options.images, options.limit)
+        labels = _Labels(options.labels) if options.labels else None
+        plain = with_suffix(asked, options.suffix)
+        self.found = [
+            replace(question, truth=_label(item, labels))
+            for item, question in zip(asked, plain, strict=True)
+        ]
+
+    def questions(self) -> Sequence[Question]:
+        return self.found
+
+    def score(self, questions: Sequence[Question], answers: Sequence[str]) -> Score:
+        truths = [question.truth == "yes" for question in questions]
+        strict = [strict_answer(answer) for answer in answers]
+        original = [original_answer(answer) for answer in answers]
+        differ = sum(a != b for a, b in zip(strict, original, strict=True))
+        metrics = Confusion.of(truths, strict).metrics()
+        metrics |= {
+            f"original_{name}": value
+            for name, value in Confusion.of(truths, original).metrics().items()
+        }
+        metrics |= {"silent": float(strict.count(None)), "read_differently": float(differ)}
+        rows: list[list[str | float | int | None]] = []
+        categories = dict.fromkeys(q.category for q in questions if q.category)
+        for category in (*categories, "all"):
+            own = [i for i, q in enumerate(questions) if category in ("all", q.category)]
+            for reading, said in (("strict", strict), ("original", original)):
+                counts = Confusion.of([truths[i] for i in own], [said[i] for i in own])
+                figures = [round(100 * value, 2) for value in counts.metrics().values()]
+                rows.append([category, reading, len(own), *astuple(counts), *figures])
+                if category == "all" or reading == "original":
+                    continue
+                metrics[f"f1_{category}"] = counts.metrics()["f1"]
+        table = Table(
+            title="POPE",
+            columns=[
+                *("category", "reading", "questions", "TP", "FP", "TN", "FN", "neither", "objects"),
+                *("accuracy, %", "precision, %", "recall, %", "F1, %", "yes, %"),
+            ],
+            rows=rows,
+            caption=f"{differ} of {len(answers)} answers are read differently by the original.",
+        )
+        right = [a == b for a, b in zip(truths, strict, strict=True)]
+        return Score(metrics, right, [table])
+
+
+def strict_answer(text: str) -> bool | None:
+    """Return whether the first sentence says yes (True) or no; None for neither and for both."""
+    said = set(_WORD.findall(text.lower().partition(".")[0]))
+    yes, no = bool(said & _YES), bool(said & _NO)
+    return yes if yes != no else None
+
+
+def original_answer(text: str) -> bool:
+    """Return what the original's parser reads: anything without a "No", "not" or "no" is a yes."""
+    return not {"No", "not", "no"} & set(text.split(".")[0].replace(",", "").split(" "))
+
+
+class _Labels:
+    """Labels of a folder or a file, joined by image and question, or else by question id.
+
+    POPE's own files number the questions of each category anew, so their ids alone are no key.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._files: dict[Path, dict[tuple[str, ...], str]] = {}
+
+    def find(self, item: Asked) -> str:
+        """Return the label of a question. Raises DataError where there is none."""
+        path = self._path
+        if path.is_dir():
+            path = path / f"coco_pope_{item.question.category}.json"
+        if path not in self._files:
+            self._files[path] = _read_labels(path)
+        labels, identity = self._files[path], str(item.question.id)
+        for key in (_about(item.row), (identity,)):
+            if key in labels:
+                return labels[key]
+        raise DataError(
+            f"{path} has no label for question `{identity}` ({item.where}), neither by image and "
+            "text nor by id; add it"
+        )
+
+
+def _read_labels(path: Path) -> dict[tuple[str, ...], str]:
+    found: dict[tuple[str, ...], str] = {}
+    for where, row in read_rows(path):
+        key = _about(row) or (str(id_of(row, where)),)
+        label = _yes_or_no(row, where)
+        if found.setdefault(key, label) != label:
+            raise DataError(f"{where}: {' '.join(key)} has both labels; keep the right one")
+    return found
+
+
+def _about(row: Row) -> tuple[str, ...]:
+    """Return image and question, without the lines that say how to answer; nothing without them."""
+    image, text = row.get("image"), row.get("text")
+    if not isinstance(image, str) or not isinstance(text, str):
+        return ()
+    return (image, text.strip().partition("\n")[0].strip())
+
+
+def _label(item: Asked, labels: _Labels | None) -> str:
+    if labels is not None:
+        return labels.find(item)
+    if "label" not in item.row:
+        raise DataError(f"{item.where} has no `label`; add it, or state `labels`")
+    return _yes_or_no(item.row, item.where)
+
+
+def _yes_or_no(row: Row, where: str) -> str:
+    label = str(row.get("label")).strip().lower()
+    if label not in ("yes", "no"):
+        raise DataError(f"{where}: `label` is yes or no, got {row.get('label')!r:.40}")
+    return label

@@ -1,0 +1,87 @@
+"""Table 7 of the paper: right answers by subject, modality of the context, and grade."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from llavakit.contracts.sections import Table
+from llavakit_plugins.evaluation.scienceqa import COLUMNS, Problem
+
+
+@dataclass(frozen=True)
+class Count:
+    """How many of a column's problems are answered right."""
+
+    correct: int
+    count: int
+
+    @property
+    def percent(self) -> float | None:
+        """The share in percent; None where no problem belongs to the column."""
+        return 100 * self.correct / self.count if self.count else None
+
+
+@dataclass(frozen=True)
+class Result:
+    """One set of choices, scored."""
+
+    columns: Mapping[str, Count]
+    choices: Mapping[str, int | None]
+    """By the problem's id; None where the answer states no choice, which is wrong."""
+
+    @classmethod
+    def of(cls, problems: Sequence[Problem], choices: Sequence[int | None]) -> Result:
+        """Count the choices, one a problem."""
+        totals = {name: [0, 0] for name in COLUMNS}
+        for problem, choice in zip(problems, choices, strict=True):
+            for column in problem.columns:
+                totals[column][0] += choice == problem.answer
+                totals[column][1] += 1
+        return cls(
+            {name: Count(*numbers) for name, numbers in totals.items()},
+            {problem.id: choice for problem, choice in zip(problems, choices, strict=True)},
+        )
+
+    @property
+    def accuracy(self) -> float:
+        """The share of all problems answered right, 0 to 1."""
+        total = self.columns["Avg"]
+        return total.correct / total.count
+
+    @property
+    def unparsable(self) -> list[str]:
+        """The problems whose answer states no choice."""
+        return [identity for identity, choice in self.choices.items() if choice is None]
+
+    def data(self) -> dict[str, Any]:
+        """Return it as JSON has it."""
+        total = self.columns["Avg"]
+        return {
+            "accuracy": self.accuracy,
+            "correct": total.correct,
+            "count": total.count,
+            "columns": {
+                name: {"percent": c.percent, "correct": c.correct, "count": c.count}
+                for name, c in self.columns.items()
+            },
+            "unparsable": self.unparsable,
+        }
+
+
+def table(title: str, results: Mapping[str, Result]) -> Table:
+    """Return one row for each result, shares in percent, and how many problems there are."""
+    rows: list[list[str | float | int | None]] = [
+        [
+            name,
+            *(None if c.percent is None else round(c.percent, 2) for c in result.columns.values()),
+            result.columns["Avg"].correct,
+            len(result.unparsable),
+        ]
+        for name, result in results.items()
+    ]
+    counts = next(iter(results.values())).columns.values()
+    rows.append(["problems", *(column.count for column in counts), None, None])
+    columns = ["answers", *COLUMNS, "right", "without a choice"]
+    return Table(title=title, columns=columns, rows=rows)

@@ -1,0 +1,160 @@
+"""What a teacher is told of images: as a file of one JSON object a line, and as text.
+
+Each line is as LLaVA-Bench has it:
+
+`{"id", "image", "captions": [...], "instances": [{"category", "bbox": [x1, y1, x2, y2]}]}`, corners
+within 0..1.
+"""
+
+from __future__ import annotations
+
+import json
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import overload
+
+from llavakit import DataError, ImageContext
+from llavakit.contracts.data import Box
+from llavakit.files import new_file
+
+_BEYOND = 0.01  # of 1: what rounding may do to a box at an edge
+
+
+def to_line(context: ImageContext) -> str:
+    """Return one line of the file, its end included."""
+    instances = [{"category": box.category, "bbox": list(box.corners)} for box in context.boxes]
+    row = {
+        "id": context.id,
+        "image": context.image,
+        "captions": list(context.captions),
+        "instances": instances,
+    }
+    return json.dumps(row, ensure_ascii=False) + "\n"
+
+
+def write_contexts(path: Path, contexts: Iterable[ImageContext]) -> None:
+    """Write a file of contexts, whole or not at all."""
+    with new_file(path) as file:
+        file.writelines(map(to_line, contexts))
+
+
+def as_text(context: ImageContext, *, boxes: bool) -> str:
+    """Return the symbolic context as the paper renders it for a text-only model.
+
+    Captions, one a line; with `boxes`, an empty line and one line for each box, its corners rounded
+    to three decimals.
+    """
+    lines = [caption.strip() for caption in context.captions]
+    if boxes and context.boxes:
+        lines.append("")
+        for box in context.boxes:
+            corners = [round(corner, 3) for corner in box.corners]
+            lines.append(f"{box.category}: {corners}")
+    return "\n".join(lines)
+
+
+class Contexts(Sequence[ImageContext]):
+    """The contexts of a file; in memory lies only where each one begins.
+
+    Raises DataError where the file cannot be read, and where a line asked for cannot be used.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._starts, self._numbers = array("Q"), array("Q")
+        try:
+            self._file = path.open("rb")
+            start = 0
+            for number, line in enumerate(self._file, start=1):
+                if line.strip():
+                    self._starts.append(start)
+                    self._numbers.append(number)
+                start += len(line)
+        except OSError as error:
+            raise DataError(f"cannot read {path}: {error.strerror}") from error
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    @overload
+    def __getitem__(self, index: int) -> ImageContext: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[ImageContext]: ...
+    def __getitem__(self, index: int | slice) -> ImageContext | list[ImageContext]:
+        if isinstance(index, slice):
+            return [self[number] for number in range(*index.indices(len(self)))]
+        self._file.seek(self._starts[index])
+        where = f"{self._path}:{self._numbers[index]}"
+        try:
+            return _parse(self._file.readline().decode("utf-8-sig"), where)
+        except UnicodeDecodeError as error:
+            raise DataError(f"{where} is not UTF-8 text; convert the file") from error
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def read_contexts(path: Path) -> Iterator[ImageContext]:
+    """Yield the contexts of a file, line by line.
+
+    Raises DataError naming the line that cannot be used.
+    """
+    try:
+        with path.open(encoding="utf-8-sig", newline="\n") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    yield _parse(line, f"{path}:{number}")
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 text (byte {error.start}); convert it") from error
+
+
+def _parse(line: str, where: str) -> ImageContext:
+    try:
+        row = json.loads(line.rstrip())
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"{where}:{error.colno}: not valid JSON: {error.msg}; mend or remove the line"
+        ) from error
+    except (RecursionError, ValueError) as error:
+        raise DataError(f"{where}: nested too deeply, or a number too long; mend it") from error
+    try:
+        captions = tuple(row["captions"]) if isinstance(row["captions"], list) else (None,)
+        if not all(isinstance(caption, str) for caption in captions):
+            raise TypeError(f"`captions` is no list of texts but {row['captions']!r:.60}")
+        boxes = tuple(
+            Box(str(item["category"]), tuple(map(float, item["bbox"])))  # type: ignore[arg-type]
+            for item in row.get("instances", [])
+        )
+        context = ImageContext(str(row["id"]), str(row["image"]), captions, boxes)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise DataError(
+            f"{where}: a context needs `id`, `image`, `captions` and `instances` of `category` "
+            f"and `bbox`: {type(error).__name__} {error}"
+        ) from error
+    words = (context.id, context.image, *captions, *(box.category for box in boxes))
+    if any(map(_half_a_character, words)):
+        raise DataError(f"{where}: a text ends within a character (half an emoji); mend it")
+    if any(len(box.corners) != 4 for box in context.boxes):
+        raise DataError(f"{where}: a `bbox` has four numbers: x1, y1, x2, y2")
+    for box in context.boxes:
+        if not all(-_BEYOND <= corner <= 1 + _BEYOND for corner in box.corners):
+            raise DataError(
+                f"{where}: the corners of `{box.category}` are within 0..1, shares of the image's "
+                f"width and height, got {list(box.corners)}; divide them by its size"
+            )
+    if not any(map(str.strip, captions)):
+        raise DataError(f"{where}: context `{context.id}` has no captions; remove the line")
+    return context
+
+
+def _half_a_character(text: str) -> bool:
+    """Whether a text has a lone surrogate, as JSON may: no service can be sent it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return True
+    return False

@@ -1,0 +1,130 @@
+"""Noun phrases of captions. Imports nothing heavy: worker processes load this module alone.
+
+`light_phrases` knows no grammar but lists of small words: what stands between determiners,
+prepositions, verbs and the like is a phrase. It finds most of what a parser finds in captions.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import tomllib
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
+from hashlib import blake2b
+from importlib.resources import files
+from importlib.util import find_spec
+from typing import Any
+
+LIGHT = "light"
+"""The name of the built-in chunker; any other name is a model of spaCy."""
+
+_WORD = re.compile(r"[^\W\d_]+(?:['’-][^\W\d_]+)*|\d+|[^\w\s]")
+
+_WORDS = {
+    name: frozenset(words.split())
+    for name, words in tomllib.loads(
+        files("llavakit_plugins.generation.curation")
+        .joinpath("phrases.toml")
+        .read_text(encoding="utf-8")
+    ).items()
+}
+_DETERMINERS, _SMALL, _VERBS = _WORDS["determiners"], _WORDS["small"], _WORDS["verbs"]
+_NOUNS, _MODIFIERS = _WORDS["nouns"], _WORDS["modifiers"]
+
+
+def light_phrases(caption: str) -> list[str]:
+    """Return the noun phrases of a caption, in order, each once; without determiners."""
+    found: dict[str, None] = {}
+    phrase: list[str] = []
+    opened = False  # whether a determiner or a modifier stands right before
+    for word in _WORD.findall(caption.lower()):
+        if word in _DETERMINERS or word.isdecimal():
+            _close(phrase, found)
+            opened = True
+        elif word in _SMALL or not word[0].isalpha():
+            _close(phrase, found)
+            opened = False
+        elif not opened and (word in _VERBS or _bent(word)):
+            _close(phrase, found)
+        else:
+            phrase.append(word)
+            opened = word in _MODIFIERS or _bent(word)
+    _close(phrase, found)
+    return list(found)
+
+
+def _bent(word: str) -> bool:
+    """Say whether a word may be a verb's form: `a parked car` has none, `a car parked` has."""
+    return word.endswith(("ing", "ed")) and len(word) > 3 and word not in _NOUNS
+
+
+def _close(phrase: list[str], found: dict[str, None]) -> None:
+    if phrase:
+        found[" ".join(phrase)] = None
+        phrase.clear()
+
+
+def without_determiners(phrase: str) -> str:
+    """Return a parser's noun chunk as `light_phrases` would write it; a pronoun becomes nothing."""
+    words = _WORD.findall(phrase.lower())
+    while words and (words[0] in _DETERMINERS or words[0].isdecimal()):
+        words.pop(0)
+    return "" if len(words) == 1 and words[0] in _SMALL else " ".join(words)
+
+
+def has_spacy(model: str) -> bool:
+    """Say whether spaCy and a model of it are installed."""
+    return all(name in sys.modules or find_spec(name) for name in ("spacy", model))
+
+
+@cache
+def _parser(model: str) -> Any:
+    import spacy
+
+    return spacy.load(model, exclude=["ner", "lemmatizer"])
+
+
+def phrases_of(chunker: str, captions: Sequence[str]) -> Iterator[list[str]]:
+    """Yield the phrases of each caption, by `light` or by a model of spaCy."""
+    if chunker == LIGHT:
+        yield from map(light_phrases, captions)
+        return
+    for parsed in _parser(chunker).pipe(captions):
+        phrases = (without_determiners(chunk.text) for chunk in parsed.noun_chunks)
+        yield list(dict.fromkeys(phrase for phrase in phrases if phrase))
+
+
+def hash_phrase(phrase: str) -> int:
+    """Return 64 bits that stand for a phrase; among a million, two alike are a chance of 3e-8."""
+    return int.from_bytes(
+        blake2b(phrase.encode(errors="replace"), digest_size=8).digest(), "little"
+    )
+
+
+def hash_block(job: tuple[str, Sequence[str]]) -> tuple[bytes, bytes]:
+    """Return how many phrases each caption has (uint16), and their hashes in a row (uint64)."""
+    counts, hashes = array("H"), array("Q")
+    for phrases in phrases_of(*job):
+        few = phrases[:65535]
+        counts.append(len(few))
+        hashes.extend(map(hash_phrase, few))
+    return counts.tobytes(), hashes.tobytes()
+
+
+def name_block(job: tuple[str, Sequence[str]]) -> list[str]:
+    """Return the distinct phrases of some captions."""
+    return list(dict.fromkeys(p for phrases in phrases_of(*job) for p in phrases))
+
+
+def blocks_of(captions: Iterable[str], size: int) -> Iterator[list[str]]:
+    """Yield captions in lists of a size."""
+    block: list[str] = []
+    for caption in captions:
+        block.append(caption)
+        if len(block) == size:
+            yield block
+            block = []
+    if block:
+        yield block

@@ -1,0 +1,118 @@
+"""What is to be generated, in the order of the contexts, and how far each item is.
+
+Everything here follows from the contexts and the ledger alone, so that a run that was killed goes
+on as if nothing had been, and given replies always make the same data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llavakit import ImageContext
+from llavakit.contracts.data import ResponseKind
+from llavakit_plugins.generation.requests.ledger import Asked, Entry, Ledger, Request, asked
+from llavakit_plugins.generation.requests.prompted import PromptedGenerator, Verdict
+
+DUPLICATE = "the same as the reply on another image"
+
+
+@dataclass(frozen=True)
+class Item:
+    """One context and kind, with what came of it so far."""
+
+    context: ImageContext
+    kind: ResponseKind
+    verdict: Verdict | None
+    """Of the newest reply; None where there is none."""
+    entry: Entry | None
+    """That reply."""
+    refused: tuple[str, ...]
+    """Why the replies before, or all of them, were rejected."""
+    asked: Asked
+    request: Request
+    """The next request, where one more is to be made."""
+    open: bool
+    """Whether it is to be made."""
+
+
+class Items:
+    """The items of a job."""
+
+    def __init__(
+        self,
+        contexts: Sequence[ImageContext],
+        kinds: Sequence[ResponseKind],
+        counts: Mapping[ResponseKind, int],
+        generator: PromptedGenerator,
+        attempts: int,
+        seed: int,
+    ) -> None:
+        self._contexts, self._kinds = contexts, kinds
+        self._generator, self._attempts = generator, attempts
+        self.chosen = choose(len(contexts), kinds, counts, seed)
+
+    def __len__(self) -> int:
+        return sum(int(mask.sum()) for mask in self.chosen.values())
+
+    def pairs(self) -> Iterator[tuple[ImageContext, ResponseKind]]:
+        """Yield what is asked about, in order."""
+        for index in range(len(self._contexts)):
+            kinds = [kind for kind in self._kinds if self.chosen[kind][index]]
+            if kinds:
+                context = self._contexts[index]
+                for kind in kinds:
+                    yield context, kind
+
+    def walk(self, ledger: Ledger) -> Iterator[Item]:
+        """Yield every item as the ledger has it."""
+        identity = self._generator.chat.identity
+        seen: set[bytes] = set()
+        for context, kind in self.pairs():
+            messages = self._generator.messages(context, kind)
+            refused: list[str] = []
+            verdict: Verdict | None = None
+            entry: Entry | None = None
+            is_open = False
+            for draw in range(self._attempts):
+                request = Request(messages, draw, f"{context.id}-{kind}")
+                facts = asked(identity, request)
+                found = ledger.get(facts.key)
+                if found is None:
+                    is_open = True
+                    break
+                entry = found
+                verdict = self._generator.read(context, kind, entry.reply)
+                if verdict.outcome != "rejected":
+                    mark = _mark(verdict)
+                    if mark not in seen:
+                        seen.add(mark)
+                        break
+                    verdict = Verdict("rejected", notes=(DUPLICATE,))
+                refused += verdict.notes
+            yield Item(context, kind, verdict, entry, tuple(refused), facts, request, is_open)
+
+
+def choose(
+    total: int, kinds: Sequence[ResponseKind], counts: Mapping[ResponseKind, int], seed: int
+) -> dict[ResponseKind, NDArray[np.bool_]]:
+    """Return for each kind which contexts it takes: all, or so many at random."""
+    chosen = {}
+    for number, kind in enumerate(kinds):
+        mask = np.zeros(total, bool)
+        order = np.random.default_rng([seed, number]).permutation(total)
+        mask[order[: counts.get(kind, total)]] = True
+        chosen[kind] = mask
+    return chosen
+
+
+def _mark(verdict: Verdict) -> bytes:
+    """Return what tells the answers of one conversation from another's."""
+    answers = " ".join(turn.text for turn in verdict.turns if turn.role == "gpt")
+    return blake2b(
+        " ".join(answers.lower().split()).encode(errors="replace"), digest_size=12
+    ).digest()

@@ -1,0 +1,125 @@
+"""Runs a job: asks until every item has a usable reply or no attempt left, then writes the data."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llavakit import ChatError, Outcome, Run, Stopped
+from llavakit_plugins.generation.items import Items
+from llavakit_plugins.generation.output import price_of, write_output
+from llavakit_plugins.generation.requests.asking import ask_all
+from llavakit_plugins.generation.requests.ledger import Entry, Ledger, Request
+from llavakit_plugins.generation.requests.prompted import PromptedGenerator
+from llavakit_plugins.generation.review import Review
+from llavakit_plugins.generation.sources import open_sources
+
+if TYPE_CHECKING:
+    from llavakit_plugins.generation.contexts import Contexts
+    from llavakit_plugins.steps.generate import GenerateOptions
+
+LEDGER = "ledger.jsonl"
+_LOOK = 256  # items between looks at whether the user asked to stop
+_EVERY = 15.0  # seconds between events that say what was spent
+
+
+def run_job(options: GenerateOptions, generator: PromptedGenerator, run: Run) -> Outcome:
+    """Leave the data, their provenance, what was rejected, and a page to review them."""
+    with open_sources(options, run.directory) as sources:
+        jobs = []
+        for name, contexts in sources.items():
+            counts = options.counts if not name else {}
+            items = Items(contexts, options.kinds, counts, generator, options.attempts, run.seed)
+            jobs.append((name, contexts, items))
+        identity, earlier = generator.chat.identity, _earlier(run.directory)
+        with Ledger(run.directory / LEDGER, identity=identity, earlier=earlier) as ledger:
+            return _work_off(options, generator, run, ledger, jobs)
+
+
+def _work_off(
+    options: GenerateOptions,
+    generator: PromptedGenerator,
+    run: Run,
+    ledger: Ledger,
+    jobs: Sequence[tuple[str, Contexts, Items]],
+) -> Outcome:
+    review = Review(options.images, run.seed)
+    unanswered: dict[str, str] = {}
+    if len(ledger):  # said first, so that nobody fears to pay for them again
+        total = sum(len(items) for _, _, items in jobs)
+        run.progress(0, total, f"{len(ledger)} replies are here already")
+    try:
+        for name, _, items in jobs:
+            unanswered |= _ask(options, generator, run, ledger, items, name)
+    except (ChatError, Stopped):
+        if len(ledger):  # what there is can be looked at, though the step is not done
+            run.event("asked", **totals(ledger))
+            write_output(jobs, ledger, unanswered, review, run)
+        else:
+            ledger.path.unlink()
+        raise
+    return write_output(jobs, ledger, unanswered, review, run)
+
+
+def _ask(
+    options: GenerateOptions,
+    generator: PromptedGenerator,
+    run: Run,
+    ledger: Ledger,
+    items: Items,
+    name: str,
+) -> dict[str, str]:
+    """Ask until nothing is open; return why requests got no reply, by key."""
+    said = time.monotonic() - _EVERY
+    at = 0  # the item that is asked for last
+
+    def requests() -> Iterator[Request]:
+        nonlocal at
+        for at, item in enumerate(items.walk(ledger), start=1):
+            if at % _LOOK == 0:  # where most are answered already, no entry shows that it goes on
+                if run.stopping():
+                    raise Stopped
+                show_progress()
+            if item.open:
+                yield item.request
+
+    def show_progress() -> None:
+        run.progress(at, len(items), f"{name} {price_of(ledger)}".strip())
+
+    def show(entry: Entry) -> None:
+        nonlocal said
+        show_progress()
+        if time.monotonic() - said >= _EVERY:
+            said = time.monotonic()
+            run.event("asked", **totals(ledger))
+
+    while True:
+        tally = ask_all(
+            generator.chat,
+            requests,
+            ledger,
+            concurrency=options.concurrency,
+            budget_usd=options.budget_usd,
+            stopping=run.stopping,
+            progress=show,
+        )
+        if tally.answered == 0:
+            run.event("asked", **totals(ledger))
+            return tally.unanswered
+
+
+def totals(ledger: Ledger) -> dict[str, float | int | None]:
+    """Return the running total."""
+    return {
+        "replies": len(ledger),
+        "input_tokens": ledger.input_tokens,
+        "output_tokens": ledger.output_tokens,
+        "usd": None if ledger.usd is None else round(ledger.usd, 6),
+    }
+
+
+def _earlier(folder: Path) -> list[Path]:
+    """Return the ledgers of attempts that were set aside: what they paid for counts on."""
+    return sorted((folder.parent / "superseded").glob(f"{folder.name}.*/{LEDGER}"))

@@ -1,0 +1,132 @@
+"""Writes a job's data: LLaVA's JSON in the order of the contexts, and where each sample is from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from llavakit import Outcome, Run
+from llavakit.files import new_file
+from llavakit_plugins.generation.contexts import Contexts
+from llavakit_plugins.generation.items import Item, Items
+from llavakit_plugins.generation.requests.ledger import Ledger
+from llavakit_plugins.generation.review import Review
+from llavakit_plugins.generation.summary import Summary
+from llavakit_plugins.steps.generate import brief_questions, caption_row, row_of
+
+_EVERY = 1000  # items between looks at how far it is
+
+
+class Write(Protocol):
+    def __call__(self, row: Mapping[str, Any]) -> None: ...
+
+
+def write_output(
+    jobs: Sequence[tuple[str, Contexts, Items]],
+    ledger: Ledger,
+    unanswered: Mapping[str, str],
+    review: Review,
+    run: Run,
+) -> Outcome:
+    """Write every file of the step; return its numbers and sections."""
+    summary = Summary()
+    for name, contexts, items in jobs:
+        folder = run.directory / name
+        folder.mkdir(exist_ok=True)
+        with ExitStack() as stack:
+            samples = {
+                label: stack.enter_context(json_list(folder / f"{label}.json"))
+                for label in ("instruct", *items.chosen)
+            }
+            origins, aside = (
+                stack.enter_context(json_lines(folder / f"{label}.jsonl"))
+                for label in ("provenance", "rejected")
+            )
+            for number, item in enumerate(items.walk(ledger), start=1):
+                if number % _EVERY == 0:
+                    run.progress(number, len(items), f"writing {name}".strip())
+                reason = unanswered.get(item.asked.key, "") if item.open else ""
+                summary.add(item, reason)
+                review.see(item, reason)
+                usable = item.verdict is not None and item.verdict.outcome != "rejected"
+                if usable and item.verdict is not None:
+                    row = row_of(item.context, item.kind, item.verdict.turns)
+                    samples["instruct"](row)
+                    samples[item.kind](row)
+                    origins(_origin(item))
+                else:
+                    aside({**_origin(item), "unanswered": reason})
+        draw = np.random.default_rng(run.seed)
+        questions = brief_questions()
+        with json_list(folder / "captions.json") as write:
+            for context in contexts:
+                write(caption_row(context, draw, questions))
+    facts = [
+        f"{summary.usable:,} samples of {sum(len(items) for _, _, items in jobs):,}",
+        f"{len(ledger):,} replies",
+        f"{ledger.input_tokens:,} tokens sent, {ledger.output_tokens:,} received",
+        price_of(ledger),
+        f"seed {run.seed}",
+    ]
+    review.write(run.directory / "review.html", summary, facts)
+    metrics = {
+        "samples": float(summary.usable),
+        "rejected": float(summary.rejected),
+        "unanswered": float(summary.unanswered),
+        **({} if ledger.usd is None else {"usd": ledger.usd}),
+        "input_tokens": float(ledger.input_tokens),
+        "output_tokens": float(ledger.output_tokens),
+    }
+    return Outcome(metrics, [*summary.sections(), review.gallery(run.directory)])
+
+
+def price_of(ledger: Ledger) -> str:
+    """Return what the replies cost, in words."""
+    return "price not known" if ledger.usd is None else f"{ledger.usd:,.2f} USD"
+
+
+def _origin(item: Item) -> dict[str, Any]:
+    verdict, entry = item.verdict, item.entry
+    return {
+        "id": f"{item.context.id}-{item.kind}",
+        "context": item.context.id,
+        "kind": item.kind,
+        "verdict": None if verdict is None else verdict.outcome,
+        "notes": [] if verdict is None else list(verdict.notes),
+        "refused": list(item.refused),
+        "draw": None if entry is None else entry.draw,
+        "model": None if entry is None else entry.model,
+        "prompt": item.asked.prompt,
+        "time": None if entry is None else entry.time,
+        "input_tokens": None if entry is None else entry.input_tokens,
+        "output_tokens": None if entry is None else entry.output_tokens,
+        "usd": None if entry is None else entry.usd,
+    }
+
+
+@contextmanager
+def json_list(path: Path) -> Iterator[Write]:
+    """Yield a function that appends to a list in a JSON file, written as `indent=1` writes it."""
+    count = 0
+    with new_file(path) as file:
+
+        def write(row: Mapping[str, Any]) -> None:
+            nonlocal count
+            text = json.dumps(row, ensure_ascii=False, indent=1).replace("\n", "\n ")
+            file.write(f"{',' if count else '['}\n {text}")
+            count += 1
+
+        yield write
+        file.write("\n]\n" if count else "[]\n")
+
+
+@contextmanager
+def json_lines(path: Path) -> Iterator[Write]:
+    """Yield a function that appends a line to a file."""
+    with new_file(path) as file:
+        yield lambda row: print(json.dumps(row, ensure_ascii=False), file=file)

@@ -1,0 +1,78 @@
+"""What a job will cost: every request counted before the first is sent."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
+
+from llavakit import ImageContext, Message
+from llavakit.engine.plan import StepPlan
+from llavakit_plugins.generation.items import Items
+from llavakit_plugins.generation.requests.prompted import PromptedGenerator
+from llavakit_plugins.generation.requests.tokens import ESTIMATE, Counter
+from llavakit_plugins.generation.sources import open_sources
+
+if TYPE_CHECKING:
+    from llavakit_plugins.steps.generate import GenerateOptions
+
+
+def price_job(options: GenerateOptions, generator: PromptedGenerator, seed: int) -> StepPlan:
+    """Return the plan: exact for what is sent; replies are reckoned as long as the examples'."""
+    files = [path for path in (options.contexts, options.held_out) if path is not None]
+    if not all(path.is_file() for path in files):
+        return _by_examples(options, generator)
+    chat = generator.chat
+    sent = made = count = 0
+    expected = {
+        kind: chat.count([Message("assistant", generator.expected_reply(kind))])
+        for kind in options.kinds
+    }
+    with TemporaryDirectory() as folder, open_sources(options, Path(folder)) as sources:
+        for name, contexts in sources.items():
+            counts = options.counts if not name else {}
+            for context, kind in Items(contexts, options.kinds, counts, generator, 1, seed).pairs():
+                sent += chat.count(generator.messages(context, kind))
+                made += expected[kind]
+                count += 1
+    return _plan(generator, count, sent, made, "counted")
+
+
+def _by_examples(options: GenerateOptions, generator: PromptedGenerator) -> StepPlan:
+    """Return the plan where the contexts are not there yet: reckoned from the examples."""
+    if any(kind not in options.counts for kind in options.kinds):
+        note = "no price yet: the contexts are not there; say `counts` for each kind"
+        return StepPlan(note=note)
+    chat = generator.chat
+    nothing = ImageContext("", "", ())
+    sent = made = 0
+    for kind in options.kinds:
+        messages = generator.messages(nothing, kind)
+        told = [message for message in messages if message.role == "user"][:-1]
+        each = chat.count(messages) + (chat.count(told) // len(told) if told else 0)
+        reply = chat.count([Message("assistant", generator.expected_reply(kind))])
+        sent += options.counts[kind] * each
+        made += options.counts[kind] * reply
+    return _plan(generator, sum(options.counts[k] for k in options.kinds), sent, made, "estimated")
+
+
+def _plan(generator: PromptedGenerator, requests: int, sent: int, made: int, how: str) -> StepPlan:
+    chat = generator.chat
+    usd = chat.price(sent, made)
+    counter: Counter | None = getattr(chat, "counter", None)
+    exact = counter is not None and counter.exact
+    by = f"as {counter.vocabulary}" if counter is not None and exact else ESTIMATE
+    parts = [
+        f"{requests:,} requests",
+        f"{sent:,} tokens sent ({how}; {by})",
+        f"about {made:,} in replies as long as the examples'",
+    ]
+    if usd is None:
+        parts.append("no price is known; state `price` beside the model")
+    else:
+        parts.append(f"about {usd:,.2f} USD")
+        if chat.reply_limit:
+            most = chat.price(sent, requests * chat.reply_limit)
+            parts.append(f"at most {most:,.2f} USD if every reply took {chat.reply_limit} tokens")
+        parts.append("replies that are asked for again cost extra")
+    return StepPlan(samples=requests, cost_usd=usd, note="; ".join(parts))

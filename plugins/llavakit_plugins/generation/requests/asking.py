@@ -1,0 +1,301 @@
+"""Asks a chat model many things at once: nothing twice, nothing lost, never beyond a budget."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
+
+from llavakit import ChatError, ChatModel, Message, Reply, ReplyError, Stopped
+from llavakit_plugins.generation.requests.batches import BatchService
+from llavakit_plugins.generation.requests.journal import Journal
+from llavakit_plugins.generation.requests.ledger import Asked, Entry, Ledger, Request, asked
+
+_PATIENCE = 10  # requests in a row that get no answer, before the job stops
+_GRACE = 120.0  # seconds for requests on their way when the job stops: they are paid for
+_WRITING = 0.25  # replies being written down, for each that may be on its way
+_LOOK = 0.5  # seconds between looks at whether the user asked to stop, while batches run
+
+
+@dataclass
+class Tally:
+    """What came of asking."""
+
+    answered: int = 0
+    """Requests answered now, those already in the ledger not counted."""
+    unanswered: dict[str, str] = field(default_factory=dict)
+    """Why requests got no reply, by key."""
+    refused: set[str] = field(default_factory=set)
+    """Those of them that will never get one."""
+
+
+def ask_all(
+    chat: ChatModel,
+    requests: Callable[[], Iterable[Request]],
+    ledger: Ledger,
+    *,
+    concurrency: int = 8,
+    budget_usd: float | None = None,
+    stopping: Callable[[], bool] = lambda: False,
+    progress: Callable[[Entry], None] = lambda entry: None,
+) -> Tally:
+    """Ask what the ledger does not hold yet; when this returns, the replies are in the ledger.
+
+    `requests` gives the requests, and may be called more than once; they are taken as they are
+    needed, so that they never lie in memory together. It may raise Stopped itself. At most
+    `concurrency` are on their way. `progress` is shown every new entry. With `budget_usd`, nothing
+    is asked that could bring `ledger.spent` beyond it.
+
+    Raises ChatError where the service cannot be used, or the budget does not suffice; Stopped where
+    the user asked to. In each case the replies so far are kept.
+    """
+    if budget_usd is not None and chat.price(1000, 1000) is None:
+        raise ChatError(
+            f"`budget_usd` is set, but no price is known for the chat model `{chat.name}`; state "
+            "`price = { input = ..., output = ... }` in USD for a million tokens"
+        )
+    asker = _Asker(chat, ledger, budget_usd, stopping, progress)
+    service: BatchService | None = getattr(chat, "batches", None)
+
+    async def run() -> None:
+        try:
+            if service is not None:
+                await asker.in_batches(service, requests)
+            else:
+                await asker.live(requests(), concurrency)
+        finally:
+            await chat.close()
+
+    asyncio.run(run())
+    return asker.tally
+
+
+class _Asker:
+    def __init__(
+        self,
+        chat: ChatModel,
+        ledger: Ledger,
+        budget: float | None,
+        stopping: Callable[[], bool],
+        progress: Callable[[Entry], None],
+    ) -> None:
+        self._chat, self._ledger, self._budget = chat, ledger, budget
+        self._stopping, self._progress = stopping, progress
+        self.tally = Tally()
+        self._identity = chat.identity
+        self._on_the_way: set[str] = set()
+        self._slots = asyncio.Semaphore(1)
+        self._reserving_now = 0
+        self._reserved = 0.0
+        """USD that what is on its way may cost."""
+        self._failed_in_a_row = 0
+        self._end: ChatError | Stopped | None = None
+        """Why no more is asked."""
+
+    # -- one by one --------------------------------------------------------------------------------
+
+    async def live(self, requests: Iterable[Request], concurrency: int) -> None:
+        todo = self._missing(requests)
+        # the first one alone: a wrong key or model is found out once, not `concurrency` times
+        await self._watch([asyncio.create_task(self._work(todo, most=1))])
+        self._slots = asyncio.Semaphore(concurrency)
+        # a few more than may be on their way: the next is sent while a reply is written down
+        workers = concurrency + math.ceil(concurrency * _WRITING)
+        await self._watch([asyncio.create_task(self._work(todo)) for _ in range(workers)])
+
+    async def _watch(self, workers: list[asyncio.Task[None]]) -> None:
+        """Return when all are done; where no more is to be asked, raise why after a while."""
+        running = set(workers)
+        try:
+            while running and self._end is None:
+                done, running = await asyncio.wait(
+                    running, timeout=_LOOK, return_when=asyncio.FIRST_COMPLETED
+                )
+                for worker in done:
+                    worker.result()
+                if self._end is None and self._stopping():
+                    self._end = Stopped()
+            if running:
+                self._chat.halt()  # what waits for its turn or for another try is not paid for
+                done, running = await asyncio.wait(running, timeout=_GRACE)
+                for worker in done:
+                    worker.result()
+        finally:
+            for worker in workers:
+                worker.cancel()
+            await asyncio.gather(*workers, return_exceptions=True)
+        if self._end is not None:
+            raise self._end
+
+    def _missing(self, requests: Iterable[Request]) -> Iterator[tuple[Asked, Request]]:
+        for request in requests:
+            facts = asked(self._identity, request)
+            if facts.key not in self._ledger and facts.key not in self._on_the_way:
+                self._on_the_way.add(facts.key)
+                yield facts, request
+
+    async def _work(self, todo: Iterator[tuple[Asked, Request]], most: int | None = None) -> None:
+        taken = 0
+        while self._end is None and (most is None or taken < most):
+            try:
+                item = next(todo, None)
+            except Stopped as stopped:
+                self._end = self._end or stopped
+                return
+            if item is None:
+                return
+            taken += 1
+            facts, request = item
+            try:
+                await self._ask(facts, request)
+            except ReplyError as error:
+                self._no_answer(facts.key, error)
+            except ChatError as error:
+                self._end = self._end or error
+            finally:
+                self._on_the_way.discard(facts.key)
+
+    async def _ask(self, facts: Asked, request: Request) -> None:
+        async with self._reserving(request):
+            async with self._slots:
+                if self._end is not None:
+                    return
+                reply = await self._chat.reply(request.messages, request.draw)
+            self._failed_in_a_row = 0
+            entry = facts.entry(self._priced(request, reply))
+            await self._ledger.write(entry)
+        self._count(entry)
+
+    @asynccontextmanager
+    async def _reserving(self, request: Request) -> AsyncIterator[None]:
+        """Keep the most that a request may cost until its price is in the ledger."""
+        most = self._most(request.messages)
+        while not self._affordable(self._reserved + most) and self._end is None:
+            if self._reserving_now == 0:
+                self._end = self._too_little(most)
+            await asyncio.sleep(0.02)  # what is on its way mostly costs less than is reserved
+        self._reserving_now += 1
+        self._reserved += most
+        try:
+            yield
+        finally:
+            self._reserving_now -= 1
+            self._reserved = self._reserved - most if self._reserving_now else 0.0
+
+    def _no_answer(self, key: str, error: ReplyError) -> None:
+        self.tally.unanswered[key] = reason = str(error)
+        if error.lasting:
+            self.tally.refused.add(key)
+        self._failed_in_a_row += 1
+        if self._failed_in_a_row >= _PATIENCE and self._end is None:
+            self._end = ChatError(
+                f"{self._failed_in_a_row} requests in a row got no answer; the last: {reason}"
+            )
+
+    def _count(self, entry: Entry) -> None:
+        self.tally.answered += 1
+        self._progress(entry)
+
+    # -- money -------------------------------------------------------------------------------------
+
+    def _most(self, messages: tuple[Message, ...]) -> float:
+        """Return the most that a request may cost in USD; 0 where nobody asks."""
+        if self._budget is None:
+            return 0.0
+        limit = self._chat.reply_limit or 0
+        return self._chat.price(self._chat.count(messages), limit) or 0.0
+
+    def _affordable(self, usd: float) -> bool:
+        return self._budget is None or self._ledger.spent + usd <= self._budget
+
+    def _too_little(self, most: float) -> ChatError:
+        return ChatError(
+            f"stopped at budget_usd = {self._budget:g}: {self._ledger.spent:.4f} USD are spent, "
+            f"and the next request may cost {most:.4f}; {len(self._ledger)} replies are in "
+            f"{self._ledger.path}; raise `budget_usd` and run again, nothing is asked twice"
+        )
+
+    def _priced(self, request: Request, reply: Reply) -> Reply:
+        """Return the reply with its tokens and price, counted here where the service is silent."""
+        if reply.input_tokens is not None and reply.output_tokens is not None:
+            sent, made = reply.input_tokens, reply.output_tokens
+        else:
+            sent = self._chat.count(request.messages)
+            made = self._chat.count([Message("assistant", reply.text)])
+        usd = reply.usd if reply.usd is not None else self._chat.price(sent, made)
+        return replace(reply, input_tokens=sent, output_tokens=made, usd=usd)
+
+    # -- by the thousand ---------------------------------------------------------------------------
+
+    async def in_batches(
+        self, service: BatchService, requests: Callable[[], Iterable[Request]]
+    ) -> None:
+        journal = Journal.beside(self._ledger)
+        known = {facts.key: facts for facts, _ in self._missing(requests())}
+        self._on_the_way.clear()
+        # an earlier attempt's first: what they hold is not to be handed in again
+        running = [
+            batch
+            for mark in journal.marks
+            for batch in await service.find(mark)
+            if batch not in journal.collected
+        ]
+        await self._collect(service, journal, running, known)
+        chunk: dict[str, Request] = {}
+        for facts, request in self._missing(requests()):
+            most = self._most(request.messages)
+            if not self._affordable(self._reserved + most):
+                self._end = self._too_little(most)
+                break
+            self._reserved += most
+            chunk[facts.key] = request
+            if len(chunk) == service.size:
+                running.append(await service.submit(journal.mark, chunk))
+                chunk = {}
+        if chunk:
+            running.append(await service.submit(journal.mark, chunk))
+        await self._collect(service, journal, running, known)
+        if self._end is not None:
+            raise self._end
+
+    async def _collect(
+        self,
+        service: BatchService,
+        journal: Journal,
+        running: list[str],
+        known: dict[str, Asked],
+    ) -> None:
+        while running:
+            for batch in list(running):
+                state = await service.state(batch)
+                if not state.done:
+                    continue
+                async for key, reply in service.collect(batch):
+                    await self._take(key, reply, known)
+                journal.note_collected(batch)
+                running.remove(batch)
+                if state.status == "failed":
+                    raise ChatError(f"the service refused batch {batch}: {state.complaint}")
+            if running:
+                await self._pause(service.poll_seconds)
+
+    async def _take(self, key: str, reply: Reply | str, known: dict[str, Asked]) -> None:
+        if isinstance(reply, str):
+            self.tally.unanswered[key] = reply
+            self.tally.refused.add(key)
+            return
+        if key in self._ledger:
+            return
+        unknown = Asked(key, "", "", 0, "of an earlier recipe")
+        entry = known.get(key, unknown).entry(reply)
+        await self._ledger.write(entry)
+        self._count(entry)
+
+    async def _pause(self, seconds: float) -> None:
+        end = asyncio.get_running_loop().time() + seconds
+        while (left := end - asyncio.get_running_loop().time()) > 0:
+            if self._stopping():
+                raise Stopped  # the batches go on; a resume collects them
+            await asyncio.sleep(min(left, _LOOK))

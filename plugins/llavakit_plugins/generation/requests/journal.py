@@ -1,0 +1,69 @@
+"""Which batches were handed in: written down before they are, so that a crash loses none."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any, Self
+from uuid import uuid4
+
+from llavakit import DataError
+from llavakit.files import drop_torn_line, explain_write
+from llavakit_plugins.generation.requests.ledger import Ledger
+
+
+class Journal:
+    """The marks under which batches are handed in, and the batches whose replies are here."""
+
+    def __init__(self, path: Path, earlier: list[Path]) -> None:
+        self._path = path
+        drop_torn_line(path)
+        self.marks: list[str] = []
+        self.collected: set[str] = set()
+        for other in (*earlier, path):
+            self._read(other)
+        mine = [row["mark"] for row in _rows(path) if "mark" in row]
+        if not mine:
+            mine = [uuid4().hex]
+            self._append({"mark": mine[0]})
+            self.marks.append(mine[0])
+        self.mark = mine[0]
+        """Of this run: it goes to the service with every batch."""
+
+    @classmethod
+    def beside(cls, ledger: Ledger) -> Self:
+        """Return the journal of a ledger, with those of the ledgers it takes over."""
+        return cls(_place(ledger.path), [_place(path) for path in ledger.earlier])
+
+    def note_collected(self, batch: str) -> None:
+        """Note that every reply of a batch is in the ledger."""
+        self.collected.add(batch)
+        self._append({"collected": batch})
+
+    def _read(self, path: Path) -> None:
+        for row in _rows(path):
+            if "mark" in row:
+                self.marks.append(row["mark"])
+            else:
+                self.collected.add(row["collected"])
+
+    def _append(self, row: dict[str, Any]) -> None:
+        with explain_write(self._path), self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _place(ledger: Path) -> Path:
+    return ledger.with_name("batches.jsonl")
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    if not path.is_file():
+        return []
+    whole = [line for line in path.read_text(encoding="utf-8").splitlines(True) if line[-1] == "\n"]
+    try:
+        return [json.loads(line) for line in whole]
+    except ValueError as error:
+        raise DataError(f"{path} is damaged: {error}; move it away and run again") from error

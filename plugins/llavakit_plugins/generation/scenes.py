@@ -1,0 +1,186 @@
+"""A small world to see: handwritten digits in colour on coloured canvases, annotated as COCO is.
+
+The digits are the UCI optical digits that scikit-learn ships (8x8 grey values, 1,797 glyphs). A
+scene is a square of 3 x 3 cells; one to three of the four in the middle of an edge hold a glyph, of
+some size and a little off the cell's middle.
+
+Scenes come in families of eight which share canvas, places and colours, while their digits run
+through a product of candidates. Side by side in a contrastive batch they are each other's hard
+negatives: only who reads every digit can tell them apart.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from llavakit import ImageContext, LlavaError
+from llavakit.contracts.data import Box
+
+SIDE = 72
+"""Edge of a scene in pixels."""
+CELL = SIDE // 3
+FAMILY = 8
+WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+PLACES = {"top": (1, 0), "left": (0, 1), "right": (2, 1), "bottom": (1, 2)}
+"""Column and row of each place, in reading order."""
+COLOURS = {
+    "red": (200, 20, 30),
+    "green": (0, 120, 40),
+    "blue": (30, 50, 210),
+    "black": (20, 20, 20),
+}
+CANVASES = {
+    "white": (255, 255, 255),
+    "yellow": (255, 240, 150),
+    "pink": (255, 205, 220),
+    "grey": (205, 205, 205),
+}
+_SIZES = (18, 20, 22)
+_JITTER = 2
+_CANDIDATES = ((8,), (4, 2), (2, 2, 2))  # digits a place chooses from; each row's product is FAMILY
+_HELD_OUT = 5  # every fifth glyph
+
+Split = Literal["train", "test"]
+
+
+@dataclass(frozen=True)
+class Digit:
+    """One digit of a scene."""
+
+    place: str
+    value: int
+    colour: str
+    glyph: int
+    """Which of the 1,797 handwritten ones."""
+    corners: tuple[int, int, int, int]
+    """Left, top, right, bottom in pixels."""
+
+    @property
+    def named(self) -> str:
+        """Colour and value in words."""
+        return f"{self.colour} {WORDS[self.value]}"
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What is to be seen."""
+
+    canvas: str
+    digits: tuple[Digit, ...]
+    """In reading order."""
+
+    def draw(self) -> Image.Image:
+        """Return the picture, SIDE x SIDE, RGB."""
+        masks, _ = _glyphs()
+        pixels = np.empty((SIDE, SIDE, 3), np.float32)
+        pixels[:] = CANVASES[self.canvas]
+        for digit in self.digits:
+            left, top, right, bottom = digit.corners
+            alpha = masks[right - left][digit.glyph][:, :, None]
+            under = pixels[top:bottom, left:right]
+            under += alpha * (np.array(COLOURS[digit.colour], np.float32) - under)
+        return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+    def context(self, identity: str, image: str) -> ImageContext:
+        """Return captions and boxes, all that a teacher is told."""
+        boxes = tuple(
+            Box(WORDS[digit.value], tuple(round(value / SIDE, 3) for value in digit.corners))  # type: ignore[arg-type]
+            for digit in self.digits
+        )
+        return ImageContext(identity, image, tuple(self.captions()), boxes)
+
+    def captions(self) -> Iterator[str]:
+        """Yield five captions, as COCO has five of different people; each names everything.
+
+        Each says the place first and then what is there: who reads on from the place has the
+        answer, which a small language model learns soonest.
+        """
+        placed = " and ".join(f"at the {d.place} a {d.named}" for d in self.digits)
+        shown = " and ".join(f"the {d.place} shows a {d.named}" for d in self.digits)
+        number = WORDS[len(self.digits)].capitalize()
+        noun = "digit" if len(self.digits) == 1 else "digits"
+        yield f"{placed.capitalize()} on a {self.canvas} canvas."
+        yield f"A {self.canvas} canvas, {placed}."
+        yield f"{number} {noun} on a {self.canvas} canvas: {placed}."
+        yield f"On {self.canvas}, {shown}."
+        yield f"{shown.capitalize()}. The canvas is {self.canvas}."
+
+
+def compose(split: Split, families: int, seed: int, most: int = 3) -> Iterator[Scene]:
+    """Yield scenes of at most `most` digits, family by family.
+
+    No glyph of one split is ever drawn in the other.
+    """
+    _, values = _glyphs()
+    held = np.arange(len(values)) % _HELD_OUT == _HELD_OUT - 1
+    own = held if split == "test" else ~held
+    glyphs = [np.flatnonzero(own & (values == value)) for value in range(10)]
+    draw = np.random.default_rng([seed, split == "test", most])
+    for _ in range(families):
+        count = int(draw.integers(1, most + 1))
+        places = [list(PLACES)[place] for place in sorted(draw.permutation(4)[:count].tolist())]
+        colours = [str(colour) for colour in draw.choice(list(COLOURS), count)]
+        canvas = str(draw.choice(list(CANVASES)))
+        sizes = draw.permutation(_CANDIDATES[count - 1])
+        pools = [draw.permutation(10)[:size].tolist() for size in sizes]
+        members = list(itertools.product(*pools))
+        for member in draw.permutation(len(members)).tolist():
+            digits = [
+                _place(place, value, colour, glyphs[value], draw)
+                for place, value, colour in zip(places, members[member], colours, strict=True)
+            ]
+            yield Scene(canvas, tuple(digits))
+
+
+def _place(
+    place: str,
+    value: int,
+    colour: str,
+    glyphs: Sequence[int] | npt.NDArray[np.int64],
+    draw: np.random.Generator,
+) -> Digit:
+    size = int(draw.choice(_SIZES))
+    room = CELL - size
+    low, high = max(0, room // 2 - _JITTER), min(room, room // 2 + _JITTER)
+    x, y = (int(offset) for offset in draw.integers(low, high + 1, 2))
+    column, row = PLACES[place]
+    left, top = CELL * column + x, CELL * row + y
+    corners = (left, top, left + size, top + size)
+    return Digit(place, value, colour, int(draw.choice(glyphs)), corners)
+
+
+@cache
+def _glyphs() -> tuple[dict[int, npt.NDArray[np.float32]], npt.NDArray[np.int64]]:
+    """Return the glyphs as masks 0..1 `[1797, size, size]` by size, and what each stands for."""
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError:
+        raise LlavaError(
+            "the scenes are drawn with scikit-learn's handwritten digits; install them with "
+            "`pip install 'llavakit[demo]'`"
+        ) from None
+    data = load_digits()
+    masks = {
+        size: np.stack(
+            [
+                np.asarray(
+                    Image.fromarray((glyph * 15.9).astype(np.uint8)).resize(
+                        (size, size), Image.Resampling.BICUBIC
+                    ),
+                    dtype=np.float32,
+                )
+                / np.float32(255)
+                for glyph in data.images
+            ]
+        )
+        for size in _SIZES
+    }
+    return masks, np.asarray(data.target, dtype=np.int64)

@@ -1,0 +1,60 @@
+"""The files of contexts that a job is about, one context a line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llavakit import DataError
+from llavakit_plugins.generation.coco import convert_coco, is_coco
+from llavakit_plugins.generation.contexts import Contexts
+
+if TYPE_CHECKING:
+    from llavakit_plugins.steps.generate import GenerateOptions
+
+
+@contextmanager
+def open_sources(options: GenerateOptions, folder: Path) -> Iterator[dict[str, Contexts]]:
+    """Yield the contexts and the held-out ones, by the folder that their data go to.
+
+    COCO's files are turned into lines in `folder`, once. All lines are looked at before anything is
+    paid for. Raises DataError where a file cannot be used or holds nothing, where `instances` stand
+    beside what is not COCO's, for an id that is there twice, and for an image outside its folder.
+    """
+    if options.instances is not None and not is_coco(options.contexts):
+        raise DataError(
+            f"`instances` are COCO's boxes, but {options.contexts} is not COCO's captions: it has "
+            "boxes of its own; leave `instances` out"
+        )
+    with ExitStack() as stack:
+        opened = {}
+        for name, path in (("", options.contexts), ("held-out", options.held_out)):
+            if path is None:
+                continue
+            lines = path
+            if is_coco(path):
+                lines = folder / f"{name or 'all'}-contexts.jsonl"
+                if not lines.is_file():
+                    convert_coco(path, options.instances, lines)
+            opened[name] = contexts = Contexts(lines)
+            stack.callback(contexts.close)
+            if not len(contexts):
+                raise DataError(f"{path} holds no contexts; it needs one JSON object a line")
+            _check(contexts, path, options.images or Path())
+        yield opened
+
+
+def _check(contexts: Contexts, path: Path, images: Path) -> None:
+    from llavakit.model.images import inside
+
+    seen: set[str] = set()
+    for context in contexts:
+        inside(images, context.image, f"context `{context.id}` of {path}")
+        if context.id in seen:
+            raise DataError(
+                f"{path} has context `{context.id}` more than once, and samples are named after "
+                "it; keep one, or give the others ids of their own"
+            )
+        seen.add(context.id)

@@ -1,0 +1,1 @@
+"""Hugging Face: the hub, transformers' configurations and tokenizers."""

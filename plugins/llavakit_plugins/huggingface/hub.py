@@ -1,0 +1,245 @@
+"""Where a Hugging Face model comes from: a folder, a hub name, or a configuration alone."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field, model_validator
+
+from llavakit import ModelError, Options
+from llavakit_plugins.huggingface.known_configs import KNOWN
+from llavakit_plugins.huggingface.tokenizers import fast_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class PretrainedOptions(Options):
+    """Weights of a folder or the hub, or a new model of a given shape."""
+
+    source: str | None = None
+    """A local folder, or a name on the hub such as `openai/clip-vit-large-patch14`."""
+    revision: str | None = None
+    """Commit or tag on the hub."""
+    config: dict[str, Any] = Field(default_factory=dict)
+    """The shape of a new model, as in a config.json; needed where there is no `source`."""
+
+    @model_validator(mode="after")
+    def _needs_a_shape(self) -> PretrainedOptions:
+        if self.source is None and not self.config:
+            raise ValueError("give `source` (a folder or hub name) or `config` (a new model)")
+        return self
+
+
+def read_config(options: PretrainedOptions, part: str = "vision_config") -> dict[str, Any]:
+    """Return the configuration: the source's, changed by `config`. Nothing is downloaded.
+
+    Of a whole that has such a `part`, a CLIP or a LLaVA, it is the part's. Raises ModelError where
+    the source's configuration is not on this machine.
+    """
+    if options.source is None:
+        return options.config
+    found = find_file(options, "config.json")
+    if found is not None:
+        try:
+            table: dict[str, Any] = json.loads(found.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ModelError(f"{found} cannot be read: {error}; fetch the model again") from error
+        inner = table.get(part)
+        table = {**table, **inner} if isinstance(inner, dict) else table
+    elif options.source in KNOWN:
+        table = KNOWN[options.source]
+    else:
+        raise ModelError(
+            f"`{options.source}` is neither a folder with a config.json nor in the local hub "
+            f"cache; fetch it with `hf download {options.source}`, or give its shape as `config`"
+        )
+    return {**table, **options.config}
+
+
+class UnfitConfig(ModelError):
+    """A configuration that transformers cannot build; the cause is what it said of it."""
+
+
+@contextmanager
+def explain_config(kind: str) -> Iterator[None]:
+    """Turn what transformers says of a configuration that it cannot build into UnfitConfig."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    faults = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+    try:
+        yield
+    except (*faults, StrictDataclassError) as error:
+        raise UnfitConfig(
+            f"transformers cannot make a {kind} of this configuration "
+            f"({type(error).__name__}: {' '.join(str(error).split())}); mend `config`"
+        ) from error
+
+
+def fetch_config(options: PretrainedOptions, part: str = "vision_config") -> dict[str, Any]:
+    """Return the configuration of `options.source`, as `read_config`; fetch it where it must be.
+
+    Raises ModelError where it can be had neither here nor from the hub.
+    """
+    from transformers.utils.hub import cached_file
+
+    assert options.source is not None
+    if find_file(options, "config.json") is None:
+        try:
+            cached_file(options.source, "config.json", revision=options.revision or "main")
+        except OSError as error:
+            raise ModelError(f"`{options.source}` has no config.json: {error}") from error
+    return read_config(options, part)
+
+
+_BESIDE = (
+    "*.json", "*.jinja", "*.model", "*.txt",  # configuration, tokenizer and preprocessing
+    "adapter_model.*", "mm_projector.bin", "non_lora_trainables.bin",
+)  # fmt: skip
+"""What stands beside a model's weights, or in place of them."""
+
+
+def fetch_folder(source: str, revision: str | None = None, *, weights: bool = True) -> Path:
+    """Return the folder with the files of `source`: itself, or a snapshot of the hub's.
+
+    What the hub's cache lacks is fetched: configuration, tokenizer, preprocessing, `weights`.
+    Raises ModelError where they can be had neither here nor from the hub.
+    """
+    from huggingface_hub import snapshot_download
+
+    if (folder := Path(source)).is_dir():
+        return folder
+    try:
+        for pattern in ("model*.safetensors", "pytorch_model*.bin") if weights else ("*.json",):
+            folder = Path(
+                snapshot_download(
+                    source,
+                    revision=revision,
+                    allow_patterns=[*_BESIDE, pattern],
+                    ignore_patterns=["*/*"],  # other formats and precisions
+                )
+            )
+            if any(folder.glob(pattern)):
+                break
+    except (OSError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ModelError(
+            f"`{source}` is no folder, and the hub's model of that name cannot be had: {reason}"
+        ) from error
+    return folder
+
+
+def find_file(options: PretrainedOptions, name: str) -> Path | None:
+    """Return a file of the source, where it lies on this machine."""
+    assert options.source is not None
+    folder = Path(options.source)
+    if folder.is_dir():
+        return folder / name if (folder / name).is_file() else None
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        cached = try_to_load_from_cache(options.source, name, revision=options.revision)
+    except HFValidationError:  # a path that does not exist
+        return None
+    return Path(cached) if isinstance(cached, str) else None
+
+
+def missing_source(what: str, options: PretrainedOptions) -> str | None:
+    """Return a sentence on what is missing and how to get it, or None where weights are here."""
+    if options.source is None:
+        return None
+    names = (
+        "model.safetensors",
+        "model.safetensors.index.json",
+        "pytorch_model.bin",
+        "pytorch_model.bin.index.json",
+    )
+    if any(find_file(options, name) for name in names):
+        return None
+    if Path(options.source).is_dir():
+        return f"{what}: {options.source} holds no model.safetensors; copy the weights into it"
+    if os.environ.get("HF_HUB_OFFLINE", "") not in ("1", "ON", "YES", "TRUE") and online():
+        return None
+    return (
+        f"the weights of {what} `{options.source}` are not on this machine; fetch them with "
+        f"`hf download {options.source}`, or set `source` to a folder that holds them"
+    )
+
+
+def online() -> bool:
+    """Say whether the hub answers, so that a run can fetch what it lacks by itself."""
+    from urllib.error import HTTPError, URLError
+    from urllib.request import Request, urlopen
+
+    from huggingface_hub.constants import ENDPOINT
+
+    try:
+        urlopen(Request(ENDPOINT, method="HEAD"), timeout=3.0).close()
+    except HTTPError:
+        return True  # it answered
+    except (URLError, OSError):
+        return False
+    return True
+
+
+@contextmanager
+def quietly(*, report: bool = True) -> Iterator[None]:
+    """Keep transformers' own progress bars off the terminal: a step shows one already.
+
+    Without `report` its list of missing and unused weights is dropped too, for callers that look
+    at the missing ones themselves.
+    """
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.disable_progress_bar()
+    if not report:
+        logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+        logging.enable_progress_bar()
+
+
+def load_tokenizer(
+    source: str, revision: str | None = None, legacy: bool | None = None
+) -> PreTrainedTokenizerBase:
+    """Return a fast tokenizer from a folder or the hub.
+
+    `legacy` says whether a LLaMA tokenizer puts a space behind special tokens too.
+    """
+    stated = {} if legacy is None else {"legacy": legacy}
+    tokenizer = fast_tokenizer(source, revision, **stated)
+    if legacy is not None:
+        _put_spaces(tokenizer, source, "always" if legacy else "first")
+    known = getattr(tokenizer, "legacy", None) if legacy is None else legacy
+    if known is not None:  # transformers 5.23 forgets to save it, and then takes False
+        tokenizer.init_kwargs["legacy"] = known
+    return tokenizer
+
+
+def _put_spaces(tokenizer: Any, source: str, scheme: Literal["always", "first"]) -> None:
+    """Have a space put in front of every stretch of text, or of the first only.
+
+    A tokenizer.json has its own mind of this, whatever `legacy` is.
+    """
+    from tokenizers import normalizers, pre_tokenizers
+
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    spaces = getattr(backend, "pre_tokenizer", None)
+    # older files put spaces by a normalizer, which does so in front of every stretch
+    old = isinstance(getattr(backend, "normalizer", None), normalizers.Sequence) and not spaces
+    if backend is None or not (old or isinstance(spaces, pre_tokenizers.Metaspace)):
+        raise ModelError(
+            f"`legacy` is about LLaMA's SentencePiece tokenizers, and that of {source} is none; "
+            "leave it out"
+        )
+    backend.normalizer = None
+    backend.pre_tokenizer = pre_tokenizers.Metaspace("▁", prepend_scheme=scheme, split=False)

@@ -1,0 +1,99 @@
+"""Loads a tokenizer from whatever holds one: a folder, a file, the hub."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llavakit.contracts.errors import ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def find_tokenizer(source: str) -> PreTrainedTokenizerBase:
+    """Return the fast tokenizer of a model folder, a Hugging Face folder, or a hub name.
+
+    `source` may be a file, too: `tokenizer.json`, or SentencePiece's `tokenizer.model`, which is
+    taken for LLaMA's. Raises ModelError where there is none.
+    """
+    path = Path(source)
+    try:
+        if path.is_file():
+            return _from_file(path)
+        if (path / "model.toml").is_file():  # a model folder of ours
+            return fast_tokenizer(str(path / "language"))
+        return fast_tokenizer(source)
+    except (OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())
+        raise ModelError(
+            f"`{source}` gives no tokenizer ({reason:.200}); name a folder with tokenizer.json or "
+            "tokenizer.model, such a file, or a model on the hub"
+        ) from error
+
+
+def fast_tokenizer(
+    source: str, revision: str | None = None, **settings: Any
+) -> PreTrainedTokenizerBase:
+    """Return the fast tokenizer of a Hugging Face folder or a hub name.
+
+    `settings` change those that are written there.
+    """
+    from transformers import AutoTokenizer
+    from transformers.utils.hub import cached_file
+
+    revision = revision or "main"
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+        source, revision=revision, **settings
+    )
+
+    def held(name: str) -> str | None:
+        found: str | None = cached_file(
+            source,
+            name,
+            revision=revision,
+            local_files_only=True,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+        return found
+
+    if held("tokenizer.json") is None and (model := held("tokenizer.model")) is not None:
+        _merge_by_score(tokenizer, Path(model))
+    return tokenizer
+
+
+def _from_file(path: Path) -> PreTrainedTokenizerBase:
+    from transformers import PreTrainedTokenizerFast
+
+    if path.suffix == ".json":
+        if (path.parent / "tokenizer_config.json").is_file():
+            return fast_tokenizer(str(path.parent))
+        tokenizer: PreTrainedTokenizerBase = PreTrainedTokenizerFast(tokenizer_file=str(path))
+        return tokenizer
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "tokenizer.model").symlink_to(path.resolve())
+        settings = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "legacy": True}
+        (Path(folder) / "tokenizer_config.json").write_text(json.dumps(settings))
+        return fast_tokenizer(folder)
+
+
+def _merge_by_score(tokenizer: Any, model: Path) -> None:
+    """Sort the merges of a tokenizer by the scores in its SentencePiece file.
+
+    transformers 5.23 reads the merges of a bare `tokenizer.model` in the order of their ids, which
+    for runs of spaces is not that of SentencePiece's scores.
+    """
+    from sentencepiece import SentencePieceProcessor
+    from tokenizers import Tokenizer
+
+    pieces = SentencePieceProcessor(model_file=str(model))
+    table = json.loads(tokenizer.backend_tokenizer.to_str())
+    if table["model"].get("type") != "BPE":
+        return
+    count = pieces.get_piece_size()
+    scores = {pieces.id_to_piece(number): pieces.get_score(number) for number in range(count)}
+    table["model"]["merges"].sort(key=lambda pair: -scores.get("".join(pair), 0.0))
+    tokenizer.backend_tokenizer.model = Tokenizer.from_str(json.dumps(table)).model

@@ -1,1 +1,0 @@
-"""What the checkpoint layouts share: weight files, parts, image settings, prompts, parity."""

@@ -1,0 +1,208 @@
+"""The files beside the graphs: what transformers and transformers.js read before they run them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from llavakit import ModelError
+from llavakit.contracts.data import IMAGE, Sample, Turn
+from llavakit.stream.encode import IMAGE_ID, encode
+from llavakit_plugins.onnx.exporter.pictures import javascript_settings, python_settings
+from llavakit_plugins.onnx.exporter.prompts import chat_template
+from llavakit_plugins.onnx.runtime.layout import GRAPHS, graph_file
+from llavakit_plugins.onnx.runtime.pictures import Preparation
+from llavakit_plugins.onnx.runtime.prompting import PromptFormat
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerBase
+
+    from llavakit import LlavaModel, PromptTemplate
+
+_PATCH = 4096
+"""A patch larger than any image: clients then count `num_additional_image_tokens` alone."""
+
+
+def write_client_files(
+    model: LlavaModel,
+    folder: Path,
+    *,
+    form: PromptFormat,
+    preparation: Preparation,
+    end_tokens: Sequence[int],
+    precisions: Sequence[str],
+    external: Mapping[str, int],
+) -> None:
+    """Write everything but the graphs and the report."""
+    tokenizer = model.language.tokenizer
+    backend, image_token = client_tokenizer(tokenizer, form)
+    template = agreeing_template(model.template, tokenizer, form)
+    backend.save(str(folder / "tokenizer.json"))
+    # transformers' processor looks here, transformers.js in tokenizer_config.json
+    (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+    special = {
+        name: str(token)
+        for name, token in tokenizer.special_tokens_map.items()
+        if isinstance(token, str)
+    }
+    clean_up = bool(getattr(tokenizer, "clean_up_tokenization_spaces", False))
+    config = _config(model, image_token, precisions, external)
+    tables: dict[str, dict[str, Any]] = {
+        "config.json": config,
+        "generation_config.json": _generation(tokenizer, end_tokens),
+        "preprocessor_config.json": javascript_settings(preparation),
+        "processor_config.json": {
+            "processor_class": "LlavaProcessor",
+            "image_token": IMAGE,
+            "patch_size": _PATCH,
+            "vision_feature_select_strategy": "full",
+            "num_additional_image_tokens": model.visual_tokens,
+            "image_processor": python_settings(preparation),
+        },
+        "tokenizer_config.json": {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "processor_class": "LlavaProcessor",
+            **special,
+            "image_token": IMAGE,
+            "clean_up_tokenization_spaces": clean_up,
+            "model_max_length": model.language.max_length,
+            "padding_side": "left",
+            "chat_template": template,
+        },
+    }
+    for name, table in tables.items():
+        text = json.dumps(table, indent=2, ensure_ascii=False)
+        (folder / name).write_text(f"{text}\n", encoding="utf-8")
+
+
+def client_tokenizer(
+    tokenizer: PreTrainedTokenizerBase, form: PromptFormat
+) -> tuple[Tokenizer, int]:
+    """Return the tokenizer with `<image>` as a special token, and that token's id."""
+    from tokenizers import AddedToken, Tokenizer
+
+    from llavakit.stream.tokenise import Reader
+
+    table = json.loads(Reader.of(tokenizer).backend.to_str())
+    if not form.adds_bos:  # the template writes it; a client would write it again
+        table["post_processor"] = _without_specials(table["post_processor"])
+    backend: Tokenizer = Tokenizer.from_str(json.dumps(table))
+    backend.add_special_tokens([AddedToken(IMAGE, special=True, normalized=False)])
+    image_token = backend.token_to_id(IMAGE)
+    assert image_token is not None  # it was added
+    return backend, image_token
+
+
+def _without_specials(processor: dict[str, Any] | None) -> dict[str, Any] | None:
+    if processor is None or processor["type"] == "TemplateProcessing":
+        return None
+    if processor["type"] == "Sequence":
+        kept = [p for p in processor["processors"] if p["type"] != "TemplateProcessing"]
+        return {"type": "Sequence", "processors": kept} if kept else None
+    return processor
+
+
+def agreeing_template(
+    template: PromptTemplate, tokenizer: PreTrainedTokenizerBase, form: PromptFormat
+) -> str:
+    """Return the chat template with which a client reads a prompt as the model itself does.
+
+    Raises ModelError where there is none.
+    """
+    backend, image_token = client_tokenizer(tokenizer, form)
+    questions = [f"{IMAGE}\nWhat is in the picture?", f"{IMAGE}\n{IMAGE}\nWhich is red?"]
+    if form.shows_question:
+        questions.append("What is the sea like?")
+    wanted = []
+    for text in questions:
+        picture = Path("picture")  # is not opened
+        sample = Sample("prompt", (Turn("human", text),), (picture,) * text.count(IMAGE))
+        ids = encode(sample, template, tokenizer).ids
+        wanted.append(np.where(ids == IMAGE_ID, image_token, ids).tolist())
+    got: list[list[int]] = []
+    for space in (False, True):
+        jinja = chat_template(form, space_behind_image=space)
+        prompts = [render(jinja, [{"role": "user", "content": text}]) for text in questions]
+        got = [list(backend.encode(prompt).ids) for prompt in prompts]
+        if got == wanted:
+            return jinja
+    number = next(n for n, (a, b) in enumerate(zip(got, wanted, strict=True)) if a != b)
+    raise ModelError(
+        f"a client's tokenizer reads the prompt for {questions[number]!r} as {got[number]}, the "
+        f"model as {wanted[number]}; use another prompt template or tokenizer"
+    )
+
+
+def render(template: str, messages: Sequence[Mapping[str, Any]]) -> str:
+    """Return the prompt that a client makes of a chat, open for the answer."""
+
+    def raise_exception(message: str) -> None:
+        raise ModelError(message)
+
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    environment.globals["raise_exception"] = raise_exception
+    return environment.from_string(template).render(messages=messages, add_generation_prompt=True)
+
+
+def _generation(tokenizer: Any, end_tokens: Sequence[int]) -> dict[str, Any]:
+    ends = sorted(end_tokens)
+    known = {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": ends[0] if len(ends) == 1 else ends or None,
+        "pad_token_id": tokenizer.pad_token_id,
+        "do_sample": False,
+    }
+    return {name: value for name, value in known.items() if value is not None}
+
+
+def _config(
+    model: LlavaModel, image_token: int, precisions: Sequence[str], external: Mapping[str, int]
+) -> dict[str, Any]:
+    layers, heads, width = model.language.cache_shape()
+    inner = getattr(model.language, "model", None)
+    text = inner.config.to_dict() if inner is not None else {}
+    text |= {
+        "num_hidden_layers": layers,
+        "num_key_value_heads": heads,
+        "head_dim": width,
+        "hidden_size": model.language.width,
+        "vocab_size": model.language.head.weight.shape[0],
+        "max_position_embeddings": model.language.max_length,
+    }
+    vision = getattr(getattr(model.vision, "model", None), "config", None)
+    shape = (
+        vision.to_dict()
+        if vision is not None and hasattr(vision, "to_dict")
+        else {"model_type": "clip_vision_model"}
+    )
+    shape |= {"image_size": model.vision.image_size, "hidden_size": model.vision.width}
+    for table in (text, shape):
+        for name in ("_name_or_path", "transformers_version", "architectures", "dtype"):
+            table.pop(name, None)
+    clients: dict[str, Any] = {"dtype": dict.fromkeys(GRAPHS, precisions[0])}
+    if external:
+        clients["use_external_data_format"] = dict(external)
+    return {
+        "architectures": ["LlavaForConditionalGeneration"],
+        "model_type": "llava",
+        "image_token_id": image_token,
+        "image_token_index": image_token,
+        "image_seq_length": model.visual_tokens,
+        "vision_feature_select_strategy": "full",
+        "text_config": text,
+        "vision_config": shape,
+        "tie_word_embeddings": False,
+        "transformers.js_config": clients,
+    }
+
+
+def external_files(folder: Path, precisions: Sequence[str]) -> dict[str, int]:
+    """Return the graphs whose weights lie in a file beside them."""
+    names = [graph_file(graph, precision) for precision in precisions for graph in GRAPHS]
+    return {Path(name).name: 1 for name in names if (folder / f"{name}_data").is_file()}

@@ -1,0 +1,265 @@
+"""Writes the ONNX folder, proves it, and reads it back."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from copy import deepcopy
+from pathlib import Path
+from shutil import rmtree
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import torch
+from pydantic import Field, field_validator
+from torch import nn
+
+from llavakit import Exporter, ModelError, Options
+from llavakit.files import digest, new_folder
+from llavakit_plugins.onnx.exporter.attention import Attention
+from llavakit_plugins.onnx.runtime import folder as folders
+from llavakit_plugins.onnx.runtime.layout import DECODER, GRAPHS, REPORT, Precision, graph_file
+from llavakit_plugins.onnx.runtime.model import OnnxModel
+from llavakit_plugins.onnx.runtime.sessions import pick_provider
+
+if TYPE_CHECKING:
+    from llavakit import LlavaModel
+
+_LEAST: Mapping[str, float] = {"fp32": 1.0, "fp16": 0.95, "q8": 0.9, "int8": 0.5, "q4": 0.3}
+_WORK = "work"
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class OnnxOptions(Options):
+    precisions: tuple[Precision, ...] = Field(default=("fp32",), min_length=1)
+    """Each becomes three graphs; the first is what clients take by default."""
+    operators: Literal["microsoft", "plain"] = "microsoft"
+    """`microsoft`: GroupQueryAttention and fused norms, for onnxruntime. `plain`: ONNX's own
+    operators, which take batches padded anywhere and run elsewhere, too."""
+    block_size: int | None = Field(default=None, ge=16, le=256)
+    """How many weights share a scale in q8 and q4, a power of two; by default 128 in 8 bits and 32
+    in 4, fewer in narrow models."""
+    tolerance: float = Field(default=1e-4, gt=0)
+    """How far a logit of fp32 may be from PyTorch's."""
+    least_agreement: dict[Precision, Share] = Field(default_factory=dict)
+    """The share of rows whose likeliest token must be PyTorch's, for each smaller precision; by
+    default fp16 0.95, q8 0.9, int8 0.5, q4 0.3."""
+    external_data_over: int = Field(default=1_900_000_000, ge=0)
+    """Graphs with more bytes of weights keep them in a file beside them; 2 GB is ONNX's limit."""
+
+    @field_validator("precisions", mode="before")
+    @classmethod
+    def _one(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+    @field_validator("block_size")
+    @classmethod
+    def _power(cls, value: int | None) -> int | None:
+        if value is not None and value & (value - 1):
+            raise ValueError("must be a power of two: 16, 32, 64, 128 or 256")
+        return value
+
+
+class Onnx(Exporter):
+    """Three graphs and what clients need beside them; runs in onnxruntime and transformers.js."""
+
+    name = "onnx"
+    Options = OnnxOptions
+
+    def __init__(self, options: OnnxOptions) -> None:
+        self.options = options
+
+    def export(self, model: LlavaModel, folder: Path) -> Mapping[str, Any]:
+        """Write the folder, whole or not at all, and return the figures of its parity.
+
+        Raises ModelError where a part has no ONNX form, where fp32 is not PyTorch's within
+        `tolerance`, or where another precision agrees too little.
+        """
+        needs_onnx()
+        with _in_float32(model) as reference, new_folder(folder) as partial:
+            report = self._write(reference, partial)
+        return {
+            f"{precision} {name}": value
+            for precision, figures in report["parity"].items()
+            for name, value in figures.items()
+        }
+
+    @classmethod
+    def recognises(cls, folder: Path) -> bool:
+        return folders.recognises(folder)
+
+    @classmethod
+    def load(cls, folder: Path, *, device: torch.device, dtype: torch.dtype | None) -> Any:
+        """Return the model of the folder's first precision; its logits are a torch tensor."""
+        checked, precision = folders.read(folder, _half_where_asked(dtype))
+        provider = pick_provider(device.type)
+        return OnnxModel(checked, precision, provider=provider, array=torch.from_numpy)
+
+    def _write(self, model: LlavaModel, partial: Path) -> dict[str, Any]:
+        from llavakit_plugins.onnx.exporter import client, parity
+        from llavakit_plugins.onnx.exporter.pictures import find_preparation
+        from llavakit_plugins.onnx.exporter.prompts import find_format
+
+        options = self.options
+        preparation = find_preparation(model.vision)
+        tokenizer = model.language.tokenizer
+        form = find_format(model.template, tokenizer)
+        tried = parity.cases(model)
+        _, image_token = client.client_tokenizer(tokenizer, form)
+        attention = self._attention(model)
+        self._write_graphs(model, partial, attention, image_token + 1)
+        ends = _ends(model, form.stops)
+        client.write_client_files(
+            model,
+            partial,
+            form=form,
+            preparation=preparation,
+            end_tokens=ends,
+            precisions=options.precisions,
+            external=client.external_files(partial, options.precisions),
+        )
+        layers, heads, width = model.language.cache_shape()
+        report: dict[str, Any] = {
+            "format": folders.FORMAT,
+            "precisions": list(options.precisions),
+            "attention": attention,
+            "settings": options.model_dump(mode="json"),
+            "shapes": {
+                "visual_tokens": model.visual_tokens,
+                "width": model.language.width,
+                "vocabulary": model.language.head.weight.shape[0],
+                "layers": layers,
+                "kv_heads": heads,
+                "head_dim": width,
+                "max_length": model.language.max_length,
+            },
+            "preparation": preparation.model_dump(mode="json"),
+            "prompt": form.model_dump(mode="json"),
+            "end_tokens": sorted(model.language.end_ids),
+            "parts": model.choices,
+            "versions": _versions(),
+            "sha256": {},
+        }
+        manifest = folders.Manifest.model_validate(report)
+        checked = folders.Folder(partial, manifest)
+        exported: dict[str, OnnxModel] = {
+            precision: OnnxModel(checked, precision)
+            for precision in dict.fromkeys(("fp32", *options.precisions))
+        }
+        asked = {str(name): least for name, least in options.least_agreement.items()}
+        limits = {**_LEAST, **asked}
+        report["parity"] = parity.prove(model, exported, limits, options.tolerance, tried)
+        report["prompts"] = [case.text for case in tried]
+        if "fp32" not in options.precisions:
+            for graph in GRAPHS:
+                for left in partial.glob(f"{graph_file(graph, 'fp32')}*"):
+                    left.unlink()
+        files = sorted(file for file in partial.rglob("*") if file.is_file())
+        report["sha256"] = {file.relative_to(partial).as_posix(): digest(file) for file in files}
+        text = json.dumps(report, indent=2, ensure_ascii=False)
+        (partial / REPORT).write_text(f"{text}\n", encoding="utf-8")
+        return report
+
+    def _attention(self, model: LlavaModel) -> Attention:
+        """Return how attention is written: onnxruntime's operator takes only some head sizes."""
+        _, _, width = model.language.cache_shape()
+        if self.options.operators == "plain":
+            return "plain"
+        if width % 8:
+            logging.getLogger(__name__).warning(
+                "GroupQueryAttention takes head sizes that are a multiple of 8, and this model's "
+                "is %d: its attention is written with plain operators",
+                width,
+            )
+            return "plain"
+        return "group_query"
+
+    def _write_graphs(
+        self, model: LlavaModel, partial: Path, attention: Attention, rows: int
+    ) -> None:
+        """Write every graph in every precision, and in fp32 for the proof."""
+        import onnx
+        import onnx_ir as ir
+
+        from llavakit_plugins.onnx.exporter.fusion import fuse
+        from llavakit_plugins.onnx.exporter.graphs import graphs
+        from llavakit_plugins.onnx.exporter.precision import convert
+
+        (partial / "onnx").mkdir()
+        work = partial / _WORK
+        work.mkdir()
+        for name, trace in graphs(model, attention, rows).items():
+            traced = trace()
+            if name == DECODER and self.options.operators == "microsoft":
+                fuse(traced, model.language.max_length)
+            source = work / f"{name}.onnx"
+            ir.save(traced, source, external_data=f"{name}.onnx_data")
+            del traced
+            for precision in dict.fromkeys(("fp32", *self.options.precisions)):
+                graph = convert(name, onnx.load(source), precision, self.options.block_size)
+                self._save(graph, partial / graph_file(name, precision))
+            rmtree(work)
+            work.mkdir()
+        work.rmdir()
+
+    def _save(self, graph: Any, path: Path) -> None:
+        import onnx
+
+        size = sum(len(tensor.raw_data) for tensor in graph.graph.initializer)
+        onnx.save_model(
+            graph,
+            path,
+            save_as_external_data=size > self.options.external_data_over,
+            location=f"{path.name}_data",
+            size_threshold=1024,
+        )
+
+
+def needs_onnx() -> None:
+    """Raise ModelError where the libraries of the extra `onnx` are not installed."""
+    from importlib.util import find_spec
+
+    missing = [name for name in ("onnx", "onnxruntime", "onnxscript") if find_spec(name) is None]
+    if missing:
+        raise ModelError(
+            f"the ONNX export needs {', '.join(missing)}; install it with "
+            "`pip install 'llavakit[onnx]'`"
+        )
+
+
+class _in_float32:
+    """The model on the CPU in float32 and ready to be asked: itself where it is that already."""
+
+    def __init__(self, model: LlavaModel) -> None:
+        self._model, self._training = model, model.training
+
+    def __enter__(self) -> LlavaModel:
+        kinds = {p.dtype for p in self._model.parameters() if p.is_floating_point()}
+        if kinds == {torch.float32} and self._model.device.type == "cpu":
+            return self._model.eval()
+        # weight by weight: whole, the copy would lie beside the model on its device first
+        copies = {
+            id(p): nn.Parameter(p.detach().to("cpu", torch.float32), requires_grad=False)
+            for p in self._model.parameters()
+            if p.is_floating_point()
+        }
+        return deepcopy(self._model, copies).to("cpu").eval()
+
+    def __exit__(self, *_: object) -> None:
+        self._model.train(self._training)
+
+
+def _half_where_asked(dtype: torch.dtype | None) -> str | None:
+    return "fp16" if dtype in (torch.float16, torch.bfloat16) else None
+
+
+def _ends(model: LlavaModel, stops: tuple[str, ...]) -> list[int]:
+    """Return the tokens at which clients stop: the end tokens, and stop texts of one token."""
+    backend = model.language.tokenizer.get_added_vocab()
+    return sorted({*model.language.end_ids, *(backend[s] for s in stops if s in backend)})
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import version
+
+    return {name: version(name) for name in ("llavakit", "torch", "transformers", "onnx")}

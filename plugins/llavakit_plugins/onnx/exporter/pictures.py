@@ -1,0 +1,135 @@
+"""Finds out how a vision encoder prepares images, by trying what clients can do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import product
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+
+from llavakit import ModelError
+from llavakit_plugins.onnx.runtime.pictures import RESAMPLES, Preparation
+
+if TYPE_CHECKING:
+    from llavakit import VisionEncoder
+
+_NUMBERS = {name: int(filter) for name, filter in RESAMPLES.items()}
+"""As image processors count the filters."""
+_CLOSE = 1e-4
+
+
+def pictures(count: int = 2, size: tuple[int, int] = (97, 61)) -> list[Image.Image]:
+    """Return smooth pictures with some noise, the same each time."""
+    draw = np.random.default_rng(0)
+    found = []
+    for number in range(count):
+        wide, high = size if number % 2 == 0 else size[::-1]
+        grid = draw.integers(0, 256, (5, 5, 3), dtype=np.uint8)
+        smooth = np.asarray(Image.fromarray(grid).resize((wide, high), Image.Resampling.BICUBIC))
+        noise = draw.integers(-12, 13, smooth.shape)
+        found.append(Image.fromarray((smooth + noise).clip(0, 255).astype(np.uint8)))
+    return found
+
+
+def find_preparation(vision: VisionEncoder) -> Preparation:
+    """Return the preparation that gives what the encoder's own `prepare` gives.
+
+    Raises ModelError where it is none that clients can do.
+    """
+    size = vision.image_size
+    flat = [Image.new("RGB", (size, size), (level,) * 3) for level in (0, 255)]
+    black, white = (vision.prepare(image).float().numpy()[:, 0, 0] for image in flat)
+    std = 1.0 / (white - black)
+    mean = -black * std
+    known = _rounded(mean), _rounded(std)
+    tries = pictures()
+    expected = [vision.prepare(image).float().numpy() for image in tries]
+    for candidate in _candidates(size, *known):
+        got = [candidate.prepare(image) for image in tries]
+        if all(
+            g.shape == e.shape and np.abs(g - e).max() <= _CLOSE
+            for g, e in zip(got, expected, strict=True)
+        ):
+            return candidate
+    raise ModelError(
+        f"vision encoder `{vision.name}` prepares images in a way that no client of the ONNX "
+        "folder can repeat: not by cropping, padding or squashing to a square with Pillow's "
+        "filters; give its `prepare` one of these"
+    )
+
+
+def _rounded(values: Any) -> tuple[float, float, float]:
+    """Return the numbers as they were written: the fewest digits that float32 allows."""
+
+    def shortest(value: float) -> float:
+        tries = (float(f"{value:.{digits}g}") for digits in range(1, 9))
+        return next((number for number in tries if abs(number - value) < 3e-7), value)
+
+    red, green, blue = (shortest(float(value)) for value in values)
+    return red, green, blue
+
+
+def _candidates(
+    size: int, mean: tuple[float, float, float], std: tuple[float, float, float]
+) -> Iterator[Preparation]:
+    for aspect, resample in product(("crop", "pad", "squash"), RESAMPLES):
+        yield Preparation.model_validate(
+            {"size": size, "aspect": aspect, "resample": resample, "resized": size,
+             "mean": mean, "std": std}
+        )  # fmt: skip
+    for resample, extra in product(RESAMPLES, range(1, size // 2)):  # timm's crop within
+        yield Preparation.model_validate(
+            {"size": size, "aspect": "crop", "resample": resample, "resized": size + extra,
+             "mean": mean, "std": std}
+        )  # fmt: skip
+
+
+def python_settings(preparation: Preparation) -> dict[str, Any]:
+    """Return the preparation as the configuration of a Python image processor."""
+    size = preparation.size
+    settings = _settings(preparation, _NUMBERS[preparation.resample])
+    if preparation.aspect == "pad":
+        settings |= {"image_processor_type": "LlavaImageProcessor", "do_pad": True}
+        settings |= {"size": {"shortest_edge": size}, "do_center_crop": True}
+    return settings
+
+
+def javascript_settings(preparation: Preparation) -> dict[str, Any]:
+    """Return the preparation as the configuration of the JavaScript client's image processor.
+
+    Its bicubic is not antialiased, so that small images of large ones alias; its Lanczos is nearer.
+    It pads behind the resize, not in front of it.
+    """
+    size = preparation.size
+    number = _NUMBERS[preparation.resample]
+    settings = _settings(
+        preparation, _NUMBERS["lanczos"] if preparation.resample == "bicubic" else number
+    )
+    if preparation.aspect == "pad":
+        settings |= {"image_processor_type": "VLMImageProcessor", "image_size": size}
+        settings |= {"size": {"longest_edge": size}, "do_center_crop": False}
+        settings["background_color"] = [int(255 * value) for value in preparation.mean]
+    return settings
+
+
+def _settings(preparation: Preparation, resample: int) -> dict[str, Any]:
+    size = preparation.size
+    square = {"height": size, "width": size}
+    squash = preparation.aspect == "squash"
+    return {
+        "image_processor_type": "CLIPImageProcessor",
+        "processor_class": "LlavaProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": square if squash else {"shortest_edge": preparation.resized},
+        "resample": resample,
+        "do_center_crop": preparation.aspect == "crop",
+        "crop_size": square,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(preparation.mean),
+        "image_std": list(preparation.std),
+    }

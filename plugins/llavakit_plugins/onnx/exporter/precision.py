@@ -1,0 +1,142 @@
+"""Smaller precisions of a graph: half, dynamic int8, and 8 or 4 bits in blocks (MatMulNBits)."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from llavakit_plugins.onnx.runtime.layout import DECODER, EMBEDDINGS, VISION, Precision
+
+_BLOCK = {8: 128, 4: 32}
+_SMALLEST_BLOCK = 16
+_PADDING = 0.05
+"""How much larger blocks may make the weights: what is left of a column fills a whole one."""
+_FLOAT32, _INT8 = 1, 4
+"""What MatMulNBits computes in, by its `accuracy_level`."""
+
+
+def convert(
+    graph: str, model: onnx.ModelProto, precision: Precision, block: int | None
+) -> onnx.ModelProto:
+    """Return a graph in another precision; `model`, the fp32 graph, is used up.
+
+    Inputs and outputs stay float32, but for the key-value cache in fp16. `block` is the number of
+    weights that share a scale, by default 128 of 8 bits and 32 of 4, fewer in narrow models.
+    """
+    if precision == "fp32":
+        return model
+    if precision == "fp16":
+        return _half(graph, model)
+    if graph == EMBEDDINGS:  # a look-up: half the size, and nothing to compute
+        return _half(graph, model)
+    if precision == "int8":
+        return _dynamic(model)
+    return _blocks(graph, model, 8 if precision == "q8" or graph == VISION else 4, block)
+
+
+def _half(graph: str, model: onnx.ModelProto) -> onnx.ModelProto:
+    from onnxruntime.transformers.float16 import convert_float_to_float16
+
+    names = [value.name for value in (*model.graph.input, *model.graph.output)]
+    kept = [name for name in names if not name.startswith(("past_key_values", "present"))]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of weights beyond half precision, which are clamped
+        half: onnx.ModelProto = convert_float_to_float16(
+            model,
+            keep_io_types=kept if graph == DECODER else True,
+            disable_shape_infer=True,
+        )
+    return half
+
+
+def _dynamic(model: onnx.ModelProto) -> onnx.ModelProto:
+    with _quiet():
+        from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    return _through_files(
+        model,
+        lambda source, target: quantize_dynamic(
+            source,
+            target,
+            op_types_to_quantize=["MatMul"],
+            per_channel=True,
+            weight_type=QuantType.QInt8,
+            use_external_data_format=True,
+            extra_options={"MatMulConstBOnly": True},
+        ),
+    )
+
+
+def _blocks(graph: str, model: onnx.ModelProto, bits: int, block: int | None) -> onnx.ModelProto:
+    """Quantise weights in blocks.
+
+    The decoder's products are computed in int8, which one row at a time is fastest. A vision
+    encoder has many rows, for which CPUs without VNNI unpack the weights sooner than they multiply
+    in int8, and activations that 8 bits hold badly: its products are computed in float32.
+    """
+    with _quiet():
+        from onnxruntime.quantization.matmul_nbits_quantizer import (
+            DefaultWeightOnlyQuantConfig,
+            MatMulNBitsQuantizer,
+        )
+
+        settings = DefaultWeightOnlyQuantConfig(
+            block_size=block or _fitting(model, _BLOCK[bits]),
+            is_symmetric=bits == 8,
+            accuracy_level=_FLOAT32 if graph == VISION else _INT8,
+            bits=bits,
+        )
+        quantizer = MatMulNBitsQuantizer(model, algo_config=settings)
+        quantizer.process()
+    found: onnx.ModelProto = quantizer.model.model
+    return found
+
+
+def _fitting(model: onnx.ModelProto, block: int) -> int:
+    """Return `block`, or the largest smaller one that pads the weights little."""
+    tables = {table.name: table.dims for table in model.graph.initializer if len(table.dims) == 2}
+    weights = [
+        tables[node.input[1]]
+        for node in model.graph.node
+        if node.op_type == "MatMul" and node.input[1] in tables
+    ]
+    most = (1 + _PADDING) * sum(rows * columns for rows, columns in weights)
+    while block > _SMALLEST_BLOCK:
+        if sum(-(-rows // block) * block * columns for rows, columns in weights) <= most:
+            break
+        block //= 2
+    return block
+
+
+def _through_files(model: onnx.ModelProto, change: Callable[[Path, Path], None]) -> onnx.ModelProto:
+    """Run a converter that reads and writes files, as graphs over 2 GB must be."""
+    from tempfile import TemporaryDirectory
+
+    with TemporaryDirectory() as name, _quiet():
+        source, target = Path(name) / "source.onnx", Path(name) / "target.onnx"
+        onnx.save_model(model, source, save_as_external_data=True, location="source.onnx_data")
+        change(source, target)
+        return onnx.load(target)
+
+
+class _quiet:
+    """Keeps onnxruntime's converters from logging every node they look at.
+
+    One of them sets up the logging of the whole process when it is imported; that is undone.
+    """
+
+    def __enter__(self) -> None:
+        root = logging.root
+        self._before = root.manager.disable, root.level, list(root.handlers)
+        logging.disable(logging.WARNING)
+
+    def __exit__(self, *_: Any) -> None:
+        disabled, level, handlers = self._before
+        logging.disable(disabled)
+        logging.root.setLevel(level)
+        logging.root.handlers[:] = handlers

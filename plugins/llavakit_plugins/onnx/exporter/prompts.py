@@ -1,0 +1,194 @@
+"""Finds out how a prompt template writes questions, and writes that as a chat template in Jinja.
+
+Other people's clients know nothing of our templates. What they need is found by trying: stand-ins
+for questions and answers are rendered by the model's own template, whichever it is.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from llavakit import DataError, ModelError, Turn
+from llavakit.contracts.data import IMAGE
+from llavakit.stream.tokenise import Reader
+from llavakit_plugins.onnx.runtime.prompting import PromptFormat
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from llavakit import PromptTemplate
+
+_QUESTION, _ANSWER = "stand-in-{}-for-a-question", "stand-in-{}-for-an-answer"
+
+
+def find_format(template: PromptTemplate, tokenizer: PreTrainedTokenizerBase) -> PromptFormat:
+    """Return how a template asks one question.
+
+    Raises ModelError for a template whose prompts depend on the question in another way.
+    """
+    asked = _QUESTION.format(0)
+    shown = _render(template, tokenizer, f"{IMAGE}\n{asked}")
+    if asked not in shown:
+        form = _images_only(template, tokenizer, shown)
+    else:
+        head, ask = _split(_render(template, tokenizer, asked), asked, template.name)
+        unit = shown.removeprefix(head).removesuffix(ask).replace(asked, "").removesuffix("\n")
+        apart = _render(template, tokenizer, f"a{IMAGE}b")
+        trimmed = _render(template, tokenizer, f" {asked} ") == f"{head}{asked}{ask}"
+        form = PromptFormat(
+            template=template.name,
+            head=head,
+            ask=ask,
+            image=unit,
+            placement="front" if apart == f"{head}{unit}\nab{ask}" else "keep",
+            shows_question=True,
+            trims=trimmed,
+            adds_bos=template.adds_bos,
+            beginning=tuple(Reader.of(tokenizer).beginning()),
+            between=_between(template, tokenizer, head, ask),
+            stops=tuple(template.stop(tokenizer)),
+        )
+    _check(form, template, tokenizer)
+    return form
+
+
+def chat_template(form: PromptFormat, *, space_behind_image: bool) -> str:
+    """Return Jinja that renders `messages` as the model's template does.
+
+    Content is a text, or a list of `{"type": "image"}` and `{"type": "text", "text": ...}`. Where
+    a tokenizer puts a space in front of every text by itself, an image is written with a space
+    behind it, so that the ids are those of our own reading, which begins anew behind an image.
+    """
+    image = form.image.replace(IMAGE, f"{IMAGE} ") if space_behind_image else form.image
+    count = "content.split('<image>') | length - 1"
+    listed = (
+        "{%- set texts = content | selectattr('type', 'equalto', 'text') "
+        "| map(attribute='text') | join('\\n') -%}\n"
+        "{%- set images = content | selectattr('type', 'equalto', 'image') | list | length -%}\n"
+    )
+    if form.placement == "front":
+        text = (
+            f"{{%- set images = {count} -%}}\n"
+            "{%- if images -%}{%- set texts = content | replace('<image>', '') | trim -%}\n"
+            f"{{%- else -%}}{{%- set texts = content{' | trim' if form.trims else ''} -%}}"
+            "{%- endif -%}\n"
+        )
+    else:
+        kept = f"content | replace('<image>', {_quote(image)}){' | trim' if form.trims else ''}"
+        text = f"{{%- set images = 0 -%}}{{%- set texts = {kept} -%}}\n"
+    newline = _quote(image + "\n")
+    if form.shows_question:
+        body = (
+            "{%- for _ in range(images) -%}"
+            f"{{{{- {newline} if texts or not loop.last else {_quote(image)} -}}}}"
+            "{%- endfor -%}\n{{- texts -}}\n"
+        )
+    else:
+        body = f"{{%- for _ in range(images) -%}}{{{{- {_quote(image)} -}}}}{{%- endfor -%}}\n"
+    answer, following = form.between or ("", "")
+    again = (
+        f"{{{{- {_quote(answer)} -}}}}{{{{- content -}}}}"
+        if form.between
+        else "{{- raise_exception('this model answers one question, without earlier ones') -}}"
+    )
+    return (
+        "{%- for message in messages -%}\n"
+        "{%- set content = message['content'] -%}\n"
+        "{%- if message['role'] == 'user' -%}\n"
+        f"{{{{- {_quote(form.head)} if loop.first else {_quote(following)} -}}}}\n"
+        f"{{%- if content is string -%}}\n{text}"
+        f"{{%- else -%}}\n{listed}{{%- endif -%}}\n"
+        f"{body}"
+        "{%- elif message['role'] == 'assistant' -%}\n"
+        "{%- if content is not string -%}"
+        "{%- set content = content | map(attribute='text') | join('\\n') -%}{%- endif -%}\n"
+        f"{again}\n"
+        "{%- else -%}\n"
+        "{{- raise_exception('the system text of this model is fixed; give it none') -}}\n"
+        "{%- endif -%}\n"
+        "{%- endfor -%}\n"
+        f"{{%- if add_generation_prompt -%}}{{{{- {_quote(form.ask)} -}}}}{{%- endif -%}}"
+    )
+
+
+def _quote(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _render(template: PromptTemplate, tokenizer: PreTrainedTokenizerBase, *texts: str) -> str:
+    turns = [Turn(("human", "gpt")[n % 2], text) for n, text in enumerate(texts)]
+    return "".join(segment.text for segment in template.segments(turns, tokenizer))
+
+
+def _split(text: str, mark: str, name: str) -> tuple[str, str]:
+    if text.count(mark) != 1:
+        raise ModelError(
+            f"prompt template `{name}` shows a question {text.count(mark)} times, which a chat "
+            "template in Jinja cannot be made of; use another template"
+        )
+    before, _, behind = text.partition(mark)
+    return before, behind
+
+
+def _images_only(
+    template: PromptTemplate, tokenizer: PreTrainedTokenizerBase, shown: str
+) -> PromptFormat:
+    return PromptFormat(
+        template=template.name,
+        head="",
+        ask="",
+        image=shown,
+        placement="front",
+        shows_question=False,
+        trims=False,
+        adds_bos=template.adds_bos,
+        beginning=tuple(Reader.of(tokenizer).beginning()),
+        between=None,
+        stops=tuple(template.stop(tokenizer)),
+    )
+
+
+def _between(
+    template: PromptTemplate, tokenizer: PreTrainedTokenizerBase, head: str, ask: str
+) -> tuple[str, str] | None:
+    """Return what stands between turns, where it is the same between all of them."""
+    marks = [mark.format(number) for number in range(2) for mark in (_QUESTION, _ANSWER)] + [
+        _QUESTION.format(2)
+    ]
+    text = _render(template, tokenizer, *marks)
+    parts = []
+    for mark in marks:
+        before, found, text = text.partition(mark)
+        if not found:
+            return None
+        parts.append(before)
+    same = parts[0] == head and text == ask and parts[1] == parts[3] and parts[2] == parts[4]
+    return (parts[1], parts[2]) if same else None
+
+
+def _check(
+    form: PromptFormat, template: PromptTemplate, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Raise ModelError unless the form renders as the template does."""
+    tries: Sequence[str] = (
+        "What is it?",
+        f"{IMAGE}\nWhat is it?",
+        f"{IMAGE}\n{IMAGE}\nWhich is red?\nSay why.",
+        f"Look at {IMAGE} and say what it is.",
+        f"What is it?\n{IMAGE}",
+        f"{IMAGE}",
+    )
+    for text in tries:
+        try:
+            expected = _render(template, tokenizer, text)
+        except DataError:  # `plain` shows no question without an image
+            continue
+        found = "".join(piece.text for piece in form.pieces(text))
+        if found != expected:
+            raise ModelError(
+                f"prompt template `{template.name}` renders {text!r} as {expected!r}, which a "
+                f"chat template for other clients cannot be made of (it would be {found!r}); set "
+                '`image_placement = "front"`, or use another template'
+            )

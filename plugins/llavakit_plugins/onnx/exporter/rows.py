@@ -1,0 +1,95 @@
+"""Spares the last layer the rows of a prompt whose logits nobody asks for.
+
+A decoder cuts out its last rows in front of the head. Everything between the last attention and
+that cut works on each row by itself, so the cut may as well come right behind the attention: the
+output projection, MLP and norm of the last layer then see the kept rows alone.
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from llavakit_plugins.onnx.runtime.layout import KEEP
+
+_EACH_NUMBER = frozenset(
+    ("Add", "Sub", "Mul", "Div", "Pow", "Neg", "Abs", "Sqrt", "Reciprocal", "Cast", "Sigmoid",
+     "Tanh", "Relu", "Gelu", "Erf")
+)  # fmt: skip
+_LAST_AXIS = frozenset(("RMSNormalization", "LayerNormalization", "Split"))
+
+
+def cut_early(graph: ir.Graph) -> None:
+    """Move the cut of a decoder's last rows forward to the last attention, in place."""
+    cut = _cut(graph)
+    source = cut.inputs[0]
+    assert source is not None
+    moved = {cut}
+    for node in reversed(graph):
+        users = {user for output in node.outputs for user, _ in output.uses()}
+        if users and users <= moved and _by_row(node, source):
+            moved.add(node)
+    moved.remove(cut)
+    if not moved:
+        return
+    into = [
+        (node, place, value)
+        for node in (node for node in graph if node in moved)
+        for place, value in enumerate(node.inputs)
+        if value is not None and value.producer() not in moved and _has_rows(value, source)
+    ]
+    for value in dict.fromkeys(value for _, _, value in into):
+        early = ir.Node("", "Slice", [value, *cut.inputs[1:]], name=f"{cut.name}.{value.name}")
+        kept = early.outputs[0]
+        kept.name, kept.type = f"{value.name}.kept", value.type
+        graph.append(early)
+        for node, place, old in into:
+            if old is value:
+                node.replace_input_with(place, kept)
+    for node in moved:
+        for output in node.outputs:
+            output.shape = None  # it said as many rows as the prompt has
+    cut.outputs[0].replace_all_uses_with(source)
+    graph.remove(cut, safe=True)
+    graph.sort()
+
+
+def _cut(graph: ir.Graph) -> ir.Node:
+    """Return the node that takes the last rows."""
+    value = next(value for value in graph.inputs if value.name == KEEP)
+    while True:
+        ((node, _),) = value.uses()
+        if node.op_type == "Slice":
+            return node
+        (value,) = node.outputs
+
+
+def _by_row(node: ir.Node, like: ir.Value) -> bool:
+    """Say whether each row of what a node returns comes from the same row of what it takes."""
+    if node.domain or not all(_has_rows(value, like) for value in node.outputs):
+        return False
+    taken = [value for value in node.inputs if value is not None]
+    if node.op_type == "MatMul":
+        return _has_rows(taken[0], like) and _rank(taken[1]) == 2
+    if not all(_has_rows(value, like) or _for_every_row(value) for value in taken):
+        return False
+    if node.op_type in _LAST_AXIS:
+        axis = node.attributes["axis"].as_int() if "axis" in node.attributes else None
+        return axis in (-1, _rank(like) - 1)
+    return node.op_type in _EACH_NUMBER
+
+
+def _has_rows(value: ir.Value, like: ir.Value) -> bool:
+    """Say whether a value is `[B, T, *]` as the one that is cut."""
+    shape, other = value.shape, like.shape
+    if shape is None or other is None or len(shape) != len(other):
+        return False
+    return (shape[0], shape[1]) == (other[0], other[1])
+
+
+def _for_every_row(value: ir.Value) -> bool:
+    """Say whether a value is a constant number or vector."""
+    return value.is_initializer() and _rank(value) <= 1
+
+
+def _rank(value: ir.Value) -> int:
+    return -1 if value.shape is None else len(value.shape)

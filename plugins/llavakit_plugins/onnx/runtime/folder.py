@@ -1,0 +1,133 @@
+"""Reads and checks an exported folder: its report, its files and their hashes."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from llavakit.contracts.errors import ModelError
+from llavakit.files import differs
+from llavakit_plugins.onnx.runtime.layout import DECODER, GRAPHS, REPORT, SUFFIXES, graph_file
+from llavakit_plugins.onnx.runtime.pictures import Preparation
+from llavakit_plugins.onnx.runtime.prompting import PromptFormat
+
+FORMAT = 1
+
+
+class Shapes(BaseModel):
+    """The sizes that a runtime has to know."""
+
+    model_config = ConfigDict(frozen=True)
+
+    visual_tokens: int
+    """Rows of the sequence that one image takes (P')."""
+    width: int
+    """Size of one embedding (E)."""
+    vocabulary: int
+    layers: int
+    kv_heads: int
+    head_dim: int
+    max_length: int
+    """Longest sequence in tokens, images included."""
+
+
+class Manifest(BaseModel):
+    """What a runtime needs of export.json."""
+
+    model_config = ConfigDict(frozen=True)
+
+    format: int
+    precisions: tuple[str, ...]
+    attention: Literal["group_query", "plain"]
+    """GroupQueryAttention writes into the cache it is given; plain operators return another."""
+    shapes: Shapes
+    preparation: Preparation
+    prompt: PromptFormat
+    end_tokens: tuple[int, ...]
+    sha256: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A folder whose files are there and are what the export wrote."""
+
+    path: Path
+    manifest: Manifest
+
+    def file(self, name: str) -> Path:
+        return self.path / name
+
+    def json(self, name: str) -> dict[str, Any]:
+        """Return the content of a JSON file."""
+        return _json(self.path / name)
+
+
+def recognises(path: Path) -> bool:
+    """Say by its content whether a folder holds ONNX graphs of a LLaVA."""
+    graphs = [path / graph_file(DECODER, precision) for precision in SUFFIXES]
+    if not any(graph.is_file() for graph in graphs) and not (path / REPORT).is_file():
+        return False
+    try:
+        config = _json(path / "config.json")
+    except ModelError:
+        return False
+    return config.get("model_type") == "llava" and "transformers.js_config" in config
+
+
+def read(path: Path, precision: str | None) -> tuple[Folder, str]:
+    """Return a checked folder and the precision to run: the first it has where none is asked for.
+
+    Raises ModelError where a file is missing or not the one that was exported.
+    """
+    if not path.is_dir():
+        raise ModelError(f"model {path} does not exist; give the folder an export wrote")
+    try:
+        manifest = Manifest.model_validate(_json(path / REPORT))
+    except ValidationError as error:
+        where = ".".join(str(part) for part in error.errors()[0]["loc"])
+        raise ModelError(
+            f"{path / REPORT} is not one this llavakit reads (`{where}`: "
+            f"{error.errors()[0]['msg']}); export the model again"
+        ) from error
+    if manifest.format != FORMAT:
+        raise ModelError(
+            f"{path / REPORT} has format {manifest.format}, this llavakit reads {FORMAT}; "
+            "install the llavakit that wrote it, or export the model again"
+        )
+    chosen = precision or manifest.precisions[0]
+    if chosen not in manifest.precisions:
+        raise ModelError(
+            f"{path} holds no precision `{chosen}`, only {', '.join(manifest.precisions)}; choose "
+            "one of them, or export the model again"
+        )
+    others = {name for name in manifest.sha256 if name.startswith("onnx/")}
+    others -= {name for name in others if Path(name).stem.endswith(_stems(chosen))}
+    for name, known in manifest.sha256.items():
+        file = path / name
+        if not file.is_file():
+            raise ModelError(f"{path} lacks {name}; copy the whole folder again")
+        if name in others:  # of a precision that isn't run
+            continue
+        if differs(file, known):
+            raise ModelError(f"{file} differs from what {REPORT} says; copy the folder again")
+    return Folder(path, manifest), chosen
+
+
+def _stems(precision: str) -> tuple[str, ...]:
+    return tuple(f"{graph}{SUFFIXES[precision]}" for graph in GRAPHS)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelError(f"{path.parent} lacks {path.name}; copy the whole folder again") from None
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path} cannot be read: {error}; copy the folder again") from error
+    if not isinstance(table, dict):
+        raise ModelError(f"{path} is no JSON object; copy the folder again")
+    return table

@@ -1,0 +1,235 @@
+"""An exported LLaVA with the methods of `llavakit.LlavaModel`, without torch.
+
+I images, P' visual tokens of an image, B sequences, T rows, E width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import numpy.typing as npt
+
+from llavakit.contracts.data import ImageSource, Sample
+from llavakit.contracts.errors import ModelError
+from llavakit.contracts.interfaces import Segment
+from llavakit.contracts.model import Sampling
+from llavakit.model.answer import Answering
+from llavakit.model.detokenise import Unfinished, special_stops
+from llavakit.model.images import open_image
+from llavakit.stream.encode import IMAGE_ID, Encoded, tokenise
+from llavakit_plugins.onnx.runtime.folder import Folder, read
+from llavakit_plugins.onnx.runtime.layout import DECODER, EMBEDDINGS, VISION
+from llavakit_plugins.onnx.runtime.sessions import (
+    Decoder,
+    give_back_memory,
+    open_session,
+    pick_provider,
+)
+from llavakit_plugins.onnx.runtime.text import TextTokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+FloatArray = npt.NDArray[np.float32]
+IntArray = npt.NDArray[np.int64]
+
+
+def load(
+    path: str | Path,
+    *,
+    device: str = "auto",
+    precision: str | None = None,
+    threads: int | None = None,
+) -> OnnxModel:
+    """Return the model in a folder that `llava-run export --format onnx` wrote.
+
+    `precision` is one that the folder holds (the first it lists where absent), `device` is cpu,
+    cuda or auto, `threads` the number of CPU threads (onnxruntime's own choice where absent).
+    Raises ModelError where a file is missing, changed, or of an operator set that the installed
+    onnxruntime does not know.
+    """
+    folder, chosen = read(Path(path), precision)
+    return OnnxModel(folder, chosen, provider=pick_provider(device), threads=threads)
+
+
+class OnnxModel(Answering[FloatArray]):
+    """A LLaVA in onnxruntime."""
+
+    def __init__(
+        self,
+        folder: Folder,
+        precision: str,
+        *,
+        provider: str = "cpu",
+        threads: int | None = None,
+        array: Callable[[FloatArray], Any] = lambda logits: logits,
+    ) -> None:
+        self.manifest, self.precision, self.provider = folder.manifest, precision, provider
+        self._tokenizer = TextTokenizer.of(folder)
+        self._array = array
+        """What `logits` returns the numpy array as."""
+        self._vision, self._embeddings, decoder = (
+            open_session(folder, graph, precision, provider, threads)
+            for graph in (VISION, EMBEDDINGS, DECODER)
+        )
+        self.decoder = Decoder(
+            decoder,
+            folder.manifest.shapes,
+            in_place=folder.manifest.attention == "group_query",
+            provider=provider,
+        )
+        give_back_memory()
+
+    @property
+    def visual_tokens(self) -> int:
+        """How many rows of the sequence one image takes (P')."""
+        return self.manifest.shapes.visual_tokens
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return cast("PreTrainedTokenizerBase", self._tokenizer)  # as far as the core asks
+
+    @property
+    def stops(self) -> Sequence[str]:
+        return self.manifest.prompt.stops
+
+    def _render(self, question: Sample) -> Encoded:
+        form = self.manifest.prompt
+        return self._encode(form.pieces(question.turns[0].text), begins=form.adds_bos)
+
+    def _read_raw(self, prompt: str) -> Encoded:
+        return self._encode([Segment(prompt, markup=True)], begins=True)
+
+    def _encode(self, pieces: Sequence[Segment], *, begins: bool) -> Encoded:
+        """Return a prompt's tokens, with those in front that the model's own tokenizer puts."""
+        first = self.manifest.prompt.beginning if begins else ()
+        ids, learned = tokenise(pieces, self.tokenizer, begin=False)
+        return Encoded(
+            np.concatenate((np.asarray(first, np.int64), ids)),
+            np.concatenate((np.zeros(len(first), np.bool_), learned)),
+        )
+
+    def prepare(
+        self, images: Sequence[ImageSource], where: str = "the prompt"
+    ) -> FloatArray | None:
+        """Return the pixels `[I, 3, H, W]` of images, or None for none."""
+        if not images:
+            return None
+        prepare = self.manifest.preparation.prepare
+        return np.stack([prepare(open_image(image, where)) for image in images])
+
+    def features(self, pixels_IHW: FloatArray) -> FloatArray:
+        """Return the visual embeddings `[I, P', E]` of pixels `[I, 3, H, W]`."""
+        (features,) = self._vision.run(["image_features"], {"pixel_values": pixels_IHW})
+        return cast("FloatArray", features)
+
+    def embed(self, encoded: Encoded, pixels_IHW: FloatArray | None) -> FloatArray:
+        """Return the embeddings `[T, E]` of a prompt, text and visual rows."""
+        rows = encoded.expand(self.visual_tokens)
+        embeds_TE: FloatArray = self._embed(rows.token_ids[None])[0]
+        if pixels_IHW is not None and len(pixels_IHW):
+            embeds_TE[rows.visual] = self.features(pixels_IHW).reshape(-1, embeds_TE.shape[1])
+        return embeds_TE
+
+    def logits(self, prompt: str, images: Sequence[ImageSource] = (), *, raw: bool = False) -> Any:
+        """Return logits `[T, V]`, float32, of every row of the spliced sequence."""
+        embeds_TE = self.embed(self.prompt(prompt, images, raw=raw), self.prepare(images))
+        return self._array(self.trace(embeds_TE)[0])
+
+    def trace(self, embeds_TE: FloatArray) -> tuple[FloatArray, list[npt.NDArray[Any]]]:
+        """Return logits `[T, V]` of every row, and each layer's keys and values in turn."""
+        self._check_room([len(embeds_TE)], 0)
+        logits = self.decoder.read(embeds_TE[None], np.ones((1, len(embeds_TE)), np.int64))
+        held = self.decoder.held()
+        self.decoder.release()
+        return logits[0], held
+
+    def _write(
+        self, prompts: Sequence[Encoded], pixels_IHW: FloatArray | None, sampling: Sampling
+    ) -> Iterator[list[tuple[int, int]]]:
+        embeds = self._embed_prompts(prompts, pixels_IHW)
+        lengths = [len(rows) for rows in embeds]
+        room = self._check_room(lengths, sampling.max_new_tokens)
+        ends = special_stops(self.tokenizer, sampling.stop).union(self.manifest.end_tokens)
+        unfinished = Unfinished(self.tokenizer, ends, sampling.stop, room)
+        draw = np.random.default_rng(sampling.seed)
+        capacity = max(n + m for n, m in zip(lengths, room, strict=True))
+        try:
+            logits_BV = self._read(embeds, capacity)
+            while True:
+                chosen = choose(logits_BV, sampling, draw)
+                for index in unfinished.active:
+                    lengths[index] += 1
+                yield list(zip(unfinished.active, chosen, strict=True))
+                going = unfinished.take(chosen)
+                if not going:
+                    return
+                if len(going) < len(chosen):
+                    self.decoder.select(going)
+                    chosen = [chosen[place] for place in going]
+                places = np.asarray([[lengths[index] - 1] for index in unfinished.active], np.int64)
+                embeds_B1E = self._embed(np.asarray(chosen, np.int64)[:, None])
+                logits_BV = self.decoder.step(embeds_B1E, places)
+        finally:
+            self.decoder.release()
+
+    def _embed_prompts(
+        self, encoded: Sequence[Encoded], pixels_IHW: FloatArray | None
+    ) -> list[FloatArray]:
+        """Return the embeddings `[T, E]` of each prompt."""
+        found, begin = [], 0
+        for one in encoded:
+            end = begin + one.image_count
+            found.append(self.embed(one, None if pixels_IHW is None else pixels_IHW[begin:end]))
+            begin = end
+        return found
+
+    def _read(self, embeds: Sequence[FloatArray], capacity: int) -> FloatArray:
+        """Read the prompts as one batch, padded on the right; return each one's next logits."""
+        lengths = [len(rows) for rows in embeds]
+        longest = max(lengths)
+        batch_BTE = np.zeros((len(embeds), longest, embeds[0].shape[1]), np.float32)
+        real_BT = np.zeros((len(embeds), longest), np.int64)
+        for index, rows in enumerate(embeds):
+            batch_BTE[index, : len(rows)] = rows
+            real_BT[index, : len(rows)] = 1
+        keep = longest - min(lengths) + 1
+        room = capacity + longest - min(lengths)
+        logits_BKV = self.decoder.read(batch_BTE, real_BT, keep=keep, capacity=room)
+        last = [length - 1 - (longest - keep) for length in lengths]
+        return logits_BKV[np.arange(len(lengths)), last]
+
+    def _check_room(self, lengths: Sequence[int], new: int) -> list[int]:
+        """Return how many tokens each sequence may still get."""
+        longest = self.manifest.shapes.max_length
+        room = [min(new, longest - length) for length in lengths]
+        if min(room) < min(new, 1):
+            raise ModelError(
+                f"the prompt has {max(lengths)} tokens with its images; the language model reads "
+                f"at most {longest}: shorten it"
+            )
+        return room
+
+    def _embed(self, ids_BT: IntArray) -> FloatArray:
+        ids = np.where(ids_BT == IMAGE_ID, 0, ids_BT)
+        (embeds,) = self._embeddings.run(["inputs_embeds"], {"input_ids": ids})
+        return cast("FloatArray", embeds)
+
+
+def choose(logits_BV: FloatArray, sampling: Sampling, draw: np.random.Generator) -> list[int]:
+    """Return the next token of each sequence."""
+    if sampling.temperature == 0:
+        return [int(token) for token in logits_BV.argmax(axis=-1)]
+    scaled_BV = logits_BV.astype(np.float64) / sampling.temperature
+    weights_BV = np.exp(scaled_BV - scaled_BV.max(axis=-1, keepdims=True))
+    chosen = []
+    for weights_V in weights_BV:
+        shares_V = weights_V / weights_V.sum()
+        order = np.argsort(-shares_V, kind="stable")
+        before = np.cumsum(shares_V[order]) - shares_V[order]
+        kept = order[before < sampling.top_p]
+        chosen.append(int(draw.choice(kept, p=shares_V[kept] / shares_V[kept].sum())))
+    return chosen

@@ -1,0 +1,217 @@
+"""onnxruntime's sessions, and decoding with a key-value cache that stays where the model runs.
+
+B sequences, T rows, E width, V vocabulary, G key-value heads, K head dimension.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from llavakit.contracts.errors import ModelError
+from llavakit_plugins.onnx.runtime.folder import Folder, Shapes
+from llavakit_plugins.onnx.runtime.layout import DECODER, KEEP, cache_names, graph_file
+
+if TYPE_CHECKING:
+    from onnxruntime import InferenceSession, OrtValue
+
+FloatArray = npt.NDArray[np.float32]
+IntArray = npt.NDArray[np.int64]
+CacheArray = npt.NDArray[Any]
+_CPU = "CPUExecutionProvider"
+_CUDA = "CUDAExecutionProvider"
+
+
+def pick_provider(device: str) -> str:
+    """Return `cuda` or `cpu`; `auto` is CUDA where onnxruntime and the machine have it.
+
+    Raises ModelError for a device that is not there.
+    """
+    runtime = runtime_module()
+    kind = device.partition(":")[0]
+    if kind not in ("auto", "cpu", "cuda"):
+        raise ModelError(f"an ONNX model runs on cpu or cuda, not on `{device}`; use one of them")
+    there = _CUDA in runtime.get_available_providers() and _has_gpu(runtime)
+    if kind == "cuda" and not there:
+        raise ModelError(
+            "onnxruntime finds no CUDA device; install onnxruntime-gpu on a machine that has "
+            "one, or use cpu"
+        )
+    return "cuda" if there and kind != "cpu" else "cpu"
+
+
+def runtime_module() -> Any:
+    """Return onnxruntime. Raises ModelError where it isn't installed."""
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise ModelError(
+            "an ONNX model needs onnxruntime; install it with `pip install 'llavakit[onnx]'`"
+        ) from error
+    return onnxruntime
+
+
+def _has_gpu(runtime: Any) -> bool:
+    devices = getattr(runtime, "get_ep_devices", None)
+    if devices is None:  # before onnxruntime 1.23
+        return True
+    from pathlib import Path
+
+    return Path("/dev/nvidiactl").exists() or any(device.ep_name == _CUDA for device in devices())
+
+
+def open_session(
+    folder: Folder, graph: str, precision: str, provider: str, threads: int | None
+) -> InferenceSession:
+    """Return a session of one graph. Raises ModelError where onnxruntime cannot load it."""
+    runtime = runtime_module()
+    options = runtime.SessionOptions()
+    options.log_severity_level = 3
+    # what a prompt or an image took would be held until the next one comes
+    options.enable_cpu_mem_arena = False
+    if graph != DECODER:  # its threads would spin on while the decoder's work
+        options.add_session_config_entry("session.force_spinning_stop", "1")
+    # without VNNI, int8 products of signed weights saturate; this takes as long and does not
+    options.add_session_config_entry("session.x64quantprecision", "1")
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    path = folder.file(graph_file(graph, precision))
+    providers = [_CUDA, _CPU] if provider == "cuda" else [_CPU]
+    try:
+        session: InferenceSession = runtime.InferenceSession(
+            str(path), sess_options=options, providers=providers
+        )
+    except Exception as error:  # onnxruntime's errors share no base class
+        reason = str(error).strip().partition("\n")[0]
+        known = re.search(r"[Oo]pset (\d+)", reason)
+        if known is not None or "opset" in reason.lower():
+            number = known[1] if known else "of a newer kind"
+            raise ModelError(
+                f"{path} needs operator set {number}, which onnxruntime {runtime.__version__} "
+                "does not know; update onnxruntime, or export the model again"
+            ) from error
+        raise ModelError(
+            f"onnxruntime {runtime.__version__} cannot load {path}: {reason}; export the model "
+            "again, or update onnxruntime"
+        ) from error
+    if provider == "cuda" and _CUDA not in session.get_providers():
+        raise ModelError(
+            f"onnxruntime could not use CUDA for {path}; check its CUDA libraries, or use cpu"
+        )
+    return session
+
+
+def give_back_memory() -> None:
+    """Give the memory that was freed back to the system, where glibc can.
+
+    onnxruntime packs the weights and frees what it read, and an answer frees its activations and
+    its cache; both come in pieces that glibc would hold on to.
+    """
+    import ctypes
+    import sys
+
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
+
+
+class Decoder:
+    """The decoder's session and the cache of the sequences that are being written.
+
+    Sequences are padded on the right. With GroupQueryAttention the cache is one buffer that the
+    operator writes into; with plain operators every step returns a longer one. Either stays on
+    the device.
+    """
+
+    def __init__(
+        self, session: InferenceSession, shapes: Shapes, *, in_place: bool, provider: str
+    ) -> None:
+        self.session, self.shapes, self.in_place, self.device = session, shapes, in_place, provider
+        self._past = cache_names(shapes.layers)
+        self._present = cache_names(shapes.layers, "present")
+        kinds = {value.name: value.type for value in session.get_inputs()}
+        half = kinds[self._past[0]] == "tensor(float16)"
+        self._kind = np.float16 if half else np.float32
+        self._cache: list[OrtValue] = []
+        self._binding: Any = None
+        self._mask_BL: IntArray = np.zeros((0, 0), np.int64)
+
+    def read(
+        self, embeds_BTE: FloatArray, real_BT: IntArray, *, keep: int = 0, capacity: int = 0
+    ) -> FloatArray:
+        """Read prompts and return logits of their last `keep` rows (0: all).
+
+        `real_BT` is 1 for tokens and 0 for the padding behind them. `capacity` is the longest that
+        a sequence may become by steps.
+        """
+        batch, rows = real_BT.shape
+        room = max(capacity, rows) if self.in_place else 0
+        shape = (batch, self.shapes.kv_heads, room, self.shapes.head_dim)
+        # zeros, since what lies behind a sequence must not be NaN
+        self._cache = [self._place(np.zeros(shape, self._kind)) for _ in self._past]
+        self._binding, self._mask_BL = None, real_BT
+        places = np.arange(rows, dtype=np.int64)
+        binding = self._bind()
+        kept = runtime_module().OrtValue.ortvalue_from_numpy(np.asarray(keep, np.int64))
+        binding.bind_ortvalue_input(KEEP, kept)  # it has a default, which the other way refuses
+        whole_BT = np.broadcast_to(places, real_BT.shape).copy()
+        logits_BKV = self._run(binding, embeds_BTE, whole_BT)
+        self._binding = None  # its output has as many rows as were kept
+        return logits_BKV
+
+    def step(self, embeds_B1E: FloatArray, positions_B1: IntArray) -> FloatArray:
+        """Return logits `[B, V]` of one more row of each sequence."""
+        self._mask_BL = np.concatenate((self._mask_BL, np.ones_like(positions_B1)), axis=1)
+        return self._run(self._bind(), embeds_B1E, positions_B1)[:, -1]
+
+    def held(self) -> list[CacheArray]:
+        """Return each layer's keys and values `[B, G, L, K]` in turn, as arrays of their own."""
+        return [value.numpy().copy() for value in self._cache]
+
+    def release(self) -> None:
+        """Let go of the sequences, and of the memory that they took."""
+        self._cache, self._binding = [], None
+        give_back_memory()
+
+    def select(self, sequences: Sequence[int]) -> None:
+        """Keep only these sequences, in this order."""
+        rows = list(sequences)
+        self._cache = [self._place(value.numpy()[rows]) for value in self._cache]
+        self._binding = None
+        self._mask_BL = self._mask_BL[rows]
+
+    def _run(self, binding: Any, embeds_BTE: FloatArray, positions_BT: IntArray) -> FloatArray:
+        binding.bind_cpu_input("inputs_embeds", embeds_BTE)
+        binding.bind_cpu_input("attention_mask", self._mask_BL)
+        binding.bind_cpu_input("position_ids", positions_BT)
+        self.session.run_with_iobinding(binding)
+        logits, *present = binding.get_outputs()
+        if not self.in_place:
+            self._cache = present
+        logits_BKV: FloatArray = logits.numpy()
+        return logits_BKV
+
+    def _bind(self) -> Any:
+        """Return a binding of the cache; one that is written in place is bound once."""
+        if self._binding is not None:
+            return self._binding
+        binding = self.session.io_binding()
+        binding.bind_output("logits", "cpu")
+        for past, present, value in zip(self._past, self._present, self._cache, strict=True):
+            binding.bind_ortvalue_input(past, value)
+            if self.in_place:
+                binding.bind_ortvalue_output(present, value)
+            else:
+                binding.bind_output(present, self.device)
+        if self.in_place:
+            self._binding = binding
+        return binding
+
+    def _place(self, held_BGPK: CacheArray) -> OrtValue:
+        """Return a tensor of the cache on the device; on a CPU it is the array itself."""
+        value: OrtValue = runtime_module().OrtValue.ortvalue_from_numpy(held_BGPK, self.device, 0)
+        return value

@@ -1,0 +1,52 @@
+"""The tokenizer of an exported folder, read with the `tokenizers` library alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from llavakit.contracts.errors import ModelError
+from llavakit_plugins.onnx.runtime.folder import Folder
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+
+class TextTokenizer:
+    """What `llavakit.stream.encode` and `llavakit.model.detokenise` ask of a tokenizer."""
+
+    def __init__(self, backend: Tokenizer, settings: dict[str, Any]) -> None:
+        self.backend_tokenizer = backend
+        self._cleans = bool(settings.get("clean_up_tokenization_spaces", False))
+
+    @classmethod
+    def of(cls, folder: Folder) -> TextTokenizer:
+        from tokenizers import Tokenizer
+
+        path = folder.file("tokenizer.json")
+        try:
+            backend = Tokenizer.from_file(str(path))
+        except Exception as error:  # tokenizers raises nothing narrower
+            raise ModelError(f"{path} cannot be read: {error}; copy the folder again") from error
+        return cls(backend, folder.json("tokenizer_config.json"))
+
+    @property
+    def added_tokens_decoder(self) -> dict[int, Any]:
+        """The tokens that were added to the vocabulary, by their ids."""
+        return self.backend_tokenizer.get_added_tokens_decoder()
+
+    def convert_ids_to_tokens(self, token: int) -> str | None:
+        """Return a token as it stands in the vocabulary."""
+        return self.backend_tokenizer.id_to_token(token)
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
+        """Return the text of tokens, as transformers gives it."""
+        text = self.backend_tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        return _clean_up(text) if self._cleans else text
+
+
+def _clean_up(text: str) -> str:
+    """Take away the spaces that a word-level tokenizer leaves in front of punctuation."""
+    for spaced in (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're"):
+        text = text.replace(spaced, spaced.strip() if spaced == " ' " else spaced[1:])
+    return text

@@ -1,0 +1,110 @@
+"""What a report is made of: the run folder's facts, the steps' records, the recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llavakit.contracts.sections import Section, StepRecord
+from llavakit.engine.progress import duration
+from llavakit.files import peek_json
+
+if TYPE_CHECKING:
+    from llavakit.recipe.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of the model."""
+
+    name: str
+    use: str
+    parameters: int | None
+    options: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A step, done or not."""
+
+    name: str
+    anchor: str
+    seconds: float | None = None
+    """None: not yet run."""
+    share: float = 0.0
+    """Of the longest step's time, in percent."""
+    folder: Path = Path()
+    options: Mapping[str, Any] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    sections: Sequence[Section] = ()
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything that the page shows."""
+
+    name: str
+    facts: Sequence[str]
+    stages: Sequence[Stage]
+    parts: Sequence[Part]
+    environment: Mapping[str, Any]
+    recipe: str
+
+
+def collect(recipe: Recipe, directory: Path, records: Sequence[StepRecord]) -> Report:
+    """Return what there is to show of the steps that are done and of those that are not."""
+    uses = dict(recipe.active_steps())
+    longest = max((record.seconds for record in records), default=0.0) or 1.0
+    stages = [
+        Stage(
+            name=record.name,
+            anchor=f"step-{number}",
+            seconds=record.seconds,
+            share=100 * record.seconds / longest,
+            folder=record.folder,
+            options=flat(uses[record.name].options) if record.name in uses else {},
+            metrics=record.metrics,
+            sections=record.sections,
+        )
+        for number, record in enumerate(records, start=1)
+    ]
+    done = {record.name for record in records}
+    stages += [Stage(name, "") for name in uses if name not in done]
+
+    environment = peek_json(directory / "environment.json")
+    plan = flat(peek_json(directory / "plan.json"))
+    parts = [
+        Part(name, use.use, plan.get(f"parts.{name}.parameters"), flat(use.options))
+        for name in (type(recipe.model).model_fields if recipe.model else ())
+        if (use := getattr(recipe.model, name)) is not None
+    ]
+    device = environment.get("device_name", environment.get("device"))
+    facts = [
+        f"seed {recipe.seed}",
+        *([str(device)] if device else []),
+        f"{len(records)} of {len(stages)} steps done",
+        duration(sum(record.seconds for record in records)),
+    ]
+    try:
+        text = (directory / "recipe.toml").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        text = ""
+    return Report(recipe.name, facts, stages, parts, flat(environment), text.strip())
+
+
+def flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested tables as one with dotted keys."""
+    found: dict[str, Any] = {}
+    for key, value in table.items():
+        items = dict(enumerate(value, 1)) if _holds_tables(value) else value
+        if isinstance(items, Mapping):
+            found |= flat({str(k): v for k, v in items.items()}, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = value
+    return found
+
+
+def _holds_tables(value: object) -> bool:
+    return isinstance(value, list | tuple) and any(isinstance(item, Mapping) for item in value)

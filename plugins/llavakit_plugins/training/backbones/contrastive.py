@@ -1,0 +1,171 @@
+"""Trains a small CLIP contrastively (arXiv 2103.00020, section 2.3) and gives its vision half.
+
+B images of a batch and as many captions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from llavakit import ImageContext, ModelError, Run, VisionEncoder
+from llavakit.model.images import inside, read_pixels
+from llavakit_plugins.generation.scenes import FAMILY
+from llavakit_plugins.training.backbones.loop import optimise, shuffled
+from llavakit_plugins.training.optimiser import Group, Optimiser, Schedule
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+_MAX_SCALE = math.log(100)  # as CLIP clips it
+
+
+class ContrastiveOptions(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    text: Mapping[str, Any] = Field(
+        default_factory=lambda: {
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+        }
+    )
+    """The text half, as in a config.json; it is thrown away afterwards."""
+    steps: int = Field(default=1200, ge=1)
+    batch_size: int = Field(default=64, ge=2)
+    """Images of a batch; families of eight that follow each other in the data stay together."""
+    lr: float = Field(default=1e-3, gt=0)
+    weight_decay: float = Field(default=0.05, ge=0)
+    warmup: float = Field(default=0.05, ge=0, lt=1)
+    first: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the steps that see only the first file of contexts (the easier ones)."""
+    loudness: float = Field(default=0.4, gt=0)
+    """Spread of new embeddings: at the 0.02 of long trainings a short one would not hear them."""
+
+
+def train_clip(
+    vision: VisionEncoder,
+    tokenizer: PreTrainedTokenizerFast,
+    files: Sequence[Sequence[ImageContext]],
+    images: Path,
+    options: ContrastiveOptions,
+    run: Run,
+) -> list[tuple[int, float]]:
+    """Train `vision`, a CLIP, on images and captions; return the losses by step."""
+    from transformers import CLIPConfig, CLIPModel
+
+    target = getattr(vision, "model", None)
+    if type(target).__name__ != "CLIPVisionModel":
+        raise ModelError(
+            f"`backbones` trains a CLIP, not `{vision.name}`; use `clip` as vision encoder"
+        )
+    assert target is not None
+    device = target.device
+    contexts = [context for file in files for context in file]
+    captions = [
+        [[*tokenizer(caption)["input_ids"], tokenizer.eos_token_id] for caption in context.captions]
+        for context in contexts
+    ]
+    text = {
+        **options.text,
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": max(len(ids) for all_ids in captions for ids in all_ids),
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        "projection_dim": target.config.projection_dim,
+    }
+    config = CLIPConfig(
+        text_config=text,
+        vision_config=target.config.to_dict(),
+        projection_dim=target.config.projection_dim,
+        logit_scale_init_value=math.log(1 / 0.07),
+    )
+    torch.manual_seed(run.seed)
+    clip = CLIPModel(config).train().to(device)
+    for module in clip.modules():
+        if isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=options.loudness)
+    pixels = _read(contexts, images, vision, run)
+    schedule = Schedule(options.steps, options.warmup)
+    optimiser = Optimiser(_groups(clip, options), schedule, betas=(0.9, 0.98))
+    order = _Order(len(files[0]), len(contexts), options, run.seed)
+
+    def loss_of(step: int) -> Tensor:
+        index, draw = order.batch(step)
+        chosen = [captions[i][int(draw.integers(len(captions[i])))] for i in index]
+        longest = max(map(len, chosen))
+        rows = torch.full((len(index), longest), tokenizer.pad_token_id)
+        for number, ids in enumerate(chosen):
+            rows[number, : len(ids)] = torch.tensor(ids)
+        mask = (torch.arange(longest) < torch.tensor([len(ids) for ids in chosen])[:, None]).long()
+        with torch.no_grad():
+            clip.logit_scale.clamp_(0, _MAX_SCALE)
+        logits_BB = clip(
+            input_ids=rows.to(device),
+            attention_mask=mask.to(device),
+            pixel_values=pixels[index].to(device),
+        ).logits_per_image
+        truth = torch.arange(len(index), device=device)
+        loss: Tensor = (F.cross_entropy(logits_BB, truth) + F.cross_entropy(logits_BB.T, truth)) / 2
+        return loss
+
+    losses = optimise(run, "contrastive", optimiser, loss_of)
+    inner = getattr(target, "vision_model", target)
+    trained = getattr(clip.vision_model, "vision_model", clip.vision_model)
+    inner.load_state_dict(trained.state_dict())
+    return losses
+
+
+def _read(
+    contexts: Sequence[ImageContext], folder: Path, vision: VisionEncoder, run: Run
+) -> Tensor:
+    """Return the pixels of every image, `[n, 3, H, W]`."""
+    pixels = torch.empty(len(contexts), 3, vision.image_size, vision.image_size)
+    for number, context in enumerate(contexts):
+        where = f"context `{context.id}`"
+        pixels[number] = read_pixels(vision, inside(folder, context.image, where), where)
+        if number % 512 == 511:
+            run.progress(number + 1, len(contexts), "reading images")
+    return pixels
+
+
+def _groups(clip: nn.Module, options: ContrastiveOptions) -> list[Group]:
+    """Decay matrices only, as CLIP does."""
+    decayed: dict[str, nn.Parameter] = {}
+    others: dict[str, nn.Parameter] = {}
+    for name, parameter in clip.named_parameters():
+        plain = parameter.ndim < 2 or "embedding" in name
+        (others if plain else decayed)[name] = parameter
+    return [
+        Group(decayed, options.lr, options.weight_decay),
+        Group(others, options.lr),
+    ]
+
+
+class _Order:
+    """Which images a step sees: whole families, shuffled anew each time all have been seen."""
+
+    def __init__(self, easy: int, total: int, options: ContrastiveOptions, seed: int) -> None:
+        self._families = (easy // FAMILY, total // FAMILY)
+        self._per = max(1, options.batch_size // FAMILY)
+        self._first = int(options.first * options.steps) if easy < total else 0
+        self._seed = seed
+
+    def batch(self, step: int) -> tuple[list[int], np.random.Generator]:
+        """Return the images of a step and a source of chance for it."""
+        first = step < self._first
+        families = self._families[0] if first else self._families[1]
+        begin = (step if first else step - self._first) * self._per
+        chosen = shuffled(range(begin, begin + self._per), families, self._seed, int(first))
+        index = [family * FAMILY + member for family in chosen for member in range(FAMILY)]
+        return index, np.random.default_rng([self._seed, 2, step])

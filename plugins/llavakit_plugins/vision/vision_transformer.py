@@ -1,0 +1,303 @@
+"""What vision transformers share: the layer whose output is taken, what stands before the patches,
+preprocessing. A family of transformers' needs some twenty lines on top (see docs/plugins.md).
+
+B images, P patches, D width.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+from abc import abstractmethod
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, cast
+
+import torch
+from PIL import Image
+from pydantic import Field
+from torch import Tensor, nn
+
+from llavakit import ModelError, Options, VisionEncoder
+from llavakit_plugins.checkpoints.filling import fill
+from llavakit_plugins.checkpoints.weights import Weights
+from llavakit_plugins.huggingface.hub import (
+    PretrainedOptions,
+    explain_config,
+    fetch_config,
+    fetch_folder,
+    find_file,
+    missing_source,
+    quietly,
+    read_config,
+)
+from llavakit_plugins.vision.preprocessing import (
+    MEAN,
+    RGB,
+    STD,
+    Aspect,
+    Interpolation,
+    Square,
+    to_square,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+Spread = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class EncoderOptions(Options):
+    """Which features are taken, and of which pixels."""
+
+    layer: int = -2
+    """Whose output to use, as in `hidden_states[layer]`: 0 is the embedding, -1 the last."""
+    norm: bool = False
+    """Apply the encoder's final normalisation to it."""
+    select: Literal["patch", "cls_patch"] = "patch"
+    """`cls_patch` keeps the class token, and registers, as visual tokens before the patches."""
+    mean: RGB | None = None
+    """Of each colour, of values 0..1; where absent, what the weights come with."""
+    std: tuple[Spread, Spread, Spread] | None = None
+    interpolation: Interpolation | None = None
+    fast: bool = False
+    """Decode JPEGs at a fraction of their size and shrink others in blocks: several times faster,
+    2 to 3 of 255 levels away on average."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+
+
+class VisionTransformer(VisionEncoder):
+    """A transformer over patches, cut behind a layer. Layers behind it are kept, not computed."""
+
+    def choose(self, options: EncoderOptions, layers: int) -> None:
+        """Set `depth`, the number of layers to compute, and what happens to prefix tokens.
+
+        Raises ModelError where there is no such layer, or nothing to select.
+        """
+        if not -layers - 1 <= options.layer <= layers:
+            raise ModelError(
+                f"vision encoder `{self.name}` has {layers} layers, so `layer = {options.layer}` "
+                f"names none; use {-layers - 1} to {layers}"
+            )
+        self.depth = options.layer % (layers + 1)
+        self.normalised = options.norm
+        self.kept = 0
+        if options.select == "cls_patch":
+            if not self.prefix_tokens:
+                raise ModelError(
+                    f"vision encoder `{self.name}` has no class token, so `select = "
+                    '"cls_patch"` asks for nothing; use "patch"'
+                )
+            self.kept, self.prefix_tokens = self.prefix_tokens, 0
+
+
+class TransformersOptions(PretrainedOptions, EncoderOptions):
+    """Options of an encoder of transformers'."""
+
+    aspect: Aspect = "crop"
+    """Take the middle square, pad to a square with the mean colour, or squash to a square."""
+
+
+class TransformersEncoder(VisionTransformer):
+    """A vision model of transformers', from a folder, the hub, or a configuration.
+
+    A family names its class and how pixels become its first hidden states.
+    """
+
+    Options = TransformersOptions
+    mean: ClassVar[RGB] = MEAN
+    """Where neither an option nor the source's preprocessor_config.json says."""
+    std: ClassVar[RGB] = STD
+
+    @classmethod
+    @abstractmethod
+    def architecture(cls) -> type[PreTrainedModel]:
+        """Return transformers' class, imported here, when it is needed."""
+
+    @abstractmethod
+    def embed(self, pixels_BCHW: Tensor) -> Tensor:
+        """Return `hidden_states[0]`, `[B, prefix + P, D]`."""
+
+    @property
+    def blocks(self) -> Iterable[nn.Module]:
+        """The transformer's layers in order."""
+        layers: nn.ModuleList = self.inner.encoder.layers
+        return layers
+
+    @property
+    def final_norm(self) -> nn.Module:
+        """The normalisation behind the last layer."""
+        norm: nn.Module = self.inner.post_layernorm
+        return norm
+
+    def __init__(self, options: TransformersOptions, model: Any = None) -> None:
+        super().__init__()
+        if model is None:
+            cls = self.architecture()
+            shape = self._shape(read_config(options), options.source)
+            with explain_config(cls.__name__):
+                model = cls(cast(Any, cls.config_class)(**shape))
+            model = model.to(getattr(torch, options.dtype))
+        self.model = model
+        # Layers of some families want a mask and others take none, by transformers' version, too.
+        takes = [inspect.signature(block.forward).parameters for block in self.blocks]
+        self.unmasked = (
+            {"attention_mask": None} if all("attention_mask" in t for t in takes) else {}
+        )
+        config = self.model.config
+        self.choose(options, config.num_hidden_layers)
+        self.width: int = config.hidden_size
+        self.image_size: int = _edge(config.image_size, self.name, "image_size")
+        self.patch_size: int = _edge(config.patch_size, self.name, "patch_size")
+        given = _read_processor(options)
+        self.square = Square(
+            self.image_size,
+            options.aspect,
+            options.mean or _colour(given.get("image_mean")) or self.mean,
+            options.std or _colour(given.get("image_std")) or self.std,
+            options.interpolation or _filter(given.get("resample")) or "bicubic",
+            options.fast,
+        )
+        self.decode_edge = self.image_size if options.fast else None
+
+    @property
+    def inner(self) -> Any:
+        """The transformer itself, which older versions of transformers wrap."""
+        return getattr(self.model, "vision_model", self.model)
+
+    @classmethod
+    def create(cls, options: TransformersOptions, **context: Any) -> Self:
+        return cls(options) if options.source is None else cls._read(options)
+
+    @classmethod
+    def load(cls, options: TransformersOptions, folder: Path, **context: Any) -> Self:
+        return cls._read(options.model_copy(update={"source": str(folder), "revision": None}))
+
+    @classmethod
+    def _read(cls, options: TransformersOptions) -> Self:
+        assert options.source is not None
+        cls._shape(fetch_config(options), options.source)
+        network = cast(Any, cls.architecture())
+        folder = fetch_folder(options.source, options.revision)
+        dtype = getattr(torch, options.dtype)
+        try:
+            config = network.config_class.from_pretrained(folder, **options.config)
+            model = fill(network, config, vision_state(folder, dtype), options.source, dtype=dtype)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise ModelError(
+                f"the weights of vision encoder `{cls.name}` in {options.source} cannot be read: "
+                f"{error}"
+            ) from error
+        return cls(options, model)
+
+    @classmethod
+    def _shape(cls, table: Mapping[str, Any], source: str | None) -> dict[str, Any]:
+        """Return a configuration without its type. Raises ModelError where that is another."""
+        shape = dict(table)
+        expected = cast(Any, cls.architecture()).config_class.model_type
+        found = shape.pop("model_type", expected)
+        if expected not in (found, f"{found}_vision_model"):
+            raise ModelError(
+                f"{source or 'the configuration'} is a model of type `{found}`, but vision "
+                f"encoder `{cls.name}` is `{expected}`; choose another `use` or `source`"
+            )
+        return shape
+
+    def save(self, folder: Path) -> None:
+        with quietly():
+            self.model.save_pretrained(folder)
+        table = _processor(self.square)
+        (folder / _PROCESSOR).write_text(json.dumps(table, indent=2), encoding="utf-8")
+
+    @classmethod
+    def missing(cls, options: TransformersOptions) -> str | None:
+        return missing_source("vision encoder", options)
+
+    def tokens(self, image_size: int) -> int:
+        return self.kept + (image_size // self.patch_size) ** 2
+
+    def prepare(self, image: Image.Image) -> Tensor:
+        return to_square(image, self.square)
+
+    def forward(self, pixels_BCHW: Tensor) -> Tensor:
+        """Return features `[B, prefix + P, D]`."""
+        hidden_BPD = self.embed(pixels_BCHW)
+        for block in list(self.blocks)[: self.depth]:
+            hidden_BPD = block(hidden_BPD, **self.unmasked)
+        return self.final_norm(hidden_BPD) if self.normalised else hidden_BPD
+
+
+def vision_state(folder: Path, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """Return the vision model's tensors in a folder of it alone, of a CLIP, or of a LLaVA.
+
+    Raises ModelError where there are none, or a file is damaged.
+    """
+    weights = Weights.within(folder, dtype)
+    if weights is None:
+        raise ModelError(f"{folder} holds no weights of a vision encoder; copy them there")
+    for pattern in (r"^(?:model\.)?vision_tower\.(?:vision_model\.)?", r"^vision_model\."):
+        found = {
+            name[match.end() :]: weights[name]
+            for name in weights
+            if (match := re.match(pattern, name))
+        }
+        if found:
+            return found
+    return dict(weights)
+
+
+# -- preprocessor_config.json ----------------------------------------------------------------------
+
+_PROCESSOR = "preprocessor_config.json"
+
+
+def _read_processor(options: TransformersOptions) -> dict[str, Any]:
+    found = None if options.source is None else find_file(options, _PROCESSOR)
+    if found is None:
+        return {}
+    try:
+        table: dict[str, Any] = json.loads(found.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{found} cannot be read: {error}; fetch the model again") from error
+    return table
+
+
+def _processor(square: Square) -> dict[str, Any]:
+    """Return the table from which transformers builds a processor that does the same.
+
+    It has none that pads: there it crops, which is no difference for an image padded before.
+    """
+    edges = {"height": square.size, "width": square.size}
+    squash = square.aspect == "squash"
+    return {
+        "image_processor_type": "SiglipImageProcessor" if squash else "CLIPImageProcessor",
+        "do_resize": True,
+        "size": edges if squash else {"shortest_edge": square.size},
+        "do_center_crop": not squash,
+        "crop_size": edges,
+        "resample": int(Image.Resampling[square.interpolation.upper()]),
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(square.mean),
+        "image_std": list(square.std),
+        "do_convert_rgb": True,
+    }
+
+
+def _colour(value: Any) -> RGB | None:
+    return None if value is None else cast(RGB, tuple(float(part) for part in value))
+
+
+def _filter(value: int | None) -> Interpolation | None:
+    return None if value is None else cast(Interpolation, Image.Resampling(value).name.lower())
+
+
+def _edge(value: Any, name: str, what: str) -> int:
+    """Return the edge of a square that a configuration gives as one number or two."""
+    edges = {value} if isinstance(value, int) else set(value)
+    if len(edges) != 1:
+        raise ModelError(f"vision encoder `{name}`: {what} {value} is no square; choose another")
+    return int(edges.pop())
