@@ -2,22 +2,61 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import partial
+from importlib import import_module
 from importlib.metadata import entry_points
 from inspect import signature
+from pkgutil import resolve_name
 from typing import Any, TypeVar, cast
 
 import pluggy
 
 from llavakit.contracts import hooks
-from llavakit.contracts.component import Component, StepFolders, Use
+from llavakit.contracts.component import Component, Options, StepFolders, Use
 from llavakit.contracts.errors import PluginError, RecipeError
-from llavakit.offers import Offer, explained, offers_of, path_of
 
 KindT = TypeVar("KindT", bound=Component)
 ComponentT = TypeVar("ComponentT", bound=Component)
+
+
+_KINDS = {
+    "VisionEncoder": "networks",
+    "Connector": "networks",
+    "LanguageModel": "networks",
+    "PromptTemplate": "interfaces",
+    "Dataset": "interfaces",
+    "ChatModel": "interfaces",
+    "Generator": "interfaces",
+    "Benchmark": "interfaces",
+    "Exporter": "interfaces",
+    "Tracker": "interfaces",
+    "Step": "run",
+}
+"""Every kind of component with the contract that defines it, in the order they are listed."""
+
+
+def all_kinds() -> tuple[type[Component], ...]:
+    """Return every kind. Imports torch."""
+    return tuple(map(_kind_called, _KINDS))
+
+
+def kind_of(use: Use[Any] | type[Use[Any]]) -> type[Component]:
+    """Return the `Kind` of a `Use[Kind]`; that of `Use["Kind"]` is imported only now."""
+    for base in (use if isinstance(use, type) else type(use)).__mro__:
+        metadata = getattr(base, "__pydantic_generic_metadata__", None)
+        if metadata and metadata["args"]:
+            kind: type[Component] | str = metadata["args"][0]
+            return _kind_called(kind) if isinstance(kind, str) else kind
+    raise TypeError(f"{use!r} names no kind; write Use[Kind]")
+
+
+def _kind_called(name: str) -> type[Component]:
+    contract = import_module(f"llavakit.contracts.{_KINDS[name]}")
+    return cast("type[Component]", getattr(contract, name))
 
 
 class Registry:
@@ -25,7 +64,7 @@ class Registry:
 
     def __init__(self, manager: pluggy.PluginManager) -> None:
         self._manager = manager
-        self._found: dict[str, dict[str, Offer]] = {}
+        self._found: dict[str, dict[str, _Offer]] = {}
         self._origins: dict[str, tuple[str, str]] = {}
 
     @classmethod
@@ -79,6 +118,10 @@ class Registry:
             raise RecipeError(f"no {kind.__name__} is called `{name}`; {hint}")
         return found[name].load(kind)
 
+    def chosen(self, use: Use[KindT]) -> type[KindT]:
+        """Return the component that a recipe chose."""
+        return self.get(cast("type[KindT]", kind_of(use)), use.use)
+
     def has(self, kind: type[Component], name: str) -> bool:
         """Say whether there is a component of this kind and name, without importing it."""
         return name in self._offers(kind)
@@ -94,7 +137,7 @@ class Registry:
         of others takes `build`, the same function for its own choices; one that takes long to build
         takes `progress`, to show how far it is, where there is one.
         """
-        component = self.get(cast("type[KindT]", use.kind()), use.use)
+        component = self.chosen(use)
         return self.make(component, use.options, steps, **context)
 
     def make(
@@ -118,7 +161,7 @@ class Registry:
         except TypeError as error:
             given = ", ".join(("options", *(f"{name}=" for name in context)))
             raise PluginError(
-                f"{path_of(component)} is built as {component.__name__}({given}), which its "
+                f"{_path_of(component)} is built as {component.__name__}({given}), which its "
                 f"`__init__` does not take: {error}"
             ) from error
         return factory(options, **context)
@@ -130,17 +173,17 @@ class Registry:
             for name, offer in self._offers(kind).items()
         }
 
-    def _offers(self, kind: type[Component]) -> dict[str, Offer]:
+    def _offers(self, kind: type[Component]) -> dict[str, _Offer]:
         if kind.hook not in self._found:
             self._found[kind.hook] = self._collect(kind)
         return self._found[kind.hook]
 
-    def _collect(self, kind: type[Component]) -> dict[str, Offer]:
-        found: dict[str, Offer] = {}
+    def _collect(self, kind: type[Component]) -> dict[str, _Offer]:
+        found: dict[str, _Offer] = {}
         for implementation in getattr(self._manager.hook, kind.hook).get_hookimpls():
             plugin = implementation.plugin_name
-            with explained(plugin, f"its {kind.__name__} components"):
-                offers = tuple(offers_of(plugin, implementation.function(), kind))
+            with _explained(plugin, f"its {kind.__name__} components"):
+                offers = tuple(_offers_of(plugin, implementation.function(), kind))
             for offer in offers:
                 other = found.setdefault(offer.name, offer)
                 if not offer.same_as(other):
@@ -149,3 +192,103 @@ class Registry:
                         "one of them"
                     )
         return dict(sorted(found.items()))
+
+
+# -- what a hook returns ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Offer:
+    """A component that a plugin offers, imported when it is first used."""
+
+    plugin: str
+    name: str
+    source: type[Component] | str
+    """The class, or its place: `package.module:Class`."""
+
+    @property
+    def path(self) -> str:
+        """Where the class is, with dots."""
+        return (
+            self.source.replace(":", ".") if isinstance(self.source, str) else _path_of(self.source)
+        )
+
+    def same_as(self, other: _Offer) -> bool:
+        """Say whether both are one class."""
+        if isinstance(self.source, str) or isinstance(other.source, str):
+            return self.path == other.path
+        return self.source is other.source
+
+    def load(self, kind: type[KindT]) -> type[KindT]:
+        """Return the class. Raises PluginError where it cannot be imported, or is another."""
+        if not isinstance(self.source, str):
+            return _checked(self.plugin, self.source, kind)
+        with _explained(self.plugin, f"its {kind.__name__} `{self.name}`"):
+            found = resolve_name(self.source)
+        component = _checked(self.plugin, found, kind)
+        if component.name != self.name:
+            raise PluginError(
+                f"{self.path} of {self.plugin} is called `{component.name}`, but its hook says "
+                f"`{self.name}`; give both one name"
+            )
+        return component
+
+
+def _offers_of(plugin: str, returned: object, kind: type[Component]) -> Iterator[_Offer]:
+    """Yield what a hook's return value offers.
+
+    That is a sequence of classes, or a mapping of names to places, `package.module:Class`.
+    Raises PluginError for anything else.
+    """
+    if isinstance(returned, Mapping):
+        for name, place in returned.items():
+            if not (isinstance(place, str) and place.count(":") == 1):
+                raise PluginError(
+                    f"the hook of {plugin} gives {place!r} for its {kind.__name__} `{name}`; write "
+                    "it as package.module:Class"
+                )
+            yield _Offer(plugin, str(name), place)
+        return
+    if not isinstance(returned, Iterable):
+        raise PluginError(
+            f"plugin {plugin} cannot load its {kind.__name__} components: its hook returned "
+            f"{returned!r}; return a list of classes"
+        )
+    for component in returned:
+        known = _checked(plugin, component, kind)
+        yield _Offer(plugin, known.name, known)
+
+
+def _checked(plugin: str, component: Any, kind: type[KindT]) -> type[KindT]:
+    if not (isinstance(component, type) and issubclass(component, kind)):
+        raise PluginError(f"{_path_of(component)} of {plugin} is not a {kind.__name__}")
+    if not isinstance(getattr(component, "name", None), str):
+        raise PluginError(f"{_path_of(component)} of {plugin} has no `name`; give it one")
+    if missing := ", ".join(f"`{name}`" for name in sorted(component.__abstractmethods__)):
+        raise PluginError(
+            f"{_path_of(component)} of {plugin} lacks {missing}, which every {kind.__name__} has"
+        )
+    if not (isinstance(component.Options, type) and issubclass(component.Options, Options)):
+        raise PluginError(
+            f"`Options` of {_path_of(component)} of {plugin} must derive from llavakit.Options"
+        )
+    return component
+
+
+@contextmanager
+def _explained(plugin: str, what: str) -> Iterator[None]:
+    """Say of an error whose it is, whatever it is."""
+    try:
+        yield
+    except PluginError:
+        raise
+    except Exception as error:
+        raise PluginError(
+            f"plugin {plugin} cannot load {what}: {error}; install what it needs, or uninstall it"
+        ) from error
+
+
+def _path_of(component: object) -> str:
+    """Return where a class is, with dots."""
+    name = getattr(component, "__qualname__", None)
+    return f"{getattr(component, '__module__', '')}.{name}" if name else repr(component)

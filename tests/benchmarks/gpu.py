@@ -44,8 +44,10 @@ from llavakit_kernels import (
 )
 from llavakit_kernels.linear_cross_entropy import liger
 from llavakit_kernels.linear_gelu import triton as gelu_kernels
-from llavakit_kernels.project_splice import triton as forward_kernels
-from llavakit_kernels.project_splice import triton_backward as backward_kernels
+from llavakit_kernels.project_splice import (
+    triton as forward_kernels,
+    triton_backward as backward_kernels,
+)
 
 DEVICE = torch.device("cpu" if DRY else "cuda")
 Run = Callable[[], object]

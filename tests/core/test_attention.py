@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from llavakit.contracts.packing import KVCache, Packing, Scoring
 from llavakit.stream import varlen
-from llavakit.stream.attention import KVCache, Scoring, packed_attention
-from llavakit.stream.batch import Packing
+from llavakit.stream.attention import packed_attention
 
 LENGTHS = (5, 1, 9)
 HEADS, GROUPS, WIDTH = 4, 2, 8

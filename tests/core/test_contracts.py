@@ -42,10 +42,10 @@ from llavakit import (
     Use,
     VisionEncoder,
 )
-from llavakit.kinds import KINDS
+from llavakit.contracts.packing import Packing
 from llavakit.model.folder import create_model, load_model, save_model
 from llavakit.recipe.model_choice import ModelRecipe
-from llavakit.stream.batch import Packing
+from llavakit.registry import all_kinds
 from llavakit_plugins.connectors.mlp import Linear, Mlp, MlpOptions
 from llavakit_plugins.datasets.conversations import Conversations
 from llavakit_plugins.language.vicuna import Vicuna, VicunaOptions
@@ -628,7 +628,7 @@ def test_a_step_that_asks_for_a_model_needs_one(tmp_path: Path) -> None:
 
 
 def test_every_kind_has_a_contract() -> None:
-    contracts = {f"{kind.__name__}Contract" for kind in KINDS}
+    contracts = {f"{kind.__name__}Contract" for kind in all_kinds()}
     assert contracts <= set(llavakit.testing.__all__)
-    for kind in KINDS:
+    for kind in all_kinds():
         assert getattr(llavakit.testing, f"{kind.__name__}Contract").kind is kind

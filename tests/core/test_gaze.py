@@ -20,9 +20,9 @@ from torch.nn import functional as F
 from llavakit import Connector, LanguageModel, LlavaModel, ModelError, VisionEncoder
 from llavakit.contracts.errors import DataError
 from llavakit.contracts.model import Sampling
-from llavakit.stream.attention import Watch, packed_attention
-from llavakit.stream.batch import Packing, Rows
-from llavakit_plugins.heatmaps.attention_maps import Gaze, grid_edge, watch_answer
+from llavakit.contracts.packing import Packing, Rows
+from llavakit.stream.attention import packed_attention
+from llavakit_plugins.heatmaps.attention_maps import Gaze, WatchedRows, grid_edge, watch_answer
 from llavakit_plugins.heatmaps.drawing import draw_gaze, draw_heat, seen_region
 from llavakit_plugins.vision.clip import Clip, ClipOptions
 
@@ -76,7 +76,7 @@ def test_a_watch_sees_each_sample_alone(scoring: dict[str, Any]) -> None:
     torch.manual_seed(0)
     packing = Packing.of([5, 1, 7])
     q, k, v = torch.randn(13, 4, 8), torch.randn(13, 2, 8), torch.randn(13, 2, 8)
-    watch = Watch(torch.arange(13))
+    watch = WatchedRows(torch.arange(13))
     watched = Packing(packing.starts, packing.position_ids_T, watch=watch)
     out = packed_attention(q, k, v, watched, layer=3, scale=0.3, **scoring)
     assert torch.equal(out, packed_attention(q, k, v, packing, layer=3, scale=0.3, **scoring))

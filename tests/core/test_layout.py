@@ -10,8 +10,8 @@ import sys
 from pathlib import Path
 
 import llavakit
-from llavakit.contracts import hooks, interfaces
-from llavakit.kinds import KINDS
+from llavakit.contracts import hooks
+from llavakit.registry import all_kinds
 
 ROOT = Path(__file__).parents[2]
 
@@ -49,9 +49,8 @@ def test_top_level_folders_are_source_roots_and_no_packages() -> None:
         assert not (ROOT / folder / "__init__.py").exists()
 
 
-def test_every_kind_is_among_the_interfaces() -> None:
-    assert all(getattr(interfaces, kind.__name__) is kind for kind in KINDS)
-    assert not hasattr(interfaces, "Nothing")
+def test_every_kind_is_public() -> None:
+    assert all(getattr(llavakit, kind.__name__) is kind for kind in all_kinds())
 
 
 def test_every_hook_has_a_kind_and_every_kind_a_hook() -> None:
@@ -60,8 +59,8 @@ def test_every_hook_has_a_kind_and_every_kind_a_hook() -> None:
         for name, hook in inspect.getmembers(hooks, inspect.isfunction)
         if hasattr(hook, f"{hooks.PROJECT}_spec")
     }
-    assert specified == {kind.hook for kind in KINDS}
-    assert len(KINDS) == 11
+    assert specified == {kind.hook for kind in all_kinds()}
+    assert len(all_kinds()) == 11
     for name in specified:
         assert (inspect.getdoc(getattr(hooks, name)) or "").startswith("Return ")
 

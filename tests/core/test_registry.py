@@ -12,7 +12,7 @@ import pytest
 from tests.core.conftest import Command
 
 from llavakit import Component, Connector, Options, PluginError, RecipeError, Registry, hookimpl
-from llavakit.kinds import KINDS
+from llavakit.registry import all_kinds
 from llavakit_plugins.connectors.mlp import Linear
 
 
@@ -32,7 +32,7 @@ def test_the_built_in_components_register_through_entry_points_as_any_other() ->
 
 
 def test_an_empty_registry_has_nothing() -> None:
-    for kind in KINDS:
+    for kind in all_kinds():
         assert Registry.empty().all(kind) == {}
 
 
@@ -222,7 +222,7 @@ def test_an_installed_package_is_listed_with_its_version(site: Path, llava_run: 
     code, out, _ = llava_run("plugins", "--json")
     assert code == 0
     listed = json.loads(out)
-    assert list(listed) == [kind.__name__ for kind in KINDS]
+    assert list(listed) == [kind.__name__ for kind in all_kinds()]
     assert {"name": "mine", "package": "llava-mine", "version": "1.2"} in listed["Connector"]
     assert "mine                llava-mine 1.2" in llava_run("plugins").out
 
@@ -252,7 +252,9 @@ def test_a_broken_package_is_named(
 
 def test_every_component_has_options_that_are_frozen_and_forbid_others() -> None:
     registry = Registry.installed()
-    components: list[type[Component]] = [c for kind in KINDS for c in registry.all(kind).values()]
+    components: list[type[Component]] = [
+        c for kind in all_kinds() for c in registry.all(kind).values()
+    ]
     assert len(components) > 20
     for component in components:
         config = component.Options.model_config

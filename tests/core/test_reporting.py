@@ -14,17 +14,18 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from markdown_it import MarkdownIt
 from PIL import Image
 
 from llavakit.contracts.errors import LlavaError
-from llavakit.contracts.sections import Card, Curves, Gallery, Section, StepRecord, Table
+from llavakit.contracts.sections import Card, Curves, Gallery, Section, Table
+from llavakit.engine.environment import write_recipe
 from llavakit.recipe.recipe import Recipe
-from llavakit_plugins.reporting import write_report
 from llavakit_plugins.reporting.charts import Chart, draw_lines
 from llavakit_plugins.reporting.markdown import code, escape, table
+from llavakit_plugins.reporting.report import write_report
+from llavakit_plugins.reporting.run_folder import StepRecord
 
 HOSTILE = (
     """<script>alert('x')</script> & <img src="http://e.org/a.png" onerror=f()> | `a` _b_ *c*"""
@@ -95,15 +96,21 @@ def make_record(
     return StepRecord(
         name=name,
         folder=run / name,
-        record={},
         seconds=seconds,
         metrics=metrics or {},
         sections=[*sections],
     )
 
 
+def report(run: Path, records: Sequence[StepRecord], recipe: Recipe | None = None) -> None:
+    """Write the report of a run, beside the recipe where there is none."""
+    if run.is_dir() and not (run / "recipe.toml").exists():
+        write_recipe(recipe or make_recipe(), run)
+    write_report(run, records)
+
+
 def write(run: Path, *sections: Section, **metrics: float) -> Page:
-    write_report(make_recipe(), run, [make_record(run, *sections, metrics=metrics)])
+    report(run, [make_record(run, *sections, metrics=metrics)])
     return Page((run / "report.html").read_text(encoding="utf-8"))
 
 
@@ -128,7 +135,9 @@ def test_the_report_shows_steps_model_options_and_metrics(run: Path) -> None:
     plan = {"parts": {"vision": {"parameters": 1262592}}}
     (run / "plan.json").write_text(json.dumps(plan))
     (run / "environment.json").write_text(json.dumps({"packages": {"torch": "2.12"}, "cpus": 2}))
-    (run / "recipe.toml").write_text('name = "tiny" # ours\n')
+    write_recipe(make_recipe(), run)
+    with (run / "recipe.toml").open("a") as file:
+        file.write("# ours\n")
     page = write(run, accuracy=0.9375, blind_accuracy=0.25)
     plain = Page(read_markdown(run)).text
     for shown in (
@@ -141,29 +150,29 @@ def test_the_report_shows_steps_model_options_and_metrics(run: Path) -> None:
         "vision clip 1,262,592 layer -2",
         "01-pretrain not yet run",
         "packages.torch 2.12",
-        'name = "tiny" # ours',
+        "# ours",
     ):
         assert shown in page.text
         assert shown in plain
 
 
 def test_a_step_shows_its_options_by_their_dotted_names(run: Path) -> None:
-    write_report(make_recipe(), run, [make_record(run, name="01-pretrain")])
+    report(run, [make_record(run, name="01-pretrain")])
     page = Page((run / "report.html").read_text())
     assert "lr 0.002 data.use llava_json data.path a.json" in page.text
 
 
 def test_a_report_of_no_step_says_so(run: Path) -> None:
-    write_report(make_recipe(), run, [])
+    report(run, [])
     page = Page((run / "report.html").read_text())
     assert "0 of 2 steps done" in page.text
     assert page.text.count("not yet run") == 2
-    assert page.text.count("not recorded") == 2
+    assert page.text.count("not recorded") == 1  # the environment
 
 
 def test_bars_show_the_share_of_the_longest_step(run: Path) -> None:
     short = make_record(run, name="01-pretrain", seconds=20.75)
-    write_report(make_recipe(), run, [short, make_record(run)])
+    report(run, [short, make_record(run)])
     page = Page((run / "report.html").read_text())
     assert [bar["width"] for bar in page.all("rect")] == ["25.0%", "100.0%"]
 
@@ -178,7 +187,7 @@ def test_hostile_text_shows_as_text_everywhere(run: Path) -> None:
     card = Card(image=f"{HOSTILE}.png", lines=[(HOSTILE, HOSTILE)])
     gallery = Gallery(title=HOSTILE, cards=[card], caption=HOSTILE)
     record = make_record(run, curves, grid, gallery, metrics={HOSTILE: 1.0})
-    write_report(make_recipe(**{HOSTILE: HOSTILE}), run, [record])
+    report(run, recipe=make_recipe(**{HOSTILE: HOSTILE}), records=[record])
 
     page = Page((run / "report.html").read_text())
     assert not page.all("script")
@@ -243,12 +252,12 @@ def test_the_same_records_give_the_same_bytes(run: Path) -> None:
     before = {file: (run / file).read_bytes() for file in ("report.html", "report.md")}
     write(run, section, loss=0.5)
     assert before == {file: (run / file).read_bytes() for file in before}
-    assert {path.name for path in run.iterdir()} == {"02-evaluate", *before}
+    assert {path.name for path in run.iterdir()} == {"02-evaluate", "recipe.toml", *before}
 
 
 def test_a_folder_that_cannot_be_written_is_a_sentence(tmp_path: Path) -> None:
     with pytest.raises(LlavaError, match=r"cannot write .*report\.html"):
-        write_report(make_recipe(), tmp_path / "absent", [])
+        report(tmp_path / "absent", [])
 
 
 def test_damaged_facts_beside_the_report_do_not_stop_it(run: Path) -> None:
@@ -263,9 +272,9 @@ def test_a_record_survives_the_step_folder_s_json(run: Path) -> None:
     record = make_record(run, section, Table(title="t", columns=["a"], rows=[[math.nan], [None]]))
     stored = json.loads(json.dumps(record.model_dump(mode="json")))
     again = StepRecord.model_validate(stored)
-    write_report(make_recipe(), run, [record])
+    report(run, [record])
     html = (run / "report.html").read_bytes()
-    write_report(make_recipe(), run, [again])
+    report(run, [again])
     assert (run / "report.html").read_bytes() == html
 
 

@@ -19,7 +19,7 @@ from tests.evaluation.conftest import PROBLEMS
 
 import llavakit.testing
 from llavakit import Benchmark, ChatModel, DataError, Message, Registry, Run, Stopped
-from llavakit.engine.distributed import Team
+from llavakit.contracts.run import Team
 from llavakit_plugins.evaluation.benchmarks.pope import original_answer, strict_answer
 from llavakit_plugins.evaluation.vqa_text import normalise, vqa_accuracy
 

@@ -26,9 +26,11 @@ from triton.compiler import ASTSource
 
 from llavakit_kernels import launch
 from llavakit_kernels.linear_gelu import triton as gelu
-from llavakit_kernels.project_splice import triton as forward
-from llavakit_kernels.project_splice import triton_backward as backward
-from llavakit_kernels.project_splice import triton_embedding as embedding
+from llavakit_kernels.project_splice import (
+    triton as forward,
+    triton_backward as backward,
+    triton_embedding as embedding,
+)
 
 INDEX_TYPES = {
     "visual_rows": "*i64",

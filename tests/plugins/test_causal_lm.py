@@ -15,8 +15,8 @@ from torch.nn import functional as F
 import llavakit.testing
 from llavakit import LanguageModel, ModelError
 from llavakit.contracts.model import Sampling
+from llavakit.contracts.packing import Packing, Rows
 from llavakit.model.generate import generate_stream
-from llavakit.stream.batch import Packing, Rows
 from llavakit_plugins.language.causal_lm import CausalLM, CausalLMOptions
 
 LENGTHS = (9, 1, 14)

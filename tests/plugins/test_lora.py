@@ -19,7 +19,7 @@ from torch import Tensor
 import llavakit
 import llavakit.testing
 from llavakit import LanguageModel, ModelError
-from llavakit.stream.batch import Packing
+from llavakit.contracts.packing import Packing
 from llavakit_plugins.language.causal_lm import CausalLM, CausalLMOptions
 from llavakit_plugins.language.lora import LoraOptions
 from llavakit_plugins.language.vicuna import Vicuna, VicunaOptions

@@ -57,8 +57,7 @@ print(json.dumps(found))
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
 def test_there_is_one_copy_of_the_weights(tmp_path: Path) -> None:
-    from transformers import LlamaConfig, LlavaConfig
-    from transformers import LlavaForConditionalGeneration as Theirs
+    from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration as Theirs
 
     from llavakit.cli import main
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from tests.plugins.families import config_of, qwen_tokenizer, their_model
 
 from llavakit import ModelError
-from llavakit.stream.batch import Packing
+from llavakit.contracts.packing import Packing
 from llavakit_plugins.language.causal_lm import CausalLM
 from llavakit_plugins.language.vicuna import Vicuna, VicunaOptions
 

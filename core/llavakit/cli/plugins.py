@@ -16,18 +16,17 @@ def add(commands: Commands) -> None:
 def _plugins(arguments: argparse.Namespace) -> int:
     import json
 
-    from llavakit.kinds import KINDS
-    from llavakit.registry import Registry
+    from llavakit.registry import Registry, all_kinds
 
     registry = Registry.installed()
-    for kind in KINDS:
+    for kind in all_kinds():
         registry.all(kind)  # two of one name, or a class of another kind, is an error here, too
     found = {
         kind.__name__: [
             {"name": name, "package": package, "version": version}
             for name, (package, version) in sorted(registry.origins(kind).items())
         ]
-        for kind in KINDS
+        for kind in all_kinds()
     }
     if arguments.json:
         print(json.dumps(found, indent=2))

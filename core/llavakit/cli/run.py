@@ -44,7 +44,8 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _plan_or_run(arguments: argparse.Namespace) -> int:
-    from llavakit.contracts.interfaces import Stopped
+    from llavakit.cli.plan import render
+    from llavakit.contracts.run import Stopped
     from llavakit.engine.plan import make_plan
     from llavakit.recipe.recipe import Recipe, find_recipe
     from llavakit.registry import Registry
@@ -53,7 +54,7 @@ def _plan_or_run(arguments: argparse.Namespace) -> int:
     path = find_recipe(arguments.recipe)
     recipe = Recipe.load(path, registry, arguments.set, inputs=not arguments.plan)
     if arguments.plan:
-        print(make_plan(recipe, registry).render())
+        print(render(make_plan(recipe, registry)))
         return 0
     from llavakit.engine.reuse import runs_below
     from llavakit.engine.runner import run
@@ -73,5 +74,6 @@ def _plan_or_run(arguments: argparse.Namespace) -> int:
         )
         return 130
     if result is not None:  # None: another process leads
-        print(f"{recipe.name}: done, see {result.report}")
+        report = result.directory / "report.html"
+        print(f"{recipe.name}: done, see {report if report.is_file() else result.directory}")
     return 0

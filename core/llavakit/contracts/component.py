@@ -9,7 +9,7 @@ from abc import ABC
 from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Generic, TypeVar, cast, get_args
+from typing import Annotated, Any, ClassVar, Generic, TypeVar, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationInfo
 from pydantic.fields import FieldInfo
@@ -44,25 +44,14 @@ KindT_co = TypeVar("KindT_co", bound=Component, covariant=True)
 
 
 class Use(BaseModel, Generic[KindT_co]):
-    """A recipe's choice of one component: `{ use = "clip", layer = -2 }`."""
+    """A recipe's choice of one component: `{ use = "clip", layer = -2 }`.
+
+    Written `Use[Kind]`, or `Use["Kind"]` where the kind's module imports torch.
+    """
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
     use: str
-
-    @classmethod
-    def kind(cls) -> type[Component]:
-        """Return the `Kind` of `Use[Kind]`; of `Use["Kind"]`, which is not imported before."""
-        for base in cls.__mro__:
-            metadata = getattr(base, "__pydantic_generic_metadata__", None)
-            if metadata and metadata["args"]:
-                kind: type[Component] | str = metadata["args"][0]
-                if isinstance(kind, str):
-                    from llavakit.contracts import interfaces  # it imports this module
-
-                    return cast("type[Component]", getattr(interfaces, kind))
-                return kind
-        raise TypeError(f"{cls.__name__} names no kind; write Use[Kind]")
 
     @property
     def options(self) -> dict[str, Any]:

@@ -8,27 +8,13 @@ the places: then a recipe pays only for what it uses.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, TypeAlias, TypeVar
+from typing import TypeAlias
 
 import pluggy
 
 from llavakit.contracts.component import Component
 
-if TYPE_CHECKING:
-    from llavakit.contracts.interfaces import (
-        Benchmark,
-        ChatModel,
-        Dataset,
-        Exporter,
-        Generator,
-        PromptTemplate,
-        Step,
-        Tracker,
-    )
-    from llavakit.contracts.networks import Connector, LanguageModel, VisionEncoder
-
-KindT = TypeVar("KindT", bound=Component)
-Components: TypeAlias = Sequence[type[KindT]] | Mapping[str, str]
+Components: TypeAlias = Sequence[type[Component]] | Mapping[str, str]
 
 PROJECT = "llavakit"  #: pluggy project name, and the entry-point group of plugins
 
@@ -37,66 +23,66 @@ hookimpl = pluggy.HookimplMarker(PROJECT)
 
 
 @hookspec
-def llava_vision_encoders() -> Components[VisionEncoder]:
+def llava_vision_encoders() -> Components:
     """Return vision encoders: images in, patch features out."""
     return ()
 
 
 @hookspec
-def llava_connectors() -> Components[Connector]:
+def llava_connectors() -> Components:
     """Return connectors: patch features in, language-model embeddings out."""
     return ()
 
 
 @hookspec
-def llava_language_models() -> Components[LanguageModel]:
+def llava_language_models() -> Components:
     """Return language models: embeddings in, hidden states and logits out."""
     return ()
 
 
 @hookspec
-def llava_prompt_templates() -> Components[PromptTemplate]:
+def llava_prompt_templates() -> Components:
     """Return prompt templates: turns in, text with its learned spans out."""
     return ()
 
 
 @hookspec
-def llava_datasets() -> Components[Dataset]:
+def llava_datasets() -> Components:
     """Return datasets: sequences of samples to train or evaluate on."""
     return ()
 
 
 @hookspec
-def llava_chat_models() -> Components[ChatModel]:
+def llava_chat_models() -> Components:
     """Return chat models: messages in, a reply out."""
     return ()
 
 
 @hookspec
-def llava_generators() -> Components[Generator]:
+def llava_generators() -> Components:
     """Return generators: captions and boxes in, conversations out."""
     return ()
 
 
 @hookspec
-def llava_benchmarks() -> Components[Benchmark]:
+def llava_benchmarks() -> Components:
     """Return benchmarks: questions, and what makes an answer a good one."""
     return ()
 
 
 @hookspec
-def llava_exporters() -> Components[Exporter]:
+def llava_exporters() -> Components:
     """Return exporters: a model in, a folder in another layout out."""
     return ()
 
 
 @hookspec
-def llava_trackers() -> Components[Tracker]:
+def llava_trackers() -> Components:
     """Return trackers: observers of a run's events."""
     return ()
 
 
 @hookspec
-def llava_steps() -> Components[Step]:
+def llava_steps() -> Components:
     """Return steps: the things a recipe does, one after another."""
     return ()

@@ -1,19 +1,19 @@
-"""What a plugin implements: one abstract class for each kind of component.
+"""What a plugin implements: one abstract class for each kind of component without weights.
 
-Those with weights lie in `networks` and come from there when they are asked for: nothing else here
-imports torch, so that data can be looked at, and files scored, without it.
+Those with weights lie in `networks`, steps in `run`. Nothing here imports torch, so that data can
+be looked at, and files scored, without it.
 """
 
 from __future__ import annotations
 
 import asyncio
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from llavakit.contracts.component import Component, KindT_co, Use
+from llavakit.contracts.component import Component
 from llavakit.contracts.data import (
     ImageContext,
     Inspected,
@@ -25,30 +25,13 @@ from llavakit.contracts.data import (
     Score,
     Turn,
 )
+from llavakit.contracts.model import LlavaModel, Model
+from llavakit.contracts.run import Run
+from llavakit.contracts.sections import Table
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
-
-    from llavakit.contracts.networks import Connector as Connector
-    from llavakit.contracts.networks import LanguageModel as LanguageModel
-    from llavakit.contracts.networks import Network as Network
-    from llavakit.contracts.networks import VisionEncoder as VisionEncoder
-    from llavakit.contracts.sections import Section
-    from llavakit.engine.distributed import Team
-    from llavakit.engine.plan import Planner, StepPlan
-    from llavakit.model.llava import LlavaModel
-    from llavakit_plugins.commands.scoring import FileScorer
-
-_WITH_WEIGHTS = ("Connector", "LanguageModel", "Network", "VisionEncoder")
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _WITH_WEIGHTS:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from llavakit.contracts import networks
-
-    return getattr(networks, name)
 
 
 class ChatModel(Component):
@@ -164,6 +147,33 @@ class PromptTemplate(Component):
         return ()
 
 
+@dataclass(frozen=True)
+class FileScore:
+    """What came of scoring files."""
+
+    data: Mapping[str, Any]
+    """Everything, for programs: what `--json` prints. No NaN and no infinity."""
+    tables: Sequence[Table]
+    """The same for people."""
+    notes: Sequence[str] = ()
+    """What was left out or could not be read, in sentences."""
+
+
+class FileScorer(Component):
+    """Scores files without a model: `llava-run score NAME`.
+
+    A `Benchmark` names its scorers in `scorers`. The fields of `Options` are the command's flags:
+    `max_words` is `--max-words`; a `Use[Kind]` takes a component's name, its options by `--set`.
+    """
+
+    positional: ClassVar[tuple[str, ...]] = ()
+    """Required options that are stated without a flag, in this order."""
+
+    @abstractmethod
+    def score(self) -> FileScore:
+        """Read the files and score them. Raises DataError where they cannot be scored."""
+
+
 class Benchmark(Component):
     """Questions with images, and what makes an answer a good one."""
 
@@ -203,8 +213,8 @@ class Exporter(Component):
         return False
 
     @classmethod
-    def load(cls, folder: Path, *, device: torch.device, dtype: torch.dtype | None) -> Any:
-        """Return the model in `folder`: something with `generate`, `generate_ids`, `logits`.
+    def load(cls, folder: Path, *, device: torch.device, dtype: torch.dtype | None) -> Model:
+        """Return the model in `folder`.
 
         A layout that leaves something out may take it as a further keyword, None by default:
         `template`, the name of the prompt template; `base` and `vision`, the folders of the
@@ -227,111 +237,16 @@ class Tracker(Component):
 
     hook = "llava_trackers"
 
+    def begin(self, directory: Path) -> None:
+        """Take the run's folder: recipe.toml, plan.json and environment.json are in it already.
+
+        Called once, before the first event. A step's folder `step` holds artifact.json, its record,
+        when the step's event `done`, `kept` or `taken` comes.
+        """
+
     @abstractmethod
     def record(self, event: Mapping[str, Any]) -> None:
         """Take one event: `time`, `step`, `event`, and what belongs to it."""
 
     def close(self) -> None:
         """Flush what is held back; called once, when the run ends for whatever reason."""
-
-
-class Build(Protocol):
-    """Builds what a recipe chose: `build(self.options.data)` is a `Dataset`."""
-
-    def __call__(self, use: Use[KindT_co], /, **context: Any) -> KindT_co: ...
-
-
-class Progress(Protocol):
-    """Shows how far a step is, with the time left."""
-
-    def __call__(self, done: int, total: int, note: str = "") -> None: ...
-
-
-@dataclass(frozen=True)
-class Run:
-    """What a step is given."""
-
-    directory: Path
-    """A folder of its own; whatever it leaves there is its artifact."""
-    earlier: Mapping[str, Path]
-    """The folders of the steps before it, by name, oldest first."""
-    build: Build
-    seed: int
-    resume: bool
-    """Whether to go on from what an interrupted attempt left in `directory`."""
-    find_device: Callable[[], torch.device]
-    model: ModelSource
-    progress: Progress
-    event: Event
-    stopping: Stopping
-    """Says whether the user asked to stop: save, then raise `Stopped`."""
-    team: Team
-    """The processes that share this step's work; one process alone unless it is `together`."""
-
-    @property
-    def device(self) -> torch.device:
-        """Where networks run; torch is imported when a step asks for it."""
-        return self.find_device()
-
-
-class Event(Protocol):
-    """Appends an event to events.jsonl and shows it to the trackers."""
-
-    def __call__(self, name: str, /, **values: Any) -> None: ...
-
-
-class Stopping(Protocol):
-    def __call__(self) -> bool: ...
-
-
-class ModelSource(Protocol):
-    """The model as it stands before a step: the newest one an earlier step left, else new."""
-
-    @property
-    def vision(self) -> Use[VisionEncoder]:
-        """The recipe's choice. Raises RecipeError where it has no model."""
-
-    @property
-    def language(self) -> Use[LanguageModel]:
-        """The recipe's choice. Raises RecipeError where it has no model."""
-
-    def __call__(self, folder: Path | None = None) -> LlavaModel:
-        """Return the model in `folder`, or as the recipe and the earlier steps have it."""
-
-    def new(
-        self, vision: VisionEncoder | None = None, language: LanguageModel | None = None
-    ) -> LlavaModel:
-        """Return the recipe's model around parts that were made elsewhere."""
-
-
-class Stopped(Exception):
-    """A step stopped because it was asked to, after saving what it had."""
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a step reports: numbers, and sections for the run's report."""
-
-    metrics: Mapping[str, float]
-    sections: Sequence[Section] = ()
-
-
-class Step(Component):
-    """One thing a recipe does. Built as `Step(options)`."""
-
-    hook = "llava_steps"
-    needs_model: ClassVar[bool] = False
-    """Whether it starts from the recipe's model, so that missing weights, and a device that is not
-    there, are found at once."""
-    together: ClassVar[bool] = False
-    """Whether every process of a torchrun takes part in it, not the first alone. Then `run.team`
-    says who they are, and only who leads writes to `run.directory`."""
-
-    @abstractmethod
-    def run(self, run: Run) -> Outcome:
-        """Do the work, write it to `run.directory`, and report."""
-
-    @classmethod
-    def plan(cls, options: Any, planner: Planner) -> StepPlan | None:
-        """Return what the step will cost, without loading anything; None where negligible."""
-        return None

@@ -1,10 +1,19 @@
-"""How the next token of an answer is chosen. Imports no torch: exported models use it, too."""
+"""How a model is asked, whatever runs it: PyTorch or an exported graph. Imports no torch.
+
+I images, T rows of a prompt, V vocabulary.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
+from llavakit.contracts.data import ImageSource
 from llavakit.contracts.errors import ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -31,3 +40,62 @@ class Sampling:
                 f"temperature={self.temperature}, top_p={self.top_p}; use at least one new "
                 "token, a temperature of 0 or more, and 0 < top_p <= 1"
             )
+
+
+class Model(Protocol):
+    """What `llavakit.load` returns: answers prompts with images."""
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer, or what stands for it."""
+
+    def generate(
+        self,
+        prompt: str,
+        images: Sequence[ImageSource] = (),
+        *,
+        max_new_tokens: int = 64,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+        stop: Sequence[str] = (),
+        raw: bool = False,
+    ) -> str:
+        """Return the answer to a prompt; greedy where `temperature` is 0.
+
+        A prompt without `<image>` gets one for each image in front; a `raw` one is read as it is,
+        without the template. It ends before the first of the `stop` texts, besides where the model
+        itself ends it.
+        """
+
+    def generate_ids(
+        self,
+        prompt: str,
+        images: Sequence[ImageSource] = (),
+        *,
+        max_new_tokens: int = 64,
+        raw: bool = False,
+    ) -> list[int]:
+        """Return the new tokens of a greedy answer, the end token included where it came."""
+
+    def stream(
+        self,
+        prompt: str,
+        images: Sequence[ImageSource] = (),
+        *,
+        max_new_tokens: int = 64,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+        stop: Sequence[str] = (),
+        raw: bool = False,
+    ) -> Iterator[str]:
+        """Yield the answer in pieces as it comes; together they are what `generate` returns."""
+
+    def logits(self, prompt: str, images: Sequence[ImageSource] = (), *, raw: bool = False) -> Any:
+        """Return logits `[T, V]`, float32, of every row of the spliced sequence."""
+
+
+LlavaModel: TypeAlias = Any
+"""A model in PyTorch, as steps and exporters are given one: `llavakit.LlavaModel`, which they may
+annotate. It is a `Model` with the parts `vision`, `connector`, `language` and `template`."""

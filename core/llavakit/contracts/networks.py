@@ -22,7 +22,7 @@ from llavakit.contracts.errors import ModelError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from llavakit.stream.batch import Packing, Rows, Stream
+    from llavakit.contracts.packing import Packing, Rows, Stream
 
 
 class Network(nn.Module, Component):

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import BaseModel
 
@@ -51,14 +50,3 @@ class Gallery(BaseModel):
 
 
 Section = Curves | Table | Gallery
-
-
-class StepRecord(BaseModel):
-    """What a finished step said."""
-
-    name: str
-    folder: Path
-    record: dict[str, Any]
-    seconds: float
-    metrics: dict[str, float]
-    sections: list[Section]

@@ -14,7 +14,7 @@ from llavakit.contracts.interfaces import Dataset
 from llavakit.engine.progress import say, show_if_slow
 from llavakit.engine.step_folders import read_done, record_of, texts_in
 from llavakit.recipe.recipe import Recipe
-from llavakit.registry import KindT, Registry
+from llavakit.registry import KindT, Registry, kind_of
 
 
 def check_data(recipe: Recipe, registry: Registry, directory: Path) -> CheckedData:
@@ -49,7 +49,7 @@ class CheckedData:
         self, use: Use[KindT], /, steps: Mapping[str, Path] | None = None, **context: Any
     ) -> KindT:
         stamps, data = self._kept.pop(use.model_dump_json(), (None, None))
-        if isinstance(data, use.kind()) and stamps == _stamps(use.options):
+        if isinstance(data, kind_of(use)) and stamps == _stamps(use.options):
             return cast("KindT", data)
         return self._registry.build(use, steps=steps, **context)
 
@@ -69,11 +69,11 @@ def _data_sets(value: object, registry: Registry) -> Iterator[Use[Dataset]]:
     if isinstance(value, Use):
         if isinstance(value, SkippableUse) and value.skip:
             return
-        if issubclass(value.kind(), Dataset):
+        if issubclass(kind_of(value), Dataset):
             if "@" not in {text[:1] for text in texts_in(value.options)}:
                 yield value
         else:
-            component = registry.get(value.kind(), value.use)
+            component = registry.chosen(value)
             yield from _data_sets(component.Options.model_validate(value.options), registry)
     elif isinstance(value, BaseModel):
         for name in type(value).model_fields:

@@ -10,44 +10,12 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
+
+from llavakit.contracts.run import Team
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
-    from torch.distributed.device_mesh import DeviceMesh
-
-T = TypeVar("T")
-
-
-class Team:
-    """One process's place among those of its run; here it is alone."""
-
-    rank: int = 0
-    size: int = 1
-
-    @property
-    def leads(self) -> bool:
-        """Whether this process is the one that writes, reports and does what needs one only."""
-        return self.rank == 0
-
-    def share(self, value: T) -> T:
-        """Return the leader's value in every process."""
-        return value
-
-    def any(self, flag: bool) -> bool:
-        """Say in every process whether it is so in any of them."""
-        return flag
-
-    def sum(self, tensor: Tensor) -> Tensor:
-        """Return the sum of `tensor` over the processes, in its place."""
-        return tensor
-
-    def mesh(self, kind: str) -> DeviceMesh:
-        """Return all devices in one row, for sharding; `kind` is `cpu` or `cuda`."""
-        from torch.distributed.device_mesh import init_device_mesh
-
-        return init_device_mesh(kind, (self.size,))
 
 
 class Device:

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from llavakit.contracts.errors import LlavaError
 from llavakit.contracts.interfaces import Tracker
 from llavakit.files import drop_torn_line, explain_write
 
@@ -29,6 +30,9 @@ class EventLog:
             self._file = path.open("a", encoding="utf-8", errors="backslashreplace")
         self._trackers = list(trackers)
         self._step = ""
+        for tracker in trackers:
+            with self._watching(tracker):
+                tracker.begin(folder)
 
     def enter(self, step: str) -> None:
         """Name the step that the next events belong to."""
@@ -58,11 +62,12 @@ class EventLog:
         """Let a tracker that fails observe no more: what it observes must not end with it."""
         try:
             yield
-        except Exception:
+        except Exception as error:
             self._trackers.remove(tracker)
+            known = isinstance(error, LlavaError)  # a sentence of ours, such as of a full disk
             _log.warning(
-                "tracker `%s` failed; it sees nothing more of this run, which goes on",
-                tracker.name, exc_info=True,
+                "tracker `%s` failed%s; it sees nothing more of this run, which goes on",
+                tracker.name, f" ({error})" if known else "", exc_info=not known,
             )  # fmt: skip
 
 

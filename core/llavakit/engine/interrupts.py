@@ -9,8 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from llavakit.contracts.interfaces import Stopping
-from llavakit.engine.distributed import Team
+from llavakit.contracts.run import Stopping, Team
 from llavakit.engine.progress import say
 
 

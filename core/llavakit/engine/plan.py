@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -9,35 +10,16 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel
 
 from llavakit.contracts.component import Use
-from llavakit.contracts.interfaces import Dataset, Step
-from llavakit.engine.progress import duration
+from llavakit.contracts.interfaces import Dataset
+from llavakit.contracts.run import Step, StepPlan
 from llavakit.recipe.model_choice import PARTS
 from llavakit.recipe.recipe import Machine, Recipe
 from llavakit.registry import KindT, Registry
-from llavakit_plugins.reporting.plain import aligned
 
 if TYPE_CHECKING:
     from torch import nn
 
     from llavakit.model.llava import LlavaModel
-
-
-class StepPlan(BaseModel):
-    """What one step will cost. None: not known before it runs."""
-
-    samples: int | None = None
-    tokens: int | None = None
-    """Rows of the packed stream, over all epochs."""
-    steps: int | None = None
-    """Optimisation steps."""
-    tflop: float | None = None
-    """Necessary work in 10^12 floating-point operations."""
-    memory_gb: float | None = None
-    """Of one device: weights, gradients, optimiser and activations of one micro-batch."""
-    trained: tuple[str, ...] = ()
-    cost_usd: float | None = None
-    """What services will charge, as far as it can be known before."""
-    note: str = ""
 
 
 class PartPlan(BaseModel):
@@ -68,71 +50,9 @@ class Plan(BaseModel):
             return None
         return step.tflop / self.tflops / 3600
 
-    def render(self) -> str:
-        """Return the plan as text."""
-        rows = [["part", "component", "parameters", "width"]]
-        rows += [
-            [name, part.component, _count(part.parameters), str(part.width)]
-            for name, part in self.parts.items()
-        ]
-        total = sum(part.parameters for part in self.parts.values())
-        if self.parts:
-            size = f"{_count(total)} parameters, {self.visual_tokens} tokens an image"
-            lines = [f"{self.recipe}: {size}", "", *_aligned(rows), ""]
-        else:
-            lines = [f"{self.recipe}: no model of its own", ""]
-        rows = [["step", "trains", "samples", "tokens", "steps", "TFLOP", "memory", "time"]]
-        known: list[float] = []
-        for name, step in self.steps.items():
-            spent = self.hours(step)
-            if spent is not None:
-                known.append(spent)
-            rows.append(
-                [
-                    name,
-                    " + ".join(step.trained) or "-",
-                    *(_count(value) for value in (step.samples, step.tokens, step.steps)),
-                    "?" if step.tflop is None else f"{step.tflop:,.4g}",
-                    "?" if step.memory_gb is None else f"{step.memory_gb:,.3g} GB",
-                    "?" if spent is None else duration(spent * 3600),
-                ]
-            )
-        lines += _aligned(rows)
-        frozen = {
-            name: ", ".join(part for part in self.parts if part not in step.trained)
-            for name, step in self.steps.items()
-            if self.parts and step.trained
-        }
-        lines += ["", *(f"{name}: {parts or 'nothing'} frozen" for name, parts in frozen.items())]
-        lines += [f"{name}: {step.note}" for name, step in self.steps.items() if step.note]
-        lines += self._total(known)
-        charged = {n: step.cost_usd for n, step in self.steps.items() if step.cost_usd is not None}
-        lines += [f"services: {usd:,.2f} USD for {name}" for name, usd in charged.items()]
-        need = max((step.memory_gb or 0.0 for step in self.steps.values()), default=0.0)
-        room = self.machine.memory_gb
-        if room is not None and need > room:
-            lines.append(
-                f"memory: {need:,.0f} GB are needed, one device has {room:,.0f} GB; fewer "
-                "micro_batch_tokens or `recompute = true` need less, and more devices where the "
-                "language model learns"
-            )
-        return "\n".join(lines)
 
-    def _total(self, known: list[float]) -> list[str]:
-        """Return what all steps take together, of those whose hours are known."""
-        if self.tflops is None or not known:
-            return ["total: no step says its time", "cost: not known, as the time is not"]
-        source = "measured just now" if self.measured else "as the recipe's [machine] says"
-        rate = f"on {self.machine.name} at {self.tflops:,.3g} TFLOP/s ({source})"
-        more = ", and what the steps with `?` take" if len(known) < len(self.steps) else ""
-        hours, price = sum(known), self.machine.usd_per_hour
-        usd = f"{hours * price:,.2f} USD at {price:g} USD/h"
-        cost = usd if price else "no price; set machine.usd_per_hour"
-        return [f"total: {duration(hours * 3600)} {rate}{more}", f"cost: {cost}"]
-
-
-class Planner:
-    """What a step's `plan` may ask."""
+class RecipePlanner:
+    """Answers what a step's `plan` asks (`llavakit.contracts.run.Planner`)."""
 
     def __init__(self, recipe: Recipe, registry: Registry) -> None:
         self._recipe, self._registry = recipe, registry
@@ -186,7 +106,7 @@ def count_parameters(module: nn.Module) -> int:
 
 def make_plan(recipe: Recipe, registry: Registry) -> Plan:
     """Return the plan of a recipe. Raises LlavaError where its parts do not fit."""
-    planner = Planner(recipe, registry)
+    planner = RecipePlanner(recipe, registry)
     model = None if recipe.model is None else planner.model
     for name, use in recipe.active_steps():
         step = registry.get(Step, use.use)
@@ -195,9 +115,7 @@ def make_plan(recipe: Recipe, registry: Registry) -> Plan:
     machine = recipe.machine
     rate, measured = machine.tflops, False
     if rate is None and any(step.tflop is not None for step in planner.steps.values()):
-        from llavakit.engine.speed import measure_tflops
-
-        rate, measured = measure_tflops(recipe.device), True
+        rate, measured = _measure_tflops(recipe.device), True
     return Plan(
         recipe=recipe.name,
         parts={} if model is None else _parts(model),
@@ -225,15 +143,20 @@ def _parts(model: LlavaModel) -> dict[str, PartPlan]:
     }
 
 
-def _count(value: int | None) -> str:
-    if value is None:
-        return "?"
-    for unit, size in (("B", 10**9), ("M", 10**6), ("k", 10**4)):
-        if value >= size:
-            return f"{value / size if unit != 'k' else value / 1000:.3g}{unit}"
-    return str(value)
+def _measure_tflops(name: str) -> float:
+    """Return the rate of a recipe's `device`, sustained: in float32 on a CPU, bfloat16 on CUDA."""
+    import torch
 
-
-def _aligned(rows: list[list[str]]) -> list[str]:
-    """Return a table's lines: two columns of words, then numbers."""
-    return aligned(rows, [column >= 2 for column in range(len(rows[0]))])
+    cuda = name != "cpu" and torch.cuda.is_available()
+    size = 8192 if cuda else 768
+    device, dtype = ("cuda", torch.bfloat16) if cuda else ("cpu", torch.float32)
+    left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    seconds = []
+    for _ in range(4):
+        begun = time.perf_counter()
+        product = left @ right
+        if cuda:
+            product[0, 0].item()
+        seconds.append(time.perf_counter() - begun)
+    share = 0.5  # what training reaches of a bare matrix product, roughly
+    return share * 2 * size**3 / min(seconds) / 1e12

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Protocol, TextIO
+from typing import TextIO
 
 from rich.console import Console
-from rich.progress import BarColumn, ProgressColumn, Task, TaskID, TextColumn
-from rich.progress import Progress as Bars
+from rich.progress import BarColumn, Progress as Bars, ProgressColumn, Task, TaskID, TextColumn
 from rich.table import Column
 from rich.text import Text
+
+from llavakit.contracts.run import Progress
 
 _LINE_SECONDS = 10.0  # between plain lines, at least
 _PHASE_SECONDS = 1.0  # before a line at a phase's begin or end, at least
@@ -21,20 +22,10 @@ _QUIET_SECONDS = 3.0  # before what is usually quick is shown
 Clock = Callable[[], float]
 
 
-class Display(Protocol):
-    """Shows how far a step is; call it as often as you like.
-
-    Another total, or a smaller `done`, begins another phase, with a time left of its own. A total
-    of 0 or less is unknown.
-    """
-
-    def __call__(self, done: int, total: int, note: str = "") -> None: ...
-
-
 @contextmanager
 def show_progress(
     label: str, stream: TextIO | None = None, clock: Clock = time.monotonic
-) -> Iterator[Display]:
+) -> Iterator[Progress]:
     """Yield the display of one step, by default on stderr; it ends with the block."""
     stream = stream or sys.stderr
     if stream.isatty() and (console := Console(file=stream)).is_interactive:
@@ -51,10 +42,10 @@ def show_progress(
 @contextmanager
 def show_if_slow(
     label: str, stream: TextIO | None = None, clock: Clock = time.monotonic
-) -> Iterator[Display]:
+) -> Iterator[Progress]:
     """Yield a display that shows nothing unless it is still called after a few seconds."""
     begun = clock()
-    shown: list[Display] = []
+    shown: list[Progress] = []
     with ExitStack() as stack:
 
         def progress(done: int, total: int, note: str = "") -> None:
@@ -187,3 +178,18 @@ def duration(seconds: float) -> str:
     if whole < 48 * 3600:
         return f"{seconds / 3600:.1f} h"
     return f"{seconds / 86400:.1f} days"
+
+
+def aligned(rows: Sequence[Sequence[str]], right: Sequence[bool]) -> list[str]:
+    """Return the rows as lines, their columns two spaces apart; `right` says how each is aligned.
+
+    A row may be shorter than others.
+    """
+    widths = [max(len(row[i]) for row in rows if i < len(row)) for i in range(len(right))]
+    return [
+        "  ".join(
+            cell.rjust(width) if is_right else cell.ljust(width)
+            for cell, width, is_right in zip(row, widths, right, strict=False)
+        ).rstrip()
+        for row in rows
+    ]

@@ -8,18 +8,26 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from llavakit.contracts.errors import PluginError
-from llavakit.contracts.interfaces import Build, Event, Outcome, Run, Step, Stopped, Stopping
-from llavakit.contracts.sections import StepRecord
+from llavakit.contracts.run import (
+    Build,
+    Event,
+    Outcome,
+    Progress,
+    Run,
+    Step,
+    Stopped,
+    Stopping,
+    Team,
+)
 from llavakit.engine.checked_data import check_data
-from llavakit.engine.distributed import Device, Team, join_team
+from llavakit.engine.distributed import Device, join_team
 from llavakit.engine.environment import write_environment, write_recipe
 from llavakit.engine.events import EventLog
 from llavakit.engine.interrupts import interrupts
 from llavakit.engine.plan import make_plan
-from llavakit.engine.progress import Display, duration, say, show_progress
+from llavakit.engine.progress import duration, say, show_progress
 from llavakit.engine.reuse import DONE, contents, find_step, take_step
 from llavakit.engine.step_folders import (
     Record,
@@ -33,8 +41,6 @@ from llavakit.engine.step_models import StepModel, link_newest
 from llavakit.files import explain_write, one_writer, write_text
 from llavakit.recipe.recipe import Recipe, StepUse
 from llavakit.registry import Registry
-from llavakit_plugins.reporting import write_report
-from llavakit_plugins.reporting.values import show
 
 
 @dataclass(frozen=True)
@@ -42,7 +48,8 @@ class Result:
     """What a run left."""
 
     folders: Mapping[str, Path]
-    report: Path
+    """The folder of each step, by name."""
+    directory: Path
 
 
 def run(
@@ -76,7 +83,7 @@ def run(
             if not work.together:  # within a step the others stop as it did, or torchrun acts
                 team.share(_Order(None))
     folders = {name: directory / name for name, _ in recipe.active_steps()}
-    return Result(folders, directory / "report.html")
+    return Result(folders, directory)
 
 
 def _has_networks(recipe: Recipe, registry: Registry) -> bool:
@@ -98,7 +105,6 @@ def _lead(work: _Work, *, resume: bool, reuse: Sequence[Path]) -> None:
         write_text(directory / "plan.json", plan.model_dump_json(indent=2))
         log = EventLog(directory, [work.registry.build(use) for use in recipe.trackers])
         work.log = log
-        records: list[StepRecord] = []
         try:
             log("run", recipe=recipe.name, seed=recipe.seed, device=str(work.device))
             for name, use in recipe.active_steps():
@@ -106,15 +112,10 @@ def _lead(work: _Work, *, resume: bool, reuse: Sequence[Path]) -> None:
                     raise Stopped
                 log.enter(name)
                 record = record_of(recipe, name)  # hashes the data: once a step
-                done = _done_before(work, name, record, reuse)
-                if done is None:
-                    done = _one_step(work, name, use, record, stopping, resume=resume)
-                records.append(
-                    StepRecord.model_validate({"name": name, "folder": directory / name, **done})
-                )
+                if not _done_before(work, name, record, reuse):
+                    _one_step(work, name, use, record, stopping, resume=resume)
                 work.folders |= {use.use: directory / name, name: directory / name}
                 link_newest(directory, work.folders)
-                write_report(recipe, directory, records)
         finally:
             log.close()
 
@@ -137,7 +138,7 @@ class _Work:
     """Of the steps that are done, by every name a recipe has for them."""
 
     def do(
-        self, name: str, use: StepUse, progress: Display, stopping: Stopping, *, again: bool
+        self, name: str, use: StepUse, progress: Progress, stopping: Stopping, *, again: bool
     ) -> Outcome:
         """Run one step; `again` says whether to go on from what its folder holds."""
         step = self.registry.build(use, steps=self.folders)
@@ -158,33 +159,32 @@ class _Work:
         )
 
 
-def _done_before(
-    work: _Work, name: str, record: Record, reuse: Sequence[Path]
-) -> dict[str, Any] | None:
-    """Return what a step said that was done before, here or in one of the runs in `reuse`."""
+def _done_before(work: _Work, name: str, record: Record, reuse: Sequence[Path]) -> bool:
+    """Say whether a step was done before, here or in a run of `reuse`, from where it is taken."""
     folder = work.directory / name
     done = read_done(folder)
     if done is not None and done["record"] == record:
+        work.log("kept")
         say(f"{name}: done before")
-        return done
+        return True
     others = [run for run in reuse if run.resolve() != work.directory.resolve()]
     found, problems = find_step(name, record, others)
     for problem in problems:
         say(f"{name}: not taken: {problem}")
     if found is None:
-        return None
+        return False
     if folder.exists():
         set_aside(folder)
     take_step(found, folder)
     work.log("taken", source=str(found))
     say(f"{name}: taken from {found}")
-    return read_done(folder)
+    return True
 
 
 def _one_step(
     work: _Work, name: str, use: StepUse, record: Record, stopping: Stopping, *, resume: bool
-) -> dict[str, Any]:
-    """Run one step; return what it said."""
+) -> None:
+    """Run one step, and write what it said."""
     folder = work.directory / name
     again = prepare(folder, record, resume=resume)
     begun = time.monotonic()
@@ -206,11 +206,10 @@ def _one_step(
         "sections": sections,
         "contents": contents(folder),
     }
-    work.log("done", seconds=round(seconds, 1), **metrics)
-    # written last: its presence means that the step finished
+    # written when all else is there: its presence means that the step finished
     write_text(folder / DONE, json.dumps(done, indent=1, ensure_ascii=False))
+    work.log("done", seconds=round(seconds, 1), **metrics)
     say(f"{name}: {_metrics(metrics)}{duration(seconds)}")
-    return done
 
 
 def _checked_metrics(use: StepUse, outcome: object) -> dict[str, float]:
@@ -267,4 +266,7 @@ def _ignore(*_: object, **__: object) -> None:
 
 
 def _metrics(metrics: Mapping[str, float]) -> str:
-    return "".join(f"{name} {show(value)}, " for name, value in metrics.items())
+    return "".join(
+        f"{name} {value:,.1f}, " if abs(value) >= 1000 else f"{name} {value:.4g}, "
+        for name, value in metrics.items()
+    )

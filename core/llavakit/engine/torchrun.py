@@ -8,11 +8,11 @@ from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
-from torch import Tensor
-from torch import distributed as dist
+from torch import Tensor, distributed as dist
 
 from llavakit.contracts.errors import RecipeError
-from llavakit.engine.distributed import Device, T, Team
+from llavakit.contracts.run import T, Team
+from llavakit.engine.distributed import Device
 
 _PATIENCE = timedelta(days=30)  # the others wait while the leader generates data, say
 

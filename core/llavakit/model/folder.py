@@ -64,8 +64,8 @@ def create_model(
 
 def create_part(use: Use[Any], registry: Registry, **context: Any) -> Any:
     """Return one network as its options ask: pretrained, or new."""
-    component = registry.get(use.kind(), use.use)
-    return component.create(component.Options(**use.options), **context)  # type: ignore[attr-defined]
+    component = registry.chosen(use)
+    return component.create(component.Options(**use.options), **context)
 
 
 def sketch_model(recipe: ModelRecipe, registry: Registry) -> LlavaModel:
@@ -204,7 +204,7 @@ def _change(
     if part not in PARTS:
         raise ModelError(f"a model has no part `{part}`; there are: {', '.join(PARTS)}")
     use: Use[Any] = getattr(recipe, part)
-    component: Any = registry.get(use.kind(), use.use)
+    component: Any = registry.chosen(use)
     table = {**use.options, **changes}
     try:
         component.Options.model_validate(table)
@@ -229,7 +229,7 @@ def _load_part(
     use: Use[Any], registry: Registry, folder: Path, dtype: torch.dtype | None, **context: Any
 ) -> Any:
     """Return a part in `dtype`, read so at once where it has an option for it."""
-    component: Any = registry.get(use.kind(), use.use)
+    component: Any = registry.chosen(use)
     options: Options = component.Options(**use.options)
     if dtype is not None and "dtype" in component.Options.model_fields:
         options = options.model_copy(update={"dtype": str(dtype).removeprefix("torch.")})

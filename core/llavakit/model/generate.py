@@ -14,9 +14,8 @@ from torch import Tensor
 from llavakit.contracts.errors import ModelError
 from llavakit.contracts.model import Sampling as Sampling
 from llavakit.contracts.networks import LanguageModel
+from llavakit.contracts.packing import KVCache, Packing, Rows
 from llavakit.model.detokenise import Unfinished, special_stops
-from llavakit.stream.attention import KVCache
-from llavakit.stream.batch import Packing, Rows
 
 
 @torch.inference_mode()

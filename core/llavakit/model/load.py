@@ -18,27 +18,33 @@ from llavakit.recipe.model_choice import is_model
 from llavakit.registry import Registry
 
 
-def load_any(
-    path: Path,
+def load(
+    path: str | Path,
     *,
-    device: str | torch.device,
-    dtype: torch.dtype | None,
-    base: Path | None = None,
-    vision: Path | None = None,
+    device: str | torch.device = "auto",
+    dtype: torch.dtype | None = None,
+    base: str | Path | None = None,
+    vision: str | Path | None = None,
     template: str | None = None,
     options: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Any:
-    """Return the model in a folder: our own layout, or one that an exporter recognises or fetches.
+    """Return the model in a folder, whatever its layout: recognised by its content.
 
-    `base`, `vision` and `template` are what some layouts leave out; see `Exporter.load`. A name
-    in place of a folder is fetched; see `Exporter.fetch`.
+    `path` may also be a name on Hugging Face's hub, such as `llava-hf/llava-1.5-7b-hf`.
+    The result is a `Model`: it has `generate`, `generate_ids` and `logits`. `device="auto"` is CUDA
+    where there is one, else the CPU. Some layouts leave things out: `base` is the folder of the
+    language model that an adapter or a projector belongs to, `vision` that of the vision encoder,
+    `template` the name of the prompt template. `options` change those of a model folder's parts, as
+    in `{"language": {"quantize": "nf4"}}`. Raises ModelError where the folder holds no model that
+    this installation reads, or lacks one of these.
     """
+    path = Path(path)
     place = pick_device(device)
     registry = Registry.installed()
     layouts = registry.all(Exporter)
     path = _find(path, layouts.values(), "give the folder a run or an export wrote")
     given: dict[str, Any] = {
-        name: _find(folder, layouts.values(), "give its folder")
+        name: _find(Path(folder), layouts.values(), "give its folder")
         for name, folder in (("base", base), ("vision", vision))
         if folder is not None
     }

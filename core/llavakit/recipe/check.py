@@ -14,10 +14,10 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from llavakit.contracts.component import LATER, Component, SkippableUse, Use, is_input
 from llavakit.contracts.errors import RecipeError
-from llavakit.contracts.interfaces import Step
+from llavakit.contracts.run import Step
 from llavakit.recipe.lines import Key, Span
 from llavakit.recipe.overrides import Source, set_key, stated
-from llavakit.registry import ComponentT, Registry
+from llavakit.registry import ComponentT, Registry, kind_of
 
 
 def build_from(
@@ -160,7 +160,7 @@ def check_value(
             if isinstance(item, SkippableUse) and item.skip:
                 continue
             yield from check_value(item, registry, (*key, index), earlier, inputs)
-            if isinstance(item, SkippableUse) and issubclass(item.kind(), Step):
+            if isinstance(item, SkippableUse) and issubclass(kind_of(item), Step):
                 earlier |= dict.fromkeys((item.use, f"{index + 1:02}-{item.use}"), LATER)
 
 
@@ -168,7 +168,7 @@ def _check_use(
     use: Use[Any], registry: Registry, key: Key, steps: Mapping[str, Path], inputs: bool
 ) -> Iterator[Problem]:
     try:
-        component: type[Component] = registry.get(use.kind(), use.use)
+        component: type[Component] = registry.chosen(use)
     except RecipeError as error:
         yield Problem((*key, "use"), str(error))
         return

@@ -21,13 +21,13 @@ from pydantic_settings import (
 
 from llavakit.contracts.component import LATER, SkippableUse, Use
 from llavakit.contracts.errors import RecipeError
-from llavakit.contracts.interfaces import Step, Tracker
+from llavakit.contracts.interfaces import Tracker
+from llavakit.contracts.run import Step
 from llavakit.recipe.check import Problem, check, check_value, problems_in, sound
 from llavakit.recipe.lines import Key
 from llavakit.recipe.model_choice import ModelRecipe
 from llavakit.recipe.overrides import Source, set_key, stated, step_index
 from llavakit.registry import Registry
-from llavakit_plugins.comparing.published import Published
 
 
 class StepUse(SkippableUse[Step]):
@@ -48,6 +48,18 @@ class Machine(BaseModel):
     """Price of all devices together."""
 
 
+class Published(BaseModel):
+    """A figure of the paper that a recipe is the miniature of; `llava-run compare` shows it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    table: str
+    """Where the paper has it; only figures of one table are compared."""
+    metric: str
+    """Which metric of ours stands beside it, as `step.metric`."""
+    value: float
+
+
 class Recipe(BaseSettings):
     """One run, from start to end. The environment, `LLAVA_SEED=1`, overrides the file."""
 
@@ -63,7 +75,7 @@ class Recipe(BaseSettings):
     model: ModelRecipe = Field(default=cast("ModelRecipe", None), validate_default=False)
     """None where it is left out, as it may be where no step needs one; `parts` refuses that."""
     steps: tuple[StepUse, ...] = Field(min_length=1)
-    trackers: tuple[Use[Tracker], ...] = ()
+    trackers: tuple[Use[Tracker], ...] = (Use[Tracker](use="report"),)
     machine: Machine = Machine()
     paper: tuple[Published, ...] = ()
 

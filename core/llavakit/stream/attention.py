@@ -1,123 +1,18 @@
-"""Causal attention within each sample of a packed stream, and the key-value cache for decoding.
+"""Causal attention within each sample of a packed stream, in training and in decoding.
 
 T rows, S samples, H query heads, G key-value heads, K head dimension, L longest cache; within one
-sample Q rows that look and C columns that are looked at; R watched rows.
+sample Q rows that look and C columns that are looked at..
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from llavakit.stream.batch import Packing, Rows
-
-
-class KVCache:
-    """Keys and values of S sequences, right-padded to the longest, one pair for each layer."""
-
-    def __init__(self, layers: int, capacities: Sequence[int]) -> None:
-        self.lengths = [0] * len(capacities)
-        """Tokens held for each sequence, the same in every layer."""
-        self.capacity = max(capacities)
-        self.keys: list[Tensor | None] = [None] * layers
-        self.values: list[Tensor | None] = [None] * layers
-
-    def append(self, layer: int, k_TGK: Tensor, v_TGK: Tensor, packing: Packing) -> None:
-        """Store the rows of a packed stream behind what each sequence already holds."""
-        if self.keys[layer] is None:
-            sequences = len(self.lengths)
-            self.keys[layer], self.values[layer] = (
-                new.new_zeros(sequences, new.shape[1], self.capacity, new.shape[2])
-                for new in (k_TGK, v_TGK)
-            )
-        keys, values = self.keys[layer], self.values[layer]
-        assert keys is not None
-        assert values is not None
-        if packing.starts[-1] == len(self.lengths):  # decoding: one row a sequence
-            rows = torch.arange(len(self.lengths), device=k_TGK.device)
-            places = packing.position_ids_T
-            keys[rows, :, places] = k_TGK
-            values[rows, :, places] = v_TGK
-            return
-        for s, (start, end) in enumerate(pairwise(packing.starts)):
-            begin = self.lengths[s]
-            held = slice(begin, begin + end - start)
-            keys[s, :, held] = k_TGK[start:end].transpose(0, 1)
-            values[s, :, held] = v_TGK[start:end].transpose(0, 1)
-
-    def advance(self, packing: Packing) -> None:
-        """Count the rows of a stream as held, once every layer has stored them."""
-        self.lengths = [n + m for n, m in zip(self.lengths, packing.lengths, strict=True)]
-
-    def select(self, sequences: Sequence[int]) -> None:
-        """Keep only these sequences, in this order."""
-        for store in (self.keys, self.values):
-            for layer, tensor in enumerate(store):
-                if tensor is not None:
-                    rows = torch.tensor(list(sequences), device=tensor.device)
-                    store[layer] = tensor.index_select(0, rows)
-        self.lengths = [self.lengths[s] for s in sequences]
-
-
-@dataclass(frozen=True)
-class Scoring:
-    """How a layer turns products of queries and keys into weights."""
-
-    scale: float | None = None
-    """Factor of the products; 1/sqrt(K) where absent."""
-    window: int | None = None
-    """How far back a row sees, itself included."""
-    softcap: float | None = None
-    """Scores become `softcap * tanh(score / softcap)` (Gemma 2)."""
-    sinks_H: Tensor | None = None
-    """One score a head that takes weight and gives nothing (gpt-oss)."""
-
-    @property
-    def plain(self) -> bool:
-        """Whether torch's own scaled_dot_product_attention does all of it but the window."""
-        return self.softcap is None and self.sinks_H is None
-
-
-class Watch:
-    """Keeps the attention weights of chosen rows of a stream, layer by layer.
-
-    The weights of all rows are never computed otherwise: the fused attention has none to show.
-    """
-
-    def __init__(self, rows_R: Tensor) -> None:
-        self.rows_R = rows_R
-        self.weights: dict[int, Tensor] = {}
-        """`[H, R, T]`, float32, by layer."""
-
-    @torch.no_grad()
-    def see(
-        self,
-        layer: int,
-        q_THK: Tensor,
-        k_TGK: Tensor,
-        packing: Packing,
-        scoring: Scoring,
-    ) -> None:
-        """Compute the weights of one layer for the chosen rows alone."""
-        scale = q_THK.shape[-1] ** -0.5 if scoring.scale is None else scoring.scale
-        q_RHK = q_THK.index_select(0, self.rows_R).float()
-        k_THK = k_TGK.float().repeat_interleave(q_THK.shape[1] // k_TGK.shape[1], dim=1)
-        scores_HRT = torch.einsum("rhk,thk->hrt", q_RHK, k_THK) * scale
-        if scoring.softcap is not None:
-            scores_HRT = scoring.softcap * torch.tanh(scores_HRT / scoring.softcap)
-        sample_T, places_T = packing.samples_T, packing.position_ids_T
-        visible_RT = _band(places_T[self.rows_R], places_T, scoring.window)
-        visible_RT &= sample_T[self.rows_R][:, None] == sample_T[None, :]
-        scores_HRT = scores_HRT.masked_fill(~visible_RT, -torch.inf)
-        if scoring.sinks_H is not None:
-            sinks_HR1 = scoring.sinks_H.float()[:, None, None].expand(-1, len(self.rows_R), 1)
-            scores_HRT = torch.cat([scores_HRT, sinks_HR1], dim=-1)
-        self.weights[layer] = scores_HRT.softmax(dim=-1)[..., : len(places_T)]
+from llavakit.contracts.packing import Packing, Rows, Scoring
 
 
 def packed_attention(

@@ -13,8 +13,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from llavakit.stream.attention import Scoring
-from llavakit.stream.batch import Packing
+from llavakit.contracts.packing import Packing, Scoring
 
 Kernel: TypeAlias = Callable[[Tensor, Tensor, Tensor, Packing, Scoring], Tensor]
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from llavakit.contracts.networks import Connector
-from llavakit.stream.batch import Stream
+from llavakit.contracts.packing import Stream
 from llavakit.testing.network import NetworkContract
 
 

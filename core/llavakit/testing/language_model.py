@@ -11,9 +11,8 @@ from torch import Tensor
 
 from llavakit.contracts.interfaces import PromptTemplate, Segment
 from llavakit.contracts.networks import LanguageModel
+from llavakit.contracts.packing import KVCache, Packing, Rows
 from llavakit.registry import Registry
-from llavakit.stream.attention import KVCache
-from llavakit.stream.batch import Packing, Rows
 from llavakit.stream.encode import tokenise
 from llavakit.testing.network import NetworkContract
 

@@ -13,9 +13,8 @@ from typing import Any
 import torch
 
 from llavakit.contracts.component import Use
-from llavakit.contracts.interfaces import Outcome, Run, Step, Stopped
 from llavakit.contracts.networks import LanguageModel, VisionEncoder
-from llavakit.engine.distributed import Team
+from llavakit.contracts.run import Outcome, Run, Step, Stopped, Team
 from llavakit.model.llava import LlavaModel
 from llavakit.registry import Registry
 from llavakit.testing.contract import Contract

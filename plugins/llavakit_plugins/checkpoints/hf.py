@@ -19,8 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from llavakit import Exporter, LlavaModel, ModelError, Options, Registry
-from llavakit.files import new_folder
+from llavakit import Exporter, LlavaModel, ModelError, Options, Registry, new_folder
 from llavakit_plugins.checkpoints.hf_reader import HfReader
 from llavakit_plugins.checkpoints.hf_source import is_hf, read_hf
 from llavakit_plugins.checkpoints.parity import prove

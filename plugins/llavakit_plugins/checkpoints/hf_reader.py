@@ -10,9 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llavakit import LlavaModel
+from llavakit import IMAGE_ID, LlavaModel
 from llavakit.contracts.data import IMAGE, ImageSource, Turn
-from llavakit.stream.encode import IMAGE_ID
 from llavakit_plugins.checkpoints.parity import picture
 from llavakit_plugins.huggingface.hub import quietly
 

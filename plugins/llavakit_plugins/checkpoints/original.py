@@ -8,8 +8,7 @@ from typing import Any
 
 import torch
 
-from llavakit import Exporter, LlavaModel, ModelError, Options, Registry
-from llavakit.files import new_folder
+from llavakit import Exporter, LlavaModel, ModelError, Options, Registry, new_folder
 from llavakit_plugins.checkpoints.original_source import TOKENS, is_original, read_original
 from llavakit_plugins.checkpoints.original_tower import FOLDER
 from llavakit_plugins.checkpoints.parity import prove

@@ -16,9 +16,17 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 
-from llavakit import Connector, LanguageModel, LlavaModel, ModelError, Registry, Use, VisionEncoder
-from llavakit.model.folder import join_model
-from llavakit.recipe.model_choice import ModelRecipe
+from llavakit import (
+    Connector,
+    LanguageModel,
+    LlavaModel,
+    ModelError,
+    ModelRecipe,
+    Registry,
+    Use,
+    VisionEncoder,
+    join_model,
+)
 from llavakit_plugins.checkpoints.filling import fill, needed
 from llavakit_plugins.checkpoints.pixels import Pixels
 from llavakit_plugins.checkpoints.prompts import TemplateUse

@@ -14,9 +14,8 @@ from typing import TYPE_CHECKING, Any, cast
 from jinja2 import TemplateError
 from pydantic import ValidationError
 
-from llavakit import LlavaError, ModelError, PromptTemplate, Registry, Turn, Use
+from llavakit import LlavaError, ModelError, PromptTemplate, Registry, Turn, Use, without_none
 from llavakit.contracts.data import IMAGE
-from llavakit.files import without_none
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

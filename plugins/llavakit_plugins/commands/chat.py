@@ -64,7 +64,7 @@ def _chat(arguments: argparse.Namespace) -> int:
 
 def _table(assignments: Sequence[str]) -> dict[str, Any]:
     """Return what `part.option=value` say, as tables of options."""
-    from llavakit.recipe.overrides import set_key
+    from llavakit import set_key
 
     table: dict[str, Any] = {}
     for assignment in assignments:
@@ -75,9 +75,8 @@ def _table(assignments: Sequence[str]) -> dict[str, Any]:
 
 
 def _chat_with_heatmap(arguments: argparse.Namespace, model: object) -> None:
+    from llavakit import LlavaModel, save_image
     from llavakit.contracts.model import Sampling
-    from llavakit.model.images import save_image
-    from llavakit.model.llava import LlavaModel
     from llavakit_plugins.heatmaps.attention_maps import watch_answer
     from llavakit_plugins.heatmaps.drawing import draw_gaze
 

@@ -44,11 +44,9 @@ def add(commands: Commands) -> None:
 def _check_data(arguments: argparse.Namespace) -> int:
     import json
 
+    from llavakit import Registry, build_from, show_progress, state_options
     from llavakit.contracts.component import Use
     from llavakit.contracts.interfaces import Dataset, PromptTemplate
-    from llavakit.engine.progress import show_progress
-    from llavakit.recipe.check import build_from, state_options
-    from llavakit.registry import Registry
     from llavakit_plugins.datasets.inspection import Lengths, inspect_data
 
     places = {"path": arguments.file, "images": arguments.images}

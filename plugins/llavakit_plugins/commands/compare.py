@@ -25,7 +25,7 @@ def add(commands: Commands) -> None:
 
 
 def _compare(arguments: argparse.Namespace) -> int:
-    from llavakit.files import write_text
+    from llavakit import write_text
     from llavakit_plugins.comparing.table import compare
     from llavakit_plugins.reporting.page import comparison_page
 

@@ -20,10 +20,8 @@ def add(commands: Commands) -> None:
 
 
 def _export(arguments: argparse.Namespace) -> int:
+    from llavakit import LlavaModel, Registry, build_from
     from llavakit.contracts.interfaces import Exporter
-    from llavakit.model.llava import LlavaModel
-    from llavakit.recipe.check import build_from
-    from llavakit.registry import Registry
 
     registry = Registry.installed()
     exporter = build_from(registry.get(Exporter, arguments.format), arguments.set, registry)

@@ -18,8 +18,7 @@ def add(commands: Commands) -> None:
 
 
 def _import(arguments: argparse.Namespace) -> int:
-    from llavakit.model.folder import save_model
-    from llavakit.model.llava import LlavaModel
+    from llavakit import LlavaModel, save_model
 
     refuse_to_replace(arguments.out)
     model = load_model(arguments.source, arguments)

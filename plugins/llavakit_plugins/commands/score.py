@@ -13,7 +13,7 @@ def add(commands: Commands) -> None:
 
 
 def _score(arguments: argparse.Namespace) -> int:
-    from llavakit.registry import Registry
+    from llavakit import Registry
     from llavakit_plugins.commands.scoring import score_command
 
     return score_command(arguments.flags, Registry.installed())

@@ -6,51 +6,22 @@ import argparse
 import inspect
 import json
 import sys
-from abc import abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from difflib import get_close_matches
 from types import NoneType, UnionType
-from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
+from llavakit import Registry
 from llavakit.contracts.component import Component, Use
 from llavakit.contracts.errors import PluginError, RecipeError
-from llavakit.contracts.sections import Table
-from llavakit.registry import Registry
-
-
-@dataclass(frozen=True)
-class FileScore:
-    """What came of scoring files."""
-
-    data: Mapping[str, Any]
-    """Everything, for programs: what `--json` prints. No NaN and no infinity."""
-    tables: Sequence[Table]
-    """The same for people."""
-    notes: Sequence[str] = ()
-    """What was left out or could not be read, in sentences."""
-
-
-class FileScorer(Component):
-    """Scores files without a model: `llava-run score NAME`.
-
-    A `Benchmark` names its scorers in `scorers`. The fields of `Options` are the command's flags:
-    `max_words` is `--max-words`; a `Use[Kind]` takes a component's name, its options by `--set`.
-    """
-
-    positional: ClassVar[tuple[str, ...]] = ()
-    """Required options that are stated without a flag, in this order."""
-
-    @abstractmethod
-    def score(self) -> FileScore:
-        """Read the files and score them. Raises DataError where they cannot be scored."""
+from llavakit.contracts.interfaces import FileScorer
 
 
 def score_command(arguments: Sequence[str], registry: Registry) -> int:
     """Run `llava-run score` with what stands behind it."""
-    from llavakit.recipe.check import build_from
+    from llavakit import build_from
     from llavakit_plugins.reporting.plain import plain
 
     scorers = find_scorers(registry)

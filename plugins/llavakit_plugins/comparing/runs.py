@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-import tomllib
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llavakit import Published
 from llavakit.contracts.errors import RecipeError
-from llavakit.engine.reuse import DONE
-from llavakit_plugins.comparing.published import Published
+from llavakit_plugins.reporting.run_folder import RECORD, read_record, read_run
 from llavakit_plugins.reporting.summary import flat
 from llavakit_plugins.reporting.values import show
 
@@ -64,40 +63,22 @@ def read_runs(folders: Sequence[Path]) -> tuple[list[FinishedRun], list[str]]:
 
 
 def _read_run(folder: Path) -> FinishedRun:
-    path = folder / "recipe.toml"
+    run = read_run(folder)
     try:
-        recipe = tomllib.loads(path.read_text(encoding="utf-8"))
-        steps = [
-            (f"{number:02}-{step['use']}", str(step["use"]))
-            for number, step in enumerate(recipe["steps"], start=1)
-            if not step.get("skip")
-        ]
-        published = tuple(Published.model_validate(item) for item in recipe.get("paper", ()))
-        name, seed = str(recipe["name"]), int(recipe.get("seed", 0))
-    except OSError as error:
-        raise RecipeError(
-            f"{folder} is no run: cannot read recipe.toml ({error.strerror})"
-        ) from None
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise RecipeError(f"{path} is damaged: {error}") from error
-    missing = [step for step, _ in steps if not (folder / step / DONE).is_file()]
+        published = tuple(Published.model_validate(item) for item in run.recipe.get("paper", ()))
+    except (ValueError, TypeError) as error:
+        raise RecipeError(f"{folder / 'recipe.toml'} is damaged: {error}") from error
+    missing = [step for step in run.steps if not (folder / step / RECORD).is_file()]
     if missing:
         raise RecipeError(f"{folder} is unfinished: {missing[0]} is not done")
-    uses = Counter(use for _, use in steps)
+    uses = Counter(str(choice["use"]) for choice in run.steps.values())
     metrics: dict[str, float] = {}
-    for step, use in steps:
-        label = use if uses[use] == 1 else step
-        metrics |= {f"{label}.{key}": value for key, value in _metrics(folder / step / DONE)}
-    experiment = flat({k: v for k, v in recipe.items() if k not in _SAME_EXPERIMENT})
-    return FinishedRun(folder, name, seed, metrics, experiment, published)
-
-
-def _metrics(path: Path) -> Iterator[tuple[str, float]]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))["metrics"]
-        yield from ((str(key), float(value)) for key, value in found.items())
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise RecipeError(f"{path} is damaged ({error}); run its recipe again") from error
+    for step, choice in run.steps.items():
+        label = str(choice["use"]) if uses[str(choice["use"])] == 1 else step
+        found = read_record(folder / step).metrics
+        metrics |= {f"{label}.{key}": value for key, value in found.items()}
+    experiment = flat({k: v for k, v in run.recipe.items() if k not in _SAME_EXPERIMENT})
+    return FinishedRun(folder, run.name, run.seed, metrics, experiment, published)
 
 
 def group_runs(runs: Sequence[FinishedRun]) -> tuple[list[Group], list[str]]:

@@ -6,7 +6,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from llavakit import Connector, Options
-from llavakit.stream.batch import Stream
+from llavakit.contracts.packing import Stream
 from llavakit_kernels import linear_gelu, project_splice
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from llavakit import ModelError
-from llavakit.stream.batch import Stream
+from llavakit.contracts.packing import Stream
 from llavakit_plugins.connectors.mlp import Mlp, MlpOptions
 
 

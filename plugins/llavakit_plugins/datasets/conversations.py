@@ -11,10 +11,20 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import Field
 
-from llavakit import DataError, Dataset, InputPath, Options, Sample, Turn
+from llavakit import (
+    DataError,
+    Dataset,
+    InputPath,
+    MissingImage,
+    Options,
+    Sample,
+    Turn,
+    check_image,
+    inside,
+    whole_images,
+)
 from llavakit.contracts.data import CHARACTERS_A_TOKEN, Finding, Inspected
-from llavakit.contracts.interfaces import Progress
-from llavakit.model.images import MissingImage, check_image, inside, whole_images
+from llavakit.contracts.run import Progress
 from llavakit_plugins.datasets.expected import Expected
 from llavakit_plugins.datasets.streaming import StoredRows, count_rows, read_rows
 

@@ -17,17 +17,17 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel
 
+from llavakit import MissingImage, check_image, encode, whole_images
 from llavakit.contracts.component import Use
 from llavakit.contracts.data import CHARACTERS_A_TOKEN, IMAGE, Finding, Inspected, Sample
 from llavakit.contracts.errors import DataError
-from llavakit.model.images import MissingImage, check_image, whole_images
-from llavakit.stream.encode import encode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from llavakit.contracts.interfaces import Dataset, Progress, PromptTemplate
-    from llavakit.registry import Registry
+    from llavakit import Registry
+    from llavakit.contracts.interfaces import Dataset, PromptTemplate
+    from llavakit.contracts.run import Progress
 
 KEPT = 100
 """Findings of one sort whose sentences are kept; the others are counted."""
@@ -134,8 +134,8 @@ def inspect_data(
 
 
 def _rows(use: Use[Dataset], registry: Registry) -> Iterator[Inspected]:
-    component = registry.get(use.kind(), use.use)
-    rows = component.inspect(component.Options.model_validate(use.options))  # type: ignore[attr-defined]
+    component = registry.chosen(use)
+    rows = component.inspect(component.Options.model_validate(use.options))
     if rows is not None:
         yield from rows
         return

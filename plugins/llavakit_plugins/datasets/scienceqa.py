@@ -6,9 +6,8 @@ from pathlib import Path
 
 from pydantic import Field
 
-from llavakit import DataError, Dataset, InputPath, Options, Sample, Turn
+from llavakit import DataError, Dataset, InputPath, Options, Sample, Turn, check_image
 from llavakit.contracts.data import CHARACTERS_A_TOKEN
-from llavakit.model.images import check_image
 from llavakit_plugins.datasets.expected import Expected
 from llavakit_plugins.evaluation.scienceqa import (
     Format,

@@ -14,11 +14,10 @@ from typing import Any
 
 from torch import Tensor
 
-from llavakit import DataError, LlavaModel, Question, Stopped
+from llavakit import DataError, LlavaModel, Question, Stopped, drop_torn_line, explain_write
 from llavakit.contracts.data import ImageSource
-from llavakit.contracts.interfaces import Progress
 from llavakit.contracts.model import Sampling
-from llavakit.files import drop_torn_line, explain_write
+from llavakit.contracts.run import Progress
 from llavakit_plugins.evaluation.rows import listed, read_lines
 
 Row = dict[str, Any]

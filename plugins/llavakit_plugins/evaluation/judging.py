@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 from typing import Self
 
 from llavakit import ChatError, ChatModel, Message, Run
-from llavakit.contracts.interfaces import Progress
+from llavakit.contracts.run import Progress
 from llavakit_plugins.evaluation.rows import listed
 from llavakit_plugins.generation.requests.asking import ask_all
 from llavakit_plugins.generation.requests.ledger import Entry, Ledger, Request, asked

@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from llavakit import DataError, Question
+from llavakit import DataError, Question, inside
 from llavakit.contracts.data import IMAGE
-from llavakit.model.images import inside
 from llavakit_plugins.evaluation.rows import Row, by_id, id_of, listed, read_rows, text_of
 
 

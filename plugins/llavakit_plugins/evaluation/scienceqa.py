@@ -14,9 +14,8 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator
 
-from llavakit import DataError
+from llavakit import DataError, inside
 from llavakit.contracts.data import IMAGE
-from llavakit.model.images import inside
 from llavakit_plugins.evaluation.rows import Row, listed, read_json, text_of
 
 LETTERS = "ABCDE"

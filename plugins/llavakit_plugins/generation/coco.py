@@ -10,9 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from llavakit import DataError, ImageContext
+from llavakit import DataError, ImageContext, new_file
 from llavakit.contracts.data import Box
-from llavakit.files import new_file
 from llavakit_plugins.generation.contexts import to_line
 
 _log = logging.getLogger("llavakit")

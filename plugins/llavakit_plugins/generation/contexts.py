@@ -14,9 +14,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import overload
 
-from llavakit import DataError, ImageContext
+from llavakit import DataError, ImageContext, new_file
 from llavakit.contracts.data import Box
-from llavakit.files import new_file
 
 _BEYOND = 0.01  # of 1: what rounding may do to a box at an edge
 

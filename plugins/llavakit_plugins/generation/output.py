@@ -10,8 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from llavakit import Outcome, Run
-from llavakit.files import new_file
+from llavakit import Outcome, Run, new_file
 from llavakit_plugins.generation.contexts import Contexts
 from llavakit_plugins.generation.items import Item, Items
 from llavakit_plugins.generation.requests.ledger import Ledger

@@ -7,7 +7,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from llavakit import ImageContext, Message
-from llavakit.engine.plan import StepPlan
+from llavakit.contracts.run import StepPlan
 from llavakit_plugins.generation.items import Items
 from llavakit_plugins.generation.requests.prompted import PromptedGenerator
 from llavakit_plugins.generation.requests.tokens import ESTIMATE, Counter

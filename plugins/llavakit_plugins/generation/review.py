@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
+from llavakit import write_text
 from llavakit.contracts.data import IMAGE
 from llavakit.contracts.sections import Card, Gallery
-from llavakit.files import write_text
 from llavakit_plugins.generation.items import Item
 from llavakit_plugins.steps.generate import find_image
 

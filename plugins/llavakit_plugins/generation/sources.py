@@ -47,7 +47,7 @@ def open_sources(options: GenerateOptions, folder: Path) -> Iterator[dict[str, C
 
 
 def _check(contexts: Contexts, path: Path, images: Path) -> None:
-    from llavakit.model.images import inside
+    from llavakit import inside
 
     seen: set[str] = set()
     for context in contexts:

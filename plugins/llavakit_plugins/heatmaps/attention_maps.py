@@ -14,13 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from llavakit import Encoded, LlavaModel, pack
 from llavakit.contracts.data import ImageSource
 from llavakit.contracts.errors import ModelError
 from llavakit.contracts.model import Sampling
-from llavakit.model.llava import LlavaModel
-from llavakit.stream.attention import Watch
-from llavakit.stream.batch import pack
-from llavakit.stream.encode import Encoded
+from llavakit.contracts.packing import Packing, Scoring
 
 
 @dataclass(frozen=True)
@@ -48,6 +46,46 @@ class Gaze:
             for start, end in zip(starts, ends, strict=True)
         ]
         return [(word, weights) for word, weights in words if word]
+
+
+class WatchedRows:
+    """Keeps the attention weights of chosen rows of a stream, layer by layer.
+
+    The weights of all rows are never computed otherwise: the fused attention has none to show.
+    """
+
+    def __init__(self, rows_R: Tensor) -> None:
+        self.rows_R = rows_R
+        self.weights: dict[int, Tensor] = {}
+        """`[H, R, T]`, float32, by layer."""
+
+    @torch.no_grad()
+    def see(
+        self,
+        layer: int,
+        q_THK: Tensor,
+        k_TGK: Tensor,
+        packing: Packing,
+        scoring: Scoring,
+    ) -> None:
+        """Compute the weights of one layer for the chosen rows alone."""
+        scale = q_THK.shape[-1] ** -0.5 if scoring.scale is None else scoring.scale
+        q_RHK = q_THK.index_select(0, self.rows_R).float()
+        k_THK = k_TGK.float().repeat_interleave(q_THK.shape[1] // k_TGK.shape[1], dim=1)
+        scores_HRT = torch.einsum("rhk,thk->hrt", q_RHK, k_THK) * scale
+        if scoring.softcap is not None:
+            scores_HRT = scoring.softcap * torch.tanh(scores_HRT / scoring.softcap)
+        sample_T, places_T = packing.samples_T, packing.position_ids_T
+        distance_RT = places_T[self.rows_R][:, None] - places_T[None, :]
+        visible_RT = distance_RT >= 0
+        if scoring.window is not None:
+            visible_RT &= distance_RT < scoring.window
+        visible_RT &= sample_T[self.rows_R][:, None] == sample_T[None, :]
+        scores_HRT = scores_HRT.masked_fill(~visible_RT, -torch.inf)
+        if scoring.sinks_H is not None:
+            sinks_HR1 = scoring.sinks_H.float()[:, None, None].expand(-1, len(self.rows_R), 1)
+            scores_HRT = torch.cat([scores_HRT, sinks_HR1], dim=-1)
+        self.weights[layer] = scores_HRT.softmax(dim=-1)[..., : len(places_T)]
 
 
 def watch_answer(
@@ -108,7 +146,7 @@ def _attention(
     )
     batch = pack([whole], [0], model.visual_tokens).to(model.device)
     length = batch.packing.starts[-1]
-    watch = Watch(torch.arange(length - len(ids), length, device=model.device))
+    watch = WatchedRows(torch.arange(length - len(ids), length, device=model.device))
     packing = replace(batch.packing, watch=watch)
     pixels = model.prepare(images)
     features = None if pixels is None else model.features(pixels)
@@ -117,7 +155,7 @@ def _attention(
     if len(watch.weights) != layers:
         raise ModelError(
             f"language model `{model.language.name}` showed the attention of {len(watch.weights)} "
-            f"of its {layers} layers: it must attend by llavakit.stream.attention.packed_attention"
+            f"of its {layers} layers: it must attend by llavakit.packed_attention"
         )
     weights_LAT = torch.stack([weights.mean(dim=0) for weights in watch.weights.values()])
     return weights_LAT.mean(dim=0).cpu(), batch.visual_rows_N.cpu()

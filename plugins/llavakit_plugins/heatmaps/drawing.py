@@ -9,9 +9,9 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
+from llavakit import open_image
 from llavakit.contracts.data import ImageSource
 from llavakit.contracts.errors import DataError
-from llavakit.model.images import open_image
 
 if TYPE_CHECKING:
     from llavakit.contracts.networks import VisionEncoder

@@ -11,9 +11,8 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from llavakit import LanguageModel, ModelError
-from llavakit.model.folder import cast_weights
-from llavakit.stream.batch import Packing
+from llavakit import LanguageModel, ModelError, cast_weights
+from llavakit.contracts.packing import Packing
 from llavakit_plugins.huggingface.hub import (
     PretrainedOptions,
     explain_config,
@@ -23,8 +22,8 @@ from llavakit_plugins.huggingface.hub import (
     quietly,
     read_config,
 )
-from llavakit_plugins.language.lora import FOLDER as ADAPTERS
 from llavakit_plugins.language.lora import (
+    FOLDER as ADAPTERS,
     LoraOptions,
     add_adapters,
     base_weights,

@@ -16,9 +16,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from llavakit import ModelError
-from llavakit.stream.attention import packed_attention, rows_attention
-from llavakit.stream.batch import Packing, Rows
+from llavakit import ModelError, packed_attention, rows_attention
+from llavakit.contracts.packing import Packing, Rows
 from llavakit_kernels.linear_cross_entropy import linear_cross_entropy
 from llavakit_plugins.huggingface.hub import explain_config
 from llavakit_plugins.language.pretrained import LanguageOptions, PretrainedLanguage

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from llavakit import ModelError
-from llavakit.model.folder import cast_weights
+from llavakit import ModelError, cast_weights
 from llavakit_plugins.checkpoints.filling import fill
 from llavakit_plugins.checkpoints.weights import Weights
 from llavakit_plugins.checkpoints.writing import write_weights

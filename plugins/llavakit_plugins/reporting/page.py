@@ -8,8 +8,8 @@ from functools import cache
 from jinja2 import BaseLoader, ChoiceLoader, Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from llavakit import duration
 from llavakit.contracts.sections import Curves, Table
-from llavakit.engine.progress import duration
 from llavakit_plugins.reporting.charts import Chart, draw_lines
 from llavakit_plugins.reporting.pictures import Pictures
 from llavakit_plugins.reporting.summary import Report

@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from llavakit.contracts.sections import Section, StepRecord
-from llavakit.engine.progress import duration
-from llavakit.files import peek_json
-
-if TYPE_CHECKING:
-    from llavakit.recipe.recipe import Recipe
+from llavakit import duration, peek_json
+from llavakit.contracts.errors import RecipeError
+from llavakit.contracts.sections import Section
+from llavakit_plugins.reporting.run_folder import RunFolder, StepRecord, read_run
 
 
 @dataclass(frozen=True)
@@ -53,9 +51,12 @@ class Report:
     recipe: str
 
 
-def collect(recipe: Recipe, directory: Path, records: Sequence[StepRecord]) -> Report:
+def collect(directory: Path, records: Sequence[StepRecord]) -> Report:
     """Return what there is to show of the steps that are done and of those that are not."""
-    uses = dict(recipe.active_steps())
+    try:
+        run = read_run(directory)
+    except RecipeError:  # the report shows what else there is
+        run = RunFolder(directory.resolve().name, 0, {}, {})
     longest = max((record.seconds for record in records), default=0.0) or 1.0
     stages = [
         Stage(
@@ -64,25 +65,24 @@ def collect(recipe: Recipe, directory: Path, records: Sequence[StepRecord]) -> R
             seconds=record.seconds,
             share=100 * record.seconds / longest,
             folder=record.folder,
-            options=flat(uses[record.name].options) if record.name in uses else {},
+            options=_options(run.steps.get(record.name, {})),
             metrics=record.metrics,
             sections=record.sections,
         )
         for number, record in enumerate(records, start=1)
     ]
     done = {record.name for record in records}
-    stages += [Stage(name, "") for name in uses if name not in done]
+    stages += [Stage(name, "") for name in run.steps if name not in done]
 
     environment = peek_json(directory / "environment.json")
     plan = flat(peek_json(directory / "plan.json"))
     parts = [
-        Part(name, use.use, plan.get(f"parts.{name}.parameters"), flat(use.options))
-        for name in (type(recipe.model).model_fields if recipe.model else ())
-        if (use := getattr(recipe.model, name)) is not None
+        Part(name, str(choice.get("use")), plan.get(f"parts.{name}.parameters"), _options(choice))
+        for name, choice in run.recipe.get("model", {}).items()
     ]
     device = environment.get("device_name", environment.get("device"))
     facts = [
-        f"seed {recipe.seed}",
+        f"seed {run.seed}",
         *([str(device)] if device else []),
         f"{len(records)} of {len(stages)} steps done",
         duration(sum(record.seconds for record in records)),
@@ -91,7 +91,11 @@ def collect(recipe: Recipe, directory: Path, records: Sequence[StepRecord]) -> R
         text = (directory / "recipe.toml").read_text(encoding="utf-8", errors="replace")
     except OSError:
         text = ""
-    return Report(recipe.name, facts, stages, parts, flat(environment), text.strip())
+    return Report(run.name, facts, stages, parts, flat(environment), text.strip())
+
+
+def _options(choice: Mapping[str, Any]) -> dict[str, Any]:
+    return flat({key: value for key, value in choice.items() if key not in ("use", "skip")})
 
 
 def flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

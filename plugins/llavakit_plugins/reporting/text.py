@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from llavakit import duration
 from llavakit.contracts.sections import Curves, Gallery, Section, Table
-from llavakit.engine.progress import duration
 from llavakit_plugins.reporting.markdown import code, escape, table
 from llavakit_plugins.reporting.pictures import Pictures
 from llavakit_plugins.reporting.summary import Report

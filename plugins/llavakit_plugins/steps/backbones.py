@@ -5,10 +5,9 @@ from __future__ import annotations
 
 import torch
 
-from llavakit import Generator, InputPath, Options, Outcome, Run, Step, Use
+from llavakit import Generator, InputPath, Options, Outcome, Run, Step, Use, save_model
+from llavakit.contracts.run import Planner, StepPlan
 from llavakit.contracts.sections import Curves
-from llavakit.engine.plan import Planner, StepPlan
-from llavakit.model.folder import save_model
 from llavakit_plugins.generation.contexts import read_contexts
 from llavakit_plugins.training.backbones.contrastive import ContrastiveOptions, train_clip
 from llavakit_plugins.training.backbones.text import TextOptions, documents, train_language

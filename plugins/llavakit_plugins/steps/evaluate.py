@@ -26,12 +26,12 @@ from llavakit import (
     Score,
     Step,
     Use,
+    save_thumbnail,
+    write_text,
 )
 from llavakit.contracts.component import SkippableUse
 from llavakit.contracts.data import IMAGE
 from llavakit.contracts.sections import Card, Gallery, Section, Table
-from llavakit.files import write_text
-from llavakit.model.images import save_thumbnail
 from llavakit_plugins.evaluation.answering import AnswerFile, Pace, ask
 from llavakit_plugins.training.corpus import Corpus
 from llavakit_plugins.training.features import Encoding

@@ -19,12 +19,13 @@ from llavakit import (
     Run,
     Step,
     Use,
+    save_image,
+    save_model,
+    save_thumbnail,
 )
 from llavakit.contracts.data import IMAGE, ImageSource
 from llavakit.contracts.model import Sampling
 from llavakit.contracts.sections import Card, Gallery
-from llavakit.model.folder import save_model
-from llavakit.model.images import save_image, save_thumbnail
 from llavakit_plugins.heatmaps.attention_maps import watch_answer
 from llavakit_plugins.heatmaps.drawing import draw_gaze
 

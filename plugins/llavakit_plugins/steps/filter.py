@@ -10,10 +10,9 @@ from typing import Any
 import numpy as np
 from pydantic import Field
 
-from llavakit import DataError, InputPath, Options, Outcome, Run, Step, Stopped
+from llavakit import DataError, InputPath, Options, Outcome, Run, Step, Stopped, new_file
 from llavakit.contracts.data import IMAGE
 from llavakit.contracts.sections import Curves, Table
-from llavakit.files import new_file
 from llavakit_plugins.generation.curation.captions import CaptionRow, read_captions
 from llavakit_plugins.generation.curation.concepts import (
     Choice,

@@ -23,11 +23,11 @@ from llavakit import (
     Stopped,
     Turn,
     Use,
+    write_text,
 )
 from llavakit.contracts.data import IMAGE, RESPONSE_KINDS, ResponseKind
+from llavakit.contracts.run import Planner, StepPlan
 from llavakit.contracts.sections import Card, Gallery, Table
-from llavakit.engine.plan import Planner, StepPlan
-from llavakit.files import write_text
 from llavakit_plugins.generation.contexts import Contexts
 from llavakit_plugins.generation.items import choose
 from llavakit_plugins.generation.requests.prompted import PromptedGenerator
@@ -171,7 +171,7 @@ def brief_questions() -> tuple[str, ...]:
 
 def find_image(images: Path | None, context: ImageContext) -> Path | None:
     """Return the file of a context's image, where there is one."""
-    from llavakit.model.images import inside
+    from llavakit import inside
 
     if images is None:
         return None

@@ -6,14 +6,19 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from llavakit import Outcome, Run, Sample, Step
+from llavakit import (
+    Outcome,
+    Run,
+    Sample,
+    Step,
+    explain_memory,
+    link_folder,
+    save_model,
+    save_thumbnail,
+)
 from llavakit.contracts.data import IMAGE
+from llavakit.contracts.run import Planner, StepPlan
 from llavakit.contracts.sections import Card, Curves, Gallery, Section
-from llavakit.engine.plan import Planner, StepPlan
-from llavakit.files import link_folder
-from llavakit.model.devices import explain_memory
-from llavakit.model.folder import save_model
-from llavakit.model.images import save_thumbnail
 from llavakit_plugins.training.corpus import Corpus
 from llavakit_plugins.training.features import preparation
 from llavakit_plugins.training.loop import Trainer
@@ -191,7 +196,7 @@ def _sample_flop(options: TrainOptions, planner: Planner, text: int, length: int
         "language": 2.0 * blocks * length + attention + 2.0 * head * supervised,
     }
     order = [part for part in PARTS if part in options.train]
-    total = sum(forward.values())
+    total: float = sum(forward.values())
     for part in PARTS[PARTS.index(order[0]) :]:  # what lies behind the first trained part
         total += forward[part] * (part != order[0])  # gradients of its input
         if part in options.train:  # gradients of its weights, or of its adapters
@@ -211,7 +216,7 @@ def _memory_gb(options: TrainOptions, planner: Planner) -> float:
     language = planner.model.language
     layers, _, _ = language.cache_shape()
     values = (2 if options.recompute else 17) * layers + 17  # a row's stored values, in widths
-    activations = options.micro_batch_tokens * values * language.width * half
+    activations: float = options.micro_batch_tokens * values * language.width * half
     return (weights + activations) / 1e9
 
 

@@ -12,8 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from llavakit import TrainingError
-from llavakit.files import HASHED_BYTES, digest, new_folder
+from llavakit import HASHED_BYTES, TrainingError, digest, new_folder
 
 _TENSORS = "state.safetensors"
 _STATE = "state.json"

@@ -9,9 +9,8 @@ from typing import Literal
 
 import numpy as np
 
-from llavakit import DataError, Dataset, LlavaModel, PromptTemplate
-from llavakit.stream.batch import PackedBatch, best_fit, pack
-from llavakit.stream.encode import Encoded, encode
+from llavakit import DataError, Dataset, Encoded, LlavaModel, PromptTemplate, best_fit, encode, pack
+from llavakit.contracts.packing import PackedBatch
 
 _NAMED = 5  # samples that an error lists
 

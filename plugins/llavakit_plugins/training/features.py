@@ -13,13 +13,11 @@ from typing import Any, Protocol
 import torch
 from pydantic import ValidationError
 from torch import Tensor
-from torch.utils.data import DataLoader
-from torch.utils.data import Dataset as TorchDataset
+from torch.utils.data import DataLoader, Dataset as TorchDataset
 
-from llavakit import Build, LlavaError, LlavaModel, TrainingError, Use, VisionEncoder
+from llavakit import Build, LlavaError, LlavaModel, TrainingError, Use, VisionEncoder, read_pixels
 from llavakit.contracts.data import ImageSource
-from llavakit.model.images import read_pixels
-from llavakit.stream.batch import PackedBatch, upload
+from llavakit.contracts.packing import PackedBatch, upload
 from llavakit_plugins.training.corpus import Corpus
 
 _ENCODE_BATCH = 32

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from llavakit import LlavaModel, PromptTemplate, Run, Sample, Stopped, TrainingError
-from llavakit.stream.batch import PackedBatch
+from llavakit.contracts.packing import PackedBatch
 from llavakit_plugins.training.checkpoints import Best, Checkpoints
 from llavakit_plugins.training.corpus import Batch, Corpus
 from llavakit_plugins.training.features import (

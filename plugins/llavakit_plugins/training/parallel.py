@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from llavakit import LlavaModel, TrainingError
-from llavakit.engine.distributed import Team
+from llavakit.contracts.run import Team
 from llavakit_plugins.training.corpus import Corpus
 from llavakit_plugins.training.options import TrainOptions
 

@@ -22,9 +22,9 @@ from llavakit import (
     Run,
     Score,
     Use,
+    write_text,
 )
 from llavakit.contracts.sections import Table
-from llavakit.files import write_text
 from llavakit_plugins.evaluation.answers import read_answers
 from llavakit_plugins.evaluation.benchmarks.review_files import ReviewFiles
 from llavakit_plugins.evaluation.judging import Asking, Replies, replies

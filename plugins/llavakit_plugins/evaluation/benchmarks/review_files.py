@@ -9,8 +9,8 @@ from typing import Any
 from pydantic import Field
 
 from llavakit import DataError, InputPath, Options
+from llavakit.contracts.interfaces import FileScore, FileScorer
 from llavakit.contracts.sections import Table
-from llavakit_plugins.commands.scoring import FileScore, FileScorer
 from llavakit_plugins.evaluation.reviews import (
     HIGHEST,
     RELATIVE_COLUMNS,

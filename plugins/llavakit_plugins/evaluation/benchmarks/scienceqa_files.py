@@ -9,7 +9,7 @@ from typing import Any, Self
 from pydantic import Field, model_validator
 
 from llavakit import Build, ChatModel, DataError, InputPath, Options, Use
-from llavakit_plugins.commands.scoring import FileScore, FileScorer
+from llavakit.contracts.interfaces import FileScore, FileScorer
 from llavakit_plugins.evaluation.answers import Answers, read_answers
 from llavakit_plugins.evaluation.benchmarks.ensembles import (
     Ensemble,

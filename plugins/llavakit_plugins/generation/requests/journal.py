@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any, Self
 from uuid import uuid4
 
-from llavakit import DataError
-from llavakit.files import drop_torn_line, explain_write
+from llavakit import DataError, drop_torn_line, explain_write
 from llavakit_plugins.generation.requests.ledger import Ledger
 
 

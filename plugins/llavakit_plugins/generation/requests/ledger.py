@@ -21,8 +21,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from llavakit import DataError, Message, Reply
-from llavakit.files import explain_write, sync
+from llavakit import DataError, Message, Reply, explain_write, sync
 
 _BLOCK = 1000  # entries that are taken over at once
 

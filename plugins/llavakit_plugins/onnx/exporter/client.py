@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from llavakit import ModelError
+from llavakit import IMAGE_ID, ModelError, encode
 from llavakit.contracts.data import IMAGE, Sample, Turn
-from llavakit.stream.encode import IMAGE_ID, encode
 from llavakit_plugins.onnx.exporter.pictures import javascript_settings, python_settings
 from llavakit_plugins.onnx.exporter.prompts import chat_template
 from llavakit_plugins.onnx.runtime.layout import GRAPHS, graph_file
@@ -87,7 +86,7 @@ def client_tokenizer(
     """Return the tokenizer with `<image>` as a special token, and that token's id."""
     from tokenizers import AddedToken, Tokenizer
 
-    from llavakit.stream.tokenise import Reader
+    from llavakit import Reader
 
     table = json.loads(Reader.of(tokenizer).backend.to_str())
     if not form.adds_bos:  # the template writes it; a client would write it again

@@ -14,8 +14,7 @@ import torch
 from pydantic import Field, field_validator
 from torch import nn
 
-from llavakit import Exporter, ModelError, Options
-from llavakit.files import digest, new_folder
+from llavakit import Exporter, ModelError, Options, digest, new_folder
 from llavakit_plugins.onnx.exporter.attention import Attention
 from llavakit_plugins.onnx.runtime import folder as folders
 from llavakit_plugins.onnx.runtime.layout import DECODER, GRAPHS, REPORT, Precision, graph_file

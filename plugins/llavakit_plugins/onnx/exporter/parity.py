@@ -11,10 +11,9 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 
-from llavakit import ModelError
+from llavakit import ModelError, pack
 from llavakit.contracts.data import IMAGE
-from llavakit.stream.attention import KVCache
-from llavakit.stream.batch import Packing, pack
+from llavakit.contracts.packing import KVCache, Packing
 from llavakit_plugins.onnx.exporter.pictures import pictures
 from llavakit_plugins.onnx.runtime import OnnxModel
 

@@ -10,9 +10,8 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from llavakit import DataError, ModelError, Turn
+from llavakit import DataError, ModelError, Reader, Turn
 from llavakit.contracts.data import IMAGE
-from llavakit.stream.tokenise import Reader
 from llavakit_plugins.onnx.runtime.prompting import PromptFormat
 
 if TYPE_CHECKING:

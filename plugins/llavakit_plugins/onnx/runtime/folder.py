@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from llavakit import differs
 from llavakit.contracts.errors import ModelError
-from llavakit.files import differs
 from llavakit_plugins.onnx.runtime.layout import DECODER, GRAPHS, REPORT, SUFFIXES, graph_file
 from llavakit_plugins.onnx.runtime.pictures import Preparation
 from llavakit_plugins.onnx.runtime.prompting import PromptFormat

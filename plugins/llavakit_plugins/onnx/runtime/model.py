@@ -12,14 +12,11 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import numpy.typing as npt
 
+from llavakit import IMAGE_ID, Answering, Encoded, Unfinished, open_image, special_stops, tokenise
 from llavakit.contracts.data import ImageSource, Sample
 from llavakit.contracts.errors import ModelError
 from llavakit.contracts.interfaces import Segment
 from llavakit.contracts.model import Sampling
-from llavakit.model.answer import Answering
-from llavakit.model.detokenise import Unfinished, special_stops
-from llavakit.model.images import open_image
-from llavakit.stream.encode import IMAGE_ID, Encoded, tokenise
 from llavakit_plugins.onnx.runtime.folder import Folder, read
 from llavakit_plugins.onnx.runtime.layout import DECODER, EMBEDDINGS, VISION
 from llavakit_plugins.onnx.runtime.sessions import (

@@ -16,8 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from llavakit import ImageContext, ModelError, Run, VisionEncoder
-from llavakit.model.images import inside, read_pixels
+from llavakit import ImageContext, ModelError, Run, VisionEncoder, inside, read_pixels
 from llavakit_plugins.generation.scenes import FAMILY
 from llavakit_plugins.training.backbones.loop import optimise, shuffled
 from llavakit_plugins.training.optimiser import Group, Optimiser, Schedule

@@ -11,10 +11,19 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from llavakit import Generator, ImageContext, LanguageModel, PromptTemplate, Run, Segment
+from llavakit import (
+    Encoded,
+    Generator,
+    ImageContext,
+    LanguageModel,
+    PromptTemplate,
+    Run,
+    Segment,
+    pack,
+    tokenise,
+)
 from llavakit.contracts.data import IMAGE, ResponseKind
-from llavakit.stream.batch import PackedBatch, pack
-from llavakit.stream.encode import Encoded, tokenise
+from llavakit.contracts.packing import PackedBatch
 from llavakit_plugins.training.backbones.loop import optimise, shuffled
 from llavakit_plugins.training.optimiser import Group, Optimiser, Schedule
 

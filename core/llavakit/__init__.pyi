@@ -1,0 +1,151 @@
+# The public names of llavakit, once: type checkers read them here, and so does the package itself.
+# Everything in `llavakit.contracts` is public, too; all else is not.
+from .contracts.component import (
+    Component as Component,
+    InputPath as InputPath,
+    Options as Options,
+    SkippableUse as SkippableUse,
+    Use as Use,
+)
+from .contracts.data import (
+    ImageContext as ImageContext,
+    ImageSource as ImageSource,
+    Message as Message,
+    Question as Question,
+    Reply as Reply,
+    Sample as Sample,
+    Score as Score,
+    Turn as Turn,
+)
+from .contracts.errors import (
+    ChatError as ChatError,
+    DataError as DataError,
+    LlavaError as LlavaError,
+    ModelError as ModelError,
+    PluginError as PluginError,
+    RecipeError as RecipeError,
+    ReplyError as ReplyError,
+    TrainingError as TrainingError,
+)
+from .contracts.hooks import (
+    hookimpl as hookimpl,
+)
+from .contracts.interfaces import (
+    Benchmark as Benchmark,
+    ChatModel as ChatModel,
+    Dataset as Dataset,
+    Exporter as Exporter,
+    Generator as Generator,
+    PromptTemplate as PromptTemplate,
+    Segment as Segment,
+    Tracker as Tracker,
+)
+from .contracts.model import (
+    Model as Model,
+    Sampling as Sampling,
+)
+from .contracts.networks import (
+    Connector as Connector,
+    LanguageModel as LanguageModel,
+    VisionEncoder as VisionEncoder,
+)
+from .contracts.run import (
+    Build as Build,
+    Outcome as Outcome,
+    Progress as Progress,
+    Run as Run,
+    Step as Step,
+    Stopped as Stopped,
+)
+from .contracts.sections import (
+    Card as Card,
+    Curves as Curves,
+    Gallery as Gallery,
+    Section as Section,
+    Table as Table,
+)
+from .engine.progress import (
+    aligned as aligned,
+    duration as duration,
+    say as say,
+    show_progress as show_progress,
+)
+from .files import (
+    HASHED_BYTES as HASHED_BYTES,
+    differs as differs,
+    digest as digest,
+    drop_torn_line as drop_torn_line,
+    explain_write as explain_write,
+    link_folder as link_folder,
+    new_file as new_file,
+    new_folder as new_folder,
+    peek_json as peek_json,
+    sync as sync,
+    without_none as without_none,
+    write_text as write_text,
+)
+from .model.answer import (
+    Answering as Answering,
+)
+from .model.detokenise import (
+    Unfinished as Unfinished,
+    special_stops as special_stops,
+)
+from .model.devices import (
+    explain_memory as explain_memory,
+)
+from .model.folder import (
+    cast_weights as cast_weights,
+    join_model as join_model,
+    save_model as save_model,
+)
+from .model.images import (
+    MissingImage as MissingImage,
+    check_image as check_image,
+    inside as inside,
+    open_image as open_image,
+    read_pixels as read_pixels,
+    save_image as save_image,
+    save_thumbnail as save_thumbnail,
+    whole_images as whole_images,
+)
+from .model.llava import (
+    LlavaModel as LlavaModel,
+)
+from .model.load import load as load
+from .recipe.check import (
+    build_from as build_from,
+    state_options as state_options,
+)
+from .recipe.model_choice import (
+    ModelRecipe as ModelRecipe,
+)
+from .recipe.overrides import (
+    set_key as set_key,
+)
+from .recipe.recipe import (
+    Published as Published,
+    Recipe as Recipe,
+)
+from .registry import (
+    Registry as Registry,
+)
+from .stream.attention import (
+    packed_attention as packed_attention,
+    rows_attention as rows_attention,
+)
+from .stream.batch import (
+    best_fit as best_fit,
+    pack as pack,
+)
+from .stream.encode import (
+    IMAGE_ID as IMAGE_ID,
+    Encoded as Encoded,
+    encode as encode,
+    tokenise as tokenise,
+)
+from .stream.tokenise import (
+    Reader as Reader,
+)
+
+__all__: list[str]

@@ -1,0 +1,206 @@
+"""The packed stream: several samples laid end to end in one row of tokens, without padding.
+
+T rows of the stream, S samples in it, N visual rows, M supervised rows, I images, E width,
+H query heads, G key-value heads, K head dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from itertools import pairwise
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def upload(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return a tensor on `device`, without waiting for what a GPU has still to do."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()  # from any other memory the host does wait
+    return tensor.to(device, non_blocking=True)
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Where the samples of a stream begin and end. Attention never crosses a boundary."""
+
+    starts: tuple[int, ...]
+    """First row of each sample, then T: S + 1 numbers on the host, so that no kernel waits."""
+    position_ids_T: Tensor
+    """int64, counted from 0 in each sample (from the cache's length when decoding)."""
+    cache: KVCache | None = None
+    watch: Watch | None = None
+    """Keeps the attention weights of some rows, where somebody wants to see them."""
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], device: torch.device | str = "cpu") -> Packing:
+        """Return the packing of samples of these lengths."""
+        starts = (0, *np.cumsum(np.asarray(lengths, dtype=np.int64)).tolist())
+        positions = torch.from_numpy(np.concatenate([np.arange(n) for n in lengths]))
+        return cls(starts, positions.to(device))
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        return tuple(b - a for a, b in pairwise(self.starts))
+
+    @property
+    def last_rows_S(self) -> Tensor:
+        """The last row of each sample."""
+        return upload(torch.tensor(self.starts[1:]) - 1, self.position_ids_T.device)
+
+    @cached_property
+    def bounds_S(self) -> Tensor:
+        """`starts` on the device, int32, as attention kernels want it."""
+        starts = torch.tensor(self.starts, dtype=torch.int32)
+        return upload(starts, self.position_ids_T.device)
+
+    @cached_property
+    def samples_T(self) -> Tensor:
+        """The number of the sample that each row belongs to, int32."""
+        numbers = torch.arange(len(self.lengths), dtype=torch.int32)
+        samples_T = numbers.repeat_interleave(torch.tensor(self.lengths))
+        return upload(samples_T, self.position_ids_T.device)
+
+    @cached_property
+    def block_masks(self) -> dict[int | None, Any]:
+        """FlexAttention's masks of this stream by window, kept for the layers to come."""
+        return {}
+
+    def to(self, device: torch.device) -> Packing:
+        return replace(self, position_ids_T=upload(self.position_ids_T, device))
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Some rows of a stream, ascending."""
+
+    index_M: Tensor
+    """int64."""
+    counts: tuple[int, ...]
+    """How many of them lie in each sample, on the host."""
+
+
+@dataclass(frozen=True)
+class Stream:
+    """What a connector needs to fill the stream with text and visual embeddings."""
+
+    token_ids_T: Tensor
+    """int64; 0 at visual rows, whose text embedding nobody sees."""
+    visual_rows_N: Tensor
+    """int64: the row of each visual token, images in order."""
+    visual_kept_N: Tensor | None
+    """int64 into the flattened `[I * P']` features where truncation cut some; None for all."""
+    embed: Callable[[Tensor], Tensor]
+    embedding_VE: Tensor | None
+    """The table behind `embed` where that is a plain look-up."""
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """One micro-batch, ready for the device."""
+
+    token_ids_T: Tensor
+    packing: Packing
+    visual_rows_N: Tensor
+    visual_kept_N: Tensor | None
+    target_rows: Rows
+    """The rows whose next token is supervised."""
+    targets_M: Tensor
+    """int64: those next tokens."""
+    samples: tuple[int, ...]
+    """Index of each sample in its data set."""
+    images: tuple[tuple[int, int], ...]
+    """(sample, image of that sample) of each image, in order of their visual rows."""
+
+    def to(self, device: torch.device) -> PackedBatch:
+        """Return the batch on `device`."""
+        move = partial(upload, device=device)
+        kept = self.visual_kept_N
+        return replace(
+            self,
+            token_ids_T=move(self.token_ids_T),
+            packing=self.packing.to(device),
+            visual_rows_N=move(self.visual_rows_N),
+            visual_kept_N=None if kept is None else move(kept),
+            target_rows=replace(self.target_rows, index_M=move(self.target_rows.index_M)),
+            targets_M=move(self.targets_M),
+        )
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """How a layer turns products of queries and keys into weights."""
+
+    scale: float | None = None
+    """Factor of the products; 1/sqrt(K) where absent."""
+    window: int | None = None
+    """How far back a row sees, itself included."""
+    softcap: float | None = None
+    """Scores become `softcap * tanh(score / softcap)` (Gemma 2)."""
+    sinks_H: Tensor | None = None
+    """One score a head that takes weight and gives nothing (gpt-oss)."""
+
+    @property
+    def plain(self) -> bool:
+        """Whether torch's own scaled_dot_product_attention does all of it but the window."""
+        return self.softcap is None and self.sinks_H is None
+
+
+class KVCache:
+    """Keys and values of S sequences, right-padded to the longest, one pair for each layer."""
+
+    def __init__(self, layers: int, capacities: Sequence[int]) -> None:
+        self.lengths = [0] * len(capacities)
+        """Tokens held for each sequence, the same in every layer."""
+        self.capacity = max(capacities)
+        self.keys: list[Tensor | None] = [None] * layers
+        self.values: list[Tensor | None] = [None] * layers
+
+    def append(self, layer: int, k_TGK: Tensor, v_TGK: Tensor, packing: Packing) -> None:
+        """Store the rows of a packed stream behind what each sequence already holds."""
+        if self.keys[layer] is None:
+            sequences = len(self.lengths)
+            self.keys[layer], self.values[layer] = (
+                new.new_zeros(sequences, new.shape[1], self.capacity, new.shape[2])
+                for new in (k_TGK, v_TGK)
+            )
+        keys, values = self.keys[layer], self.values[layer]
+        assert keys is not None
+        assert values is not None
+        if packing.starts[-1] == len(self.lengths):  # decoding: one row a sequence
+            rows = torch.arange(len(self.lengths), device=k_TGK.device)
+            places = packing.position_ids_T
+            keys[rows, :, places] = k_TGK
+            values[rows, :, places] = v_TGK
+            return
+        for s, (start, end) in enumerate(pairwise(packing.starts)):
+            begin = self.lengths[s]
+            held = slice(begin, begin + end - start)
+            keys[s, :, held] = k_TGK[start:end].transpose(0, 1)
+            values[s, :, held] = v_TGK[start:end].transpose(0, 1)
+
+    def advance(self, packing: Packing) -> None:
+        """Count the rows of a stream as held, once every layer has stored them."""
+        self.lengths = [n + m for n, m in zip(self.lengths, packing.lengths, strict=True)]
+
+    def select(self, sequences: Sequence[int]) -> None:
+        """Keep only these sequences, in this order."""
+        for store in (self.keys, self.values):
+            for layer, tensor in enumerate(store):
+                if tensor is not None:
+                    rows = torch.tensor(list(sequences), device=tensor.device)
+                    store[layer] = tensor.index_select(0, rows)
+        self.lengths = [self.lengths[s] for s in sequences]
+
+
+class Watch(Protocol):
+    """Sees the queries and keys of every layer, for those who draw attention maps."""
+
+    def see(
+        self, layer: int, q_THK: Tensor, k_TGK: Tensor, packing: Packing, scoring: Scoring
+    ) -> None:
+        """Take one layer's queries and keys, before they are weighed."""

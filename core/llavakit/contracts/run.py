@@ -1,0 +1,214 @@
+"""What a step is, what it is given, and what it reports."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
+
+from pydantic import BaseModel
+
+from llavakit.contracts.component import Component, KindT_co, Use
+from llavakit.contracts.model import LlavaModel
+from llavakit.contracts.sections import Section
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+    from torch.distributed.device_mesh import DeviceMesh
+
+    from llavakit.contracts.networks import LanguageModel, VisionEncoder
+
+T = TypeVar("T")
+
+
+class Team:
+    """One process's place among those of its run; here it is alone."""
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process is the one that writes, reports and does what needs one only."""
+        return self.rank == 0
+
+    def share(self, value: T) -> T:
+        """Return the leader's value in every process."""
+        return value
+
+    def any(self, flag: bool) -> bool:
+        """Say in every process whether it is so in any of them."""
+        return flag
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Return the sum of `tensor` over the processes, in its place."""
+        return tensor
+
+    def mesh(self, kind: str) -> DeviceMesh:
+        """Return all devices in one row, for sharding; `kind` is `cpu` or `cuda`."""
+        from torch.distributed.device_mesh import init_device_mesh
+
+        return init_device_mesh(kind, (self.size,))
+
+
+class Build(Protocol):
+    """Builds what a recipe chose: `build(self.options.data)` is a `Dataset`."""
+
+    def __call__(self, use: Use[KindT_co], /, **context: Any) -> KindT_co: ...
+
+
+class Progress(Protocol):
+    """Shows how far a step is, with the time left; call it as often as you like.
+
+    Another total, or a smaller `done`, begins another phase, with a time left of its own. A total
+    of 0 or less is unknown.
+    """
+
+    def __call__(self, done: int, total: int, note: str = "") -> None: ...
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a step is given."""
+
+    directory: Path
+    """A folder of its own; whatever it leaves there is its artifact."""
+    earlier: Mapping[str, Path]
+    """The folders of the steps before it, by name, oldest first."""
+    build: Build
+    seed: int
+    resume: bool
+    """Whether to go on from what an interrupted attempt left in `directory`."""
+    find_device: Callable[[], torch.device]
+    model: ModelSource
+    progress: Progress
+    event: Event
+    stopping: Stopping
+    """Says whether the user asked to stop: save, then raise `Stopped`."""
+    team: Team
+    """The processes that share this step's work; one process alone unless it is `together`."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where networks run; torch is imported when a step asks for it."""
+        return self.find_device()
+
+
+class Event(Protocol):
+    """Appends an event to events.jsonl and shows it to the trackers."""
+
+    def __call__(self, name: str, /, **values: Any) -> None: ...
+
+
+class Stopping(Protocol):
+    def __call__(self) -> bool: ...
+
+
+class ModelSource(Protocol):
+    """The model as it stands before a step: the newest one an earlier step left, else new."""
+
+    @property
+    def vision(self) -> Use[VisionEncoder]:
+        """The recipe's choice. Raises RecipeError where it has no model."""
+
+    @property
+    def language(self) -> Use[LanguageModel]:
+        """The recipe's choice. Raises RecipeError where it has no model."""
+
+    def __call__(self, folder: Path | None = None) -> LlavaModel:
+        """Return the model in `folder`, or as the recipe and the earlier steps have it."""
+
+    def new(
+        self, vision: VisionEncoder | None = None, language: LanguageModel | None = None
+    ) -> LlavaModel:
+        """Return the recipe's model around parts that were made elsewhere."""
+
+
+class Stopped(Exception):
+    """A step stopped because it was asked to, after saving what it had."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a step reports: numbers, and sections for the run's report."""
+
+    metrics: Mapping[str, float]
+    sections: Sequence[Section] = ()
+
+
+class Step(Component):
+    """One thing a recipe does. Built as `Step(options)`."""
+
+    hook = "llava_steps"
+    needs_model: ClassVar[bool] = False
+    """Whether it starts from the recipe's model, so that missing weights, and a device that is not
+    there, are found at once."""
+    together: ClassVar[bool] = False
+    """Whether every process of a torchrun takes part in it, not the first alone. Then `run.team`
+    says who they are, and only who leads writes to `run.directory`."""
+
+    @abstractmethod
+    def run(self, run: Run) -> Outcome:
+        """Do the work, write it to `run.directory`, and report."""
+
+    @classmethod
+    def plan(cls, options: Any, planner: Planner) -> StepPlan | None:
+        """Return what the step will cost, without loading anything; None where negligible."""
+        return None
+
+
+class StepPlan(BaseModel):
+    """What one step will cost. None: not known before it runs."""
+
+    samples: int | None = None
+    tokens: int | None = None
+    """Rows of the packed stream, over all epochs."""
+    steps: int | None = None
+    """Optimisation steps."""
+    tflop: float | None = None
+    """Necessary work in 10^12 floating-point operations."""
+    memory_gb: float | None = None
+    """Of one device: weights, gradients, optimiser and activations of one micro-batch."""
+    trained: tuple[str, ...] = ()
+    cost_usd: float | None = None
+    """What services will charge, as far as it can be known before."""
+    note: str = ""
+
+
+class Planner(Protocol):
+    """What a step's `plan` may ask."""
+
+    @property
+    def steps(self) -> Mapping[str, StepPlan]:
+        """The plans of the steps before, by name."""
+
+    @property
+    def seed(self) -> int:
+        """The recipe's seed, which the run will have."""
+
+    @property
+    def devices(self) -> int:
+        """On how many devices the recipe's machine trains."""
+
+    @property
+    def has_model(self) -> bool:
+        """Whether the recipe has a model; it need not where every step names a folder of one."""
+
+    @property
+    def model(self) -> LlavaModel:
+        """The model on the meta device: shapes without weights."""
+
+    def parameters(self, part: str) -> int:
+        """Return the number of parameters of `vision`, `connector` or `language`."""
+
+    def trainable(self, part: str) -> int:
+        """Return how many parameters of a part learn where it is trained: of LoRA, adapters."""
+
+    def build(self, use: Use[KindT_co], /, **context: Any) -> KindT_co:
+        """Return a component that a recipe chose, to ask it something."""
+
+    def expect(self, use: Use[Any]) -> tuple[int, int] | None:
+        """Return (samples, mean text tokens a sample) of a data set, where it can be known."""

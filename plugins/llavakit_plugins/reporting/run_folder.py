@@ -1,0 +1,76 @@
+"""What lies in a run's folder, as reports and comparisons read it."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from llavakit.contracts.errors import RecipeError
+from llavakit.contracts.sections import Section
+
+RECORD = "artifact.json"
+"""The file that a finished step leaves in its folder."""
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """A run as its recipe.toml tells it."""
+
+    name: str
+    seed: int
+    steps: Mapping[str, Mapping[str, Any]]
+    """What was chosen for each step that is not skipped, in order, by the name of its folder."""
+    recipe: Mapping[str, Any]
+
+
+class StepRecord(BaseModel):
+    """What a finished step said."""
+
+    name: str
+    folder: Path
+    seconds: float
+    metrics: dict[str, float]
+    sections: list[Section]
+
+
+def read_run(folder: Path) -> RunFolder:
+    """Return what recipe.toml says. Raises RecipeError where there is none, or it is damaged."""
+    path = folder / "recipe.toml"
+    try:
+        recipe = tomllib.loads(path.read_text(encoding="utf-8"))
+        steps = {
+            f"{number:02}-{step['use']}": step
+            for number, step in enumerate(recipe["steps"], start=1)
+            if not step.get("skip")
+        }
+        return RunFolder(str(recipe["name"]), int(recipe.get("seed", 0)), steps, recipe)
+    except OSError as error:
+        raise RecipeError(
+            f"{folder} is no run: cannot read recipe.toml ({error.strerror})"
+        ) from None
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise RecipeError(f"{path} is damaged: {error}") from error
+
+
+def read_record(folder: Path) -> StepRecord:
+    """Return what the finished step in `folder` said. Raises RecipeError where it is damaged."""
+    path = folder / RECORD
+    try:
+        said = path.read_text(encoding="utf-8")
+        return _Stored.model_validate_json(said).record(folder)
+    except (OSError, ValidationError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path} is damaged ({error}); run its recipe again") from error
+
+
+class _Stored(BaseModel):
+    seconds: float = 0.0
+    metrics: dict[str, float]
+    sections: list[Section] = []
+
+    def record(self, folder: Path) -> StepRecord:
+        return StepRecord(name=folder.name, folder=folder, **dict(self))
