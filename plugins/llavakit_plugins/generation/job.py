@@ -18,7 +18,7 @@ from llavakit_plugins.generation.sources import open_sources
 
 if TYPE_CHECKING:
     from llavakit_plugins.generation.contexts import Contexts
-    from llavakit_plugins.steps.generate import GenerateOptions
+    from llavakit_plugins.generation.options import GenerateOptions
 
 LEDGER = "ledger.jsonl"
 _LOOK = 256  # items between looks at whether the user asked to stop

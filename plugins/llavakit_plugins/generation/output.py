@@ -15,8 +15,8 @@ from llavakit_plugins.generation.contexts import Contexts
 from llavakit_plugins.generation.items import Item, Items
 from llavakit_plugins.generation.requests.ledger import Ledger
 from llavakit_plugins.generation.review import Review
+from llavakit_plugins.generation.rows import brief_questions, caption_row, row_of
 from llavakit_plugins.generation.summary import Summary
-from llavakit_plugins.steps.generate import brief_questions, caption_row, row_of
 
 _EVERY = 1000  # items between looks at how far it is
 

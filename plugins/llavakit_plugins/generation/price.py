@@ -14,7 +14,7 @@ from llavakit_plugins.generation.requests.tokens import ESTIMATE, Counter
 from llavakit_plugins.generation.sources import open_sources
 
 if TYPE_CHECKING:
-    from llavakit_plugins.steps.generate import GenerateOptions
+    from llavakit_plugins.generation.options import GenerateOptions
 
 
 def price_job(options: GenerateOptions, generator: PromptedGenerator, seed: int) -> StepPlan:

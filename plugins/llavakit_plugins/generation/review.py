@@ -20,7 +20,7 @@ from llavakit import write_text
 from llavakit.contracts.data import IMAGE
 from llavakit.contracts.sections import Card, Gallery
 from llavakit_plugins.generation.items import Item
-from llavakit_plugins.steps.generate import find_image
+from llavakit_plugins.generation.rows import find_image
 
 if TYPE_CHECKING:
     from jinja2 import Template

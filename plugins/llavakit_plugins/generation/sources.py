@@ -12,7 +12,7 @@ from llavakit_plugins.generation.coco import convert_coco, is_coco
 from llavakit_plugins.generation.contexts import Contexts
 
 if TYPE_CHECKING:
-    from llavakit_plugins.steps.generate import GenerateOptions
+    from llavakit_plugins.generation.options import GenerateOptions
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from llavakit_plugins.generation.curation.concepts import (
 )
 from llavakit_plugins.generation.curation.phrases import LIGHT, has_spacy, hash_phrase
 from llavakit_plugins.generation.output import json_lines, json_list
-from llavakit_plugins.steps.generate import brief_questions
+from llavakit_plugins.generation.rows import brief_questions
 
 _SHOWN = 15
 

@@ -4,78 +4,40 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from importlib.resources import files
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from pydantic import Field, ValidationInfo, field_validator
 
 from llavakit import (
     Generator,
     ImageContext,
-    InputPath,
-    Options,
     Outcome,
     Run,
     Step,
     Stopped,
-    Turn,
-    Use,
     write_text,
 )
-from llavakit.contracts.data import IMAGE, RESPONSE_KINDS, ResponseKind
+from llavakit.contracts.data import IMAGE, ResponseKind
 from llavakit.contracts.run import Planner, StepPlan
 from llavakit.contracts.sections import Card, Gallery, Table
 from llavakit_plugins.generation.contexts import Contexts
 from llavakit_plugins.generation.items import choose
+from llavakit_plugins.generation.options import GenerateOptions
 from llavakit_plugins.generation.requests.prompted import PromptedGenerator
+from llavakit_plugins.generation.rows import (
+    BRIEF,
+    Row,
+    brief_questions as brief_questions,
+    caption_row,
+    find_image,
+    row_of,
+)
 from llavakit_plugins.generation.sources import open_sources
 
-BRIEF = (
-    "Describe the image briefly.",
-    "What is shown here, in one sentence?",
-    "Give a short caption for this image.",
-    "Sum up the image.",
-)
-"""Questions of stage 1 for a small language model; `brief_questions` has all of them."""
 _SHOWN = 9
 
-Row = Mapping[str, Any]
-"""A sample as LLaVA's JSON has it."""
 Made = tuple[ImageContext, ResponseKind, Row]
-
-
-class GenerateOptions(Options):
-    contexts: InputPath
-    """Captions and boxes: one JSON object a line, or COCO's `captions_*.json`."""
-    instances: InputPath | None = None
-    """COCO's `instances_*.json`, where `contexts` are COCO's captions."""
-    held_out: InputPath | None = None
-    """More of the same, whose data go into `held-out/` and are not learned from."""
-    images: InputPath | None = None
-    """The images' folder, for the report only: a generator never sees them."""
-    generator: Use[Generator]
-    kinds: tuple[ResponseKind, ...] = Field(default=RESPONSE_KINDS, min_length=1)
-    counts: dict[ResponseKind, int] = Field(default_factory=dict)
-    """How many contexts a kind takes, drawn at random; all where it is not named."""
-    concurrency: int = Field(default=16, ge=1)
-    """Requests to a chat model that are on their way at once."""
-    attempts: int = Field(default=3, ge=1)
-    """Replies that are asked for until one can be used."""
-    budget_usd: float | None = Field(default=None, gt=0)
-    """Most that the chat model may cost."""
-
-    @field_validator("counts")
-    @classmethod
-    def _of_kinds(
-        cls, counts: dict[ResponseKind, int], info: ValidationInfo
-    ) -> dict[ResponseKind, int]:
-        for kind in counts:
-            if kind not in info.data.get("kinds", RESPONSE_KINDS):
-                raise ValueError(f"`{kind}` is not among `kinds`; add it there or take it out here")
-        return counts
 
 
 class Generate(Step):
@@ -144,39 +106,6 @@ class Generate(Step):
                 if run.stopping():
                     raise Stopped
                 run.progress(index + 1, len(contexts), f"generating {name}".strip())
-
-
-def row_of(context: ImageContext, kind: str, turns: Sequence[Turn]) -> Row:
-    """Return a sample as LLaVA's JSON has it."""
-    conversations = [{"from": turn.role, "value": turn.text} for turn in turns]
-    return {
-        "id": f"{context.id}-{kind}",
-        "image": context.image,
-        "conversations": conversations,
-    }
-
-
-def caption_row(context: ImageContext, draw: np.random.Generator, questions: Sequence[str]) -> Row:
-    """Return a sample of stage 1: a brief question and one of the captions."""
-    question, answer = str(draw.choice(questions)), str(draw.choice(context.captions))
-    turns = (Turn("human", f"{IMAGE}\n{question}"), Turn("gpt", answer))
-    return row_of(context, "caption", turns)
-
-
-def brief_questions() -> tuple[str, ...]:
-    """Return the questions of stage 1: our own words for the paper's table 11."""
-    text = files("llavakit_plugins.generation").joinpath("brief.txt").read_text(encoding="utf-8")
-    return tuple(text.splitlines())
-
-
-def find_image(images: Path | None, context: ImageContext) -> Path | None:
-    """Return the file of a context's image, where there is one."""
-    from llavakit import inside
-
-    if images is None:
-        return None
-    found = inside(images, context.image, context.id)
-    return found if found.is_file() else None
 
 
 def _write(path: Path, rows: Sequence[Row]) -> None:

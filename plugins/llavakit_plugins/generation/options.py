@@ -1,0 +1,39 @@
+"""What a recipe says of a step that generates data."""
+
+from __future__ import annotations
+
+from pydantic import Field, ValidationInfo, field_validator
+
+from llavakit import Generator, InputPath, Options, Use
+from llavakit.contracts.data import RESPONSE_KINDS, ResponseKind
+
+
+class GenerateOptions(Options):
+    contexts: InputPath
+    """Captions and boxes: one JSON object a line, or COCO's `captions_*.json`."""
+    instances: InputPath | None = None
+    """COCO's `instances_*.json`, where `contexts` are COCO's captions."""
+    held_out: InputPath | None = None
+    """More of the same, whose data go into `held-out/` and are not learned from."""
+    images: InputPath | None = None
+    """The images' folder, for the report only: a generator never sees them."""
+    generator: Use[Generator]
+    kinds: tuple[ResponseKind, ...] = Field(default=RESPONSE_KINDS, min_length=1)
+    counts: dict[ResponseKind, int] = Field(default_factory=dict)
+    """How many contexts a kind takes, drawn at random; all where it is not named."""
+    concurrency: int = Field(default=16, ge=1)
+    """Requests to a chat model that are on their way at once."""
+    attempts: int = Field(default=3, ge=1)
+    """Replies that are asked for until one can be used."""
+    budget_usd: float | None = Field(default=None, gt=0)
+    """Most that the chat model may cost."""
+
+    @field_validator("counts")
+    @classmethod
+    def _of_kinds(
+        cls, counts: dict[ResponseKind, int], info: ValidationInfo
+    ) -> dict[ResponseKind, int]:
+        for kind in counts:
+            if kind not in info.data.get("kinds", RESPONSE_KINDS):
+                raise ValueError(f"`{kind}` is not among `kinds`; add it there or take it out here")
+        return counts

@@ -1,0 +1,57 @@
+"""Samples as LLaVA's JSON has them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llavakit import ImageContext, Turn
+from llavakit.contracts.data import IMAGE
+
+BRIEF = (
+    "Describe the image briefly.",
+    "What is shown here, in one sentence?",
+    "Give a short caption for this image.",
+    "Sum up the image.",
+)
+"""Questions of stage 1 for a small language model; `brief_questions` has all of them."""
+
+Row = Mapping[str, Any]
+"""A sample as LLaVA's JSON has it."""
+
+
+def row_of(context: ImageContext, kind: str, turns: Sequence[Turn]) -> Row:
+    """Return a sample as LLaVA's JSON has it."""
+    conversations = [{"from": turn.role, "value": turn.text} for turn in turns]
+    return {
+        "id": f"{context.id}-{kind}",
+        "image": context.image,
+        "conversations": conversations,
+    }
+
+
+def caption_row(context: ImageContext, draw: np.random.Generator, questions: Sequence[str]) -> Row:
+    """Return a sample of stage 1: a brief question and one of the captions."""
+    question, answer = str(draw.choice(questions)), str(draw.choice(context.captions))
+    turns = (Turn("human", f"{IMAGE}\n{question}"), Turn("gpt", answer))
+    return row_of(context, "caption", turns)
+
+
+def brief_questions() -> tuple[str, ...]:
+    """Return the questions of stage 1: our own words for the paper's table 11."""
+    text = files("llavakit_plugins").joinpath("brief.txt").read_text(encoding="utf-8")
+    return tuple(text.splitlines())
+
+
+def find_image(images: Path | None, context: ImageContext) -> Path | None:
+    """Return the file of a context's image, where there is one."""
+    from llavakit import inside
+
+    if images is None:
+        return None
+    found = inside(images, context.image, context.id)
+    return found if found.is_file() else None
