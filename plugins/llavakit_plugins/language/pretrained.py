@@ -5,16 +5,14 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Self
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
 from llavakit import LanguageModel, ModelError, cast_weights
 from llavakit.contracts.packing import Packing
 from llavakit_plugins.huggingface.hub import (
-    PretrainedOptions,
     explain_config,
     fetch_config,
     load_tokenizer,
@@ -24,7 +22,6 @@ from llavakit_plugins.huggingface.hub import (
 )
 from llavakit_plugins.language.lora import (
     FOLDER as ADAPTERS,
-    LoraOptions,
     add_adapters,
     base_weights,
     is_adapter,
@@ -33,6 +30,7 @@ from llavakit_plugins.language.lora import (
     missing_peft,
     save_adapters,
 )
+from llavakit_plugins.language.options import LanguageOptions
 from llavakit_plugins.language.weights import (
     NF4_BYTES,
     missing_bitsandbytes,
@@ -42,23 +40,6 @@ from llavakit_plugins.language.weights import (
 
 _NOTHING_TO_QUANTIZE = "`quantize` is for weights that are there: give `source`"
 _BY_LENGTH = ("dynamic", "longrope")  # rotary frequencies that depend on the longest position
-
-
-class LanguageOptions(PretrainedOptions):
-    """Options of every language model."""
-
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    device: str | None = None
-    """Where weights are read to, such as `cuda`; into the CPU's memory first where absent."""
-    max_length: int | None = Field(default=None, ge=2)
-    """Longest sequence in tokens, images included; the configuration's where absent."""
-    legacy: bool | None = None
-    """Whether a LLaMA tokenizer puts a space behind special tokens, as it did for LLaVA's own
-    weights; as the tokenizer's configuration says where absent."""
-    lora: LoraOptions | None = None
-    """Adapters that learn in place of the weights; without them all weights learn."""
-    quantize: Literal["nf4"] | None = None
-    """Hold the linear layers' weights in 4 bits (QLoRA); then only adapters can learn."""
 
 
 class PretrainedLanguage(LanguageModel):

@@ -20,7 +20,8 @@ from llavakit import ModelError, packed_attention, rows_attention
 from llavakit.contracts.packing import Packing, Rows
 from llavakit_kernels.linear_cross_entropy import linear_cross_entropy
 from llavakit_plugins.huggingface.hub import explain_config
-from llavakit_plugins.language.pretrained import LanguageOptions, PretrainedLanguage
+from llavakit_plugins.language.options import LanguageOptions
+from llavakit_plugins.language.pretrained import PretrainedLanguage
 
 _KINDS = ("llama", "llava", "llava_llama")  # the latter two are the original LLaVA's
 

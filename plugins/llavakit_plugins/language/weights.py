@@ -16,7 +16,7 @@ from llavakit_plugins.huggingface.hub import fetch_folder
 from llavakit_plugins.language.lora import base_weights
 
 if TYPE_CHECKING:
-    from llavakit_plugins.language.pretrained import LanguageOptions
+    from llavakit_plugins.language.options import LanguageOptions
 
 NF4_BYTES = 4.127 / 8  # a weight's: 4 bits, and its share of the scales, which are quantized too
 
