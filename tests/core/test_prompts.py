@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import pytest
 from hypothesis import given, settings, strategies as st
-from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
+from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from llavakit import DataError, ModelError, PromptTemplate, Sample, Segment, Turn
@@ -119,7 +119,33 @@ def test_reading_by_words_changes_nothing(parts: list[tuple[str, bool, bool]], s
     assert ids.tolist() == expected_ids.tolist()
     assert learned.tolist() == expected_learned.tolist()
     text = "".join(segment.text for segment in segments)
-    assert ids.tolist() == words(text, add_special_tokens=False)["input_ids"]
+    if scheme == "always":
+        assert ids.tolist() == as_sentencepiece(words)(text)["input_ids"]
+    elif not text.startswith((" ", "▁")):  # Metaspace puts no space in front of a space
+        assert ids.tolist() == words(text, add_special_tokens=False)["input_ids"]
+
+
+def as_sentencepiece(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """Return the tokenizer with the space put in front by a normalizer, whatever begins there."""
+    backend = Tokenizer.from_str(cast(Any, tokenizer).backend_tokenizer.to_str())
+    backend.pre_tokenizer = cast(Any, None)
+    backend.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=backend)
+
+
+def test_a_text_that_begins_with_a_space_gets_another_as_by_sentencepiece() -> None:
+    image, answer = Segment("<image>"), Segment(" ab", learned=True)
+    for scheme in ("first", "always"):
+        assert shown(llama_like(scheme), image, Segment(" a")) == "<image> ▁ ▁a"
+        assert shown(llama_like(scheme), image, answer) == "<image> [▁] [▁ab]"
+        assert shown(llama_like(scheme), Segment(""), Segment(" "), answer) == "▁▁ [▁ab]"
+    end = Segment("</s>", markup=True)
+    assert shown(llama_like("first"), end, Segment(" a")) == "</s> ▁a"
+    assert shown(llama_like("always"), end, Segment(" a")) == "</s> ▁ ▁a"
+    assert shown(llama_like("always"), Segment("</s> a", markup=True)) == "</s> ▁ ▁a"
+    assert shown(llama_like("never"), image, Segment(" a")) == "<image> ▁a"
 
 
 def byte_level(*, trim: bool) -> PreTrainedTokenizerBase:

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from sentencepiece import SentencePieceProcessor
 from transformers import PreTrainedTokenizerBase
 
-from llavakit import DataError, ModelError, PromptTemplate, Registry, Sample, Turn
+from llavakit import DataError, ModelError, PromptTemplate, Registry, Sample, Segment, Turn
 from llavakit.contracts.data import IMAGE, Role
 from llavakit.stream.encode import IMAGE_ID, Encoded, encode, tokenise
 
@@ -330,6 +330,61 @@ def test_any_conversation_equals_sentencepiece_and_learns_its_answers(
         text = llama.decode([prefix, *learned[start:end].tolist()])
         assert text == f": {answer}"
         start = end + 1
+
+
+ANY = st.lists(
+    st.one_of(
+        st.sampled_from([" ", "  ", "▁", "\n", "<image>", "</s>", "<0x0A>", "a", " dog", "\ufeff"]),
+        st.text(st.characters(exclude_categories=["Cs"]), max_size=4),
+    ),
+    max_size=8,
+).map("".join)
+
+
+@settings(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(stretches=st.lists(st.lists(st.tuples(ANY, st.booleans()), max_size=3), max_size=4))
+def test_any_text_between_images_equals_sentencepiece(
+    llama: PreTrainedTokenizerBase,
+    sentencepiece: SentencePieceProcessor,
+    stretches: list[list[tuple[str, bool]]],
+) -> None:
+    segments: list[Segment] = []
+    texts: list[list[str]] = [[]]
+    for number, stretch in enumerate(stretches):
+        if number:
+            segments.append(Segment(IMAGE))
+            texts.append([])
+        texts[-1].append("")
+        for text, ended in stretch:
+            text = text.replace(IMAGE, "image")
+            segments.append(Segment(text))
+            texts[-1][-1] += text
+            if ended:
+                segments.append(Segment("</s>", markup=True))
+                texts[-1] += ["</s>", ""]
+    ids, _ = tokenise(segments, llama)
+    expected = [1]
+    for number, pieces in enumerate(texts):
+        expected += [IMAGE_ID] * (number > 0)
+        for place, text in enumerate(pieces):
+            if place % 2:
+                expected.append(2)
+            elif cast(Any, llama).legacy or not place:
+                expected += sentencepiece.encode(text)
+            else:
+                expected += sentencepiece.encode(f"\n{text}")[2:]  # no space put in front
+    assert ids.tolist() == expected
+
+
+def test_text_behind_an_image_may_begin_with_a_space(llama: PreTrainedTokenizerBase) -> None:
+    encoded = encode(sample("<image>", " a dog"), template("plain"), llama)
+    assert encoded.ids.tolist() == [1, IMAGE_ID, 29871, 263, 11203, 13]
+    assert encoded.learned.tolist() == [False, False, True, True, True, True]
+    asked = encode(sample("<image>"), template("vicuna_v1", system=""), llama)
+    at = asked.ids.tolist().index(IMAGE_ID)
+    assert asked.ids.tolist()[at : at + 3] == [IMAGE_ID, 29871, 319]
 
 
 @pytest.mark.parametrize("name", ["vicuna_v1", "llava_v0", "llama_2", "chatml", "v1_mmtag"])

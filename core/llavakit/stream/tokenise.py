@@ -45,6 +45,9 @@ class Reader:
     vocabulary: int
     special: SpecialTokens
     words: Words | None
+    scheme: str
+    """Where LLaMA's tokenizers put a space in front: at the `first` of a stretch, `always` behind
+    special tokens too, or `never`. (transformers' option `legacy` chooses `always`.)"""
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase) -> Reader:
@@ -57,7 +60,7 @@ class Reader:
         size = backend.get_vocab_size()
         if found is None or found.backend is not backend or found.vocabulary != size:
             special = SpecialTokens.of(backend)
-            found = cls(backend, size, special, Words.of(backend, special))
+            found = cls(backend, size, special, Words.of(backend, special), _scheme(backend))
             _readers[tokenizer] = found
         return found
 
@@ -75,6 +78,8 @@ class Reader:
         is no valid Unicode.
         """
         try:
+            if self.scheme != "never":
+                parts = list(self._doubled(parts))
             if any(not part.markup and self.special.within(part.text) for part in parts):
                 parts = [self.special.stand_in(part) for part in parts]
                 return _read(parts, self.special.literal(self.backend))
@@ -82,6 +87,23 @@ class Reader:
             return by_words or _read(parts, self.backend)
         except (TypeError, UnicodeEncodeError) as error:  # half a surrogate pair, as JSON may hold
             raise DataError(f"the text is no valid Unicode ({error}); mend or remove it") from error
+
+    def _doubled(self, parts: Sequence[Part]) -> Iterator[Part]:
+        """Yield the parts with one space more where a text that gets a space begins with one.
+
+        SentencePiece puts its space in front of those texts too, and Metaspace does not.
+        """
+        opens = True  # the next character is the first of a text
+        for part in parts:
+            pieces = self.special.pattern.split(part.text) if part.markup else [part.text]
+            for number, text in enumerate(pieces):
+                if number % 2:
+                    opens = self.scheme == "always"
+                elif text:
+                    if opens and text[0] in (" ", _SPACE):
+                        pieces[number] = f" {text}"
+                    opens = False
+            yield part._replace(text="".join(pieces))
 
 
 _readers: WeakKeyDictionary[PreTrainedTokenizerBase, Reader] = WeakKeyDictionary()
@@ -102,6 +124,16 @@ def _backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
     if backend.encode_special_tokens:
         backend.encode_special_tokens = False
     return backend
+
+
+def _scheme(backend: Tokenizer) -> str:
+    """Return where a tokenizer of LLaMA's make, BPE over ▁ and bytes, puts a space in front."""
+    from tokenizers.models import BPE
+    from tokenizers.pre_tokenizers import Metaspace
+
+    model, spaces = backend.model, backend.pre_tokenizer
+    llamas = isinstance(model, BPE) and model.byte_fallback and isinstance(spaces, Metaspace)
+    return str(spaces.prepend_scheme) if llamas else "never"
 
 
 def _read(parts: Sequence[Part], backend: Tokenizer) -> tuple[list[int], BoolArray]:
@@ -195,8 +227,7 @@ class Words:
     model: BPE
     special: SpecialTokens
     scheme: str
-    """Where a space is put in front: at the `first` of the text, `always` behind special tokens
-    too, or `never`. (transformers' option `legacy` chooses `always`.)"""
+    """As the reader's."""
     memory: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
     @classmethod
@@ -222,7 +253,7 @@ class Words:
             return None
         if not all(f"<0x{byte:02X}>" in vocabulary for byte in range(256)):
             return None
-        return cls(model, special, spaces.prepend_scheme)
+        return cls(model, special, _scheme(backend))
 
     def read(self, parts: Sequence[Part]) -> tuple[list[int], BoolArray] | None:
         """Return ids and mask, or None where learning begins or ends within a word."""
