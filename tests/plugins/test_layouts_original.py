@@ -358,7 +358,8 @@ def test_import_export_import_is_byte_identical(tmp_path: Path, settings: dict[s
         figures = Original().export(
             load_model(native[-1], Registry.installed()).eval(), exported[-1]
         )
-        assert figures["largest_logit_difference"] == 0.0
+        exact = settings.get("dtype", torch.float32) == torch.float32
+        assert figures["largest_logit_difference"] < (1e-5 if exact else 1e-2)
         folder, vision = exported[-1], None  # it has its tower within
     assert weight_files(native[0])
     assert weight_files(native[0]) == weight_files(native[1])

@@ -32,8 +32,9 @@ from llavakit_plugins.checkpoints.parts import (
 )
 from llavakit_plugins.checkpoints.pixels import make_processor
 from llavakit_plugins.checkpoints.prompts import NOTE, note_template, write_chat
+from llavakit_plugins.checkpoints.tokenizer_writing import complete_tokenizer
 from llavakit_plugins.checkpoints.vocabulary import with_image_token, with_rows
-from llavakit_plugins.checkpoints.writing import ShardSize, write_config, write_weights
+from llavakit_plugins.checkpoints.writing import ShardSize, tower_state, write_config, write_weights
 from llavakit_plugins.huggingface.hub import fetch_folder, quietly
 from llavakit_plugins.vision.vision_transformer import TransformersEncoder
 
@@ -96,8 +97,8 @@ class Hf(Exporter):
         )
         state = with_rows(state, ("model.embed_tokens.weight", "lm_head.weight"), rows)
         tensors = {f"language_model.{name}": value for name, value in state.items()}
-        for name, value in vision.model.state_dict().items():
-            tensors[f"vision_tower.vision_model.{name.removeprefix('vision_model.')}"] = value
+        for name, value in tower_state(vision.model).items():
+            tensors[f"vision_tower.{name}"] = value
         for number, layer in enumerate(layers, start=1):
             tensors[f"multi_modal_projector.linear_{number}.weight"] = layer.weight
             tensors[f"multi_modal_projector.linear_{number}.bias"] = layer.bias
@@ -220,5 +221,6 @@ def _write_processor(
         chat_template=chat,
     )
     processor.save_pretrained(folder)
+    complete_tokenizer(tokenizer, folder, as_imported=False)
     table = json.loads((folder / "processor_config.json").read_text("utf-8"))["image_processor"]
     (folder / "preprocessor_config.json").write_text(json.dumps(table, indent=2) + "\n", "utf-8")

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from llavakit import Exporter, LlavaModel, ModelError, Options, Registry, new_folder
+from llavakit_plugins.checkpoints.original_reader import OriginalReader
 from llavakit_plugins.checkpoints.original_source import TOKENS, is_original, read_original
 from llavakit_plugins.checkpoints.original_tower import FOLDER
 from llavakit_plugins.checkpoints.parity import prove
@@ -19,7 +20,10 @@ from llavakit_plugins.checkpoints.parts import (
     stated_options,
 )
 from llavakit_plugins.checkpoints.prompts import NOTE, note_template
+from llavakit_plugins.checkpoints.tokenizer_writing import write_tokenizer
 from llavakit_plugins.checkpoints.writing import ShardSize, write_config, write_weights
+from llavakit_plugins.huggingface.hub import PretrainedOptions, find_file
+from llavakit_plugins.vision.vision_transformer import vision_state
 
 _TYPES = {
     "llama": ("llava_llama", "LlavaLlamaForCausalLM"),
@@ -72,7 +76,7 @@ class Original(Exporter):
         return parts.join(registry, folder).to(device).eval()
 
     def export(self, model: LlavaModel, folder: Path) -> Mapping[str, Any]:
-        """Write the folder, read it back, and return how far the two are apart.
+        """Write the folder, read it back with transformers, and return how far the two are apart.
 
         Raises ModelError for a model that the layout cannot express.
         """
@@ -85,6 +89,7 @@ class Original(Exporter):
                 f"the original LLaVA has no language model of type `{text.model_type}`, but "
                 f"{' and '.join(_TYPES)}; `--format hf` writes this one"
             )
+        _check_text(text)
         kind, architecture = _TYPES[text.model_type]
         projector, tensors = _projector(model)
         if text.tie_word_embeddings:  # the original always has a head of its own
@@ -115,18 +120,37 @@ class Original(Exporter):
         with new_folder(folder) as partial:
             files = write_weights({**state, **tensors}, partial, self.options.max_shard_size)
             write_config(config, partial, model.language)
-            model.language.tokenizer.save_pretrained(partial)
+            write_tokenizer(model.language.tokenizer, partial)
             (partial / FOLDER).mkdir()
             model.vision.save(partial / FOLDER)
-            ours = self.load(partial, device=model.device, dtype=None, vision=partial / FOLDER)
-            return {"files": files, **prove(model, ours, folder)}
+            self.load(partial, device=model.device, dtype=None, vision=partial / FOLDER)
+            reader = OriginalReader(partial, partial / FOLDER, model)
+            return {"files": files, **prove(model, reader, folder)}
 
     def _tower_name(self, model: LlavaModel) -> str:
         source = model.choices["vision"].get("source")
         if self.options.vision_tower is not None:
             return self.options.vision_tower
         # a name on the hub, not a path
-        return source if source and source.count("/") == 1 and not Path(source).exists() else FOLDER
+        if not source or source.count("/") != 1 or Path(source).exists() or _is_tuned(model):
+            return FOLDER
+        return str(source)
+
+
+def _is_tuned(model: LlavaModel) -> bool:
+    """Say whether the tower is another than the hub's of its name, as far as this machine knows."""
+    choice = model.choices["vision"]
+    named = PretrainedOptions(source=choice["source"], revision=choice.get("revision"))
+    found = find_file(named, "model.safetensors") or find_file(named, "pytorch_model.bin")
+    tower = plain_encoder(model.vision)
+    if found is None or tower is None:
+        return False
+    hubs = vision_state(found.parent, None)
+    return any(
+        not torch.equal(tensor.cpu(), hubs[name].to(tensor.dtype))
+        for name, tensor in tower.inner.state_dict().items()
+        if name in hubs
+    )
 
 
 def _check_vision(model: LlavaModel, options: Any) -> None:
@@ -144,6 +168,27 @@ def _check_vision(model: LlavaModel, options: Any) -> None:
             f"the original LLaVA does not know {what}, which vision encoder `{name}` is set to; "
             "the model folder keeps this"
         )
+
+
+def _check_text(text: Any) -> None:
+    """Raise ModelError for what the original's transformers, 4.37, would drop without a word."""
+    rope = getattr(text, "rope_parameters", None) or {}
+    kind = rope.get("rope_type", "default")
+    known = ("default", "linear", "dynamic") if text.model_type == "llama" else ("default",)
+    usual = text.hidden_size // text.num_attention_heads
+    unknown = {
+        f"positions of type `{kind}`": kind not in known,
+        "rotations of a part of each head": rope.get("partial_rotary_factor", 1.0) != 1.0,
+        "biases in its MLP": getattr(text, "mlp_bias", False),
+        f"heads of width {getattr(text, 'head_dim', usual)}": getattr(text, "head_dim", usual)
+        not in (None, usual),
+    }
+    for what, there in unknown.items():
+        if there:
+            raise ModelError(
+                f"the language model has {what}, which the original LLaVA's `{text.model_type}` "
+                "has not; `--format hf` writes this one"
+            )
 
 
 def _projector(model: LlavaModel) -> tuple[str, dict[str, torch.Tensor]]:

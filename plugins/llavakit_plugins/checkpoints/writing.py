@@ -26,6 +26,26 @@ ShardSize = Annotated[str, AfterValidator(_size)]
 """The most that one file of weights holds, such as `5GB`; a larger tensor gets its own file."""
 
 
+_WRAPPED = frozenset(
+    f"{name}_vision_model"
+    for name in ("clip", "siglip", "siglip2", "chinese_clip", "altclip", "metaclip_2", "clipseg")
+)
+"""Types whose class held its transformer as `vision_model` before transformers 5."""
+
+
+def tower_state(model: Any) -> dict[str, Tensor]:
+    """Return a vision model's tensors by the names that every version of transformers reads.
+
+    Version 5 leaves `vision_model.` out; version 4 then finds none of the tensors, and leaves the
+    tower as it was initialised, at random, without an error.
+    """
+    prefix = "vision_model." if model.config.model_type in _WRAPPED else ""
+    return {
+        f"{prefix}{name.removeprefix(prefix)}": tensor
+        for name, tensor in model.state_dict().items()
+    }
+
+
 def write_weights(state: Mapping[str, Tensor], folder: Path, max_shard_size: str) -> int:
     """Write `model.safetensors`, or shards with their index; return how many files."""
     from huggingface_hub import split_state_dict_into_shards_factory
@@ -68,7 +88,10 @@ def _for_readers(value: Any) -> Any:
     rope = table.get("rope_parameters")
     if isinstance(rope, dict) and "rope_theta" in rope:
         table["rope_theta"] = rope["rope_theta"]
-        if rope.get("rope_type", "default") != "default":
+        kind = rope.get("rope_type", "default")
+        if kind in ("linear", "dynamic"):  # these two keys and no other, up to version 4.42
+            table["rope_scaling"] = {"type": kind, "factor": rope.get("factor")}
+        elif kind != "default":
             table["rope_scaling"] = {k: v for k, v in rope.items() if k != "rope_theta"}
     if "dtype" in table:
         table["torch_dtype"] = table["dtype"]

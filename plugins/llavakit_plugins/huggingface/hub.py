@@ -6,12 +6,14 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
 from llavakit import ModelError, Options
+from llavakit_plugins.checkpoints.tokenizer_writing import remember_origin
 from llavakit_plugins.huggingface.known_configs import KNOWN
 from llavakit_plugins.huggingface.tokenizers import fast_tokenizer
 
@@ -217,6 +219,9 @@ def load_tokenizer(
     """
     stated = {} if legacy is None else {"legacy": legacy}
     tokenizer = fast_tokenizer(source, revision, **stated)
+    remember_origin(
+        tokenizer, partial(find_file, PretrainedOptions(source=source, revision=revision))
+    )
     if legacy is not None:
         _put_spaces(tokenizer, source, "always" if legacy else "first")
     known = getattr(tokenizer, "legacy", None) if legacy is None else legacy

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from llavakit import LanguageModel, ModelError, cast_weights
 from llavakit.contracts.packing import Packing
+from llavakit_plugins.checkpoints.tokenizer_writing import write_tokenizer
 from llavakit_plugins.huggingface.hub import (
     explain_config,
     fetch_config,
@@ -111,7 +112,7 @@ class PretrainedLanguage(LanguageModel):
                 self.model.save_pretrained(
                     folder, state_dict=base_weights(self.model) if adapted else None
                 )
-        self.tokenizer.save_pretrained(folder)
+        write_tokenizer(self.tokenizer, folder)
         if adapted:
             save_adapters(self.model, folder / ADAPTERS)
 
