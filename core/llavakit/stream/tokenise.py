@@ -128,12 +128,10 @@ def _backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
 
 def _scheme(backend: Tokenizer) -> str:
     """Return where a tokenizer of LLaMA's make, BPE over ▁ and bytes, puts a space in front."""
-    from tokenizers.models import BPE
-    from tokenizers.pre_tokenizers import Metaspace
-
-    model, spaces = backend.model, backend.pre_tokenizer
-    llamas = isinstance(model, BPE) and model.byte_fallback and isinstance(spaces, Metaspace)
-    return str(spaces.prepend_scheme) if llamas else "never"
+    table = json.loads(backend.pre_tokenizer.__getstate__()) if backend.pre_tokenizer else {}
+    spaces = next(iter(table.get("pretokenizers", [table])), {})
+    llamas = spaces.get("type") == "Metaspace" and getattr(backend.model, "byte_fallback", False)
+    return str(spaces.get("prepend_scheme", "always")) if llamas else "never"
 
 
 def _read(parts: Sequence[Part], backend: Tokenizer) -> tuple[list[int], BoolArray]:

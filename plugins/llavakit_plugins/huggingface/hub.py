@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from pydantic import Field, model_validator
 
@@ -239,6 +239,8 @@ def _put_spaces(tokenizer: Any, source: str, scheme: Literal["always", "first"])
 
     backend = getattr(tokenizer, "backend_tokenizer", None)
     spaces = getattr(backend, "pre_tokenizer", None)
+    if isinstance(spaces, pre_tokenizers.Sequence):  # so transformers reads a bare tokenizer.model
+        spaces = cast(Any, spaces)[0]
     # older files put spaces by a normalizer, which does so in front of every stretch
     old = isinstance(getattr(backend, "normalizer", None), normalizers.Sequence) and not spaces
     if backend is None or not (old or isinstance(spaces, pre_tokenizers.Metaspace)):
