@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -95,6 +96,75 @@ def test_a_mistake_is_said_once(write_recipe: RecipeWriter, tmp_path: Path) -> N
     run = llava_run(2, write_recipe(), "--out", tmp_path / "run", *sets)
     assert run.returncode != 0
     assert run.stderr.count("error: ") == 1
+
+
+PROGRAM = """\
+import atexit, builtins, json, os, sys, threading
+import psutil
+from llavakit.cli import main
+
+out, bug = sys.argv[1:3]
+leave = os._exit
+
+def look(code):  # at what the process still holds when it leaves
+    own = psutil.Process()
+    left = [thread.name for thread in threading.enumerate() if not thread.daemon]
+    left += [" ".join(child.cmdline()) for child in own.children()]
+    left += [file.path for file in own.open_files() if file.path.startswith(out)]
+    print("left:", json.dumps(left), flush=True)
+    leave(code)
+
+def fail(*_, **__):
+    raise RuntimeError("planted")
+
+os._exit = look
+atexit.register(os.abort)  # as a thread of the process group may, while the interpreter finalises
+if bug == "bug":
+    builtins.print, print = fail, print
+sys.argv[1:] = sys.argv[3:]
+print("begun")
+sys.exit(main())
+"""
+ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+
+
+def run_to_the_end(
+    folder: Path, *arguments: object, bug: str = "", **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Run the command as the program itself, with an interpreter whose own end aborts."""
+    own = [sys.executable, "-c", PROGRAM, str(folder), bug, *map(str, arguments)]
+    return subprocess.run(
+        own, env={**os.environ, **environment}, capture_output=True, text=True, timeout=300,
+        check=False,
+    )  # fmt: skip
+
+
+def test_a_process_of_torchrun_leaves_without_the_interpreters_own_end(tmp_path: Path) -> None:
+    assert run_to_the_end(tmp_path, "recipes").returncode == -signal.SIGABRT
+    for arguments, bug, code, said in (
+        (["recipes"], "", 0, ""),
+        (["export", "nowhere", "out", "--format", "hf"], "", 2, "error: "),
+        (["recipes"], "bug", 1, "RuntimeError: planted"),
+    ):
+        run = run_to_the_end(tmp_path, *arguments, bug=bug, **ALONE)
+        assert run.returncode == code, run.stderr
+        assert run.stdout.startswith("begun")
+        assert 'left: ["MainThread"]' in run.stdout
+        assert said in run.stderr
+        assert ("Traceback" in run.stderr) == (code == 1)
+
+
+def test_a_run_has_closed_everything_when_its_process_leaves(
+    write_recipe: RecipeWriter, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    free = socket.create_server(("127.0.0.1", 0))  # closed, so that the process group takes it
+    port = str(free.getsockname()[1])
+    free.close()
+    run = run_to_the_end(folder, write_recipe(), "--out", folder, **ALONE, MASTER_PORT=port)
+    assert run.returncode == 0, run.stderr
+    assert "small: done" in run.stdout
+    assert 'left: ["MainThread"]' in run.stdout
 
 
 def test_samples_are_dealt_so_that_hands_are_of_like_length() -> None:

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import argparse
 import io
+import logging
 import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from importlib.metadata import EntryPoint, entry_points
 
 from llavakit.cli import plugins, recipes, run
@@ -29,7 +31,27 @@ _OWN: dict[str, Add] = {"run": run.add, "recipes": recipes.add, "plugins": plugi
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; return 0 when done, 2 where the user can fix it, 130 after an interrupt."""
+    """Run a command; return 0 when done, 2 where the user can fix it, 130 after an interrupt.
+
+    As the program itself (`argv` is None) a process of torchrun ends here, with that code.
+    """
+    if argv is not None or "RANK" not in os.environ:
+        return _main(argv)
+    try:
+        code = _main(None)
+    except Exception:
+        sys.excepthook(*sys.exc_info())
+        code = 1
+    # Sharded weights keep the process group's threads alive behind its end; while the interpreter
+    # finalises they abort the process (pytorch issue 190489). The run closed what it had opened.
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):  # the reader went away
+            stream.flush()
+    os._exit(code)
+
+
+def _main(argv: Sequence[str] | None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     if isinstance(sys.stdout, io.TextIOWrapper):  # what a terminal has no letter for, is spelt out
         sys.stdout.reconfigure(errors="backslashreplace")
