@@ -231,6 +231,20 @@ def test_the_relative_score_is_a_ratio_of_means_over_questions_that_parse(place:
     assert "counted nowhere: `2`" in table.caption
 
 
+def test_a_tolerant_reading_takes_what_is_meant_beyond_doubt(place: Path, tmp_path: Path) -> None:
+    Judge.replies = {"it, 0": "\n**8/10** **4/10**\nwhy", "it, 1": "10 10", "it, 2": "8/9"}
+    replies = within(tmp_path / "run")
+    figures = {}
+    for reading in ("first-line", "tolerant"):
+        benchmark = bench(place, limit=3, reading=reading)
+        score = benchmark.score_in(replies, benchmark.questions(), ["x"] * 3)
+        figures[reading] = (score.metrics["relative_all"], score.metrics["unparsed"])
+        lines = (replies.directory / "reviews.jsonl").read_text().splitlines()
+        stored = [json.loads(line)["tuple"] for line in lines]
+        assert stored == [[8, 4] if reading == "tolerant" else None, [10, 10], None]
+    assert figures == {"first-line": (100, 2), "tolerant": (pytest.approx(100 * 14 / 18), 1)}
+
+
 def test_the_interval_is_the_bootstraps(place: Path) -> None:
     from llavakit_plugins.evaluation.reviews import Relative
 
@@ -384,6 +398,12 @@ def test_scienceqas_judge_is_asked_where_the_two_differ(place: Path, tmp_path: P
     assert score.metrics["accuracy_upper_bound"] == 0.5
     benchmark.score_in(within(tmp_path / "run"), benchmark.questions(), answers)
     assert len(Judge.asked) == 1
+    # the letter C, which the bat's two choices have not, is an answer all the same, and wrong
+    write(tmp_path / "third.jsonl", [{"question_id": "13", "text": "The answer is C."}])
+    third = {**stated, "second": tmp_path / "third.jsonl"}
+    outside = build("scienceqa", **third, ensemble="complement")
+    assert outside.score(benchmark.questions(), answers).metrics["accuracy_complement"] == 0
+    assert outside.score(benchmark.questions(), answers).metrics["accuracy_upper_bound"] == 0.5
     complement = build("scienceqa", **stated, ensemble="complement")
     assert complement.score(benchmark.questions(), answers).metrics["accuracy_complement"] == 0.5
 
@@ -414,6 +434,15 @@ def test_half_an_ensemble_is_refused(place: Path, more: Mapping[str, Any]) -> No
         ("", None, True),
         ("I see. No.", None, True),
         ("nothing", None, True),
+        # a sentence ends at `.`, `!`, `?` and a line's end; to the original at `.` alone
+        ("Yes! There is no doubt", True, False),
+        ("Is there a dog? Yes", None, True),
+        ("yes?! no", True, False),
+        ("Yes\nThere is no cat, though", True, False),
+        ("No\r\nBut yes, a cat", False, True),  # "No\r\nBut" is one word to the original
+        ("no\u2028yes", False, True),
+        ("\n\nNo", False, True),
+        ("1. Yes, 2. no", True, True),
     ],
 )
 def test_pope_reads_strictly_and_as_the_original(
@@ -421,6 +450,29 @@ def test_pope_reads_strictly_and_as_the_original(
 ) -> None:
     assert strict_answer(text) is strict
     assert original_answer(text) is original
+
+
+def test_popes_figures_are_the_originals_where_that_is_asked_for(
+    place: Path, tmp_path: Path
+) -> None:
+    said = ["Yes! Of course", "NO", "no", "Perhaps"]
+    rows = [
+        {"question_id": n, "image": "0.png", "text": f"{n}?", "label": label, "category": "random"}
+        for n, label in enumerate(["yes", "no", "no", "yes"])
+    ]
+    path = write(tmp_path / "pope.jsonl", rows)
+    scores = {}
+    for reading in ("strict", "original"):
+        benchmark = build("pope", questions=path, images=place, reading=reading)
+        scores[reading] = benchmark.score(benchmark.questions(), said)
+    assert scores["strict"].right == [True, True, True, False]
+    assert scores["original"].right == [True, False, True, True]  # yes, yes, no, yes
+    for name, of_original in (("accuracy", 3 / 4), ("precision", 2 / 3), ("f1_random", 4 / 5)):
+        assert scores["original"].metrics[name] == pytest.approx(of_original)
+    for score in scores.values():
+        assert score.metrics["original_accuracy"] == 3 / 4
+        assert score.metrics["read_differently"] == 2
+    assert scores["strict"].sections == scores["original"].sections
 
 
 def test_popes_figures_are_scikit_learns(place: Path, tmp_path: Path) -> None:

@@ -99,6 +99,46 @@ def test_every_format_is_the_converters(
     assert answer_text(problem, form) == learned
 
 
+# What the original's converter makes of these, by running it
+@pytest.mark.parametrize(
+    ("changes", "form", "asked", "learned"),
+    [
+        ({}, "QCM-LEA", None, " The answer is A."),  # of three spaces two are left, and one goes
+        ({}, "QCM-ELA", None, " The answer is A."),
+        ({}, "QCM-LA", None, "The answer is A."),
+        ({"lecture": "L."}, "QCM-LEA", None, "L. The answer is A."),
+        ({"solution": "E."}, "QCM-LEA", None, "E. The answer is A."),
+        ({"lecture": "\n"}, "QCM-LA", None, "\n The answer is A."),
+        ({"lecture": " "}, "QCM-LEA", None, " The answer is A."),
+        ({"lecture": "  ", "solution": " "}, "QCM-LEA", None, "  The answer is A."),
+        ({"lecture": "a   b"}, "QCM-LEA", None, "a  b The answer is A."),
+        ({"lecture": "a\\nb"}, "QCM-LA", None, "a\nb The answer is A."),
+        ({"lecture": "Answer: yes."}, "QCM-LA", None, "yes. The answer is A."),
+        ({"lecture": "BECAUSE:"}, "QCM-ALE", None, "The answer is A."),
+        (
+            {"question": "Which Question: it?"},
+            "QCM-A",
+            "Which it?\nContext: N/A\nOptions: (A) Norway (B) Peru (C) Chad",
+            "The answer is A.",
+        ),
+        (
+            {"question": "Which Question: it?"},
+            "CQM-A",  # it does not begin with `Question: `
+            "Context: N/A\nQuestion: Which Question: it?\nOptions: (A) Norway (B) Peru (C) Chad",
+            "The answer is A.",
+        ),
+    ],
+)
+def test_spaces_and_labels_are_left_as_the_converter_leaves_them(
+    science: Path, changes: dict[str, Any], form: str, asked: str | None, learned: str
+) -> None:
+    row = {**PROBLEMS["9"], "hint": "", "lecture": "", "solution": "", **changes}
+    (science / "problems.json").write_text(json.dumps({"9": row}))
+    problem = read_problems(science / "problems.json")["9"]
+    assert answer_text(problem, form) == learned
+    assert asked in (None, question_text(problem, form))
+
+
 @pytest.mark.parametrize("form", ["QCM", "QCM-", "QC-A", "QQM-A", "QCM-LAE", "QCM-LE", "qcm-a", ""])
 def test_an_unknown_format_is_refused(form: str, science: Path) -> None:
     with pytest.raises(ValueError, match="for example QCM-LEA"):

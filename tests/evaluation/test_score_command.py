@@ -161,6 +161,26 @@ def test_complement_takes_ours_where_the_second_has_none(
     assert data == ensemble(llava_run, problems, answers, "--ensemble", "complement")
 
 
+def test_a_letter_beyond_the_choices_counts_as_an_answer_of_the_ensembles(
+    problems: Path, answers: Callable[..., Path], llava_run: Command
+) -> None:
+    """The original draws a choice for it; it takes ours for what states no answer alone."""
+    second = answers("wild.jsonl", {"7": "The answer is E.", "9": "Hard to say."})
+    ours = answers("right.jsonl", {"7": "The answer is B.", "9": "The answer is A."})
+    files = ["--problems", problems, "--predictions", ours, "--second", second]
+    data = scored(llava_run, "scienceqa", *files, "--ensemble", "complement")
+    assert data["ensemble"]["ours"]["correct"] == 2
+    assert {name: data["results"][name] for name in ("7", "9")} == {"7": -1, "9": 0}
+    assert data["ensemble"]["second_without_answer"] == 3
+    assert data["ensemble"]["second"]["correct"] == 0
+    assert data["ensemble"]["upper_bound"]["correct"] == 2
+    requery = answers("requery.jsonl", {"7": "The answer is Z.", "9": "Hard to say."})
+    more = ["--ensemble", "judge", "--requery", requery]
+    data = scored(llava_run, "scienceqa", *files, *more)
+    assert {name: data["results"][name] for name in ("7", "9")} == {"7": -1, "9": 0}
+    assert data["ensemble"]["requeried"] == 1
+
+
 def test_a_judge_is_heard_where_the_two_differ_only(
     problems: Path, answers: Callable[..., Path], llava_run: Command
 ) -> None:
@@ -276,7 +296,10 @@ def test_a_question_reviewed_both_ways_counts_once_with_the_mean(
 
 @pytest.mark.parametrize(
     "content",
-    ["", "8", "8 9 7", "8/9", "-8 9", "11 9", "nan 3", "8 9.", "\n8 9", "1e1 3", "8 nine"],
+    [
+        *("", "8", "8 9 7", "8/9", "-8 9", "11 9", "nan 3", "8 9..", "1e1 3", "8 nine", "8 9/10"),
+        *("8/10/10 9", "11/10 9/10", "8*9", "Score: 8 9", "٨ ٩", "8/5 9/5", "\n\nwell\n8 9"),
+    ],
 )
 def test_scores_that_are_not_two_numbers_do_not_parse(
     tmp_path: Path, refused: Callable[..., str], content: str
@@ -284,6 +307,42 @@ def test_scores_that_are_not_two_numbers_do_not_parse(
     path = tmp_path / "reviews.jsonl"
     path.write_text(json.dumps({"question_id": 1, "content": content}))
     assert "no review has two scores" in refused("score", "reviews", path)
+    refused("score", "reviews", path, "--reading", "tolerant")
+
+
+@pytest.mark.parametrize("content", ["8 9.", "8. 9", "8.,9.", " 8.0\t9 \r\nwhy"])
+def test_numbers_may_end_with_a_dot_as_in_the_original(
+    tmp_path: Path, llava_run: Command, content: str
+) -> None:
+    path = tmp_path / "reviews.jsonl"
+    path.write_text(json.dumps({"question_id": 1, "content": content}))
+    text = scored(llava_run, "reviews", path)["text"]
+    assert (text["reference"], text["candidate"]) == (8, 9)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *(
+            "\n8 9",
+            " \r\n\n8, 9\nwhy",
+            "**8** **9**",
+            "**8 9**",
+            "__8__, __9__",
+            "`8 9`",
+            "8/10 9/10",
+        ),
+        *("**8/10** **9/10**", "**8**/10, **9**/10", "\n***8.0 / 10 9 / 10***"),
+    ],
+)
+def test_a_tolerant_reading_is_an_option(
+    tmp_path: Path, llava_run: Command, refused: Callable[..., str], content: str
+) -> None:
+    path = tmp_path / "reviews.jsonl"
+    path.write_text(json.dumps({"question_id": 1, "content": content}))
+    assert "no review has two scores" in refused("score", "reviews", path)
+    text = scored(llava_run, "reviews", path, "--reading", "tolerant")["text"]
+    assert (text["reference"], text["candidate"]) == (8, 9)
 
 
 def test_failures_of_the_original_count_nowhere(tmp_path: Path, llava_run: Command) -> None:

@@ -52,9 +52,9 @@ class ConversationsOptions(Options):
 class Conversations(Dataset):
     """LLaVA's training JSON, as it is.
 
-    As in the original, a first turn from `gpt` is dropped. A row may have several images: then
-    `image` is a list, in the order of the placeholders. The rows stay in the file: memory holds
-    where each begins.
+    A first turn from `gpt` is dropped, as in the original with every template but v0's. A row may
+    have several images: then `image` is a list, in the order of the placeholders. The rows stay in
+    the file: memory holds where each begins.
 
     Raises DataError where the file, a row, or an image's path cannot be used.
     """

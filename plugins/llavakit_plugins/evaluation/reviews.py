@@ -5,12 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-_SCORES = re.compile(r"\s*(\d+(?:\.\d+)?)(?:\s*,\s*|\s+)(\d+(?:\.\d+)?)\s*")
+_NUMBER = r"(\d+\.?\d*|\.\d+)"  # `8.` too, which the original reads
+_BETWEEN = r"(?:\s*,\s*|\s+)"
+_SCORES = re.compile(rf"\s*{_NUMBER}{_BETWEEN}{_NUMBER}\s*", re.ASCII)
+_OF_TEN = re.compile(rf"\s*{_NUMBER}\s*/\s*10{_BETWEEN}{_NUMBER}\s*/\s*10\s*", re.ASCII)
+_EMPHASIS = re.compile(r"(?<!\w)([*_`]{1,3})(?=\S)([^*_`\n]+?)(?<=\S)\1(?!\w)")
 HIGHEST = 10.0
 """The best score that a judge gives."""
 _RESAMPLES = 1000
@@ -19,15 +23,24 @@ Pair = tuple[float, float]
 """Scores of the reference and of the candidate."""
 Scores = Mapping[str, Pair | None]
 """By question; None where a review has none."""
+Reading = Literal["first-line", "tolerant"]
+"""How a review's scores are found; see `read_scores`."""
 RELATIVE_COLUMNS = ["category", "questions", "relative, %", "from", "to", "reference", "candidate"]
 
 
-def read_scores(text: str) -> Pair | None:
+def read_scores(text: str, reading: Reading = "first-line") -> Pair | None:
     """Return the two scores on a review's first line, or None where it is anything else.
 
-    Two numbers from 0 to 10, with a space or a comma between them, and nothing besides.
+    Two numbers from 0 to 10, with a space or a comma between them, and nothing besides. A
+    `tolerant` reading also takes what is meant beyond doubt: it skips empty lines, sees through
+    markdown's emphasis, and reads `8/10 9/10`.
     """
-    found = _SCORES.fullmatch(text.partition("\n")[0])
+    line = text.partition("\n")[0]
+    found = _SCORES.fullmatch(line)
+    if found is None and reading == "tolerant":
+        line = next((line for line in text.splitlines() if line.strip()), "")
+        line = _EMPHASIS.sub(r"\2", line)
+        found = _SCORES.fullmatch(line) or _OF_TEN.fullmatch(line)
     if found is None:
         return None
     first, second = float(found[1]), float(found[2])

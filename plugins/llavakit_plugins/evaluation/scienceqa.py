@@ -150,14 +150,14 @@ Format = Annotated[str, AfterValidator(_check_format)]
 def question_text(problem: Problem, form: str) -> str:
     """Return what the human asks, `<image>` in the last line where there is an image."""
     lines = {
-        "Q": f"Question: {problem.question}",
+        "Q": f"{_QUESTION}{problem.question}",
         "C": f"Context: {problem.hint.strip() or 'N/A'}",
         "M": "Options: "
         + " ".join(f"({a}) {b}" for a, b in zip(LETTERS, problem.choices, strict=False)),
     }
     parts = re.findall(r"[LE]+|.", form.partition("-")[0])
-    text = _tidy("\n".join(lines.get(part) or _because(problem, part) for part in parts))
-    text = text.removeprefix("Question: ")
+    text = "\n".join(lines.get(part) or _because(problem, part) for part in parts)
+    text = _converted(f"{text}\n", _QUESTION)
     return f"{text}\n{IMAGE}" if problem.image else text
 
 
@@ -168,26 +168,47 @@ def answer_text(problem: Problem, form: str) -> str:
     """
     output = form.partition("-")[2]
     if output == "LEPA":
-        reasons = {"LECTURE": problem.lecture, "SOLUTION": problem.solution}
+        reasons = {"LECTURE": _lines(problem.lecture), "SOLUTION": _lines(problem.solution)}
         lines = [f"{name}: {text}" for name, text in reasons.items() if text.strip()]
-        return _tidy("\n".join([*lines, "###", f"ANSWER: {problem.letter}."]))
+        return _converted("\n".join([*lines, "###", f"ANSWER: {problem.letter}."]), _ANSWER)
     stated = f"The answer is {problem.letter}."
-    if output.startswith("A"):
-        return _tidy(f"{stated} {_because(problem, output[1:])}" if output[1:] else stated)
-    return _tidy(f"{_reasons(problem, output[:-1])} {stated}")
+    if output == "A":
+        text = stated
+    elif output.startswith("A"):
+        text = f"{stated} {_because(problem, output[1:])}"
+    else:
+        text = f"{_reasons(problem, output[:-1])} {stated}"
+    return _converted(f"{_ANSWER}{text}", _ANSWER)
+
+
+_QUESTION, _ANSWER, _BECAUSE = "Question: ", "Answer: ", "BECAUSE:"
 
 
 def _because(problem: Problem, letters: str) -> str:
-    return f"BECAUSE: {_reasons(problem, letters)}"
+    return f"{_BECAUSE} {_reasons(problem, letters)}"
 
 
 def _reasons(problem: Problem, letters: str) -> str:
-    return " ".join({"L": problem.lecture, "E": problem.solution}[letter] for letter in letters)
+    reasons = {"L": problem.lecture, "E": problem.solution}
+    return _lines(" ".join(reasons[letter] for letter in letters))
 
 
-def _tidy(text: str) -> str:
-    """Halve double spaces, once, and drop a reason that is empty, as the original does."""
-    return text.replace("  ", " ").strip().removesuffix("BECAUSE:").strip()
+def _lines(text: str) -> str:
+    """Return a lecture or solution with its lines apart, where they are written as `\\n`."""
+    return text.replace("\\n", "\n")
+
+
+def _converted(text: str, label: str) -> str:
+    """Return the text as the original's converter leaves it, down to its oddities.
+
+    Double spaces are halved once, in front of the label's removal: where lecture and solution are
+    empty, a space stays in front of the answer. A label goes wherever it stands, and so does
+    `BECAUSE:` where no reason follows the last one.
+    """
+    text = text.replace("  ", " ").strip()
+    if text.endswith(_BECAUSE):
+        text = text.replace(_BECAUSE, "").strip()
+    return text.replace(label, "") if text.startswith(label) else text
 
 
 # -- what an answer says ---------------------------------------------------------------------------
@@ -210,8 +231,20 @@ def stated_letter(text: str) -> str | None:
     return None
 
 
+def read_letter(text: str) -> int | None:
+    """Return the place in the alphabet, from 0, of the letter that an answer states; or None.
+
+    It may be none of the choices: then it is an answer, and wrong.
+    """
+    letter = stated_letter(text)
+    return None if letter is None else ord(letter) - ord("A")
+
+
 def read_choice(text: str, problem: Problem) -> int | None:
     """Return the place of the choice that an answer states, None where it states no choice."""
-    letter = stated_letter(text)
-    place = LETTERS.find(letter) if letter else -1
-    return place if 0 <= place < len(problem.choices) else None
+    return within(read_letter(text), problem)
+
+
+def within(place: int | None, problem: Problem) -> int | None:
+    """Return the place where it is that of a choice, else None."""
+    return place if place is not None and place < len(problem.choices) else None

@@ -1,6 +1,8 @@
 """Two models' answers to ScienceQA as one: complement and judge (paper, section 5.2).
 
-Nothing is drawn at random: an answer that states no choice is None, and None is never right.
+Nothing is drawn at random. Answers are places in the alphabet: None where none is stated. A letter
+that is none of the choices is an answer as any other, and wrong: as in the original, nothing else
+is taken in its place.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from llavakit_plugins.evaluation.scienceqa import Problem, question_text
 
 Ensemble = Literal["complement", "judge"]
 Choices = Sequence[int | None]
+"""What `read_letter` makes of answers, one a problem."""
 
 _SYSTEM = (
     "You settle multiple-choice questions that two assistants answer differently. Either may be "
@@ -24,12 +27,12 @@ _SYSTEM = (
 
 
 def complement(ours: Choices, second: Choices) -> list[int | None]:
-    """Return the second model's choices, and ours where it has none."""
+    """Return the second model's answers, and ours where it states none."""
     return [a if b is None else b for a, b in zip(ours, second, strict=True)]
 
 
 def differing(ours: Choices, second: Choices) -> list[int]:
-    """Return the places at which the two differ; where both have no choice they don't."""
+    """Return the places at which the two differ; where neither states an answer they don't."""
     pairs = enumerate(zip(ours, second, strict=True))
     return [place for place, (a, b) in pairs if a != b]
 
@@ -37,7 +40,7 @@ def differing(ours: Choices, second: Choices) -> list[int]:
 def judged(ours: Choices, second: Choices, verdicts: Mapping[int, int | None]) -> list[int | None]:
     """Return what both say, and the verdict where they differ.
 
-    `verdicts` has the judge's choice by place. Where it has none, or states none, ours counts, as
+    `verdicts` has the judge's answer by place. Where it has none, or states none, ours counts, as
     in the original.
     """
     final = list(ours)

@@ -31,6 +31,8 @@ from llavakit_plugins.evaluation.judging import Asking, Replies, replies
 from llavakit_plugins.evaluation.questions import read_questions
 from llavakit_plugins.evaluation.reviews import (
     RELATIVE_COLUMNS,
+    Pair,
+    Reading,
     mean_pair,
     read_scores,
     relative_rows,
@@ -69,6 +71,10 @@ class LlavaBenchOptions(Options):
     """Requests to the judge at a time."""
     seed: int = 0
     """Of the bootstrap."""
+    reading: Reading = "first-line"
+    """What counts as a review's scores: its first line as asked for, two bare numbers, as published
+    figures were read; or, `tolerant`, also what is meant beyond doubt, such as `**8/10** **9/10**`
+    behind an empty line."""
 
 
 @dataclass(frozen=True)
@@ -76,15 +82,16 @@ class _Review:
     question: Question
     swapped: bool
     text: str | None
+    scores: Pair | None
+    """Of the two answers in the order shown; None where the review has none."""
 
     def row(self) -> dict[str, Any]:
         """Return the line of a review file, in LLaVA's format."""
-        scores = read_scores(self.text or "")
         return {
             "question_id": self.question.id,
             "category": self.question.category,
             "content": self.text or "",
-            "tuple": None if scores is None else list(scores),
+            "tuple": None if self.scores is None else list(self.scores),
             "swapped": self.swapped,
         }
 
@@ -148,7 +155,10 @@ class LlavaBench(Benchmark):
         labels = [f"{q.id}{', swapped' if swapped else ''}" for q, swapped, _ in asked]
         said = replies(self.judge, [messages for *_, messages in asked], labels, asking)
         pairs = zip(asked, said.texts, strict=True)
-        return [_Review(q, way, text) for (q, way, _), text in pairs], said
+        reading = self.options.reading
+        return [
+            _Review(q, way, text, read_scores(text or "", reading)) for (q, way, _), text in pairs
+        ], said
 
     def _messages(self, question: Question, answer: str, swapped: bool) -> tuple[Message, ...]:
         first, second = (answer, question.truth) if swapped else (question.truth, answer)
@@ -166,7 +176,7 @@ class LlavaBench(Benchmark):
         for review in reviews:
             groups.setdefault(str(review.question.id), []).append(review)
         scores = {
-            name: mean_pair(unswapped(read_scores(r.text or ""), r.row()) for r in group)
+            name: mean_pair(unswapped(r.scores, r.row()) for r in group)
             for name, group in groups.items()
         }
         categories = {name: group[0].question.category for name, group in groups.items()}

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field
 
@@ -15,6 +16,7 @@ from llavakit_plugins.evaluation.questions import Asked, read_questions, with_su
 from llavakit_plugins.evaluation.rows import Row, id_of, read_rows
 
 _WORD = re.compile(r"[a-z']+")
+_ENDS = re.compile(r"[.!?\n\r\v\f\x1c-\x1e\x85\u2028\u2029]")  # and a line's end, any there is
 _NO = {"no", "not"}
 _YES = {"yes"}
 
@@ -30,6 +32,9 @@ class PopeOptions(Options):
     """A last line to every question, such as a wish for one word."""
     limit: int | None = Field(default=None, ge=1)
     """Use only so many questions from the start."""
+    reading: Literal["strict", "original"] = "strict"
+    """Whose rule decides what an answer says, and so what is right: ours, or the original's, with
+    which its published figures were made. The figures of both are shown."""
 
 
 @dataclass(frozen=True)
@@ -77,14 +82,16 @@ class Confusion:
 class Pope(Benchmark):
     """Yes-or-no questions about objects, by category: random, popular, adversarial.
 
-    An answer has to say yes or no in its first sentence, and not both; else it is wrong. The
-    original takes whatever has no "no", "No" or "not" for yes; its figures stand beside ours.
+    An answer has to say yes or no in its first sentence, which ends at `.`, `!`, `?` or the line's
+    end, and not both; else it is wrong. The original takes whatever has no "no", "No" or "not"
+    before the first `.` for yes; its figures stand beside ours.
     """
 
     name = "pope"
     Options = PopeOptions
 
     def __init__(self, options: PopeOptions) -> None:
+        self.reading = options.reading
         asked = read_questions(options.questions, options.images, options.limit)
         labels = _Labels(options.labels) if options.labels else None
         plain = with_suffix(asked, options.suffix)
@@ -98,10 +105,10 @@ class Pope(Benchmark):
 
     def score(self, questions: Sequence[Question], answers: Sequence[str]) -> Score:
         truths = [question.truth == "yes" for question in questions]
-        strict = [strict_answer(answer) for answer in answers]
-        original = [original_answer(answer) for answer in answers]
+        read = {name: [reader(answer) for answer in answers] for name, reader in _READERS.items()}
+        strict, original, chosen = read["strict"], read["original"], read[self.reading]
         differ = sum(a != b for a, b in zip(strict, original, strict=True))
-        metrics = Confusion.of(truths, strict).metrics()
+        metrics = Confusion.of(truths, chosen).metrics()
         metrics |= {
             f"original_{name}": value
             for name, value in Confusion.of(truths, original).metrics().items()
@@ -111,11 +118,11 @@ class Pope(Benchmark):
         categories = dict.fromkeys(q.category for q in questions if q.category)
         for category in (*categories, "all"):
             own = [i for i, q in enumerate(questions) if category in ("all", q.category)]
-            for reading, said in (("strict", strict), ("original", original)):
+            for reading, said in read.items():
                 counts = Confusion.of([truths[i] for i in own], [said[i] for i in own])
                 figures = [round(100 * value, 2) for value in counts.metrics().values()]
                 rows.append([category, reading, len(own), *astuple(counts), *figures])
-                if category == "all" or reading == "original":
+                if category == "all" or reading != self.reading:
                     continue
                 metrics[f"f1_{category}"] = counts.metrics()["f1"]
         table = Table(
@@ -127,13 +134,16 @@ class Pope(Benchmark):
             rows=rows,
             caption=f"{differ} of {len(answers)} answers are read differently by the original.",
         )
-        right = [a == b for a, b in zip(truths, strict, strict=True)]
+        right = [a == b for a, b in zip(truths, chosen, strict=True)]
         return Score(metrics, right, [table])
 
 
 def strict_answer(text: str) -> bool | None:
     """Return whether the first sentence says yes (True) or no; None for neither and for both."""
-    said = set(_WORD.findall(text.lower().partition(".")[0]))
+    sentences = _ENDS.split(text.lower())
+    # an answer may begin with a line's end, or with `1.`
+    first = next((part for part in sentences if any(map(str.isalpha, part))), "")
+    said = set(_WORD.findall(first))
     yes, no = bool(said & _YES), bool(said & _NO)
     return yes if yes != no else None
 
@@ -141,6 +151,12 @@ def strict_answer(text: str) -> bool | None:
 def original_answer(text: str) -> bool:
     """Return what the original's parser reads: anything without a "No", "not" or "no" is a yes."""
     return not {"No", "not", "no"} & set(text.split(".")[0].replace(",", "").split(" "))
+
+
+_READERS: dict[str, Callable[[str], bool | None]] = {
+    "strict": strict_answer,
+    "original": original_answer,
+}
 
 
 class _Labels:

@@ -15,6 +15,7 @@ from llavakit_plugins.evaluation.reviews import (
     HIGHEST,
     RELATIVE_COLUMNS,
     Pair,
+    Reading,
     Scores,
     mean_pair,
     read_scores,
@@ -27,6 +28,10 @@ from llavakit_plugins.evaluation.rows import Row, id_of, listed, read_rows
 
 class ReviewFilesOptions(Options):
     file: InputPath = Field(description="reviews, one JSON object a line")
+    reading: Reading = Field(
+        default="first-line",
+        description="tolerant: read scores behind empty lines, in bold or out of 10, too",
+    )
 
 
 class ReviewFiles(FileScorer):
@@ -64,7 +69,7 @@ class ReviewFiles(FileScorer):
             for _, row in ways.values()
         }
         text = {
-            name: mean_pair(_from_text(*way) for way in ways.values())
+            name: mean_pair(_from_text(*way, self.options.reading) for way in ways.values())
             for name, ways in groups.items()
         }
         readings: dict[str, Scores] = {"text": text}
@@ -145,11 +150,11 @@ def _has_scores(row: Row) -> bool:
     return "tuple" in row or "score" in row
 
 
-def _from_text(where: str, row: Row) -> Pair | None:
+def _from_text(where: str, row: Row, reading: Reading) -> Pair | None:
     text = row.get("content", row.get("text"))
     if not isinstance(text, str):
         raise DataError(f"{where}: a review needs `content` or `text`, got {text!r:.60}")
-    return unswapped(read_scores(text), row)
+    return unswapped(read_scores(text, reading), row)
 
 
 def _from_stored(where: str, row: Row) -> Pair | None:

@@ -28,7 +28,9 @@ from llavakit_plugins.evaluation.scienceqa import (
     Problem,
     question_text,
     read_choice,
+    read_letter,
     read_problems,
+    within,
 )
 
 _LETTER_ONLY = "Answer with the letter of the right option only."
@@ -124,16 +126,22 @@ class ScienceQA(Benchmark):
             if count.count and name != "Avg"
         }
         if self.second is not None:
-            second = [read_choice(self.second.get(p.id, ""), p) for p in problems]
+            first = [read_letter(text) for text in answers]
+            second = [read_letter(self.second.get(p.id, "")) for p in problems]
             if self.judge is None:
-                final = complement(ours, second)
+                final = complement(first, second)
             else:
-                verdicts, said = self._verdicts(problems, answers, ours, second, asking)
-                final = judged(ours, second, verdicts)
+                verdicts, said = self._verdicts(problems, answers, first, second, asking)
+                final = judged(first, second, verdicts)
                 metrics |= said.metrics()
-            shown["second"] = Result.of(problems, second)
-            shown[str(self.options.ensemble)] = Result.of(problems, final)
-            shown["upper bound"] = Result.of(problems, upper_bound(problems, ours, second))
+            best = upper_bound(problems, first, second)
+            for name, places in (
+                ("second", second),
+                (str(self.options.ensemble), final),
+                ("upper bound", best),
+            ):
+                choices = [within(place, p) for place, p in zip(places, problems, strict=True)]
+                shown[name] = Result.of(problems, choices)
             metrics |= {
                 f"accuracy_{name.replace(' ', '_')}": shown[name].accuracy
                 for name in list(shown)[1:]
@@ -154,7 +162,7 @@ class ScienceQA(Benchmark):
         second: Sequence[int | None],
         asking: Asking,
     ) -> tuple[Mapping[int, int | None], Replies]:
-        """Ask the judge about the problems on which the two differ; return its choices by place."""
+        """Ask the judge about the problems on which the two differ; return its answers by place."""
         assert self.judge is not None
         assert self.second is not None
         places = differing(ours, second)
@@ -164,7 +172,7 @@ class ScienceQA(Benchmark):
         ]
         said = replies(self.judge, asked, [problems[i].id for i in places], asking)
         choices = {
-            i: None if text is None else read_choice(text, problems[i])
+            i: None if text is None else read_letter(text)
             for i, text in zip(places, said.texts, strict=True)
         }
         return choices, said

@@ -22,7 +22,13 @@ from llavakit_plugins.evaluation.benchmarks.ensembles import (
 from llavakit_plugins.evaluation.benchmarks.science_table import Result, table
 from llavakit_plugins.evaluation.judging import Asking, replies
 from llavakit_plugins.evaluation.rows import listed
-from llavakit_plugins.evaluation.scienceqa import Problem, read_choice, read_problems
+from llavakit_plugins.evaluation.scienceqa import (
+    Problem,
+    read_choice,
+    read_letter,
+    read_problems,
+    within,
+)
 
 
 class ScienceQAFilesOptions(Options):
@@ -81,8 +87,8 @@ class ScienceQAFiles(FileScorer):
         shown = {"predictions": result}
         data: dict[str, Any] = {}
         if self.options.second is not None:
-            final, data["ensemble"] = self._ensemble(problems, answers, ours, shown, notes)
-            shown[str(self.options.ensemble)] = result = Result.of(problems, final)
+            final, data["ensemble"] = self._ensemble(problems, answers, shown, notes)
+            shown[str(self.options.ensemble)] = result = _result(problems, final)
         if answers.stored is not None:
             data["stored"] = _stored(problems, ours, answers.stored)
         results = {
@@ -114,16 +120,16 @@ class ScienceQAFiles(FileScorer):
         self,
         problems: Sequence[Problem],
         answers: Answers,
-        ours: Sequence[int | None],
         shown: dict[str, Result],
         notes: list[str],
     ) -> tuple[list[int | None], dict[str, Any]]:
         assert self.options.second is not None
         others, missing = self._read(self.options.second, problems, notes)
-        second = _choices(problems, others)
+        ours = [read_letter(answers.texts.get(problem.id, "")) for problem in problems]
+        second = [read_letter(others.texts.get(problem.id, "")) for problem in problems]
         places = differing(ours, second)
-        shown["second"] = Result.of(problems, second)
-        shown["upper bound"] = Result.of(problems, upper_bound(problems, ours, second))
+        shown["second"] = _result(problems, second)
+        shown["upper bound"] = _result(problems, upper_bound(problems, ours, second))
         data: dict[str, Any] = {
             "kind": self.options.ensemble,
             "ours": shown["predictions"].data(),
@@ -136,7 +142,7 @@ class ScienceQAFiles(FileScorer):
             return complement(ours, second), data
         chosen = [problems[place] for place in places]
         texts = self._verdicts(chosen, answers, others, notes)
-        verdicts = {p.id: read_choice(texts.get(p.id, ""), p) for p in chosen}
+        verdicts = {p.id: read_letter(texts.get(p.id, "")) for p in chosen}
         silent = [name for name, verdict in verdicts.items() if verdict is None]
         data |= {"requeried": len(verdicts) - len(silent), "not_requeried": silent}
         if silent:
@@ -172,6 +178,12 @@ class ScienceQAFiles(FileScorer):
 
 def _choices(problems: Sequence[Problem], answers: Answers) -> list[int | None]:
     return [read_choice(answers.texts.get(problem.id, ""), problem) for problem in problems]
+
+
+def _result(problems: Sequence[Problem], places: Sequence[int | None]) -> Result:
+    """Return what places in the alphabet come to: one beyond a problem's choices is none."""
+    pairs = zip(places, problems, strict=True)
+    return Result.of(problems, [within(place, problem) for place, problem in pairs])
 
 
 def _stored(
