@@ -123,8 +123,8 @@ def test_training_from_a_folder_needs_no_model_in_the_recipe(
     )
     code, out, err = llava_run(path, "--plan")
     assert code == 0, err
-    assert "its model is that in" in out
-    assert "frozen" not in out
+    assert "finetune: vision, language frozen" in out
+    assert "?" not in out
     code, _, err = llava_run(path, "--out", tmp_path / "run")
     assert code == 0, err
     assert (tmp_path / "run" / "model" / "model.toml").is_file()

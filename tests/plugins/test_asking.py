@@ -17,7 +17,8 @@ from tests.core.processes import small_disk
 from tests.plugins.chat_server import KEY, Handler, Service, completion, serve, user_text
 
 from llavakit import ChatError, DataError, LlavaError, Message, Reply, Stopped
-from llavakit_plugins.chat_models.openai import OpenAI, OpenAIOptions
+from llavakit_plugins.chat_models.openai import OpenAI
+from llavakit_plugins.chat_models.options import OpenAIOptions
 from llavakit_plugins.generation.requests.asking import ask_all
 from llavakit_plugins.generation.requests.ledger import Ledger, Request, asked
 

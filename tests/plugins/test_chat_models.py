@@ -21,7 +21,8 @@ from llavakit import ChatError, ChatModel, Message, Reply, ReplyError
 from llavakit.contracts.component import Use
 from llavakit.registry import Registry
 from llavakit.testing import ChatModelContract
-from llavakit_plugins.chat_models.openai import OpenAI, OpenAIOptions
+from llavakit_plugins.chat_models.openai import OpenAI
+from llavakit_plugins.chat_models.options import OpenAIOptions
 from llavakit_plugins.chat_models.pacing import Pace, backoff, retry_after
 from llavakit_plugins.chat_models.replay import Replay, ReplayOptions
 from llavakit_plugins.generation.requests.ledger import Ledger

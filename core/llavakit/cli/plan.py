@@ -14,16 +14,11 @@ def render(plan: Plan) -> str:
         for name, part in plan.parts.items()
     ]
     total = sum(part.parameters for part in plan.parts.values())
+    size = "" if plan.own_model else "no model of its own"
     if plan.parts:
-        size = f"{_count(total)} parameters, {plan.visual_tokens} tokens an image"
-        lines = [
-            f"{plan.recipe}: {size}",
-            "",
-            *_table(rows),
-            "",
-        ]
-    else:
-        lines = [f"{plan.recipe}: no model of its own", ""]
+        size += "" if plan.own_model else "; that of its steps: "
+        size += f"{_count(total)} parameters, {plan.visual_tokens} tokens an image"
+    lines = [f"{plan.recipe}: {size}", "", *([*_table(rows), ""] if plan.parts else [])]
     rows = [["step", "trains", "samples", "tokens", "steps", "TFLOP", "memory", "time"]]
     known: list[float] = []
     for name, step in plan.steps.items():

@@ -90,11 +90,25 @@ _INPUT = BeforeValidator(_resolve)
 InputPath = Annotated[Path, _INPUT]
 """A file or folder to read: from the working directory, or `@step/file` of an earlier step."""
 
+_MODEL = "a model"
+ModelPath = Annotated[Path, _INPUT, _MODEL]
+"""An `InputPath` of a model folder, of any layout; or a model's name in a public collection."""
+
 LATER = Path("@")
 """Stands for the folder of a step that has not run yet, while a recipe is checked."""
 
 
 def is_input(field: FieldInfo) -> bool:
     """Say whether an option is an InputPath."""
+    return _INPUT in _marks(field)
+
+
+def is_model_path(field: FieldInfo) -> bool:
+    """Say whether an option is a ModelPath."""
+    return _MODEL in _marks(field)
+
+
+def _marks(field: FieldInfo) -> list[object]:
+    """Return what an option's type is annotated with, that of an optional one, too."""
     optional = (getattr(part, "__metadata__", ()) for part in get_args(field.annotation))
-    return _INPUT in field.metadata or any(_INPUT in metadata for metadata in optional)
+    return [*field.metadata, *(mark for metadata in optional for mark in metadata)]

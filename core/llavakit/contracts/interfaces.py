@@ -231,6 +231,19 @@ class Exporter(Component):
         """
         return None
 
+    @classmethod
+    def names(cls, name: str) -> bool:
+        """Say whether `fetch` may find `name`: of the form, it may be there or not."""
+        return cls.fetch.__func__ is not Exporter.fetch.__func__  # type: ignore[attr-defined]
+
+    @classmethod
+    def sketch(cls, name: str) -> LlavaModel | None:
+        """Return the model that `fetch` would find, on the meta device, for plans.
+
+        Nothing is fetched; None where that is not known without it.
+        """
+        return None
+
 
 class Tracker(Component):
     """Observes a run. Named in the recipe: installing a package never changes a run."""

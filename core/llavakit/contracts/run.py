@@ -118,8 +118,11 @@ class ModelSource(Protocol):
     def language(self) -> Use[LanguageModel]:
         """The recipe's choice. Raises RecipeError where it has no model."""
 
-    def __call__(self, folder: Path | None = None) -> LlavaModel:
-        """Return the model in `folder`, or as the recipe and the earlier steps have it."""
+    def __call__(self, folder: Path | None = None, **given: Any) -> LlavaModel:
+        """Return the model in `folder`, or as the recipe and the earlier steps have it.
+
+        `folder` and `given` are what `llavakit.load` takes: any layout, or a name on the hub.
+        """
 
     def new(
         self, vision: VisionEncoder | None = None, language: LanguageModel | None = None
@@ -149,6 +152,11 @@ class Step(Component):
     together: ClassVar[bool] = False
     """Whether every process of a torchrun takes part in it, not the first alone. Then `run.team`
     says who they are, and only who leads writes to `run.directory`."""
+
+    @classmethod
+    def leaves_model(cls, options: Any) -> bool:
+        """Say whether it leaves a model folder `model` in its own, which later steps start from."""
+        return False
 
     @abstractmethod
     def run(self, run: Run) -> Outcome:
@@ -193,13 +201,16 @@ class Planner(Protocol):
     def devices(self) -> int:
         """On how many devices the recipe's machine trains."""
 
+    def start(self, init: Path | None, change: Callable[[Any], Any] = ..., **given: Any) -> None:
+        """Have `model` be that of a step's option `init`, loaded with what is `given`, changed."""
+
     @property
     def has_model(self) -> bool:
-        """Whether the recipe has a model; it need not where every step names a folder of one."""
+        """Whether it is known which model the step starts from."""
 
     @property
     def model(self) -> LlavaModel:
-        """The model on the meta device: shapes without weights."""
+        """The model that the step starts from, on the meta device: shapes without weights."""
 
     def parameters(self, part: str) -> int:
         """Return the number of parameters of `vision`, `connector` or `language`."""

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
-from functools import cached_property
+from collections.abc import Callable, Mapping
+from functools import cache, cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 
 from llavakit.contracts.component import Use
+from llavakit.contracts.errors import RecipeError
 from llavakit.contracts.interfaces import Dataset
 from llavakit.contracts.run import Step, StepPlan
 from llavakit.recipe.model_choice import PARTS
-from llavakit.recipe.recipe import Machine, Recipe
+from llavakit.recipe.recipe import Machine, Recipe, StepUse, missing_model
 from llavakit.registry import KindT, Registry
 
 if TYPE_CHECKING:
@@ -34,9 +36,11 @@ class Plan(BaseModel):
     """What `--plan` prints and plan.json holds."""
 
     recipe: str
+    own_model: bool = True
+    """Whether `parts` are the recipe's [model]; else those of the model its steps start from."""
     parts: dict[str, PartPlan]
     visual_tokens: int | None
-    """Of one image; None where the recipe has no model."""
+    """Of one image; None where no model is known."""
     steps: dict[str, StepPlan]
     machine: Machine
     tflops: float | None
@@ -58,6 +62,18 @@ class RecipePlanner:
         self._recipe, self._registry = recipe, registry
         self.steps: dict[str, StepPlan] = {}
         """The plans of the steps before, by name."""
+        self._newest: _Known = lambda: self._of_recipe
+        self._current = self._newest
+        self._left: dict[str, _Known] = {}
+
+    def plan(self, name: str, use: StepUse) -> None:
+        """Add a step's plan to those of the steps before."""
+        step = self._registry.get(Step, use.use)
+        options = step.Options(**use.options)
+        self._current = self._newest
+        self.steps[name] = step.plan(options, self) or StepPlan()
+        if step.leaves_model(options):
+            self._newest = self._left[name] = self._left[use.use] = self._current
 
     @property
     def seed(self) -> int:
@@ -69,17 +85,57 @@ class RecipePlanner:
         """On how many devices the recipe's machine trains."""
         return self._recipe.machine.devices
 
+    def start(
+        self,
+        init: Path | None,
+        change: Callable[[LlavaModel], LlavaModel] = lambda model: model,
+        **given: Any,
+    ) -> None:
+        """Have `model` be that of a step's option `init`, loaded with what is `given`, changed.
+
+        Without it, it is the newest that a step before left, or else the recipe's.
+        """
+        if init is None:
+            return
+        name, _, rest = init.as_posix().removeprefix("@").partition("/")
+
+        @cache
+        def found() -> LlavaModel | None:
+            from llavakit.model.load import sketch_any
+
+            if not init.as_posix().startswith("@"):
+                model = sketch_any(init, self._registry, **given)
+            elif rest == "model" and name in self._left:
+                model = self._left[name]()
+            else:
+                raise RecipeError(f"`init`: step `{name}` leaves no model in {rest or '.'}")
+            return None if model is None else change(model)
+
+        self._current = found
+
     @property
     def has_model(self) -> bool:
-        """Whether the recipe has a model; it need not where every step names a folder of one."""
-        return self._recipe.model is not None
+        """Whether it is known which model a step starts from; not of a folder that is elsewhere."""
+        return self._current() is not None
+
+    @property
+    def model(self) -> LlavaModel:
+        """The model that the step starts from, on the meta device: shapes without weights."""
+        model = self._current()
+        if model is None:
+            raise RecipeError(
+                f"recipe `{self._recipe.name}` has no [model], but one of its steps needs one; add "
+                "it, or state `init`"
+            )
+        return model
 
     @cached_property
-    def model(self) -> LlavaModel:
-        """The model on the meta device: shapes without weights."""
+    def _of_recipe(self) -> LlavaModel | None:
         from llavakit.model.folder import sketch_model  # a recipe without a model needs no torch
 
-        return sketch_model(self._recipe.parts(), self._registry)
+        if self._recipe.model is None:
+            return None
+        return sketch_model(self._recipe.model, self._registry)
 
     def parameters(self, part: str) -> int:
         """Return the number of parameters of `vision`, `connector` or `language`."""
@@ -99,6 +155,9 @@ class RecipePlanner:
         return component.expect(component.Options(**use.options))
 
 
+_Known = Callable[[], "LlavaModel | None"]
+
+
 def count_parameters(module: nn.Module) -> int:
     """Return the number of parameters, shared ones once."""
     return sum(parameter.numel() for parameter in module.parameters())
@@ -107,17 +166,21 @@ def count_parameters(module: nn.Module) -> int:
 def make_plan(recipe: Recipe, registry: Registry) -> Plan:
     """Return the plan of a recipe. Raises LlavaError where its parts do not fit."""
     planner = RecipePlanner(recipe, registry)
-    model = None if recipe.model is None else planner.model
+    model = planner.model if recipe.model is not None else None
+    if model is None:
+        for problem in missing_model(recipe.steps, registry):
+            raise RecipeError(f"recipe `{recipe.name}`: {problem.message}: {problem.hint}")
     for name, use in recipe.active_steps():
-        step = registry.get(Step, use.use)
-        options = step.Options(**use.options)
-        planner.steps[name] = step.plan(options, planner) or StepPlan()
+        planner.plan(name, use)
+        if model is None and planner.steps[name].trained and planner.has_model:
+            model = planner.model
     machine = recipe.machine
     rate, measured = machine.tflops, False
     if rate is None and any(step.tflop is not None for step in planner.steps.values()):
         rate, measured = _measure_tflops(recipe.device), True
     return Plan(
         recipe=recipe.name,
+        own_model=recipe.model is not None,
         parts={} if model is None else _parts(model),
         visual_tokens=None if model is None else model.visual_tokens,
         steps=planner.steps,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from llavakit.contracts.component import Use
 from llavakit.engine.distributed import Device
@@ -53,13 +53,14 @@ class StepModel:
     def language(self) -> Use[LanguageModel]:
         return self._recipe.parts().language
 
-    def __call__(self, folder: Path | None = None) -> LlavaModel:
-        from llavakit.model.folder import load_model
+    def __call__(self, folder: Path | None = None, **given: Any) -> LlavaModel:
+        from llavakit.model.load import load, trainable
 
         folder = folder or newest_model(self._folders)
-        if folder is not None:
-            return load_model(folder, self._registry, device=self._device.find())
-        return self.new()
+        if folder is None:
+            return self.new()
+        device = self._device.find()
+        return trainable(load(folder, registry=self._registry, device=device, **given), folder)
 
     def new(
         self, vision: VisionEncoder | None = None, language: LanguageModel | None = None

@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import json
+import tomllib
 from collections.abc import Container, Iterable, Mapping
+from contextlib import suppress
 from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from llavakit.contracts.component import Use
 from llavakit.contracts.errors import ModelError
 from llavakit.contracts.interfaces import Exporter, PromptTemplate
 from llavakit.model.devices import pick_device
-from llavakit.model.folder import load_model
-from llavakit.recipe.model_choice import is_model
+from llavakit.model.folder import load_model, sketch_model
+from llavakit.model.llava import LlavaModel
+from llavakit.recipe.model_choice import MANIFEST, PARTS, ModelRecipe, is_model
 from llavakit.registry import Registry
 
 
 def load(
     path: str | Path,
     *,
+    registry: Registry | None = None,
     device: str | torch.device = "auto",
     dtype: torch.dtype | None = None,
     base: str | Path | None = None,
@@ -40,7 +45,7 @@ def load(
     """
     path = Path(path)
     place = pick_device(device)
-    registry = Registry.installed()
+    registry = registry or Registry.installed()
     layouts = registry.all(Exporter)
     path = _find(path, layouts.values(), "give the folder a run or an export wrote")
     given: dict[str, Any] = {
@@ -73,6 +78,47 @@ def load(
         + (f". Its {broken[0]} cannot be read as JSON: copy that again" if broken else "")
         + (f"; did you mean {path / 'model'}?" if is_model(path / "model") else "")
     )
+
+
+def trainable(model: Any, path: Path) -> LlavaModel:
+    """Return a loaded model. Raises ModelError for one that can be run alone, as ONNX's."""
+    if not isinstance(model, LlavaModel):
+        raise ModelError(
+            f"{path} can be run, but its layout keeps no weights that a step could go on from; "
+            "give the model folder that it was made of"
+        )
+    return model
+
+
+def sketch_any(path: Path, registry: Registry, **given: Any) -> LlavaModel | None:
+    """Return the model at `path` on the meta device, from its headers: every shape, no weight.
+
+    `given` is what `load` takes. None for what is not on this machine and not known either.
+    """
+    if not path.exists():
+        layouts = registry.all(Exporter).values()
+        return next(filter(None, (layout.sketch(path.as_posix()) for layout in layouts)), None)
+    if is_model(path):
+        with suppress(OSError, ValueError, KeyError):  # `load` says what is wrong
+            return sketch_model(_described(path), registry)
+    try:
+        model = load(path, registry=registry, device=torch.device("meta"), **given)
+    except ModelError:  # the same again, or it can be run alone, and not on such a device
+        model = load(path, registry=registry, device="cpu", **given)
+    return trainable(model, path)
+
+
+def _described(folder: Path) -> ModelRecipe:
+    """Return the parts of a model folder; those made of other files, of the folder's own."""
+    manifest = tomllib.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    parts = {name: manifest[name] for name in (*PARTS, "template")}
+    recipe = ModelRecipe.model_validate(parts)
+    for name in PARTS:
+        use: Use[Any] = getattr(recipe, name)
+        if (folder / name / "config.json").is_file() and "source" in use.options:
+            parts[name] = {**parts[name], "source": str(folder / name)}
+            parts[name].pop("revision", None)
+    return ModelRecipe.model_validate(parts)
 
 
 def _is_json(file: Path) -> bool:

@@ -12,8 +12,16 @@ from typing import Any, cast, get_args
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from llavakit.contracts.component import LATER, Component, SkippableUse, Use, is_input
+from llavakit.contracts.component import (
+    LATER,
+    Component,
+    SkippableUse,
+    Use,
+    is_input,
+    is_model_path,
+)
 from llavakit.contracts.errors import RecipeError
+from llavakit.contracts.interfaces import Exporter
 from llavakit.contracts.run import Step
 from llavakit.recipe.lines import Key, Span
 from llavakit.recipe.overrides import Source, set_key, stated
@@ -136,7 +144,7 @@ def check(
         value = getattr(node, name)
         if inputs and is_input(field):
             for path in value if isinstance(value, tuple | list) else (value,):
-                if _is_absent(path):
+                if _is_absent(path) and not (is_model_path(field) and _is_named(path, registry)):
                     message = f"`{name}`: {path} does not exist"
                     yield Problem((*key, name), message, _path_hint(path))
         else:
@@ -197,6 +205,11 @@ def _check_options(
 
 def _is_absent(value: object) -> bool:
     return isinstance(value, Path) and not str(value).startswith("@") and not value.exists()
+
+
+def _is_named(path: Path, registry: Registry) -> bool:
+    """Say whether it may be a model's name in a public collection."""
+    return any(layout.names(path.as_posix()) for layout in registry.all(Exporter).values())
 
 
 def _path_hint(path: Path) -> str:

@@ -6,6 +6,7 @@ import os
 import re
 import tomllib
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, cast
@@ -120,11 +121,11 @@ class Recipe(BaseSettings):
             for key, value in sound(cls, table):
                 problems += check_value(value, registry, key, later, inputs)
             if "model" not in table and not names:
-                problems += _missing_model((), registry)
+                problems += missing_model((), registry)
         else:
             problems = list(check(recipe, registry, (), {}, inputs))
             if recipe.model is None and inputs:
-                problems += _missing_model(recipe.steps, registry)
+                problems += missing_model(recipe.steps, registry)
             if not problems:
                 return recipe
         raise RecipeError("\n\n".join(problem.render(sources, names) for problem in problems))
@@ -255,16 +256,20 @@ def _steps(table: dict[str, Any]) -> list[dict[str, Any]]:
     return [s if isinstance(s, dict) else {} for s in steps] if isinstance(steps, list) else []
 
 
-def _missing_model(steps: Sequence[StepUse], registry: Registry) -> Iterator[Problem]:
-    """Yield that there is no model, unless no step needs one: `init` names another."""
-    needing = [
-        step.use
-        for step in steps
-        if not step.skip
-        and registry.has(Step, step.use)
-        and registry.get(Step, step.use).needs_model
-        and step.options.get("init") is None
-    ]
+def missing_model(steps: Sequence[StepUse], registry: Registry) -> Iterator[Problem]:
+    """Yield that there is no model, unless no step needs one.
+
+    A step needs none where `init` names another, or where a step before it leaves one.
+    """
+    needing, left = None, False
+    for use in steps:
+        if use.skip or not registry.has(Step, use.use):
+            continue
+        step = registry.get(Step, use.use)
+        if step.needs_model and not left and use.options.get("init") is None:
+            needing = needing or use.use
+        with suppress(ValidationError):  # which is said elsewhere
+            left = left or step.leaves_model(step.Options.model_validate(use.options))
     if needing or not steps:
-        hint = f"`{needing[0]}` needs one: add [model], or state `init`" if needing else "add it"
+        hint = f"`{needing}` needs one: add [model], or state `init`" if needing else "add it"
         yield Problem((), "missing option `model`", hint)

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, pairwise
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -128,8 +128,9 @@ def _backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
 
 def _scheme(backend: Tokenizer) -> str:
     """Return where a tokenizer of LLaMA's make, BPE over ▁ and bytes, puts a space in front."""
-    table = json.loads(backend.pre_tokenizer.__getstate__()) if backend.pre_tokenizer else {}
-    spaces = next(iter(table.get("pretokenizers", [table])), {})
+    state = backend.pre_tokenizer.__getstate__() if backend.pre_tokenizer else b"{}"
+    table: dict[str, Any] = json.loads(state)
+    spaces: dict[str, Any] = next(iter(table.get("pretokenizers", [table])), {})
     llamas = spaces.get("type") == "Metaspace" and getattr(backend.model, "byte_fallback", False)
     return str(spaces.get("prepend_scheme", "always")) if llamas else "never"
 

@@ -28,7 +28,7 @@ class _Models:
     vision: Use[VisionEncoder] = field(init=False)
     language: Use[LanguageModel] = field(init=False)
 
-    def __call__(self, folder: Path | None = None) -> LlavaModel:
+    def __call__(self, folder: Path | None = None, **given: Any) -> LlavaModel:
         return self.contract.model()
 
     def new(

@@ -36,6 +36,7 @@ from llavakit_plugins.checkpoints.tokenizer_writing import complete_tokenizer
 from llavakit_plugins.checkpoints.vocabulary import with_image_token, with_rows
 from llavakit_plugins.checkpoints.writing import ShardSize, tower_state, write_config, write_weights
 from llavakit_plugins.huggingface.hub import fetch_folder, quietly
+from llavakit_plugins.huggingface.known_models import sketch_named
 from llavakit_plugins.vision.vision_transformer import TransformersEncoder
 
 _log = logging.getLogger("llavakit")
@@ -79,7 +80,17 @@ class Hf(Exporter):
     @classmethod
     def fetch(cls, name: str) -> Path | None:
         """Return the folder of a model on the hub, of whatever layout it turns out to be."""
-        return fetch_folder(name) if re.fullmatch(r"[\w.-]+/[\w.-]+", name) else None
+        return fetch_folder(name) if cls.names(name) else None
+
+    @classmethod
+    def names(cls, name: str) -> bool:
+        """Say whether `name` is of the form that models have on the hub."""
+        return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None
+
+    @classmethod
+    def sketch(cls, name: str) -> LlavaModel | None:
+        """Return the model of the hub without weights: from its cache, or a known one."""
+        return sketch_named(name, Registry.installed()) if cls.names(name) else None
 
     def export(self, model: LlavaModel, folder: Path) -> Mapping[str, Any]:
         """Write the folder, read it back, and return how far the two are apart.

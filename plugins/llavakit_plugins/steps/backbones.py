@@ -59,6 +59,10 @@ class Backbones(Step):
         return Outcome({"contrastive_loss": seen[-1][1], "language_loss": read[-1][1]}, curves)
 
     @classmethod
+    def leaves_model(cls, options: BackbonesOptions) -> bool:
+        return True
+
+    @classmethod
     def plan(cls, options: BackbonesOptions, planner: Planner) -> StepPlan:
         vision, text = options.contrastive, options.text
         patches = planner.model.vision.tokens(planner.model.vision.image_size) + 1

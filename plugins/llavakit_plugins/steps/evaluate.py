@@ -16,10 +16,8 @@ from llavakit import (
     Benchmark,
     DataError,
     Dataset,
-    InputPath,
     LlavaModel,
     ModelError,
-    Options,
     Outcome,
     Question,
     Run,
@@ -31,8 +29,10 @@ from llavakit import (
 )
 from llavakit.contracts.component import SkippableUse
 from llavakit.contracts.data import IMAGE
+from llavakit.contracts.run import Planner, StepPlan
 from llavakit.contracts.sections import Card, Gallery, Section, Table
 from llavakit_plugins.evaluation.answering import AnswerFile, Pace, ask
+from llavakit_plugins.steps.initial import StartOptions, missing_model, sketch_start, start
 from llavakit_plugins.training.corpus import Corpus
 from llavakit_plugins.training.features import Encoding
 from llavakit_plugins.training.validation import held_out_loss
@@ -55,12 +55,10 @@ class BenchmarkUse(SkippableUse[Benchmark]):
     """Names its files and figures; the benchmark's own name where absent."""
 
 
-class EvaluateOptions(Options):
+class EvaluateOptions(StartOptions):
     benchmarks: tuple[BenchmarkUse, ...] = ()
     losses: tuple[Use[Dataset], ...] = ()
     """Held-out data whose loss is measured, one by one."""
-    init: InputPath | None = None
-    """A model folder of any layout; the newest of the earlier steps where absent."""
     blind: bool = False
     """Also ask with the images of other questions: what is still right needs no image."""
     batch_size: int = Field(default=64, ge=1)
@@ -109,10 +107,23 @@ class Evaluate(Step):
             sections.append(self._losses(run, model, metrics))
         return Outcome(metrics, sections)
 
+    @classmethod
+    def missing(cls, options: EvaluateOptions) -> str | None:
+        return missing_model(options)
+
+    @classmethod
+    def plan(cls, options: EvaluateOptions, planner: Planner) -> StepPlan | None:
+        if options.losses or options.changes:  # which not every layout allows
+            sketch_start(planner, options)
+            if planner.has_model:
+                _ = planner.model
+        return None
+
     def _model(self, run: Run) -> Any:
-        if self.options.init is None:
-            return run.model().eval()
-        model = llavakit.load(self.options.init, device=run.device)
+        options = self.options
+        if options.init is None or options.changes:
+            return start(run, options).eval()
+        model = llavakit.load(options.init, device=run.device, **options.given)
         if self.options.losses and not isinstance(model, LlavaModel):
             raise ModelError(
                 f"{self.options.init} answers questions, but its layout tells no losses; leave "

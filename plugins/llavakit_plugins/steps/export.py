@@ -11,10 +11,8 @@ import llavakit
 from llavakit import (
     Dataset,
     Exporter,
-    InputPath,
     LlavaModel,
     ModelError,
-    Options,
     Outcome,
     Run,
     Step,
@@ -25,9 +23,11 @@ from llavakit import (
 )
 from llavakit.contracts.data import IMAGE, ImageSource
 from llavakit.contracts.model import Sampling
+from llavakit.contracts.run import Planner, StepPlan
 from llavakit.contracts.sections import Card, Gallery
 from llavakit_plugins.heatmaps.attention_maps import watch_answer
 from llavakit_plugins.heatmaps.drawing import draw_gaze
+from llavakit_plugins.steps.initial import StartOptions, missing_model, sketch_start, start
 
 _LOOKS = (
     "Attention from the answer's tokens to the image's patches, the mean over layers and heads: "
@@ -35,11 +35,9 @@ _LOOKS = (
 )
 
 
-class ExportOptions(Options):
+class ExportOptions(StartOptions):
     format: Use[Exporter] | None = None
     """The layout; a model folder of llavakit where absent."""
-    init: InputPath | None = None
-    """A model folder; the newest of the earlier steps where absent."""
     tries: Use[Dataset] | None = None
     """Samples whose first question is asked of what was exported."""
     count: int = Field(default=8, ge=1)
@@ -59,7 +57,7 @@ class Export(Step):
         self.options = options
 
     def run(self, run: Run) -> Outcome:
-        model = run.model(self.options.init).eval()
+        model = start(run, self.options).eval()
         metrics: dict[str, float] = {}
         folder, read_back = run.directory / "model", True
         if self.options.format is None:
@@ -106,6 +104,21 @@ class Export(Step):
         if looks:
             sections.append(Gallery(title="Where it looks", cards=looks, caption=_LOOKS))
         return Outcome(metrics, sections)
+
+    @classmethod
+    def missing(cls, options: ExportOptions) -> str | None:
+        return missing_model(options)
+
+    @classmethod
+    def leaves_model(cls, options: ExportOptions) -> bool:
+        return options.format is None
+
+    @classmethod
+    def plan(cls, options: ExportOptions, planner: Planner) -> StepPlan | None:
+        sketch_start(planner, options)
+        if planner.has_model:
+            _ = planner.model  # for its errors
+        return None
 
     def _look(
         self, run: Run, model: LlavaModel, question: str, images: Sequence[ImageSource], name: str

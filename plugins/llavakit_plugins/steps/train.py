@@ -19,6 +19,7 @@ from llavakit import (
 from llavakit.contracts.data import IMAGE
 from llavakit.contracts.run import Planner, StepPlan
 from llavakit.contracts.sections import Card, Curves, Gallery, Section
+from llavakit_plugins.steps.initial import missing_model, sketch_start, start
 from llavakit_plugins.training.corpus import Corpus
 from llavakit_plugins.training.features import preparation
 from llavakit_plugins.training.loop import Trainer
@@ -46,7 +47,7 @@ class _Train(Step):
                 "note: most CPUs compute slower in bf16 than in float32: try --set "
                 "steps.%s.precision=fp32", self.name,
             )  # fmt: skip
-        model = run.model(options.init)
+        model = start(run, options)
         template = run.build(options.template) if options.template else model.template
         data = run.build(options.data)
 
@@ -103,10 +104,19 @@ class _Train(Step):
         return Outcome(metrics, sections)
 
     @classmethod
+    def missing(cls, options: TrainOptions) -> str | None:
+        return missing_model(options)
+
+    @classmethod
+    def leaves_model(cls, options: TrainOptions) -> bool:
+        return True
+
+    @classmethod
     def plan(cls, options: TrainOptions, planner: Planner) -> StepPlan:
         trained = tuple(part for part in PARTS if part in options.train)
+        sketch_start(planner, options)
         if not planner.has_model:
-            note = f"its model is that in {options.init}, which a plan does not read"
+            note = f"its model, {options.init}, is not on this machine, so its shape is not known"
             return StepPlan(trained=trained, note=note)
         for part in trained:
             require_weights(part, planner.trainable(part))

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from llavakit import LlavaModel, PromptTemplate, Run, Sample, Stopped, TrainingError
 from llavakit.contracts.packing import PackedBatch
+from llavakit_plugins.steps.initial import start
 from llavakit_plugins.training.checkpoints import Best, Checkpoints
 from llavakit_plugins.training.corpus import Batch, Corpus
 from llavakit_plugins.training.features import (
@@ -376,7 +377,7 @@ class Trainer:
         del self.model, self.parts, self.features, self.optimiser
         self.validation = None
         if self.team.leads:
-            self.model = self.run.model(self.options.init)
+            self.model = start(self.run, self.options)
             with torch.no_grad():
                 for name, value in learned.items():
                     self.model.get_parameter(name).copy_(value)

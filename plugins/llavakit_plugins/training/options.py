@@ -7,13 +7,14 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from llavakit import Dataset, InputPath, Options, PromptTemplate, Use
+from llavakit import Dataset, PromptTemplate, Use
+from llavakit_plugins.steps.initial import StartOptions
 
 Part = Literal["vision", "connector", "language"]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
-class TrainOptions(Options):
+class TrainOptions(StartOptions):
     """Defaults are the original's: AdamW, no weight decay, 3 % warm-up, cosine, clipping at 1."""
 
     data: Use[Dataset]
@@ -29,8 +30,6 @@ class TrainOptions(Options):
     """The parts that learn, each with its peak learning rate."""
     template: Use[PromptTemplate] | None = None
     """Another template than the model's, for this step's data only."""
-    init: InputPath | None = None
-    """A model folder to start from; the newest of the earlier steps where absent."""
     epochs: int = Field(default=1, ge=1)
     max_steps: int | None = Field(default=None, ge=1)
     batch_size: int = Field(default=128, ge=1)

@@ -1,0 +1,163 @@
+"""The model that a step starts from: a folder of any layout, or a name on the hub."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, Self
+
+import torch
+from pydantic import Field, ValidationError, model_validator
+
+from llavakit import LlavaModel, ModelError, Options, Run
+from llavakit.contracts.component import ModelPath
+from llavakit.contracts.run import Planner
+from llavakit.recipe.check import problems_in
+from llavakit.recipe.model_choice import PARTS, is_model
+from llavakit_plugins.huggingface.hub import PretrainedOptions, find_file, missing_source
+from llavakit_plugins.language.pretrained import PretrainedLanguage
+from llavakit_plugins.vision.vision_transformer import TransformersEncoder
+
+_ALONE = ("adapter_config.json", "mm_projector.bin")
+"""What a checkpoint of the original's may hold in place of weights."""
+_READ = ("source", "revision", "config", "dtype", "device", "legacy", "quantize")
+"""Options that decide how weights are read: another value means to read them again."""
+
+
+class LoadOptions(Options):
+    """What some layouts leave out of their folder: see docs/layouts.md."""
+
+    base: ModelPath | None = None
+    """The language model that an adapter, a projector or a delta builds on."""
+    vision: ModelPath | None = None
+    """The vision encoder."""
+    template: str | None = None
+    """The name of the prompt template."""
+
+
+class StartOptions(Options):
+    """Options of every step that starts from a model."""
+
+    init: ModelPath | None = None
+    """A model folder of any layout, or a name on the hub; the newest of the earlier steps where
+    absent."""
+    load: LoadOptions = LoadOptions()
+    """What the layout of `init` leaves out."""
+    changes: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """Options of the parts of `init` that differ: `{ language = { lora = { rank = 128 } } }`."""
+
+    @model_validator(mode="after")
+    def _are_about_a_folder(self) -> Self:
+        stated = [name for name in ("load", "changes") if name in self.model_fields_set]
+        if self.init is None and stated:
+            raise ValueError(f"`{stated[0]}` is about the model that `init` names: state `init`")
+        if unknown := sorted(self.changes.keys() - {*PARTS}):
+            raise ValueError(f"`changes`: a model has no part `{unknown[0]}`, but {_LISTED}")
+        return self
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """What `llavakit.load` takes beside the folder."""
+        return {name: value for name, value in self.load if value is not None}
+
+
+_LISTED = ", ".join(PARTS)
+
+
+def missing_model(options: StartOptions) -> str | None:
+    """Return what must be fetched of the hub's models that are named, and how; or None."""
+    for path in (options.init, options.load.base, options.load.vision):
+        if path is None or path.exists() or path.as_posix().startswith("@"):
+            continue
+        source = PretrainedOptions(source=path.as_posix())
+        if any(find_file(source, name) for name in _ALONE):
+            continue
+        if (sentence := missing_source("the model", source)) is not None:
+            return sentence
+    return None
+
+
+def start(run: Run, options: StartOptions) -> LlavaModel:
+    """Return the model that a step starts from."""
+    if options.init is None:
+        model: LlavaModel = run.model()
+        return model
+    changes, how = options.changes, options.given
+    if is_model(options.init):  # its weights can be read in another way
+        reread = {
+            part: {name: value for name, value in table.items() if name in _READ}
+            for part, table in changes.items()
+        }
+        how["options"] = {part: table for part, table in reread.items() if table}
+        changes = {
+            part: {name: value for name, value in table.items() if name not in _READ}
+            for part, table in changes.items()
+        }
+    model = run.model(options.init, **how)
+    with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
+        torch.manual_seed(run.seed + 1)  # of adapters; as those of a new language model
+        return change_parts(model, changes)
+
+
+def sketch_start(planner: Planner, options: StartOptions) -> None:
+    """Have a plan reckon with the model that the step starts from."""
+    again = options.init is not None and (is_model(options.init) or str(options.init)[:1] == "@")
+    change = partial(change_parts, changes=options.changes, reread=again)
+    planner.start(options.init, change, **options.given)
+
+
+def change_parts(
+    model: LlavaModel, changes: Mapping[str, Mapping[str, Any]], *, reread: bool = False
+) -> LlavaModel:
+    """Return a model around the same networks with other options, as `{"vision": {"layer": -1}}`.
+
+    Raises ModelError for options that a part does not have, and, unless `reread`, for those that
+    decide how its weights are read.
+    """
+    parts = {name: getattr(model, name) for name in PARTS}
+    choices = dict(model.choices)
+    for name, table in changes.items():
+        part, choice = parts[name], {**choices[name], **table}
+        again = sorted(table.keys() & {*_READ})
+        if again and not reread:
+            raise ModelError(
+                f"`changes`: `{name}.{again[0]}` decides how weights are read, which only a model "
+                "folder can be asked: turn the model into one with `llava-run import`"
+            )
+        stated = {key: value for key, value in choice.items() if key != "use"}
+        try:
+            options = part.Options.model_validate(stated)
+        except ValidationError as error:
+            problem = next(problems_in(error, part.Options, (name,), f" of `{part.name}`"))
+            sentence = "; ".join(filter(None, (problem.message, problem.hint)))
+            raise ModelError(f"`changes`: {sentence}") from error
+        if not isinstance(part, PretrainedLanguage | TransformersEncoder):
+            raise ModelError(f"`changes`: {name} `{part.name}` cannot be changed once it is there")
+        if "lora" in table and choices[name].get("lora") is not None:
+            raise ModelError(
+                "`changes`: the model has adapters already, so `language.lora` cannot give it "
+                "others; leave it out, and they learn on"
+            )
+        parts[name] = _around(part, options, adapters="lora" in table)
+        choices[name] = choice
+    if not changes:
+        return model
+    changed = LlavaModel(**parts, template=model.template, choices=choices)
+    if changed.visual_tokens >= changed.language.max_length:
+        raise ModelError(
+            f"`changes`: one image takes {changed.visual_tokens} tokens, but the language model "
+            f"reads {changed.language.max_length}; leave it a longer context"
+        )
+    return changed.train(model.training)
+
+
+def _around(part: Any, options: Any, *, adapters: bool) -> Any:
+    """Return a part of the same class around the same network; with new `adapters`, or its own."""
+    if not isinstance(part, PretrainedLanguage):
+        return type(part)(options, part.model)
+    own = options if adapters else options.model_copy(update={"lora": None})
+    language = type(part)(own, part.model)
+    language.options = options
+    if hasattr(part, "tokenizer"):  # a plan's has none
+        language.tokenizer = part.tokenizer
+    return language
