@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import errno
-import math
 import os
-import struct
+import re
+import stat
 import warnings
-import zlib
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
+from unicodedata import normalize
 
 import numpy as np
+import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
 from llavakit.contracts.data import ImageSource
@@ -28,77 +26,73 @@ if TYPE_CHECKING:
 
 MAX_PIXELS = 178_956_970
 """Pillow's own limit for a decompression bomb (twice its warning level)."""
+MAX_RATIO = 200
+"""Of the longer side to the shorter, as Qwen2-VL has it: a resize makes thin images huge."""
 
-ImagePath = Path | str
-_READERS, _AT_ONCE = 16, 256  # threads that look at files, and files that each takes at once
-_NO_BOMB = 1 << 18  # bytes of a JPEG that cannot hold more pixels than are safe to decode
-_ABSENT = (None, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
+_ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG)
+_ADDRESS = re.compile(r"(?:^|/)(?:https?|ftps?|s3|gs|hdfs|file|data):", re.IGNORECASE)
+_ROWS = 256  # of a grey image of many bits that are scaled at once
+_BITS, _SAMPLE_FORMAT, _SIGNED = 258, 339, 2  # tags of a TIFF, and a value of the second
 
 
 class MissingImage(DataError):
     """There is no such image file."""
 
-
-_UNDECODABLE = (
-    ArithmeticError,
-    AttributeError,
-    LookupError,
-    MemoryError,
-    OSError,
-    RuntimeError,
-    SyntaxError,
-    TypeError,
-    ValueError,
-    EOFError,
-    struct.error,
-    zlib.error,
-)  # what Pillow's decoders are known to raise for damaged files
+    remedy = "check the images folder"
 
 
 def open_image(source: ImageSource, where: str, edge: int | None = None) -> Image.Image:
     """Return an RGB image; `where` names the sample in errors.
 
-    Animated images give their first frame and 16-bit ones are scaled to 8 bits. As in the original
-    LLaVA, transparency is dropped and a camera's orientation note is not applied. With `edge`, a
-    JPEG may be decoded at a half, a quarter or an eighth whose shorter side is not below it.
+    Animated images give their first frame. Greys of more than 8 bits are scaled from the range of
+    the file's bits, or else of their type; floats from 0..1. As in the original LLaVA, transparency
+    is dropped and a camera's orientation note is not applied. With `edge`, a JPEG may be decoded at
+    a half, a quarter or an eighth whose shorter side is not below it.
 
-    Raises DataError where the file is missing, truncated, no image, or a decompression bomb.
+    Raises DataError where the file is missing, truncated, no image, a decompression bomb, or many
+    times as long as wide.
     """
     if isinstance(source, Image.Image):
-        return _rgb(source)
+        return _decode(source, f"the image of {where}", None)
+    name = f"image {source!s:.1000} of {where}"
+    try:
+        mode = Path(source).stat().st_mode
+    except (OSError, ValueError) as error:  # ValueError: no name that a file may have
+        if isinstance(error, OSError) and error.errno not in _ABSENT:
+            raise _undecodable(name, error) from error
+        remedy = _remedy(source)
+        missing = MissingImage(f"{name} does not exist; {remedy}")
+        missing.remedy = remedy
+        raise missing from None
+    if not stat.S_ISREG(mode):
+        kind = "a folder" if stat.S_ISDIR(mode) else "a device or a pipe"
+        raise DataError(f"{name} is {kind}; name an image file")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what matters about a damaged file is an error below
-            with Image.open(source) as image:
-                if image.width * image.height > MAX_PIXELS:
-                    raise DataError(
-                        f"image {source} of {where} has {image.width}x{image.height} pixels, "
-                        "more than is safe to decode; shrink it"
-                    )
-                if edge is not None:
-                    short = min(image.size)
-                    image.draft(None, (image.width * edge // short, image.height * edge // short))
-                image.load()
-                return _rgb(image)
-    except FileNotFoundError:
-        raise MissingImage(
-            f"image {source} of {where} does not exist; check the images folder"
-        ) from None
+            opened = Image.open(source)
     except UnidentifiedImageError:
-        raise DataError(
-            f"image {source} of {where} is not an image Pillow can read; replace it"
-        ) from None
+        raise DataError(f"{name} is not an image Pillow can read; replace it") from None
     except Image.DecompressionBombError as error:
-        raise DataError(
-            f"image {source} of {where} is too large to decode: {error}; shrink it"
-        ) from None
-    except DataError:
-        raise
-    except _UNDECODABLE as error:
-        raise DataError(
-            f"image {source} of {where} cannot be decoded ({error}); it may be truncated: "
-            "fetch it again or remove the sample"
-        ) from error
+        raise DataError(f"{name} is too large to decode: {error}; shrink it") from None
+    except Exception as error:
+        raise _undecodable(name, error) from error
+    with opened:
+        return _decode(opened, name, edge)
+
+
+def refusal(width: int, height: int) -> str | None:
+    """Say why images of this size are refused, and what to do; None where they are not."""
+    if not width or not height:
+        return "has no pixels; replace it"
+    if width * height > MAX_PIXELS:
+        return f"has {width}x{height} pixels, more than is safe to decode; shrink it"
+    if max(width, height) > MAX_RATIO * min(width, height):
+        return (
+            f"has {width}x{height} pixels: one side is more than {MAX_RATIO} times the other; "
+            "crop or pad it"
+        )
+    return None
 
 
 def read_pixels(encoder: VisionEncoder, source: ImageSource, where: str) -> Tensor:
@@ -108,91 +102,9 @@ def read_pixels(encoder: VisionEncoder, source: ImageSource, where: str) -> Tens
     if tuple(pixels_3HW.shape) != expected:
         raise ModelError(
             f"vision encoder `{encoder.name}` prepares an image as {tuple(pixels_3HW.shape)}, but "
-            f"its `image_size` says {expected}; mend `prepare` or `image_size`"
+            f"its `image_size` says {expected}; fix `prepare` or `image_size`"
         )
     return pixels_3HW
-
-
-def _rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "RGB":
-        return image
-    if image.mode.startswith("I"):  # 16 or 32 bits of grey
-        grey = np.asarray(image, dtype=np.float64)
-        scale = 257.0 if grey.max(initial=0) > 255 else 1.0
-        image = Image.fromarray(np.rint(grey / scale).clip(0, 255).astype(np.uint8))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # it advises to keep a palette's transparency
-        return image.convert("RGB")
-
-
-def check_image(path: ImagePath, where: str) -> None:
-    """Raise DataError where an image is missing, cut short or no image.
-
-    Takes microseconds: a file with the right beginning and end is taken for whole, any other is
-    decoded.
-    """
-    found = _seems_whole(path, where)
-    if isinstance(found, DataError):
-        raise found
-    if not found:
-        open_image(Path(path), where)
-
-
-def whole_images(paths: Iterable[ImagePath]) -> Iterator[bool]:
-    """Yield for each file, in order, whether it looks whole; `check_image` judges the others.
-
-    Reads many at once: a disk or a file server that takes milliseconds for one file takes hardly
-    longer for sixteen. Holds a few thousand paths at a time.
-    """
-    remaining = iter(paths)
-    with ThreadPoolExecutor(_READERS, thread_name_prefix="whole-images") as pool:
-        while window := list(islice(remaining, _READERS * _AT_ONCE)):
-            parts = [window[begin : begin + _AT_ONCE] for begin in range(0, len(window), _AT_ONCE)]
-            yield from chain.from_iterable(pool.map(_are_whole, parts))
-
-
-def _are_whole(paths: Sequence[ImagePath]) -> list[bool]:
-    return [_seems_whole(path, "") is True for path in paths]
-
-
-def _seems_whole(path: ImagePath, where: str) -> bool | DataError:
-    """Return whether beginning and end of a file are an image's; an error where it is not there.
-
-    Calls the system itself: a file object takes five times as long.
-    """
-    try:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            size = os.fstat(handle).st_size
-            wanted = 24 if size < _NO_BOMB else 1 << 16
-            head, tail = os.pread(handle, wanted, 0), os.pread(handle, 32, max(0, size - 32))
-        finally:
-            os.close(handle)
-    except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
-        reason = getattr(error, "strerror", None) or str(error)
-        kind = MissingImage if getattr(error, "errno", None) in _ABSENT else DataError
-        return kind(f"image {path} of {where} cannot be read ({reason}); check the images folder")
-    if head.startswith(b"\xff\xd8\xff"):
-        small = size < _NO_BOMB or _jpeg_pixels(head) <= MAX_PIXELS
-        return small and tail.rstrip(b"\0").endswith(b"\xff\xd9")
-    if head.startswith(b"\x89PNG\r\n\x1a\n"):
-        width, height = int.from_bytes(head[16:20]), int.from_bytes(head[20:24])
-        return width * height <= MAX_PIXELS and tail.endswith(b"IEND\xaeB`\x82")
-    if head.startswith(b"RIFF") and head[8:12] == b"WEBP":
-        return size >= 8 + int.from_bytes(head[4:8], "little")
-    return False
-
-
-def _jpeg_pixels(head: bytes) -> float:
-    """Return how many pixels a JPEG has; infinity where its beginning does not say."""
-    place = 2
-    while head[place : place + 1] == b"\xff" and place + 9 <= len(head):
-        marker = head[place + 1]
-        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # start of a frame
-            height, width = struct.unpack_from(">HH", head, place + 5)
-            return float(height * width)
-        place += 2 + int.from_bytes(head[place + 2 : place + 4])
-    return math.inf
 
 
 def inside(folder: Path, name: str, where: str) -> Path:
@@ -201,7 +113,9 @@ def inside(folder: Path, name: str, where: str) -> Path:
     Links within the folder are its owner's, and may lead elsewhere.
     """
     if os.path.isabs(name) or os.path.normpath(name).split(os.sep)[0] == os.pardir:
-        raise DataError(f"image `{name}` of {where} lies outside {folder}; use a path within it")
+        raise DataError(
+            f"image `{name:.1000}` of {where} lies outside {folder}; use a path within it"
+        )
     return folder / name
 
 
@@ -220,6 +134,70 @@ def save_thumbnail(source: ImageSource, folder: Path, name: str, edge: int = 384
     """Write a small PNG into `folder` and return its name, so that a report keeps its pictures."""
     image = open_image(source, f"the report ({name})")
     image.thumbnail((edge, edge))
-    folder.mkdir(exist_ok=True)
-    image.save(folder / f"{name}.png")
+    with explain_write(folder):
+        folder.mkdir(exist_ok=True)
+    save_image(image, folder / f"{name}.png")
     return f"{folder.name}/{name}.png"
+
+
+def _decode(image: Image.Image, name: str, edge: int | None) -> Image.Image:
+    if reason := refusal(*image.size):
+        raise DataError(f"{name} {reason}")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # as above; and advice to keep transparency
+            if edge is not None:
+                short = min(image.size)
+                image.draft(None, (image.width * edge // short, image.height * edge // short))
+            image.load()
+            if image.mode[0] in "IF":
+                image = _eight_bits(image)
+            return image if image.mode == "RGB" else image.convert("RGB")
+    except Exception as error:  # Pillow's decoders raise whatever a damaged file leads them to
+        raise _undecodable(name, error) from error
+
+
+def _undecodable(name: str, error: Exception) -> DataError:
+    if isinstance(error, OSError) and error.errno is not None:  # the system's, not Pillow's
+        return DataError(f"{name} cannot be read: {error.strerror}; check the file and its rights")
+    reason = str(error) or type(error).__name__
+    return DataError(
+        f"{name} cannot be decoded ({reason:.200}); it may be truncated: fetch it again or remove "
+        "the sample"
+    )
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Return a grey image of 12, 16 or 32 bits, or of floats, with 8 bits."""
+    signed = image.mode == "I" and image.format not in ("PNG", "PPM")  # older Pillows read 16 as 32
+    bits = 32 if signed else 16
+    if tags := getattr(image, "tag_v2", None):  # of a TIFF
+        bits, signed = tags[_BITS][0], tags.get(_SAMPLE_FORMAT) == (_SIGNED,)
+    white = 1.0 if image.mode == "F" else 2.0 ** (bits - signed) - 1
+    found = np.empty((image.height, image.width), np.uint8)
+    for top in range(0, image.height, _ROWS):
+        rows = np.asarray(image.crop((0, top, image.width, min(top + _ROWS, image.height))))
+        if bits == 32 and not signed and image.mode == "I":
+            rows = rows.view(np.uint32)  # Pillow has no mode for it
+        levels: npt.NDArray[np.float64] = np.nan_to_num(rows.astype(np.float64)) * (255 / white)
+        found[top : top + _ROWS] = np.rint(levels.clip(0, 255))
+    return Image.fromarray(found)
+
+
+def _remedy(path: Path | str) -> str:
+    """Return what to do about a missing file."""
+    if _ADDRESS.search(str(path)):
+        return "it is an address, and images are read from files: download it"
+    if not str(path).isascii():
+        found = Path()
+        for part in Path(path).parts:  # each as it is spelt on the disk
+            spelt = (
+                found / form for form in (part, normalize("NFC", part), normalize("NFD", part))
+            )
+            found = next(filter(os.path.lexists, spelt), Path("\0"))
+        if os.path.exists(found):
+            return (
+                "a file's name looks the same but has its accents in the other Unicode form (NFC "
+                "or NFD): rename it, or write its name as the disk has it"
+            )
+    return MissingImage.remedy

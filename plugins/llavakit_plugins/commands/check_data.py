@@ -19,8 +19,17 @@ _SHOWN = 5  # findings of each sort
 
 def add(commands: Commands) -> None:
     check = commands.add_parser("check-data", help="look at training data before using it")
-    check.add_argument("file", type=Path, help="the data: LLaVA's JSON, or JSON lines (.jsonl)")
+    check.add_argument(
+        "file",
+        type=Path,
+        nargs="?",
+        help="the data: LLaVA's JSON, or JSON lines (.jsonl); for a --dataset without an option "
+        "`path`, leave it out and give --set",
+    )
     check.add_argument("--images", type=Path, metavar="DIR", help="the folder of its images")
+    check.add_argument(
+        "--thorough", action="store_true", help="decode every image, not its two ends alone"
+    )
     check.add_argument("--json", action="store_true", help="print JSON")
     check.add_argument(
         "--tokenizer",
@@ -56,6 +65,13 @@ def _check_data(arguments: argparse.Namespace) -> int:
     registry = Registry.installed()
     flags = {key: str(place) for key, place in places.items() if place is not None}
     reader = registry.get(Dataset, arguments.dataset)
+    known = list(reader.Options.model_fields)
+    for key, word in (("path", "FILE"), ("images", "--images")):
+        if key in flags and key not in known:
+            raise DataError(
+                f"data set `{reader.name}` has no option `{key}`: leave {word} out and give its "
+                f"options with --set key=value ({', '.join(known) or 'it has none'})"
+            )
     options = state_options(reader, arguments.set, registry, flags)
     use = Use[Dataset].model_validate({**options, "use": reader.name})
     if arguments.max_length < 2 or arguments.visual_tokens < 1:
@@ -75,7 +91,7 @@ def _check_data(arguments: argparse.Namespace) -> int:
     elif arguments.template is not None:
         raise DataError("--template needs --tokenizer: without one, lengths are estimated")
     with show_progress("check-data") as progress:
-        report = inspect_data(use, registry, lengths, progress)
+        report = inspect_data(use, registry, lengths, progress, thorough=arguments.thorough)
     if arguments.json:
         print(json.dumps(report.model_dump(), indent=2))
     else:
@@ -86,7 +102,7 @@ def _check_data(arguments: argparse.Namespace) -> int:
         return 0
     stopping = [f"{sort.sort} ({sort.count:,})" for sort in report.findings if sort.stops]
     raise DataError(
-        f"{arguments.file} would stop a training: {', '.join(stopping) or 'it has no samples'}"
+        f"{report.data} would stop a training: {', '.join(stopping) or 'it has no samples'}"
     )
 
 

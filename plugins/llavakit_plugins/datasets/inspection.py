@@ -17,10 +17,18 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel
 
-from llavakit import MissingImage, check_image, encode, whole_images
+from llavakit import MissingImage, encode, open_image
 from llavakit.contracts.component import Use
-from llavakit.contracts.data import CHARACTERS_A_TOKEN, IMAGE, Finding, Inspected, Sample
+from llavakit.contracts.data import (
+    CHARACTERS_A_TOKEN,
+    IMAGE,
+    Finding,
+    ImageSource,
+    Inspected,
+    Sample,
+)
 from llavakit.contracts.errors import DataError
+from llavakit_plugins.datasets.image_files import whole_images
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -113,10 +121,18 @@ class Report(BaseModel):
 
 
 def inspect_data(
-    use: Use[Dataset], registry: Registry, lengths: Lengths, progress: Progress
+    use: Use[Dataset],
+    registry: Registry,
+    lengths: Lengths,
+    progress: Progress,
+    *,
+    thorough: bool = False,
 ) -> Report:
-    """Return what there is in a data set, read from the beginning to the end."""
-    seen = _Seen(lengths)
+    """Return what there is in a data set, read from the beginning to the end.
+
+    With `thorough`, every image file is decoded; otherwise its beginning and end are looked at.
+    """
+    seen = _Seen(lengths, thorough)
     begun = time.monotonic()
     try:
         for row in _rows(use, registry):
@@ -141,8 +157,12 @@ def _rows(use: Use[Dataset], registry: Registry) -> Iterator[Inspected]:
         return
     data = registry.build(use)
     for index in range(len(data)):
-        sample = data[index]
         read = (index + 1) / len(data)
+        try:
+            sample = data[index]
+        except DataError as error:
+            yield Inspected(f"#{index + 1}", None, (Finding("samples", str(error)),), (), read)
+            continue
         try:
             sample.check()
         except DataError as error:
@@ -155,9 +175,9 @@ def _rows(use: Use[Dataset], registry: Registry) -> Iterator[Inspected]:
 class _Seen:
     """What was seen so far."""
 
-    def __init__(self, lengths: Lengths) -> None:
+    def __init__(self, lengths: Lengths, thorough: bool) -> None:
         self.rows = 0
-        self._lengths = lengths
+        self._lengths, self._thorough = lengths, thorough
         self._findings: dict[str, Sort] = {}
         self._ids: set[int] = set()  # hashes take a third of the texts' room
         self._images: set[int] = set()
@@ -182,12 +202,16 @@ class _Seen:
         key = hash(row.id)
         if key in self._ids:
             self.find(
-                Finding("duplicate ids", f"sample `{row.id}` is there more than once", stops=False)
+                Finding(
+                    "duplicate ids", f"sample `{row.id:.200}` is there more than once", stops=False
+                )
             )
         self._ids.add(key)
         self._mentions += len(row.images)
         for image in row.images:
-            if isinstance(image, Path) and (key := hash(str(image))) not in self._images:
+            if not isinstance(image, Path | str):  # in memory; perhaps not decoded yet
+                self._judge(image, row.id)
+            elif (key := hash(str(image))) not in self._images:
                 self._images.add(key)
                 self._waiting.append((str(image), row.id))
         if len(self._waiting) >= _AT_ONCE:
@@ -198,15 +222,19 @@ class _Seen:
     def look_at_images(self) -> None:
         """Look at the images that wait for it."""
         paths = [path for path, _ in self._waiting]
-        for (path, identity), whole in zip(self._waiting, whole_images(paths), strict=True):
+        looks = whole_images(paths, thorough=self._thorough)
+        for (path, identity), whole in zip(self._waiting, looks, strict=True):
             if not whole:
-                try:
-                    check_image(path, f"sample `{identity}`")
-                except MissingImage as error:
-                    self.find(Finding("missing images", str(error)))
-                except DataError as error:
-                    self.find(Finding("broken images", str(error)))
+                self._judge(Path(path), identity)
         self._waiting.clear()
+
+    def _judge(self, image: ImageSource, identity: str) -> None:
+        try:
+            open_image(image, f"sample `{identity:.200}`")
+        except MissingImage as error:
+            self.find(Finding("missing images", str(error)))
+        except DataError as error:
+            self.find(Finding("broken images", str(error)))
 
     def _measure(self, sample: Sample) -> None:
         try:
@@ -221,7 +249,9 @@ class _Seen:
         self._learned.append(learned)
         if any(turn.role == "gpt" and not turn.text.strip() for turn in sample.turns):
             self.find(
-                Finding("empty answers", f"sample `{sample.id}` has an empty answer", stops=False)
+                Finding(
+                    "empty answers", f"sample `{sample.id:.200}` has an empty answer", stops=False
+                )
             )
         longest = self._lengths.max_length
         if tokens > longest:
@@ -229,13 +259,15 @@ class _Seen:
             self.find(
                 Finding(
                     "samples that are cut",
-                    f"sample `{sample.id}` takes {tokens} tokens, of {longest} at most",
+                    f"sample `{sample.id:.200}` takes {tokens} tokens, of {longest} at most",
                     stops=False,
                 )
             )
         if not learned:
             why = "its answers lie behind the cut" if tokens > longest else "it has no answer"
-            self.find(Finding("nothing learned", f"sample `{sample.id}` teaches nothing: {why}"))
+            self.find(
+                Finding("nothing learned", f"sample `{sample.id:.200}` teaches nothing: {why}")
+            )
 
     def _count(self, sample: Sample) -> tuple[int, int]:
         """Return a sample's tokens, and how many of them are learned after the cut."""

@@ -6,9 +6,10 @@ from pathlib import Path
 
 from pydantic import Field
 
-from llavakit import DataError, Dataset, InputPath, Options, Sample, Turn, check_image
+from llavakit import DataError, Dataset, InputPath, Options, Sample, Turn
 from llavakit.contracts.data import CHARACTERS_A_TOKEN
 from llavakit_plugins.datasets.expected import Expected
+from llavakit_plugins.datasets.image_files import check_image
 from llavakit_plugins.evaluation.scienceqa import (
     Format,
     Problem,

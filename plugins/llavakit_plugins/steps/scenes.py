@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pydantic import Field
 
-from llavakit import ImageContext, Options, Outcome, Run, Step
+from llavakit import ImageContext, Options, Outcome, Run, Step, explain_write, save_image
 from llavakit.contracts.sections import Card, Gallery
 from llavakit_plugins.generation.contexts import write_contexts
 from llavakit_plugins.generation.scenes import FAMILY, Scene, Split, compose
@@ -39,7 +39,8 @@ class Scenes(Step):
         total = options.train + options.single + options.test
         done = 0
         shown: list[Card] = []
-        (run.directory / "images").mkdir(exist_ok=True)
+        with explain_write(run.directory):
+            (run.directory / "images").mkdir(exist_ok=True)
         plans: tuple[tuple[str, Split, int, int], ...] = (
             ("single", "train", options.single, 1),
             ("train", "train", options.train, options.most),
@@ -65,7 +66,7 @@ class Scenes(Step):
 
 def _save(scene: Scene, identity: str, folder: Path) -> ImageContext:
     context = scene.context(identity, f"{identity}.png")
-    scene.draw().save(folder / "images" / context.image)
+    save_image(scene.draw(), folder / "images" / context.image)
     return context
 
 

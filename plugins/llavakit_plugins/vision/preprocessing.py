@@ -6,6 +6,7 @@ Equal, to the last bit, to transformers' image processors of the PIL backend.
 from __future__ import annotations
 
 from functools import lru_cache
+from math import isqrt
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -14,6 +15,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from llavakit.model.images import MAX_PIXELS
+
 Aspect = Literal["crop", "pad", "squash"]
 Interpolation = Literal["nearest", "lanczos", "bilinear", "bicubic", "box", "hamming"]
 RGB = tuple[float, float, float]
@@ -21,6 +24,8 @@ RGB = tuple[float, float, float]
 MEAN: RGB = (0.48145466, 0.4578275, 0.40821073)
 """Mean of each colour over CLIP's training images, of values 0..1."""
 STD: RGB = (0.26862954, 0.26130258, 0.27577711)
+_THIN = 64  # times as long as wide: resized or padded, such an image would be huge
+_LONGEST_THIN = 4096  # pixels of a thin image's longer side that are padded to a square
 
 
 class Square(NamedTuple):
@@ -40,7 +45,8 @@ def to_square(image: Image.Image, square: Square) -> Tensor:
 
     `crop` brings the shorter side to `size` and takes the middle square, as CLIP and the paper do;
     `pad` lays the image centred on a square of the mean colour first, as LLaVA-1.5 does; `squash`
-    brings both sides to `size`, as SigLIP does.
+    brings both sides to `size`, as SigLIP does. Memory is bounded: an image more than 64 times as
+    long as wide is cut before it is resized, or made smaller before it is padded.
     """
     size = square.size
     if square.fast:
@@ -49,6 +55,7 @@ def to_square(image: Image.Image, square: Square) -> Tensor:
         image = pad_to_square(image, square.mean)
     width, height = size, size
     if square.aspect == "crop":
+        image = without_ends(image)
         longest = int(size * max(image.size) / min(image.size))
         width, height = (longest, size) if image.width > image.height else (size, longest)
     image = image.resize((width, height), Image.Resampling[square.interpolation.upper()])
@@ -57,10 +64,30 @@ def to_square(image: Image.Image, square: Square) -> Tensor:
     return normalise(np.asarray(image), square.mean, square.std)
 
 
+def _is_thin(image: Image.Image) -> bool:
+    return max(image.size) > _THIN * min(image.size)
+
+
+def without_ends(image: Image.Image) -> Image.Image:
+    """Return the middle of a thin image, far more of it than a square crop reads."""
+    if not _is_thin(image):
+        return image
+    most = _THIN * min(image.size)
+    width, height = (min(edge, most + (edge - most) % 2) for edge in image.size)  # the same middle
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
+
+
 def pad_to_square(image: Image.Image, mean: RGB) -> Image.Image:
-    """Return the image centred on a square of the mean colour, its longer side kept."""
+    """Return the image centred on a square of the mean colour, its longer side kept.
+
+    Where the square would have more pixels than are safe, the image is first averaged over blocks.
+    """
     if image.width == image.height:
         return image
+    most = _LONGEST_THIN if _is_thin(image) else isqrt(MAX_PIXELS)
+    if max(image.size) > most:
+        image = image.reduce(-(-max(image.size) // most))
     edge = max(image.size)
     canvas = Image.new("RGB", (edge, edge), tuple(int(255 * value) for value in mean))
     canvas.paste(image, ((edge - image.width) // 2, (edge - image.height) // 2))

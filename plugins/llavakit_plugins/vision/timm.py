@@ -16,7 +16,7 @@ from torch import Tensor
 
 from llavakit import ModelError
 from llavakit_plugins.huggingface.hub import PretrainedOptions, missing_source
-from llavakit_plugins.vision.preprocessing import Aspect, pad_to_square, shrink
+from llavakit_plugins.vision.preprocessing import Aspect, pad_to_square, shrink, without_ends
 from llavakit_plugins.vision.vision_transformer import EncoderOptions, VisionTransformer
 
 
@@ -98,6 +98,7 @@ class Timm(VisionTransformer):
         with torch.device("cpu"):  # a plan builds the model on the meta device
             self._transform = create_transform(**config)
         self._pad_with = config["mean"] if options.aspect == "pad" else None
+        self._crops = config["crop_mode"] == "center"
         if options.fast:
             self.decode_edge = int(edge / config["crop_pct"])
 
@@ -136,6 +137,8 @@ class Timm(VisionTransformer):
             image = shrink(image, self.decode_edge)
         if self._pad_with is not None:
             image = pad_to_square(image, self._pad_with)
+        if self._crops:
+            image = without_ends(image)
         pixels_CHW: Tensor = self._transform(image)
         return pixels_CHW
 
