@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
 import shutil
@@ -9,9 +10,34 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO, TextIO
 
-from llavakit.contracts.errors import LlavaError, RecipeError
+from llavakit.contracts.errors import DataError, LlavaError, RecipeError
+
+
+def open_text(path: Path) -> BinaryIO:
+    """Open a UTF-8 file to read its bytes, behind the byte order mark that some editors write.
+
+    Raises DataError where it cannot be read, or is a folder, a pipe or a device.
+    """
+    try:
+        if path.exists() and not path.is_file():
+            raise DataError(f"cannot read {path}: it is no regular file; copy it to one")
+        file = path.open("rb")
+        if file.read(len(codecs.BOM_UTF8)) != codecs.BOM_UTF8:
+            file.seek(0)
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}; check the path") from error
+    return file
+
+
+def read_text(path: Path) -> str:
+    """Return what `open_text` opens as text. Raises DataError where it is not UTF-8."""
+    try:
+        with open_text(path) as file:
+            return file.read().decode()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 text (byte {error.start}); convert it") from error
 
 
 def write_text(path: Path, text: str) -> None:

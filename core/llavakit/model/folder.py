@@ -151,7 +151,7 @@ def load_model(
     """
     path = folder / MANIFEST
     try:
-        manifest = tomllib.loads(path.read_text(encoding="utf-8"))
+        manifest = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ModelError(
             f"{folder} is no model folder: cannot read {MANIFEST} ({error.strerror}); give the "

@@ -211,7 +211,7 @@ def read_tables(path: Path) -> tuple[list[Source], dict[str, Any]]:
         if any(current.resolve() == source.path.resolve() for source in sources):
             raise RecipeError(f"{current} builds on itself; remove `base` from one of the recipes")
         try:
-            text = current.read_text(encoding="utf-8")
+            text = current.read_text(encoding="utf-8-sig")
             table = tomllib.loads(text)
         except OSError as error:
             raise RecipeError(f"cannot read recipe {current}: {error.strerror}") from error

@@ -14,7 +14,7 @@ def read_key(variable: str, file: Path | None) -> str:
     """Return the key. Raises ChatError, which names the place and never the key."""
     if file is not None:
         try:
-            key = file.expanduser().read_text(encoding="utf-8").strip()
+            key = file.expanduser().read_text(encoding="utf-8-sig").strip()
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or "it is not text"
             raise ChatError(f"cannot read the key file {file}: {reason}") from None

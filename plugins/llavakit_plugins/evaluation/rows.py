@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from llavakit import DataError
+from llavakit.files import read_text
 
 Row = Mapping[str, Any]
 _NAMED = 5  # ids that a message lists
@@ -21,7 +22,7 @@ def read_json(path: Path) -> Any:
     Raises DataError where it cannot be read, with line and column where it is broken, and where an
     object has one key twice: which of the two counts, nobody could say.
     """
-    return _parse(_text(path), path)
+    return _parse(read_text(path), path)
 
 
 def read_lines(path: Path) -> Iterator[tuple[str, Row]]:
@@ -29,7 +30,7 @@ def read_lines(path: Path) -> Iterator[tuple[str, Row]]:
 
     Raises DataError naming the line that is no JSON object.
     """
-    for number, line in enumerate(_text(path).split("\n"), start=1):
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
         if line.strip():
             row = _parse(line, path, number)
             if not isinstance(row, dict):
@@ -39,7 +40,7 @@ def read_lines(path: Path) -> Iterator[tuple[str, Row]]:
 
 def read_rows(path: Path) -> list[tuple[str, Row]]:
     """Return place and object of every row of a file: one JSON list, or one object a line."""
-    text = _text(path).lstrip()
+    text = read_text(path).lstrip()
     if not text.startswith("["):
         return list(read_lines(path))
     rows = _parse(text, path)
@@ -51,7 +52,7 @@ def read_rows(path: Path) -> list[tuple[str, Row]]:
 
 def first_line(path: Path) -> str:
     """Return the first line of a file that holds something; nothing where it is empty."""
-    return _text(path).lstrip().partition("\n")[0]
+    return read_text(path).lstrip().partition("\n")[0]
 
 
 def text_of(row: Row, key: str, where: str) -> str:
@@ -83,15 +84,6 @@ def listed(ids: Sequence[object]) -> str:
     """Return ids as a message names them: the first few, and how many more."""
     names = ", ".join(f"`{identity}`" for identity in ids[:_NAMED])
     return f"{names} and {len(ids) - _NAMED} more" if len(ids) > _NAMED else names
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}; check the path") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text (byte {error.start}); convert it") from error
 
 
 def _parse(text: str, path: Path, line: int | None = None) -> Any:

@@ -12,36 +12,43 @@ import numpy as np
 
 from llavakit import DataError, ImageContext, new_file
 from llavakit.contracts.data import Box
-from llavakit_plugins.generation.contexts import to_line
+from llavakit.files import open_text
+from llavakit_plugins.generation.contexts import is_number, to_line
+from llavakit_plugins.json_stream import read_member
 
 _log = logging.getLogger("llavakit")
+_LARGEST = 1 << 32  # of a number that is kept
 _FIRST = 1 << 16  # bytes by which a file of one JSON is told from one of a JSON a line
 
 
 def is_coco(path: Path) -> bool:
     """Say whether a file is in COCO's format, and not one JSON object a line."""
-    try:
-        with path.open("rb") as file:
-            begin = file.read(_FIRST)
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}") from error
+    with open_text(path) as file:
+        begin = file.read(_FIRST)
     return begin.lstrip()[:1] == b"{" and b'"captions"' not in begin.partition(b"\n")[0]
 
 
 def convert_coco(captions: Path, instances: Path | None, out: Path) -> None:
     """Write contexts, in the order of the captions' images; boxes keep COCO's order.
 
-    Images without captions are left out, and how many is logged. Corners are within 0..1, rounded
-    to three decimals. Raises DataError where a file is not COCO's, or speaks of an image that it
-    does not list.
+    Images without captions are left out, and how many is logged. A context is named by its image's
+    id, as the file's name spells it where it ends in it (`COCO_val2014_000000000042.jpg`). Corners
+    are within 0..1, rounded to three decimals. Raises DataError where a file is not COCO's, or
+    speaks of an image that it does not list.
     """
     places: dict[int, int] = {}
     names: list[str] = []
     sizes = array("I")
     for image in _items(captions, "images"):
-        places[_number(image, "id", captions)] = len(names)
-        names.append(str(_field(image, "file_name", captions)))
-        sizes.extend((_number(image, "width", captions), _number(image, "height", captions)))
+        identity = _number(image, "id", captions)
+        if identity in places:
+            raise DataError(f"{captions}: two images have the id {identity}; give each its own")
+        places[identity] = len(names)
+        names.append(_text(image, "file_name", captions))
+        size = [_number(image, side, captions) for side in ("width", "height")]
+        if not all(size):
+            raise DataError(f"{captions}: image {identity} is {size[0]}x{size[1]} pixels; fix that")
+        sizes.extend(size)
     texts: list[list[str]] = [[] for _ in names]
     for item in _items(captions, "annotations"):
         place = places.get(_number(item, "image_id", captions))
@@ -49,21 +56,22 @@ def convert_coco(captions: Path, instances: Path | None, out: Path) -> None:
             raise DataError(
                 f"{captions}: caption {item.get('id')} is of an image that is not listed"
             )
-        texts[place].append(" ".join(str(_field(item, "caption", captions)).split()))
+        if caption := " ".join(_text(item, "caption", captions).split()):
+            texts[place].append(caption)
     if not any(texts):
         raise DataError(f"{captions} holds no captions; is it captions_*.json of COCO?")
     order, which, corners, categories = _boxes(instances, places, sizes)
     begins = np.searchsorted(order, np.arange(len(names) + 1))
     with new_file(out) as file:
-        for index, name in enumerate(names):
+        for (identity, index), name in zip(places.items(), names, strict=True):
             if not texts[index]:
                 continue
             chosen = range(begins[index], begins[index + 1])
             boxes = tuple(Box(categories[which[k]], tuple(corners[k].tolist())) for k in chosen)
-            context = ImageContext(
-                Path(name).stem.rpartition("_")[2], name, tuple(texts[index]), boxes
-            )
-            file.write(to_line(context))
+            spelt = Path(name).stem.rpartition("_")[2]
+            same = spelt == str(identity).zfill(len(spelt))
+            key = spelt if same else str(identity)
+            file.write(to_line(ImageContext(key, name, tuple(texts[index]), boxes)))
     if left_out := texts.count([]):
         _log.warning("note: %d images of %s have no captions: left out", left_out, captions)
 
@@ -76,7 +84,7 @@ def _boxes(
     categories: dict[int, str] = {}
     if path is not None:
         for item in _items(path, "categories"):
-            categories[_number(item, "id", path)] = str(_field(item, "name", path))
+            categories[_number(item, "id", path)] = _text(item, "name", path)
         for item in _items(path, "annotations"):
             place = places.get(_number(item, "image_id", path))
             if place is None:
@@ -86,12 +94,7 @@ def _boxes(
                 raise DataError(
                     f"{path}: box {item.get('id')} is of category {category}, not listed"
                 )
-            box = _field(item, "bbox", path)
-            if not isinstance(box, list) or len(box) != 4:
-                raise DataError(f"{path}: box {item.get('id')} has no `bbox` of four numbers")
-            left, top, wide, high = map(float, box)
-            width, height = sizes[2 * place], sizes[2 * place + 1]
-            ends = (left / width, top / height, (left + wide) / width, (top + high) / height)
+            ends = _corners(item, (sizes[2 * place], sizes[2 * place + 1]), path)
             of.append(place)
             which.append(category)
             corners.extend(round(min(1.0, max(0.0, end)), 3) for end in ends)
@@ -104,25 +107,29 @@ def _boxes(
     return images[order], kinds[order].tolist(), table[order], categories
 
 
+def _corners(
+    item: dict[str, Any], size: tuple[int, int], path: Path
+) -> tuple[float, float, float, float]:
+    """Return a box's corners as shares of the image, which they may exceed by once its size."""
+    box, where = _field(item, "bbox", path), f"{path}: box {item.get('id')!s:.60}"
+    if not isinstance(box, list) or len(box) != 4 or not all(map(is_number, box)):
+        raise DataError(f"{where} has no `bbox` of four numbers, got {box!r:.80}; fix or remove it")
+    (left, top, wide, high), (width, height) = box, size
+    ends = (left / width, top / height, (left + wide) / width, (top + high) / height)
+    if wide < 0 or high < 0 or min(ends) < -1 or max(ends) > 2:
+        raise DataError(
+            f"{where} lies outside its image of {width}x{height} pixels: `bbox` is left, top, "
+            f"width and height, got {box!r:.80}; fix or remove it"
+        )
+    return ends
+
+
 def _items(path: Path, name: str) -> Iterator[dict[str, Any]]:
     """Yield the items of one list of a file, one by one."""
-    try:
-        import ijson
-    except ImportError as error:
-        raise DataError(
-            f"reading COCO's {path} needs `ijson`: pip install 'llavakit[openai]'"
-        ) from error
-    try:
-        with path.open("rb") as file:
-            for item in ijson.items(file, f"{name}.item", use_float=True):
-                if not isinstance(item, dict):
-                    raise DataError(f"{path}: `{name}` holds {item!r:.60}, no object")
-                yield item
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}") from error
-    except ijson.JSONError as error:
-        reason = str(error).partition("\n")[0].rstrip(".")  # a picture of the place follows
-        raise DataError(f"{path} is not valid JSON: {reason}; fetch it again") from error
+    for row in read_member(path, name):
+        if not isinstance(row.value, dict):
+            raise DataError(f"{path}: `{name}` holds {row.value!r:.60}, no object")
+        yield row.value
 
 
 def _field(item: dict[str, Any], name: str, path: Path) -> Any:
@@ -131,8 +138,15 @@ def _field(item: dict[str, Any], name: str, path: Path) -> Any:
     return item[name]
 
 
+def _text(item: dict[str, Any], name: str, path: Path) -> str:
+    value = _field(item, name, path)
+    if not isinstance(value, str):
+        raise DataError(f"{path}: `{name}` is {value!r:.60}, no text: {str(item)[:120]}")
+    return value
+
+
 def _number(item: dict[str, Any], name: str, path: Path) -> int:
     value = _field(item, name, path)
-    if not isinstance(value, int) or value < 0:
-        raise DataError(f"{path}: `{name}` is {value!r}, no whole number: {str(item)[:120]}")
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < _LARGEST:
+        raise DataError(f"{path}: `{name}` is {value!r:.60}, no whole number: {str(item)[:120]}")
     return value

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import json
 from array import array
+from codecs import BOM_UTF8
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import overload
+from typing import Any, overload
 
 from llavakit import DataError, ImageContext, new_file
-from llavakit.contracts.data import Box
+from llavakit.contracts.data import Box, is_cut
+from llavakit.files import open_text
 
 _BEYOND = 0.01  # of 1: what rounding may do to a box at an edge
 
@@ -62,11 +64,11 @@ class Contexts(Sequence[ImageContext]):
     def __init__(self, path: Path) -> None:
         self._path = path
         self._starts, self._numbers = array("Q"), array("Q")
+        self._file = open_text(path)
         try:
-            self._file = path.open("rb")
-            start = 0
+            start = self._file.tell()
             for number, line in enumerate(self._file, start=1):
-                if line.strip():
+                if line.removeprefix(BOM_UTF8).strip():
                     self._starts.append(start)
                     self._numbers.append(number)
                 start += len(line)
@@ -100,15 +102,11 @@ def read_contexts(path: Path) -> Iterator[ImageContext]:
 
     Raises DataError naming the line that cannot be used.
     """
+    contexts = Contexts(path)
     try:
-        with path.open(encoding="utf-8-sig", newline="\n") as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    yield _parse(line, f"{path}:{number}")
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text (byte {error.start}); convert it") from error
+        yield from contexts
+    finally:
+        contexts.close()
 
 
 def _parse(line: str, where: str) -> ImageContext:
@@ -116,29 +114,26 @@ def _parse(line: str, where: str) -> ImageContext:
         row = json.loads(line.rstrip())
     except json.JSONDecodeError as error:
         raise DataError(
-            f"{where}:{error.colno}: not valid JSON: {error.msg}; mend or remove the line"
+            f"{where}:{error.colno}: not valid JSON: {error.msg}; fix or remove the line"
         ) from error
     except (RecursionError, ValueError) as error:
-        raise DataError(f"{where}: nested too deeply, or a number too long; mend it") from error
+        raise DataError(f"{where}: nested too deeply, or a number too long; fix it") from error
     try:
         captions = tuple(row["captions"]) if isinstance(row["captions"], list) else (None,)
         if not all(isinstance(caption, str) for caption in captions):
             raise TypeError(f"`captions` is no list of texts but {row['captions']!r:.60}")
-        boxes = tuple(
-            Box(str(item["category"]), tuple(map(float, item["bbox"])))  # type: ignore[arg-type]
-            for item in row.get("instances", [])
-        )
-        context = ImageContext(str(row["id"]), str(row["image"]), captions, boxes)
+        boxes = tuple(_box(item, where) for item in row.get("instances", []))
+        if not isinstance(row["id"], str | int) or not isinstance(row["image"], str):
+            raise TypeError("`id` is a text or a number, `image` a text")
+        context = ImageContext(str(row["id"]), row["image"], captions, boxes)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise DataError(
             f"{where}: a context needs `id`, `image`, `captions` and `instances` of `category` "
             f"and `bbox`: {type(error).__name__} {error}"
         ) from error
     words = (context.id, context.image, *captions, *(box.category for box in boxes))
-    if any(map(_half_a_character, words)):
-        raise DataError(f"{where}: a text ends within a character (half an emoji); mend it")
-    if any(len(box.corners) != 4 for box in context.boxes):
-        raise DataError(f"{where}: a `bbox` has four numbers: x1, y1, x2, y2")
+    if any(map(is_cut, words)):
+        raise DataError(f"{where}: a text ends within a character (half an emoji); fix it")
     for box in context.boxes:
         if not all(-_BEYOND <= corner <= 1 + _BEYOND for corner in box.corners):
             raise DataError(
@@ -150,10 +145,16 @@ def _parse(line: str, where: str) -> ImageContext:
     return context
 
 
-def _half_a_character(text: str) -> bool:
-    """Whether a text has a lone surrogate, as JSON may: no service can be sent it."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return True
-    return False
+def is_number(value: object) -> bool:
+    """Say whether a value of JSON may be a coordinate: neither endless nor true or false."""
+    return type(value) in (int, float) and -1e15 < value < 1e15  # type: ignore[operator]
+
+
+def _box(item: Any, where: str) -> Box:
+    category, box = item["category"], item["bbox"]
+    if not isinstance(category, str):
+        raise TypeError(f"`category` is no text but {category!r:.60}")
+    if not isinstance(box, list) or len(box) != 4 or not all(map(is_number, box)):
+        raise DataError(f"{where}: a `bbox` has four numbers: x1, y1, x2, y2, got {box!r:.80}")
+    left, top, right, bottom = map(float, box)
+    return Box(category, (left, top, right, bottom))

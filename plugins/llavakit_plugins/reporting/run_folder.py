@@ -42,7 +42,7 @@ def read_run(folder: Path) -> RunFolder:
     """Return what recipe.toml says. Raises RecipeError where there is none, or it is damaged."""
     path = folder / "recipe.toml"
     try:
-        recipe = tomllib.loads(path.read_text(encoding="utf-8"))
+        recipe = tomllib.loads(path.read_text(encoding="utf-8-sig"))
         steps = {
             f"{number:02}-{step['use']}": step
             for number, step in enumerate(recipe["steps"], start=1)
