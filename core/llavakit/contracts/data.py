@@ -43,14 +43,22 @@ class Sample:
     """What sort of response it teaches (conversation, detail, reasoning), where known."""
 
     def check(self, where: str = "") -> None:
-        """Raise DataError unless roles alternate from a human turn and placeholders fit images."""
-        place = f"sample `{self.id}`{f' of {where}' if where else ''}"
+        """Raise DataError for a sample that cannot be learned from.
+
+        Roles alternate from a human turn, every text is valid Unicode, placeholders fit images.
+        """
+        place = f"sample `{self.id:.200}`{f' of {where}' if where else ''}"
         for number, turn in enumerate(self.turns):
             expected = ("human", "gpt")[number % 2]
             if turn.role != expected:
                 raise DataError(
                     f"{place}: turn {number + 1} is from `{turn.role}`, expected `{expected}`; "
                     "turns must alternate and start with the human"
+                )
+            if is_cut(turn.text):
+                raise DataError(
+                    f"{place}: turn {number + 1} has half a character (a lone surrogate, as of an "
+                    "emoji that was cut in two); fix or remove it"
                 )
         if not self.turns:
             raise DataError(f"{place} has no turns; remove it or give it a conversation")
@@ -65,6 +73,15 @@ class Sample:
                 f"{place} has {_count(len(self.images), 'image')} for "
                 f"{_count(marks, f'`{IMAGE}` placeholder')}; each image needs exactly one"
             )
+
+
+def is_cut(text: str) -> bool:
+    """Say whether a text has a lone surrogate, as JSON may, which no tokenizer or service takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 def _count(number: int, noun: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -11,26 +12,24 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import Field
 
-from llavakit import (
-    DataError,
-    Dataset,
-    InputPath,
-    MissingImage,
-    Options,
-    Sample,
-    Turn,
-    check_image,
-    inside,
-    whole_images,
-)
+from llavakit import DataError, Dataset, InputPath, MissingImage, Options, Sample, Turn, inside
 from llavakit.contracts.data import CHARACTERS_A_TOKEN, Finding, Inspected
 from llavakit.contracts.run import Progress
 from llavakit_plugins.datasets.expected import Expected
+from llavakit_plugins.datasets.image_files import check_image, whole_images
 from llavakit_plugins.datasets.streaming import StoredRows, count_rows, read_rows
+from llavakit_plugins.json_stream import Row
 
 _ROLES = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt"}
+_OF_ROWS, _OF_TURNS = ("id", "image", "images", "conversations"), ("from", "value")
+_OF_IMAGES = re.compile(r"(image|img|picture|photo)s?(_?(path|file|url)s?)?", re.IGNORECASE)
+_OF_OTHERS = re.compile(r"(video|audio|sound|speech|frame)s?(_?(path|file|url)s?)?", re.IGNORECASE)
+_OF_MEDIA = re.compile(
+    r"image|img|picture|photo|video|audio|sound|speech|frame|media|pixel", re.IGNORECASE
+)
 _LOOKED_AT = 4096  # rows that a plan reads to learn how long they are
 _NAMED = 3
+_LONGEST_NAME = 200  # characters of an id that messages show
 _SHOWN_EVERY = 256  # rows or images
 
 
@@ -80,6 +79,7 @@ class Conversations(Dataset):
             if number % _SHOWN_EVERY == 0:
                 progress(round(1000 * row.start / size), 1000, f"{number:,} rows read")
             try:
+                _refuse_doubled(row, number, options)
                 sample = read_sample(row.value, number, options, self.folder)
             except DataError as error:
                 if not skip:
@@ -137,17 +137,22 @@ class Conversations(Dataset):
         size = max(1, options.path.stat().st_size)
         for number, row in enumerate(islice(read_rows(options.path), options.limit)):
             identity, where = _name(row.value, number, options)
+            doubled = _attempt(partial(_refuse_doubled, row, number, options), "doubled keys")
+            media = _attempt(partial(_refuse_media, row.value, where), "unread media")
             turns = _attempt(partial(_turns, row.value, where), "conversations")
             images = _attempt(partial(_images, row.value, where, folder), "image paths")
-            problems = [found for found in (turns, images) if isinstance(found, Finding)]
+            tried = (doubled, media, turns, images)
+            problems = [found for found in tried if isinstance(found, Finding)]
             sample = None
-            if not isinstance(turns, Finding) and not isinstance(images, Finding):
+            if not problems and not isinstance(turns, Finding) and not isinstance(images, Finding):
                 sample = Sample(identity, turns, images, options.kind)
                 try:
                     sample.check(str(options.path))
                 except DataError as error:
                     sample = None
                     problems.append(Finding("conversations", str(error)))
+            if media is None:
+                problems += _unread(row.value, where)
             known = () if isinstance(images, Finding) else images
             read = (row.start + row.length) / size
             yield Inspected(identity, sample, tuple(problems), known, read)
@@ -169,21 +174,23 @@ class Conversations(Dataset):
 
     def _refusal(self, broken: Mapping[str, DataError], images: Mapping[str, int]) -> DataError:
         path, skip = self.options.path, 'or set unusable = "skip" to leave their samples out'
-        missing = [image for image, error in broken.items() if isinstance(error, MissingImage)]
+        missing = {image: e for image, e in broken.items() if isinstance(e, MissingImage)}
         if missing:
             names = ", ".join(
-                f"{image} (sample `{self._id(images[image])}`)" for image in missing[:_NAMED]
+                f"{image:.1000} (sample `{self._id(images[image])}`)"
+                for image in islice(missing, _NAMED)
             )
             more = f" and {len(missing) - _NAMED} more" if len(missing) > _NAMED else ""
+            remedies = dict.fromkeys(error.remedy for error in missing.values())
             return DataError(
                 f"{path}: {len(missing)} of {len(images)} images are missing: {names}{more}; "
-                f"check the images folder, {skip}"
+                f"{'; '.join(remedies)}, {skip}"
             )
         more = f" ({len(broken) - 1} more cannot be used)" if len(broken) > 1 else ""
         return DataError(f"{path}: {next(iter(broken.values()))}{more}; {skip}")
 
     def _id(self, number: int) -> str:
-        return _name(self._rows[number], number, self.options)[0]
+        return _name(self._rows[number], number, self.options)[0][:_LONGEST_NAME]
 
     def _about(self, images: Mapping[str, object]) -> set[int]:
         """Return the rows about any of these images."""
@@ -213,6 +220,7 @@ def read_sample(
 ) -> Sample:
     """Return the sample of a row, counted from 0. Raises DataError where it cannot be used."""
     identity, where = _name(row, number, options)
+    _refuse_media(row, where)
     sample = Sample(identity, _turns(row, where), _images(row, where, folder), options.kind)
     sample.check(str(options.path))
     return sample
@@ -222,7 +230,42 @@ def _name(row: Mapping[str, Any], number: int, options: ConversationsOptions) ->
     """Return a row's id, its number where it has none, and how errors name it."""
     given = row.get("id")
     identity = f"#{number + 1}" if given is None or given == "" else str(given)
-    return identity, f"sample `{identity}` of {options.path}"
+    return identity, f"sample `{identity[:_LONGEST_NAME]}` of {options.path}"
+
+
+def _refuse_doubled(row: Row, number: int, options: ConversationsOptions) -> None:
+    if row.doubled is not None:
+        _, where = _name(row.value, number, options)
+        raise DataError(f"{where}: `{row.doubled:.80}` is there more than once; keep one of it")
+
+
+def _refuse_media(row: Mapping[str, Any], where: str) -> None:
+    """Raise DataError for what the answers may be about and training would not show."""
+    for table, key in _other_keys(row):
+        others, images = _OF_OTHERS.fullmatch(key), _OF_IMAGES.fullmatch(key)
+        if table[key] and (others or (images and not (row.get("image") or row.get("images")))):
+            raise DataError(
+                f"{where}: `{key}` is not read: only images under `image` are; put them there, or "
+                "remove the sample"
+            )
+
+
+def _unread(row: Mapping[str, Any], where: str) -> list[Finding]:
+    """Return what should be known of keys that seem to name media, and hinder nothing."""
+    return [
+        Finding("media keys", f"{where}: `{key:.80}` is not read", stops=False)
+        for table, key in _other_keys(row)
+        if _OF_MEDIA.search(key) and table[key] and isinstance(table[key], str | list | dict)
+    ]
+
+
+def _other_keys(row: Mapping[str, Any]) -> Iterator[tuple[Mapping[str, Any], str]]:
+    """Yield the keys of a row and its turns that no reader knows, each with its table."""
+    yield from ((row, key) for key in row if key not in _OF_ROWS)
+    turns = row.get("conversations")
+    for turn in turns if isinstance(turns, list) else ():
+        if isinstance(turn, dict):
+            yield from ((turn, key) for key in turn if key not in _OF_TURNS)
 
 
 def _turns(row: Mapping[str, Any], where: str) -> tuple[Turn, ...]:
@@ -242,8 +285,15 @@ def _turns(row: Mapping[str, Any], where: str) -> tuple[Turn, ...]:
 
 
 def _images(row: Mapping[str, Any], where: str, folder: Path) -> tuple[Path, ...]:
-    names = row.get("image")
+    names, more = row.get("image"), row.get("images")
+    if names is not None and more is not None:
+        raise DataError(f"{where} has `image` and `images`; keep one of them")
+    key, names = ("image", names) if more is None else ("images", more)
     names = [] if names is None else [names] if isinstance(names, str) else names
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise DataError(f"{where}: `image` is a path, or a list of paths, got {names!r:.80}")
+        raise DataError(f"{where}: `{key}` is a path, or a list of paths, got {names!r:.80}")
+    if not all(map(str.strip, names)):
+        raise DataError(
+            f"{where}: `{key}` is an empty text; name a file, or leave `{key}` out of a row of text"
+        )
     return tuple(inside(folder, name, where) for name in names)
