@@ -178,7 +178,7 @@ def test_a_tensor_that_is_not_found_fails_the_proof(
 ) -> None:
     import llavakit_plugins.checkpoints.original as module
 
-    write: Any = module.write_weights
+    write: Any = vars(module)["write_weights"]
     key = "model.layers.0.mlp.up_proj.weight"
 
     def wrong(tensors: dict[str, torch.Tensor], *rest: Any) -> Any:

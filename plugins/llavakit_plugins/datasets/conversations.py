@@ -17,8 +17,8 @@ from llavakit.contracts.data import CHARACTERS_A_TOKEN, Finding, Inspected
 from llavakit.contracts.run import Progress
 from llavakit_plugins.datasets.expected import Expected
 from llavakit_plugins.datasets.image_files import check_image, whole_images
+from llavakit_plugins.datasets.json_stream import Row
 from llavakit_plugins.datasets.streaming import StoredRows, count_rows, read_rows
-from llavakit_plugins.json_stream import Row
 
 _ROLES = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt"}
 _OF_ROWS, _OF_TURNS = ("id", "image", "images", "conversations"), ("from", "value")

@@ -14,7 +14,7 @@ from typing import Any
 from weakref import finalize
 
 from llavakit import DataError
-from llavakit_plugins.json_stream import BLOCK, Row, read_lines, read_list
+from llavakit_plugins.datasets.json_stream import BLOCK, Row, read_lines, read_list
 
 LINES = (".jsonl", ".ndjson")
 """Names of files with one JSON object a line end so; any other file is one JSON list."""

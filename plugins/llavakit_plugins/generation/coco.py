@@ -13,8 +13,8 @@ import numpy as np
 from llavakit import DataError, ImageContext, new_file
 from llavakit.contracts.data import Box
 from llavakit.files import open_text
+from llavakit_plugins.datasets.json_stream import read_member
 from llavakit_plugins.generation.contexts import is_number, to_line
-from llavakit_plugins.json_stream import read_member
 
 _log = logging.getLogger("llavakit")
 _LARGEST = 1 << 32  # of a number that is kept

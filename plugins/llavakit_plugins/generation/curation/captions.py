@@ -10,7 +10,7 @@ from typing import Any
 from llavakit import DataError
 from llavakit.contracts.data import is_cut
 from llavakit.files import open_text
-from llavakit_plugins.json_stream import read_lines, read_list
+from llavakit_plugins.datasets.json_stream import read_lines, read_list
 
 _FIRST = 1 << 12
 
