@@ -101,13 +101,11 @@ from .model.folder import (
 )
 from .model.images import (
     MissingImage as MissingImage,
-    check_image as check_image,
     inside as inside,
     open_image as open_image,
     read_pixels as read_pixels,
     save_image as save_image,
     save_thumbnail as save_thumbnail,
-    whole_images as whole_images,
 )
 from .model.llava import (
     LlavaModel as LlavaModel,
@@ -135,6 +133,7 @@ from .stream.attention import (
     rows_attention as rows_attention,
 )
 from .stream.batch import (
+    PackedBatch as PackedBatch,
     best_fit as best_fit,
     pack as pack,
 )

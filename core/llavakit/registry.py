@@ -203,8 +203,7 @@ class _Offer:
 
     plugin: str
     name: str
-    source: type[Component] | str
-    """The class, or its place: `package.module:Class`."""
+    source: type[Component] | str  #: The class, or its place: `package.module:Class`.
 
     @property
     def path(self) -> str:

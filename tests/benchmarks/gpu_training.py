@@ -22,8 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from llavakit import LlavaModel
-from llavakit.contracts.packing import PackedBatch
-from llavakit.stream.batch import best_fit, pack
+from llavakit.stream.batch import PackedBatch, best_fit, pack
 from llavakit.stream.encode import Encoded
 from llavakit_plugins.connectors.mlp import Mlp, MlpOptions
 from llavakit_plugins.language.vicuna import Vicuna, VicunaOptions

@@ -19,10 +19,9 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from llavakit import LanguageModel, LlavaModel
-from llavakit.contracts.packing import PackedBatch
 from llavakit.model.folder import cast_weights
 from llavakit.stream import varlen
-from llavakit.stream.batch import pack
+from llavakit.stream.batch import PackedBatch, pack
 from llavakit.stream.encode import Encoded
 from llavakit_plugins.connectors.mlp import Mlp, MlpOptions
 from llavakit_plugins.language.causal_lm import CausalLM, CausalLMOptions

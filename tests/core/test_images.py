@@ -359,7 +359,7 @@ def test_a_header_that_cannot_be_is_seen_without_decoding(tmp_path: Path, conten
 @pytest.mark.parametrize("kind", ["VP8 ", "VP8L", "VP8X"])
 def test_a_webp_that_is_too_large_is_found_before_training(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "a.webp"
-    extended = {"exif": b"Exif\0\0" + bytes(8)} if kind == "VP8X" else {}
+    extended: dict[str, Any] = {"exif": b"Exif\0\0" + bytes(8)} if kind == "VP8X" else {}
     Image.new("RGB", (30, 20), (200, 3, 4)).save(path, lossless=kind == "VP8L", **extended)
     assert path.read_bytes()[12:16] == kind.encode()
     check_image(path, "x")

@@ -24,10 +24,8 @@ class Options(BaseModel):
 class Component(ABC):
     """Something a recipe can name. Every kind derives from this."""
 
-    hook: ClassVar[str]
-    """The hook that collects this kind; set once by each abstract kind."""
-    name: ClassVar[str]
-    """The name a recipe uses, unique within the kind."""
+    hook: ClassVar[str]  #: The hook that collects this kind; set once by each abstract kind.
+    name: ClassVar[str]  #: The name a recipe uses, unique within the kind.
     Options: ClassVar[type[Options]] = Options
 
     def __init__(self, options: Any = None) -> None:

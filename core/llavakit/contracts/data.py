@@ -92,11 +92,9 @@ def _count(number: int, noun: str) -> str:
 class Finding:
     """Something about a row of data that its owner should know."""
 
-    sort: str
-    """A word or two under which findings of one sort are counted."""
+    sort: str  #: A word or two under which findings of one sort are counted.
     message: str
-    stops: bool = True
-    """Whether a training on the data would stop at it."""
+    stops: bool = True  #: Whether a training on the data would stop at it.
 
 
 @dataclass(frozen=True)
@@ -104,13 +102,11 @@ class Inspected:
     """A row of a data set, looked at before any training."""
 
     id: str
-    sample: Sample | None
-    """None where the row cannot be used."""
+    sample: Sample | None  #: None where the row cannot be used.
     findings: tuple[Finding, ...] = ()
     images: tuple[ImageSource, ...] = ()
     """The row's images, where those are known although there is no sample."""
-    read: float = 0.0
-    """The share of the data read up to here."""
+    read: float = 0.0  #: The share of the data read up to here.
 
 
 @dataclass(frozen=True)
@@ -152,20 +148,17 @@ class Reply:
     text: str
     finish: str = "stop"
     """Why it ends: `stop`, `length` (cut), `refusal` or `content_filter` (withheld)."""
-    model: str = ""
-    """Which model answered, as the service names it."""
+    model: str = ""  #: Which model answered, as the service names it.
     input_tokens: int | None = None
     output_tokens: int | None = None
-    usd: float | None = None
-    """What it cost; None where no price is known."""
+    usd: float | None = None  #: What it cost; None where no price is known.
 
 
 @dataclass(frozen=True)
 class Question:
     """One item of a benchmark."""
 
-    id: str | int
-    """As the file has it; joined with others as text."""
+    id: str | int  #: As the file has it; joined with others as text.
     prompt: str
     images: tuple[ImageSource, ...] = ()
     truth: str = ""
@@ -184,5 +177,4 @@ class Score:
     """One entry a question; None where a question cannot be right or wrong by itself."""
     sections: Sequence[Section] = ()
     """Tables for the report; where there are none, it shows the share of right answers."""
-    remarks: Sequence[str] = ()
-    """One entry a question, such as a judge's review; or none at all."""
+    remarks: Sequence[str] = ()  #: One entry a question, such as a judge's review; or none at all.

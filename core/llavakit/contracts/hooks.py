@@ -14,7 +14,7 @@ import pluggy
 
 from llavakit.contracts.component import Component
 
-Components: TypeAlias = Sequence[type[Component]] | Mapping[str, str]
+Components: TypeAlias = Sequence[type[Component]] | Mapping[str, str] | None
 
 PROJECT = "llavakit"  #: pluggy project name, and the entry-point group of plugins
 
@@ -25,64 +25,53 @@ hookimpl = pluggy.HookimplMarker(PROJECT)
 @hookspec
 def llava_vision_encoders() -> Components:
     """Return vision encoders: images in, patch features out."""
-    return ()
 
 
 @hookspec
 def llava_connectors() -> Components:
     """Return connectors: patch features in, language-model embeddings out."""
-    return ()
 
 
 @hookspec
 def llava_language_models() -> Components:
     """Return language models: embeddings in, hidden states and logits out."""
-    return ()
 
 
 @hookspec
 def llava_prompt_templates() -> Components:
     """Return prompt templates: turns in, text with its learned spans out."""
-    return ()
 
 
 @hookspec
 def llava_datasets() -> Components:
     """Return datasets: sequences of samples to train or evaluate on."""
-    return ()
 
 
 @hookspec
 def llava_chat_models() -> Components:
     """Return chat models: messages in, a reply out."""
-    return ()
 
 
 @hookspec
 def llava_generators() -> Components:
     """Return generators: captions and boxes in, conversations out."""
-    return ()
 
 
 @hookspec
 def llava_benchmarks() -> Components:
     """Return benchmarks: questions, and what makes an answer a good one."""
-    return ()
 
 
 @hookspec
 def llava_exporters() -> Components:
     """Return exporters: a model in, a folder in another layout out."""
-    return ()
 
 
 @hookspec
 def llava_trackers() -> Components:
     """Return trackers: observers of a run's events."""
-    return ()
 
 
 @hookspec
 def llava_steps() -> Components:
     """Return steps: the things a recipe does, one after another."""
-    return ()

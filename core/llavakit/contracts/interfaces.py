@@ -42,8 +42,7 @@ class ChatModel(Component):
     """
 
     hook = "llava_chat_models"
-    reply_limit: int | None = None
-    """Longest reply in tokens, where there is a limit."""
+    reply_limit: int | None = None  #: Longest reply in tokens, where there is a limit.
 
     @property
     def identity(self) -> str:
@@ -123,8 +122,7 @@ class Segment:
     """A stretch of a rendered prompt. `<image>` within it marks the place of an image."""
 
     text: str
-    learned: bool = False
-    """Whether the loss covers it."""
+    learned: bool = False  #: Whether the loss covers it.
     markup: bool = False
     """Whether it belongs to the template, so that special tokens in it count as such."""
 
@@ -153,10 +151,8 @@ class FileScore:
 
     data: Mapping[str, Any]
     """Everything, for programs: what `--json` prints. No NaN and no infinity."""
-    tables: Sequence[Table]
-    """The same for people."""
-    notes: Sequence[str] = ()
-    """What was left out or could not be read, in sentences."""
+    tables: Sequence[Table]  #: The same for people.
+    notes: Sequence[str] = ()  #: What was left out or could not be read, in sentences.
 
 
 class FileScorer(Component):

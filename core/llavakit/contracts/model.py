@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypedDict, Unpack
 
 from llavakit.contracts.data import ImageSource
 from llavakit.contracts.errors import ModelError
@@ -16,19 +16,25 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+class SamplingOptions(TypedDict, total=False):
+    """What `generate` and `stream` take beside the prompt: the fields of `Sampling`."""
+
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    seed: int | None
+    stop: Sequence[str]
+
+
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen."""
+    """How the next token is chosen, and where an answer ends. Raises ModelError for nonsense."""
 
     max_new_tokens: int = 64
-    temperature: float = 0.0
-    """0 takes the likeliest token."""
-    top_p: float = 1.0
-    """Sample among the likeliest tokens that together have this probability."""
-    seed: int | None = None
-    """None draws from entropy; only used where `temperature` is above 0."""
-    stop: tuple[str, ...] = ()
-    """Texts that end an answer, and do not belong to it."""
+    temperature: float = 0.0  #: 0 takes the likeliest token: greedy
+    top_p: float = 1.0  #: sample among the likeliest tokens that together have this probability
+    seed: int | None = None  #: None draws from entropy; used where `temperature` is above 0
+    stop: Sequence[str] = ()  #: texts that end an answer, and do not belong to it
 
     def __post_init__(self) -> None:
         if "" in self.stop:
@@ -54,14 +60,10 @@ class Model(Protocol):
         prompt: str,
         images: Sequence[ImageSource] = (),
         *,
-        max_new_tokens: int = 64,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        seed: int | None = None,
-        stop: Sequence[str] = (),
         raw: bool = False,
+        **sampling: Unpack[SamplingOptions],
     ) -> str:
-        """Return the answer to a prompt; greedy where `temperature` is 0.
+        """Return the answer to a prompt, greedy by default.
 
         A prompt without `<image>` gets one for each image in front; a `raw` one is read as it is,
         without the template. It ends before the first of the `stop` texts, besides where the model
@@ -83,12 +85,8 @@ class Model(Protocol):
         prompt: str,
         images: Sequence[ImageSource] = (),
         *,
-        max_new_tokens: int = 64,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        seed: int | None = None,
-        stop: Sequence[str] = (),
         raw: bool = False,
+        **sampling: Unpack[SamplingOptions],
     ) -> Iterator[str]:
         """Yield the answer in pieces as it comes; together they are what `generate` returns."""
 

@@ -75,10 +75,8 @@ class VisionEncoder(Network):
 
     hook = "llava_vision_encoders"
 
-    width: int
-    """Size of one patch feature (D)."""
-    image_size: int
-    """Edge in pixels of the square that `prepare` returns."""
+    width: int  #: Size of one patch feature (D).
+    image_size: int  #: Edge in pixels of the square that `prepare` returns.
     prefix_tokens: int = 0
     decode_edge: int | None = None
     """Shorter side in pixels that does for `prepare`: larger JPEGs may be decoded smaller."""
@@ -138,19 +136,14 @@ class LanguageModel(Network):
     """A causal language model over a packed stream. Built as `LanguageModel(options)`."""
 
     hook = "llava_language_models"
-    default_template: ClassVar[str] = "vicuna_v1"
-    """The prompt template where a recipe names none."""
+    default_template: ClassVar[str] = "vicuna_v1"  #: The prompt template where a recipe names none.
 
-    options: Any
-    """What it was built with, where `merged` gives another model than itself."""
-    width: int
-    """Size of one token embedding (E)."""
-    max_length: int
-    """Longest sequence in tokens."""
+    options: Any  #: What it was built with, where `merged` gives another model than itself.
+    width: int  #: Size of one token embedding (E).
+    max_length: int  #: Longest sequence in tokens.
     recompute: bool = False
     """Whether the backward pass computes activations again instead of keeping them."""
-    tokenizer: PreTrainedTokenizerBase
-    """A fast tokenizer; a new model has none until one is set."""
+    tokenizer: PreTrainedTokenizerBase  #: A fast tokenizer; a new model has none until one is set.
 
     @abstractmethod
     def embed(self, ids_T: Tensor) -> Tensor:

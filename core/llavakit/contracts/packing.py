@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import pairwise
 from typing import Any, Protocol
 
@@ -78,69 +78,29 @@ class Packing:
 class Rows:
     """Some rows of a stream, ascending."""
 
-    index_M: Tensor
-    """int64."""
-    counts: tuple[int, ...]
-    """How many of them lie in each sample, on the host."""
+    index_M: Tensor  #: int64.
+    counts: tuple[int, ...]  #: How many of them lie in each sample, on the host.
 
 
 @dataclass(frozen=True)
 class Stream:
     """What a connector needs to fill the stream with text and visual embeddings."""
 
-    token_ids_T: Tensor
-    """int64; 0 at visual rows, whose text embedding nobody sees."""
-    visual_rows_N: Tensor
-    """int64: the row of each visual token, images in order."""
+    token_ids_T: Tensor  #: int64; 0 at visual rows, whose text embedding nobody sees.
+    visual_rows_N: Tensor  #: int64: the row of each visual token, images in order.
     visual_kept_N: Tensor | None
     """int64 into the flattened `[I * P']` features where truncation cut some; None for all."""
     embed: Callable[[Tensor], Tensor]
-    embedding_VE: Tensor | None
-    """The table behind `embed` where that is a plain look-up."""
-
-
-@dataclass(frozen=True)
-class PackedBatch:
-    """One micro-batch, ready for the device."""
-
-    token_ids_T: Tensor
-    packing: Packing
-    visual_rows_N: Tensor
-    visual_kept_N: Tensor | None
-    target_rows: Rows
-    """The rows whose next token is supervised."""
-    targets_M: Tensor
-    """int64: those next tokens."""
-    samples: tuple[int, ...]
-    """Index of each sample in its data set."""
-    images: tuple[tuple[int, int], ...]
-    """(sample, image of that sample) of each image, in order of their visual rows."""
-
-    def to(self, device: torch.device) -> PackedBatch:
-        """Return the batch on `device`."""
-        move = partial(upload, device=device)
-        kept = self.visual_kept_N
-        return replace(
-            self,
-            token_ids_T=move(self.token_ids_T),
-            packing=self.packing.to(device),
-            visual_rows_N=move(self.visual_rows_N),
-            visual_kept_N=None if kept is None else move(kept),
-            target_rows=replace(self.target_rows, index_M=move(self.target_rows.index_M)),
-            targets_M=move(self.targets_M),
-        )
+    embedding_VE: Tensor | None  #: The table behind `embed` where that is a plain look-up.
 
 
 @dataclass(frozen=True)
 class Scoring:
     """How a layer turns products of queries and keys into weights."""
 
-    scale: float | None = None
-    """Factor of the products; 1/sqrt(K) where absent."""
-    window: int | None = None
-    """How far back a row sees, itself included."""
-    softcap: float | None = None
-    """Scores become `softcap * tanh(score / softcap)` (Gemma 2)."""
+    scale: float | None = None  #: Factor of the products; 1/sqrt(K) where absent.
+    window: int | None = None  #: How far back a row sees, itself included.
+    softcap: float | None = None  #: Scores become `softcap * tanh(score / softcap)` (Gemma 2).
     sinks_H: Tensor | None = None
     """One score a head that takes weight and gives nothing (gpt-oss)."""
 

@@ -74,20 +74,16 @@ class Progress(Protocol):
 class Run:
     """What a step is given."""
 
-    directory: Path
-    """A folder of its own; whatever it leaves there is its artifact."""
-    earlier: Mapping[str, Path]
-    """The folders of the steps before it, by name, oldest first."""
+    directory: Path  #: A folder of its own; whatever it leaves there is its artifact.
+    earlier: Mapping[str, Path]  #: The folders of the steps before it, by name, oldest first.
     build: Build
     seed: int
-    resume: bool
-    """Whether to go on from what an interrupted attempt left in `directory`."""
+    resume: bool  #: Whether to go on from what an interrupted attempt left in `directory`.
     find_device: Callable[[], torch.device]
     model: ModelSource
     progress: Progress
     event: Event
-    stopping: Stopping
-    """Says whether the user asked to stop: save, then raise `Stopped`."""
+    stopping: Stopping  #: Says whether the user asked to stop: save, then raise `Stopped`.
     team: Team
     """The processes that share this step's work; one process alone unless it is `together`."""
 
@@ -172,17 +168,13 @@ class StepPlan(BaseModel):
     """What one step will cost. None: not known before it runs."""
 
     samples: int | None = None
-    tokens: int | None = None
-    """Rows of the packed stream, over all epochs."""
-    steps: int | None = None
-    """Optimisation steps."""
-    tflop: float | None = None
-    """Necessary work in 10^12 floating-point operations."""
+    tokens: int | None = None  #: Rows of the packed stream, over all epochs.
+    steps: int | None = None  #: Optimisation steps.
+    tflop: float | None = None  #: Necessary work in 10^12 floating-point operations.
     memory_gb: float | None = None
     """Of one device: weights, gradients, optimiser and activations of one micro-batch."""
     trained: tuple[str, ...] = ()
-    cost_usd: float | None = None
-    """What services will charge, as far as it can be known before."""
+    cost_usd: float | None = None  #: What services will charge, as far as it can be known before.
     note: str = ""
 
 

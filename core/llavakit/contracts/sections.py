@@ -16,8 +16,7 @@ class Curves(BaseModel):
     y: str
     series: dict[str, list[tuple[float, float]]]
     caption: str = ""
-    log: bool | None = None
-    """Whether the y axis is logarithmic; None: where that reads better."""
+    log: bool | None = None  #: Whether the y axis is logarithmic; None: where that reads better.
 
 
 class Table(BaseModel):
@@ -33,8 +32,7 @@ class Table(BaseModel):
 class Card(BaseModel):
     """One image with what was asked, answered and true."""
 
-    image: str | None = None
-    """Path of an image file, relative to the step's folder."""
+    image: str | None = None  #: Path of an image file, relative to the step's folder.
     lines: list[tuple[str, str]]
     """(label, text), for example ("question", "Which digit is on the left?")."""
     right: bool | None = None

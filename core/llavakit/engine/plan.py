@@ -39,14 +39,12 @@ class Plan(BaseModel):
     own_model: bool = True
     """Whether `parts` are the recipe's [model]; else those of the model its steps start from."""
     parts: dict[str, PartPlan]
-    visual_tokens: int | None
-    """Of one image; None where no model is known."""
+    visual_tokens: int | None  #: Of one image; None where no model is known.
     steps: dict[str, StepPlan]
     machine: Machine
     tflops: float | None
     """Rate reckoned with, of all devices; None where no step has anything to reckon."""
-    measured: bool
-    """Whether that rate was measured on this machine just now."""
+    measured: bool  #: Whether that rate was measured on this machine just now.
 
     def hours(self, step: StepPlan) -> float | None:
         """Return the time of a step at the rate reckoned with."""
@@ -60,8 +58,7 @@ class RecipePlanner:
 
     def __init__(self, recipe: Recipe, registry: Registry) -> None:
         self._recipe, self._registry = recipe, registry
-        self.steps: dict[str, StepPlan] = {}
-        """The plans of the steps before, by name."""
+        self.steps: dict[str, StepPlan] = {}  #: The plans of the steps before, by name.
         self._newest: _Known = lambda: self._of_recipe
         self._current = self._newest
         self._left: dict[str, _Known] = {}

@@ -47,8 +47,7 @@ from llavakit.registry import Registry
 class Result:
     """What a run left."""
 
-    folders: Mapping[str, Path]
-    """The folder of each step, by name."""
+    folders: Mapping[str, Path]  #: The folder of each step, by name.
     directory: Path
 
 
@@ -132,8 +131,7 @@ class _Work:
     log: Event = field(default_factory=lambda: _ignore)
     build: Build | None = None
     """What builds components for the steps; the registry itself where absent."""
-    together: bool = False
-    """Whether all processes are at work on the same step."""
+    together: bool = False  #: Whether all processes are at work on the same step.
     folders: dict[str, Path] = field(default_factory=dict)
     """Of the steps that are done, by every name a recipe has for them."""
 
@@ -237,8 +235,7 @@ def _checked_metrics(use: StepUse, outcome: object) -> dict[str, float]:
 class _Order:
     """What the leader asks of the others."""
 
-    step: str | None
-    """None: that was all."""
+    step: str | None  #: None: that was all.
     again: bool = False
     folders: dict[str, Path] = field(default_factory=dict)
 

@@ -8,22 +8,21 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar, Unpack
 
 import numpy as np
 
 from llavakit.contracts.data import IMAGE, ImageSource, Sample, Turn
 from llavakit.contracts.errors import ModelError
 from llavakit.contracts.interfaces import Segment
-from llavakit.contracts.model import Sampling
+from llavakit.contracts.model import Sampling, SamplingOptions
 from llavakit.model.detokenise import AnswerText, decode
 from llavakit.stream.encode import Encoded, tokenise
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Pixels = TypeVar("Pixels")
-"""Prepared images `[I, 3, H, W]`: a tensor, or an array of numpy."""
+Pixels = TypeVar("Pixels")  #: Prepared images `[I, 3, H, W]`: a tensor, or an array of numpy.
 
 
 class Answering(ABC, Generic[Pixels]):
@@ -93,19 +92,11 @@ class Answering(ABC, Generic[Pixels]):
         prompt: str,
         images: Sequence[ImageSource] = (),
         *,
-        max_new_tokens: int = 64,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        seed: int | None = None,
-        stop: Sequence[str] = (),
         raw: bool = False,
+        **sampling: Unpack[SamplingOptions],
     ) -> str:
-        """Return the answer to a prompt; greedy where `temperature` is 0.
-
-        It ends before the first of the `stop` texts, besides where the model itself ends it.
-        """
-        sampling = Sampling(max_new_tokens, temperature, top_p, seed, tuple(stop))
-        return self.answer([(prompt, images)], sampling, raw=raw)[0]
+        """Return the answer to a prompt; see `Model.generate`."""
+        return self.answer([(prompt, images)], Sampling(**sampling), raw=raw)[0]
 
     def generate_ids(
         self,
@@ -123,18 +114,13 @@ class Answering(ABC, Generic[Pixels]):
         prompt: str,
         images: Sequence[ImageSource] = (),
         *,
-        max_new_tokens: int = 64,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        seed: int | None = None,
-        stop: Sequence[str] = (),
         raw: bool = False,
+        **sampling: Unpack[SamplingOptions],
     ) -> Iterator[str]:
         """Yield the answer in pieces as it comes; together they are what `generate` returns."""
-        sampling = Sampling(max_new_tokens, temperature, top_p, seed, tuple(stop))
-        sampling = self._stopping(sampling, raw=raw)
-        text = AnswerText(self.tokenizer, sampling.stop)
-        for tokens in self._steps([(prompt, images)], sampling, raw=raw):
+        chosen = self._stopping(Sampling(**sampling), raw=raw)
+        text = AnswerText(self.tokenizer, chosen.stop)
+        for tokens in self._steps([(prompt, images)], chosen, raw=raw):
             if piece := text.add(tokens[0][1]):
                 yield piece
         if piece := text.finish():

@@ -40,16 +40,13 @@ class AnswerText:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stops: Sequence[str] = ()) -> None:
         self._tokenizer, self._stops = tokenizer, tuple(stops)
-        self._ids: list[int] = []
-        """The last tokens that have text, and those behind them."""
-        self._settled = 0
-        """How many characters of `_ids` are part of `_text`."""
+        self._ids: list[int] = []  #: The last tokens that have text, and those behind them.
+        self._settled = 0  #: How many characters of `_ids` are part of `_text`.
         self._text = ""
         self._given = 0
         """How many characters of `_text` were put out, or left out at its beginning."""
         self._searched = 0
-        self.stopped = False
-        """Whether a stop text was found."""
+        self.stopped = False  #: Whether a stop text was found.
 
     def add(self, token: int) -> str:
         """Take the next token; return the text that is certain now; none behind a stop text."""
@@ -115,8 +112,7 @@ class Unfinished:
         room: Sequence[int],
     ) -> None:
         """`ends` are the tokens that end an answer; `room` is how many each may have."""
-        self.active = list(range(len(room)))
-        """The answers that go on, by number."""
+        self.active = list(range(len(room)))  #: The answers that go on, by number.
         self._ends, self._room = ends, list(room)
         self._texts = [AnswerText(tokenizer, stops) for _ in room] if stops else None
 

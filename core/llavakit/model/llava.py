@@ -17,11 +17,11 @@ from llavakit.contracts.errors import ModelError
 from llavakit.contracts.interfaces import PromptTemplate, Segment
 from llavakit.contracts.model import Sampling
 from llavakit.contracts.networks import Connector, LanguageModel, VisionEncoder
-from llavakit.contracts.packing import PackedBatch, Stream
+from llavakit.contracts.packing import Stream
 from llavakit.model.answer import Answering
 from llavakit.model.generate import generate_stream
 from llavakit.model.images import read_pixels
-from llavakit.stream.batch import pack
+from llavakit.stream.batch import PackedBatch, pack
 from llavakit.stream.encode import Encoded, encode, tokenise
 
 if TYPE_CHECKING:

@@ -57,8 +57,7 @@ class _Scanner:
     def __init__(self, text: str) -> None:
         self._text, self._at = text, 0
         self._places: dict[Key, Span] = {}
-        self._last: dict[Key, int] = {}
-        """The current element of each array of tables."""
+        self._last: dict[Key, int] = {}  #: The current element of each array of tables.
 
     def document(self) -> dict[Key, Span]:
         table: Key = ()

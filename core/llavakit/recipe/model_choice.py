@@ -12,8 +12,7 @@ from llavakit.contracts.interfaces import PromptTemplate
 if TYPE_CHECKING:
     from llavakit.contracts.networks import Connector, LanguageModel, VisionEncoder
 
-MANIFEST = "model.toml"
-"""The file of a model folder that names the parts."""
+MANIFEST = "model.toml"  #: The file of a model folder that names the parts.
 PARTS = ("vision", "connector", "language")
 
 

@@ -17,10 +17,8 @@ class Source:
 
     path: Path = Path()
     text: str = ""
-    said: str = ""
-    """Where a single key was set, if not in a file, for example `--set seed=1`."""
-    key: Key = ()
-    """Which key that was, as it was written."""
+    said: str = ""  #: Where a single key was set, if not in a file, for example `--set seed=1`.
+    key: Key = ()  #: Which key that was, as it was written.
 
     def locate(self, *spellings: Key) -> Place:
         """Return the place of a key in the file, or how much of it was set here."""

@@ -45,8 +45,7 @@ class Machine(BaseModel):
     tflops: float | None = Field(default=None, gt=0)
     """Sustained rate of one device in 10^12 floating-point operations a second."""
     memory_gb: float | None = Field(default=None, gt=0)
-    usd_per_hour: float = Field(default=0.0, ge=0)
-    """Price of all devices together."""
+    usd_per_hour: float = Field(default=0.0, ge=0)  #: Price of all devices together.
 
 
 class Published(BaseModel):
@@ -54,10 +53,8 @@ class Published(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    table: str
-    """Where the paper has it; only figures of one table are compared."""
-    metric: str
-    """Which metric of ours stands beside it, as `step.metric`."""
+    table: str  #: Where the paper has it; only figures of one table are compared.
+    metric: str  #: Which metric of ours stands beside it, as `step.metric`.
     value: float
 
 
@@ -70,8 +67,7 @@ class Recipe(BaseSettings):
 
     name: str
     seed: int = Field(default=0, ge=0, lt=2**63)
-    device: str = "auto"
-    """`auto` is CUDA where there is one, else the CPU."""
+    device: str = "auto"  #: `auto` is CUDA where there is one, else the CPU.
     # not an optional type: pydantic would tell of a wrong part that all of it is wrong
     model: ModelRecipe = Field(default=cast("ModelRecipe", None), validate_default=False)
     """None where it is left out, as it may be where no step needs one; `parts` refuses that."""

@@ -7,15 +7,47 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from llavakit.contracts.packing import PackedBatch, Packing, Rows
+from llavakit.contracts.packing import Packing, Rows, upload
 
 if TYPE_CHECKING:
     from llavakit.stream.encode import Encoded
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """One micro-batch, ready for the device."""
+
+    token_ids_T: Tensor
+    packing: Packing
+    visual_rows_N: Tensor
+    visual_kept_N: Tensor | None
+    target_rows: Rows  #: The rows whose next token is supervised.
+    targets_M: Tensor  #: int64: those next tokens.
+    samples: tuple[int, ...]  #: Index of each sample in its data set.
+    images: tuple[tuple[int, int], ...]
+    """(sample, image of that sample) of each image, in order of their visual rows."""
+
+    def to(self, device: torch.device) -> PackedBatch:
+        """Return the batch on `device`."""
+        move = partial(upload, device=device)
+        kept = self.visual_kept_N
+        return replace(
+            self,
+            token_ids_T=move(self.token_ids_T),
+            packing=self.packing.to(device),
+            visual_rows_N=move(self.visual_rows_N),
+            visual_kept_N=None if kept is None else move(kept),
+            target_rows=replace(self.target_rows, index_M=move(self.target_rows.index_M)),
+            targets_M=move(self.targets_M),
+        )
 
 
 def pack(encoded: Sequence[Encoded], samples: Sequence[int], visual_tokens: int) -> PackedBatch:

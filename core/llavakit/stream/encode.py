@@ -32,8 +32,7 @@ if TYPE_CHECKING:
     from llavakit.contracts.data import Sample
     from llavakit.contracts.interfaces import PromptTemplate, Segment
 
-IMAGE_ID = -200
-"""Stands for one image among token ids, as in the original LLaVA."""
+IMAGE_ID = -200  #: Stands for one image among token ids, as in the original LLaVA.
 
 IntArray = npt.NDArray[np.int64]
 

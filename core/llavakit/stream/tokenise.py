@@ -33,8 +33,7 @@ class Part(NamedTuple):
 
     text: str
     learned: bool
-    markup: bool
-    """Whether special tokens in it count as such."""
+    markup: bool  #: Whether special tokens in it count as such.
 
 
 @dataclass
@@ -225,8 +224,7 @@ class Words:
 
     model: BPE
     special: SpecialTokens
-    scheme: str
-    """As the reader's."""
+    scheme: str  #: As the reader's.
     memory: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
     @classmethod

@@ -13,8 +13,7 @@ class BenchmarkContract(Contract[Benchmark]):
     """Checks a `Benchmark` with a few questions."""
 
     kind = Benchmark
-    metric: str = "accuracy"
-    """A figure that is higher for better answers."""
+    metric: str = "accuracy"  #: A figure that is higher for better answers.
 
     def test_questions_are_whole_and_always_the_same(self) -> None:
         questions = list(self.build().questions())

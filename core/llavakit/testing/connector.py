@@ -19,8 +19,7 @@ class ConnectorContract(NetworkContract[Connector]):
     kind = Connector
     vision_width: int = 8
     language_width: int = 16
-    patches: int = 5
-    """How many patch features an image has."""
+    patches: int = 5  #: How many patch features an image has.
 
     def context(self) -> dict[str, Any]:
         return {"vision_width": self.vision_width, "language_width": self.language_width}

@@ -17,10 +17,8 @@ class ExporterContract(Contract[Exporter]):
     """Checks an `Exporter` on a small model."""
 
     kind = Exporter
-    reads_back: bool = True
-    """Whether it recognises and loads what it wrote."""
-    close: float = 1e-4
-    """How far logits may differ."""
+    reads_back: bool = True  #: Whether it recognises and loads what it wrote.
+    close: float = 1e-4  #: How far logits may differ.
 
     def model(self) -> LlavaModel:
         """Return a small model, the same each time."""

@@ -12,10 +12,8 @@ class GeneratorContract(Contract[Generator]):
     """Checks a `Generator`. Build one that works without a network."""
 
     kind = Generator
-    kinds: tuple[ResponseKind, ...] = RESPONSE_KINDS
-    """The sorts of response it writes."""
-    repeatable: bool = True
-    """Whether the same context gives the same text."""
+    kinds: tuple[ResponseKind, ...] = RESPONSE_KINDS  #: The sorts of response it writes.
+    repeatable: bool = True  #: Whether the same context gives the same text.
 
     def context(self) -> ImageContext:
         """Return what it is told of an image."""

@@ -23,8 +23,7 @@ class LanguageModelContract(NetworkContract[LanguageModel]):
     """Checks a `LanguageModel` in float32, its tokenizer set."""
 
     kind = LanguageModel
-    lengths: tuple[int, ...] = (7, 1, 12)
-    """Samples of the packed stream that it is tried with."""
+    lengths: tuple[int, ...] = (7, 1, 12)  #: Samples of the packed stream that it is tried with.
 
     def ids(self, network: LanguageModel) -> Tensor:
         """Return the token ids of the stream, the same each time."""

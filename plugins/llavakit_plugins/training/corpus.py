@@ -9,8 +9,17 @@ from typing import Literal
 
 import numpy as np
 
-from llavakit import DataError, Dataset, Encoded, LlavaModel, PromptTemplate, best_fit, encode, pack
-from llavakit.contracts.packing import PackedBatch
+from llavakit import (
+    DataError,
+    Dataset,
+    Encoded,
+    LlavaModel,
+    PackedBatch,
+    PromptTemplate,
+    best_fit,
+    encode,
+    pack,
+)
 
 _NAMED = 5  # samples that an error lists
 

@@ -15,9 +15,18 @@ from pydantic import ValidationError
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset as TorchDataset
 
-from llavakit import Build, LlavaError, LlavaModel, TrainingError, Use, VisionEncoder, read_pixels
+from llavakit import (
+    Build,
+    LlavaError,
+    LlavaModel,
+    PackedBatch,
+    TrainingError,
+    Use,
+    VisionEncoder,
+    read_pixels,
+)
 from llavakit.contracts.data import ImageSource
-from llavakit.contracts.packing import PackedBatch, upload
+from llavakit.contracts.packing import upload
 from llavakit_plugins.training.corpus import Corpus
 
 _ENCODE_BATCH = 32

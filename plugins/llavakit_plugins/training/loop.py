@@ -13,8 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llavakit import LlavaModel, PromptTemplate, Run, Sample, Stopped, TrainingError
-from llavakit.contracts.packing import PackedBatch
+from llavakit import LlavaModel, PackedBatch, PromptTemplate, Run, Sample, Stopped, TrainingError
 from llavakit_plugins.steps.initial import start
 from llavakit_plugins.training.checkpoints import Best, Checkpoints
 from llavakit_plugins.training.corpus import Batch, Corpus

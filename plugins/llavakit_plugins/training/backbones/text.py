@@ -16,6 +16,7 @@ from llavakit import (
     Generator,
     ImageContext,
     LanguageModel,
+    PackedBatch,
     PromptTemplate,
     Run,
     Segment,
@@ -23,7 +24,6 @@ from llavakit import (
     tokenise,
 )
 from llavakit.contracts.data import IMAGE, ResponseKind
-from llavakit.contracts.packing import PackedBatch
 from llavakit_plugins.training.backbones.loop import optimise, shuffled
 from llavakit_plugins.training.optimiser import Group, Optimiser, Schedule
 
