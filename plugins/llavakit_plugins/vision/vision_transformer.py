@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from llavakit import ModelError, Options, VisionEncoder
 from llavakit_plugins.checkpoints.filling import fill
 from llavakit_plugins.checkpoints.weights import Weights
-from llavakit_plugins.checkpoints.writing import tower_state
 from llavakit_plugins.huggingface.hub import (
     PretrainedOptions,
     explain_config,
@@ -208,7 +207,7 @@ class TransformersEncoder(VisionTransformer):
 
     def save(self, folder: Path) -> None:
         with quietly():
-            self.model.save_pretrained(folder, state_dict=tower_state(self.model))
+            self.model.save_pretrained(folder)
         table = _processor(self.square)
         (folder / _PROCESSOR).write_text(json.dumps(table, indent=2), encoding="utf-8")
 
