@@ -14,6 +14,7 @@ from typing import Any
 from llavakit.contracts.errors import LlavaError
 from llavakit.contracts.interfaces import Tracker
 from llavakit.files import drop_torn_line, explain_write
+from llavakit.recipe.redaction import printable_json, redacted
 
 FILE = "events.jsonl"
 
@@ -39,9 +40,10 @@ class EventLog:
         self._step = step
 
     def __call__(self, name: str, /, **values: Any) -> None:
-        event = {"time": round(time.time(), 3), "step": self._step, "event": name, **values}
+        facts = {"time": round(time.time(), 3), "step": self._step, "event": name, **values}
+        event = redacted(facts)
         with explain_write(Path(self._file.name)):
-            self._file.write(json.dumps(_plain(event), ensure_ascii=False) + "\n")
+            self._file.write(printable_json(json.dumps(_plain(event), ensure_ascii=False)) + "\n")
             self._file.flush()
         for tracker in list(self._trackers):
             with self._watching(tracker):

@@ -10,6 +10,7 @@ from typing import Any
 from llavakit import duration, peek_json
 from llavakit.contracts.errors import RecipeError
 from llavakit.contracts.sections import Section
+from llavakit.recipe.redaction import redacted
 from llavakit_plugins.reporting.run_folder import RunFolder, StepRecord, read_run
 
 
@@ -95,7 +96,8 @@ def collect(directory: Path, records: Sequence[StepRecord]) -> Report:
 
 
 def _options(choice: Mapping[str, Any]) -> dict[str, Any]:
-    return flat({key: value for key, value in choice.items() if key not in ("use", "skip")})
+    stated = {key: value for key, value in choice.items() if key not in ("use", "skip")}
+    return flat(redacted(stated))
 
 
 def flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

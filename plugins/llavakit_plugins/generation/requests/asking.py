@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 
-from llavakit import ChatError, ChatModel, Message, Reply, ReplyError, Stopped
-from llavakit_plugins.generation.requests.batches import BatchService
+from llavakit import ChatError, ChatModel, LlavaError, Message, Reply, ReplyError, Stopped
+from llavakit.recipe.redaction import shown
+from llavakit_plugins.generation.requests.batches import AskAgain, BatchService
 from llavakit_plugins.generation.requests.journal import Journal
 from llavakit_plugins.generation.requests.ledger import Asked, Entry, Ledger, Request, asked
 
@@ -17,6 +19,7 @@ _PATIENCE = 10  # requests in a row that get no answer, before the job stops
 _GRACE = 120.0  # seconds for requests on their way when the job stops: they are paid for
 _WRITING = 0.25  # replies being written down, for each that may be on its way
 _LOOK = 0.5  # seconds between looks at whether the user asked to stop, while batches run
+_log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -91,7 +94,9 @@ class _Asker:
         self._reserved = 0.0
         """USD that what is on its way may cost."""
         self._failed_in_a_row = 0
-        self._end: ChatError | Stopped | None = None
+        self._again, self._may_ask_again = False, True
+        """Whether a batch service knows by now how to ask what it was asked."""
+        self._end: Exception | None = None
         """Why no more is asked."""
 
     # -- one by one --------------------------------------------------------------------------------
@@ -132,7 +137,8 @@ class _Asker:
     def _missing(self, requests: Iterable[Request]) -> Iterator[tuple[Asked, Request]]:
         for request in requests:
             facts = asked(self._identity, request)
-            if facts.key not in self._ledger and facts.key not in self._on_the_way:
+            known = facts.key in self._ledger or facts.key in self.tally.refused
+            if not known and facts.key not in self._on_the_way:
                 self._on_the_way.add(facts.key)
                 yield facts, request
 
@@ -152,7 +158,7 @@ class _Asker:
                 await self._ask(facts, request)
             except ReplyError as error:
                 self._no_answer(facts.key, error)
-            except ChatError as error:
+            except Exception as error:  # a ChatError, a full disk: the others end in peace
                 self._end = self._end or error
             finally:
                 self._on_the_way.discard(facts.key)
@@ -162,11 +168,23 @@ class _Asker:
             async with self._slots:
                 if self._end is not None:
                     return
-                reply = await self._chat.reply(request.messages, request.draw)
+                reply = await self._reply(request)
             self._failed_in_a_row = 0
             entry = facts.entry(self._priced(request, reply))
             await self._ledger.write(entry)
         self._count(entry)
+
+    async def _reply(self, request: Request) -> Reply:
+        """Return the chat model's reply. Raises ReplyError for what only it can know the sense of:
+        one request that goes wrong in a model of somebody else's is not the end of all."""
+        try:
+            return await self._chat.reply(request.messages, request.draw)
+        except (LlavaError, Stopped):
+            raise
+        except Exception as error:
+            _log.debug("chat model `%s`", self._chat.name, exc_info=True)
+            said = shown(f"{type(error).__name__}: {error}")
+            raise ReplyError(f"chat model `{self._chat.name}` failed: {said}") from error
 
     @asynccontextmanager
     async def _reserving(self, request: Request) -> AsyncIterator[None]:
@@ -188,7 +206,8 @@ class _Asker:
         self.tally.unanswered[key] = reason = str(error)
         if error.lasting:
             self.tally.refused.add(key)
-        self._failed_in_a_row += 1
+        # a service that has answered does so again, though it refuses some
+        self._failed_in_a_row += not (error.lasting and len(self._ledger))
         if self._failed_in_a_row >= _PATIENCE and self._end is None:
             self._end = ChatError(
                 f"{self._failed_in_a_row} requests in a row got no answer; the last: {reason}"
@@ -243,6 +262,26 @@ class _Asker:
             if batch not in journal.collected
         ]
         await self._collect(service, journal, running, known)
+        for self._may_ask_again in (True, False):
+            self._again = False
+            await self._hand_in(service, requests, journal, running, known)
+            if self._end is not None:
+                raise self._end
+            if not self._again:
+                return
+
+    async def _hand_in(
+        self,
+        service: BatchService,
+        requests: Callable[[], Iterable[Request]],
+        journal: Journal,
+        running: list[str],
+        known: dict[str, Asked],
+    ) -> None:
+        """Ask for what is missing, and wait for it."""
+        self._on_the_way.clear()
+        self._reserved = 0.0
+        sent: set[str] = set()
         chunk: dict[str, Request] = {}
         for facts, request in self._missing(requests()):
             most = self._most(request.messages)
@@ -251,14 +290,16 @@ class _Asker:
                 break
             self._reserved += most
             chunk[facts.key] = request
+            sent.add(facts.key)
             if len(chunk) == service.size:
                 running.append(await service.submit(journal.mark, chunk))
                 chunk = {}
         if chunk:
             running.append(await service.submit(journal.mark, chunk))
         await self._collect(service, journal, running, known)
-        if self._end is not None:
-            raise self._end
+        for key in sent:
+            if key not in self._ledger and not self._again:
+                self.tally.unanswered.setdefault(key, "the batch has no line for it")
 
     async def _collect(
         self,
@@ -281,10 +322,14 @@ class _Asker:
             if running:
                 await self._pause(service.poll_seconds)
 
-    async def _take(self, key: str, reply: Reply | str, known: dict[str, Asked]) -> None:
-        if isinstance(reply, str):
-            self.tally.unanswered[key] = reply
-            self.tally.refused.add(key)
+    async def _take(self, key: str, reply: Reply | ReplyError, known: dict[str, Asked]) -> None:
+        if isinstance(reply, AskAgain) and self._may_ask_again:
+            self._again = True
+            return
+        if isinstance(reply, ReplyError):
+            self.tally.unanswered[key] = str(reply)
+            if reply.lasting:
+                self.tally.refused.add(key)
             return
         if key in self._ledger:
             return
