@@ -36,7 +36,8 @@ _IN_PATH = re.compile(
     rf"(?<=/)(?:{_KEY}|(?=\w*\d)(?=\w*[a-z])[a-z0-9]{{20,}})(?=[/?#]|$)", re.IGNORECASE
 )
 _QUERY = re.compile(
-    r"(?<=[?&])((?:[\w-]*(?:key|token|secret|password|sig|signature)|code)=)[^&#]+", re.IGNORECASE
+    r"(?<=[?&])((?:[\w-]*(?:key|token|secret|password|sig|signature)|code)=|(?<=\?)(?=[^=]*$))[^&#]+",
+    re.IGNORECASE,
 )
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 

@@ -170,7 +170,7 @@ class OpenAIBatches(BatchService):
                 pause = backoff(failures, options.backoff) if fault.pause is None else fault.pause
                 if failures > options.retries or pause > options.patience:
                     raise ChatError(
-                        f"the batch service at {self._service.clean(options.base_url)} does not "
+                        f"the batch service at {self._service.where} does not "
                         f"answer after {failures} tries: {fault}; run again later with --resume"
                     ) from None
                 await asyncio.sleep(pause)

@@ -14,7 +14,6 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from llavakit import ChatModel, Message, Reply, ReplyError
-from llavakit.recipe.redaction import shown
 from llavakit_plugins.chat_models.batches import OpenAIBatches
 from llavakit_plugins.chat_models.faults import Fault, Refused, Withheld
 from llavakit_plugins.chat_models.options import OpenAIOptions
@@ -109,12 +108,12 @@ class OpenAI(ChatModel):
                     pause = max(pause, backoff(tries, self.options.backoff))
                 if failures > self.options.retries:
                     raise ReplyError(
-                        f"{self.options.base_url} does not answer after {failures} tries: {fault}; "
+                        f"{self._service.where} does not answer after {failures} tries: {fault}; "
                         "run again later with --resume"
                     ) from None
                 if fault.busy and waited + pause > self.options.patience:
                     raise ReplyError(
-                        f"{self.options.base_url} is busy for longer than `patience` = "
+                        f"{self._service.where} is busy for longer than `patience` = "
                         f"{self.options.patience:g} s: {fault}; run again later with --resume"
                     ) from None
                 if fault.busy:
@@ -130,7 +129,7 @@ class OpenAI(ChatModel):
         _log.log(
             logging.WARNING if long else logging.INFO,
             "%s: %s; asking again in %.1f s",
-            *(shown(self.options.base_url), fault, pause),
+            *(self._service.where, fault, pause),
         )
 
     async def close(self) -> None:

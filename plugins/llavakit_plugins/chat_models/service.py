@@ -53,6 +53,8 @@ class Service:
         own = options.base_url == OWN_URL
         self.limit_field = options.limit_field or LIMIT_FIELDS[own]
         self._learned = False
+        self.where = shown(options.base_url)
+        """The address as it may be shown."""
         self._client: openai.AsyncOpenAI | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -223,8 +225,7 @@ class Service:
             return None
         if status < 400 or status in (408, 409, 425, 429) or status >= 500:
             return Fault(said)
-        where = self.clean(self.options.base_url)
-        return Refused(f"{where} refuses a request: {said}", complaint)
+        return Refused(f"{self.where} refuses a request: {said}", complaint)
 
     def learn(self, complaint: Complaint, sent: str | None = None) -> bool:
         """Take from a refusal how the service calls the longest reply; say whether to ask again.
@@ -244,13 +245,13 @@ class Service:
             return False
         if blamed == self.limit_field and not self._learned and not self.options.limit_field:
             self._learned, self.limit_field = True, other
-            _log.info("%s calls `%s` `%s`", shown(self.options.base_url), blamed, other)
+            _log.info("%s calls `%s` `%s`", self.where, blamed, other)
         return blamed != self.limit_field and blamed not in self.options.extra
 
     async def _fatal(self, status: int, complaint: Complaint) -> ChatError:
         """Return what ends the job: the key, the model or the address is wrong."""
         o = self.options
-        said, where = self.clean(complaint.said), self.clean(o.base_url)
+        said, where = self.clean(complaint.said), self.where
         if status in (401, 403) or complaint.code == "invalid_api_key":
             place = str(o.key_file) if o.key_file else f"environment variable {o.key_env}"
             place = "`keyless = true`" if o.keyless else f"the key in {place}"

@@ -38,4 +38,6 @@ def without_thinking(text: str) -> str | None:
         else:
             depth -= 1
         end = mark.end()
-    return None if depth else "".join([*kept, text[end:]])
+    if depth:
+        return None
+    return "".join([*kept, text[end:]]).lstrip() if end else text
