@@ -27,10 +27,9 @@ from llavakit.contracts.component import Use
 from llavakit.recipe.redaction import redact
 from llavakit.registry import Registry
 from llavakit.testing import ChatModelContract
+from llavakit_plugins.chat_models.faults import Fault, read_complaint
 from llavakit_plugins.chat_models.openai import OpenAI
 from llavakit_plugins.chat_models.options import OpenAIOptions
-from llavakit_plugins.chat_models.faults import Fault, read_complaint
-
 from llavakit_plugins.chat_models.pacing import Pace, backoff, retry_after
 from llavakit_plugins.chat_models.replay import Replay, ReplayOptions
 from llavakit_plugins.chat_models.service import Service as Account
