@@ -11,8 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
 
-from llavakit import Options
-from llavakit.recipe.redaction import hide, is_key, is_secret_name
+from llavakit import Options, hide, is_key, is_secret_name
 from llavakit_plugins.generation.requests.prices import Price
 
 OWN_URL = "https://api.openai.com/v1"

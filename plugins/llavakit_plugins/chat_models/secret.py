@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from llavakit import ChatError
-from llavakit.recipe.redaction import hide
+from llavakit import ChatError, hide
 
 _SHORTEST = 8  # of what can be told from an ordinary word, and so be taken out of a text
 

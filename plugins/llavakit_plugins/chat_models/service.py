@@ -13,8 +13,7 @@ from difflib import get_close_matches
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from llavakit import ChatError, Message, Reply, ReplyError
-from llavakit.recipe.redaction import shown
+from llavakit import ChatError, Message, Reply, ReplyError, shown
 from llavakit_plugins.chat_models.faults import (
     Complaint,
     Fault,

@@ -20,14 +20,14 @@ from llavakit_plugins.checkpoints.parts import (
     stated_options,
 )
 from llavakit_plugins.checkpoints.prompts import NOTE, note_template
-from llavakit_plugins.checkpoints.tokenizer_writing import write_tokenizer
-from llavakit_plugins.checkpoints.writing import (
+from llavakit_plugins.huggingface.hub import PretrainedOptions, find_file
+from llavakit_plugins.huggingface.tokenizer_writing import write_tokenizer
+from llavakit_plugins.huggingface.writing import (
     ShardSize,
     rename_tower,
     write_config,
     write_weights,
 )
-from llavakit_plugins.huggingface.hub import PretrainedOptions, find_file
 from llavakit_plugins.vision.vision_transformer import vision_state
 
 _TYPES = {

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from llavakit import shown
 from llavakit.contracts.commands import Commands
 from llavakit.contracts.errors import LlavaError, ModelError
-from llavakit.recipe.redaction import shown
 from llavakit_plugins.commands.flags import add_model, add_settings, load_model
 
 

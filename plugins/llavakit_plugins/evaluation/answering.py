@@ -18,7 +18,7 @@ from llavakit import DataError, LlavaModel, Question, Stopped, drop_torn_line, e
 from llavakit.contracts.data import ImageSource
 from llavakit.contracts.model import Sampling
 from llavakit.contracts.run import Progress
-from llavakit_plugins.evaluation.rows import listed, read_lines
+from llavakit_plugins.datasets.rows import listed, read_lines
 
 Row = dict[str, Any]
 _MORE_TOKENS = 64  # of a second step, as in the original

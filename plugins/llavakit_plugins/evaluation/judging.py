@@ -11,7 +11,7 @@ from typing import Self
 
 from llavakit import ChatError, ChatModel, Message, Run
 from llavakit.contracts.run import Progress
-from llavakit_plugins.evaluation.rows import listed
+from llavakit_plugins.datasets.rows import listed
 from llavakit_plugins.generation.requests.asking import ask_all
 from llavakit_plugins.generation.requests.ledger import Entry, Ledger, Request, asked
 from llavakit_plugins.generation.requests.thinking import without_thinking

@@ -10,9 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from llavakit import DataError, ImageContext, new_file
+from llavakit import DataError, ImageContext, new_file, open_text
 from llavakit.contracts.data import Box
-from llavakit.files import open_text
 from llavakit_plugins.datasets.json_stream import read_member
 from llavakit_plugins.generation.contexts import is_number, to_line
 

@@ -15,9 +15,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, overload
 
-from llavakit import DataError, ImageContext, new_file
+from llavakit import DataError, ImageContext, new_file, open_text
 from llavakit.contracts.data import Box, is_cut
-from llavakit.files import open_text
 
 _BEYOND = 0.01  # of 1: what rounding may do to a box at an edge
 

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from llavakit import ModelError, cast_weights
-from llavakit_plugins.checkpoints.filling import fill
-from llavakit_plugins.checkpoints.weights import Weights
-from llavakit_plugins.checkpoints.writing import write_weights
+from llavakit_plugins.huggingface.filling import fill
 from llavakit_plugins.huggingface.hub import fetch_folder
+from llavakit_plugins.huggingface.weights import Weights
+from llavakit_plugins.huggingface.writing import write_weights
 from llavakit_plugins.language.lora import base_weights
 
 if TYPE_CHECKING:

@@ -7,10 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llavakit import duration, peek_json
+from llavakit import duration, peek_json, redacted
 from llavakit.contracts.errors import RecipeError
 from llavakit.contracts.sections import Section
-from llavakit.recipe.redaction import redacted
 from llavakit_plugins.reporting.run_folder import RunFolder, StepRecord, read_run
 
 

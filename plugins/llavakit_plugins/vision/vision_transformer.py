@@ -20,8 +20,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from llavakit import ModelError, Options, VisionEncoder
-from llavakit_plugins.checkpoints.filling import fill
-from llavakit_plugins.checkpoints.weights import Weights
+from llavakit_plugins.huggingface.filling import fill
 from llavakit_plugins.huggingface.hub import (
     PretrainedOptions,
     explain_config,
@@ -32,6 +31,7 @@ from llavakit_plugins.huggingface.hub import (
     quietly,
     read_config,
 )
+from llavakit_plugins.huggingface.weights import Weights
 from llavakit_plugins.vision.preprocessing import (
     MEAN,
     RGB,

@@ -18,8 +18,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
-from llavakit import ChatError, ChatModel, LlavaError, Message, Reply, ReplyError, Stopped
-from llavakit.recipe.redaction import shown
+from llavakit import ChatError, ChatModel, LlavaError, Message, Reply, ReplyError, Stopped, shown
 from llavakit_plugins.generation.requests.batches import AskAgain, BatchService
 from llavakit_plugins.generation.requests.journal import Journal
 from llavakit_plugins.generation.requests.ledger import Asked, Entry, Ledger, Request, asked

@@ -16,7 +16,7 @@ from pydantic import AfterValidator
 
 from llavakit import DataError, inside
 from llavakit.contracts.data import IMAGE
-from llavakit_plugins.evaluation.rows import Row, listed, read_json, text_of
+from llavakit_plugins.datasets.rows import Row, listed, read_json, text_of
 
 LETTERS = "ABCDE"
 COLUMNS = ("NAT", "SOC", "LAN", "TXT", "IMG", "NO", "G1-6", "G7-12", "Avg")
