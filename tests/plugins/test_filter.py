@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from llavakit import Step
+from llavakit import DataError, Step
 from llavakit.cli import main
 from llavakit.testing import StepContract
 from llavakit_plugins.generation.curation.captions import read_captions
@@ -109,6 +109,37 @@ def test_the_rules_hold_exactly_on_real_captions(tmp_path: Path) -> None:
     report = (tmp_path / "run" / "report.html").read_text()
     assert "built-in light chunker" in report
     assert "Noun phrases before and after" in report
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        '{"caption": "a red bus", "id": "1"}\n',
+        '\n{"caption": "a red bus", "id": "1"}\n',
+        "a red bus\thttp://x\n",
+        '[{"id": "1", "conversations": [{"from": "gpt", "value": "a red bus"}]}]',
+    ],
+)
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_a_mark_in_front_is_no_part_of_a_caption(tmp_path: Path, content: str, mark: str) -> None:
+    (tmp_path / "captions").write_text(mark + content, encoding="utf-8")
+    assert [row.caption for row in read_captions(tmp_path / "captions")] == ["a red bus"]
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ('{"caption": "half \\ud83d"}\n', "captions:1: the caption has half a character"),
+        ('[{"conversations": [{"from": "gpt", "value": 5}]}]', "sample 1 has no answer"),
+        ('[{"conversations": [{"from": "gpt", "value": "\\ud83d"}]}]', "has half a character"),
+        ("[" * 100_000, "nested too deeply"),
+        ("[1]", "is not a list of objects"),
+    ],
+)
+def test_captions_that_cannot_be_are_named(tmp_path: Path, content: str, sentence: str) -> None:
+    (tmp_path / "captions").write_text(content)
+    with pytest.raises(DataError, match=sentence):
+        list(read_captions(tmp_path / "captions"))
 
 
 @needs_shared
