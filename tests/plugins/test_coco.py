@@ -52,7 +52,8 @@ def test_one_file_gives_captions_and_boxes_with_or_without_a_mark(
 def test_an_image_is_named_by_its_own_id_whatever_its_file_is_called(tmp_path: Path) -> None:
     names = {
         1: "cat_1.jpg", 2: "dog_1.jpg", 3: "a/img.jpg", 4: "b/img.jpg", 5: "5.jpg",
-        6: "00000007.jpg", 42: "COCO_val2014_000000000042.jpg", 43: "000000000043.jpg", 0: "x_.jpg", 8: "x_²8.jpg",
+        6: "00000007.jpg", 42: "COCO_val2014_000000000042.jpg", 43: "000000000043.jpg",
+        0: "x_.jpg", 8: "x_²8.jpg",
     }  # fmt: skip
     content = table()
     content["images"] = [
