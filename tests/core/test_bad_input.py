@@ -227,6 +227,22 @@ def test_an_image_that_breaks_during_training_names_its_sample(
     assert "worker process" not in text
 
 
+def test_an_image_of_a_question_that_is_no_file_says_what_it_is(
+    write_recipe: RecipeWriter, refused: Refused, tmp_path: Path, llava_run: Command
+) -> None:
+    done = llava_run(write_recipe(), "--out", tmp_path / "run", "--set", "steps.2.skip=true")
+    assert done.code == 0
+    os.mkfifo(tmp_path / "pipe")
+    for image, sentence in (
+        ("https://a.org/cat.png", "of the prompt does not exist; it is an address, and images are"),
+        (tmp_path, "of the prompt is a folder; name an image file"),
+        (tmp_path / "pipe", "of the prompt is a device or a pipe; name an image file"),
+        (tmp_path / "none.png", "of the prompt does not exist; check"),
+    ):
+        asked = refused("chat", tmp_path / "run" / "model", "--image", image, "--prompt", "what ?")
+        assert sentence in asked
+
+
 # -- training --------------------------------------------------------------------------------------
 
 

@@ -21,7 +21,8 @@ from llavakit_plugins.datasets.json_stream import Row
 from llavakit_plugins.datasets.streaming import StoredRows, count_rows, read_rows
 
 _ROLES = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt"}
-_OF_ROWS, _OF_TURNS = ("id", "image", "images", "conversations"), ("from", "value")
+_OF_ROWS = frozenset(("id", "image", "images", "conversations"))
+_OF_TURNS = frozenset(("from", "value"))
 _OF_IMAGES = re.compile(r"(image|img|picture|photo)s?(_?(path|file|url)s?)?", re.IGNORECASE)
 _OF_OTHERS = re.compile(r"(video|audio|sound|speech|frame)s?(_?(path|file|url)s?)?", re.IGNORECASE)
 _OF_MEDIA = re.compile(
@@ -245,7 +246,7 @@ def _refuse_media(row: Mapping[str, Any], where: str) -> None:
         others, images = _OF_OTHERS.fullmatch(key), _OF_IMAGES.fullmatch(key)
         if table[key] and (others or (images and not (row.get("image") or row.get("images")))):
             raise DataError(
-                f"{where}: `{key}` is not read: only images under `image` are; put them there, or "
+                f"{where}: `{key:.80}` is not read: only images under `image` are; put them there, or "
                 "remove the sample"
             )
 
@@ -259,13 +260,14 @@ def _unread(row: Mapping[str, Any], where: str) -> list[Finding]:
     ]
 
 
-def _other_keys(row: Mapping[str, Any]) -> Iterator[tuple[Mapping[str, Any], str]]:
-    """Yield the keys of a row and its turns that no reader knows, each with its table."""
-    yield from ((row, key) for key in row if key not in _OF_ROWS)
+def _other_keys(row: Mapping[str, Any]) -> list[tuple[Mapping[str, Any], str]]:
+    """Return the keys of a row and its turns that no reader knows, each with its table."""
+    tables = [(row, row.keys() - _OF_ROWS)]
     turns = row.get("conversations")
     for turn in turns if isinstance(turns, list) else ():
-        if isinstance(turn, dict):
-            yield from ((turn, key) for key in turn if key not in _OF_TURNS)
+        if isinstance(turn, dict) and (others := turn.keys() - _OF_TURNS):
+            tables.append((turn, others))
+    return [(table, key) for table, others in tables for key in table if key in others]
 
 
 def _turns(row: Mapping[str, Any], where: str) -> tuple[Turn, ...]:
