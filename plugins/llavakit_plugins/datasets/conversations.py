@@ -246,8 +246,8 @@ def _refuse_media(row: Mapping[str, Any], where: str) -> None:
         others, images = _OF_OTHERS.fullmatch(key), _OF_IMAGES.fullmatch(key)
         if table[key] and (others or (images and not (row.get("image") or row.get("images")))):
             raise DataError(
-                f"{where}: `{key:.80}` is not read: only images under `image` are; put them there, or "
-                "remove the sample"
+                f"{where}: `{key:.80}` is not read: only images under `image` are; put them there, "
+                "or remove the sample"
             )
 
 
