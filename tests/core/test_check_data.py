@@ -323,10 +323,13 @@ def test_a_list_of_images_may_be_called_images(check: Check, folder: Path) -> No
 def test_other_keys_about_media_are_reported_and_hinder_nothing(check: Check) -> None:
     known = {"image_width": 640, "model": "gpt-4", "video": None, "audio": ""}
     more = {"image_source": "coco", "video_id": "v_12"}
-    code, report, _ = check([{**GOOD[0], **known}, {**GOOD[1], **more}])
+    lost = row("lost", "<video>\nwhat ?", "red .")
+    html = row("html", "what does the tag <video> do ?", "it shows one .")
+    code, report, _ = check([{**GOOD[0], **known}, {**GOOD[1], **more}, lost, html])
     assert code == 0
     (finding,) = report["findings"]
-    assert (finding["sort"], finding["count"], finding["stops"]) == ("media keys", 2, False)
+    assert (finding["sort"], finding["count"], finding["stops"]) == ("media keys", 3, False)
+    assert "`<video>` or `<audio>` is a word" in finding["messages"][2]
     assert "`image_source` is not read" in finding["messages"][0]
 
 

@@ -28,6 +28,7 @@ _OF_OTHERS = re.compile(r"(video|audio|sound|speech|frame)s?(_?(path|file|url)s?
 _OF_MEDIA = re.compile(
     r"image|img|picture|photo|video|audio|sound|speech|frame|media|pixel", re.IGNORECASE
 )
+_PLACEHOLDER = re.compile(r"^\s*<(?:video|audio)>|<(?:video|audio)>\s*$")
 _LOOKED_AT = 4096  # rows that a plan reads to learn how long they are
 _NAMED = 3
 _LONGEST_NAME = 200  # characters of an id that messages show
@@ -252,12 +253,18 @@ def _refuse_media(row: Mapping[str, Any], where: str) -> None:
 
 
 def _unread(row: Mapping[str, Any], where: str) -> list[Finding]:
-    """Return what should be known of keys that seem to name media, and hinder nothing."""
-    return [
-        Finding("media keys", f"{where}: `{key:.80}` is not read", stops=False)
+    """Return what should be known of what seems to name media, and hinders nothing."""
+    found = [
+        f"`{key:.80}` is not read"
         for table, key in _other_keys(row)
         if _OF_MEDIA.search(key) and table[key] and isinstance(table[key], str | list | dict)
     ]
+    turns = row.get("conversations")
+    listed = turns if isinstance(turns, list) else []
+    values = [turn.get("value") for turn in listed if isinstance(turn, dict)]
+    if any(isinstance(value, str) and _PLACEHOLDER.search(value) for value in values):
+        found.append("`<video>` or `<audio>` is a word like others: there is nothing to see there")
+    return [Finding("media keys", f"{where}: {text}", stops=False) for text in found]
 
 
 def _other_keys(row: Mapping[str, Any]) -> list[tuple[Mapping[str, Any], str]]:
