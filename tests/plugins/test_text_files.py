@@ -43,7 +43,7 @@ def test_what_cannot_be_read_is_a_sentence(tmp_path: Path) -> None:
     for place in (tmp_path, tmp_path / "pipe", Path("/dev/zero")):
         with pytest.raises(DataError, match=f"cannot read {place}: it is no regular file"):
             open_text(place)
-    with pytest.raises(DataError, match="cannot read .*none: No such file"):
+    with pytest.raises(DataError, match=r"cannot read .*none: No such file"):
         read_text(tmp_path / "none")
     (tmp_path / "file").write_text("é", encoding="utf-16")
     with pytest.raises(DataError, match=r"is not UTF-8 text \(byte 0\); convert it"):
