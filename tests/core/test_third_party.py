@@ -75,7 +75,7 @@ def test_its_own_tests_pass(installed: dict[str, str], tmp_path: Path) -> None:
     assert "11 passed" in done.stdout
 
 
-# -- commands and reports ---------------------------------------------------------------------------
+# -- commands and reports -------------------------------------------------------------------------
 
 
 def run(installed: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
