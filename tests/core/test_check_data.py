@@ -15,13 +15,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 from PIL import Image
+from tests import published
 from tests.core.conftest import Command
 
 from llavakit import DataError, Dataset, Options, Registry, Sample, Turn, Use
 from llavakit.testing import byte_tokenizer
 from llavakit_plugins.datasets.inspection import Lengths, inspect_data
 
-LLAMA = Path(__file__).parents[3] / "shared" / "data" / "tokenizer" / "llama2.model"
+LLAMA = published.llama()
 
 
 def row(identity: object, *turns: str, image: object = None, roles: str = "") -> dict[str, Any]:
@@ -492,7 +493,6 @@ def test_tokens_are_those_of_the_template_and_tokenizer(tmp_path: Path, check: C
     assert "prompt template" in {sort["sort"] for sort in report["findings"]}
 
 
-@pytest.mark.skipif(not LLAMA.is_file(), reason="the real tokenizer is not beside the checkout")
 def test_a_bare_sentencepiece_model_is_a_tokenizer(check: Check) -> None:
     from sentencepiece import SentencePieceProcessor
 

@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings, strategies as st
 from pydantic import ValidationError
+from tests import published
 from tests.plugins.chat_server import KEY, Handler, Service, completion, serve
 
 from llavakit import ChatError, ChatModel, Message, Reply, ReplyError
@@ -37,7 +38,7 @@ from llavakit_plugins.generation.requests.ledger import Ledger
 from llavakit_plugins.generation.requests.prices import Price, price_list
 from llavakit_plugins.generation.requests.tokens import counter_for, estimate
 
-SHARED = Path(__file__).parents[3] / "shared" / "data"
+SHARED = published.folder()
 ASK = (Message("system", "Be brief."), Message("user", "Is it red?"))
 
 
@@ -786,11 +787,11 @@ def test_without_a_vocabulary_nothing_is_downloaded(
     counter_for.cache_clear()
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="the shared data are not beside the checkout")
+@published.needs("tokenizer", "coco80", "llava_bench_coco")
 def test_the_estimate_errs_as_little_as_it_says() -> None:
     from sentencepiece import SentencePieceProcessor
 
-    llama = SentencePieceProcessor(model_file=str(SHARED / "tokenizer" / "llama2.model"))
+    llama = SentencePieceProcessor(model_file=str(published.llama()))
     rows = rows_of(SHARED / "coco80" / "caps_boxes.jsonl")
     contexts = [
         "\n".join(

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tests import published
 
 from llavakit import DataError, Step
 from llavakit.cli import main
@@ -28,11 +29,8 @@ from llavakit_plugins.generation.curation.phrases import (
 )
 from llavakit_plugins.steps.filter import Filter, FilterOptions
 
-SHARED = Path(__file__).parents[3] / "shared" / "data"
+SHARED = published.folder()
 REAL = SHARED / "captions" / "scienceqa_captions.jsonl"
-needs_shared = pytest.mark.skipif(
-    not SHARED.is_dir(), reason="the shared data are not beside the checkout"
-)
 
 RECIPE = """\
 name = "filtered"
@@ -71,7 +69,6 @@ class TestFilter(StepContract):
         return Filter(FilterOptions(captions=self.file, workers=1))
 
 
-@needs_shared
 def test_the_rules_hold_exactly_on_real_captions(tmp_path: Path) -> None:
     minimum, most, seed = 3, 100, 5
     step = run(tmp_path, REAL, 'chunker = "light"', seed=seed)
@@ -142,7 +139,6 @@ def test_captions_that_cannot_be_are_named(tmp_path: Path, content: str, sentenc
         list(read_captions(tmp_path / "captions"))
 
 
-@needs_shared
 def test_a_seed_changes_the_draw_and_nothing_else_does(tmp_path: Path) -> None:
     folders = [tmp_path / name for name in "abc"]
     for folder in folders:

@@ -22,6 +22,7 @@ from typing import Any
 
 import pytest
 import tomli_w
+from tests import published
 from tests.core.processes import finish, start
 from tests.plugins.chat_server import KEY, Handler, Service, lesson, serve, teach, user_text
 
@@ -33,7 +34,7 @@ from llavakit_plugins.generation.coco import convert_coco, is_coco
 from llavakit_plugins.generation.contexts import Contexts
 from llavakit_plugins.generation.requests.ledger import Ledger, hash_messages
 
-SHARED = Path(__file__).parents[3] / "shared" / "data"
+SHARED = published.folder()
 KINDS = ("conversation", "detail", "reasoning")
 
 RECIPE = """\
@@ -714,7 +715,6 @@ def coco(folder: Path, rows: list[dict[str, Any]]) -> tuple[Path, Path]:
     return captions, instances
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="the shared data are not beside the checkout")
 def test_cocos_files_give_the_contexts_that_llava_bench_has(tmp_path: Path) -> None:
     path = SHARED / "coco80" / "caps_boxes.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()]
@@ -743,7 +743,6 @@ def test_images_of_coco_that_nobody_described_are_counted(
     assert f"2 images of {path} have no captions" in caplog.text
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="the shared data are not beside the checkout")
 def test_any_teacher_can_be_told_of_cocos_files(tmp_path: Path) -> None:
     rows = rows_of(SHARED / "coco80" / "caps_boxes.jsonl")
     captions, instances = coco(tmp_path, [row for row in rows if row["instances"]][:7])

@@ -10,13 +10,14 @@ import numpy.typing as npt
 import pytest
 import torch
 from PIL import Image
+from tests import published
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from llavakit.model.images import open_image
 from llavakit_plugins.vision.preprocessing import MEAN, RGB, STD, Square, pad_to_square, to_square
 
-PHOTOS = sorted((Path(__file__).parents[3] / "shared" / "data" / "images").glob("*.jpg"))
+PHOTOS = sorted((published.folder() / "images").glob("*.jpg"))
 SIZES = [(1, 1), (7, 5), (224, 224), (33, 31), (500, 31), (31, 500), (223, 225), (640, 480)]
 HALF: RGB = (0.5, 0.5, 0.5)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests import published
 from tests.plugins.chat_server import KEY, Service, serve, teach
 
 from llavakit import ChatModel, DataError, Generator, ImageContext, Message, Reply
@@ -24,10 +25,7 @@ from llavakit_plugins.generation.requests.ledger import Ledger, Request, asked
 from llavakit_plugins.generators.prompted import Prompted, PromptedOptions
 from llavakit_plugins.generators.prompts import load_prompt
 
-SHARED = Path(__file__).parents[3] / "shared" / "data"
-needs_shared = pytest.mark.skipif(
-    not SHARED.is_dir(), reason="the shared data are not beside the checkout"
-)
+SHARED = published.folder()
 CONTEXT = ImageContext(
     "000000033471",
     "000000033471.jpg",
@@ -76,7 +74,6 @@ def test_the_context_is_rendered_as_the_paper_does() -> None:
     )
 
 
-@needs_shared
 def test_real_contexts_are_rendered_as_their_file_has_them() -> None:
     path = SHARED / "coco80" / "caps_boxes.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()]
@@ -408,7 +405,6 @@ def test_a_judges_thinking_is_no_part_of_its_review(tmp_path: Path) -> None:
     assert [read_scores(text or "") for text in found.texts] == [(8, 9)] * 3 + [None] * 2
 
 
-@needs_shared
 def test_published_answers_of_gpt4_are_nearly_all_accepted() -> None:
     """LLaVA-Bench's references: GPT-4 told captions and boxes of the same images."""
     rows = SHARED / "coco80" / "caps_boxes.jsonl"

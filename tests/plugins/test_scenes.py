@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 from tests.core.processes import small_disk
+from tests import published
 
 from llavakit import DataError, ImageContext
 from llavakit.cli import main
@@ -18,7 +19,7 @@ from llavakit_plugins.generation.contexts import read_contexts, write_contexts
 from llavakit_plugins.generation.scenes import CANVASES, COLOURS, FAMILY, SIDE, WORDS, compose
 from llavakit_plugins.generators.offline import Offline, OfflineOptions, place_of, understand
 
-SHARED = Path(__file__).parents[3] / "shared" / "data"
+SHARED = published.folder()
 
 
 def test_no_glyph_of_one_split_is_drawn_in_the_other() -> None:
@@ -205,7 +206,6 @@ def test_a_place_is_the_nearest_edge() -> None:
     assert place_of(Box("cat", (0.4, 0.6, 0.7, 1.0))) == "bottom"
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="the shared data are not beside the checkout")
 def test_the_teacher_speaks_of_real_images_too() -> None:
     teacher = Offline(OfflineOptions())
     contexts = list(read_contexts(SHARED / "coco80" / "caps_boxes.jsonl"))
