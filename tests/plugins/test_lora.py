@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Callable, Mapping
 from importlib.util import find_spec
@@ -226,7 +227,7 @@ def a_cpu_that_packs(monkeypatch: pytest.MonkeyPatch) -> bool:
 
     Where it is not, packed weights compute zeros: the packing itself runs on any CPU.
     """
-    from bitsandbytes import functional
+    functional: Any = importlib.import_module("bitsandbytes.functional")
 
     def zeros(values: Tensor, weight: Tensor, out: None, state: Any) -> Tensor:
         return values.new_zeros(*values.shape[:-1], state.shape[0])

@@ -62,7 +62,7 @@ def unpack(model: Any) -> None:
 
 
 def _layers(model: Any) -> Iterator[tuple[str, Any]]:
-    from bitsandbytes.nn import Linear4bit
+    from bitsandbytes.nn.modules import Linear4bit
 
     for name, module in model.named_modules():
         if isinstance(module, Linear4bit):
