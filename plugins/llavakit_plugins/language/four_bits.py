@@ -25,13 +25,14 @@ _log = logging.getLogger("llavakit")
 
 
 def prepare(model: Any, source: object, dtype: torch.dtype) -> None:
-    """Make each layer of 4 bits compute right on this CPU; does nothing to layers elsewhere.
+    """Make each layer of 4 bits compute right on this CPU, where it is one that lies there.
 
     Raises ModelError, which begins with `source`, for a width that it cannot compute.
     """
     slow = []
     for name, layer in _layers(model):
         if layer.weight.device.type != "cpu":
+            setattr(layer, _PACKS, False)  # should it come here later
             continue
         block = layer.weight.quant_state.blocksize
         if layer.in_features % block:  # bitsandbytes reads blocks that cross rows wrongly
