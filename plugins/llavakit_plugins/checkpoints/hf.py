@@ -22,6 +22,7 @@ from torch import Tensor
 from llavakit import Exporter, LlavaModel, ModelError, Options, Registry, new_folder
 from llavakit_plugins.checkpoints.hf_reader import HfReader
 from llavakit_plugins.checkpoints.hf_source import is_hf, read_hf
+from llavakit_plugins.checkpoints.language_names import embedding_name
 from llavakit_plugins.checkpoints.parity import prove
 from llavakit_plugins.checkpoints.parts import (
     Layer,
@@ -103,10 +104,11 @@ class Hf(Exporter):
         vision = _vision(model, options)
         layers, activation = self._projector(model)
         text, state = language_state(model.language, self.name)
+        text_model: Any = model.language
         tokenizer, image_token, rows = with_image_token(
             model.language.tokenizer, model.language.head.out_features
         )
-        state = with_rows(state, ("model.embed_tokens.weight", "lm_head.weight"), rows)
+        state = with_rows(state, (embedding_name(text_model.model), "lm_head.weight"), rows)
         tensors = {f"language_model.{name}": value for name, value in state.items()}
         for name, value in tower_state(vision.model).items():
             tensors[f"vision_tower.{name}"] = value

@@ -80,7 +80,9 @@ def read_hf(
         select=_select(config, vision_table, folder),
         pixels=_pixels(folder, vision_table),
     )
-    language_use, language = make_language(text_table, states["language"], registry, folder)
+    language_use, language = make_language(
+        text_table, states["language"], registry, folder, plain_logits=True
+    )
     tokenizer = read_tokenizer(folder, str(text_table["model_type"]))
     set_tokenizer(language, tokenizer, folder)
     return Parts(

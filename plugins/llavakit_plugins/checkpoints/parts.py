@@ -5,6 +5,7 @@ Tensors are taken as they are, never copied: a mapped file stays a mapped file.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from llavakit import (
     VisionEncoder,
     join_model,
 )
+from llavakit_plugins.checkpoints.language_names import family_names, layout_names, scaled_logits
 from llavakit_plugins.checkpoints.pixels import Pixels
 from llavakit_plugins.checkpoints.prompts import TemplateUse
 from llavakit_plugins.huggingface.filling import fill, needed
@@ -37,6 +39,7 @@ from llavakit_plugins.vision.vision_transformer import TransformersEncoder
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_log = logging.getLogger("llavakit")
 _DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 _MALFORMED = (
     StrictDataclassError,
@@ -132,6 +135,12 @@ def make_vision(
         for component in registry.all(VisionEncoder).values()
         if issubclass(component, TransformersEncoder)
     }
+    if kind not in found and kind.startswith("siglip2"):
+        raise ModelError(
+            f"{where}: the vision tower is a SigLIP 2 of the kind NaFlex, which reads images in "
+            "their own proportions, and LLaVA hands it squares; take one of a fixed size, such as "
+            "google/siglip2-base-patch16-224"
+        )
     if kind not in found:
         raise ModelError(
             f"{where}: no installed vision encoder reads a vision tower of type `{kind}`; known: "
@@ -166,10 +175,12 @@ def make_language(
     where: object,
     *,
     max_length: int | None = None,
+    plain_logits: bool = False,
 ) -> tuple[Use[LanguageModel], LanguageModel]:
     """Return the installed language model for a configuration, with these tensors, no tokenizer.
 
-    Whether the head is the embedding follows from the tensors where they contradict `table`.
+    With `plain_logits` a family's factor or cap on its logits is left out. Whether the head is the
+    embedding follows from the tensors where they contradict `table`.
     Raises ModelError, which begins with `where`, for what does not fit.
     """
     from transformers import CONFIG_MAPPING
@@ -188,10 +199,18 @@ def make_language(
         config.tie_word_embeddings = head.shape == embedding.shape and torch.equal(head, embedding)
     dtype = _precision(state, "language model", where)
     with _sensible("language model", where):
+        state = family_names(state, network, config)
         model = fill(network, config, state, where, dtype=dtype)
     options: dict[str, Any] = {"config": config_table(config), "dtype": _DTYPES[model.dtype]}
     if max_length is not None:
         options["max_length"] = max_length
+    if plain_logits and (scaled := scaled_logits(config)) is not None:
+        options["plain_logits"] = True
+        _log.warning(
+            "note: %s: transformers' LLaVA leaves out `%s` of a language model of type `%s`, so "
+            "it is left out here; set `plain_logits = false` in the imported model.toml for the "
+            "family's own logits", where, scaled, kind,
+        )  # fmt: skip
     language: LanguageModel = component(component.Options(**options), model)
     return Use[LanguageModel].model_validate({"use": component.name, **options}), language
 
@@ -348,20 +367,17 @@ def language_state(language: LanguageModel, layout: str) -> tuple[Any, dict[str,
             f"the layout `{layout}`; {remedy}"
         )
     config = model.config
-    state = model.state_dict()
-    if config.tie_word_embeddings:
-        state.pop("lm_head.weight", None)
+    state = layout_names(model)
     strange = [n for n in state if not n.startswith("model.") and n != "lm_head.weight"]
-    scaled = [n for n in _LOGITS if getattr(config, n, None) not in (None, 1.0)]
+    scaled = scaled_logits(config)
+    if scaled is not None and getattr(getattr(language, "options", None), "plain_logits", False):
+        scaled = None
     if strange or scaled:
         raise ModelError(
-            f"a language model of type `{config.model_type}` has {(strange or scaled)[0]}, for "
+            f"a language model of type `{config.model_type}` has {(strange or [scaled])[0]}, for "
             f"which the layout `{layout}` has no place; {remedy}"
         )
     return config, state
-
-
-_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 
 
 def stated_options(model: LlavaModel, part: str, registry: Registry) -> Any:
