@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import shutil
@@ -27,6 +28,7 @@ from llavakit import Exporter, LlavaError, LlavaModel, ModelError, Registry
 from llavakit.model.folder import load_model, save_model
 from llavakit.testing import ExporterContract
 from llavakit_plugins.checkpoints.hf import Hf, HfOptions
+from llavakit_plugins.checkpoints.parity import picture
 
 KINDS = [("clip", "llama"), ("siglip", "qwen2")]
 
@@ -204,13 +206,22 @@ CONNECTOR = 'connector = { use = "mlp" }'
 def test_transformers_reads_what_we_write(
     native: Callable[..., LlavaModel], tmp_path: Path, change: list[tuple[str, str]]
 ) -> None:
-    from transformers import LlavaForConditionalGeneration
+    from transformers import AutoProcessor, LlavaForConditionalGeneration
 
     ours = native(*change)
     figures = Hf().export(ours, tmp_path / "out")
     assert figures["largest_logit_difference"] < 1e-5
     assert figures["processor_ids_equal"] is True
     assert figures["processor_pixel_difference"] < 1e-6
+    if importlib.util.find_spec("torchvision"):
+        image = picture()
+        default = AutoProcessor.from_pretrained(tmp_path / "out", backend="torchvision")
+        found = default.image_processor(image, return_tensors="pt")["pixel_values"]
+        away = (found - ours.prepare([image])).abs().max().item()
+        assert figures["torchvision_pixel_difference"] == away
+        assert away < 1 / 255 / 0.26 + 1e-4  # one level of 255, as normalised
+    else:
+        assert figures["torchvision_pixel_difference"] is None
     kind: Any = LlavaForConditionalGeneration
     theirs, report = kind.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(report.values())
