@@ -80,8 +80,12 @@ def new_folder(path: Path) -> Iterator[Path]:
         partial.mkdir(parents=True)
         try:
             yield partial
+            usual = partial.stat().st_mode & 0o666
             for file in sorted(partial.rglob("*")):
                 if file.is_file():
+                    if not file.is_symlink() and file.stat().st_nlink == 1:
+                        with suppress(OSError):  # safetensors makes files for their owner alone
+                            file.chmod(usual)
                     sync(file)
             if path.exists():
                 path.rename(old)
