@@ -101,6 +101,7 @@ def read_original(
         folder if pieces.base is None else pieces.base,
         max_length=_max_length(config, text_table),
     )
+    betrayed = _betrayed(config, tokenizer)
     set_tokenizer(language, tokenizer, folder)
     if (folder / ADAPTER).is_file():
         merge_adapter(language, folder)
@@ -114,9 +115,7 @@ def read_original(
         select=tower.select,
         pixels=tower.pixels,
     )
-    chosen = choose_template(
-        template, config, tokenizer, registry, folder, _betrayed(config, tokenizer)
-    )
+    chosen = choose_template(template, config, tokenizer, registry, folder, betrayed)
     options = registry.get(PromptTemplate, chosen.use).Options.model_fields
     if config.get("mm_use_im_start_end") and "image" in options:
         around = f"{TOKENS[0]}<image>{TOKENS[1]}"

@@ -31,6 +31,7 @@ from llavakit import (
 from llavakit_plugins.checkpoints.language_names import family_names, layout_names, scaled_logits
 from llavakit_plugins.checkpoints.pixels import Pixels
 from llavakit_plugins.checkpoints.prompts import TemplateUse
+from llavakit_plugins.checkpoints.vocabulary import fit_tokenizer
 from llavakit_plugins.huggingface.filling import fill, needed
 from llavakit_plugins.huggingface.hub import UnfitConfig
 from llavakit_plugins.huggingface.weights import peek_json
@@ -218,13 +219,9 @@ def make_language(
 def set_tokenizer(language: LanguageModel, tokenizer: PreTrainedTokenizerBase, where: Path) -> None:
     """Give a language model its tokenizer, and the end tokens of generation_config.json.
 
-    Raises ModelError where the tokenizer knows more tokens than the model.
+    Raises ModelError where the tokenizer writes more tokens than the model has rows for.
     """
-    if len(tokenizer) > language.head.out_features:
-        raise ModelError(
-            f"{where}: the tokenizer has {len(tokenizer)} tokens, the language model "
-            f"{language.head.out_features}; take the tokenizer that belongs to these weights"
-        )
+    fit_tokenizer(tokenizer, language.head.out_features, where)
     language.tokenizer = tokenizer
     ends = peek_json(where / "generation_config.json").get("eos_token_id")
     numbers = ends if isinstance(ends, list) else [ends]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from llavakit import LanguageModel, ModelError, cast_weights
 from llavakit.contracts.packing import Packing
+from llavakit_plugins.checkpoints.vocabulary import fit_tokenizer
 from llavakit_plugins.huggingface.hub import (
     explain_config,
     fetch_config,
@@ -95,11 +96,7 @@ class PretrainedLanguage(LanguageModel):
         language = cls(options, read_weights(network, config, own))
         language.tokenizer = load_tokenizer(source, revision, options.legacy)
         rows = language.model.get_input_embeddings().num_embeddings
-        if len(language.tokenizer) > rows:
-            raise ModelError(
-                f"the tokenizer of {source} has {len(language.tokenizer)} tokens, its language "
-                f"model embeds {rows}; take the tokenizer that belongs to these weights"
-            )
+        fit_tokenizer(language.tokenizer, rows, source)
         return language
 
     def save(self, folder: Path) -> None:
