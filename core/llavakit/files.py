@@ -12,7 +12,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
-from llavakit.contracts.errors import DataError, LlavaError, RecipeError
+from llavakit.contracts.errors import DataError, LlavaError, ModelError, RecipeError
 
 
 def open_text(path: Path) -> BinaryIO:
@@ -179,6 +179,13 @@ def differs(path: Path, known: str) -> bool:
     """Say whether a file is not the one of that hash; one too large to be hashed is believed."""
     found = fingerprint(path)
     return isinstance(found, str) and found != known
+
+
+def inside(folder: Path, name: str) -> Path:
+    """Return a folder's file by its name in a list. Raises ModelError for one that is elsewhere."""
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise ModelError(f"{folder} lists {name!r:.200}, which is outside of it; refused")
+    return folder / name
 
 
 def digest(path: Path) -> str:

@@ -28,13 +28,13 @@ from llavakit import (
     VisionEncoder,
     join_model,
 )
+from llavakit_plugins.checkpoints.json_files import check_shape, end_tokens
 from llavakit_plugins.checkpoints.language_names import family_names, layout_names, scaled_logits
 from llavakit_plugins.checkpoints.pixels import Pixels
 from llavakit_plugins.checkpoints.prompts import TemplateUse
 from llavakit_plugins.checkpoints.vocabulary import fit_tokenizer
 from llavakit_plugins.huggingface.filling import fill, needed
 from llavakit_plugins.huggingface.hub import UnfitConfig
-from llavakit_plugins.huggingface.weights import peek_json
 from llavakit_plugins.vision.vision_transformer import TransformersEncoder
 
 if TYPE_CHECKING:
@@ -45,8 +45,10 @@ _DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "
 _MALFORMED = (
     StrictDataclassError,
     ArithmeticError,
+    AssertionError,
     AttributeError,
     LookupError,
+    RuntimeError,
     TypeError,
     ValueError,
 )  # what transformers raises for configurations that make no sense
@@ -150,7 +152,7 @@ def make_vision(
     component = found[kind]
     network: Any = component.architecture()
     with _sensible("vision tower", where):
-        config = _config_class(component)(**{k: v for k, v in table.items() if k != "model_type"})
+        config = _config_class(component)(**_own(table, "model_type"))
     dtype = _precision(state, "vision tower", where)
     with _sensible("vision tower", where):
         model = fill(network, config, state, where, dtype=dtype)
@@ -194,7 +196,7 @@ def make_language(
         )
     component: Any = registry.get(LanguageModel, "vicuna" if kind == "llama" else "causal-lm")
     with _sensible("language model", where):
-        network, config = component.configure(dict(table))
+        network, config = component.configure(_own(table))
     head, embedding = state.get("lm_head.weight"), state.get("model.embed_tokens.weight")
     if config.tie_word_embeddings and head is not None and embedding is not None:
         config.tie_word_embeddings = head.shape == embedding.shape and torch.equal(head, embedding)
@@ -223,9 +225,8 @@ def set_tokenizer(language: LanguageModel, tokenizer: PreTrainedTokenizerBase, w
     """
     fit_tokenizer(tokenizer, language.head.out_features, where)
     language.tokenizer = tokenizer
-    ends = peek_json(where / "generation_config.json").get("eos_token_id")
-    numbers = ends if isinstance(ends, list) else [ends]
-    if ends and all(isinstance(number, int) for number in numbers):
+    ends = end_tokens(where / "generation_config.json")
+    if ends is not None:
         network: Any = language
         network.model.generation_config.eos_token_id = ends
 
@@ -238,6 +239,11 @@ def config_table(config: Any) -> dict[str, Any]:
 _PROVENANCE = ("transformers_version", "architectures", "dtype", "_name_or_path")
 
 
+def _own(table: Mapping[str, Any], *others: str) -> dict[str, Any]:
+    """Return a configuration without the precision, which the tensors say, and the `others`."""
+    return {k: v for k, v in table.items() if k not in ("dtype", "torch_dtype", *others)}
+
+
 def _type_of(table: Mapping[str, Any], what: str, where: object) -> str:
     if table.get("quantization_config"):
         raise ModelError(
@@ -245,6 +251,7 @@ def _type_of(table: Mapping[str, Any], what: str, where: object) -> str:
             "4 bits when it is used"
         )
     kind = table.get("model_type")
+    check_shape(table, f"{where}: config.json of the {what}")
     if not isinstance(kind, str):
         raise ModelError(f"{where}: config.json gives the {what} no `model_type`; add it")
     return kind
