@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from sklearn.datasets import load_digits
-from tests.core.processes import small_disk
 from tests import published
+from tests.core.processes import small_disk
 
 from llavakit import DataError, ImageContext
 from llavakit.cli import main

@@ -150,9 +150,12 @@ class Step(Component):
     says who they are, and only who leads writes to `run.directory`."""
 
     @classmethod
-    def leaves_model(cls, options: Any) -> bool:
-        """Say whether it leaves a model folder `model` in its own, which later steps start from."""
-        return False
+    def leaves(cls, options: Any) -> Mapping[str, bool] | None:
+        """Return the model folders that it leaves in its own, and which can be trained on.
+
+        Later steps start from `model`, where it is one of them. None: not known before it runs.
+        """
+        return None if cls.needs_model else {}
 
     @abstractmethod
     def run(self, run: Run) -> Outcome:

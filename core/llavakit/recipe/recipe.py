@@ -265,7 +265,8 @@ def missing_model(steps: Sequence[StepUse], registry: Registry) -> Iterator[Prob
         if step.needs_model and not left and use.options.get("init") is None:
             needing = needing or use.use
         with suppress(ValidationError):  # which is said elsewhere
-            left = left or step.leaves_model(step.Options.model_validate(use.options))
+            folders = step.leaves(step.Options.model_validate(use.options))
+            left = left or "model" in (folders or {})
     if needing or not steps:
         hint = f"`{needing}` needs one: add [model], or state `init`" if needing else "add it"
         yield Problem((), "missing option `model`", hint)

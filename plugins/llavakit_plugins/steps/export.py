@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from inspect import getattr_static
+from collections.abc import Mapping, Sequence
+from inspect import getattr_static, signature
 
 from pydantic import Field
 
@@ -14,6 +14,7 @@ from llavakit import (
     LlavaModel,
     ModelError,
     Outcome,
+    Registry,
     Run,
     Step,
     Use,
@@ -110,14 +111,17 @@ class Export(Step):
         return missing_model(options)
 
     @classmethod
-    def leaves_model(cls, options: ExportOptions) -> bool:
-        return options.format is None
+    def leaves(cls, options: ExportOptions) -> Mapping[str, bool]:
+        if options.format is None:
+            return {"model": True}
+        read = Registry.installed().get(Exporter, options.format.use).load
+        # a layout says by its type whether what it reads back is a model of ours
+        return {options.format.use: signature(read).return_annotation == LlavaModel.__name__}
 
     @classmethod
     def plan(cls, options: ExportOptions, planner: Planner) -> StepPlan | None:
         sketch_start(planner, options)
-        if planner.has_model:
-            _ = planner.model  # for its errors
+        _ = planner.has_model  # for its errors
         return None
 
     def _look(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from llavakit import (
@@ -108,8 +108,10 @@ class _Train(Step):
         return missing_model(options)
 
     @classmethod
-    def leaves_model(cls, options: TrainOptions) -> bool:
-        return True
+    def leaves(cls, options: TrainOptions) -> Mapping[str, bool]:
+        looks = options.validate_every is not None
+        kinds = {"model": True, "best": looks, "last": options.keep_best}
+        return {name: True for name, is_left in kinds.items() if is_left}
 
     @classmethod
     def plan(cls, options: TrainOptions, planner: Planner) -> StepPlan:

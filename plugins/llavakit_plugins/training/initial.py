@@ -13,7 +13,9 @@ from llavakit import PARTS, LlavaModel, ModelError, Options, Run, is_model, prob
 from llavakit.contracts.component import ModelPath
 from llavakit.contracts.run import Planner
 from llavakit_plugins.huggingface.hub import PretrainedOptions, find_file, missing_source
+from llavakit_plugins.language.lora import missing_peft
 from llavakit_plugins.language.pretrained import PretrainedLanguage
+from llavakit_plugins.language.weights import missing_bitsandbytes
 from llavakit_plugins.vision.vision_transformer import TransformersEncoder
 
 _ALONE = ("adapter_config.json", "mm_projector.bin")
@@ -63,7 +65,12 @@ _LISTED = ", ".join(PARTS)
 
 
 def missing_model(options: StartOptions) -> str | None:
-    """Return what must be fetched of the hub's models that are named, and how; or None."""
+    """Return what must be fetched or installed for the model that a step starts from, or None."""
+    language = options.changes.get("language", {})
+    lacks = missing_peft() if "lora" in language else None
+    lacks = lacks or (missing_bitsandbytes() if "quantize" in language else None)
+    if lacks is not None:
+        return lacks
     for path in (options.init, options.load.base, options.load.vision):
         if path is None or path.exists() or path.as_posix().startswith("@"):
             continue
@@ -86,7 +93,8 @@ def start(run: Run, options: StartOptions) -> LlavaModel:
             part: {name: value for name, value in table.items() if name in _READ}
             for part, table in changes.items()
         }
-        how["options"] = {part: table for part, table in reread.items() if table}
+        if any(reread.values()):
+            how["options"] = {part: table for part, table in reread.items() if table}
         changes = {
             part: {name: value for name, value in table.items() if name not in _READ}
             for part, table in changes.items()
