@@ -203,6 +203,13 @@ class Exporter(Component):
     def export(self, model: LlavaModel, folder: Path) -> Mapping[str, Any]:
         """Write `model` to `folder`, prove its parity, and return the proof's figures."""
 
+    def check(self, model: LlavaModel) -> None:
+        """Raise ModelError for a model that the layout has no place for, by its shapes alone.
+
+        Plans ask this of a model on the meta device, perhaps without a tokenizer, before a run
+        trains for hours what it cannot write.
+        """
+
     @classmethod
     def recognises(cls, folder: Path) -> bool:
         """Say by its content whether `folder` is in this layout."""

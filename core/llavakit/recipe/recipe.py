@@ -86,6 +86,13 @@ class Recipe(BaseSettings):
             )
         return name
 
+    @field_validator("device")
+    @classmethod
+    def _is_known(cls, device: str) -> str:
+        if not re.fullmatch(r"auto|(cpu|cuda|mps|xpu|hpu|xla|npu)(:\d+)?", device):
+            raise ValueError("is none that networks run on; use auto, cpu or cuda")
+        return device
+
     @classmethod
     def load(
         cls,

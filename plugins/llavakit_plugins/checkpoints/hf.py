@@ -136,6 +136,12 @@ class Hf(Exporter):
             _write_processor(vision, tokenizer, chat, partial)
             return {"files": files, **self._prove(model, partial, folder)}
 
+    def check(self, model: LlavaModel) -> None:
+        """Raise ModelError for a model that the layout cannot express."""
+        _vision(model, stated_options(model, "vision", Registry.installed()))
+        self._projector(model)
+        language_state(model.language, self.name)
+
     def _projector(self, model: LlavaModel) -> tuple[list[Layer], str]:
         """Return the two layers, and the activation between them."""
         layers = projector_layers(model.connector)

@@ -121,7 +121,8 @@ class Export(Step):
     @classmethod
     def plan(cls, options: ExportOptions, planner: Planner) -> StepPlan | None:
         sketch_start(planner, options)
-        _ = planner.has_model  # for its errors
+        if planner.has_model and options.format is not None:
+            planner.build(options.format).check(planner.model)
         return None
 
     def _look(

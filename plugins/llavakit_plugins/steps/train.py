@@ -128,6 +128,12 @@ class _Train(Step):
             for part in trained
             if planner.trainable(part) < planner.parameters(part)
         ]
+        length = min(options.max_length, planner.model.language.max_length)
+        if length <= planner.model.visual_tokens:
+            notes.append(
+                f"an image takes {planner.model.visual_tokens} tokens and a sample is cut at "
+                f"{length}: nothing is learned from samples with an image"
+            )
         memory = _memory_gb(options, planner)
         expected = planner.expect(options.data)
         if expected is None:

@@ -77,8 +77,11 @@ def missing_model(options: StartOptions) -> str | None:
         source = PretrainedOptions(source=path.as_posix())
         if any(find_file(source, name) for name in _ALONE):
             continue
-        if (sentence := missing_source("the model", source)) is not None:
-            return sentence
+        if missing_source("the model", source) is not None:
+            return (
+                f"the weights of the model `{path}` are not on this machine; fetch them with "
+                f"`hf download {path}`, or give the folder that holds them"
+            )
     return None
 
 
