@@ -62,7 +62,13 @@ MODEL = {
     "language.lora": ["{ rank = 2 }", '{ rank = 2, targets = ["none"] }'],
 }  # fmt: skip
 TOP = {"device": ["gpu0", "meta", "cpu"], "seed": ["1", "-1"], "trackers": ["[]"]}
-FORMATS = (None, {}, {"use": "hf"}, {"use": "hf", "projector": "gelu"}, {"use": "original"})
+FORMATS: tuple[dict[str, str] | None, ...] = (
+    None,
+    {},
+    {"use": "hf"},
+    {"use": "hf", "projector": "gelu"},
+    {"use": "original"},
+)
 """Of an export at the end; None is none, and the empty one a model folder."""
 
 

@@ -48,6 +48,13 @@ class Network(nn.Module, Component):
         """Return the size of the weights while they are frozen, `each` bytes a parameter."""
         return float(each * sum(parameter.numel() for parameter in self.parameters()))
 
+    def with_options(self, options: Any) -> Self:
+        """Return the component with other options around the same weights.
+
+        Raises ModelError where that cannot be, as is usual.
+        """
+        raise ModelError(f"`{self.name}` cannot be changed once it is there")
+
     def save(self, folder: Path) -> None:
         """Write the weights to `folder`, which exists, as safetensors."""
         from safetensors.torch import save_file

@@ -89,8 +89,10 @@ class Recipe(BaseSettings):
     @field_validator("device")
     @classmethod
     def _is_known(cls, device: str) -> str:
+        if device.partition(":")[0] == "meta":
+            raise ValueError(f"device `{device}` is not available on this machine; use cpu or auto")
         if not re.fullmatch(r"auto|(cpu|cuda|mps|xpu|hpu|xla|npu)(:\d+)?", device):
-            raise ValueError("is none that networks run on; use auto, cpu or cuda")
+            raise ValueError(f"device `{device}` is not one torch knows; use auto, cpu or cuda")
         return device
 
     @classmethod

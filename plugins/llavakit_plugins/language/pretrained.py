@@ -151,6 +151,27 @@ class PretrainedLanguage(LanguageModel):
         language.tokenizer = self.tokenizer
         return language.train(self.training)
 
+    def with_options(self, options: Any) -> Self:
+        """Return a language model around the same network; with new adapters where it has none.
+
+        Raises ModelError where it has others already, or a library is missing.
+        """
+        if self.options.lora is not None and options.lora != self.options.lora:
+            raise ModelError(
+                "the language model has adapters already, so `lora` cannot give it others; leave "
+                "it out, and those learn on"
+            )
+        lacks = missing_bitsandbytes() if options.quantize is not None else None
+        if lacks is not None:
+            raise ModelError(lacks)
+        has_them = self.options.lora is not None
+        own = options.model_copy(update={"lora": None}) if has_them else options
+        language = type(self)(own, self.model)
+        language.options = options
+        if hasattr(self, "tokenizer"):  # a new model, or a plan's, has none
+            language.tokenizer = self.tokenizer
+        return language
+
     @property
     def head(self) -> nn.Linear:
         head: nn.Linear = self.model.get_output_embeddings()

@@ -13,10 +13,6 @@ from llavakit import PARTS, LlavaModel, ModelError, Options, Run, is_model, prob
 from llavakit.contracts.component import ModelPath
 from llavakit.contracts.run import Planner
 from llavakit_plugins.huggingface.hub import PretrainedOptions, find_file, missing_source
-from llavakit_plugins.language.lora import missing_peft
-from llavakit_plugins.language.pretrained import PretrainedLanguage
-from llavakit_plugins.language.weights import missing_bitsandbytes
-from llavakit_plugins.vision.vision_transformer import TransformersEncoder
 
 _ALONE = ("adapter_config.json", "mm_projector.bin")
 """What a checkpoint of the original's may hold in place of weights."""
@@ -65,12 +61,7 @@ _LISTED = ", ".join(PARTS)
 
 
 def missing_model(options: StartOptions) -> str | None:
-    """Return what must be fetched or installed for the model that a step starts from, or None."""
-    language = options.changes.get("language", {})
-    lacks = missing_peft() if "lora" in language else None
-    lacks = lacks or (missing_bitsandbytes() if "quantize" in language else None)
-    if lacks is not None:
-        return lacks
+    """Return what must be fetched of the hub's models that are named, and how; or None."""
     for path in (options.init, options.load.base, options.load.vision):
         if path is None or path.exists() or path.as_posix().startswith("@"):
             continue
@@ -140,14 +131,7 @@ def change_parts(
             problem = next(problems_in(error, part.Options, (name,), f" of `{part.name}`"))
             sentence = "; ".join(filter(None, (problem.message, problem.hint)))
             raise ModelError(f"`changes`: {sentence}") from error
-        if not isinstance(part, PretrainedLanguage | TransformersEncoder):
-            raise ModelError(f"`changes`: {name} `{part.name}` cannot be changed once it is there")
-        if "lora" in table and choices[name].get("lora") is not None:
-            raise ModelError(
-                "`changes`: the model has adapters already, so `language.lora` cannot give it "
-                "others; leave it out, and they learn on"
-            )
-        parts[name] = _around(part, options, adapters="lora" in table)
+        parts[name] = part.with_options(options)
         choices[name] = choice
     if not changes:
         return model
@@ -158,15 +142,3 @@ def change_parts(
             f"reads {changed.language.max_length}; leave it a longer context"
         )
     return changed.train(model.training)
-
-
-def _around(part: Any, options: Any, *, adapters: bool) -> Any:
-    """Return a part of the same class around the same network; with new `adapters`, or its own."""
-    if not isinstance(part, PretrainedLanguage):
-        return type(part)(options, part.model)
-    own = options if adapters else options.model_copy(update={"lora": None})
-    language = type(part)(own, part.model)
-    language.options = options
-    if hasattr(part, "tokenizer"):  # a plan's has none
-        language.tokenizer = part.tokenizer
-    return language

@@ -164,6 +164,10 @@ class TransformersEncoder(VisionTransformer):
         )
         self.decode_edge = self.image_size if options.fast else None
 
+    def with_options(self, options: TransformersOptions) -> Self:
+        """Return an encoder around the same network."""
+        return type(self)(options, self.model)
+
     @property
     def inner(self) -> Any:
         """The transformer itself, which older versions of transformers wrap."""
