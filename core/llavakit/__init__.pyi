@@ -77,6 +77,7 @@ from .files import (
     drop_torn_line as drop_torn_line,
     explain_write as explain_write,
     link_folder as link_folder,
+    listed_file as listed_file,
     new_file as new_file,
     new_folder as new_folder,
     open_text as open_text,

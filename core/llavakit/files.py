@@ -181,7 +181,7 @@ def differs(path: Path, known: str) -> bool:
     return isinstance(found, str) and found != known
 
 
-def inside(folder: Path, name: str) -> Path:
+def listed_file(folder: Path, name: str) -> Path:
     """Return a folder's file by its name in a list. Raises ModelError for one that is elsewhere."""
     if Path(name).is_absolute() or ".." in Path(name).parts:
         raise ModelError(f"{folder} lists {name!r:.200}, which is outside of it; refused")

@@ -86,7 +86,7 @@ class RecipePlanner:
         return self._recipe.machine.devices
 
     def start(
-        self, init: Path | None, change: Callable[[LlavaModel], LlavaModel], **given: Any
+        self, init: Path | None, change: Callable[[Any], Any] = lambda model: model, **given: Any
     ) -> None:
         """Have `model` be that of a step's option `init`, loaded with what is `given`, changed.
 

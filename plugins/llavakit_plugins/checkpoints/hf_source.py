@@ -11,13 +11,6 @@ from typing import Any
 import torch
 
 from llavakit import ModelError, Registry
-from llavakit_plugins.checkpoints.json_files import (
-    check_shape,
-    peek_json,
-    read_json,
-    refuse_devices,
-    shown,
-)
 from llavakit_plugins.checkpoints.parts import (
     Layer,
     Parts,
@@ -26,10 +19,17 @@ from llavakit_plugins.checkpoints.parts import (
     make_vision,
     set_tokenizer,
 )
-from llavakit_plugins.checkpoints.pixels import read_pixels, usual_pixels
 from llavakit_plugins.checkpoints.prompts import choose_template
 from llavakit_plugins.checkpoints.tokenizers import read_tokenizer
+from llavakit_plugins.huggingface.json_files import (
+    check_shape,
+    peek_json,
+    read_json,
+    refuse_devices,
+    shown,
+)
 from llavakit_plugins.huggingface.weights import Weights
+from llavakit_plugins.vision.pixels import read_pixels, usual_pixels
 
 _log = logging.getLogger("llavakit")
 

@@ -20,17 +20,6 @@ import torch
 from torch import Tensor
 
 from llavakit import ModelError, PromptTemplate, Registry
-from llavakit_plugins.checkpoints.json_files import (
-    Check,
-    check,
-    check_shape,
-    is_count,
-    is_flag,
-    is_text,
-    peek_json,
-    read_json,
-    refuse_devices,
-)
 from llavakit_plugins.checkpoints.original_adapter import merge_adapter
 from llavakit_plugins.checkpoints.original_delta import add_base, is_delta
 from llavakit_plugins.checkpoints.original_tower import find_tower
@@ -43,7 +32,18 @@ from llavakit_plugins.checkpoints.parts import (
 )
 from llavakit_plugins.checkpoints.prompts import choose_template
 from llavakit_plugins.checkpoints.tokenizers import has_tokenizer, read_tokenizer
-from llavakit_plugins.checkpoints.vocabulary import with_rows
+from llavakit_plugins.huggingface.json_files import (
+    Check,
+    check,
+    check_shape,
+    is_count,
+    is_flag,
+    is_text,
+    peek_json,
+    read_json,
+    refuse_devices,
+)
+from llavakit_plugins.huggingface.vocabulary import with_rows
 from llavakit_plugins.huggingface.weights import Weights
 
 if TYPE_CHECKING:

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from llavakit import ModelError
-from llavakit_plugins.checkpoints.json_files import check_shape, read_json
-from llavakit_plugins.checkpoints.pixels import Pixels, read_pixels, usual_pixels
 from llavakit_plugins.huggingface.hub import fetch_folder
+from llavakit_plugins.huggingface.json_files import check_shape, read_json
 from llavakit_plugins.huggingface.known_configs import KNOWN
+from llavakit_plugins.vision.pixels import Pixels, read_pixels, usual_pixels
 from llavakit_plugins.vision.vision_transformer import vision_state
 
 FOLDER = "vision_tower"

@@ -28,13 +28,13 @@ from llavakit import (
     VisionEncoder,
     join_model,
 )
-from llavakit_plugins.checkpoints.json_files import check_shape, end_tokens
 from llavakit_plugins.checkpoints.language_names import family_names, layout_names, scaled_logits
-from llavakit_plugins.checkpoints.pixels import Pixels
 from llavakit_plugins.checkpoints.prompts import TemplateUse
-from llavakit_plugins.checkpoints.vocabulary import fit_tokenizer
 from llavakit_plugins.huggingface.filling import fill, needed
 from llavakit_plugins.huggingface.hub import UnfitConfig
+from llavakit_plugins.huggingface.json_files import check_shape, end_tokens
+from llavakit_plugins.huggingface.vocabulary import fit_tokenizer
+from llavakit_plugins.vision.pixels import Pixels
 from llavakit_plugins.vision.vision_transformer import TransformersEncoder
 
 if TYPE_CHECKING:
@@ -377,8 +377,9 @@ def language_state(language: LanguageModel, layout: str) -> tuple[Any, dict[str,
     if scaled is not None and getattr(getattr(language, "options", None), "plain_logits", False):
         scaled = None
     if strange or scaled:
+        what = strange[0] if strange else scaled
         raise ModelError(
-            f"a language model of type `{config.model_type}` has {(strange or [scaled])[0]}, for "
+            f"a language model of type `{config.model_type}` has {what}, for "
             f"which the layout `{layout}` has no place; {remedy}"
         )
     return config, state

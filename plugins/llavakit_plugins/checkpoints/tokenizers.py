@@ -8,8 +8,8 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from llavakit import ModelError
-from llavakit_plugins.checkpoints.json_files import read_json, refuse_devices
 from llavakit_plugins.huggingface.hub import load_tokenizer
+from llavakit_plugins.huggingface.json_files import read_json, refuse_devices
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 from pydantic import Field, model_validator
 
 from llavakit import ModelError, Options
-from llavakit_plugins.checkpoints.json_files import check_shape, read_json, refuse_devices
-from llavakit_plugins.checkpoints.tokenizer_faults import blame_file
+from llavakit_plugins.huggingface.json_files import check_shape, read_json, refuse_devices
 from llavakit_plugins.huggingface.known_configs import KNOWN
+from llavakit_plugins.huggingface.tokenizer_faults import blame_file
 from llavakit_plugins.huggingface.tokenizer_writing import remember_origin
 from llavakit_plugins.huggingface.tokenizers import fast_tokenizer
 

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from llavakit import ModelError
-from llavakit_plugins.checkpoints.json_files import read_json
+from llavakit_plugins.huggingface.json_files import read_json
 
 STEMS = ("model", "pytorch_model")
 """How transformers names the files of a model's weights, without their suffix."""

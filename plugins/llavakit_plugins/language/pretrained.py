@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from llavakit import LanguageModel, ModelError, cast_weights
 from llavakit.contracts.packing import Packing
-from llavakit_plugins.checkpoints.vocabulary import fit_tokenizer
 from llavakit_plugins.huggingface.hub import (
     explain_config,
     fetch_config,
@@ -22,6 +21,7 @@ from llavakit_plugins.huggingface.hub import (
     read_config,
 )
 from llavakit_plugins.huggingface.tokenizer_writing import write_tokenizer
+from llavakit_plugins.huggingface.vocabulary import fit_tokenizer
 from llavakit_plugins.language.lora import (
     FOLDER as ADAPTERS,
     add_adapters,

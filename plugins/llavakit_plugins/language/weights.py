@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from llavakit import ModelError, cast_weights
-from llavakit_plugins.checkpoints.json_files import end_tokens
 from llavakit_plugins.huggingface.filling import fill
 from llavakit_plugins.huggingface.hub import fetch_folder
+from llavakit_plugins.huggingface.json_files import end_tokens
 from llavakit_plugins.huggingface.weights import Weights
 from llavakit_plugins.huggingface.writing import write_weights
 from llavakit_plugins.language import four_bits

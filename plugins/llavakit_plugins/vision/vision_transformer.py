@@ -20,8 +20,6 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from llavakit import ModelError, Options, VisionEncoder
-from llavakit_plugins.checkpoints.json_files import read_json
-from llavakit_plugins.checkpoints.pixels import colour_of, filter_of
 from llavakit_plugins.huggingface.filling import fill
 from llavakit_plugins.huggingface.hub import (
     PretrainedOptions,
@@ -33,7 +31,9 @@ from llavakit_plugins.huggingface.hub import (
     quietly,
     read_config,
 )
+from llavakit_plugins.huggingface.json_files import read_json
 from llavakit_plugins.huggingface.weights import Weights
+from llavakit_plugins.vision.pixels import colour_of, filter_of
 from llavakit_plugins.vision.preprocessing import (
     MEAN,
     RGB,

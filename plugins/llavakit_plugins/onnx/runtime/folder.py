@@ -8,10 +8,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
-from llavakit import differs
+from llavakit import differs, listed_file
 from llavakit.contracts.errors import ModelError
-from llavakit.files import inside
-from llavakit_plugins.checkpoints.json_files import read_json
+from llavakit_plugins.huggingface.json_files import read_json
 from llavakit_plugins.onnx.runtime.layout import (
     DECODER,
     GRAPHS,
@@ -115,7 +114,7 @@ def read(path: Path, precision: str | None) -> tuple[Folder, str]:
     others = {name for name in manifest.sha256 if name.startswith("onnx/")}
     others -= {name for name in others if Path(name).stem.endswith(_stems(chosen))}
     for name, known in manifest.sha256.items():
-        file = inside(path, name)
+        file = listed_file(path, name)
         if not file.is_file():
             raise ModelError(f"{path} lacks {name}; copy the whole folder again")
         if name in others:  # of a precision that isn't run

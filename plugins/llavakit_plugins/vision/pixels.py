@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, cast
 from PIL import Image
 
 from llavakit import ModelError
-from llavakit_plugins.checkpoints.json_files import (
+from llavakit_plugins.huggingface.json_files import (
     Check,
     check,
     is_count,

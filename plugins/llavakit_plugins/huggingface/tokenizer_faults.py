@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from llavakit import ModelError
-from llavakit_plugins.checkpoints.json_files import Check, check, is_flag, is_text, read_json
+from llavakit_plugins.huggingface.json_files import Check, check, is_flag, is_text, read_json
 
 Find = Callable[[str], Path | None]
 
