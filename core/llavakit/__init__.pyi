@@ -72,9 +72,9 @@ from .engine.progress import (
 )
 from .files import (
     HASHED_BYTES as HASHED_BYTES,
+    JsonLines as JsonLines,
     differs as differs,
     digest as digest,
-    drop_torn_line as drop_torn_line,
     explain_write as explain_write,
     link_folder as link_folder,
     new_file as new_file,

@@ -6,9 +6,11 @@ import codecs
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from hashlib import sha256
+from itertools import accumulate
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
@@ -95,12 +97,48 @@ def new_folder(path: Path) -> Iterator[Path]:
             raise
 
 
-def drop_torn_line(path: Path) -> None:
-    """Cut the half line that a killed process or a full disk left at a file's end."""
-    with explain_write(path):
-        data = path.read_bytes() if path.is_file() else b""
-        if data and not data.endswith(b"\n"):
-            os.truncate(path, data.rfind(b"\n") + 1)
+class JsonLines:
+    """A file of JSON objects, one a line, that is only ever appended to.
+
+    The half line that a killed process or a full disk left at its end is cut at the beginning.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with explain_write(path):
+            with path.open("ab+") as file:
+                if size := file.tell():
+                    with mmap(file.fileno(), 0, access=ACCESS_READ) as data:
+                        self._end = data.rfind(b"\n") + 1
+                else:
+                    self._end = 0
+                if self._end < size:
+                    file.truncate(self._end)
+            sync(path.parent)
+
+    def append(self, rows: Iterable[Mapping[str, Any]], *, durable: bool = True) -> list[int]:
+        """Add all of these lines or, where the disk is full, none; return where each begins.
+
+        They are on the disk then, where they are to be `durable`: it waits for that.
+        """
+        texts = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        # a lone surrogate is no text: it is kept as an escape, which JSON has
+        lines = [text.encode("utf-8", "backslashreplace") for text in texts]
+        starts = [*accumulate(map(len, lines), initial=self._end)]
+        left = memoryview(b"".join(lines))
+        # no buffer: what a full disk refuses must not come later, between other lines
+        with explain_write(self.path), self.path.open("ab", buffering=0) as file:
+            try:
+                while left:
+                    left = left[file.write(left) :]
+                if durable:
+                    os.fsync(file.fileno())
+            except OSError:
+                with suppress(OSError):
+                    file.truncate(self._end)
+                raise
+        self._end = starts.pop()
+        return starts
 
 
 def link_folder(link: Path, folder: Path) -> None:
@@ -118,17 +156,16 @@ def one_writer(directory: Path) -> Iterator[None]:
 
     Raises RecipeError where another process holds it.
     """
-    import fcntl
+    from filelock import FileLock, Timeout  # slow to import, and a plan needs no lock
 
     with explain_write(directory):
-        file = (directory / ".lock").open("w")
-    with file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            lock = FileLock(directory / ".lock").acquire(blocking=False)
+        except Timeout:
             raise RecipeError(
                 f"another llava-run is writing to {directory}; wait for it or use --out"
             ) from None
+    with lock:
         yield
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import time
@@ -13,7 +12,7 @@ from typing import Any
 
 from llavakit.contracts.errors import LlavaError
 from llavakit.contracts.interfaces import Tracker
-from llavakit.files import drop_torn_line, explain_write
+from llavakit.files import JsonLines
 
 FILE = "events.jsonl"
 
@@ -24,10 +23,7 @@ class EventLog:
     """Appends events to a file and shows them to the recipe's trackers."""
 
     def __init__(self, folder: Path, trackers: Sequence[Tracker] = ()) -> None:
-        path = folder / FILE
-        drop_torn_line(path)
-        with explain_write(path):
-            self._file = path.open("a", encoding="utf-8", errors="backslashreplace")
+        self._lines = JsonLines(folder / FILE)
         self._trackers = list(trackers)
         self._step = ""
         for tracker in trackers:
@@ -40,22 +36,16 @@ class EventLog:
 
     def __call__(self, name: str, /, **values: Any) -> None:
         event = {"time": round(time.time(), 3), "step": self._step, "event": name, **values}
-        with explain_write(Path(self._file.name)):
-            self._file.write(json.dumps(_plain(event), ensure_ascii=False) + "\n")
-            self._file.flush()
+        self._lines.append([_plain(event)], durable=False)  # a training does not wait for the disk
         for tracker in list(self._trackers):
             with self._watching(tracker):
                 tracker.record(event)
 
     def close(self) -> None:
-        """Close the file and the trackers."""
-        try:
-            with explain_write(Path(self._file.name)):
-                self._file.close()
-        finally:
-            for tracker in list(self._trackers):
-                with self._watching(tracker):
-                    tracker.close()
+        """Close the trackers."""
+        for tracker in list(self._trackers):
+            with self._watching(tracker):
+                tracker.close()
 
     @contextmanager
     def _watching(self, tracker: Tracker) -> Iterator[None]:
