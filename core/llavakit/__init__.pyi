@@ -26,6 +26,8 @@ from .contracts.errors import (
     RecipeError as RecipeError,
     ReplyError as ReplyError,
     TrainingError as TrainingError,
+    and_more as and_more,
+    did_you_mean as did_you_mean,
 )
 from .contracts.hooks import (
     hookimpl as hookimpl,

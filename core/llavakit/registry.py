@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from difflib import get_close_matches
 from functools import partial
 from importlib import import_module
 from importlib.metadata import entry_points
@@ -17,7 +16,7 @@ import pluggy
 
 from llavakit.contracts import hooks
 from llavakit.contracts.component import Component, Options, StepFolders, Use
-from llavakit.contracts.errors import PluginError, RecipeError
+from llavakit.contracts.errors import PluginError, RecipeError, did_you_mean
 
 KindT = TypeVar("KindT", bound=Component)
 ComponentT = TypeVar("ComponentT", bound=Component)
@@ -113,8 +112,7 @@ class Registry:
         """Return the component of this kind and name."""
         found = self._offers(kind)
         if name not in found:
-            close = get_close_matches(name, found, n=1)
-            hint = f"did you mean `{close[0]}`?" if close else f"installed: {', '.join(found)}"
+            hint = did_you_mean(name, found, f"installed: {', '.join(found)}")
             raise RecipeError(f"no {kind.__name__} is called `{name}`; {hint}")
         return found[name].load(kind)
 

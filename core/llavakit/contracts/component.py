@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from abc import ABC
 from collections.abc import Mapping
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Generic, TypeVar, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationInfo
 from pydantic.fields import FieldInfo
+
+from llavakit.contracts.errors import did_you_mean
 
 
 class Options(BaseModel):
@@ -76,9 +77,8 @@ def _resolve(value: object, info: ValidationInfo) -> object:
         return value
     name, _, rest = value[1:].partition("/")
     if name not in folders:
-        close = get_close_matches(name, folders, n=1)
-        known = f"did you mean `@{close[0]}`?" if close else f"earlier: {', '.join(folders)}"
-        raise ValueError(f"no earlier step is called `{name}`; {known}")
+        hint = did_you_mean(name, folders, f"earlier: {', '.join(folders)}", "@{}".format)
+        raise ValueError(f"no earlier step is called `{name}`; {hint}")
     if ".." in Path(rest).parts or Path(rest).is_absolute():
         raise ValueError(f"`{value}` leaves the folder of its step")
     return value if folders[name] is LATER else folders[name] / rest

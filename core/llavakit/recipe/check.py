@@ -6,7 +6,6 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, cast, get_args
 
@@ -20,7 +19,7 @@ from llavakit.contracts.component import (
     is_input,
     is_model_path,
 )
-from llavakit.contracts.errors import RecipeError
+from llavakit.contracts.errors import RecipeError, did_you_mean
 from llavakit.contracts.interfaces import Exporter
 from llavakit.contracts.run import Step
 from llavakit.recipe.lines import Key, Span
@@ -213,12 +212,9 @@ def _is_named(path: Path, registry: Registry) -> bool:
 
 
 def _path_hint(path: Path) -> str:
-    close = []
-    if path.parent.is_dir():
-        close = get_close_matches(path.name, [item.name for item in path.parent.iterdir()], n=1)
-    if close:
-        return f"did you mean `{path.parent / close[0]}`?"
-    return "relative paths start at the working directory; `@step/file` is an earlier step's file"
+    beside = [item.name for item in path.parent.iterdir()] if path.parent.is_dir() else []
+    hint = "relative paths start at the working directory; `@step/file` is an earlier step's file"
+    return did_you_mean(path.name, beside, hint, path.with_name)
 
 
 def problems_in(
@@ -235,8 +231,7 @@ def problems_in(
             hint = f'write {{ use = "NAME" }}; got {_show(item["input"])}'
             yield Problem(where, f"option {option}{owner} is a table", hint)
         elif item["type"] == "extra_forbidden":
-            close = get_close_matches(str(last), known, n=1)
-            hint = f"did you mean `{close[0]}`?" if close else f"known: {', '.join(known)}"
+            hint = did_you_mean(str(last), known, f"known: {', '.join(known)}")
             yield Problem(where, f"unknown option `{last}`{owner}", hint)
         elif item["type"] == "tuple_type" and isinstance(item["input"], dict):
             hint = f"write [[{last}]] for a table of it" if len(loc) == 1 else "write it as [...]"

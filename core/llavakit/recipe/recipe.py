@@ -7,7 +7,6 @@ import re
 import tomllib
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,7 +20,7 @@ from pydantic_settings import (
 )
 
 from llavakit.contracts.component import LATER, SkippableUse, Use
-from llavakit.contracts.errors import RecipeError
+from llavakit.contracts.errors import RecipeError, did_you_mean
 from llavakit.contracts.interfaces import Tracker
 from llavakit.contracts.run import Step
 from llavakit.recipe.check import Problem, check, check_value, problems_in, sound
@@ -193,8 +192,7 @@ def find_recipe(name: str, beside: Path | None = None) -> Path:
     known = sorted(
         file.relative_to(folder).with_suffix("").as_posix() for file in folder.rglob("*.toml")
     )
-    close = get_close_matches(name, known, n=1)
-    hint = f"did you mean `{close[0]}`?" if close else f"there are: {', '.join(known)}"
+    hint = did_you_mean(name, known, f"there are: {', '.join(known)}")
     raise RecipeError(f"no built-in recipe is called `{name}`; {hint}")
 
 

@@ -8,12 +8,11 @@ import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from difflib import get_close_matches
 from functools import cached_property
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from llavakit import ChatError, Message, Reply, ReplyError
+from llavakit import ChatError, Message, Reply, ReplyError, did_you_mean
 from llavakit_plugins.chat_models.faults import Fault
 from llavakit_plugins.chat_models.options import OWN_URL, OpenAIOptions
 from llavakit_plugins.chat_models.pacing import Pace, retry_after
@@ -165,13 +164,9 @@ class Service:
         with suppress(Exception):  # only to say more; what is wrong is known already
             async with asyncio.timeout(min(o.timeout, 10)):
                 served = [model.id async for model in self.client().models.list()]
-        close = get_close_matches(o.model, served, n=1)
-        if close:
-            hint = f"did you mean `{close[0]}`?"
-        elif served:
-            hint = f"it serves: {', '.join(sorted(served)[:20])}"
-        else:
-            hint = "check `model` and `base_url` (most end in /v1)"
+        hint = "check `model` and `base_url` (most end in /v1)"
+        if served:
+            hint = did_you_mean(o.model, served, f"it serves: {', '.join(sorted(served)[:20])}")
         return ChatError(f"{o.base_url} has no model `{o.model}`: {said}; {self.clean(hint)}")
 
     def clean(self, text: str, longest: int | None = _LONGEST_COMPLAINT) -> str:

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from llavakit import DataError
+from llavakit import DataError, and_more
 from llavakit.files import read_text
 
 Row = Mapping[str, Any]
@@ -82,8 +82,7 @@ def by_id(rows: Sequence[tuple[str, Row]], path: Path) -> dict[str, tuple[str, R
 
 def listed(ids: Sequence[object]) -> str:
     """Return ids as a message names them: the first few, and how many more."""
-    names = ", ".join(f"`{identity}`" for identity in ids[:_NAMED])
-    return f"{names} and {len(ids) - _NAMED} more" if len(ids) > _NAMED else names
+    return and_more(ids, _NAMED, "`{}`".format)
 
 
 def _parse(text: str, path: Path, line: int | None = None) -> Any:
