@@ -146,7 +146,11 @@ from .stream.encode import (
     tokenise as tokenise,
 )
 from .stream.tokenise import (
+    BoolArray as BoolArray,
+    Part as Part,
+    QuickReader as QuickReader,
     Reader as Reader,
+    SpecialTokens as SpecialTokens,
 )
 
 __all__: list[str]

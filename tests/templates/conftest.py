@@ -9,6 +9,8 @@ import pytest
 from sentencepiece import SentencePieceProcessor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from llavakit_plugins.huggingface.words import by_words
+
 MODEL = Path(__file__).parents[3] / "shared/data/tokenizer/llama2.model"
 
 
@@ -33,7 +35,7 @@ def llama(
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
     in_order_of_scores(tokenizer, SentencePieceProcessor(model_file=str(MODEL)))
-    return tokenizer
+    return by_words(tokenizer)
 
 
 def in_order_of_scores(

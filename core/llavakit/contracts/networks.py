@@ -143,7 +143,9 @@ class LanguageModel(Network):
     max_length: int  #: Longest sequence in tokens.
     recompute: bool = False
     """Whether the backward pass computes activations again instead of keeping them."""
-    tokenizer: PreTrainedTokenizerBase  #: A fast tokenizer; a new model has none until one is set.
+    tokenizer: PreTrainedTokenizerBase
+    """A fast tokenizer; a new model has none until one is set. An attribute `quick_reader` of it is
+    called with its `llavakit.Reader`, and returns a `QuickReader` (to the same ids) or None."""
 
     @abstractmethod
     def embed(self, ids_T: Tensor) -> Tensor:
