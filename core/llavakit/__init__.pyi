@@ -103,11 +103,8 @@ from .model.folder import (
 )
 from .model.images import (
     MissingImage as MissingImage,
-    inside as inside,
     open_image as open_image,
     read_pixels as read_pixels,
-    save_image as save_image,
-    save_thumbnail as save_thumbnail,
 )
 from .model.llava import (
     LlavaModel as LlavaModel,

@@ -21,12 +21,11 @@ from llavakit import (
     Sample,
     Turn,
     and_more,
-    inside,
 )
 from llavakit.contracts.data import CHARACTERS_A_TOKEN, Finding, Inspected
 from llavakit.contracts.run import Progress
 from llavakit_plugins.datasets.expected import Expected
-from llavakit_plugins.datasets.image_files import check_image, whole_images
+from llavakit_plugins.datasets.image_files import check_image, inside, whole_images
 from llavakit_plugins.datasets.json_stream import Row
 from llavakit_plugins.datasets.streaming import StoredRows, count_rows, read_rows
 

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from llavakit import DataError, Question, and_more, inside
+from llavakit import DataError, Question, and_more
 from llavakit.contracts.data import IMAGE
+from llavakit_plugins.datasets.image_files import inside
 from llavakit_plugins.evaluation.rows import Row, by_id, id_of, listed, read_rows, text_of
 
 

@@ -49,7 +49,7 @@ def brief_questions() -> tuple[str, ...]:
 
 def find_image(images: Path | None, context: ImageContext) -> Path | None:
     """Return the file of a context's image, where there is one."""
-    from llavakit import inside
+    from llavakit_plugins.datasets.image_files import inside
 
     if images is None:
         return None
