@@ -43,7 +43,7 @@ def caption_row(context: ImageContext, draw: np.random.Generator, questions: Seq
 
 def brief_questions() -> tuple[str, ...]:
     """Return the questions of stage 1: our own words for the paper's table 11."""
-    text = files("llavakit_plugins").joinpath("brief.txt").read_text(encoding="utf-8")
+    text = files("llavakit_plugins.generation").joinpath("brief.txt").read_text(encoding="utf-8")
     return tuple(text.splitlines())
 
 
