@@ -48,10 +48,11 @@ def join_team(name: str) -> Iterator[tuple[Team, Device]]:
 
     Raises RecipeError where there are more processes than devices, or a single device is named.
     """
-    if under_torchrun():
-        from llavakit.engine.torchrun import join_processes
-
-        with join_processes(name) as place:
-            yield place
-    else:
+    if not under_torchrun():
         yield Team(), Device(name)
+        return
+    from llavakit.engine.torchrun import join_processes, own_device
+
+    device = Device(own_device(name))
+    with join_processes(device.find()) as team:
+        yield team, device
