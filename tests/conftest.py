@@ -11,10 +11,19 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from tests import published
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny, and several tests run at once
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach for the network
 os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run on the CPU; read at the first import
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say what was left out for want of published files."""
+    skipped = terminalreporter.stats.get("skipped", [])
+    if line := published.left_out([str(report.longrepr) for report in skipped]):
+        terminalreporter.write_line(line)
+
 
 WORDS = [
     "USER",

@@ -81,7 +81,10 @@ from .files import (
     link_folder as link_folder,
     new_file as new_file,
     new_folder as new_folder,
+    open_text as open_text,
     peek_json as peek_json,
+    printable_json as printable_json,
+    read_text as read_text,
     sync as sync,
     without_none as without_none,
     write_text as write_text,
@@ -100,22 +103,31 @@ from .model.folder import (
     cast_weights as cast_weights,
     join_model as join_model,
     save_model as save_model,
+    sketch_model as sketch_model,
 )
 from .model.images import (
+    MAX_PIXELS as MAX_PIXELS,
     MissingImage as MissingImage,
     open_image as open_image,
     read_pixels as read_pixels,
+    refusal as refusal,
 )
 from .model.llava import (
     LlavaModel as LlavaModel,
 )
-from .model.load import load as load
+from .model.load import (
+    load as load,
+    sketch_any as sketch_any,
+)
 from .recipe.check import (
     build_from as build_from,
+    problems_in as problems_in,
     state_options as state_options,
 )
 from .recipe.model_choice import (
+    PARTS as PARTS,
     ModelRecipe as ModelRecipe,
+    is_model as is_model,
 )
 from .recipe.overrides import (
     set_key as set_key,
@@ -123,6 +135,15 @@ from .recipe.overrides import (
 from .recipe.recipe import (
     Published as Published,
     Recipe as Recipe,
+)
+from .recipe.redaction import (
+    hide as hide,
+    is_key as is_key,
+    is_secret_name as is_secret_name,
+    printable as printable,
+    redact as redact,
+    redacted as redacted,
+    shown as shown,
 )
 from .registry import (
     Registry as Registry,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -97,6 +98,15 @@ def new_folder(path: Path) -> Iterator[Path]:
             raise
 
 
+CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+"""Characters that drive a terminal, and halves of characters, which are no text."""
+
+
+def printable_json(text: str) -> str:
+    """Return JSON of the same meaning that drives no terminal."""
+    return CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
 class JsonLines:
     """A file of JSON objects, one a line, that is only ever appended to.
 
@@ -121,9 +131,9 @@ class JsonLines:
 
         They are on the disk then, where they are to be `durable`: it waits for that.
         """
-        texts = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        # a lone surrogate is no text: it is kept as an escape, which JSON has
-        lines = [text.encode("utf-8", "backslashreplace") for text in texts]
+        lines = [
+            printable_json(json.dumps(row, ensure_ascii=False)).encode() + b"\n" for row in rows
+        ]
         starts = [*accumulate(map(len, lines), initial=self._end)]
         left = memoryview(b"".join(lines))
         # no buffer: what a full disk refuses must not come later, between other lines

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,7 @@ def nothing_was_done(folder: Path) -> bool:
         ("[" * 100_000, "own.json is nested too deeply"),
         (f'[{{"id": {"9" * 5000}}}]', "own.json:1:2: not valid JSON: a number is too long"),
         ('{"id": 1}\n{"id": 2}\n', "own.json:2:1: not valid JSON: Extra data"),
+        ('[{"id": "b", "id": "c"}]', "sample `c` of"),
     ],
 )
 def test_files_that_are_no_list_of_samples(
@@ -90,6 +92,28 @@ def test_files_that_are_no_list_of_samples(
 ) -> None:
     assert sentence in train(content)
     assert nothing_was_done(folder)
+
+
+def test_a_data_file_that_is_no_file(train: Refused, folder: Path) -> None:
+    os.mkfifo(folder / "pipe.json")
+    text = train(rows(), "--set", f"steps.finetune.data.path={folder}/pipe.json")
+    assert "pipe.json: it is no regular file" in text
+    assert nothing_was_done(folder)
+
+
+def test_a_byte_order_mark_in_front_of_recipe_and_rows_does_no_harm(
+    folder: Path, write_recipe: RecipeWriter, data: Path, llava_run: Command
+) -> None:
+    (folder / "own.json").write_text(json.dumps(rows()), encoding="utf-8-sig")
+    recipe = write_recipe(
+        (
+            f'path = "{data}/train.json", images = "{data}/images"',
+            f'path = "{folder}/own.json", images = "{folder}/images"',
+        )
+    )
+    recipe.write_text(recipe.read_text(), encoding="utf-8-sig")
+    outcome = llava_run(recipe, "--out", folder / "run", "--plan")
+    assert outcome.code == 0, outcome.err
 
 
 # -- samples ---------------------------------------------------------------------------------------
@@ -127,7 +151,9 @@ HUMAN, GPT = ("human", "<image>\nwhat ?"), ("gpt", "red .")
         ({"image": "none.png"}, "1 of 3 images are missing"),
         ({"image": "x" * 5000}, "1 of 3 images are missing"),
         ({"image": "a\0b.png"}, "1 of 3 images are missing"),
-        ({"image": ""}, "1 of 3 images are missing"),
+        ({"image": ""}, "`image` is an empty text; name a file"),
+        ({"video": "b.mp4"}, "`video` is not read"),
+        ({"conversations": turns(HUMAN, ("gpt", "half \ud83d"))}, "turn 2 has half a character"),
     ],
 )
 def test_samples_that_do_not_fit(
@@ -199,6 +225,22 @@ def test_an_image_that_breaks_during_training_names_its_sample(
     )  # fmt: skip
     assert f"image {image} of sample `sample-b` cannot be decoded" in text
     assert "worker process" not in text
+
+
+def test_an_image_of_a_question_that_is_no_file_says_what_it_is(
+    write_recipe: RecipeWriter, refused: Refused, tmp_path: Path, llava_run: Command
+) -> None:
+    done = llava_run(write_recipe(), "--out", tmp_path / "run", "--set", "steps.2.skip=true")
+    assert done.code == 0
+    os.mkfifo(tmp_path / "pipe")
+    for image, sentence in (
+        ("https://a.org/cat.png", "of the prompt does not exist; it is an address, and images are"),
+        (tmp_path, "of the prompt is a folder; name an image file"),
+        (tmp_path / "pipe", "of the prompt is a device or a pipe; name an image file"),
+        (tmp_path / "none.png", "of the prompt does not exist; check"),
+    ):
+        asked = refused("chat", tmp_path / "run" / "model", "--image", image, "--prompt", "what ?")
+        assert sentence in asked
 
 
 # -- training --------------------------------------------------------------------------------------

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
+import os
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from hypothesis import given, settings, strategies as st
 from PIL import Image
+from tests import published
 from tests.core.conftest import Command
 
-from llavakit import Dataset, Registry, Use
+from llavakit import DataError, Dataset, Options, Registry, Sample, Turn, Use
 from llavakit.testing import byte_tokenizer
 from llavakit_plugins.datasets.inspection import Lengths, inspect_data
 
-LLAMA = Path(__file__).parents[3] / "shared" / "data" / "tokenizer" / "llama2.model"
+LLAMA = published.llama()
 
 
 def row(identity: object, *turns: str, image: object = None, roles: str = "") -> dict[str, Any]:
@@ -127,8 +134,6 @@ def test_everything_wrong_is_listed_with_its_sample(check: Check) -> None:
 
 
 def test_what_it_calls_usable_can_be_built_and_what_not_cannot(folder: Path, check: Check) -> None:
-    from llavakit import DataError
-
     registry = Registry.installed()
     for rows, usable in ((GOOD, True), *(([*GOOD, bad], False) for bad in BAD[:-1])):
         code, _, _ = check(rows)
@@ -142,6 +147,315 @@ def test_what_it_calls_usable_can_be_built_and_what_not_cannot(folder: Path, che
         else:
             assert usable
             assert code == 0
+
+
+NAMES = st.sampled_from(["a.png", "cut.png", "thin.png", "gone.png", "../a.png", "https://a/b.png",
+                         "pipe.png", "", "<image>", "\ud83d", "human", "gpt", "a\0b"])  # fmt: skip
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4) | NAMES,
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["from", "value", "image", "video"]), inner, max_size=3)
+    ),
+    max_leaves=6,
+)
+CHANGES = st.dictionaries(
+    st.sampled_from(["id", "image", "images", "conversations", "video", "Image", "image_width"]),
+    ANYTHING,
+    max_size=2,
+)
+TURN_CHANGES = st.dictionaries(
+    st.sampled_from(["from", "value", "image", "audio"]), ANYTHING, max_size=1
+)
+
+
+def outcomes_of_rows(folder: Path, examples: int) -> Counter[bool]:
+    """Check random rows both ways, and return how often a training would have begun."""
+    registry = Registry.installed()
+    use = Use[Dataset].model_validate(
+        {"use": "conversations", "path": str(folder / "r.json"), "images": str(folder)}
+    )
+    seen: Counter[bool] = Counter()
+
+    @settings(max_examples=examples, deadline=None, database=None, derandomize=True)
+    @given(
+        st.sampled_from(GOOD),
+        st.just({}) | CHANGES,
+        st.just({}) | TURN_CHANGES,
+        st.just(True) | ANYTHING,
+    )
+    def compare(good: Any, changes: Any, turn: Any, other: Any) -> None:
+        made = {**json.loads(json.dumps(good)), **changes}
+        if isinstance(made["conversations"], list) and isinstance(
+            (made["conversations"] or [None])[0], dict
+        ):
+            made["conversations"][0] |= turn
+        (folder / "r.json").write_text(json.dumps([made, *([] if other is True else [other])]))
+        report = inspect_data(use, registry, Lengths(), lambda *_: None)
+        stops = {sort.sort for sort in report.findings if sort.stops} - {"nothing learned"}
+        try:
+            list(registry.build(use))
+        except DataError:
+            assert stops
+            seen[False] += 1
+        else:
+            assert not stops
+            seen[True] += 1
+
+    compare()
+    return seen
+
+
+def test_any_row_is_judged_as_training_judges_it(folder: Path) -> None:
+    os.mkfifo(folder / "pipe.png")
+    Image.new("RGB", (3, 900)).save(folder / "thin.png")
+    seen = outcomes_of_rows(folder, 250)
+    assert seen[True] > 20
+    assert seen[False] > 20
+
+
+def header(path: Path, place: int, data: bytes) -> None:
+    content = bytearray(path.read_bytes())
+    content[place : place + len(data)] = data
+    path.write_bytes(content)
+
+
+def faulty_image(folder: Path, name: str) -> None:
+    path = folder / name
+    if name == "pipe.png":
+        os.mkfifo(path)
+    elif name == "device.png":
+        path.symlink_to("/dev/zero")
+    elif name == "folder.png":
+        path.mkdir()
+    elif name == "thin.png":
+        Image.new("RGB", (60_000, 1)).save(path)
+    elif name == "large.webp":
+        Image.new("RGB", (30, 20)).save(path)
+        header(path, 26, (16383).to_bytes(2, "little") + (11000).to_bytes(2, "little"))
+    elif name == "large.jpg":
+        Image.new("RGB", (30, 20)).save(path)
+        header(path, path.read_bytes().index(b"\xff\xc0") + 5, b"\xea\x60\xea\x60")
+    elif name == "flat.png":
+        Image.new("RGB", (30, 20)).save(path)
+        header(path, 16, bytes(4))
+    elif name == "colours.png":
+        Image.new("RGB", (30, 20)).save(path)
+        header(path, 25, b"\5")
+
+
+IMAGE_FAULTS = ["pipe.png", "device.png", "folder.png", "thin.png", "large.webp", "large.jpg",
+                "flat.png", "colours.png"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", IMAGE_FAULTS)
+def test_an_image_that_would_stop_a_training_stops_the_check(
+    folder: Path, check: Check, name: str
+) -> None:
+    faulty_image(folder, name)
+    code, report, _ = check([*GOOD, row("bad", "<image>", "red .", image=name)])
+    assert (code, report["broken_images"], len(report["findings"])) == (2, 1, 1)
+    assert f"{name} of sample `bad`" in report["findings"][0]["messages"][0]
+    use = {"use": "conversations", "path": str(folder / "rows.json"), "images": str(folder)}
+    with pytest.raises(DataError, match=f"{name} of sample `bad`"):
+        Registry.installed().build(Use[Dataset].model_validate(use))
+    data = Registry.installed().build(Use[Dataset].model_validate({**use, "unusable": "skip"}))
+    assert [sample.id for sample in data] == [str(good["id"]) for good in GOOD]
+
+
+@pytest.mark.parametrize(
+    ("change", "sort", "sentence"),
+    [
+        ({"video": "a.mp4"}, "unread media", "`video` is not read"),
+        ({"videos": ["a.mp4"]}, "unread media", "`videos` is not read"),
+        ({"Audio": "a.wav"}, "unread media", "`Audio` is not read"),
+        ({"audio_path": "a.wav"}, "unread media", "`audio_path` is not read"),
+        ({"frames": ["a.png"]}, "unread media", "`frames` is not read"),
+        ({"image": None, "img": "a.png"}, "unread media", "`img` is not read"),
+        ({"image": None, "Image": "a.png"}, "unread media", "`Image` is not read"),
+        ({"image": None, "image_path": "a.png"}, "unread media", "`image_path` is not read"),
+        ({"images": ["a.png"]}, "image paths", "has `image` and `images`; keep one"),
+        ({"image": None, "images": ["a.png", "b.png"]}, "conversations", "has 2 images for 1"),
+        ({"image": ""}, "image paths", "`image` is an empty text"),
+        ({"image": ["a.png", ""]}, "image paths", "`image` is an empty text"),
+        ({"image": "https://a.org/b.png"}, "missing images", "it is an address"),
+        (
+            {"conversations": [{"from": "human", "value": "<image>", "video": "a.mp4"},
+                               {"from": "gpt", "value": "x"}]},
+            "unread media",
+            "`video` is not read",
+        ),
+        (
+            {"conversations": [{"from": "human", "value": "<image>"},
+                               {"from": "gpt", "value": "half \udc00"}]},
+            "conversations",
+            "turn 2 has half a character",
+        ),
+        (
+            {"conversations": [{"from": "human", "value": "<image> \ud83d"},
+                               {"from": "gpt", "value": "x"}]},
+            "conversations",
+            "turn 1 has half a character",
+        ),
+    ],
+)  # fmt: skip
+def test_a_row_that_would_be_trained_as_something_else_is_one_error(
+    folder: Path, check: Check, change: dict[str, Any], sort: str, sentence: str
+) -> None:
+    bad = {**row("bad", "<image>\nwhat ?", "red .", image="a.png"), **change}
+    code, report, _ = check([*GOOD, bad])
+    assert code == 2
+    assert [finding["sort"] for finding in report["findings"]] == [sort]
+    assert report["findings"][0]["count"] == 1
+    assert sentence in report["findings"][0]["messages"][0]
+    assert "sample `bad`" in report["findings"][0]["messages"][0]
+    use = {"use": "conversations", "path": str(folder / "rows.json"), "images": str(folder)}
+    with pytest.raises(DataError, match="bad"):
+        Registry.installed().build(Use[Dataset].model_validate(use))
+    data = Registry.installed().build(Use[Dataset].model_validate({**use, "unusable": "skip"}))
+    assert [sample.id for sample in data] == [str(good["id"]) for good in GOOD]
+
+
+def test_a_list_of_images_may_be_called_images(check: Check, folder: Path) -> None:
+    code, report, _ = check([{**row("two", "<image> <image>", "x"), "images": ["a.png", "b.png"]}])
+    assert (code, report["multi_image_samples"], report["findings"]) == (0, 1, [])
+
+
+def test_other_keys_about_media_are_reported_and_hinder_nothing(check: Check) -> None:
+    known = {"image_width": 640, "model": "gpt-4", "video": None, "audio": ""}
+    more = {"image_source": "coco", "video_id": "v_12"}
+    lost = row("lost", "<video>\nwhat ?", "red .")
+    html = row("html", "what does the tag <video> do ?", "it shows one .")
+    code, report, _ = check([{**GOOD[0], **known}, {**GOOD[1], **more}, lost, html])
+    assert code == 0
+    (finding,) = report["findings"]
+    assert (finding["sort"], finding["count"], finding["stops"]) == ("media keys", 3, False)
+    assert "`<video>` or `<audio>` is a word" in finding["messages"][2]
+    assert "`image_source` is not read" in finding["messages"][0]
+
+
+@pytest.mark.parametrize(
+    "double",
+    [
+        '{"id": "bad", "image": "b.png", "image": "a.png", "conversations": CONV}',
+        '{"id": "bad", "image": "a.png", "conversations": [], "conversations": CONV}',
+        '{"id": "bad", "image": "a.png", "conversations": '
+        '[{"from": "human", "value": "<image>", "value": "<image> ?"},'
+        ' {"from": "gpt", "value": "x"}]}',
+    ],
+)
+@pytest.mark.parametrize("lines", [False, True])
+def test_a_key_that_is_there_twice_is_refused_and_can_be_skipped(
+    folder: Path, llava_run: Command, double: str, lines: bool
+) -> None:
+    double = double.replace("CONV", json.dumps(GOOD[0]["conversations"]))
+    rows = [*map(json.dumps, GOOD), double]
+    path = folder / ("rows.jsonl" if lines else "own.json")
+    path.write_text("\n".join(rows) if lines else f"[{','.join(rows)}]")
+    code, out, _ = llava_run("check-data", path, "--images", folder, "--json")
+    assert code == 2
+    (finding,) = json.loads(out)["findings"]
+    assert (finding["sort"], finding["count"]) == ("doubled keys", 1)
+    use = {"use": "conversations", "path": str(path), "images": str(folder)}
+    with pytest.raises(DataError, match=r"sample `bad` of .* is there more than once"):
+        Registry.installed().build(Use[Dataset].model_validate(use))
+    data = Registry.installed().build(Use[Dataset].model_validate({**use, "unusable": "skip"}))
+    assert len(data) == len(GOOD)
+
+
+def test_thorough_decodes_every_image(folder: Path, check: Check) -> None:
+    noise = np.random.default_rng(0).integers(0, 255, (40, 50, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(folder / "a.png")
+    data = (folder / "a.png").read_bytes()
+    header(folder / "a.png", len(data) // 2, bytes([data[len(data) // 2] ^ 255]))
+    assert check(GOOD)[0] == 0
+    code, report, _ = check(GOOD, "--thorough")
+    assert (code, report["broken_images"]) == (2, 1)
+    assert "a.png of sample `prefix` cannot be decoded" in report["findings"][0]["messages"][0]
+
+
+def test_a_very_long_value_is_cut_in_messages(check: Check) -> None:
+    long = "x" * 100_000
+    rows = [row(long, "what ?", "w", roles="gh"), row("b", "<image>", "r", image=long),
+            row("c", "<image>", "r", image=f"/{long}"), {**row("d", "hi"), long: 1},
+            row("e", "<image>", "r", image=f"data:image/png;base64,{long}")]  # fmt: skip
+    _, report, _ = check(rows)
+    assert max(len(m) for sort in report["findings"] for m in sort["messages"]) < 3000
+
+
+# -- data sets of others ---------------------------------------------------------------------------
+
+
+class NoOptions(Options):
+    pass
+
+
+class Inline(Dataset):
+    """Samples with images that were never files, one of them cut short, one sample broken."""
+
+    name = "inline"
+    Options = NoOptions
+    spoilt = True
+
+    def __init__(self, options: NoOptions) -> None:
+        buffer = io.BytesIO()
+        noise = np.random.default_rng(0).integers(0, 255, (40, 40, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(buffer, "png")
+        self.data = base64.b64encode(buffer.getvalue())
+
+    def __len__(self) -> int:
+        return 3
+
+    def __getitem__(self, index: int) -> Sample:
+        if index >= 3:
+            raise IndexError(index)
+        if index == 1 and self.spoilt:
+            raise DataError("row 2 of the table cannot be read")
+        data = base64.b64decode(self.data)
+        image = Image.open(io.BytesIO(data[:-900] if index == 2 and self.spoilt else data))
+        turns = (Turn("human", "<image>\nwhat ?"), Turn("gpt", "red ."))
+        return Sample(f"s{index}", turns, (image,))
+
+
+def test_a_data_set_without_a_path_is_checked(
+    llava_run: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = Registry.get
+
+    def get(self: Registry, kind: Any, name: str) -> Any:
+        return Inline if name == "inline" else original(self, kind, name)
+
+    monkeypatch.setattr(Registry, "get", get)
+    code, out, err = llava_run("check-data", "--dataset", "inline", "--json")
+    report = json.loads(out)
+    assert (code, report["data"], report["rows"], report["samples"]) == (2, "inline", 3, 2)
+    said = {sort["sort"]: sort["messages"][0] for sort in report["findings"]}
+    assert said["samples"] == "row 2 of the table cannot be read"
+    assert "the image of sample `s2`" in said["broken images"]
+    assert "inline would stop a training" in err
+    monkeypatch.setattr(Inline, "spoilt", False)
+    assert llava_run("check-data", "--dataset", "inline", "--json").code == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["rows.json", "--dataset", "scienceqa"], "data set `scienceqa` has no option `path`"),
+        (["--dataset", "mix", "--images", "."], "data set `mix` has no option `images`"),
+        (["--dataset", "scienceqa"], "missing option `problems` of `scienceqa`"),
+        ([], "missing option `path` of `conversations`"),
+    ],
+)
+def test_options_that_a_data_set_does_not_have_are_told(
+    folder: Path,
+    refused: Callable[..., str],
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    sentence: str,
+) -> None:
+    (folder / "rows.json").write_text(json.dumps(GOOD))
+    monkeypatch.chdir(folder)
+    assert sentence in refused("check-data", *arguments)
 
 
 def test_a_broken_file_is_reported_with_what_came_before(check: Check) -> None:
@@ -179,7 +493,6 @@ def test_tokens_are_those_of_the_template_and_tokenizer(tmp_path: Path, check: C
     assert "prompt template" in {sort["sort"] for sort in report["findings"]}
 
 
-@pytest.mark.skipif(not LLAMA.is_file(), reason="the real tokenizer is not beside the checkout")
 def test_a_bare_sentencepiece_model_is_a_tokenizer(check: Check) -> None:
     from sentencepiece import SentencePieceProcessor
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 from collections import Counter
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from PIL import Image
+from tests import published
 from tests.conftest import LANGUAGE, make_tokenizer
 from tests.core.peer import make_pair
 from tests.plugins.families import qwen_tokenizer
@@ -23,7 +23,7 @@ from llavakit.model.detokenise import AnswerText, decode
 from llavakit.model.generate import distribution
 from llavakit_plugins.huggingface.hub import load_tokenizer
 
-LLAMA = Path(__file__).parents[3] / "shared" / "data" / "tokenizer" / "llama2.model"
+LLAMA = published.llama()
 
 
 @pytest.fixture(scope="module")
@@ -45,8 +45,6 @@ def model() -> LlavaModel:
 def tokenizer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     if request.param == "qwen":
         return qwen_tokenizer()
-    if not LLAMA.is_file():
-        pytest.skip("the real tokenizer is not beside the checkout")
     folder = tmp_path_factory.mktemp("llama")
     shutil.copy(LLAMA, folder / "tokenizer.model")
     (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')

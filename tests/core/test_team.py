@@ -25,11 +25,10 @@ GENTLE = ("--set", "steps.finetune.train={ connector = 1e-4, language = 1e-4 }")
 
 
 def llava_run(processes: int, *arguments: object) -> subprocess.CompletedProcess[str]:
-    """Run the command, under torchrun where there are several processes."""
-    own = [str(Path(sys.executable).with_name("llava-run")), *map(str, arguments)]
-    if processes > 1:
-        launcher = ["-m", "torch.distributed.run", "--standalone"]
-        own = [sys.executable, *launcher, "--nproc-per-node", str(processes), *own]
+    """Run the command in so many processes of torchrun."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command = str(Path(sys.executable).with_name("llava-run"))
+    own = [*launcher, "--nproc-per-node", str(processes), command, *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     return subprocess.run(
         own, env=environment, capture_output=True, text=True, timeout=300, check=False
@@ -46,8 +45,7 @@ def outcome(folder: Path) -> tuple[list[float], dict[str, Tensor]]:
 def test_a_team_arrives_where_one_process_does(write_recipe: RecipeWriter, tmp_path: Path) -> None:
     """24 samples, some without an image: with whole weights on both, then with divided ones."""
     arguments = (write_recipe(), *GENTLE)
-    single = llava_run(1, *arguments, "--out", tmp_path / "one")
-    assert single.returncode == 0, single.stderr
+    assert processes.run(tmp_path, *arguments, "--out", tmp_path / "one") == 0
     losses, weights = outcome(tmp_path / "one")
 
     whole = ("--set", "steps.finetune.shard=false")
@@ -76,9 +74,10 @@ def test_adapters_learn_in_a_team_as_in_one_process(
     lora = 'use = "vicuna"\nlora = { rank = 4, alpha = 8, dropout = 0 }'
     arguments = (write_recipe(('use = "vicuna"', lora)), *GENTLE)
     found = []
-    for count, name in ((1, "one"), (2, "two")):
-        run = llava_run(count, *arguments, "--out", tmp_path / name)
-        assert run.returncode == 0, run.stderr
+    assert processes.run(tmp_path, *arguments, "--out", tmp_path / "one") == 0
+    run = llava_run(2, *arguments, "--out", tmp_path / "two")
+    assert run.returncode == 0, run.stderr
+    for name in ("one", "two"):
         losses, weights = outcome(tmp_path / name)
         adapter = tmp_path / name / "model" / "language" / "adapter" / "adapter_model.safetensors"
         found.append((losses, weights, load_file(adapter)))

@@ -73,3 +73,49 @@ def test_its_own_tests_pass(installed: dict[str, str], tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "11 passed" in done.stdout
+
+
+# -- commands and reports -------------------------------------------------------------------------
+
+
+def run(installed: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "llavakit.cli", *arguments]
+    return subprocess.run(command, env=installed, capture_output=True, text=True, check=False)
+
+
+def test_its_command_is_listed_and_runs_as_ours_do(
+    installed: dict[str, str], tmp_path: Path
+) -> None:
+    assert "count the rows of a JSON list" in run(installed, "--help").stdout
+    (tmp_path / "rows.json").write_text("[1, 2, 3]")
+    done = run(installed, "count", str(tmp_path / "rows.json"))
+    assert (done.returncode, done.stdout) == (0, "3\n")
+    (tmp_path / "rows.json").write_text("{}")
+    done = run(installed, "count", str(tmp_path / "rows.json"))
+    assert done.returncode == 2
+    assert done.stderr == f"error: {tmp_path / 'rows.json'} is no list; give one\n"
+    assert "unrecognized arguments: --more" in run(installed, "count", "x", "--more").stderr
+
+
+def test_a_command_that_cannot_be_imported_stops_no_other(installed: dict[str, str]) -> None:
+    listed = run(installed, "--help")
+    assert listed.returncode == 0
+    assert "command `broken` of llava-mean cannot be" in " ".join(listed.stdout.split())
+    done = run(installed, "broken")
+    assert done.returncode == 2
+    assert "No module named 'llava_mean_absent'; fix it, or uninstall it" in done.stderr
+    assert run(installed, "recipes").returncode == 0
+
+
+def test_its_report_reads_the_run_folder_as_ours_does(
+    installed: dict[str, str], write_recipe: RecipeWriter, tmp_path: Path
+) -> None:
+    trackers = 'trackers = [{ use = "ledger" }]'
+    path = write_recipe(('name = "', f'{trackers}\nname = "'), ("epochs = 2", "max_steps = 2"))
+    folder = tmp_path / "run"
+    for event in ("done", "kept"):
+        done = run(installed, str(path), "--out", str(folder), "--resume")
+        assert done.returncode == 0, done.stderr
+        lines = (folder / "ledger.txt").read_text().splitlines()
+        assert [line.split()[1] for line in lines[-2:]] == [event] * 2
+    assert not (folder / "report.html").exists()  # the recipe names its own trackers

@@ -8,11 +8,10 @@ from typing import Any
 
 import pytest
 from PIL import Image
+from tests import published
 from tests.core.conftest import llava_run, refused
 
 __all__ = ["llava_run", "refused"]  # fixtures, for the tests here, too
-
-SHARED = Path(__file__).parents[3] / "shared" / "data"
 
 PROBLEMS: dict[str, dict[str, Any]] = {
     "7": {
@@ -42,10 +41,8 @@ PROBLEMS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """The folder of published files; without it the test is skipped."""
-    if not SHARED.is_dir():
-        pytest.skip("the shared data are not beside the checkout")
-    return SHARED
+    """The folder of published files, or of our own in their formats."""
+    return published.folder()
 
 
 @pytest.fixture

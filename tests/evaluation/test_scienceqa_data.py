@@ -15,7 +15,7 @@ import llavakit.testing
 from llavakit import DataError, Dataset, Registry, Use
 from llavakit.contracts.component import Options
 from llavakit_plugins.datasets.scienceqa import ScienceQAOptions
-from llavakit_plugins.evaluation.scienceqa import (
+from llavakit_plugins.datasets.scienceqa_problems import (
     LETTERS,
     answer_text,
     question_text,

@@ -112,6 +112,11 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(data)
         self.hang_up()
 
+    def raw(self, data: bytes) -> None:
+        """Answer with these bytes, head and all, and hang up."""
+        self.wfile.write(data)
+        self.hang_up()
+
     def hang_up(self) -> None:
         self.close_connection = True
         self.wfile.flush()

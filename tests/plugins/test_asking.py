@@ -7,16 +7,25 @@ import re
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from tests.core.processes import small_disk
 from tests.plugins.chat_server import KEY, Handler, Service, completion, serve, user_text
 
-from llavakit import ChatError, DataError, LlavaError, Message, Reply, Stopped
+from llavakit import (
+    ChatError,
+    ChatModel,
+    DataError,
+    LlavaError,
+    Message,
+    Options,
+    Reply,
+    Stopped,
+)
 from llavakit_plugins.chat_models.openai import OpenAI
 from llavakit_plugins.chat_models.options import OpenAIOptions
 from llavakit_plugins.generation.requests.asking import ask_all
@@ -87,7 +96,36 @@ def test_half_a_line_is_cut_and_the_rest_is_whole(tmp_path: Path, cut: int) -> N
         assert [item.text for item in ledger] == ["text 0", "text 1", "text 2"]
 
 
-@pytest.mark.parametrize("line", [b"{}\n", b"\xff\n", b"[1]\n", b'{"key": "zz"}\n', b"\n"])
+LINE = entry(1)
+WRONG: dict[str, list[Any]] = {
+    "key": ["zz", "", 7, None, "A" * 32, "é" * 32],
+    "identity": [None, 1], "prompt": [[]], "label": [None, True], "text": [True, None, ["x"], 7],
+    "finish": [5], "model": [None, {}], "draw": ["0", True, 1.5, None, -1, 10**400],
+    "time": ["1", None, True, float("nan")], "usd": ["0.1", True, [], -1, float("inf"), 10**400],
+    "input_tokens": [True, "5", 1.5, -3, 10**300], "output_tokens": [[], "x"],
+}  # fmt: skip
+WRONG_LINES = [
+    json.dumps({**LINE.__dict__, name: value}).encode() + b"\n"
+    for name, values in WRONG.items()
+    for value in values
+]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"{}\n",
+        b"\xff\n",
+        b"[1]\n",
+        b'{"key": "zz"}\n',
+        b"\n",
+        b"1\n",
+        b'"x"\n',
+        b"[" * 99999 + b"\n",
+        *WRONG_LINES,
+    ],
+    ids=lambda line: line[:40],
+)
 def test_a_damaged_line_is_named(tmp_path: Path, line: bytes) -> None:
     path = tmp_path / "ledger.jsonl"
     with Ledger(path) as ledger:
@@ -283,6 +321,90 @@ def test_what_waits_for_its_turn_is_not_sent_when_the_job_stops(
         service.otherwise = lambda h, b: h.answer("Yes.")
 
 
+class Own(ChatModel):
+    """A chat model of somebody else's: `complete` alone, which raises what it likes."""
+
+    name = "own"
+    Options = Options
+
+    def __init__(self, fault: Callable[[int], object]) -> None:
+        self.fault, self.calls = fault, 0
+
+    def complete(self, messages: Sequence[Message]) -> str:
+        number = int(messages[-1].content.split()[1])
+        self.calls += 1
+        found = self.fault(number)
+        if isinstance(found, BaseException):
+            raise found
+        return found  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize(
+    "fault", [RuntimeError("\x1b[2Jout of memory"), KeyError("x"), None, 7, ["text"]], ids=repr
+)
+def test_whatever_one_request_raises_the_others_are_written(tmp_path: Path, fault: object) -> None:
+    chat = Own(lambda number: fault if number == 2 else f"Re: {number}")
+    with Ledger(tmp_path / "ledger") as ledger:
+        tally = ask_all(chat, lambda: requests(20), ledger, concurrency=4)
+        assert len(ledger) == tally.answered == 19
+    ((key, reason),) = tally.unanswered.items()
+    assert key == asked(chat.identity, requests(1, 2)[0]).key
+    assert not tally.refused
+    assert reason.startswith("chat model `own` failed: ")
+    assert "\x1b" not in reason
+
+
+@pytest.mark.parametrize("error", [ChatError("no credit"), LlavaError("no space"), OSError("x")])
+def test_what_ends_the_job_lets_the_others_end_in_peace(
+    service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def answer(handler: Handler, body: dict[str, Any]) -> None:
+        time.sleep(0.3)
+        handler.answer("Yes.")
+
+    service.otherwise = answer
+    with Ledger(tmp_path / "ledger") as ledger:
+        real = ledger.write
+
+        async def write(entry: Any) -> None:
+            if entry.label == "q4":
+                raise error
+            await real(entry)
+
+        monkeypatch.setattr(ledger, "write", write)
+        with pytest.raises(type(error), match=str(error)):
+            ask_all(model(service), lambda: requests(200), ledger, concurrency=8)
+        assert len(service.asked) < 30
+        assert len(ledger) == len(service.asked) - 1
+
+
+def test_who_gives_the_requests_may_fail(service: Service, tmp_path: Path) -> None:
+    def some() -> Iterator[Request]:
+        yield from requests(5)
+        raise RuntimeError("a plugin's own")
+
+    with Ledger(tmp_path / "ledger") as ledger:
+        with pytest.raises(RuntimeError, match="a plugin's own"):
+            ask_all(model(service), some, ledger, concurrency=8)
+        assert len(ledger) == len(service.asked) == 5
+
+
+def test_a_service_that_answers_may_refuse_many(service: Service, tmp_path: Path) -> None:
+    def answer(handler: Handler, body: dict[str, Any]) -> None:
+        if 5 <= int(user_text(body).split()[1]) < 50:
+            handler.fail(400, "not this one")
+        else:
+            handler.answer("Yes.")
+
+    service.otherwise = answer
+    with Ledger(tmp_path / "ledger") as ledger:
+        tally = ask_all(model(service), lambda: requests(60), ledger, concurrency=1)
+        assert (tally.answered, len(tally.refused)) == (15, 45)
+        # what a resume has left is refused alone, and that ends it as well
+        again = ask_all(model(service), lambda: requests(60), ledger, concurrency=1)
+        assert (again.answered, again.refused) == (0, tally.refused)
+
+
 # -- money -----------------------------------------------------------------------------------------
 
 
@@ -381,6 +503,133 @@ def test_half_a_line_of_the_journal_is_cut(batching: Service, tmp_path: Path) ->
         assert ask_all(chat, lambda: requests(3), ledger).answered == 1
     rows = [json.loads(line) for line in journal.read_text().splitlines()]
     assert [list(row) for row in rows] == [["mark"], ["collected"], ["collected"]]
+
+
+class Odd(Echoing):
+    """Gives batches as services do that are not OpenAI's own."""
+
+    batch: ClassVar[dict[str, Any]] = {}
+    line: ClassVar[dict[str, Any]] = {}
+    """Of question 1."""
+
+    def work_on(self, batch: dict[str, Any]) -> None:
+        super().work_on(batch)
+        if batch["status"] != "completed":
+            return
+        batch |= self.batch
+        name = batch.get("output_file_id")
+        if not isinstance(name, str) or name not in self.service.files:
+            return
+        one = asked(model(self.service).identity, requests(1, 1)[0]).key
+        rows = [json.loads(line) for line in self.service.files[name].splitlines()]
+        rows = [{**row, **self.line} if row["custom_id"] == one else row for row in rows]
+        self.service.files[name] = "\n".join(map(json.dumps, rows)).encode()
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        {"error_file_id": ""}, {"error_file_id": None}, {"error_file_id": 0},
+        {"error_file_id": []}, {"request_counts": None}, {"request_counts": ["x"]},
+        {"request_counts": {"completed": "4", "total": None}}, {"metadata": "x"},
+        {"errors": "none"}, {"errors": {"data": "none"}}, {"errors": [1]}, {"created_at": "x"},
+    ],
+    ids=repr,
+)  # fmt: skip
+def test_odd_fields_of_a_batch_cost_no_reply(tmp_path: Path, batch: dict[str, Any]) -> None:
+    with serve(handler=type("Now", (Odd,), {"batch": batch})) as odd:
+        with Ledger(tmp_path / "ledger") as ledger:
+            tally = ask_all(model(odd, batch=True), lambda: requests(4), ledger)
+            assert (tally.answered, len(ledger), tally.unanswered) == (4, 4, {})
+        with Ledger(tmp_path / "ledger") as ledger:  # and a resume asks nothing
+            assert ask_all(model(odd, batch=True), lambda: requests(4), ledger).answered == 0
+        assert len(odd.batches) == 1
+
+
+@pytest.mark.parametrize("name", ["", None, 0, []], ids=repr)
+def test_a_batch_without_an_output_leaves_its_requests_open(tmp_path: Path, name: Any) -> None:
+    handler = type("Now", (Odd,), {"batch": {"output_file_id": name, "error_file_id": ""}})
+    with serve(handler=handler) as odd, Ledger(tmp_path / "ledger") as ledger:
+        tally = ask_all(model(odd, batch=True), lambda: requests(4), ledger)
+        assert (tally.answered, len(tally.unanswered), tally.refused) == (0, 4, set())
+
+
+@pytest.mark.parametrize(
+    ("line", "why", "lasting"),
+    [
+        ({"response": {"status_code": 400, "body": {"error": {"code": 17, "message": "no"}}}},
+         "17 no", True),
+        ({"response": {"status_code": 400, "body": {"error": "no"}}}, "no", True),
+        ({"response": {"status_code": 400, "body": "no"}}, "no", True),
+        ({"response": {"status_code": 400, "body": ["no"]}}, "no", True),
+        ({"response": {"status_code": 429, "body": {"error": {"message": "busy"}}}}, "busy", False),
+        ({"response": {"status_code": 500, "body": None}}, "no reason given", False),
+        ({"response": {"status_code": 200, "body": "yes"}}, "holds no reply", False),
+        ({"response": {"status_code": 200, "body": [1]}}, "holds no reply", False),
+        ({"response": "no"}, "no", False),
+        ({"response": None, "error": "expired"}, "expired", False),
+        ({"response": None, "error": {"code": "batch_expired", "message": "late"}}, "late", False),
+        ({"response": None, "error": ["late", 7]}, "late; 7", False),
+        ({"response": [], "error": None}, "no reason given", False),
+        ({"custom_id": 7}, "has no line for it", False),
+        ({"custom_id": "zz"}, "has no line for it", False),
+    ],
+    ids=repr,
+)  # fmt: skip
+def test_odd_lines_of_a_batch_cost_no_other_reply(
+    tmp_path: Path, line: dict[str, Any], why: str, lasting: bool
+) -> None:
+    with serve(handler=type("Now", (Odd,), {"line": line})) as odd:
+        with Ledger(tmp_path / "ledger") as ledger:
+            tally = ask_all(model(odd, batch=True), lambda: requests(4), ledger)
+            assert len(ledger) == 3
+        ((key, reason),) = tally.unanswered.items()
+        assert key == asked(model(odd).identity, requests(1, 1)[0]).key
+        assert why in reason
+        assert tally.refused == ({key} if lasting else set())
+
+
+def test_a_withheld_reply_of_a_batch_is_a_reply(tmp_path: Path) -> None:
+    error = {"error": {"code": "content_filter", "message": "no"}}
+    line = {"response": {"status_code": 400, "body": error}}
+    handler = type("Now", (Odd,), {"line": line})
+    with serve(handler=handler) as odd, Ledger(tmp_path / "ledger") as ledger:
+        assert ask_all(model(odd, batch=True), lambda: requests(4), ledger).answered == 4
+        assert sorted(e.finish for e in ledger) == ["content_filter", *["stop"] * 3]
+
+
+def test_a_batch_learns_how_the_longest_reply_is_called(tmp_path: Path) -> None:
+    class Newer(Echoing):
+        def work_on(self, batch: dict[str, Any]) -> None:
+            super().work_on(batch)
+            name = batch.get("output_file_id")
+            if name is None:
+                return
+            sent = self.service.files[batch["input_file_id"]].splitlines()
+            old = {row["custom_id"] for row in map(json.loads, sent) if "max_tokens" in row["body"]}
+            error = {"error": {"message": "Unsupported parameter: 'max_tokens'"}}
+            rows = [json.loads(line) for line in self.service.files[name].splitlines()]
+            for row in rows:
+                if row["custom_id"] in old:
+                    row["response"] = {"status_code": 400, "body": error}
+            self.service.files[name] = "\n".join(map(json.dumps, rows)).encode()
+
+    with serve(handler=Newer) as newer, Ledger(tmp_path / "ledger") as ledger:
+        tally = ask_all(model(newer, batch=True), lambda: requests(4), ledger)
+        assert (tally.answered, tally.unanswered) == (4, {})
+        assert len(newer.batches) == 2
+
+
+@pytest.mark.parametrize(
+    "line", [b"[1]\n", b'{"mark": 7}\n', b'{"collected": []}\n', b"\xff\n", b"7\n", b"{}\n"]
+)
+def test_a_damaged_journal_is_named(batching: Service, tmp_path: Path, line: bytes) -> None:
+    (tmp_path / "batches.jsonl").write_bytes(line)
+    with (
+        Ledger(tmp_path / "ledger") as ledger,
+        pytest.raises(DataError, match=r"batches\.jsonl is damaged"),
+    ):
+        ask_all(model(batching, batch=True), lambda: requests(2), ledger)
 
 
 def test_a_batch_within_a_budget(batching: Service, tmp_path: Path) -> None:

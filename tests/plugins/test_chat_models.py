@@ -3,33 +3,42 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import json
 import logging
+import os
 import socket
 import time
+import zlib
 from collections.abc import Iterator
+from datetime import date
 from email.utils import formatdate
 from hashlib import sha1, sha256
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings, strategies as st
 from pydantic import ValidationError
+from tests import published
 from tests.plugins.chat_server import KEY, Handler, Service, completion, serve
 
 from llavakit import ChatError, ChatModel, Message, Reply, ReplyError
 from llavakit.contracts.component import Use
+from llavakit.recipe.redaction import redact
 from llavakit.registry import Registry
 from llavakit.testing import ChatModelContract
+from llavakit_plugins.chat_models.faults import Fault, read_complaint
 from llavakit_plugins.chat_models.openai import OpenAI
 from llavakit_plugins.chat_models.options import OpenAIOptions
 from llavakit_plugins.chat_models.pacing import Pace, backoff, retry_after
 from llavakit_plugins.chat_models.replay import Replay, ReplayOptions
+from llavakit_plugins.chat_models.service import Service as Account
 from llavakit_plugins.generation.requests.ledger import Ledger
 from llavakit_plugins.generation.requests.prices import Price, price_list
 from llavakit_plugins.generation.requests.tokens import counter_for, estimate
 
-SHARED = Path(__file__).parents[3] / "shared" / "data"
+SHARED = published.folder()
 ASK = (Message("system", "Be brief."), Message("user", "Is it red?"))
 
 
@@ -45,8 +54,8 @@ def service() -> Iterator[Service]:
 
 
 def model(service: Service, **options: Any) -> OpenAI:
-    settings = {"model": "gpt-4o", "base_url": service.url, "backoff": 0.02, "timeout": 5.0}
-    return OpenAI(OpenAIOptions(**{**settings, **options}))
+    stated = {"model": "gpt-4o", "base_url": service.url, "backoff": 0.02, "timeout": 5.0}
+    return OpenAI(OpenAIOptions(**{**stated, **options}))
 
 
 def ask(chat: ChatModel, draw: int = 0) -> Reply:
@@ -129,6 +138,32 @@ PASSING = {
     "an error with status 200": lambda h, b: h.json(200, {"error": {"message": "no GPU"}}),
     "a list": lambda h, b: h.json(200, [1]),
     "content that is no text": lambda h, b: h.json(200, completion(["x"])),  # type: ignore[arg-type]
+    "a refusal that is no text": lambda h, b: h.answer(None, message={"refusal": ["no"]}),
+    "an error list with status 200": lambda h, b: h.json(200, [{"error": "no GPU"}]),
+    **{
+        f"no HTTP: {name}": lambda h, b, head=head: h.raw(b"HTTP/1.1 " + head)
+        for name, head in {
+            "a chunk's length": b"200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\nabc\r\n",
+            "a chunk without end": b"200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nab",
+            "a length in letters": b"200 OK\r\nContent-Length: abc\r\n\r\n{}",
+            "a length below 0": b"200 OK\r\nContent-Length: -5\r\n\r\n{}",
+            "two lengths": b"200 OK\r\nContent-Length: 2\r\nContent-Length: 3\r\n\r\n{}",
+            "a long header": b"200 OK\r\nX: " + b"a" * 9000 + b"\r\nContent-Length: 2\r\n\r\n{}",
+            "a zero in a header": b"200 OK\r\nX: a\x00b\r\nContent-Length: 2\r\n\r\n{}",
+            "a status in letters": b"abc OK\r\n\r\n",
+            "a status of two digits": b"99 X\r\nContent-Length: 2\r\n\r\n{}",
+            "a status of 999": b"999 X\r\nContent-Length: 2\r\n\r\n{}",
+            "no reason in Unicode": b"500 \xff\xfe\r\nContent-Length: 2\r\n\r\n{}",
+            "gzip that is none": b"200 OK\r\nContent-Encoding: gzip\r\nContent-Length: 2\r\n\r\n{}",
+            "a coding nobody asked for": b"200 OK\r\nContent-Encoding: br\r\nContent-Length: 2"
+            b"\r\n\r\n{}",
+            "nothing": b"204 No\r\n\r\n",
+            "not changed": b"304 No\r\n\r\n",
+            "another protocol": b"101 X\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\r\n",
+            "a redirect to nowhere": b"307 X\r\nLocation: http://[::1\r\nContent-Length: 0\r\n\r\n",
+        }.items()
+    },
+    "no HTTP at all": lambda h, b: h.raw(b"hello\r\n"),
 }
 
 
@@ -234,6 +269,320 @@ def test_the_wall_clock_may_jump(service: Service, monkeypatch: pytest.MonkeyPat
     assert 0.99 <= second - first < 20
 
 
+# -- answers of any size and from any place --------------------------------------------------------
+
+
+def packed(size: int) -> bytes:
+    """Return JSON with a string of so many bytes, as gzip."""
+    pack = zlib.compressobj(wbits=31)
+    parts = [pack.compress(b'{"a": "')]
+    parts += [pack.compress(b"a" * (1 << 20)) for _ in range(size >> 20)]
+    return b"".join([*parts, pack.flush()])
+
+
+def test_an_answer_without_end_is_not_read_to_its_end(service: Service) -> None:
+    sent = 0
+
+    def endless(handler: Handler, body: Any) -> None:
+        nonlocal sent
+        handler.send_response(200)
+        handler.end_headers()
+        while sent < 1 << 30:
+            handler.wfile.write(b" " * (1 << 20))
+            sent += 1 << 20
+
+    service.otherwise = endless
+    with pytest.raises(ReplyError, match="the answer is longer than 32 MiB"):
+        ask(model(service, retries=0, timeout=60))
+    assert sent < 1 << 28  # what lies in buffers
+
+
+def test_a_small_answer_that_unpacks_to_a_large_one_is_refused(service: Service) -> None:
+    data = packed(200 << 20)
+    assert len(data) < 1 << 20
+    service.otherwise = lambda h, b: h.send(200, data, "application/json", Content_Encoding="gzip")
+    with pytest.raises(ReplyError, match="the answer is longer than 32 MiB"):
+        ask(model(service, retries=0, timeout=60))
+
+
+def test_gzip_is_unpacked_and_must_be_whole(service: Service) -> None:
+    data = gzip.compress(json.dumps(completion("Yes.")).encode())
+    service.actions = [
+        lambda h, b: h.send(200, data[:-9], "application/json", Content_Encoding="gzip"),
+        lambda h, b: h.send(200, data, "application/json", Content_Encoding="gzip"),
+    ]
+    assert ask(model(service)).text == "Yes."
+    assert len(service.asked) == 2
+
+
+def test_a_redirect_within_the_service_is_followed(service: Service) -> None:
+    def on(handler: Handler, body: Any) -> None:
+        handler.send(307, b"", "text/plain", Location="/v1/elsewhere/chat/completions")
+
+    service.actions = [on]
+    assert ask(model(service)).text == "It is red."
+    assert service.paths == ["/v1/chat/completions", "/v1/elsewhere/chat/completions"]
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_a_redirect_to_another_origin_is_refused(service: Service, status: int) -> None:
+    with serve() as other:
+        service.otherwise = lambda h, b: h.send(
+            status, b"", "text/plain", Location=f"{other.url}/chat/completions"
+        )
+        with pytest.raises(ChatError, match="sends requests on to") as caught:
+            ask(model(service))
+        assert not isinstance(caught.value, ReplyError)
+        assert other.url.removesuffix("/v1") in str(caught.value)
+        assert not other.asked
+    assert len(service.asked) == 1
+
+
+def test_redirects_in_a_circle_end(service: Service) -> None:
+    service.otherwise = lambda h, b: h.send(307, b"", "text/plain", Location="/v1/chat/completions")
+    with pytest.raises(ReplyError, match="redirects more than 5 times"):
+        ask(model(service, retries=0))
+
+
+ABSURD: list[Any] = [
+    10**300, 10**18, -5, True, 1.5, "100", None, [1], float("inf"), {"n": 1},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("count", ABSURD, ids=repr)
+def test_counts_that_cannot_be_are_left_out(service: Service, count: Any) -> None:
+    usage = {"prompt_tokens": count, "completion_tokens": 10}
+    service.otherwise = lambda h, b: h.json(200, {**completion("Yes."), "usage": usage})
+    reply = ask(model(service, price={"input": 10, "output": 100}))
+    assert (reply.text, reply.input_tokens, reply.usd) == ("Yes.", None, None)
+
+
+@pytest.mark.parametrize("usage", [[1], "much", 7, True])
+def test_usage_of_another_form_costs_no_reply(service: Service, usage: Any) -> None:
+    service.otherwise = lambda h, b: h.json(200, {**completion("Yes."), "usage": usage})
+    reply = ask(model(service))
+    assert (reply.text, reply.input_tokens, reply.output_tokens) == ("Yes.", None, None)
+    assert len(service.asked) == 1
+
+
+def test_a_number_of_any_length_costs_no_reply(service: Service) -> None:
+    text = json.dumps(completion("Yes.")).replace(": 100,", f": {'9' * 5000},")
+    service.otherwise = lambda h, b: h.send(200, text.encode(), "application/json")
+    assert ask(model(service)).text == "Yes."
+    assert len(service.asked) == 1
+
+
+def test_of_content_in_parts_the_text_is_kept(service: Service) -> None:
+    parts = [
+        {"type": "thinking", "thinking": [{"type": "text", "text": "Hm."}]},
+        {"type": "text", "text": "It is "},
+        {"type": "text", "text": "red."},
+    ]
+    service.otherwise = lambda h, b: h.answer(parts)  # type: ignore[arg-type]
+    assert ask(model(service)).text == "It is red."
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+        lambda inner: st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(
+                ["choices", "message", "content", "refusal", "finish_reason", "usage", "model",
+                 "error", "prompt_tokens", "completion_tokens", "type", "text"]
+            ),
+            inner, max_size=5,
+        ),
+        max_leaves=25,
+    )
+)  # fmt: skip
+def test_any_json_is_a_reply_or_a_fault(table: Any) -> None:
+    chat = Account(OpenAIOptions(model="x", base_url="http://localhost:1/v1", keyless=True))
+    for body in (table, {"choices": [{"message": table}], "usage": table}, {"choices": [table]}):
+        try:
+            reply = chat.reply_of(body)
+        except Fault:
+            continue
+        assert isinstance(reply.text, str)
+        assert isinstance(reply.finish, str)
+        assert all(type(n) in (int, type(None)) for n in (reply.input_tokens, reply.output_tokens))
+    complaint = read_complaint(table)
+    assert isinstance(complaint.code, str)
+    assert complaint.said
+    chat.judge(400, complaint)
+    chat.learn(complaint)
+
+
+# -- the name of the longest reply -----------------------------------------------------------------
+
+UNSUPPORTED = {
+    "OpenAI": {
+        "message": "Unsupported parameter: 'max_tokens' is not supported with this model. Use "
+        "'max_completion_tokens' instead.",
+        "type": "invalid_request_error", "param": "max_tokens", "code": "unsupported_parameter",
+    },
+    "pydantic": {"detail": [
+        {"type": "extra_forbidden", "loc": ["body", "max_tokens"],
+         "msg": "Extra inputs are not permitted"},
+    ]},
+    "a sentence": "unknown field max_tokens",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("error", UNSUPPORTED.values(), ids=UNSUPPORTED)
+def test_the_newer_name_of_the_longest_reply_is_learned_once(service: Service, error: Any) -> None:
+    def answer(handler: Handler, body: Any) -> None:
+        if "max_tokens" in body:
+            handler.json(400, error if "detail" in error else {"error": error})
+        else:
+            handler.answer("Yes.")
+
+    service.otherwise = answer
+    chat = model(service, retries=0, max_tokens=77)
+    assert [ask(chat, draw).text for draw in range(3)] == ["Yes."] * 3
+    assert [body.get("max_completion_tokens") for body in service.asked] == [None, 77, 77, 77]
+
+
+def test_the_older_name_is_learned_too(service: Service) -> None:
+    def answer(handler: Handler, body: Any) -> None:
+        if "max_completion_tokens" in body:
+            handler.fail(422, "Unrecognized request argument supplied: max_completion_tokens")
+        else:
+            handler.answer("Yes.")
+
+    service.otherwise = answer
+    chat = model(service)
+    chat._service.limit_field = "max_completion_tokens"  # as at OpenAI's own address
+    assert ask(chat).text == "Yes."
+    assert [body.get("max_tokens") for body in service.asked] == [None, 1024]
+
+
+def test_who_refuses_both_names_is_believed(service: Service) -> None:
+    def answer(handler: Handler, body: Any) -> None:
+        name = next(name for name in ("max_tokens", "max_completion_tokens") if name in body)
+        handler.fail(400, f"Unsupported parameter: {name}; use max_tokens")
+
+    service.otherwise = answer
+    with pytest.raises(ReplyError, match="Unsupported parameter: max_completion_tokens"):
+        ask(model(service))
+    assert len(service.asked) == 2
+
+
+def test_a_reply_that_is_too_long_for_the_model_is_another_matter(service: Service) -> None:
+    service.otherwise = lambda h, b: h.fail(400, "max_tokens is too large: 5000. At most 4096.")
+    with pytest.raises(ReplyError, match="too large"):
+        ask(model(service, max_tokens=5000))
+    assert len(service.asked) == 1
+
+
+def test_the_name_may_be_stated_and_fields_left_out(service: Service) -> None:
+    service.otherwise = lambda h, b: h.fail(400, "unknown field max_completion_tokens")
+    with pytest.raises(ReplyError, match="unknown field"):
+        ask(model(service, limit_field="max_completion_tokens"))
+    assert len(service.asked) == 1
+    service.otherwise = lambda h, b: h.answer("Yes.")
+    for nothing in (None, "null"):
+        chat = model(service, temperature=0.5, extra={"max_tokens": nothing, "top_k": 5})
+        ask(chat)
+        body = service.asked[-1]
+        assert sorted(body) == ["messages", "model", "temperature", "top_k"]
+
+
+# -- addresses and keys ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["https://api.openai.com/v1/", "HTTPS://API.OpenAI.com/v1", "https://api.openai.com:443/v1//"],
+)
+def test_the_same_address_is_the_same_service(url: str) -> None:
+    chat = OpenAI(OpenAIOptions(model="gpt-4o", base_url=url))
+    assert chat.price(10**6, 10**6) == 12.5
+    assert chat.options.base_url == OpenAIOptions(model="x").base_url
+    assert chat._service.body(ASK, 0)["max_completion_tokens"] == 1024
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://localhost:abc/v1", "http://localhost:99999/v1", "http://localhost:0/v1",
+        "http://localhost:/v1", "http://localhost:８０/v1", "http://local host/v1",
+        "http://localhost/v1 ", "http://[::1/v1", "http://[zz]/v1", "http://a..b/v1", "http:///v1",
+        f"http://{'a' * 300}/v1", "http://a/v1\x1b[2J", "ftp://a/v1", "a/v1", "",
+    ],
+)  # fmt: skip
+def test_an_address_that_is_none_is_refused(url: str) -> None:
+    with pytest.raises(ValidationError, match=r"write it as https://HOST"):
+        OpenAIOptions(model="x", base_url=url)
+
+
+SECRET = "hunter2hunter2"
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        f"https://me:{SECRET}@host/v1", f"https://{SECRET}@host/v1", f"https://me:{SECRET}/x@host/v1",
+        f"https://host/v1#{SECRET}", f"https://host/v1?{SECRET}", f"https://host/v1?key={SECRET}",
+        f"https://host\\@{SECRET}/v1",
+    ],
+)  # fmt: skip
+def test_an_address_may_hold_no_secret(url: str) -> None:
+    with pytest.raises(ValidationError, match="no password"):
+        OpenAIOptions(model="x", base_url=url)
+    if "\\" not in url:
+        assert SECRET not in redact(f'base_url = "{url}": got `{url}`')
+
+
+def test_a_key_in_the_path_is_refused_and_a_random_part_is_not_shown(service: Service) -> None:
+    with pytest.raises(ValidationError, match="path may hold no key"):
+        OpenAIOptions(model="x", base_url=f"https://host/{KEY}/v1")
+    part = "0123456789abcdef0123456789abcdef"  # a key, or the number of an account: who knows
+    service.otherwise = lambda h, b: h.fail(500, "oh")
+    with pytest.raises(ReplyError) as caught:
+        ask(model(service, base_url=service.url.replace("/v1", f"/{part}/v1"), retries=0))
+    assert part not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"api_key": "x"}, {"headers": {"Authorization": "x"}}, {"a": [{"x-api-key": "x"}]},
+        {"password": "x"}, {"user": KEY}, {"auth_token": "x"},
+    ],
+)  # fmt: skip
+def test_more_fields_may_hold_no_key(extra: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError, match="may hold no key"):
+        OpenAIOptions(model="x", extra=extra)
+
+
+@pytest.mark.parametrize(
+    "extra", [{"stream": True}, {"messages": [1]}, {"x": float("nan")}, {"x": date(2020, 1, 1)}]
+)
+def test_more_fields_that_no_request_can_hold_are_refused(extra: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError, match=r"not for recipes|JSON cannot"):
+        OpenAIOptions(model="x", extra=extra)
+
+
+@pytest.mark.parametrize("key", [KEY, "0123456789abcdef0123456789abcdef", "AbCdEf0123456789_-xYz"])
+def test_a_key_in_place_of_its_file_is_refused_and_never_shown(key: str) -> None:
+    with pytest.raises(ValidationError, match="looks like a key itself"):
+        OpenAIOptions(model="x", key_file=key)  # type: ignore[arg-type]
+    assert key not in redact(f"got {key!r}")
+    OpenAIOptions(model="x", key_file="keys/openai-2024")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["~nobody-of-that-name/key", "a" * 300, "a\x00b", ".", "pipe"])
+def test_a_key_file_that_is_none_ends_in_a_sentence(
+    service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo("pipe")  # reading it would wait for ever
+    with pytest.raises(ChatError, match="cannot read the key file"):
+        ask(model(service, key_file=name))
+
+
 # -- what fails for good ---------------------------------------------------------------------------
 
 
@@ -299,11 +648,48 @@ def test_an_unknown_model_is_said_with_those_that_are_there(service: Service) ->
     assert len(service.asked) == 1
 
 
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ([{"error": {"code": 400, "message": "API key not valid"}}], "API key not valid"),
+        (["too", "long"], "too; long"),
+        ("too long", "too long"),
+        ({"error": "too long"}, "too long"),
+        ({"error": ["too", {"message": "long"}]}, "too; long"),
+        ({"error": {"message": {"detail": "too long"}}}, "too long"),
+        ({"error": {"message": "too long", "code": 17}}, "too long"),
+        ({"detail": [{"loc": ["body", "x"], "msg": "field required"}]}, "field required"),
+        ({"message": "too long"}, "too long"),
+        ({"errors": [{"message": "a"}, {"message": "b"}]}, "a; b"),
+        ({}, "no reason given"),
+        (None, "no reason given"),
+        (7, "7"),
+    ],
+)
+def test_what_an_error_says_is_shown_whatever_its_form(
+    service: Service, body: Any, said: str
+) -> None:
+    service.otherwise = lambda h, b: h.json(400, body)
+    with pytest.raises(ReplyError) as caught:
+        ask(model(service))
+    assert f"status 400: {said}" in str(caught.value)
+
+
+def test_what_a_service_says_drives_no_terminal(service: Service) -> None:
+    service.otherwise = lambda h, b: h.fail(400, "a\x1b[2J\x1b]0;title\x07\x9b1m\r\nb\u202ec")
+    with pytest.raises(ReplyError) as caught:
+        ask(model(service))
+    assert r"a\x1b[2J\x1b]0;title\x07\x9b1m b\u202ec" in str(caught.value)
+
+
 def test_an_account_without_credit_is_not_tried_again(service: Service) -> None:
     service.otherwise = lambda h, b: h.fail(429, "quota", code="insufficient_quota")
     with pytest.raises(ChatError, match="no credit left"):
         ask(model(service))
     assert len(service.asked) == 1
+    service.otherwise = lambda h, b: h.fail(402, "Insufficient Balance")
+    with pytest.raises(ChatError, match="no credit left: Insufficient Balance"):
+        ask(model(service))
 
 
 def test_a_request_that_is_refused_may_be_the_only_one(service: Service) -> None:
@@ -401,11 +787,11 @@ def test_without_a_vocabulary_nothing_is_downloaded(
     counter_for.cache_clear()
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="the shared data are not beside the checkout")
+@published.needs("tokenizer", "coco80", "llava_bench_coco")
 def test_the_estimate_errs_as_little_as_it_says() -> None:
     from sentencepiece import SentencePieceProcessor
 
-    llama = SentencePieceProcessor(model_file=str(SHARED / "tokenizer" / "llama2.model"))
+    llama = SentencePieceProcessor(model_file=str(published.llama()))
     rows = rows_of(SHARED / "coco80" / "caps_boxes.jsonl")
     contexts = [
         "\n".join(

@@ -7,6 +7,7 @@ import tracemalloc
 from collections import Counter
 from pathlib import Path
 from typing import Any
+from unicodedata import normalize
 
 import pytest
 from PIL import Image
@@ -80,6 +81,17 @@ def test_what_cannot_be_used_is_left_out_when_asked_and_said(folder: Path) -> No
     assert "sample `roles`" in note
     assert "none.png" in note
     assert build(use="conversations", path=path, unusable="skip", limit=1).notes() == []
+
+
+def test_a_missing_image_of_another_unicode_form_says_so(folder: Path) -> None:
+    (folder / "a.png").rename(folder / normalize("NFD", "é.png"))
+    path = str(
+        write(folder, [row("a", normalize("NFC", "é.png")), row("b", "https://a.org/b.png")])
+    )
+    with pytest.raises(DataError, match="2 of 2 images are missing") as caught:
+        build(use="conversations", path=path)
+    assert "in the other Unicode form" in str(caught.value)
+    assert "it is an address" in str(caught.value)
 
 
 def test_rows_stay_in_the_file(tmp_path: Path) -> None:

@@ -15,8 +15,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tests import published
 
-from llavakit import Step
+from llavakit import DataError, Step
 from llavakit.cli import main
 from llavakit.testing import StepContract
 from llavakit_plugins.generation.curation.captions import read_captions
@@ -28,11 +29,8 @@ from llavakit_plugins.generation.curation.phrases import (
 )
 from llavakit_plugins.steps.filter import Filter, FilterOptions
 
-SHARED = Path(__file__).parents[3] / "shared" / "data"
+SHARED = published.folder()
 REAL = SHARED / "captions" / "scienceqa_captions.jsonl"
-needs_shared = pytest.mark.skipif(
-    not SHARED.is_dir(), reason="the shared data are not beside the checkout"
-)
 
 RECIPE = """\
 name = "filtered"
@@ -71,7 +69,6 @@ class TestFilter(StepContract):
         return Filter(FilterOptions(captions=self.file, workers=1))
 
 
-@needs_shared
 def test_the_rules_hold_exactly_on_real_captions(tmp_path: Path) -> None:
     minimum, most, seed = 3, 100, 5
     step = run(tmp_path, REAL, 'chunker = "light"', seed=seed)
@@ -111,7 +108,37 @@ def test_the_rules_hold_exactly_on_real_captions(tmp_path: Path) -> None:
     assert "Noun phrases before and after" in report
 
 
-@needs_shared
+@pytest.mark.parametrize(
+    "content",
+    [
+        '{"caption": "a red bus", "id": "1"}\n',
+        '\n{"caption": "a red bus", "id": "1"}\n',
+        "a red bus\thttp://x\n",
+        '[{"id": "1", "conversations": [{"from": "gpt", "value": "a red bus"}]}]',
+    ],
+)
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_a_mark_in_front_is_no_part_of_a_caption(tmp_path: Path, content: str, mark: str) -> None:
+    (tmp_path / "captions").write_text(mark + content, encoding="utf-8")
+    assert [row.caption for row in read_captions(tmp_path / "captions")] == ["a red bus"]
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ('{"caption": "half \\ud83d"}\n', "captions:1: the caption has half a character"),
+        ('[{"conversations": [{"from": "gpt", "value": 5}]}]', "sample 1 has no answer"),
+        ('[{"conversations": [{"from": "gpt", "value": "\\ud83d"}]}]', "has half a character"),
+        ("[" * 100_000, "nested too deeply"),
+        ("[1]", "is not a list of objects"),
+    ],
+)
+def test_captions_that_cannot_be_are_named(tmp_path: Path, content: str, sentence: str) -> None:
+    (tmp_path / "captions").write_text(content)
+    with pytest.raises(DataError, match=sentence):
+        list(read_captions(tmp_path / "captions"))
+
+
 def test_a_seed_changes_the_draw_and_nothing_else_does(tmp_path: Path) -> None:
     folders = [tmp_path / name for name in "abc"]
     for folder in folders:

@@ -8,6 +8,7 @@ import os
 import random
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -21,6 +22,7 @@ from typing import Any
 
 import pytest
 import tomli_w
+from tests import published
 from tests.core.processes import finish, start
 from tests.plugins.chat_server import KEY, Handler, Service, lesson, serve, teach, user_text
 
@@ -32,7 +34,7 @@ from llavakit_plugins.generation.coco import convert_coco, is_coco
 from llavakit_plugins.generation.contexts import Contexts
 from llavakit_plugins.generation.requests.ledger import Ledger, hash_messages
 
-SHARED = Path(__file__).parents[3] / "shared" / "data"
+SHARED = published.folder()
 KINDS = ("conversation", "detail", "reasoning")
 
 RECIPE = """\
@@ -344,6 +346,129 @@ def test_what_stays_unusable_is_kept_aside(service: Service, tmp_path: Path) -> 
     assert unusable.count("too long") == 3
 
 
+AWAY = {
+    "nobody is there": None,
+    "429 without end": lambda h, b: h.fail(429, "slow down"),
+    "500 without end": lambda h, b: h.fail(500, "oh"),
+    "no HTTP": lambda h, b: h.raw(b"HTTP/1.1 abc OK\r\n\r\n"),
+    "replies that are none": lambda h, b: h.json(200, {"choices": []}),
+}
+QUICK = [
+    "--set", "steps.generate.generator.chat.retries=0",
+    "--set", "steps.generate.generator.chat.patience=0",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", AWAY.values(), ids=AWAY)
+def test_a_service_that_is_down_is_not_taken_for_done(
+    service: Service, tmp_path: Path, capsys: pytest.CaptureFixture[str], fault: Any
+) -> None:
+    recipe, out = write_recipe(tmp_path, service, 2), tmp_path / "run"
+    down = recipe.read_text()
+    if fault is None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            down = down.replace(service.url, f"http://127.0.0.1:{free.getsockname()[1]}/v1")
+    else:
+        service.otherwise = fault
+    recipe.write_text(down)
+    command = [str(recipe), "--out", str(out), *QUICK]
+    for again in ([], ["--resume"]):
+        assert main([*command, *again]) == 2
+        said = capsys.readouterr()
+        assert "6 of 6 requests have no answer for now" in said.err
+        assert "--resume" in said.err
+        assert "done" not in said.out
+    assert not (out / "01-generate" / "artifact.json").exists()
+
+
+@pytest.mark.parametrize("fault", [AWAY["500 without end"], AWAY["429 without end"]])
+def test_what_has_no_answer_for_now_is_asked_by_a_resume_alone(
+    service: Service, tmp_path: Path, capsys: pytest.CaptureFixture[str], fault: Any
+) -> None:
+    def answer(handler: Handler, body: dict[str, Any]) -> None:
+        if "number 3." in user_text(body):
+            fault(handler, body)
+        else:
+            teach(handler, body)
+
+    service.otherwise = answer
+    recipe, out = write_recipe(tmp_path, service), tmp_path / "run"
+    command = [str(recipe), "--out", str(out), *QUICK]
+    assert main(command) == 2
+    said = capsys.readouterr().err
+    assert "3 of 36 requests have no answer for now" in said
+    step = out / "01-generate"
+    assert len(json.loads((step / "instruct.json").read_text())) == 33  # to be looked at
+    aside = rows_of(step / "rejected.jsonl")
+    assert {row["id"] for row in aside} == {f"0003-{kind}" for kind in KINDS}
+    assert all("status" in row["unanswered"] for row in aside)
+    service.asked.clear()
+    service.otherwise = teach
+    assert main([*command, "--resume"]) == 0
+    assert len(service.asked) == 3
+    assert all("number 3." in user_text(body) for body in service.asked)
+    assert len(json.loads((step / "instruct.json").read_text())) == 36
+
+
+def test_a_service_that_refuses_few_requests_all_is_not_taken_for_done(
+    service: Service, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    service.otherwise = lambda h, b: h.fail(400, "no such field")
+    recipe, out = write_recipe(tmp_path, service, 2), tmp_path / "run"
+    assert main([str(recipe), "--out", str(out)]) == 2
+    said = capsys.readouterr().err
+    assert "the service refuses all of 6 requests; the last: " in said
+    assert "no such field" in said
+    assert len(service.asked) == 6  # what is refused is not asked again in the same run
+
+
+def test_replies_of_which_none_can_be_used_are_not_taken_for_done(
+    service: Service, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    service.otherwise = lambda h, b: h.answer("I'm sorry, I can't.")
+    recipe, out = write_recipe(tmp_path, service, 2, "attempts = 1\n"), tmp_path / "run"
+    for again in ([], ["--resume"]):
+        assert main([str(recipe), "--out", str(out), *again]) == 2
+        assert "of 6 conversations none can be used" in capsys.readouterr().err
+        assert len(service.asked) == 6
+    assert (out / "01-generate" / "review.html").is_file()
+
+
+def test_what_the_world_sends_drives_no_terminal(
+    service: Service, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Ids, names of images, replies and what a service complains of."""
+    evil = "\x1b[2J\x1b]0;owned\x07\x9b31m"
+
+    def answer(handler: Handler, body: dict[str, Any]) -> None:
+        if "number 1." in user_text(body):
+            handler.fail(400, f"no {evil}")
+        elif "number 2." in user_text(body):
+            handler.answer(f"A picture {evil}.")
+        else:
+            handler.answer(lesson(body), model=f"gpt {evil}")
+
+    service.otherwise = answer
+    recipe, out = write_recipe(tmp_path, service, 4, "attempts = 1\n"), tmp_path / "run"
+    path = tmp_path / "contexts.jsonl"
+    rows = rows_of(path)
+    for row in rows:
+        row |= {"id": f"{row['id']}{evil}", "image": f"{row['id']}{evil}.jpg"}
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main([str(recipe), "--out", str(out)]) == 0
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, rows[0]]))
+    assert main([str(recipe), "--out", str(out)]) == 2
+    said = capsys.readouterr()
+    assert r"\x1b[2J" in said.err
+    for text in (said.out, said.err, (out / "report.md").read_text(), events_of(out)):
+        assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f]", text)
+
+
+def events_of(out: Path) -> str:
+    return (out / "events.jsonl").read_text()
+
+
 def test_given_replies_make_the_same_bytes(service: Service, tmp_path: Path) -> None:
     """Whatever the order in which replies come, and without asking anybody."""
     draw = random.Random(0)
@@ -590,7 +715,6 @@ def coco(folder: Path, rows: list[dict[str, Any]]) -> tuple[Path, Path]:
     return captions, instances
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="the shared data are not beside the checkout")
 def test_cocos_files_give_the_contexts_that_llava_bench_has(tmp_path: Path) -> None:
     path = SHARED / "coco80" / "caps_boxes.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()]
@@ -619,7 +743,6 @@ def test_images_of_coco_that_nobody_described_are_counted(
     assert f"2 images of {path} have no captions" in caplog.text
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="the shared data are not beside the checkout")
 def test_any_teacher_can_be_told_of_cocos_files(tmp_path: Path) -> None:
     rows = rows_of(SHARED / "coco80" / "caps_boxes.jsonl")
     captions, instances = coco(tmp_path, [row for row in rows if row["instances"]][:7])
@@ -633,6 +756,64 @@ def test_any_teacher_can_be_told_of_cocos_files(tmp_path: Path) -> None:
     assert Counter(row["id"].partition("-")[2] for row in made) == {
         "conversation": 7, "detail": 3, "reasoning": 7,
     }  # fmt: skip
+
+
+PLAIN = "0123456789abcdef0123456789abcdef"
+SECRETS = {
+    f'api_key = "{KEY}"': KEY,
+    'api_key = "no-usual-form"': "no-usual-form",
+    'token = "no-usual-form"': "no-usual-form",
+    "password = 'no-usual-form'": "no-usual-form",
+    f'key_env = "{KEY}"': KEY,
+    f'key_file = "{KEY}"': KEY,
+    f'key_file = "{PLAIN}"': PLAIN,
+    'extra = { api_key = "no-usual-form" }': "no-usual-form",
+    'extra = { headers = { Authorization = "no-usual-form" } }': "no-usual-form",
+    f'extra = {{ user = "{KEY}" }}': KEY,
+    'base_url = "https://me:no-usual-form@host/v1"': "no-usual-form",
+    'base_url = "https://no-usual-form@host/v1"': "no-usual-form",
+    'base_url = "https://host:1/v1#no-usual-form"': "no-usual-form",
+    'base_url = "https://host/v1?no-usual-form"': "no-usual-form",
+    'base_url = "https://host/v1?key=no-usual-form"': "no-usual-form",
+    f'base_url = "https://host/{KEY}/v1"': KEY,
+    f'base_url = "https://host:x/{PLAIN}/v1"': PLAIN,
+}
+
+
+@pytest.mark.parametrize(("line", "secret"), SECRETS.items())
+def test_a_secret_in_a_recipe_is_refused_and_not_shown(
+    service: Service, tmp_path: Path, capsys: pytest.CaptureFixture[str], line: str, secret: str
+) -> None:
+    recipe = write_recipe(tmp_path, service)
+    name = line.partition(" ")[0]
+    rest = [own for own in recipe.read_text().splitlines() if not own.startswith(name)]
+    recipe.write_text("\n".join([*rest, line, ""]))
+    assert main([str(recipe), "--out", str(tmp_path / "run")]) == 2
+    said = capsys.readouterr()
+    assert f"recipe.toml:{len(rest) + 1}: " in said.err
+    assert name in said.err
+    assert secret not in said.out + said.err
+    assert not (tmp_path / "run").exists()
+    key, _, value = line.partition(" = ")
+    command = [str(write_recipe(tmp_path, service)), "--out", str(tmp_path / "run")]
+    assert main([*command, "--set", f"steps.generate.generator.chat.{key}={value}"]) == 2
+    assert secret not in capsys.readouterr().err
+
+
+def test_what_may_be_a_key_within_an_address_is_written_nowhere(
+    service: Service, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe, out = write_recipe(tmp_path, service, 2), tmp_path / "run"
+    recipe.write_text(recipe.read_text().replace("/v1", f"/{PLAIN}/v1"))
+    assert main([str(recipe), "--out", str(out)]) == 0
+    assert main([str(recipe), "--out", str(out)]) == 0  # the same run still, and done
+    assert all(path.startswith(f"/{PLAIN}/v1") for path in service.paths)
+    said = capsys.readouterr()
+    assert "done before" in said.err
+    assert len(service.asked) == 6
+    assert PLAIN not in said.out + said.err
+    for path in (path for path in out.rglob("*") if path.is_file()):
+        assert PLAIN not in path.read_text(errors="replace"), path
 
 
 @pytest.mark.parametrize(

@@ -540,7 +540,7 @@ def test_a_pickle_that_runs_code_is_refused(clip: Path, capsys: pytest.CaptureFi
 def test_a_failed_export_leaves_nothing(
     native: Callable[..., LlavaModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import llavakit_plugins.checkpoints.writing as module
+    import llavakit_plugins.huggingface.writing as module
 
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Callable, Mapping
 from importlib.util import find_spec
@@ -145,6 +146,8 @@ def test_targets_and_files_that_do_not_fit_are_named(tmp_path: Path) -> None:
         Vicuna.load(language.options, tmp_path / "saved")
 
 
+WHOLE: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128}
+"""Widths that 4 bits have on every CPU: whole blocks of 64 inputs, and of 32 outputs."""
 bits = pytest.mark.skipif(
     find_spec("bitsandbytes") is None, reason="bitsandbytes is for Linux on x86 and ARM"
 )
@@ -152,11 +155,15 @@ bits = pytest.mark.skipif(
 
 @bits
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
-def test_4_bits_are_those_of_bitsandbytes_and_stay_as_they_are(family: str, tmp_path: Path) -> None:
+def test_4_bits_are_those_of_bitsandbytes_and_stay_as_they_are(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """On a CPU too, where bitsandbytes computes the same, only slowly."""
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    their_model(family).save_pretrained(tmp_path / "base")
+    # otherwise theirs computes with bfloat16, asked or not, where the CPU can
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)
+    their_model(family, **WHOLE).save_pretrained(tmp_path / "base")
     qwen_tokenizer().save_pretrained(tmp_path / "base")
     component = Vicuna if family == "llama" else CausalLM
     source = str(tmp_path / "base")
@@ -199,6 +206,13 @@ def test_4_bits_are_those_of_bitsandbytes_and_stay_as_they_are(family: str, tmp_
     torch.testing.assert_close(logits_of(merged), logits_of(again), atol=1e-5, rtol=1e-5)
     assert torch.equal(logits_of(again), logits_of(adapted))  # merging left it as it was
     torch.testing.assert_close(logits_of(small.merged()), found, atol=1e-5, rtol=1e-5)
+    for (name, weight), other in zip(
+        whole.named_parameters(), small.merged().parameters(), strict=True
+    ):
+        if name.endswith("proj.weight"):  # half of NF4's widest gap, 0.28, and the scales' rounding
+            blocks, rounded = weight.detach().view(-1, 64), other.detach().view(-1, 64)
+            largest = blocks.abs().amax(1, keepdim=True)
+            assert ((rounded - blocks).abs() <= 0.16 * largest).all(), name
     (tmp_path / "merged").mkdir()
     merged.save(tmp_path / "merged")
     plain = component.create(component.Options(source=str(tmp_path / "merged"))).eval()
@@ -207,12 +221,116 @@ def test_4_bits_are_those_of_bitsandbytes_and_stay_as_they_are(family: str, tmp_
         component.create(component.Options(source=str(tmp_path / "saved")))
 
 
+@pytest.fixture
+def a_cpu_that_packs(monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Make bitsandbytes take this CPU for one with AVX512-BF16; return whether it is one.
+
+    Where it is not, packed weights compute zeros: the packing itself runs on any CPU.
+    """
+    functional: Any = importlib.import_module("bitsandbytes.functional")
+
+    def zeros(values: Tensor, weight: Tensor, out: None, state: Any) -> Tensor:
+        return values.new_zeros(*values.shape[:-1], state.shape[0])
+
+    truly = bool(functional.has_avx512bf16())
+    if not truly:
+        monkeypatch.setattr(functional, "gemv_4bit", zeros)
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)
+    return truly
+
+
+def packed_layers(language: Any) -> set[str]:
+    return {
+        name.rpartition(".")[2]
+        for name, module in language.named_modules()
+        if getattr(getattr(module, "quant_state", None), "packing_format_for_cpu", False)
+    }
+
+
+def four_bits(source: Path, **options: Any) -> Any:
+    options = {"dtype": "bfloat16", "quantize": "nf4", **options}
+    torch.manual_seed(0)  # of the adapters
+    return CausalLM.create(CausalLMOptions(source=str(source), **options)).eval()
+
+
+@bits
+@pytest.mark.parametrize("lora", [None, LoraOptions(**LORA)])
+def test_weights_that_a_cpu_packs_are_unpacked_to_the_bit(
+    lora: LoraOptions | None, a_cpu_that_packs: bool, tmp_path: Path
+) -> None:
+    """Before they are saved, merged, or pass gradients on: packed they are other numbers."""
+    their_model("llama", **WHOLE).save_pretrained(tmp_path)
+    qwen_tokenizer().save_pretrained(tmp_path)
+    fresh, language = (four_bits(tmp_path, lora=lora) for _ in range(2))
+    expected = {name: tensor.clone() for name, tensor in fresh.state_dict().items()}
+
+    def pack() -> Tensor:
+        logits = logits_of(language)
+        names = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+        assert packed_layers(language) == (names if lora is None else {"base_layer"})
+        return logits
+
+    def input_gradient(model: Any) -> Tensor:
+        embeds = model.embed(torch.arange(1, 12)).detach().requires_grad_()
+        model.hidden(embeds, Packing.of([11])).float().square().sum().backward()
+        gradient: Tensor = embeds.grad
+        return gradient
+
+    first = pack()
+    found = language.state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert torch.equal(pack(), first)
+    merged = language.merged()
+    for ours, same in zip(merged.parameters(), fresh.merged().parameters(), strict=True):
+        assert torch.equal(ours, same)
+    pack()
+    assert torch.equal(input_gradient(language), input_gradient(fresh))
+    pack()
+    assert torch.equal(input_gradient(language.train()), input_gradient(fresh.train()))
+    language.eval()
+    assert torch.equal(pack(), first)
+    if a_cpu_that_packs:
+        torch.testing.assert_close(first, logits_of(merged), atol=0.05, rtol=0.05)
+
+
+@bits
+@pytest.mark.usefixtures("a_cpu_that_packs")
+def test_widths_of_4_bits(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Half a block of outputs is computed, and said to be slow; half one of inputs is refused."""
+    odd = {**WHOLE, "num_key_value_heads": 1, "intermediate_size": 192}  # keys: 16 outputs
+    their_model("llama", **odd).save_pretrained(tmp_path / "odd")
+    qwen_tokenizer().save_pretrained(tmp_path / "odd")
+    language = four_bits(tmp_path / "odd")
+    logits_of(language)
+    assert packed_layers(language) == {"q_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    assert "odd: 6 layers of 4 bits are computed slowly" in caplog.text
+    assert "multiples of 32, and `model.layers.0.self_attn.k_proj` has 16" in caplog.text
+    exact = four_bits(tmp_path / "odd", dtype="float32")
+    torch.testing.assert_close(logits_of(exact), logits_of(exact.merged()), atol=1e-5, rtol=1e-5)
+    assert not packed_layers(exact)  # float32 was asked for
+
+    for name, size in (("hidden_size", 96), ("intermediate_size", 100), ("hidden_size", 40)):
+        their_model("llama", **{**WHOLE, name: size}).save_pretrained(tmp_path / "half")
+        qwen_tokenizer().save_pretrained(tmp_path / "half")
+        with pytest.raises(ModelError, match=rf"half: `\S+` has {size} inputs, .*blocks of 64"):
+            four_bits(tmp_path / "half", dtype="float32")
+
+
 @bits
 def test_any_model_folder_can_be_used_in_4_bits(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from llavakit.cli import main
 
+    make_hf(tmp_path / "narrow")
+    assert main(["import", str(tmp_path / "narrow"), str(tmp_path / "small")]) == 0
+    chat = ["chat", str(tmp_path / "small"), "--prompt", "what ?", "--device", "cpu"]
+    assert main([*chat, "--set", "language.quantize=nf4"]) == 2
+    assert "has 48 inputs" in capsys.readouterr().err
+
+    for name, size in WHOLE.items():
+        monkeypatch.setitem(LANGUAGE, name, size)
     make_hf(tmp_path / "hf")
     model = tmp_path / "model"
     assert main(["import", str(tmp_path / "hf"), str(model)]) == 0
@@ -296,7 +414,11 @@ def test_a_recipe_trains_adapters_of_4_bits_and_resumes_to_the_same_bytes(
 ) -> None:
     from llavakit.cli import main
 
+    wide = tmp_path / "wide"
+    their_model("llama", **WHOLE, vocab_size=LANGUAGE["vocab_size"]).save_pretrained(wide)
+    make_tokenizer().save_pretrained(wide)
     recipe = with_lora(write_recipe, "qlora.toml", 'quantize = "nf4"')
+    recipe.write_text(recipe.read_text().replace(str(backbones / "language"), str(wide)))
     assert main([str(recipe), "--out", str(tmp_path / "whole")]) == 0
     resume_in_the_second_step(recipe)
     first, second = (tmp_path / out / "02-finetune" / "model" for out in ("cut", "whole"))

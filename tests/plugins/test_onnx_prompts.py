@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tests import published
 from tests.conftest import make_tokenizer
 
 from llavakit import ModelError, PromptTemplate, Registry, Turn
@@ -27,7 +28,7 @@ NAMES = [
     "vicuna_v1", "llava_v1", "v1_mmtag", "llava_v0", "v0", "v0_mmtag", "llama_2", "llava_llama_2",
     "mistral_instruct", "mpt", "chatml", "plain",
 ]  # fmt: skip
-LLAMA = Path(__file__).parents[3] / "shared" / "data" / "tokenizer" / "llama2.model"
+LLAMA = published.llama()
 
 
 def _template(name: str, **options: Any) -> PromptTemplate:
@@ -123,8 +124,6 @@ def test_a_template_that_draws_the_place_of_images_is_refused() -> None:
 @pytest.fixture(scope="module", params=[True, False], ids=["legacy", "not-legacy"])
 def llama(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """LLaMA's tokenizer; the two put spaces behind special tokens, or not."""
-    if not LLAMA.exists():
-        pytest.skip("needs ../shared/data")
     folder = tmp_path_factory.mktemp("llama")
     (folder / "tokenizer.model").write_bytes(LLAMA.read_bytes())
     settings = {"tokenizer_class": "LlamaTokenizer", "legacy": request.param, "add_bos_token": True}

@@ -10,13 +10,14 @@ import numpy.typing as npt
 import pytest
 import torch
 from PIL import Image
+from tests import published
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from llavakit.model.images import open_image
 from llavakit_plugins.vision.preprocessing import MEAN, RGB, STD, Square, pad_to_square, to_square
 
-PHOTOS = sorted((Path(__file__).parents[3] / "shared" / "data" / "images").glob("*.jpg"))
+PHOTOS = sorted((published.folder() / "images").glob("*.jpg"))
 SIZES = [(1, 1), (7, 5), (224, 224), (33, 31), (500, 31), (31, 500), (223, 225), (640, 480)]
 HALF: RGB = (0.5, 0.5, 0.5)
 
@@ -77,6 +78,53 @@ def test_pad_equals_padding_before_transformers_processor(image: Image.Image) ->
     found = to_square(image, Square(336, "pad", MEAN, STD))
     assert torch.equal(found, theirs(processor, expand(image, MEAN)))
     assert pad_to_square(image, MEAN).tobytes() == expand(image, MEAN).tobytes()
+
+
+@pytest.mark.parametrize("size", [(64, 1), (1, 64), (3200, 50), (50, 3200), (7, 440)])
+def test_a_thin_image_is_exact_up_to_64_times_as_long_as_wide(size: tuple[int, int]) -> None:
+    processor = CLIPImageProcessorPil(
+        size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56}
+    )
+    found = to_square(noise(size), Square(56, "crop", MEAN, STD))
+    assert torch.equal(found, theirs(processor, noise(size)))
+    padded = to_square(noise(size), Square(56, "pad", MEAN, STD))
+    assert torch.equal(padded, theirs(processor, expand(noise(size), MEAN)))
+
+
+@pytest.mark.parametrize("size", [(200, 1), (1, 200), (40, 4000), (4000, 40), (5, 999), (999, 5)])
+def test_a_thinner_image_is_cut_first_and_looks_the_same(size: tuple[int, int]) -> None:
+    processor = CLIPImageProcessorPil(
+        size={"shortest_edge": 112}, crop_size={"height": 112, "width": 112}
+    )
+    found = to_square(noise(size), Square(112, "crop", MEAN, STD))
+    apart = np.abs(levels(found) - levels(theirs(processor, noise(size))))
+    assert apart.max() < 12  # of noise: less than half a pixel of the result to the side
+    assert apart.mean() < 3
+
+
+@pytest.mark.parametrize("aspect", ["crop", "pad", "squash"])
+@pytest.mark.parametrize("size", [(20_000, 100), (100, 20_000), (60_000, 300)])
+def test_a_thin_image_is_never_made_a_huge_one(
+    monkeypatch: pytest.MonkeyPatch, size: tuple[int, int], aspect: Any
+) -> None:
+    made: list[int] = []
+    resize, new = Image.Image.resize, Image.new
+
+    def seen_resize(self: Image.Image, size: Any, *rest: Any) -> Image.Image:
+        made.append(size[0] * size[1])
+        return resize(self, size, *rest)
+
+    def seen_new(mode: str, size: Any, *rest: Any) -> Image.Image:
+        made.append(size[0] * size[1])
+        return new(mode, size, *rest)
+
+    monkeypatch.setattr(Image.Image, "resize", seen_resize)
+    monkeypatch.setattr(Image, "new", seen_new)
+    image = new("RGB", size, (200, 10, 30))
+    pixels = to_square(image, Square(336, aspect, MEAN, STD))
+    assert max(made) < 18_000_000
+    if aspect != "pad":  # of which a line of a pixel or two is left
+        assert np.abs(levels(pixels)[:, 168, 168] - [200, 10, 30]).max() < 1
 
 
 def levels(pixels: torch.Tensor) -> npt.NDArray[np.float64]:

@@ -9,21 +9,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests import published
 from tests.plugins.chat_server import KEY, Service, serve, teach
 
-from llavakit import ChatModel, DataError, Generator, ImageContext, Reply
+from llavakit import ChatModel, DataError, Generator, ImageContext, Message, Reply
 from llavakit.contracts.component import Use
 from llavakit.contracts.data import IMAGE, RESPONSE_KINDS, Box, ResponseKind, Sample
 from llavakit.registry import Registry
 from llavakit.testing import GeneratorContract
+from llavakit_plugins.chat_models.replay import Replay, ReplayOptions
+from llavakit_plugins.evaluation.judging import Asking, replies
+from llavakit_plugins.evaluation.reviews import read_scores
 from llavakit_plugins.generation.contexts import Contexts, as_text, read_contexts, write_contexts
+from llavakit_plugins.generation.requests.ledger import Ledger, Request, asked
 from llavakit_plugins.generators.prompted import Prompted, PromptedOptions
 from llavakit_plugins.generators.prompts import load_prompt
 
-SHARED = Path(__file__).parents[3] / "shared" / "data"
-needs_shared = pytest.mark.skipif(
-    not SHARED.is_dir(), reason="the shared data are not beside the checkout"
-)
+SHARED = published.folder()
 CONTEXT = ImageContext(
     "000000033471",
     "000000033471.jpg",
@@ -72,7 +74,6 @@ def test_the_context_is_rendered_as_the_paper_does() -> None:
     )
 
 
-@needs_shared
 def test_real_contexts_are_rendered_as_their_file_has_them() -> None:
     path = SHARED / "coco80" / "caps_boxes.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()]
@@ -219,6 +220,7 @@ GOOD = (
     "Question:\nWhat is red?\n===\nAnswer:\nThe bus is red.\n===\n"
     "Question:\nWho rides it?\n===\nAnswer:\nA man rides it.\n==="
 )
+DRAFT = "Let me see.\nQuestion:\nIs it blue?\n===\nAnswer:\nPerhaps it is.\n===\nNo."
 PAIRS = ["What is red?", "The bus is red.", "Who rides it?", "A man rides it."]
 ONE = PAIRS[:2]
 
@@ -256,6 +258,32 @@ REPAIRED: dict[str, tuple[str, str, list[str]]] = {
         f"{GOOD}\nQuestion:\nWhat?\n===\nAnswer:\nIt ends.</s>\n===",
         "dropped: holds a marker", PAIRS,
     ),
+    **{
+        f"thinking {begin}{end}": (f"{begin}{DRAFT}{end}\n{GOOD}", "the thinking", PAIRS)
+        for begin, end in [
+            ("<think>", "</think>"), ("<think>\n", "\n</think>\n"), ("<thinking>", "</thinking>"),
+            ("<THINK>", "</THINK>"), ("<think >", "< / think >"), ("", "</think>"),
+            ("", "</thinking>"), ("<reasoning>", "</reasoning>"), ("[THINK]", "[/THINK]"),
+            ("◁think▷", "◁/think▷"), ("<|begin_of_thought|>", "<|end_of_thought|>"),
+            ("<think>a<think>", "</think>b</think>"), ("<think>", "</think><think>x</think>"),
+        ]
+    },
+    "thinking between": (GOOD.replace("A man", "<think>He.</think>A man"), "the thinking", PAIRS),
+    "nothing thought": (f"<think>\n\n</think>\n\n{GOOD}", "the thinking", PAIRS),
+    **{
+        f"rule {rule}": (f"{GOOD.replace('===', rule)}\n{rule}", "separator was written", PAIRS)
+        for rule in ("---", "-----", "***", "* * *", "___", "- - -", "———", "~~~")
+    },
+    "rules beside separators": (GOOD.replace("===", "===\n\n---"), "separator was written", PAIRS),
+    "rules, no separators": (GOOD.replace("===\nQ", "---\n\nQ"), "separator was written", PAIRS),
+    "a rule within an answer": (
+        f"{GOOD}\nQuestion:\nWhat?\n===\nAnswer:\nA bus.\n---\nA man.\n===",
+        "dropped: holds a rule", PAIRS,
+    ),
+    "a character that drives a terminal": (
+        f"{GOOD}\nQuestion:\nWhat?\n===\nAnswer:\nA \x9b31mbus.\n===",
+        "dropped: holds characters", PAIRS,
+    ),
 }  # fmt: skip
 
 
@@ -282,6 +310,9 @@ PROSE = "A red bus stands at the kerb: a man rides it. Okay, the street is wet."
         (f"Of course. {PROSE} I hope this helps.", "who asked"),
         (f"Description: {PROSE}", "a label in front"),
         (f"```\n{PROSE}\n```", "code block"),
+        (f"<think>\nA car?\n</think>\n\n{PROSE}", "the thinking"),
+        (f"A car?</think>{PROSE}", "the thinking"),
+        (f"---\n{PROSE}\n\n---", "a rule around it"),
     ],
 )
 def test_of_a_description_the_picture_alone_is_kept(text: str, note: str) -> None:
@@ -319,8 +350,16 @@ REJECTED: dict[str, tuple[str, ResponseKind, str, str]] = {
     "the descriptions": ("The descriptions speak of a bus.", "detail", "stop", "speaks"),
     "numbers": ("A bus (0.1, 0.25) is there.", "detail", "stop", "speaks"),
     "a placeholder": ("The <image> shows a bus.", "detail", "stop", "marker"),
+    "thinking without end": (f"<think>\n{GOOD}", "conversation", "stop", "not clear"),
+    "thinking that is cut": (f"<think>\n{GOOD}", "conversation", "length", "not clear"),
+    "thinking that ends twice": (
+        f"<think>a</think>b</think>{GOOD}", "conversation", "stop", "not clear",
+    ),
+    "nothing but thinking": ("<think>A bus.</think>\n", "detail", "stop", "empty"),
+    "thinking without end in prose": ("A bus. <think>Or", "detail", "stop", "not clear"),
+    "a rule within a description": ("A bus.\n\n---\n\nA man.", "detail", "stop", "a rule"),
     "a lone surrogate": ("A bus \ud800.", "detail", "stop", "no text"),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(("text", "kind", "finish", "why"), REJECTED.values(), ids=REJECTED)
@@ -350,7 +389,22 @@ def test_a_box_that_is_in_the_picture_may_be_spoken_of() -> None:
     assert teacher().read(CONTEXT, "detail", text).outcome == "rejected"
 
 
-@needs_shared
+def test_a_judges_thinking_is_no_part_of_its_review(tmp_path: Path) -> None:
+    review = "8 9\nThe second says more."
+    said = [
+        review, f"<think>\n7 7\nNo.\n</think>\n\n{review}", f"3 4\nHm.\n</think>\n{review}",
+        f"<think>{review}", f"1 2\na</think>3 4\nb</think>{review}",
+    ]  # fmt: skip
+    messages = [(Message("user", str(number)),) for number in range(len(said))]
+    with Ledger(tmp_path / "said") as ledger:
+        for asked_for, text in zip(messages, said, strict=True):
+            ledger.append(asked("", Request(asked_for)).entry(Reply(text)))
+    judge = Replay(ReplayOptions(path=tmp_path / "said"), build=Registry.installed().build)
+    found = replies(judge, messages, [str(number) for number in range(len(said))], Asking())
+    assert found.texts == [review, review, review, None, None]
+    assert [read_scores(text or "") for text in found.texts] == [(8, 9)] * 3 + [None] * 2
+
+
 def test_published_answers_of_gpt4_are_nearly_all_accepted() -> None:
     """LLaVA-Bench's references: GPT-4 told captions and boxes of the same images."""
     rows = SHARED / "coco80" / "caps_boxes.jsonl"

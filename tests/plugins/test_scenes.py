@@ -9,14 +9,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 from sklearn.datasets import load_digits
+from tests import published
+from tests.core.processes import small_disk
 
 from llavakit import DataError, ImageContext
+from llavakit.cli import main
 from llavakit.contracts.data import RESPONSE_KINDS, Box
 from llavakit_plugins.generation.contexts import read_contexts, write_contexts
 from llavakit_plugins.generation.scenes import CANVASES, COLOURS, FAMILY, SIDE, WORDS, compose
 from llavakit_plugins.generators.offline import Offline, OfflineOptions, place_of, understand
 
-SHARED = Path(__file__).parents[3] / "shared" / "data"
+SHARED = published.folder()
 
 
 def test_no_glyph_of_one_split_is_drawn_in_the_other() -> None:
@@ -84,13 +87,51 @@ def test_contexts_survive_writing_and_reading(tmp_path: Path) -> None:
             r"c.jsonl:2: a `bbox` has four numbers",
         ),
         ("[1, 2]", r"c.jsonl:2: a context needs"),
+        ('{"id":null,"image":"a","captions":["c"]}', r"c.jsonl:2: a context needs .* `id`"),
+        ('{"id":"1","image":{},"captions":["c"]}', r"c.jsonl:2: a context needs .* `image`"),
+        ('{"id":"1","image":"a","captions":["c"],"instances":[1]}', r"c.jsonl:2: a context needs"),
+        *(
+            (
+                f'{{"id":"1","image":"a","captions":["c"],"instances":[{{"category":{category},'
+                f'"bbox":{box}}}]}}',
+                r"c.jsonl:2: ",
+            )
+            for category, box in [
+                ("null", "[0,0,1,1]"), ('"c"', '"0101"'), ('"c"', '["0","0","1","1"]'),
+                ('"c"', "[true,0,1,1]"), ('"c"', "[NaN,0,1,1]"), ('"c"', "[0,0,1,1e999]"),
+                ('"c"', f"[0,0,1,{'9' * 400}]"), ('"c"', f"[0,0,1,{'9' * 5000}]"),
+            ]
+        ),
+        ("[" * 100_000, r"c.jsonl:2: nested too deeply"),
     ],
-)
+)  # fmt: skip
 def test_a_broken_line_is_named(tmp_path: Path, line: str, sentence: str) -> None:
     path = tmp_path / "c.jsonl"
     path.write_text('{"id": "0", "image": "a.png", "captions": ["A cat."]}\n' + line + "\n")
     with pytest.raises(DataError, match=sentence):
         list(read_contexts(path))
+
+
+def test_a_mark_in_front_of_contexts_does_no_harm(tmp_path: Path) -> None:
+    line = '{"id": "0", "image": "a.png", "captions": ["A cat."]}'
+    for begin in ("\ufeff", "\ufeff\n", "\n\ufeff"):
+        (tmp_path / "c.jsonl").write_text(f"{begin}{line}\n\ufeff{line}\n", encoding="utf-8")
+        assert [context.id for context in read_contexts(tmp_path / "c.jsonl")] == ["0", "0"]
+
+
+@pytest.mark.parametrize("kilobytes", [60, 700])
+def test_a_full_disk_while_scenes_are_drawn_is_a_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], kilobytes: int
+) -> None:
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text('name = "s"\n[[steps]]\nuse = "scenes"\ntrain = 2048\ntest = 8\n')
+    with small_disk(tmp_path / "disk", kilobytes):
+        assert main([str(recipe), "--out", str(tmp_path / "disk" / "run")]) == 2
+        assert not list((tmp_path / "disk").rglob(".*.partial"))
+    said = capsys.readouterr().err
+    assert "No space left on device" in said
+    assert "free some space" in said
+    assert "Traceback" not in said
 
 
 def answer_from_truth(question: str, places: dict[str, tuple[str, str]], canvas: str) -> list[str]:
@@ -165,7 +206,6 @@ def test_a_place_is_the_nearest_edge() -> None:
     assert place_of(Box("cat", (0.4, 0.6, 0.7, 1.0))) == "bottom"
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="the shared data are not beside the checkout")
 def test_the_teacher_speaks_of_real_images_too() -> None:
     teacher = Offline(OfflineOptions())
     contexts = list(read_contexts(SHARED / "coco80" / "caps_boxes.jsonl"))

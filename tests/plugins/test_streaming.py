@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import tracemalloc
@@ -12,7 +13,10 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings, strategies as st
 
 from llavakit import DataError
+from llavakit_plugins.datasets.json_stream import read_lines, read_member
 from llavakit_plugins.datasets.streaming import StoredRows, count_rows, read_rows
+from llavakit_plugins.generation.contexts import read_contexts
+from llavakit_plugins.generation.curation.captions import read_captions
 
 VALUES = st.recursive(
     st.none()
@@ -130,6 +134,82 @@ def test_encodings(tmp_path: Path, name: str) -> None:
     path.write_bytes(text.encode("latin-1"))
     with pytest.raises(DataError, match=r"is not UTF-8 text \(byte \d+\); convert it"):
         list(read_rows(path))
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.JSONL", "rows.ndjson"])
+def test_marks_and_empty_lines_of_joined_files_do_no_harm(tmp_path: Path, name: str) -> None:
+    """As `cat` joins files that an editor saved with a byte order mark."""
+    mark = "\ufeff".encode()
+    path = tmp_path / name
+    path.write_bytes(mark + b'\n{"a": 1}\n' + mark + b'{"b": 2}\r\n\n' + mark)
+    compare(path, [{"a": 1}, {"b": 2}], 1)
+    assert [row.line for row in read_lines(path)] == [2, 3]
+
+
+@pytest.mark.parametrize("text", ['[{"id": 1}]', '[\n {"id": 1},\n {"id": 2}\n]', "[]"])
+def test_a_list_in_a_file_of_lines_gets_a_hint(tmp_path: Path, text: str) -> None:
+    (tmp_path / "rows.jsonl").write_text(text)
+    with pytest.raises(DataError, match=r"rows\.jsonl:1.*name it \.json if it is one JSON list"):
+        list(read_rows(tmp_path / "rows.jsonl"))
+
+
+@FAST
+@given(
+    st.dictionaries(st.text(max_size=3), VALUES | st.lists(VALUES, max_size=4), max_size=4),
+    st.text(max_size=3),
+    st.sampled_from([None, 2]),
+    st.integers(1, 60),
+)
+def test_a_list_within_an_object_is_read_as_json_reads_it(
+    tmp_path: Path, table: dict[str, Any], name: str, indent: int | None, block: int
+) -> None:
+    path = tmp_path / "coco.json"
+    path.write_text(json.dumps(table, indent=indent))
+    for key in {name, *table}:
+        expected = table.get(key)
+        found = [row.value for row in read_member(path, key, block)]
+        assert found == (expected if isinstance(expected, list) else [])
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("", "1:1: not valid JSON: Expecting '{'"),
+        ("[]", "1:1: not valid JSON: Expecting '{'"),
+        ('{"a" 1}', "1:6: not valid JSON: Expecting ':'"),
+        ('{"b": 1 "a": []}', "1:9: not valid JSON: Expecting ','"),
+        ('{"b": 1,}', "1:9: not valid JSON: Expecting property name"),
+        ('{"b": 1', "1:8: not valid JSON: Expecting ','"),
+        ('{"a": [1', "1:9: not valid JSON: Expecting ','"),
+        ('{"b": ' + "[" * 100_000, "nested too deeply"),
+    ],
+)
+def test_a_broken_object_is_told_at_its_place(tmp_path: Path, text: str, sentence: str) -> None:
+    (tmp_path / "coco.json").write_text(text)
+    for block in (1, 1 << 20) if len(text) < 100 else (1 << 20,):
+        with pytest.raises(DataError) as caught:
+            list(read_member(tmp_path / "coco.json", "a", block))
+        assert sentence in str(caught.value)
+
+
+@FAST
+@given(st.binary(max_size=60) | st.text(max_size=60).map(str.encode), st.sampled_from("ln"))
+def test_any_bytes_are_rows_or_a_sentence(tmp_path: Path, content: bytes, kind: str) -> None:
+    path = tmp_path / f"rows.json{kind if kind == 'l' else ''}"
+    path.write_bytes(content)
+    for read in (read_rows, read_captions, read_contexts):
+        with contextlib.suppress(DataError):
+            list(read(path))
+    with contextlib.suppress(DataError):
+        list(read_member(path, "a"))
+
+
+@pytest.mark.parametrize("name", ["rows.json", "rows.jsonl"])
+def test_a_doubled_key_is_told_with_its_row(tmp_path: Path, name: str) -> None:
+    rows = ['{"a": 1}', '{"a": 1, "b": {"c": 1, "d": 2, "c": 3}}', '{"e": 1, "e": 1}']
+    path = tmp_path / name
+    path.write_text("\n".join(rows) if name.endswith("l") else f"[{','.join(rows)}]")
+    assert [row.doubled for row in read_rows(path, 7)] == [None, "c", "e"]
 
 
 def test_a_file_larger_than_the_memory_given_to_it(tmp_path: Path) -> None:

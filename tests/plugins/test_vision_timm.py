@@ -11,6 +11,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from tests import published
 from timm.data.config import resolve_data_config
 from timm.data.transforms_factory import create_transform
 from timm.models import save_for_hf
@@ -20,7 +21,7 @@ from llavakit.model.images import open_image
 from llavakit.testing import VisionEncoderContract, make_picture
 from llavakit_plugins.vision.timm import Timm, TimmOptions
 
-PHOTOS = sorted((Path(__file__).parents[3] / "shared" / "data" / "images").glob("*.jpg"))
+PHOTOS = sorted((published.folder() / "images").glob("*.jpg"))
 SMALL: dict[str, Any] = {"img_size": 56, "depth": 3, "embed_dim": 32, "num_heads": 2}
 MODELS = {
     # name: prefix tokens (class token and registers), patch
@@ -162,7 +163,6 @@ def test_colours_and_filter_by_option() -> None:
     assert not torch.equal(encoder.prepare(picture), other.prepare(picture))
 
 
-@pytest.mark.skipif(not PHOTOS, reason="the photographs are not beside the checkout")
 def test_the_fast_path_is_near(tmp_path: Path) -> None:
     name = "vit_base_patch16_siglip_224.webli"
     with torch.device("meta"):

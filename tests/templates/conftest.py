@@ -7,34 +7,39 @@ from typing import Any, cast
 
 import pytest
 from sentencepiece import SentencePieceProcessor
+from tests import published
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from llavakit_plugins.huggingface.words import by_words
 
-MODEL = Path(__file__).parents[3] / "shared/data/tokenizer/llama2.model"
+
+@pytest.fixture(
+    scope="session",
+    params=[pytest.param(True, marks=published.needs("tokenizer")), False],
+    ids=["published", "trained"],
+)
+def model(request: pytest.FixtureRequest) -> Path:
+    """LLaMA's SentencePiece model, and one like it."""
+    return published.llama(published=request.param)
 
 
 @pytest.fixture(scope="session")
-def sentencepiece() -> SentencePieceProcessor:
-    if not MODEL.is_file():
-        pytest.skip(f"{MODEL} is absent")
-    return SentencePieceProcessor(model_file=str(MODEL))
+def sentencepiece(model: Path) -> SentencePieceProcessor:
+    return SentencePieceProcessor(model_file=str(model))
 
 
 @pytest.fixture(scope="session", params=[True, False], ids=["legacy", "not-legacy"])
 def llama(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest, model: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> PreTrainedTokenizerBase:
     """LLaMA's tokenizer as transformers loads it, with both values of `legacy`."""
-    if not MODEL.is_file():
-        pytest.skip(f"{MODEL} is absent")
     folder = tmp_path_factory.mktemp("llama")
-    shutil.copy(MODEL, folder / "tokenizer.model")
+    shutil.copy(model, folder / "tokenizer.model")
     # without `add_bos_token` transformers 5 adds no <s>; published LLaMA folders say true
     config = {"tokenizer_class": "LlamaTokenizer", "legacy": request.param, "add_bos_token": True}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
-    in_order_of_scores(tokenizer, SentencePieceProcessor(model_file=str(MODEL)))
+    in_order_of_scores(tokenizer, SentencePieceProcessor(model_file=str(model)))
     return by_words(tokenizer)
 
 
@@ -48,6 +53,7 @@ def in_order_of_scores(
     """
     backend: Any = cast(Any, tokenizer).backend_tokenizer
     data = json.loads(backend.to_str())
-    scores = {sentencepiece.id_to_piece(n): sentencepiece.get_score(n) for n in range(32000)}
+    size = sentencepiece.get_piece_size()
+    scores = {sentencepiece.id_to_piece(n): sentencepiece.get_score(n) for n in range(size)}
     data["model"]["merges"].sort(key=lambda pair: -scores["".join(pair)])
     backend.model = type(backend).from_str(json.dumps(data)).model

@@ -20,6 +20,7 @@ from importlib.metadata import EntryPoint, entry_points
 from llavakit.cli import plugins, recipes, run
 from llavakit.contracts.commands import GROUP, Add, Commands
 from llavakit.contracts.errors import LlavaError, PluginError
+from llavakit.recipe.redaction import shown
 
 _USAGE = """\
 llava-run RECIPE [--out DIR] [--set a.b.c=value ...] [--plan] [--resume]
@@ -55,11 +56,13 @@ def _main(argv: Sequence[str] | None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     if isinstance(sys.stdout, io.TextIOWrapper):  # what a terminal has no letter for, is spelt out
         sys.stdout.reconfigure(errors="backslashreplace")
+    if logging.lastResort is not None:  # prints warnings where nobody has set up logging
+        logging.lastResort.setFormatter(_Shown())
     try:
         return _run(arguments, program=argv is None)
     except LlavaError as error:
         _let_the_leader_speak()
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {shown(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -135,6 +138,13 @@ def _let_the_leader_speak() -> None:
     """
     if os.environ.get("RANK", "0") != "0":
         time.sleep(10)
+
+
+class _Shown(logging.Formatter):
+    """Lets through what may be shown."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return shown(super().format(record))
 
 
 class _Version(argparse.Action):

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from llavakit.contracts.commands import Commands
+from llavakit.recipe.redaction import shown
 
 
 def add(commands: Commands) -> None:
@@ -54,7 +55,7 @@ def _plan_or_run(arguments: argparse.Namespace) -> int:
     path = find_recipe(arguments.recipe)
     recipe = Recipe.load(path, registry, arguments.set, inputs=not arguments.plan)
     if arguments.plan:
-        print(render(make_plan(recipe, registry)))
+        print(shown(render(make_plan(recipe, registry))))
         return 0
     from llavakit.engine.reuse import runs_below
     from llavakit.engine.runner import run
@@ -68,12 +69,15 @@ def _plan_or_run(arguments: argparse.Namespace) -> int:
         again += [word for change in arguments.set for word in ("--set", change)]
         again += [word for folder in reuse for word in ("--reuse", str(folder))]
         print(
-            f"stopped; what was done is in {directory}. Go on with: llava-run "
-            f"{shlex.join(again)} --resume",
+            shown(
+                f"stopped; what was done is in {directory}. Go on with: llava-run "
+                f"{shlex.join(again)} --resume"
+            ),
             file=sys.stderr,
         )
         return 130
     if result is not None:  # None: another process leads
         report = result.directory / "report.html"
-        print(f"{recipe.name}: done, see {report if report.is_file() else result.directory}")
+        seen = report if report.is_file() else result.directory
+        print(shown(f"{recipe.name}: done, see {seen}"))
     return 0

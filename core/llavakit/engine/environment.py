@@ -13,6 +13,7 @@ import tomli_w
 
 from llavakit.files import without_none, write_text
 from llavakit.recipe.recipe import Recipe
+from llavakit.recipe.redaction import redacted
 
 if TYPE_CHECKING:
     import torch
@@ -21,8 +22,8 @@ _PACKAGES = ("llavakit", "torch", "transformers", "tokenizers", "numpy", "pillow
 
 
 def write_recipe(recipe: Recipe, directory: Path) -> None:
-    """Write recipe.toml, from which the same run can be made again."""
-    table = without_none(recipe.model_dump(mode="json", exclude_defaults=True))
+    """Write recipe.toml, from which the same run can be made again; it holds no key."""
+    table = redacted(without_none(recipe.model_dump(mode="json", exclude_defaults=True)))
     write_text(directory / "recipe.toml", tomli_w.dumps(table))
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from llavakit.contracts.errors import LlavaError
 from llavakit.contracts.interfaces import Tracker
 from llavakit.files import JsonLines
+from llavakit.recipe.redaction import redacted
 
 FILE = "events.jsonl"
 
@@ -35,7 +36,8 @@ class EventLog:
         self._step = step
 
     def __call__(self, name: str, /, **values: Any) -> None:
-        event = {"time": round(time.time(), 3), "step": self._step, "event": name, **values}
+        facts = {"time": round(time.time(), 3), "step": self._step, "event": name, **values}
+        event = redacted(facts)
         self._lines.append([_plain(event)], durable=False)  # a training does not wait for the disk
         for tracker in list(self._trackers):
             with self._watching(tracker):

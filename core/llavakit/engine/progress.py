@@ -14,6 +14,7 @@ from rich.table import Column
 from rich.text import Text
 
 from llavakit.contracts.run import Progress
+from llavakit.recipe.redaction import redact, shown
 
 _LINE_SECONDS = 10.0  # between plain lines, at least
 _PHASE_SECONDS = 1.0  # before a line at a phase's begin or end, at least
@@ -158,12 +159,12 @@ class _Lines:
 
 def say(text: str) -> None:
     """Say something of a run that is no progress, at once, on stderr."""
-    print(text, file=sys.stderr, flush=True)
+    print(shown(text), file=sys.stderr, flush=True)
 
 
 def _printable(text: str) -> str:
     """Return a text as one line without control codes."""
-    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    return " ".join("".join(c if c.isprintable() else " " for c in redact(text)).split())
 
 
 def duration(seconds: float) -> str:

@@ -16,6 +16,7 @@ from llavakit.engine.progress import say
 from llavakit.engine.reuse import DONE
 from llavakit.files import explain_write, fingerprint, write_text
 from llavakit.recipe.recipe import Recipe
+from llavakit.recipe.redaction import redacted
 
 _BEGUN = "begun.json"
 _LONGEST_PATH = 1024
@@ -42,7 +43,7 @@ def record_of(recipe: Recipe, until: str) -> Record:
         "steps": steps,
         "files": files,
     }
-    plain: Record = json.loads(json.dumps(record))  # tuples become lists, as in the file
+    plain: Record = redacted(json.loads(json.dumps(record)))  # tuples become lists, as in the file
     return plain
 
 

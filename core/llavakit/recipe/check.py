@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from llavakit.contracts.interfaces import Exporter
 from llavakit.contracts.run import Step
 from llavakit.recipe.lines import Key, Span
 from llavakit.recipe.overrides import Source, set_key, stated
+from llavakit.recipe.redaction import redact
 from llavakit.registry import ComponentT, Registry, kind_of
 
 
@@ -63,11 +63,6 @@ def state_options(
     return table
 
 
-_SECRET = re.compile(
-    r"(?<![\w-])(?:sk|pk|key)-[\w-]{12,}|(?<=key = \")[^\"]+(?=\")|(?<=key=)\S+", re.IGNORECASE
-)
-
-
 @dataclass(frozen=True)
 class Problem:
     """One thing wrong with a recipe."""
@@ -81,7 +76,7 @@ class Problem:
 
         `steps` are the steps' names, by which a recipe with a `base` may address them.
         """
-        return _SECRET.sub("[hidden]", self._render(sources, steps))
+        return redact(self._render(sources, steps))
 
     def _render(self, sources: Sequence[Source], steps: Sequence[str | None]) -> str:
         source, span = self._locate(sources, steps)

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any, TypeVar
+from urllib.parse import quote
 
 from llavakit import ChatError, Reply, ReplyError
-from llavakit_plugins.chat_models.faults import Fault
-from llavakit_plugins.chat_models.pacing import backoff, retry_after
+from llavakit_plugins.chat_models.faults import Fault, Refused, Withheld, read_complaint
+from llavakit_plugins.chat_models.pacing import backoff
 from llavakit_plugins.chat_models.service import Service
-from llavakit_plugins.generation.requests.batches import BatchService, BatchState
+from llavakit_plugins.generation.requests.batches import AskAgain, BatchService, BatchState
 from llavakit_plugins.generation.requests.ledger import Request
 
 _ENDED = ("completed", "failed", "expired", "cancelled")
 _MARK = "llavakit"
+_log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
@@ -44,99 +48,142 @@ class OpenAIBatches(BatchService):
         file = await self._call(
             lambda: client.files.create(file=("requests.jsonl", content), purpose="batch")
         )
-        batch = await self._call(
-            lambda: client.batches.create(
-                input_file_id=file.id,
-                endpoint="/v1/chat/completions",
-                completion_window="24h",
-                metadata={_MARK: mark},
-            )
-        )
-        return str(batch.id)
+        table = {
+            "input_file_id": _id(file.id),
+            "endpoint": "/v1/chat/completions",
+            "completion_window": "24h",
+            "metadata": {_MARK: mark},
+        }
+        batch = await self._call(lambda: client.post("/batches", cast_to=object, body=table))
+        return _id(_table(batch).get("id"))
 
     async def find(self, mark: str) -> list[str]:
-        async def search() -> list[str]:
-            found = []
-            async for batch in self._service.client().batches.list(limit=100):
-                if (batch.metadata or {}).get(_MARK) == mark:
-                    found.append(batch.id)
-            return found[::-1]
-
-        return await self._call(search)
+        client = self._service.client()
+        found: list[str] = []
+        seen: set[str] = set()
+        query: dict[str, Any] = {"limit": 100}
+        while True:
+            page = _table(
+                await self._call(
+                    lambda: client.get("/batches", cast_to=object, options={"params": query})  # noqa: B023
+                )
+            )
+            rows = page.get("data")
+            rows = rows if isinstance(rows, list) else []
+            batches = [row for row in rows if isinstance(row, dict)]
+            ids = [_id(batch.get("id")) for batch in batches]
+            for name, batch in zip(ids, batches, strict=True):
+                marks = batch.get("metadata")
+                if isinstance(marks, dict) and marks.get(_MARK) == mark and name not in seen:
+                    found.append(name)
+            if page.get("has_more") is not True or not set(ids) - seen:
+                return found[::-1]
+            seen |= set(ids)
+            query = {"limit": 100, "after": ids[-1]}
 
     async def state(self, batch: str) -> BatchState:
-        found = await self._call(lambda: self._service.client().batches.retrieve(batch))
-        counts = found.request_counts
-        complaints = [item.message or "" for item in (found.errors and found.errors.data) or []]
+        found = await self._retrieve(batch)
+        counts = found.get("request_counts")
+        numbers = counts if isinstance(counts, dict) else {}
+        completed, failed, total = (
+            number if type(number := numbers.get(name)) is int else 0
+            for name in ("completed", "failed", "total")
+        )
+        status = found.get("status")
+        if not isinstance(status, str):
+            raise ChatError(f"the batch service gives batch {batch} no status; run again later")
+        errors = found.get("errors")
         return BatchState(
-            done=found.status in _ENDED,
-            answered=counts.completed + counts.failed if counts else 0,
-            total=counts.total if counts else 0,
-            status=found.status,
-            complaint=self._service.clean("; ".join(complaints)),
+            done=status in _ENDED,
+            answered=completed + failed,
+            total=total,
+            status=self._service.clean(status),
+            complaint=self._service.clean(
+                read_complaint(errors.get("data") if isinstance(errors, dict) else errors).said
+            ),
         )
 
-    async def collect(self, batch: str) -> AsyncIterator[tuple[str, Reply | str]]:
+    async def collect(self, batch: str) -> AsyncIterator[tuple[str, Reply | ReplyError]]:
         client = self._service.client()
-        found = await self._call(lambda: client.batches.retrieve(batch))
-        for file in (found.output_file_id, found.error_file_id):
-            if file is None:
+        found = await self._retrieve(batch)
+        unread = 0
+        for name in (found.get("output_file_id"), found.get("error_file_id")):
+            if not isinstance(name, str) or not name:  # some services give "" for none
                 continue
-            name: str = file
             content = await self._call(lambda name=name: client.files.content(name))  # type: ignore[misc]
             for line in content.content.splitlines():
                 if line.strip():
-                    yield self._parse(line)
+                    try:
+                        yield self._parse(line)
+                    except Fault as fault:
+                        unread += 1
+                        reason = str(fault)
+        if unread:
+            _log.warning(
+                "batch %s has %d lines that cannot be read; what they were to answer is asked for "
+                "again. The last: %s", batch, unread, reason,
+            )  # fmt: skip
 
-    def _parse(self, line: bytes) -> tuple[str, Reply | str]:
-        try:
-            row: dict[str, Any] = json.loads(line.decode("utf-8"))
-            key = str(row["custom_id"])
-            response = row.get("response") or {}
-            body = response.get("body") or {}
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise ChatError(
-                f"the batch service gives a line that cannot be read: {error}"
-            ) from None
-        if response.get("status_code") == 200:
+    async def _retrieve(self, batch: str) -> dict[str, Any]:
+        client = self._service.client()
+        path = f"/batches/{quote(batch, safe='')}"
+        return _table(await self._call(lambda: client.get(path, cast_to=object)))
+
+    def _parse(self, line: bytes) -> tuple[str, Reply | ReplyError]:
+        """Return a request's key with its reply, or with why there is none.
+
+        Raises Fault where the line does not say which request it is about.
+        """
+        row = self._service.table(line)
+        key = row.get("custom_id") if isinstance(row, dict) else None
+        if not isinstance(key, str) or not re.fullmatch(r"[0-9a-f]{32}", key):
+            raise Fault(self._service.clean(f"it names no request of ours: {row!r}"))
+        response = row.get("response")
+        response = response if isinstance(response, dict) else {"body": response}
+        body, status = response.get("body"), response.get("status_code")
+        if str(status) == "200":
             try:
                 return key, self._service.reply_of(body)
             except Fault as unreadable:
-                return key, str(unreadable)
-        fault = body.get("error") or row.get("error") or {}
-        code, message = fault.get("code") or "", fault.get("message") or "no reason given"
-        if "content_filter" in code or "content_policy" in code:
+                return key, ReplyError(str(unreadable))
+        of_body = body.get("error") or body if isinstance(body, dict) else body
+        complaint = read_complaint(of_body or row.get("error"))
+        verdict = self._service.judge(status if type(status) is int else 500, complaint)
+        if isinstance(verdict, Withheld) or complaint.filtered:
             return key, Reply("", "content_filter", self._service.options.model, 0, 0, 0.0)
-        return key, self._service.clean(f"{code} {message}".strip())
+        said = self._service.clean(f"{complaint.code} {complaint.said}".strip())
+        if isinstance(verdict, Refused) and self._service.learn(complaint):
+            return key, AskAgain(said)
+        return key, ReplyError(said, lasting=isinstance(verdict, Refused))
 
     async def _call(self, ask: Callable[[], Awaitable[T]]) -> T:
         """Return what a call to the service gives, after pauses where it fails for a while."""
-        import openai
-
         options = self._service.options
         failures = 0
         while True:
-            pause: float | None = None
             try:
-                async with asyncio.timeout(options.timeout):
-                    return await ask()
-            except (TimeoutError, openai.APITimeoutError):
-                said = f"no answer within {options.timeout:g} s"
-            except openai.APIStatusError as error:
-                try:
-                    self._service.explain(error)
-                except (Fault, ReplyError) as fault:
-                    if isinstance(fault, ReplyError):
-                        raise ChatError(str(fault)) from None
-                    said, pause = str(fault), retry_after(error.response.headers)
-                else:
-                    raise await self._service.fatal(error) from None
-            except openai.APIConnectionError as error:
-                said = self._service.clean(f"the connection failed: {error.__cause__ or error}")
-            failures += 1
-            if failures > options.retries:
-                raise ChatError(
-                    f"the batch service at {options.base_url} does not answer after {failures} "
-                    f"tries: {said}; run again later with --resume"
-                )
-            await asyncio.sleep(backoff(failures, options.backoff) if pause is None else pause)
+                return await self._service.call(ask)
+            except ReplyError as error:
+                raise ChatError(str(error)) from None
+            except Fault as fault:
+                failures += 1
+                pause = backoff(failures, options.backoff) if fault.pause is None else fault.pause
+                if failures > options.retries or pause > options.patience:
+                    raise ChatError(
+                        f"the batch service at {self._service.where} does not "
+                        f"answer after {failures} tries: {fault}; run again later with --resume"
+                    ) from None
+                await asyncio.sleep(pause)
+
+
+def _table(value: object) -> dict[str, Any]:
+    """Return what is a table. Raises ChatError for an answer that is none."""
+    if not isinstance(value, dict):
+        raise ChatError(f"the batch service gives no table but {type(value).__name__}; run again")
+    return value
+
+
+def _id(value: object) -> str:
+    if not isinstance(value, str) or not value:
+        raise ChatError("the batch service gives a batch or file no id; run again with --resume")
+    return value

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from llavakit import ReplyError
+
 
 class Fault(Exception):
     """One attempt that failed and may be made again."""
@@ -11,3 +16,80 @@ class Fault(Exception):
         self.pause = pause
         """Seconds that the service asks to wait."""
         self.busy = busy
+
+
+@dataclass(frozen=True)
+class Complaint:
+    """What a service says is wrong."""
+
+    code: str
+    said: str
+    """In its own words."""
+    param: str = ""
+    """Which field it is about, where it says so."""
+
+    @property
+    def filtered(self) -> bool:
+        """Whether a content filter speaks."""
+        return "content_filter" in self.code or "content_policy" in self.code
+
+
+class Withheld(ReplyError):
+    """The service's content filter keeps the answer back."""
+
+
+class Refused(ReplyError):
+    """The service does not take one request as it is."""
+
+    def __init__(self, message: str, complaint: Complaint) -> None:
+        super().__init__(message, lasting=True)
+        self.complaint = complaint
+
+
+_SAYING = (
+    "message",
+    "msg",
+    "detail",
+    "error_description",
+    "description",
+    "reason",
+    "error",
+    "errors",
+)
+_DEPTH = 4
+
+
+def read_complaint(body: object, otherwise: str = "no reason given") -> Complaint:
+    """Return what an error's body says: a table of any usual form, a list of them, or text."""
+    tables = list(_tables(body, _DEPTH))
+    codes = [table[name] for name in ("code", "type") for table in tables if _plain(table, name)]
+    params = [table["param"] for table in tables if _plain(table, "param")]
+    params += [loc[-1] for table in tables if isinstance(loc := table.get("loc"), list) and loc]
+    said = " ".join(_said(body, _DEPTH).split())
+    code, param = (str(found[0]) if found else "" for found in (codes, params))
+    return Complaint(code, said or otherwise, param)
+
+
+def _plain(table: Mapping[str, object], name: str) -> bool:
+    return isinstance(table.get(name), str | int) and table[name] != ""
+
+
+def _tables(body: object, depth: int) -> Iterator[Mapping[str, object]]:
+    """Yield a table and those within it that say more."""
+    if isinstance(body, Mapping):
+        yield body
+    items = [body.get(name) for name in _SAYING] if isinstance(body, Mapping) else body
+    if isinstance(items, list) and depth:
+        for item in items:
+            yield from _tables(item, depth - 1)
+
+
+def _said(body: object, depth: int) -> str:
+    """Return the words in a body: of a table the field that says it, of a list all."""
+    if isinstance(body, str):
+        return body
+    if isinstance(body, Mapping) and depth:
+        return next((text for name in _SAYING if (text := _said(body.get(name), depth - 1))), "")
+    if isinstance(body, list) and depth:
+        return "; ".join(text for item in body if (text := _said(item, depth - 1)))
+    return "" if body is None or isinstance(body, Mapping | list) else str(body)

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING
 
 from llavakit import ChatModel, Message, Reply, ReplyError
 from llavakit_plugins.chat_models.batches import OpenAIBatches
-from llavakit_plugins.chat_models.faults import Fault
+from llavakit_plugins.chat_models.faults import Fault, Refused, Withheld
 from llavakit_plugins.chat_models.options import OpenAIOptions
 from llavakit_plugins.chat_models.pacing import Halted, backoff
-from llavakit_plugins.chat_models.service import Service
+from llavakit_plugins.chat_models.service import LIMIT_FIELDS, Service
 from llavakit_plugins.generation.requests.ledger import hash_messages, short_hash
 from llavakit_plugins.generation.requests.tokens import Counter, counter_for
 
@@ -108,12 +108,12 @@ class OpenAI(ChatModel):
                     pause = max(pause, backoff(tries, self.options.backoff))
                 if failures > self.options.retries:
                     raise ReplyError(
-                        f"{self.options.base_url} does not answer after {failures} tries: {fault}; "
+                        f"{self._service.where} does not answer after {failures} tries: {fault}; "
                         "run again later with --resume"
                     ) from None
                 if fault.busy and waited + pause > self.options.patience:
                     raise ReplyError(
-                        f"{self.options.base_url} is busy for longer than `patience` = "
+                        f"{self._service.where} is busy for longer than `patience` = "
                         f"{self.options.patience:g} s: {fault}; run again later with --resume"
                     ) from None
                 if fault.busy:
@@ -129,7 +129,7 @@ class OpenAI(ChatModel):
         _log.log(
             logging.WARNING if long else logging.INFO,
             "%s: %s; asking again in %.1f s",
-            *(self.options.base_url, fault, pause),
+            *(self._service.where, fault, pause),
         )
 
     async def close(self) -> None:
@@ -142,44 +142,24 @@ class OpenAI(ChatModel):
 
         # a proxy that knows this header answers a repeated request without doing it twice
         mark = short_hash(f"{self.identity} {hash_messages(messages)} {draw}")
+        body = self._service.body(messages, draw)
+
+        async def post() -> bytes:
+            # its typed method takes more than half of the time looking at the messages' types
+            answer = await client.post(
+                "/chat/completions",
+                cast_to=openai.HttpxBinaryResponseContent,
+                body=body,
+                options={"headers": {"Idempotency-Key": mark}},
+            )
+            return answer.content
+
         try:
-            # of the whole request: the client's own limit is on each piece that comes
-            async with asyncio.timeout(self.options.timeout):
-                # its typed method takes more than half of the time looking at the messages' types
-                answer = await client.post(
-                    "/chat/completions",
-                    cast_to=openai.HttpxBinaryResponseContent,
-                    body=self._service.body(messages, draw),
-                    options={"headers": {"Idempotency-Key": mark}},
-                )
-        except TimeoutError:
-            raise Fault(self._too_late()) from None
-        except UnicodeEncodeError as error:
-            raise ReplyError(
-                f"a message cannot be sent, since it is cut within a character ({error.reason}); "
-                "mend the text",
-                lasting=True,
-            ) from None
-        except openai.APIStatusError as error:
-            refused = self._service.explain(error)
-            if refused is None:
-                raise await self._service.fatal(error) from None
-            return refused
-        except openai.APIConnectionError as error:  # APITimeoutError is one
-            failure = _failure(error)
-            if failure is None and isinstance(error, openai.APITimeoutError):
-                raise Fault(self._too_late()) from None
-            reason = failure or error.__cause__ or error
-            raise Fault(self._service.clean(f"the connection failed: {reason}")) from None
-        return self._service.read(answer.content)
-
-    def _too_late(self) -> str:
-        return f"no answer within {self.options.timeout:g} s"
-
-
-def _failure(error: BaseException) -> OSError | None:
-    """Return what the system said of a connection: aiohttp's adapter calls all of it a time-out."""
-    behind = error.__cause__ or error.__context__
-    if behind is None or (isinstance(behind, OSError) and not isinstance(behind, TimeoutError)):
-        return behind
-    return _failure(behind)
+            return self._service.read(await self._service.call(post))
+        except Withheld:
+            return Reply("", "content_filter", self.options.model, 0, 0, 0.0)
+        except Refused as refused:
+            sent = next((name for name in LIMIT_FIELDS if name in body), "")
+            if sent and self._service.learn(refused.complaint, sent):
+                return await self._attempt(client, messages, draw)
+            raise

@@ -2,25 +2,90 @@
 
 from __future__ import annotations
 
+import json
+import os
+import re
+from ipaddress import IPv6Address
 from pathlib import Path
-from typing import Annotated, Any
-from urllib.parse import urlsplit
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
 
-from llavakit import Options
+from llavakit import Options, hide, is_key, is_secret_name
 from llavakit_plugins.generation.requests.prices import Price
 
 OWN_URL = "https://api.openai.com/v1"
 
 
+_PORTS = {"http": 80, "https": 443}
+_RANDOM = re.compile(r"(?=.*\d)(?=.*[A-Za-z])[\w+=-]{16,}")
+"""What may be a key and is no usual name of a file."""
+
+
 def _plain_url(url: str) -> str:
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ValueError("write it as https://HOST/v1")
-    if parts.username or parts.password or parts.query:
-        raise ValueError("it may hold no password or key; use `key_env` or `key_file`")
-    return url
+    """Return an address in the one form by which two are told to be the same.
+
+    Raises ValueError where it is none, or holds more than an address.
+    """
+    found = re.fullmatch(r"(https?)://([^/?#\\]+)(/[^?#\\]*)?(.*)", url, re.IGNORECASE)
+    if not found or not url.isprintable() or " " in url:
+        raise ValueError("write it as https://HOST/v1, without spaces")
+    scheme, place, path, rest = found[1].lower(), found[2], found[3] or "", found[4]
+    if "@" in place + path or rest:
+        raise ValueError(
+            "it may hold no password, user or key, nor anything behind `?` or `#`; use `key_env` "
+            "or `key_file`"
+        )
+    if any(map(is_key, path.split("/"))):
+        raise ValueError("its path may hold no key; use `key_env` or `key_file`")
+    host, _, port = place.rpartition(":") if re.search(r":[^:\]]*$", place) else (place, "", "")
+    if not _is_host(host):
+        raise ValueError("it names no host; write it as https://HOST/v1")
+    if (place != host and not re.fullmatch(r"0*[1-9][0-9]{0,4}", port)) or int(port or 0) > 65535:
+        raise ValueError(f"`{port}` is no port; write it as https://HOST:8000/v1, or leave it out")
+    at = f":{int(port)}" if port and int(port) != _PORTS[scheme] else ""
+    return f"{scheme}://{host.lower()}{at}{path.rstrip('/')}"
+
+
+def _is_host(host: str) -> bool:
+    try:
+        if host.startswith("["):
+            return host.endswith("]") and bool(IPv6Address(host[1:-1]))
+        return re.fullmatch(r"[\w.-]+", host.encode("idna").decode()) is not None
+    except ValueError:
+        return False
+
+
+def _no_key_itself(path: Path | None) -> Path | None:
+    text = "" if path is None else str(path)
+    if (is_key(text) or _RANDOM.fullmatch(text)) and not os.path.isfile(text):
+        hide(text)
+        raise ValueError("it names a file that holds the key; this looks like a key itself")
+    return path
+
+
+def _sound_fields(extra: dict[str, Any]) -> dict[str, Any]:
+    """Refuse what no request can hold, and keys: they would be written down with the recipe."""
+    _refuse_keys(extra)
+    for name in ("messages", "stream"):
+        if extra.get(name):
+            raise ValueError(f"`{name}` is not for recipes to set; take it out")
+    try:
+        json.dumps(extra, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"it holds something that JSON cannot ({error})") from None
+    return extra
+
+
+def _refuse_keys(value: object) -> None:
+    if isinstance(value, list):
+        for item in value:
+            _refuse_keys(item)
+    for name, item in value.items() if isinstance(value, dict) else ():
+        if is_secret_name(name) or (isinstance(item, str) and is_key(item)):
+            hide(str(item))
+            raise ValueError(f"`{name}` may hold no key; use `key_env` or `key_file`")
+        _refuse_keys(item)
 
 
 class OpenAIOptions(Options):
@@ -29,7 +94,7 @@ class OpenAIOptions(Options):
     """Where the service is; http://localhost:11434/v1 is Ollama, for example."""
     key_env: str = Field(default="OPENAI_API_KEY", pattern=r"^[A-Z_][A-Z0-9_]*$")
     """The environment variable that holds the key."""
-    key_file: Path | None = None
+    key_file: Annotated[Path | None, AfterValidator(_no_key_itself)] = None
     """A file that holds the key, instead."""
     keyless: bool = False
     """Whether the service wants no key."""
@@ -38,8 +103,11 @@ class OpenAIOptions(Options):
     seed: int | None = None
     max_tokens: int = Field(default=1024, ge=1)
     """Longest reply."""
-    extra: dict[str, Any] = Field(default_factory=dict)
-    """More fields of the request's body, as the service defines them."""
+    limit_field: Literal["max_tokens", "max_completion_tokens"] | None = None
+    """What the service calls `max_tokens`. None: as OpenAI does at its address, else the old name;
+    where that is refused, the other."""
+    extra: Annotated[dict[str, Any], AfterValidator(_sound_fields)] = Field(default_factory=dict)
+    """More fields of the request's body, as the service defines them; "null" leaves one out."""
     timeout: float = Field(default=120.0, gt=0)
     """Seconds for one whole request."""
     retries: int = Field(default=6, ge=0)

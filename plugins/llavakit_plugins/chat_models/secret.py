@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from llavakit import ChatError
+from llavakit import ChatError, hide
 
 _SHORTEST = 8  # of what can be told from an ordinary word, and so be taken out of a text
 
@@ -14,8 +14,11 @@ def read_key(variable: str, file: Path | None) -> str:
     """Return the key. Raises ChatError, which names the place and never the key."""
     if file is not None:
         try:
-            key = file.expanduser().read_text(encoding="utf-8-sig").strip()
-        except (OSError, UnicodeDecodeError) as error:
+            place = Path(os.path.expanduser(file))
+            if place.exists() and not place.is_file():
+                raise OSError(None, "it is no file")  # one that a pipe stands for may never end
+            key = place.read_text(encoding="utf-8-sig").strip()
+        except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or "it is not text"
             raise ChatError(f"cannot read the key file {file}: {reason}") from None
         where = str(file)
@@ -28,6 +31,7 @@ def read_key(variable: str, file: Path | None) -> str:
         )
     if not (key.isascii() and key.isprintable() and " " not in key):
         raise ChatError(f"{where} holds no key: it has spaces, line ends or letters beyond ASCII")
+    hide(key)
     return key
 
 

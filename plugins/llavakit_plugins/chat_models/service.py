@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property
-from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from llavakit import ChatError, Message, Reply, ReplyError, did_you_mean
-from llavakit_plugins.chat_models.faults import Fault
+from llavakit import ChatError, Message, Reply, ReplyError, did_you_mean, shown
+from llavakit_plugins.chat_models.faults import (
+    Complaint,
+    Fault,
+    Refused,
+    Withheld,
+    read_complaint,
+)
 from llavakit_plugins.chat_models.options import OWN_URL, OpenAIOptions
 from llavakit_plugins.chat_models.pacing import Pace, retry_after
 from llavakit_plugins.chat_models.secret import read_key, redact
@@ -23,6 +29,16 @@ if TYPE_CHECKING:
     import openai
 
 _LONGEST_COMPLAINT = 300
+_MOST_TOKENS = 10_000_000  # that a service can have read or written for one request
+_LONGEST_NUMBER = 30  # digits; Python reads no more than 4300 at once
+LIMIT_FIELDS = ("max_tokens", "max_completion_tokens")
+_UNKNOWN = re.compile(
+    r"unsupported|not supported|unknown|unrecogni[sz]ed|unexpected|extra (?:field|input)|"
+    r"not (?:permitted|allowed)|deprecated",
+    re.IGNORECASE,
+)
+_log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 class Service:
@@ -32,6 +48,11 @@ class Service:
         self.options = options
         self.pace: Pace | None = None
         """Of the requests of one client."""
+        own = options.base_url == OWN_URL
+        self.limit_field = options.limit_field or LIMIT_FIELDS[own]
+        self._learned = False
+        self.where = shown(options.base_url)
+        """The address as it may be shown."""
         self._client: openai.AsyncOpenAI | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -57,6 +78,8 @@ class Service:
         if self._client is None or self._loop is not loop:
             try:
                 import openai
+
+                from llavakit_plugins.chat_models.bounded import BoundedClient
             except ImportError as error:
                 raise ChatError(
                     "the chat model `openai` needs its client: pip install 'llavakit[openai]'"
@@ -66,7 +89,8 @@ class Service:
                 base_url=self.options.base_url,
                 max_retries=0,
                 timeout=self.options.timeout,
-                http_client=openai.DefaultAioHttpClient() if find_spec("aiohttp") else None,
+                default_headers={"Accept-Encoding": "gzip"},
+                http_client=BoundedClient(),
             )
             self.pace = Pace(self.options.requests_per_minute, self.options.tokens_per_minute)
             self._loop = loop
@@ -79,49 +103,90 @@ class Service:
         self._client = None
 
     def body(self, messages: Sequence[Message], draw: int) -> dict[str, Any]:
-        """Return a request's body."""
+        """Return a request's body. Raises ReplyError for a message that no service can be sent."""
+        for message in messages:
+            try:
+                message.content.encode()
+            except UnicodeEncodeError as error:
+                raise ReplyError(
+                    "a message cannot be sent, since it is cut within a character "
+                    f"({error.reason}); fix the text",
+                    lasting=True,
+                ) from None
         o = self.options
-        limit = "max_completion_tokens" if o.base_url == OWN_URL else "max_tokens"
         seed = None if o.seed is None else o.seed + draw
         settings = {"temperature": o.temperature, "top_p": o.top_p, "seed": seed}
-        return {
+        body = {
             "model": o.model,
             "messages": [{"role": m.role, "content": m.content} for m in messages],
-            limit: o.max_tokens,
+            self.limit_field: o.max_tokens,
             **{name: value for name, value in settings.items() if value is not None},
             **o.extra,
         }
+        left_out = [name for name, value in o.extra.items() if value in (None, "null")]
+        return {name: value for name, value in body.items() if name not in left_out}
+
+    async def call(self, ask: Callable[[], Awaitable[T]]) -> T:
+        """Return what one call gives.
+
+        Raises Fault where another attempt may help, ReplyError where this request alone has no
+        answer, ChatError where no request can have one.
+        """
+        import openai
+
+        try:
+            # of the whole call: the client's own limit is on each piece that comes
+            async with asyncio.timeout(self.options.timeout):
+                return await ask()
+        except TimeoutError:
+            raise Fault(f"no answer within {self.options.timeout:g} s") from None
+        except openai.APIStatusError as error:
+            raise await self._explained(error) from None
+        except Exception as error:  # whatever a client makes of an answer that is none
+            known: BaseException = error
+            while not isinstance(known, ChatError | Fault) and known.__cause__ is not None:
+                known = known.__cause__  # the official client may have wrapped it
+            if isinstance(known, ChatError):
+                raise known from None
+            if isinstance(known, Fault):
+                raise Fault(self.clean(str(known))) from None
+            raise Fault(self.clean(f"the answer is not to be read: {error!r}")) from error
 
     # -- what it answers ---------------------------------------------------------------------------
 
     def read(self, data: bytes) -> Reply:
         """Return the reply that a response holds. Raises Fault where it holds none."""
+        return self.reply_of(self.table(data))
+
+    def table(self, data: bytes) -> Any:
+        """Return what is in JSON. Raises Fault where it is none."""
         try:
-            table = json.loads(data.decode("utf-8"))
+            return json.loads(data.decode("utf-8"), parse_int=_number)
         except (ValueError, RecursionError) as error:
             raise Fault(self.clean(f"the answer is no JSON: {error}")) from None
-        return self.reply_of(table)
 
     def reply_of(self, table: Any) -> Reply:
         """Return the reply in the body of a chat completion. Raises Fault where it holds none."""
         try:
             choice = table["choices"][0]
             message = choice["message"]
-            refusal = message.get("refusal")
-            text = message.get("content") or refusal or ""
-            if not isinstance(text, str):
+            refusal = message.get("refusal") or ""
+            text = _text(message.get("content")) or refusal
+            if not isinstance(text, str) or not isinstance(refusal, str):
                 raise TypeError("its content is no text")
-            finish = "refusal" if refusal else str(choice.get("finish_reason") or "stop")
-            usage = table.get("usage") or {}
-            counts = [usage.get(name) for name in ("prompt_tokens", "completion_tokens")]
+            ended = choice.get("finish_reason")
         except (AttributeError, IndexError, KeyError, TypeError) as error:
-            detail = table.get("error", error) if isinstance(table, dict) else error
+            detail = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
+            if isinstance(table, Mapping) and table.get("error"):
+                detail = read_complaint(table["error"]).said
             raise Fault(self.clean(f"the answer holds no reply: {detail}")) from None
-        sent, made = (count if isinstance(count, int) and count >= 0 else None for count in counts)
+        finish = "refusal" if refusal else ended if isinstance(ended, str) and ended else "stop"
+        model = table.get("model")
+        sent, made = _counts(table.get("usage"))
         reply = Reply(
             self.clean(text, longest=None),
-            finish,
-            self.clean(str(table.get("model") or self.options.model)),
+            self.clean(finish),
+            self.clean(model if isinstance(model, str) and model else self.options.model),
             sent,
             made,
         )
@@ -131,52 +196,110 @@ class Service:
 
     # -- what went wrong ---------------------------------------------------------------------------
 
-    def explain(self, error: openai.APIStatusError) -> Reply | None:
-        """Return the empty reply of a withheld answer, or None where no request can succeed.
-
-        Raises Fault where another attempt may help, ReplyError where it is this request alone.
-        """
-        status, code = error.status_code, error.code or ""
-        said = self.clean(f"status {status}: {_complaint(error)}")
-        if status == 400 and ("content_filter" in code or "content_policy" in code):
-            return Reply("", "content_filter", self.options.model, 0, 0, 0.0)
-        if status in (401, 403, 404) or code in ("insufficient_quota", "model_not_found"):
-            return None
-        if status in (408, 409, 425, 429) or status >= 500:
+    async def _explained(self, error: openai.APIStatusError) -> Exception:
+        """Return what an answer that is an error means for its request, or for all."""
+        status = error.status_code
+        complaint = read_complaint(error.body, f"no reason given, by {type(error).__name__}")
+        verdict = self.judge(status, complaint)
+        if verdict is None:
+            return await self._fatal(status, complaint)
+        if isinstance(verdict, Fault):
             pause = retry_after(error.response.headers)
-            raise Fault(said, pause, busy=status == 429 or pause is not None)
-        raise ReplyError(f"{self.options.base_url} refuses a request: {said}", lasting=True)
+            busy = status == 429 or pause is not None
+            return Fault(str(verdict), pause, busy=busy)
+        return verdict
 
-    async def fatal(self, error: openai.APIStatusError) -> ChatError:
+    def judge(self, status: int, complaint: Complaint) -> Exception | None:
+        """Return what a complaint means for its request; None where it ends the job.
+
+        A Fault may pass; Withheld and Refused are of this request alone.
+        """
+        said, code = self.clean(f"status {status}: {complaint.said}"), complaint.code
+        if 400 <= status < 500 and complaint.filtered:
+            return Withheld(said, lasting=True)
+        if status in (401, 402, 403, 404) or code in (
+            "insufficient_quota", "invalid_api_key", "model_not_found",
+        ):  # fmt: skip
+            return None
+        if status < 400 or status in (408, 409, 425, 429) or status >= 500:
+            return Fault(said)
+        return Refused(f"{self.where} refuses a request: {said}", complaint)
+
+    def learn(self, complaint: Complaint, sent: str | None = None) -> bool:
+        """Take from a refusal how the service calls the longest reply; say whether to ask again.
+
+        `sent` is the name that the refused request had; None where that is not known. OpenAI's
+        newer models, also at Azure, take the new name alone; older servers the old one.
+        """
+        said = f"{complaint.code.replace('_', ' ')} {complaint.said}"
+        blamed = sent or complaint.param
+        if blamed not in LIMIT_FIELDS:
+            found = re.search(rf"\b({'|'.join(LIMIT_FIELDS)})\b", complaint.said)
+            blamed = found[0] if found else ""
+        other = LIMIT_FIELDS[blamed == LIMIT_FIELDS[0]]
+        if not blamed or blamed not in f"{complaint.param} {complaint.said}":
+            return False
+        if not (_UNKNOWN.search(said) or other in complaint.said):
+            return False
+        if blamed == self.limit_field and not self._learned and not self.options.limit_field:
+            self._learned, self.limit_field = True, other
+            _log.info("%s calls `%s` `%s`", self.where, blamed, other)
+        return blamed != self.limit_field and blamed not in self.options.extra
+
+    async def _fatal(self, status: int, complaint: Complaint) -> ChatError:
         """Return what ends the job: the key, the model or the address is wrong."""
         o = self.options
-        said = self.clean(_complaint(error))
-        if error.status_code in (401, 403):
-            where = str(o.key_file) if o.key_file else f"environment variable {o.key_env}"
-            where = "`keyless = true`" if o.keyless else f"the key in {where}"
-            return ChatError(f"{o.base_url} does not take {where}: {said}")
-        if error.code == "insufficient_quota":
+        said, where = self.clean(complaint.said), self.where
+        if status in (401, 403) or complaint.code == "invalid_api_key":
+            place = str(o.key_file) if o.key_file else f"environment variable {o.key_env}"
+            place = "`keyless = true`" if o.keyless else f"the key in {place}"
+            return ChatError(f"{where} does not take {place}: {said}")
+        if status == 402 or complaint.code == "insufficient_quota":
             return ChatError(
-                f"the account at {o.base_url} has no credit left: {said}; add some and run again "
+                f"the account at {where} has no credit left: {said}; add some and run again "
                 "with --resume"
             )
-        served: list[str] = []
-        with suppress(Exception):  # only to say more; what is wrong is known already
-            async with asyncio.timeout(min(o.timeout, 10)):
-                served = [model.id async for model in self.client().models.list()]
+        served = await self._served()
         hint = "check `model` and `base_url` (most end in /v1)"
         if served:
             hint = did_you_mean(o.model, served, f"it serves: {', '.join(sorted(served)[:20])}")
-        return ChatError(f"{o.base_url} has no model `{o.model}`: {said}; {self.clean(hint)}")
+        return ChatError(f"{where} has no model `{o.model}`: {said}; {self.clean(hint)}")
+
+    async def _served(self) -> list[str]:
+        """Return the models that there are; none where that is not to be known."""
+        with suppress(Exception):  # only to say more; what is wrong is known already
+            async with asyncio.timeout(min(self.options.timeout, 10)):
+                table: Any = await self.client().get("/models", cast_to=object)
+            names = [row.get("id") for row in table["data"]]
+            return [name for name in names if isinstance(name, str)]
+        return []
 
     def clean(self, text: str, longest: int | None = _LONGEST_COMPLAINT) -> str:
-        """Return a text of the service without the key, and not endless."""
+        """Return a text of the service without the key; what is to be shown not endless, on one
+        line and without control characters."""
         text = redact(text, self.key)
-        return text if longest is None or len(text) <= longest else f"{text[:longest]}…"
+        if longest is None:
+            return text
+        text = shown(" ".join(text.split()))
+        return text if len(text) <= longest else f"{text[:longest]}…"
 
 
-def _complaint(error: openai.APIStatusError) -> str:
-    """Return what the service said, on one line."""
-    body = error.body
-    message = body.get("message") if isinstance(body, Mapping) else None
-    return re.sub(r"\s+", " ", str(message or error.message)).strip()
+def _number(digits: str) -> int | float:
+    return int(digits) if len(digits) <= _LONGEST_NUMBER else float(digits)
+
+
+def _text(content: Any) -> Any:
+    """Return the text of a message: itself, or the parts of a list that are no thinking."""
+    if not (isinstance(content, list) and content):
+        return content
+    parts = [part for part in content if part["type"] not in ("thinking", "reasoning")]
+    return "".join(part["text"] for part in parts)
+
+
+def _counts(usage: Any) -> list[int | None]:
+    """Return the tokens of a request and of its reply, where a service says what can be."""
+    usage = usage if isinstance(usage, Mapping) else {}
+    counts = [usage.get(name) for name in ("prompt_tokens", "completion_tokens")]
+    return [
+        count if type(count) is int and 0 <= count <= _MOST_TOKENS else None for count in counts
+    ]

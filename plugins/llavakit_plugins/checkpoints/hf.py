@@ -32,11 +32,11 @@ from llavakit_plugins.checkpoints.parts import (
 )
 from llavakit_plugins.checkpoints.pixels import make_processor
 from llavakit_plugins.checkpoints.prompts import NOTE, note_template, write_chat
-from llavakit_plugins.checkpoints.tokenizer_writing import complete_tokenizer
 from llavakit_plugins.checkpoints.vocabulary import with_image_token, with_rows
-from llavakit_plugins.checkpoints.writing import ShardSize, tower_state, write_config, write_weights
 from llavakit_plugins.huggingface.hub import fetch_folder, quietly
 from llavakit_plugins.huggingface.known_models import sketch_named
+from llavakit_plugins.huggingface.tokenizer_writing import complete_tokenizer
+from llavakit_plugins.huggingface.writing import ShardSize, tower_state, write_config, write_weights
 from llavakit_plugins.vision.vision_transformer import TransformersEncoder
 
 _log = logging.getLogger("llavakit")

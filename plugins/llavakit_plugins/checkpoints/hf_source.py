@@ -22,7 +22,7 @@ from llavakit_plugins.checkpoints.parts import (
 from llavakit_plugins.checkpoints.pixels import read_pixels, usual_pixels
 from llavakit_plugins.checkpoints.prompts import choose_template
 from llavakit_plugins.checkpoints.tokenizers import read_tokenizer
-from llavakit_plugins.checkpoints.weights import Weights, peek_json, read_json
+from llavakit_plugins.huggingface.weights import Weights, peek_json, read_json
 
 _log = logging.getLogger("llavakit")
 

@@ -20,9 +20,14 @@ from llavakit_plugins.checkpoints.parts import (
     stated_options,
 )
 from llavakit_plugins.checkpoints.prompts import NOTE, note_template
-from llavakit_plugins.checkpoints.tokenizer_writing import write_tokenizer
-from llavakit_plugins.checkpoints.writing import ShardSize, write_config, write_weights
 from llavakit_plugins.huggingface.hub import PretrainedOptions, find_file
+from llavakit_plugins.huggingface.tokenizer_writing import write_tokenizer
+from llavakit_plugins.huggingface.writing import (
+    ShardSize,
+    rename_tower,
+    write_config,
+    write_weights,
+)
 from llavakit_plugins.vision.vision_transformer import vision_state
 
 _TYPES = {
@@ -123,6 +128,7 @@ class Original(Exporter):
             write_tokenizer(model.language.tokenizer, partial)
             (partial / FOLDER).mkdir()
             model.vision.save(partial / FOLDER)
+            rename_tower(model.vision.model, partial / FOLDER)
             self.load(partial, device=model.device, dtype=None, vision=partial / FOLDER)
             reader = OriginalReader(partial, partial / FOLDER, model)
             return {"files": files, **prove(model, reader, folder)}

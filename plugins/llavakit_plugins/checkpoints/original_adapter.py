@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from llavakit import LanguageModel, ModelError
-from llavakit_plugins.checkpoints.weights import Weights, read_json
 from llavakit_plugins.huggingface.hub import quietly
+from llavakit_plugins.huggingface.weights import Weights, read_json
 
 _FILES = ("adapter_model.safetensors", "adapter_model.bin")
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from llavakit import ModelError
-from llavakit_plugins.checkpoints.filling import needed
-from llavakit_plugins.checkpoints.weights import Weights
+from llavakit_plugins.huggingface.filling import needed
+from llavakit_plugins.huggingface.weights import Weights
 
 _NORM = "model.norm.weight"
 _SMALL = 0.1

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from llavakit import IMAGE_ID, LlavaModel, ModelError
 from llavakit.contracts.data import ImageSource
-from llavakit_plugins.checkpoints.weights import Weights, read_json
 from llavakit_plugins.huggingface.hub import quietly
+from llavakit_plugins.huggingface.weights import Weights, read_json
 
 _PROJECTOR = "model.mm_projector."
 

@@ -33,7 +33,7 @@ from llavakit_plugins.checkpoints.parts import (
 from llavakit_plugins.checkpoints.prompts import choose_template
 from llavakit_plugins.checkpoints.tokenizers import has_tokenizer, read_tokenizer
 from llavakit_plugins.checkpoints.vocabulary import with_rows
-from llavakit_plugins.checkpoints.weights import Weights, peek_json, read_json
+from llavakit_plugins.huggingface.weights import Weights, peek_json, read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

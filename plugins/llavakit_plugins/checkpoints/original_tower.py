@@ -11,9 +11,9 @@ from torch import Tensor
 
 from llavakit import ModelError
 from llavakit_plugins.checkpoints.pixels import Pixels, read_pixels, usual_pixels
-from llavakit_plugins.checkpoints.weights import read_json
 from llavakit_plugins.huggingface.hub import fetch_folder
 from llavakit_plugins.huggingface.known_configs import KNOWN
+from llavakit_plugins.huggingface.weights import read_json
 from llavakit_plugins.vision.vision_transformer import vision_state
 
 FOLDER = "vision_tower"

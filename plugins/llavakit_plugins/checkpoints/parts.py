@@ -27,11 +27,11 @@ from llavakit import (
     VisionEncoder,
     join_model,
 )
-from llavakit_plugins.checkpoints.filling import fill, needed
 from llavakit_plugins.checkpoints.pixels import Pixels
 from llavakit_plugins.checkpoints.prompts import TemplateUse
-from llavakit_plugins.checkpoints.weights import peek_json
+from llavakit_plugins.huggingface.filling import fill, needed
 from llavakit_plugins.huggingface.hub import UnfitConfig
+from llavakit_plugins.huggingface.weights import peek_json
 from llavakit_plugins.vision.vision_transformer import TransformersEncoder
 
 if TYPE_CHECKING:

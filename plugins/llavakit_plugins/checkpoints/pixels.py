@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, cast
 from PIL import Image
 
 from llavakit import ModelError
-from llavakit_plugins.checkpoints.weights import read_json
+from llavakit_plugins.huggingface.weights import read_json
 from llavakit_plugins.vision.preprocessing import MEAN, RGB, STD, Aspect, Interpolation, Square
 
 

@@ -8,8 +8,8 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from llavakit import ModelError
-from llavakit_plugins.checkpoints.weights import read_json
 from llavakit_plugins.huggingface.hub import load_tokenizer
+from llavakit_plugins.huggingface.weights import read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

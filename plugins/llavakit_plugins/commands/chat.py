@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from llavakit import shown
 from llavakit.contracts.commands import Commands
 from llavakit.contracts.errors import LlavaError, ModelError
 from llavakit_plugins.commands.flags import add_model, add_settings, load_model
@@ -59,7 +60,7 @@ def _chat(arguments: argparse.Namespace) -> int:
                 print(piece, end="", flush=True)
             print()
         except LlavaError as error:  # of this question; the next may do
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {shown(str(error))}", file=sys.stderr)
 
 
 def _table(assignments: Sequence[str]) -> dict[str, Any]:

@@ -30,12 +30,14 @@ from llavakit_plugins.datasets.json_stream import Row
 from llavakit_plugins.datasets.streaming import StoredRows, count_rows, read_rows
 
 _ROLES = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt"}
-_OF_ROWS, _OF_TURNS = ("id", "image", "images", "conversations"), ("from", "value")
+_OF_ROWS = frozenset(("id", "image", "images", "conversations"))
+_OF_TURNS = frozenset(("from", "value"))
 _OF_IMAGES = re.compile(r"(image|img|picture|photo)s?(_?(path|file|url)s?)?", re.IGNORECASE)
 _OF_OTHERS = re.compile(r"(video|audio|sound|speech|frame)s?(_?(path|file|url)s?)?", re.IGNORECASE)
 _OF_MEDIA = re.compile(
     r"image|img|picture|photo|video|audio|sound|speech|frame|media|pixel", re.IGNORECASE
 )
+_PLACEHOLDER = re.compile(r"^\s*<(?:video|audio)>|<(?:video|audio)>\s*$")
 _LOOKED_AT = 4096  # rows that a plan reads to learn how long they are
 _NAMED = 3
 _LONGEST_NAME = 200  # characters of an id that messages show
@@ -252,27 +254,34 @@ def _refuse_media(row: Mapping[str, Any], where: str) -> None:
         others, images = _OF_OTHERS.fullmatch(key), _OF_IMAGES.fullmatch(key)
         if table[key] and (others or (images and not (row.get("image") or row.get("images")))):
             raise DataError(
-                f"{where}: `{key}` is not read: only images under `image` are; put them there, or "
-                "remove the sample"
+                f"{where}: `{key:.80}` is not read: only images under `image` are; put them there, "
+                "or remove the sample"
             )
 
 
 def _unread(row: Mapping[str, Any], where: str) -> list[Finding]:
-    """Return what should be known of keys that seem to name media, and hinder nothing."""
-    return [
-        Finding("media keys", f"{where}: `{key:.80}` is not read", stops=False)
+    """Return what should be known of what seems to name media, and hinders nothing."""
+    found = [
+        f"`{key:.80}` is not read"
         for table, key in _other_keys(row)
         if _OF_MEDIA.search(key) and table[key] and isinstance(table[key], str | list | dict)
     ]
+    turns = row.get("conversations")
+    listed = turns if isinstance(turns, list) else []
+    values = [turn.get("value") for turn in listed if isinstance(turn, dict)]
+    if any(isinstance(value, str) and _PLACEHOLDER.search(value) for value in values):
+        found.append("`<video>` or `<audio>` is a word like others: there is nothing to see there")
+    return [Finding("media keys", f"{where}: {text}", stops=False) for text in found]
 
 
-def _other_keys(row: Mapping[str, Any]) -> Iterator[tuple[Mapping[str, Any], str]]:
-    """Yield the keys of a row and its turns that no reader knows, each with its table."""
-    yield from ((row, key) for key in row if key not in _OF_ROWS)
+def _other_keys(row: Mapping[str, Any]) -> list[tuple[Mapping[str, Any], str]]:
+    """Return the keys of a row and its turns that no reader knows, each with its table."""
+    tables = [(row, row.keys() - _OF_ROWS)]
     turns = row.get("conversations")
     for turn in turns if isinstance(turns, list) else ():
-        if isinstance(turn, dict):
-            yield from ((turn, key) for key in turn if key not in _OF_TURNS)
+        if isinstance(turn, dict) and (others := turn.keys() - _OF_TURNS):
+            tables.append((turn, others))
+    return [(table, key) for table, others in tables for key in table if key in others]
 
 
 def _turns(row: Mapping[str, Any], where: str) -> tuple[Turn, ...]:

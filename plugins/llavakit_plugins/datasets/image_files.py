@@ -15,8 +15,7 @@ from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 
-from llavakit import DataError, open_image
-from llavakit.model.images import refusal
+from llavakit import DataError, open_image, refusal
 
 ImagePath = Path | str
 Read = Callable[[int, int], bytes]

@@ -14,8 +14,7 @@ from json.decoder import JSONDecodeError, JSONDecoder
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from llavakit import DataError
-from llavakit.files import open_text
+from llavakit import DataError, open_text
 
 BLOCK = 1 << 20
 _LONGEST_ROW = 1 << 26  # in a file whose end of a text is missing, a row would never end
@@ -64,11 +63,15 @@ def read_member(path: Path, name: str, block: int = BLOCK) -> Iterator[Row]:
     with _open(path, block) as window:
         if window.next_character() != "{":
             raise window.error("Expecting '{'")
+        empty = True
         while True:
             window.advance(window.at + 1)
-            if window.next_character() != '"':
+            character = window.next_character()
+            if character == "}" and empty:
+                return
+            if character != '"':
                 raise window.error("Expecting property name enclosed in double quotes")
-            key = window.value().value
+            key, empty = window.value().value, False
             if window.next_character() != ":":
                 raise window.error("Expecting ':' delimiter")
             window.advance(window.at + 1)

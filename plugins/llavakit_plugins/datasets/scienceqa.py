@@ -10,7 +10,7 @@ from llavakit import DataError, Dataset, InputPath, Options, Sample, Turn
 from llavakit.contracts.data import CHARACTERS_A_TOKEN
 from llavakit_plugins.datasets.expected import Expected
 from llavakit_plugins.datasets.image_files import check_image
-from llavakit_plugins.evaluation.scienceqa import (
+from llavakit_plugins.datasets.scienceqa_problems import (
     Format,
     Problem,
     answer_text,

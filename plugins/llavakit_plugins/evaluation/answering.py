@@ -17,7 +17,7 @@ from llavakit import DataError, JsonLines, LlavaModel, Question, Stopped, write_
 from llavakit.contracts.data import ImageSource
 from llavakit.contracts.model import Sampling
 from llavakit.contracts.run import Progress
-from llavakit_plugins.evaluation.rows import listed, read_lines
+from llavakit_plugins.datasets.rows import listed, read_lines
 
 Row = dict[str, Any]
 _MORE_TOKENS = 64  # of a second step, as in the original

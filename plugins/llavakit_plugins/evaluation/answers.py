@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from llavakit import DataError
-from llavakit_plugins.evaluation.rows import by_id, first_line, read_json, read_rows, text_of
+from llavakit_plugins.datasets.rows import by_id, first_line, read_json, read_rows, text_of
 
 _ROW_IDS = {"question_id", "id"}
 

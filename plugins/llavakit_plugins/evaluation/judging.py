@@ -11,9 +11,10 @@ from typing import Self
 
 from llavakit import ChatError, ChatModel, Message, Run
 from llavakit.contracts.run import Progress
-from llavakit_plugins.evaluation.rows import listed
+from llavakit_plugins.datasets.rows import listed
 from llavakit_plugins.generation.requests.asking import ask_all
 from llavakit_plugins.generation.requests.ledger import Entry, Ledger, Request, asked
+from llavakit_plugins.generation.requests.thinking import without_thinking
 
 _LEDGER = "judge.jsonl"
 
@@ -47,7 +48,8 @@ class Replies:
     """What the judge said."""
 
     texts: Sequence[str | None]
-    """One a question; None where the service refuses that one."""
+    """One a question, without the judge's thinking; None where the service refuses that one, or
+    where it is not clear what is thinking and what is the reply."""
     usd: float | None
     """What they cost, whenever they were asked for; None where no price is known."""
 
@@ -102,5 +104,5 @@ def replies(
             f"({listed(names)}); what it answered is kept. The last: {tally.unanswered[silent[-1]]}"
         )
     prices = [usd for usd in own.values() if usd is not None]
-    texts = [None if entry is None else entry.text for entry in found]
+    texts = [None if entry is None else without_thinking(entry.text) for entry in found]
     return Replies(texts, sum(prices) if prices else None)

@@ -9,7 +9,7 @@ from pathlib import Path
 from llavakit import DataError, Question, and_more
 from llavakit.contracts.data import IMAGE
 from llavakit_plugins.datasets.image_files import inside
-from llavakit_plugins.evaluation.rows import Row, by_id, id_of, listed, read_rows, text_of
+from llavakit_plugins.datasets.rows import Row, by_id, id_of, listed, read_rows, text_of
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from llavakit import DataError, ImageContext, new_file
+from llavakit import DataError, ImageContext, new_file, open_text
 from llavakit.contracts.data import Box
-from llavakit.files import open_text
 from llavakit_plugins.datasets.json_stream import read_member
-from llavakit_plugins.generation.contexts import is_number, to_line
+from llavakit_plugins.generation.contexts import to_line
 
 _log = logging.getLogger("llavakit")
 _LARGEST = 1 << 32  # of a number that is kept
@@ -112,7 +111,7 @@ def _corners(
 ) -> tuple[float, float, float, float]:
     """Return a box's corners as shares of the image, which they may exceed by once its size."""
     box, where = _field(item, "bbox", path), f"{path}: box {item.get('id')!s:.60}"
-    if not isinstance(box, list) or len(box) != 4 or not all(map(is_number, box)):
+    if not isinstance(box, list) or len(box) != 4 or not all(map(_is_number, box)):
         raise DataError(f"{where} has no `bbox` of four numbers, got {box!r:.80}; fix or remove it")
     (left, top, wide, high), (width, height) = box, size
     ends = (left / width, top / height, (left + wide) / width, (top + high) / height)
@@ -122,6 +121,11 @@ def _corners(
             f"width and height, got {box!r:.80}; fix or remove it"
         )
     return ends
+
+
+def _is_number(value: object) -> bool:
+    """Say whether a value of JSON may be a coordinate: neither endless nor true or false."""
+    return type(value) in (int, float) and -1e15 < value < 1e15  # type: ignore[operator]
 
 
 def _items(path: Path, name: str) -> Iterator[dict[str, Any]]:

@@ -15,9 +15,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, overload
 
-from llavakit import DataError, ImageContext, new_file
+from llavakit import DataError, ImageContext, new_file, open_text
 from llavakit.contracts.data import Box, is_cut
-from llavakit.files import open_text
 
 _BEYOND = 0.01  # of 1: what rounding may do to a box at an edge
 
@@ -126,7 +125,7 @@ def _parse(line: str, where: str) -> ImageContext:
         if not isinstance(row["id"], str | int) or not isinstance(row["image"], str):
             raise TypeError("`id` is a text or a number, `image` a text")
         context = ImageContext(str(row["id"]), row["image"], captions, boxes)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise DataError(
             f"{where}: a context needs `id`, `image`, `captions` and `instances` of `category` "
             f"and `bbox`: {type(error).__name__} {error}"
@@ -145,16 +144,15 @@ def _parse(line: str, where: str) -> ImageContext:
     return context
 
 
-def is_number(value: object) -> bool:
-    """Say whether a value of JSON may be a coordinate: neither endless nor true or false."""
-    return type(value) in (int, float) and -1e15 < value < 1e15  # type: ignore[operator]
-
-
 def _box(item: Any, where: str) -> Box:
     category, box = item["category"], item["bbox"]
     if not isinstance(category, str):
         raise TypeError(f"`category` is no text but {category!r:.60}")
-    if not isinstance(box, list) or len(box) != 4 or not all(map(is_number, box)):
+    if (
+        not isinstance(box, list)
+        or len(box) != 4
+        or not all(type(end) in (int, float) for end in box)
+    ):
         raise DataError(f"{where}: a `bbox` has four numbers: x1, y1, x2, y2, got {box!r:.80}")
     left, top, right, bottom = map(float, box)
     return Box(category, (left, top, right, bottom))

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llavakit import ChatError, Outcome, Run, Stopped
+from llavakit import ChatError, DataError, LlavaError, Outcome, Run, Stopped
 from llavakit_plugins.generation.items import Items
 from llavakit_plugins.generation.output import price_of, write_output
 from llavakit_plugins.generation.requests.asking import ask_all
@@ -46,21 +47,59 @@ def _work_off(
     jobs: Sequence[tuple[str, Contexts, Items]],
 ) -> Outcome:
     review = Review(options.images, run.seed)
-    unanswered: dict[str, str] = {}
+    unanswered = Unanswered()
     if len(ledger):  # said first, so that nobody fears to pay for them again
         total = sum(len(items) for _, _, items in jobs)
         run.progress(0, total, f"{len(ledger)} replies are here already")
     try:
         for name, _, items in jobs:
-            unanswered |= _ask(options, generator, run, ledger, items, name)
-    except (ChatError, Stopped):
+            _ask(options, generator, run, ledger, items, name, unanswered)
+        if not len(ledger) and unanswered.reasons:
+            raise unanswered.complaint(sum(len(items) for _, _, items in jobs))
+    except (LlavaError, Stopped):
         if len(ledger):  # what there is can be looked at, though the step is not done
             run.event("asked", **totals(ledger))
-            write_output(jobs, ledger, unanswered, review, run)
+            write_output(jobs, ledger, unanswered.reasons, review, run)
         else:
-            ledger.path.unlink()
+            ledger.path.unlink(missing_ok=True)
         raise
-    return write_output(jobs, ledger, unanswered, review, run)
+    outcome = write_output(jobs, ledger, unanswered.reasons, review, run)
+    total = sum(len(items) for _, _, items in jobs)
+    if unanswered.passing:
+        raise unanswered.complaint(total)
+    if total and not outcome.metrics["samples"]:
+        raise DataError(
+            f"of {total} conversations none can be used; see {run.directory / 'review.html'}, and "
+            "change the prompts, the chat model or `attempts`"
+        )
+    return outcome
+
+
+@dataclass
+class Unanswered:
+    """The requests that have no reply."""
+
+    reasons: dict[str, str] = field(default_factory=dict)
+    """Why, by key."""
+    refused: set[str] = field(default_factory=set)
+    """Those that will never have one."""
+
+    @property
+    def passing(self) -> list[str]:
+        """Those that may have one later, the newest last."""
+        return [key for key in self.reasons if key not in self.refused]
+
+    def complaint(self, total: int) -> ChatError:
+        """Return what is to be said where the step cannot be done with them."""
+        if not self.passing:
+            return ChatError(
+                f"the service refuses all of {total} requests; the last: "
+                f"{list(self.reasons.values())[-1]}"
+            )
+        return ChatError(
+            f"{len(self.passing)} of {total} requests have no answer for now; run again with "
+            f"--resume, which asks these alone. The last: {self.reasons[self.passing[-1]]}"
+        )
 
 
 def _ask(
@@ -70,8 +109,9 @@ def _ask(
     ledger: Ledger,
     items: Items,
     name: str,
-) -> dict[str, str]:
-    """Ask until nothing is open; return why requests got no reply, by key."""
+    unanswered: Unanswered,
+) -> None:
+    """Ask until nothing is open but what gets no reply."""
     said = time.monotonic() - _EVERY
     at = 0  # the item that is asked for last
 
@@ -82,7 +122,7 @@ def _ask(
                 if run.stopping():
                     raise Stopped
                 show_progress()
-            if item.open:
+            if item.open and item.asked.key not in unanswered.refused:
                 yield item.request
 
     def show_progress() -> None:
@@ -105,9 +145,13 @@ def _ask(
             stopping=run.stopping,
             progress=show,
         )
+        refused = {key: why for key, why in tally.unanswered.items() if key in tally.refused}
+        unanswered.refused |= tally.refused
+        unanswered.reasons |= refused
         if tally.answered == 0:
+            unanswered.reasons |= tally.unanswered
             run.event("asked", **totals(ledger))
-            return tally.unanswered
+            return
 
 
 def totals(ledger: Ledger) -> dict[str, float | int | None]:

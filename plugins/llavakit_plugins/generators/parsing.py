@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from llavakit import ImageContext
+from llavakit_plugins.generation.requests.thinking import THOUGHT, UNCLEAR, without_thinking
 
 REFUSED = "the teacher refuses"
 WITHHELD = "withheld by the service's content filter"
@@ -20,10 +21,12 @@ ORPHAN = "an answer without its question"
 MENTION = "speaks of captions, boxes or coordinates"
 MARKER = "holds a marker that prompts are made of"
 NO_TEXT = "holds characters that are no text"
+RULE = "holds a rule between its lines"
 
 Pair = tuple[str, str]
 
 _SEPARATOR = re.compile(r"^[\s*`]*={3,}[\s*`]*$")
+_RULE = re.compile(r"^[ \t]*(?:[-–—―─━═~]{3,}|(?:[-*_][ \t]*){3,}|⸻+)[ \t]*$", re.MULTILINE)
 _LABEL = re.compile(
     r"^[\s*_#>`-]*(?P<role>question|answer|Q|A)\s*\d*\s*[*_]*\s*:\s*[*_]*(?P<rest>.*)$",
     re.IGNORECASE,
@@ -40,7 +43,9 @@ _REFUSAL = re.compile(
     re.IGNORECASE,
 )
 _MARKER = re.compile(r"<image>|</?s>|<\|\w+\|>|^#{3,}\s", re.MULTILINE)
-_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff\ufffd]")
+_UNPRINTABLE = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufffd]"
+)
 _NUMBERS = re.compile(r"[\[(]\s*\d*\.\d+\s*,\s*\d*\.?\d+")
 _TOLD = re.compile(
     r"\bbounding[- ]box|\b(?:provided|given) (?:sentences?|descriptions?|text|list|information|"
@@ -85,6 +90,8 @@ def complaint(text: str, context: ImageContext) -> str:
         return MARKER
     if _UNPRINTABLE.search(text):
         return NO_TEXT
+    if _RULE.search(text):
+        return RULE
     if _NUMBERS.search(text) or _TOLD.search(text):
         return MENTION
     known = " ".join([*context.captions, *(box.category for box in context.boxes)]).lower()
@@ -97,8 +104,10 @@ def complaint(text: str, context: ImageContext) -> str:
 def read_pairs(text: str, finish: str, context: ImageContext) -> Read:
     """Return the usable questions and answers of a reply, in order."""
     read = Read()
-    if (reason := _useless(text, finish)) and finish != "length":
-        return Read(reason=reason)
+    text = _answer(text, finish, read)
+    if read.reason and read.reason != CUT:
+        return read
+    read.reason = ""
     blocks = _blocks(text, read)
     closed = bool(_SEPARATOR.match(text.rstrip().rpartition("\n")[2]))
     if finish == "length" and not closed and blocks:
@@ -129,9 +138,16 @@ def read_pairs(text: str, finish: str, context: ImageContext) -> Read:
 def read_prose(text: str, finish: str, context: ImageContext) -> tuple[str, Read]:
     """Return the one text that a reply consists of."""
     read = Read()
-    if reason := _useless(text, finish):
-        return "", Read(reason=reason)
+    text = _answer(text, finish, read)
+    if read.reason:
+        return "", read
     lines = text.strip().splitlines()
+    framed = len(lines)
+    for end in (0, -1):
+        while lines and (_RULE.match(lines[end]) or not lines[end].strip()):
+            del lines[end]
+    if len(lines) != framed:
+        read.repair("a rule around it is taken away")
     if any(_FENCE.match(line) for line in lines):
         lines = [line for line in lines if not _FENCE.match(line)]
         read.repair("taken out of a code block")
@@ -156,24 +172,36 @@ def fold(text: str) -> str:
     return " ".join(re.findall(r"\w+", text.lower()))
 
 
-def _useless(text: str, finish: str) -> str:
+def _answer(text: str, finish: str, read: Read) -> str:
+    """Return a reply without its thinking; `read.reason` says where nothing of it can be used."""
+    answer = without_thinking(text)
     if finish == "content_filter":
-        return WITHHELD
-    if finish == "refusal":
-        return REFUSED
-    if finish == "length":
-        return CUT
-    return "" if text.strip() else EMPTY
+        read.reason = WITHHELD
+    elif finish == "refusal":
+        read.reason = REFUSED
+    elif answer is None:
+        read.reason = UNCLEAR
+    elif finish == "length":
+        read.reason = CUT
+    elif not answer.strip():
+        read.reason = EMPTY
+    if answer is not None and answer != text:
+        read.repair(THOUGHT)
+    return answer or ""
 
 
 def _blocks(text: str, read: Read) -> list[tuple[str, str]]:
     """Return (role, text) of each labelled stretch."""
     blocks: list[tuple[str, list[str]]] = []
     is_open = False
-    for line in text.splitlines():
+    lines = text.splitlines()
+    for number, line in enumerate(lines):
         if _FENCE.match(line):
             read.repair("taken out of a code block")
         elif _SEPARATOR.match(line):
+            is_open = False
+        elif _RULE.match(line) and _ends_block(lines[number + 1 :]):
+            read.repair("a separator was written in another way")
             is_open = False
         elif label := _LABEL.match(line):
             role, rest = label["role"][0].upper(), label["rest"].strip()
@@ -187,7 +215,14 @@ def _blocks(text: str, read: Read) -> list[tuple[str, str]]:
             blocks[-1][1].append(line)
         elif line.strip():
             read.repair("text outside of the layout is dropped")
-    return [(role, "\n".join(lines).strip()) for role, lines in blocks]
+    return [(role, "\n".join(own).strip()) for role, own in blocks]
+
+
+def _ends_block(rest: Sequence[str]) -> bool:
+    """Say whether a rule stands where a separator belongs, and not within a text."""
+    following = next((line for line in rest if line.strip() and not _FENCE.match(line)), "")
+    ends = not following or _LABEL.match(following) or _SEPARATOR.match(following)
+    return bool(ends or _RULE.match(following))
 
 
 def _pair_up(blocks: Sequence[tuple[str, str]], read: Read) -> list[Pair]:

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 from pydantic import Field, model_validator
 
 from llavakit import ModelError, Options
-from llavakit_plugins.checkpoints.tokenizer_writing import remember_origin
 from llavakit_plugins.huggingface.known_configs import KNOWN
+from llavakit_plugins.huggingface.tokenizer_writing import remember_origin
 from llavakit_plugins.huggingface.tokenizers import fast_tokenizer
 
 if TYPE_CHECKING:

@@ -5,9 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from llavakit import LlavaModel, ModelRecipe, Registry
-from llavakit.model.folder import sketch_model
-from llavakit.model.load import sketch_any
+from llavakit import LlavaModel, ModelRecipe, Registry, sketch_any, sketch_model
 
 
 def _llava_15(size: str, rows: int) -> dict[str, Any]:

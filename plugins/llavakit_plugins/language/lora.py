@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from llavakit import ModelError, Options
 from llavakit_plugins.huggingface.hub import quietly
+from llavakit_plugins.language import four_bits
 
 FOLDER = "adapter"
 _WEIGHTS = "adapter_model.safetensors"
@@ -128,11 +129,14 @@ def merge_adapters(model: Any) -> Any:
     Weights of 4 bits become the numbers that they stand for, so that the copy computes what the
     model does. The other weights without an adapter are shared with `model`.
     """
+    quantized = getattr(model, "is_quantized", False)
+    if quantized:
+        four_bits.unpack(model)
     bases = [layer.get_base_layer() for _, layer in _adapted(model)]
     changed = {id(base.weight) for base in bases if base.weight.is_floating_point()}
     shared = {id(p): p for p in model.parameters() if id(p) not in changed}
     whole = copy.deepcopy(model, shared)
-    if getattr(whole, "is_quantized", False):
+    if quantized:
         with quietly(report=False):
             whole.dequantize(dtype=whole.get_input_embeddings().weight.dtype)
         whole._weight_conversions = None  # of reading 4 bits, which saving would want to undo

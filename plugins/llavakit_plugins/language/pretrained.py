@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from llavakit import LanguageModel, ModelError, cast_weights
 from llavakit.contracts.packing import Packing
-from llavakit_plugins.checkpoints.tokenizer_writing import write_tokenizer
 from llavakit_plugins.huggingface.hub import (
     explain_config,
     fetch_config,
@@ -21,6 +20,7 @@ from llavakit_plugins.huggingface.hub import (
     quietly,
     read_config,
 )
+from llavakit_plugins.huggingface.tokenizer_writing import write_tokenizer
 from llavakit_plugins.language.lora import (
     FOLDER as ADAPTERS,
     add_adapters,

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from llavakit import ModelError, cast_weights
-from llavakit_plugins.checkpoints.filling import fill
-from llavakit_plugins.checkpoints.weights import Weights
-from llavakit_plugins.checkpoints.writing import write_weights
+from llavakit_plugins.huggingface.filling import fill
 from llavakit_plugins.huggingface.hub import fetch_folder
+from llavakit_plugins.huggingface.weights import Weights
+from llavakit_plugins.huggingface.writing import write_weights
+from llavakit_plugins.language import four_bits
 from llavakit_plugins.language.lora import base_weights
 
 if TYPE_CHECKING:
@@ -49,6 +50,8 @@ def read_weights(network: type[Any], config: Any, options: LanguageOptions) -> A
         raise ModelError(f"{folder} holds no weights of a language model; copy them there")
     try:
         model = fill(network, config, weights, options.source, dtype=dtype, **how)
+        if options.quantize is not None:
+            four_bits.prepare(model, options.source, dtype)
         if small:
             cast_weights(model, dtype)  # what is not quantised, which transformers leaves as it was
         if (folder / "generation_config.json").is_file():

@@ -6,12 +6,15 @@ import re
 from collections.abc import Iterator, Sequence
 from itertools import zip_longest
 
+from llavakit import printable
+
 _SPECIAL = re.compile(r"[\\`*\[\]<>|~]|&(?=[#\w])|(?<![^\W_])_|_(?![^\W_])")
 
 
 def escape(text: str) -> str:
     """Return a text as one line of Markdown that shows it; its line ends become `<br>`."""
-    lines = (_SPECIAL.sub(r"\\\g<0>", line.strip()) for line in text.splitlines())
+    shown = map(printable, text.splitlines())
+    lines = (_SPECIAL.sub(r"\\\g<0>", line.strip()) for line in shown)
     return "<br>".join(line for line in lines if line)
 
 
@@ -33,4 +36,4 @@ def code(text: str, language: str = "") -> str:
     """Return a block of code, fenced by more backticks than it holds in a row."""
     longest = max(map(len, re.findall("`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
-    return f"{fence}{language}\n{text}\n{fence}"
+    return f"{fence}{language}\n{printable(text)}\n{fence}"

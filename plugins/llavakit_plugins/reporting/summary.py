@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llavakit import duration, peek_json
+from llavakit import duration, peek_json, redacted
 from llavakit.contracts.errors import RecipeError
 from llavakit.contracts.sections import Section
 from llavakit_plugins.reporting.run_folder import RunFolder, StepRecord, read_run
@@ -95,7 +95,8 @@ def collect(directory: Path, records: Sequence[StepRecord]) -> Report:
 
 
 def _options(choice: Mapping[str, Any]) -> dict[str, Any]:
-    return flat({key: value for key, value in choice.items() if key not in ("use", "skip")})
+    stated = {key: value for key, value in choice.items() if key not in ("use", "skip")}
+    return flat(redacted(stated))
 
 
 def flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -32,9 +32,9 @@ from llavakit.contracts.run import Planner, StepPlan
 from llavakit.contracts.sections import Card, Gallery, Section, Table
 from llavakit_plugins.evaluation.answering import AnswerFile, Pace, ask
 from llavakit_plugins.reporting.pictures import save_thumbnail
-from llavakit_plugins.steps.initial import StartOptions, missing_model, sketch_start, start
 from llavakit_plugins.training.corpus import Corpus
 from llavakit_plugins.training.features import Encoding
+from llavakit_plugins.training.initial import StartOptions, missing_model, sketch_start, start
 from llavakit_plugins.training.validation import held_out_loss
 
 _SUFFIX = {"sighted": "", "blind": "-blind"}

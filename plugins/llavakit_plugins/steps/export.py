@@ -26,7 +26,7 @@ from llavakit.contracts.sections import Card, Gallery
 from llavakit_plugins.heatmaps.attention_maps import watch_answer
 from llavakit_plugins.heatmaps.drawing import draw_gaze
 from llavakit_plugins.reporting.pictures import save_image, save_thumbnail
-from llavakit_plugins.steps.initial import StartOptions, missing_model, sketch_start, start
+from llavakit_plugins.training.initial import StartOptions, missing_model, sketch_start, start
 
 _LOOKS = (
     "Attention from the answer's tokens to the image's patches, the mean over layers and heads: "

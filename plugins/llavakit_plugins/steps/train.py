@@ -19,9 +19,9 @@ from llavakit.contracts.data import IMAGE
 from llavakit.contracts.run import Planner, StepPlan
 from llavakit.contracts.sections import Card, Curves, Gallery, Section
 from llavakit_plugins.reporting.pictures import save_thumbnail
-from llavakit_plugins.steps.initial import missing_model, sketch_start, start
 from llavakit_plugins.training.corpus import Corpus
 from llavakit_plugins.training.features import preparation
+from llavakit_plugins.training.initial import missing_model, sketch_start, start
 from llavakit_plugins.training.loop import Trainer
 from llavakit_plugins.training.options import TrainOptions
 from llavakit_plugins.training.parallel import divides

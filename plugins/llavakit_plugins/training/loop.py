@@ -23,7 +23,6 @@ from llavakit import (
     TrainingError,
     and_more,
 )
-from llavakit_plugins.steps.initial import start
 from llavakit_plugins.training.checkpoints import Best, Checkpoints
 from llavakit_plugins.training.corpus import Batch, Corpus
 from llavakit_plugins.training.features import (
@@ -34,6 +33,7 @@ from llavakit_plugins.training.features import (
     images_recur,
     preparation,
 )
+from llavakit_plugins.training.initial import start
 from llavakit_plugins.training.optimiser import Optimiser, Schedule
 from llavakit_plugins.training.options import TrainOptions
 from llavakit_plugins.training.parallel import (

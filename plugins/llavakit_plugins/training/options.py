@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from llavakit import Dataset, PromptTemplate, Use
-from llavakit_plugins.steps.initial import StartOptions
+from llavakit_plugins.training.initial import StartOptions
 
 Part = Literal["vision", "connector", "language"]
 Beta = Annotated[float, Field(ge=0, lt=1)]

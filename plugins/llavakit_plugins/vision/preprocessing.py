@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from llavakit.model.images import MAX_PIXELS
+from llavakit import MAX_PIXELS
 
 Aspect = Literal["crop", "pad", "squash"]
 Interpolation = Literal["nearest", "lanczos", "bilinear", "bicubic", "box", "hamming"]

@@ -20,9 +20,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from llavakit import ModelError, Options, VisionEncoder
-from llavakit_plugins.checkpoints.filling import fill
-from llavakit_plugins.checkpoints.weights import Weights
-from llavakit_plugins.checkpoints.writing import tower_state
+from llavakit_plugins.huggingface.filling import fill
 from llavakit_plugins.huggingface.hub import (
     PretrainedOptions,
     explain_config,
@@ -33,6 +31,7 @@ from llavakit_plugins.huggingface.hub import (
     quietly,
     read_config,
 )
+from llavakit_plugins.huggingface.weights import Weights
 from llavakit_plugins.vision.preprocessing import (
     MEAN,
     RGB,
@@ -208,7 +207,7 @@ class TransformersEncoder(VisionTransformer):
 
     def save(self, folder: Path) -> None:
         with quietly():
-            self.model.save_pretrained(folder, state_dict=tower_state(self.model))
+            self.model.save_pretrained(folder)
         table = _processor(self.square)
         (folder / _PROCESSOR).write_text(json.dumps(table, indent=2), encoding="utf-8")
 

@@ -12,7 +12,7 @@ from typing import Literal
 
 from llavakit import Message
 from llavakit.contracts.data import IMAGE
-from llavakit_plugins.evaluation.scienceqa import Problem, question_text
+from llavakit_plugins.datasets.scienceqa_problems import Problem, question_text
 
 Ensemble = Literal["complement", "judge"]
 Choices = Sequence[int | None]

@@ -25,6 +25,7 @@ from llavakit import (
     write_text,
 )
 from llavakit.contracts.sections import Table
+from llavakit_plugins.datasets.rows import Row, listed, read_rows, text_of
 from llavakit_plugins.evaluation.answers import read_answers
 from llavakit_plugins.evaluation.benchmarks.review_files import ReviewFiles
 from llavakit_plugins.evaluation.judging import Asking, Replies, replies
@@ -39,7 +40,6 @@ from llavakit_plugins.evaluation.reviews import (
     summarise,
     unswapped,
 )
-from llavakit_plugins.evaluation.rows import Row, listed, read_rows, text_of
 
 _SYSTEM = "You compare the answers of two assistants to a question about an image, fairly."
 _RULE = (

@@ -12,8 +12,8 @@ from pydantic import Field
 
 from llavakit import Benchmark, DataError, InputPath, Options, Question, Score
 from llavakit.contracts.sections import Table
+from llavakit_plugins.datasets.rows import Row, id_of, read_rows
 from llavakit_plugins.evaluation.questions import Asked, read_questions, with_suffix
-from llavakit_plugins.evaluation.rows import Row, id_of, read_rows
 
 _WORD = re.compile(r"[a-z']+")
 _ENDS = re.compile(r"[.!?\n\r\v\f\x1c-\x1e\x85\u2028\u2029]")  # and a line's end, any there is

@@ -11,6 +11,7 @@ from pydantic import Field
 from llavakit import DataError, InputPath, Options
 from llavakit.contracts.interfaces import FileScore, FileScorer
 from llavakit.contracts.sections import Table
+from llavakit_plugins.datasets.rows import Row, id_of, listed, read_rows
 from llavakit_plugins.evaluation.reviews import (
     HIGHEST,
     RELATIVE_COLUMNS,
@@ -23,7 +24,6 @@ from llavakit_plugins.evaluation.reviews import (
     summarise,
     unswapped,
 )
-from llavakit_plugins.evaluation.rows import Row, id_of, listed, read_rows
 
 
 class ReviewFilesOptions(Options):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from llavakit.contracts.sections import Table
-from llavakit_plugins.evaluation.scienceqa import COLUMNS, Problem
+from llavakit_plugins.datasets.scienceqa_problems import COLUMNS, Problem
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,16 @@ from pydantic import Field, model_validator
 
 from llavakit import Benchmark, Build, ChatModel, InputPath, Options, Question, Run, Score, Use
 from llavakit.contracts.data import IMAGE
+from llavakit_plugins.datasets.scienceqa_problems import (
+    LETTERS,
+    Format,
+    Problem,
+    question_text,
+    read_choice,
+    read_letter,
+    read_problems,
+    within,
+)
 from llavakit_plugins.evaluation.answers import read_answers
 from llavakit_plugins.evaluation.benchmarks.ensembles import (
     Ensemble,
@@ -22,16 +32,6 @@ from llavakit_plugins.evaluation.benchmarks.ensembles import (
 from llavakit_plugins.evaluation.benchmarks.science_table import Result, table
 from llavakit_plugins.evaluation.benchmarks.scienceqa_files import ScienceQAFiles
 from llavakit_plugins.evaluation.judging import Asking, Replies, replies
-from llavakit_plugins.evaluation.scienceqa import (
-    LETTERS,
-    Format,
-    Problem,
-    question_text,
-    read_choice,
-    read_letter,
-    read_problems,
-    within,
-)
 
 _LETTER_ONLY = "Answer with the letter of the right option only."
 _BEHIND_REASONS = "###\nANSWER:"

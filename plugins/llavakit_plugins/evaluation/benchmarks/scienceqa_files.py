@@ -10,6 +10,14 @@ from pydantic import Field, model_validator
 
 from llavakit import Build, ChatModel, DataError, InputPath, Options, Use
 from llavakit.contracts.interfaces import FileScore, FileScorer
+from llavakit_plugins.datasets.rows import listed
+from llavakit_plugins.datasets.scienceqa_problems import (
+    Problem,
+    read_choice,
+    read_letter,
+    read_problems,
+    within,
+)
 from llavakit_plugins.evaluation.answers import Answers, read_answers
 from llavakit_plugins.evaluation.benchmarks.ensembles import (
     Ensemble,
@@ -21,14 +29,6 @@ from llavakit_plugins.evaluation.benchmarks.ensembles import (
 )
 from llavakit_plugins.evaluation.benchmarks.science_table import Result, table
 from llavakit_plugins.evaluation.judging import Asking, replies
-from llavakit_plugins.evaluation.rows import listed
-from llavakit_plugins.evaluation.scienceqa import (
-    Problem,
-    read_choice,
-    read_letter,
-    read_problems,
-    within,
-)
 
 
 class ScienceQAFilesOptions(Options):

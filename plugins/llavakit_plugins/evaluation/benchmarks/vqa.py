@@ -9,8 +9,8 @@ from pydantic import Field
 
 from llavakit import Benchmark, DataError, InputPath, Options, Question, Score
 from llavakit.contracts.sections import Table
+from llavakit_plugins.datasets.rows import Row, by_id, read_rows
 from llavakit_plugins.evaluation.questions import join, read_questions, with_suffix
-from llavakit_plugins.evaluation.rows import Row, by_id, read_rows
 from llavakit_plugins.evaluation.vqa_text import normalise, vqa_accuracy
 
 

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llavakit import DataError
+from llavakit import DataError, open_text
 from llavakit.contracts.data import is_cut
-from llavakit.files import open_text
 from llavakit_plugins.datasets.json_stream import read_lines, read_list
 
 _FIRST = 1 << 12

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Coroutine,
+    Iterable,
+    Iterator,
+    Sequence,
+)  # fmt: skip
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 
-from llavakit import ChatError, ChatModel, Message, Reply, ReplyError, Stopped
-from llavakit_plugins.generation.requests.batches import BatchService
+from llavakit import ChatError, ChatModel, LlavaError, Message, Reply, ReplyError, Stopped, shown
+from llavakit_plugins.generation.requests.batches import AskAgain, BatchService
 from llavakit_plugins.generation.requests.journal import Journal
 from llavakit_plugins.generation.requests.ledger import Asked, Entry, Ledger, Request, asked
 
@@ -17,6 +27,8 @@ _PATIENCE = 10  # requests in a row that get no answer, before the job stops
 _GRACE = 120.0  # seconds for requests on their way when the job stops: they are paid for
 _WRITING = 0.25  # replies being written down, for each that may be on its way
 _LOOK = 0.5  # seconds between looks at whether the user asked to stop, while batches run
+_log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 @dataclass
@@ -51,12 +63,7 @@ def ask_all(
     Raises ChatError where the service cannot be used, or the budget does not suffice; Stopped where
     the user asked to. In each case the replies so far are kept.
     """
-    if budget_usd is not None and chat.price(1000, 1000) is None:
-        raise ChatError(
-            f"`budget_usd` is set, but no price is known for the chat model `{chat.name}`; state "
-            "`price = { input = ..., output = ... }` in USD for a million tokens"
-        )
-    asker = _Asker(chat, ledger, budget_usd, stopping, progress)
+    asker = Asker([chat], ledger, budget_usd, stopping, progress)
     service: BatchService | None = getattr(chat, "batches", None)
 
     async def run() -> None:
@@ -72,41 +79,68 @@ def ask_all(
     return asker.tally
 
 
-class _Asker:
+class Asker:
+    """What asking one or more chat models has in common: a ledger, a budget, and when to stop."""
+
     def __init__(
         self,
-        chat: ChatModel,
+        chats: Sequence[ChatModel],
         ledger: Ledger,
         budget: float | None,
         stopping: Callable[[], bool],
         progress: Callable[[Entry], None],
     ) -> None:
-        self._chat, self._ledger, self._budget = chat, ledger, budget
+        self.chats, self._ledger, self._budget = chats, ledger, budget
         self._stopping, self._progress = stopping, progress
         self.tally = Tally()
-        self._identity = chat.identity
+        for chat in chats:
+            if budget is not None and chat.price(1000, 1000) is None:
+                raise ChatError(
+                    f"`budget_usd` is set, but no price is known for the chat model `{chat.name}`; "
+                    "state `price = { input = ..., output = ... }` in USD for a million tokens"
+                )
         self._on_the_way: set[str] = set()
         self._slots = asyncio.Semaphore(1)
         self._reserving_now = 0
         self._reserved = 0.0
         """USD that what is on its way may cost."""
         self._failed_in_a_row = 0
-        self._end: ChatError | Stopped | None = None
+        self._again, self._may_ask_again = False, True
+        """Whether a batch service knows by now how to ask what it was asked."""
+        self._end: Exception | None = None
         """Why no more is asked."""
 
     # -- one by one --------------------------------------------------------------------------------
 
     async def live(self, requests: Iterable[Request], concurrency: int) -> None:
+        """Ask the one chat model what is missing."""
         todo = self._missing(requests)
+
+        async def ask(item: tuple[Asked, Request]) -> None:
+            facts, request = item
+            try:
+                await self.ask(self.chats[0], facts, request)
+            except ReplyError:
+                pass  # it is in the tally
+            finally:
+                self._on_the_way.discard(facts.key)
+
+        await self.work_off(todo, ask, concurrency)
+
+    async def work_off(
+        self, todo: Iterator[T], work: Callable[[T], Awaitable[None]], concurrency: int
+    ) -> None:
+        """Do the work of every item, many at a time; raise why it ends, where it ends early."""
         # the first one alone: a wrong key or model is found out once, not `concurrency` times
-        await self._watch([asyncio.create_task(self._work(todo, most=1))])
+        await self._watch([self._work(todo, work, most=1)])
         self._slots = asyncio.Semaphore(concurrency)
         # a few more than may be on their way: the next is sent while a reply is written down
         workers = concurrency + math.ceil(concurrency * _WRITING)
-        await self._watch([asyncio.create_task(self._work(todo)) for _ in range(workers)])
+        await self._watch([self._work(todo, work) for _ in range(workers)])
 
-    async def _watch(self, workers: list[asyncio.Task[None]]) -> None:
+    async def _watch(self, work: Iterable[Coroutine[Any, Any, None]]) -> None:
         """Return when all are done; where no more is to be asked, raise why after a while."""
+        workers = [asyncio.create_task(one) for one in work]
         running = set(workers)
         try:
             while running and self._end is None:
@@ -118,7 +152,8 @@ class _Asker:
                 if self._end is None and self._stopping():
                     self._end = Stopped()
             if running:
-                self._chat.halt()  # what waits for its turn or for another try is not paid for
+                for chat in self.chats:
+                    chat.halt()  # what waits for its turn or for another try is not paid for
                 done, running = await asyncio.wait(running, timeout=_GRACE)
                 for worker in done:
                     worker.result()
@@ -131,47 +166,62 @@ class _Asker:
 
     def _missing(self, requests: Iterable[Request]) -> Iterator[tuple[Asked, Request]]:
         for request in requests:
-            facts = asked(self._identity, request)
-            if facts.key not in self._ledger and facts.key not in self._on_the_way:
+            facts = asked(self.chats[0].identity, request)
+            known = facts.key in self._ledger or facts.key in self.tally.refused
+            if not known and facts.key not in self._on_the_way:
                 self._on_the_way.add(facts.key)
                 yield facts, request
 
-    async def _work(self, todo: Iterator[tuple[Asked, Request]], most: int | None = None) -> None:
+    async def _work(
+        self, todo: Iterator[T], work: Callable[[T], Awaitable[None]], most: int | None = None
+    ) -> None:
         taken = 0
         while self._end is None and (most is None or taken < most):
             try:
                 item = next(todo, None)
-            except Stopped as stopped:
-                self._end = self._end or stopped
-                return
-            if item is None:
-                return
-            taken += 1
-            facts, request = item
-            try:
-                await self._ask(facts, request)
-            except ReplyError as error:
-                self._no_answer(facts.key, error)
-            except ChatError as error:
-                self._end = self._end or error
-            finally:
-                self._on_the_way.discard(facts.key)
-
-    async def _ask(self, facts: Asked, request: Request) -> None:
-        async with self._reserving(request):
-            async with self._slots:
-                if self._end is not None:
+                if item is None:
                     return
-                reply = await self._chat.reply(request.messages, request.draw)
-            self._failed_in_a_row = 0
-            entry = facts.entry(self._priced(request, reply))
-            await self._ledger.write(entry)
+                taken += 1
+                await work(item)
+            except Exception as error:  # a ChatError, a full disk: the others end in peace
+                self._end = self._end or error
+
+    async def ask(self, chat: ChatModel, facts: Asked, request: Request) -> None:
+        """Put the reply to a request into the ledger. Raises ReplyError where there is none, and
+        why no more is asked where that is so."""
+        try:
+            async with self._reserving(chat, request):
+                async with self._slots:
+                    if self._end is not None:
+                        raise self._end
+                    reply = await self._reply(chat, request)
+                self._failed_in_a_row = 0
+                entry = facts.entry(_priced(chat, request, reply))
+                await self._ledger.write(entry)
+        except ReplyError as error:
+            self._no_answer(facts.key, error)
+            raise
         self._count(entry)
 
+    async def _reply(self, chat: ChatModel, request: Request) -> Reply:
+        """Return the chat model's reply. Raises ReplyError for what only it can know the sense of:
+        one request that goes wrong in a model of somebody else's is not the end of all."""
+        try:
+            reply: Any = await chat.reply(request.messages, request.draw)
+            if not isinstance(reply, Reply) or not isinstance(reply.text, str):
+                raise TypeError(f"`reply` gives {type(reply).__name__}, not a Reply with a text")
+        except (LlavaError, Stopped):
+            raise
+        except Exception as error:
+            _log.debug("chat model `%s`", chat.name, exc_info=True)
+            said = shown(f"{type(error).__name__}: {error}")
+            raise ReplyError(f"chat model `{chat.name}` failed: {said}") from error
+        return reply
+
     @asynccontextmanager
-    async def _reserving(self, request: Request) -> AsyncIterator[None]:
+    async def _reserving(self, chat: ChatModel, request: Request) -> AsyncIterator[None]:
         """Keep the most that a request may cost until its price is in the ledger."""
-        most = self._most(request.messages)
+        most = self._most(chat, request.messages)
         while not self._affordable(self._reserved + most) and self._end is None:
             if self._reserving_now == 0:
                 self._end = self._too_little(most)
@@ -188,7 +238,8 @@ class _Asker:
         self.tally.unanswered[key] = reason = str(error)
         if error.lasting:
             self.tally.refused.add(key)
-        self._failed_in_a_row += 1
+        # a service that has answered does so again, though it refuses some
+        self._failed_in_a_row += not (error.lasting and len(self._ledger))
         if self._failed_in_a_row >= _PATIENCE and self._end is None:
             self._end = ChatError(
                 f"{self._failed_in_a_row} requests in a row got no answer; the last: {reason}"
@@ -200,12 +251,11 @@ class _Asker:
 
     # -- money -------------------------------------------------------------------------------------
 
-    def _most(self, messages: tuple[Message, ...]) -> float:
+    def _most(self, chat: ChatModel, messages: tuple[Message, ...]) -> float:
         """Return the most that a request may cost in USD; 0 where nobody asks."""
         if self._budget is None:
             return 0.0
-        limit = self._chat.reply_limit or 0
-        return self._chat.price(self._chat.count(messages), limit) or 0.0
+        return chat.price(chat.count(messages), chat.reply_limit or 0) or 0.0
 
     def _affordable(self, usd: float) -> bool:
         return self._budget is None or self._ledger.spent + usd <= self._budget
@@ -216,16 +266,6 @@ class _Asker:
             f"and the next request may cost {most:.4f}; {len(self._ledger)} replies are in "
             f"{self._ledger.path}; raise `budget_usd` and run again, nothing is asked twice"
         )
-
-    def _priced(self, request: Request, reply: Reply) -> Reply:
-        """Return the reply with its tokens and price, counted here where the service is silent."""
-        if reply.input_tokens is not None and reply.output_tokens is not None:
-            sent, made = reply.input_tokens, reply.output_tokens
-        else:
-            sent = self._chat.count(request.messages)
-            made = self._chat.count([Message("assistant", reply.text)])
-        usd = reply.usd if reply.usd is not None else self._chat.price(sent, made)
-        return replace(reply, input_tokens=sent, output_tokens=made, usd=usd)
 
     # -- by the thousand ---------------------------------------------------------------------------
 
@@ -243,22 +283,44 @@ class _Asker:
             if batch not in journal.collected
         ]
         await self._collect(service, journal, running, known)
+        for self._may_ask_again in (True, False):
+            self._again = False
+            await self._hand_in(service, requests, journal, running, known)
+            if self._end is not None:
+                raise self._end
+            if not self._again:
+                return
+
+    async def _hand_in(
+        self,
+        service: BatchService,
+        requests: Callable[[], Iterable[Request]],
+        journal: Journal,
+        running: list[str],
+        known: dict[str, Asked],
+    ) -> None:
+        """Ask for what is missing, and wait for it."""
+        self._on_the_way.clear()
+        self._reserved = 0.0
+        sent: set[str] = set()
         chunk: dict[str, Request] = {}
         for facts, request in self._missing(requests()):
-            most = self._most(request.messages)
+            most = self._most(self.chats[0], request.messages)
             if not self._affordable(self._reserved + most):
                 self._end = self._too_little(most)
                 break
             self._reserved += most
             chunk[facts.key] = request
+            sent.add(facts.key)
             if len(chunk) == service.size:
                 running.append(await service.submit(journal.mark, chunk))
                 chunk = {}
         if chunk:
             running.append(await service.submit(journal.mark, chunk))
         await self._collect(service, journal, running, known)
-        if self._end is not None:
-            raise self._end
+        for key in sent:
+            if key not in self._ledger and not self._again:
+                self.tally.unanswered.setdefault(key, "the batch has no line for it")
 
     async def _collect(
         self,
@@ -281,10 +343,14 @@ class _Asker:
             if running:
                 await self._pause(service.poll_seconds)
 
-    async def _take(self, key: str, reply: Reply | str, known: dict[str, Asked]) -> None:
-        if isinstance(reply, str):
-            self.tally.unanswered[key] = reply
-            self.tally.refused.add(key)
+    async def _take(self, key: str, reply: Reply | ReplyError, known: dict[str, Asked]) -> None:
+        if isinstance(reply, AskAgain) and self._may_ask_again:
+            self._again = True
+            return
+        if isinstance(reply, ReplyError):
+            self.tally.unanswered[key] = str(reply)
+            if reply.lasting:
+                self.tally.refused.add(key)
             return
         if key in self._ledger:
             return
@@ -299,3 +365,14 @@ class _Asker:
             if self._stopping():
                 raise Stopped  # the batches go on; a resume collects them
             await asyncio.sleep(min(left, _LOOK))
+
+
+def _priced(chat: ChatModel, request: Request, reply: Reply) -> Reply:
+    """Return the reply with its tokens and price, counted here where the service is silent."""
+    if reply.input_tokens is not None and reply.output_tokens is not None:
+        sent, made = reply.input_tokens, reply.output_tokens
+    else:
+        sent = chat.count(request.messages)
+        made = chat.count([Message("assistant", reply.text)])
+    usd = reply.usd if reply.usd is not None else chat.price(sent, made)
+    return replace(reply, input_tokens=sent, output_tokens=made, usd=usd)

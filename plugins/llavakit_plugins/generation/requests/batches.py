@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 
-from llavakit import Reply
+from llavakit import Reply, ReplyError
 from llavakit_plugins.generation.requests.ledger import Request
 
 
@@ -22,6 +22,10 @@ class BatchState:
     """As the service says it."""
     complaint: str = ""
     """Why the service refused it, where it did."""
+
+
+class AskAgain(ReplyError):
+    """A request that has an answer in another form, which the service knows by now."""
 
 
 class BatchService(ABC):
@@ -44,5 +48,5 @@ class BatchService(ABC):
         """Return how far a batch is."""
 
     @abstractmethod
-    def collect(self, batch: str) -> AsyncIterator[tuple[str, Reply | str]]:
+    def collect(self, batch: str) -> AsyncIterator[tuple[str, Reply | ReplyError]]:
         """Yield each key with its reply, or with the reason why there is none."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 from uuid import uuid4
 
 from llavakit import DataError, JsonLines
@@ -20,7 +20,7 @@ class Journal:
         self.collected: set[str] = set()
         for other in (*earlier, path):
             self._read(other)
-        mine = [row["mark"] for row in _rows(path) if "mark" in row]
+        mine = [row["mark"] for row in _rows(path) if isinstance(row.get("mark"), str)]
         if not mine:
             mine = [uuid4().hex]
             self._lines.append([{"mark": mine[0]}])
@@ -40,7 +40,7 @@ class Journal:
 
     def _read(self, path: Path) -> None:
         for row in _rows(path):
-            if "mark" in row:
+            if isinstance(row.get("mark"), str):
                 self.marks.append(row["mark"])
             else:
                 self.collected.add(row["collected"])
@@ -50,11 +50,15 @@ def _place(ledger: Path) -> Path:
     return ledger.with_name("batches.jsonl")
 
 
-def _rows(path: Path) -> list[dict[str, Any]]:
+def _rows(path: Path) -> list[dict[str, str]]:
     if not path.is_file():
         return []
-    whole = [line for line in path.read_text(encoding="utf-8").splitlines(True) if line[-1] == "\n"]
     try:
-        return [json.loads(line) for line in whole]
-    except ValueError as error:
+        text = path.read_text(encoding="utf-8")
+        rows = [json.loads(line) for line in text.splitlines(True) if line[-1] == "\n"]
+        for row in rows:
+            if not any(isinstance(row.get(name), str) for name in ("mark", "collected")):
+                raise ValueError(f"{row!r} names neither a mark nor a batch")
+    except (AttributeError, RecursionError, ValueError) as error:
         raise DataError(f"{path} is damaged: {error}; move it away and run again") from error
+    return rows

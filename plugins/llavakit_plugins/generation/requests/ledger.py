@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
+import reprlib
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -235,17 +237,34 @@ class Ledger:
                     start += len(line)
 
 
-_FIELDS = frozenset(field.name for field in fields(Entry))
+_FIELDS = {field.name: str(field.type) for field in fields(Entry)}
+_KEY = re.compile(r"[0-9a-f]{32}")
+_MOST = 2.0**63  # of a number in a ledger; what is no number is not below it either
 
 
 def _parse(line: bytes, where: str) -> Entry:
     try:
         row: dict[str, Any] = json.loads(line)
-        entry = Entry(**{name: value for name, value in row.items() if name in _FIELDS})
-        bytes.fromhex(entry.key)
-    except (TypeError, ValueError, AttributeError) as error:
+        given = {name: value for name, value in row.items() if name in _FIELDS}
+        for name, value in given.items():
+            if not _fits(value, _FIELDS[name]):
+                raise TypeError(f"`{name}` is {type(value).__name__} {reprlib.repr(value)}")
+        entry = Entry(**given)
+        if not _KEY.fullmatch(entry.key):
+            raise ValueError(f"`key` is {reprlib.repr(entry.key)}")
+    except (AttributeError, RecursionError, TypeError, ValueError) as error:
         raise DataError(
             f"{where} is no line of a ledger ({error}); remove that line: its reply is then asked "
             "for again"
         ) from error
     return entry
+
+
+def _fits(value: object, kind: str) -> bool:
+    """Say whether a value of JSON is of the type that a field has."""
+    if value is None:
+        return kind.endswith(" | None")
+    if kind.startswith("str"):
+        return isinstance(value, str)
+    numbers = int if kind.startswith("int") else int | float
+    return isinstance(value, numbers) and not isinstance(value, bool) and 0 <= value < _MOST

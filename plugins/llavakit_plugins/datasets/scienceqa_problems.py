@@ -17,7 +17,7 @@ from pydantic import AfterValidator
 from llavakit import DataError
 from llavakit.contracts.data import IMAGE
 from llavakit_plugins.datasets.image_files import inside
-from llavakit_plugins.evaluation.rows import Row, listed, read_json, text_of
+from llavakit_plugins.datasets.rows import Row, listed, read_json, text_of
 
 LETTERS = "ABCDE"
 COLUMNS = ("NAT", "SOC", "LAN", "TXT", "IMG", "NO", "G1-6", "G7-12", "Avg")

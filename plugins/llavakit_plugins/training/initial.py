@@ -9,11 +9,9 @@ from typing import Any, Self
 import torch
 from pydantic import Field, ValidationError, model_validator
 
-from llavakit import LlavaModel, ModelError, Options, Run
+from llavakit import PARTS, LlavaModel, ModelError, Options, Run, is_model, problems_in
 from llavakit.contracts.component import ModelPath
 from llavakit.contracts.run import Planner
-from llavakit.recipe.check import problems_in
-from llavakit.recipe.model_choice import PARTS, is_model
 from llavakit_plugins.huggingface.hub import PretrainedOptions, find_file, missing_source
 from llavakit_plugins.language.pretrained import PretrainedLanguage
 from llavakit_plugins.vision.vision_transformer import TransformersEncoder

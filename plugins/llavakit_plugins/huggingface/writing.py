@@ -46,6 +46,12 @@ def tower_state(model: Any) -> dict[str, Tensor]:
     }
 
 
+def rename_tower(model: Any, folder: Path) -> None:
+    """Give the weights that transformers wrote to `folder` the names of `tower_state`."""
+    file = folder / "model.safetensors"
+    save_file({n: t.contiguous() for n, t in tower_state(model).items()}, file, {"format": "pt"})
+
+
 def write_weights(state: Mapping[str, Tensor], folder: Path, max_shard_size: str) -> int:
     """Write `model.safetensors`, or shards with their index; return how many files."""
     from huggingface_hub import split_state_dict_into_shards_factory
