@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from importlib import import_module
 from importlib.metadata import entry_points
 from inspect import signature
 from pkgutil import resolve_name
@@ -22,20 +21,11 @@ KindT = TypeVar("KindT", bound=Component)
 ComponentT = TypeVar("ComponentT", bound=Component)
 
 
-_KINDS = {
-    "VisionEncoder": "networks",
-    "Connector": "networks",
-    "LanguageModel": "networks",
-    "PromptTemplate": "interfaces",
-    "Dataset": "interfaces",
-    "ChatModel": "interfaces",
-    "Generator": "interfaces",
-    "Benchmark": "interfaces",
-    "Exporter": "interfaces",
-    "Tracker": "interfaces",
-    "Step": "run",
-}
-"""Every kind of component with the contract that defines it, in the order they are listed."""
+_KINDS = (
+    "VisionEncoder", "Connector", "LanguageModel", "PromptTemplate", "Dataset", "ChatModel",
+    "Generator", "Benchmark", "Exporter", "Tracker", "Step",
+)  # fmt: skip
+"""Every kind of component, in the order they are listed; each is a public name of llavakit."""
 
 
 def all_kinds() -> tuple[type[Component], ...]:
@@ -54,8 +44,16 @@ def kind_of(use: Use[Any] | type[Use[Any]]) -> type[Component]:
 
 
 def _kind_called(name: str) -> type[Component]:
-    contract = import_module(f"llavakit.contracts.{_KINDS[name]}")
-    return cast("type[Component]", getattr(contract, name))
+    return cast("type[Component]", resolve_name(f"llavakit:{name}"))
+
+
+def texts_in(value: object) -> Iterator[str]:
+    """Yield every text in options."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping | list | tuple):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from texts_in(item)
 
 
 class Registry:
@@ -128,6 +126,20 @@ class Registry:
         """Return every component of a kind, by name. Imports all of them."""
         return {name: offer.load(kind) for name, offer in self._offers(kind).items()}
 
+    def options(self, use: Use[Any], steps: StepFolders | None = None) -> Any:
+        """Return the options of a choice, checked. Raises pydantic's ValidationError.
+
+        They are kept with the choice, so that nothing is checked twice, unless they name earlier
+        steps, `@step/file`: those depend on `steps`.
+        """
+        known = self.chosen(use).Options
+        if type(use._checked) is known:
+            return use._checked
+        options = known.model_validate(use.options, context={"steps": steps})
+        if not any(text.startswith("@") for text in texts_in(use.options)):
+            use._checked = options
+        return options
+
     def build(self, use: Use[KindT], /, steps: StepFolders | None = None, **context: Any) -> KindT:
         """Return the component that a recipe chose, built with its options.
 
@@ -135,19 +147,17 @@ class Registry:
         of others takes `build`, the same function for its own choices; one that takes long to build
         takes `progress`, to show how far it is, where there is one.
         """
-        component = self.chosen(use)
-        return self.make(component, use.options, steps, **context)
+        return self.make(self.chosen(use), self.options(use, steps), steps, **context)
 
     def make(
         self,
         component: type[ComponentT],
-        stated: Mapping[str, Any],
+        options: Options,
         steps: StepFolders | None = None,
         **context: Any,
     ) -> ComponentT:
-        """Return a component, known by its class, with the options that are stated."""
+        """Return a component, known by its class, with checked options."""
         factory = cast("Callable[..., ComponentT]", component)
-        options = component.Options.model_validate(stated, context={"steps": steps})
         takes = signature(component.__init__).parameters
         shown = {"progress": context.pop("progress")} if "progress" in context else {}
         if "build" in takes:

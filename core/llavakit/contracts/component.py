@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Generic, TypeVar, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationInfo
+from pydantic import BaseModel, BeforeValidator, ConfigDict, PrivateAttr, ValidationInfo
 from pydantic.fields import FieldInfo
 
 from llavakit.contracts.errors import did_you_mean
@@ -51,6 +51,7 @@ class Use(BaseModel, Generic[KindT_co]):
     model_config = ConfigDict(extra="allow", frozen=True)
 
     use: str
+    _checked: Options | None = PrivateAttr(default=None)  # see Registry.options
 
     @property
     def options(self) -> dict[str, Any]:

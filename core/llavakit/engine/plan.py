@@ -66,7 +66,7 @@ class RecipePlanner:
     def plan(self, name: str, use: StepUse) -> None:
         """Add a step's plan to those of the steps before."""
         step = self._registry.get(Step, use.use)
-        options = step.Options(**use.options)
+        options = self._registry.options(use)
         self._current = self._newest
         self.steps[name] = step.plan(options, self) or StepPlan()
         if step.leaves_model(options):
@@ -148,8 +148,7 @@ class RecipePlanner:
 
     def expect(self, use: Use[Dataset]) -> tuple[int, int] | None:
         """Return (samples, mean text tokens a sample) of a data set, where it can be known."""
-        component = self._registry.get(Dataset, use.use)
-        return component.expect(component.Options(**use.options))
+        return self._registry.chosen(use).expect(self._registry.options(use))
 
 
 _Known = Callable[[], "LlavaModel | None"]

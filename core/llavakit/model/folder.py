@@ -64,8 +64,7 @@ def create_model(
 
 def create_part(use: Use[Any], registry: Registry, **context: Any) -> Any:
     """Return one network as its options ask: pretrained, or new."""
-    component = registry.chosen(use)
-    return component.create(component.Options(**use.options), **context)
+    return registry.chosen(use).create(registry.options(use), **context)
 
 
 def sketch_model(recipe: ModelRecipe, registry: Registry) -> LlavaModel:
@@ -230,7 +229,7 @@ def _load_part(
 ) -> Any:
     """Return a part in `dtype`, read so at once where it has an option for it."""
     component: Any = registry.chosen(use)
-    options: Options = component.Options(**use.options)
+    options: Options = registry.options(use)
     if dtype is not None and "dtype" in component.Options.model_fields:
         options = options.model_copy(update={"dtype": str(dtype).removeprefix("torch.")})
     return component.load(options, folder, **context)

@@ -23,7 +23,7 @@ from llavakit.contracts.component import LATER, SkippableUse, Use
 from llavakit.contracts.errors import RecipeError, did_you_mean
 from llavakit.contracts.interfaces import Tracker
 from llavakit.contracts.run import Step
-from llavakit.recipe.check import Problem, check, check_value, problems_in, sound
+from llavakit.recipe.check import Problem, check, problems_in, sound
 from llavakit.recipe.lines import Key
 from llavakit.recipe.model_choice import ModelRecipe
 from llavakit.recipe.overrides import Source, set_key, stated, step_index
@@ -114,7 +114,7 @@ class Recipe(BaseSettings):
             later = dict.fromkeys(filter(None, names), LATER)
             problems = list(problems_in(error, cls))
             for key, value in sound(cls, table):
-                problems += check_value(value, registry, key, later, inputs)
+                problems += check(value, registry, key, later, inputs)
             if "model" not in table and not names:
                 problems += missing_model((), registry)
         else:
@@ -263,7 +263,7 @@ def missing_model(steps: Sequence[StepUse], registry: Registry) -> Iterator[Prob
         if step.needs_model and not left and use.options.get("init") is None:
             needing = needing or use.use
         with suppress(ValidationError):  # which is said elsewhere
-            left = left or step.leaves_model(step.Options.model_validate(use.options))
+            left = left or step.leaves_model(registry.options(use))
     if needing or not steps:
         hint = f"`{needing}` needs one: add [model], or state `init`" if needing else "add it"
         yield Problem((), "missing option `model`", hint)
