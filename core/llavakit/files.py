@@ -208,8 +208,7 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-HASHED_BYTES = 1 << 30
-"""Larger files take longer to hash than to read otherwise; their size must do."""
+HASHED_BYTES = 1 << 30  #: Larger files take too long to hash: their size must do.
 
 
 def fingerprint(path: Path) -> str | int:

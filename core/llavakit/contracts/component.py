@@ -66,7 +66,7 @@ class SkippableUse(Use[KindT_co], Generic[KindT_co]):
 
 
 StepFolders = Mapping[str, Path]
-"""The folders of earlier steps, by the name a recipe refers to them with."""
+"""Folders of earlier steps, by the names that a recipe has for them."""
 
 
 def _resolve(value: object, info: ValidationInfo) -> object:
@@ -93,8 +93,7 @@ _MODEL = "a model"
 ModelPath = Annotated[Path, _INPUT, _MODEL]
 """An `InputPath` of a model folder, of any layout; or a model's name in a public collection."""
 
-LATER = Path("@")
-"""Stands for the folder of a step that has not run yet, while a recipe is checked."""
+LATER = Path("@")  #: Stands for the folder of a step that has not run, while a recipe is checked.
 
 
 def is_input(field: FieldInfo) -> bool:

@@ -42,17 +42,13 @@ class ReplyError(ChatError):
 
     def __init__(self, message: str, *, lasting: bool = False) -> None:
         super().__init__(message)
-        self.lasting = lasting
-        """Whether this request will never be answered, however often it is asked."""
+        self.lasting = lasting  #: Whether this request will never be answered, asked again or not.
 
 
 def did_you_mean(
     name: str, known: Iterable[str], otherwise: str = "", spell: Callable[[str], object] = str
 ) -> str:
-    """Return a hint for an error: the known name, as `spell` spells it, that `name` is close to.
-
-    Where none is: `otherwise`.
-    """
+    """Return a hint: the known name close to `name`, as `spell` spells it, or else `otherwise`."""
     from difflib import get_close_matches
 
     close = get_close_matches(name, known, n=1)

@@ -129,11 +129,9 @@ class _Work:
     team: Team
     device: Device
     log: Event = field(default_factory=lambda: _ignore)
-    build: Build | None = None
-    """What builds components for the steps; the registry itself where absent."""
+    build: Build | None = None  #: What builds components for steps; None: the registry.
     together: bool = False  #: Whether all processes are at work on the same step.
-    folders: dict[str, Path] = field(default_factory=dict)
-    """Of the steps that are done, by every name a recipe has for them."""
+    folders: dict[str, Path] = field(default_factory=dict)  #: Of done steps, by all their names.
 
     def do(
         self, name: str, use: StepUse, progress: Progress, stopping: Stopping, *, again: bool

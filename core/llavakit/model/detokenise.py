@@ -43,8 +43,7 @@ class AnswerText:
         self._ids: list[int] = []  #: The last tokens that have text, and those behind them.
         self._settled = 0  #: How many characters of `_ids` are part of `_text`.
         self._text = ""
-        self._given = 0
-        """How many characters of `_text` were put out, or left out at its beginning."""
+        self._given = 0  #: How many characters of `_text` were put out, or left out in front.
         self._searched = 0
         self.stopped = False  #: Whether a stop text was found.
 

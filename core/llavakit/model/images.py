@@ -24,8 +24,7 @@ if TYPE_CHECKING:
     from llavakit.contracts.networks import VisionEncoder
 
 MAX_PIXELS = 178_956_970  #: Pillow's own limit for a decompression bomb (twice its warning level).
-MAX_RATIO = 200
-"""Of the longer side to the shorter, as Qwen2-VL has it: a resize makes thin images huge."""
+MAX_RATIO = 200  #: Of the sides, as Qwen2-VL has it: a resize makes thin images huge.
 
 _ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG)
 _ADDRESS = re.compile(r"(?:^|/)(?:https?|ftps?|s3|gs|hdfs|file|data):", re.IGNORECASE)

@@ -51,8 +51,7 @@ class Reader:
     scheme: str
     """Where LLaMA's tokenizers put a space in front: at the `first` of a stretch, `always` behind
     special tokens too, or `never`. (transformers' option `legacy` chooses `always`.)"""
-    quick: QuickReader | None = None
-    """What the tokenizer's `quick_reader` gave for it; see `LanguageModel.tokenizer`."""
+    quick: QuickReader | None = None  #: As the tokenizer's `quick_reader` gives it.
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase) -> Reader:
