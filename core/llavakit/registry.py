@@ -79,8 +79,7 @@ class Registry:
                 ) from error
             name = f"{origin}:{entry_point.name}"
             registry.register(plugin, name=name)
-            version = entry_point.dist.version if entry_point.dist else ""
-            registry._origins[name] = (origin, version)
+            registry._origins[name] = (origin, entry_point.dist.version if entry_point.dist else "")
         return registry
 
     @classmethod
@@ -96,8 +95,7 @@ class Registry:
             self._manager.check_pending()
         except (pluggy.PluginValidationError, ValueError) as error:
             raise PluginError(f"plugin {name or plugin} cannot be registered: {error}") from error
-        known = [hook for hook in vars(hooks) if hook.startswith("llava_")]
-        for hook in known:
+        for hook in filter(lambda name: name.startswith("llava_"), vars(hooks)):
             found = getattr(plugin, hook, None)
             if callable(found) and not hasattr(found, f"{hooks.PROJECT}_impl"):
                 raise PluginError(
@@ -216,15 +214,13 @@ class _Offer:
     @property
     def path(self) -> str:
         """Where the class is, with dots."""
-        return (
-            self.source.replace(":", ".") if isinstance(self.source, str) else _path_of(self.source)
-        )
+        text = self.source if isinstance(self.source, str) else _path_of(self.source)
+        return text.replace(":", ".")
 
     def same_as(self, other: _Offer) -> bool:
         """Say whether both are one class."""
-        if isinstance(self.source, str) or isinstance(other.source, str):
-            return self.path == other.path
-        return self.source is other.source
+        named = isinstance(self.source, str) or isinstance(other.source, str)
+        return self.path == other.path if named else self.source is other.source
 
     def load(self, kind: type[KindT]) -> type[KindT]:
         """Return the class. Raises PluginError where it cannot be imported, or is another."""
