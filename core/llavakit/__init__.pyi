@@ -26,6 +26,8 @@ from .contracts.errors import (
     RecipeError as RecipeError,
     ReplyError as ReplyError,
     TrainingError as TrainingError,
+    and_more as and_more,
+    did_you_mean as did_you_mean,
 )
 from .contracts.hooks import (
     hookimpl as hookimpl,
@@ -72,9 +74,9 @@ from .engine.progress import (
 )
 from .files import (
     HASHED_BYTES as HASHED_BYTES,
+    JsonLines as JsonLines,
     differs as differs,
     digest as digest,
-    drop_torn_line as drop_torn_line,
     explain_write as explain_write,
     link_folder as link_folder,
     listed_file as listed_file,
@@ -82,6 +84,7 @@ from .files import (
     new_folder as new_folder,
     open_text as open_text,
     peek_json as peek_json,
+    printable_json as printable_json,
     read_text as read_text,
     sync as sync,
     without_none as without_none,
@@ -106,12 +109,9 @@ from .model.folder import (
 from .model.images import (
     MAX_PIXELS as MAX_PIXELS,
     MissingImage as MissingImage,
-    inside as inside,
     open_image as open_image,
     read_pixels as read_pixels,
     refusal as refusal,
-    save_image as save_image,
-    save_thumbnail as save_thumbnail,
 )
 from .model.llava import (
     LlavaModel as LlavaModel,
@@ -142,7 +142,6 @@ from .recipe.redaction import (
     is_key as is_key,
     is_secret_name as is_secret_name,
     printable as printable,
-    printable_json as printable_json,
     redact as redact,
     redacted as redacted,
     shown as shown,
@@ -166,7 +165,11 @@ from .stream.encode import (
     tokenise as tokenise,
 )
 from .stream.tokenise import (
+    BoolArray as BoolArray,
+    Part as Part,
+    QuickReader as QuickReader,
     Reader as Reader,
+    SpecialTokens as SpecialTokens,
 )
 
 __all__: list[str]

@@ -5,10 +5,13 @@ from __future__ import annotations
 import codecs
 import json
 import os
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from hashlib import sha256
+from itertools import accumulate
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
@@ -99,12 +102,57 @@ def new_folder(path: Path) -> Iterator[Path]:
             raise
 
 
-def drop_torn_line(path: Path) -> None:
-    """Cut the half line that a killed process or a full disk left at a file's end."""
-    with explain_write(path):
-        data = path.read_bytes() if path.is_file() else b""
-        if data and not data.endswith(b"\n"):
-            os.truncate(path, data.rfind(b"\n") + 1)
+CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+"""Characters that drive a terminal, and halves of characters, which are no text."""
+
+
+def printable_json(text: str) -> str:
+    """Return JSON of the same meaning that drives no terminal."""
+    return CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
+class JsonLines:
+    """A file of JSON objects, one a line, that is only ever appended to.
+
+    The half line that a killed process or a full disk left at its end is cut at the beginning.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with explain_write(path):
+            with path.open("ab+") as file:
+                if size := file.tell():
+                    with mmap(file.fileno(), 0, access=ACCESS_READ) as data:
+                        self._end = data.rfind(b"\n") + 1
+                else:
+                    self._end = 0
+                if self._end < size:
+                    file.truncate(self._end)
+            sync(path.parent)
+
+    def append(self, rows: Iterable[Mapping[str, Any]], *, durable: bool = True) -> list[int]:
+        """Add all of these lines or, where the disk is full, none; return where each begins.
+
+        They are on the disk then, where they are to be `durable`: it waits for that.
+        """
+        lines = [
+            printable_json(json.dumps(row, ensure_ascii=False)).encode() + b"\n" for row in rows
+        ]
+        starts = [*accumulate(map(len, lines), initial=self._end)]
+        left = memoryview(b"".join(lines))
+        # no buffer: what a full disk refuses must not come later, between other lines
+        with explain_write(self.path), self.path.open("ab", buffering=0) as file:
+            try:
+                while left:
+                    left = left[file.write(left) :]
+                if durable:
+                    os.fsync(file.fileno())
+            except OSError:
+                with suppress(OSError):
+                    file.truncate(self._end)
+                raise
+        self._end = starts.pop()
+        return starts
 
 
 def link_folder(link: Path, folder: Path) -> None:
@@ -122,17 +170,16 @@ def one_writer(directory: Path) -> Iterator[None]:
 
     Raises RecipeError where another process holds it.
     """
-    import fcntl
+    from filelock import FileLock, Timeout  # slow to import, and a plan needs no lock
 
     with explain_write(directory):
-        file = (directory / ".lock").open("w")
-    with file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            lock = FileLock(directory / ".lock").acquire(blocking=False)
+        except Timeout:
             raise RecipeError(
                 f"another llava-run is writing to {directory}; wait for it or use --out"
             ) from None
+    with lock:
         yield
 
 
@@ -165,8 +212,7 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-HASHED_BYTES = 1 << 30
-"""Larger files take longer to hash than to read otherwise; their size must do."""
+HASHED_BYTES = 1 << 30  #: Larger files take too long to hash: their size must do.
 
 
 def fingerprint(path: Path) -> str | int:

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from difflib import get_close_matches
 from functools import partial
-from importlib import import_module
 from importlib.metadata import entry_points
 from inspect import signature
 from pkgutil import resolve_name
@@ -17,26 +15,17 @@ import pluggy
 
 from llavakit.contracts import hooks
 from llavakit.contracts.component import Component, Options, StepFolders, Use
-from llavakit.contracts.errors import PluginError, RecipeError
+from llavakit.contracts.errors import PluginError, RecipeError, did_you_mean
 
 KindT = TypeVar("KindT", bound=Component)
 ComponentT = TypeVar("ComponentT", bound=Component)
 
 
-_KINDS = {
-    "VisionEncoder": "networks",
-    "Connector": "networks",
-    "LanguageModel": "networks",
-    "PromptTemplate": "interfaces",
-    "Dataset": "interfaces",
-    "ChatModel": "interfaces",
-    "Generator": "interfaces",
-    "Benchmark": "interfaces",
-    "Exporter": "interfaces",
-    "Tracker": "interfaces",
-    "Step": "run",
-}
-"""Every kind of component with the contract that defines it, in the order they are listed."""
+_KINDS = (
+    "VisionEncoder", "Connector", "LanguageModel", "PromptTemplate", "Dataset", "ChatModel",
+    "Generator", "Benchmark", "Exporter", "Tracker", "Step",
+)  # fmt: skip
+"""Every kind of component, in the order they are listed; each is a public name of llavakit."""
 
 
 def all_kinds() -> tuple[type[Component], ...]:
@@ -55,8 +44,16 @@ def kind_of(use: Use[Any] | type[Use[Any]]) -> type[Component]:
 
 
 def _kind_called(name: str) -> type[Component]:
-    contract = import_module(f"llavakit.contracts.{_KINDS[name]}")
-    return cast("type[Component]", getattr(contract, name))
+    return cast("type[Component]", resolve_name(f"llavakit:{name}"))
+
+
+def texts_in(value: object) -> Iterator[str]:
+    """Yield every text in options."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping | list | tuple):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from texts_in(item)
 
 
 class Registry:
@@ -82,8 +79,7 @@ class Registry:
                 ) from error
             name = f"{origin}:{entry_point.name}"
             registry.register(plugin, name=name)
-            version = entry_point.dist.version if entry_point.dist else ""
-            registry._origins[name] = (origin, version)
+            registry._origins[name] = (origin, entry_point.dist.version if entry_point.dist else "")
         return registry
 
     @classmethod
@@ -99,8 +95,7 @@ class Registry:
             self._manager.check_pending()
         except (pluggy.PluginValidationError, ValueError) as error:
             raise PluginError(f"plugin {name or plugin} cannot be registered: {error}") from error
-        known = [hook for hook in vars(hooks) if hook.startswith("llava_")]
-        for hook in known:
+        for hook in filter(lambda name: name.startswith("llava_"), vars(hooks)):
             found = getattr(plugin, hook, None)
             if callable(found) and not hasattr(found, f"{hooks.PROJECT}_impl"):
                 raise PluginError(
@@ -113,8 +108,7 @@ class Registry:
         """Return the component of this kind and name."""
         found = self._offers(kind)
         if name not in found:
-            close = get_close_matches(name, found, n=1)
-            hint = f"did you mean `{close[0]}`?" if close else f"installed: {', '.join(found)}"
+            hint = did_you_mean(name, found, f"installed: {', '.join(found)}")
             raise RecipeError(f"no {kind.__name__} is called `{name}`; {hint}")
         return found[name].load(kind)
 
@@ -130,6 +124,20 @@ class Registry:
         """Return every component of a kind, by name. Imports all of them."""
         return {name: offer.load(kind) for name, offer in self._offers(kind).items()}
 
+    def options(self, use: Use[Any], steps: StepFolders | None = None) -> Any:
+        """Return the options of a choice, checked. Raises pydantic's ValidationError.
+
+        They are kept with the choice, so that nothing is checked twice, unless they name earlier
+        steps, `@step/file`: those depend on `steps`.
+        """
+        known = self.chosen(use).Options
+        if type(use._checked) is known:
+            return use._checked
+        options = known.model_validate(use.options, context={"steps": steps})
+        if not any(text.startswith("@") for text in texts_in(use.options)):
+            use._checked = options
+        return options
+
     def build(self, use: Use[KindT], /, steps: StepFolders | None = None, **context: Any) -> KindT:
         """Return the component that a recipe chose, built with its options.
 
@@ -137,19 +145,17 @@ class Registry:
         of others takes `build`, the same function for its own choices; one that takes long to build
         takes `progress`, to show how far it is, where there is one.
         """
-        component = self.chosen(use)
-        return self.make(component, use.options, steps, **context)
+        return self.make(self.chosen(use), self.options(use, steps), steps, **context)
 
     def make(
         self,
         component: type[ComponentT],
-        stated: Mapping[str, Any],
+        options: Options,
         steps: StepFolders | None = None,
         **context: Any,
     ) -> ComponentT:
-        """Return a component, known by its class, with the options that are stated."""
+        """Return a component, known by its class, with checked options."""
         factory = cast("Callable[..., ComponentT]", component)
-        options = component.Options.model_validate(stated, context={"steps": steps})
         takes = signature(component.__init__).parameters
         shown = {"progress": context.pop("progress")} if "progress" in context else {}
         if "build" in takes:
@@ -208,15 +214,13 @@ class _Offer:
     @property
     def path(self) -> str:
         """Where the class is, with dots."""
-        return (
-            self.source.replace(":", ".") if isinstance(self.source, str) else _path_of(self.source)
-        )
+        text = self.source if isinstance(self.source, str) else _path_of(self.source)
+        return text.replace(":", ".")
 
     def same_as(self, other: _Offer) -> bool:
         """Say whether both are one class."""
-        if isinstance(self.source, str) or isinstance(other.source, str):
-            return self.path == other.path
-        return self.source is other.source
+        named = isinstance(self.source, str) or isinstance(other.source, str)
+        return self.path == other.path if named else self.source is other.source
 
     def load(self, kind: type[KindT]) -> type[KindT]:
         """Return the class. Raises PluginError where it cannot be imported, or is another."""

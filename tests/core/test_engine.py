@@ -165,7 +165,7 @@ def test_an_interrupted_step_starts_over_without_resume_and_the_attempt_is_kept(
 def test_two_runs_in_one_folder_are_refused(
     done: tuple[Path, Path], refused: Callable[..., str]
 ) -> None:
-    import fcntl
+    import fcntl  # by the system's own call: any process that holds the file counts
 
     path, run = done
     with (run / ".lock").open("w") as other:

@@ -23,13 +23,11 @@ from tests.core.processes import small_disk
 from llavakit import DataError, LlavaError
 from llavakit.model.images import (
     MissingImage,
-    inside,
     open_image,
     refusal,
-    save_image,
-    save_thumbnail,
 )
-from llavakit_plugins.datasets.image_files import check_image, whole_images
+from llavakit_plugins.datasets.image_files import check_image, inside, whole_images
+from llavakit_plugins.reporting.pictures import save_image, save_thumbnail
 
 GREY = np.linspace(0, 255, 12 * 10).reshape(12, 10)
 

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from llavakit import DataError, ModelError, PromptTemplate, Sample, Segment, Turn
 from llavakit.stream.encode import IMAGE_ID, encode, tokenise
+from llavakit_plugins.huggingface.words import by_words
 
 LETTERS = ["▁", *"abcd.#</s>:é", "ab", "▁a", "▁ab", "▁▁", "cd", "</", "▁<"]
 MERGES = [("a", "b"), ("▁", "a"), ("▁", "ab"), ("▁", "▁"), ("c", "d"), ("<", "/"), ("▁", "<")]
@@ -107,8 +108,7 @@ PARTS = st.lists(
 @settings(max_examples=100, deadline=None)
 @given(parts=PARTS, scheme=st.sampled_from(["first", "always", "never"]))
 def test_reading_by_words_changes_nothing(parts: list[tuple[str, bool, bool]], scheme: str) -> None:
-    words = llama_like(scheme)
-    whole = llama_like(scheme, extra="d▁d")  # a piece that reaches into the next word
+    words, whole = by_words(llama_like(scheme)), llama_like(scheme)
     segments = []
     for text, flag, special in parts:
         segments.append(Segment(text, flag))

@@ -10,6 +10,8 @@ from sentencepiece import SentencePieceProcessor
 from tests import published
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from llavakit_plugins.huggingface.words import by_words
+
 
 @pytest.fixture(
     scope="session",
@@ -38,7 +40,7 @@ def llama(
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
     in_order_of_scores(tokenizer, SentencePieceProcessor(model_file=str(model)))
-    return tokenizer
+    return by_words(tokenizer)
 
 
 def in_order_of_scores(

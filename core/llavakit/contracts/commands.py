@@ -19,11 +19,8 @@ import argparse
 from collections.abc import Callable
 from typing import TypeAlias
 
-GROUP = "llavakit.commands"
-"""The entry-point group; the name of an entry point is that of its command."""
+GROUP = "llavakit.commands"  #: The entry-point group; an entry point is called as its command.
 
-Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
-"""What a command is added to."""
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"  #: Takes commands.
 
-Add: TypeAlias = Callable[["Commands"], None]
-"""What an entry point names: adds the command's parser, whose default `command` runs it."""
+Add: TypeAlias = Callable[["Commands"], None]  #: Adds the command's parser.

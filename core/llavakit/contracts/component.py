@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from abc import ABC
 from collections.abc import Mapping
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Generic, TypeVar, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationInfo
+from pydantic import BaseModel, BeforeValidator, ConfigDict, PrivateAttr, ValidationInfo
 from pydantic.fields import FieldInfo
+
+from llavakit.contracts.errors import did_you_mean
 
 
 class Options(BaseModel):
@@ -50,6 +51,7 @@ class Use(BaseModel, Generic[KindT_co]):
     model_config = ConfigDict(extra="allow", frozen=True)
 
     use: str
+    _checked: Options | None = PrivateAttr(default=None)  # see Registry.options
 
     @property
     def options(self) -> dict[str, Any]:
@@ -64,7 +66,7 @@ class SkippableUse(Use[KindT_co], Generic[KindT_co]):
 
 
 StepFolders = Mapping[str, Path]
-"""The folders of earlier steps, by the name a recipe refers to them with."""
+"""Folders of earlier steps, by the names that a recipe has for them."""
 
 
 def _resolve(value: object, info: ValidationInfo) -> object:
@@ -76,9 +78,8 @@ def _resolve(value: object, info: ValidationInfo) -> object:
         return value
     name, _, rest = value[1:].partition("/")
     if name not in folders:
-        close = get_close_matches(name, folders, n=1)
-        known = f"did you mean `@{close[0]}`?" if close else f"earlier: {', '.join(folders)}"
-        raise ValueError(f"no earlier step is called `{name}`; {known}")
+        hint = did_you_mean(name, folders, f"earlier: {', '.join(folders)}", "@{}".format)
+        raise ValueError(f"no earlier step is called `{name}`; {hint}")
     if ".." in Path(rest).parts or Path(rest).is_absolute():
         raise ValueError(f"`{value}` leaves the folder of its step")
     return value if folders[name] is LATER else folders[name] / rest
@@ -92,8 +93,7 @@ _MODEL = "a model"
 ModelPath = Annotated[Path, _INPUT, _MODEL]
 """An `InputPath` of a model folder, of any layout; or a model's name in a public collection."""
 
-LATER = Path("@")
-"""Stands for the folder of a step that has not run yet, while a recipe is checked."""
+LATER = Path("@")  #: Stands for the folder of a step that has not run, while a recipe is checked.
 
 
 def is_input(field: FieldInfo) -> bool:

@@ -14,11 +14,9 @@ if TYPE_CHECKING:
 
     from llavakit.contracts.sections import Section
 
-IMAGE = "<image>"
-"""The placeholder in a turn's text where an image goes (the original LLaVA's spelling)."""
+IMAGE = "<image>"  #: Where an image goes in a turn's text (the original LLaVA's spelling).
 
-CHARACTERS_A_TOKEN = 4.2
-"""Of English under LLaMA's tokenizer, roughly: where there is no tokenizer to ask."""
+CHARACTERS_A_TOKEN = 4.2  #: Of English by LLaMA's, roughly: where there is no tokenizer.
 
 Role = Literal["human", "gpt"]
 ImageSource: TypeAlias = Union[Path, "Image"]
@@ -39,8 +37,7 @@ class Sample:
     id: str
     turns: tuple[Turn, ...]
     images: tuple[ImageSource, ...] = ()
-    kind: str = ""
-    """What sort of response it teaches (conversation, detail, reasoning), where known."""
+    kind: str = ""  #: What sort of response it teaches (conversation, detail, reasoning), if known.
 
     def check(self, where: str = "") -> None:
         """Raise DataError for a sample that cannot be learned from.
@@ -63,8 +60,7 @@ class Sample:
         if not self.turns:
             raise DataError(f"{place} has no turns; remove it or give it a conversation")
         marks = sum(turn.text.count(IMAGE) for turn in self.turns if turn.role == "human")
-        stray = sum(turn.text.count(IMAGE) for turn in self.turns if turn.role == "gpt")
-        if stray:
+        if any(IMAGE in turn.text for turn in self.turns if turn.role == "gpt"):
             raise DataError(
                 f"{place}: an answer contains `{IMAGE}`, which only a question may; remove it"
             )
@@ -104,8 +100,7 @@ class Inspected:
     id: str
     sample: Sample | None  #: None where the row cannot be used.
     findings: tuple[Finding, ...] = ()
-    images: tuple[ImageSource, ...] = ()
-    """The row's images, where those are known although there is no sample."""
+    images: tuple[ImageSource, ...] = ()  #: The row's images, where known without a sample.
     read: float = 0.0  #: The share of the data read up to here.
 
 
@@ -126,7 +121,7 @@ class ImageContext:
     captions: tuple[str, ...]
     boxes: tuple[Box, ...] = ()
     facts: Mapping[str, Any] = field(default_factory=dict)
-    """Anything else the data set knows (a rule-based teacher may use it)."""
+    """What else is known, as for a rule-based teacher."""
 
 
 ResponseKind = Literal["conversation", "detail", "reasoning"]
@@ -147,7 +142,7 @@ class Reply:
 
     text: str
     finish: str = "stop"
-    """Why it ends: `stop`, `length` (cut), `refusal` or `content_filter` (withheld)."""
+    """Why it ends: `stop`, `length` (cut), `refusal`, `content_filter` (withheld)."""
     model: str = ""  #: Which model answered, as the service names it.
     input_tokens: int | None = None
     output_tokens: int | None = None
@@ -173,8 +168,6 @@ class Score:
     """What a benchmark makes of answers."""
 
     metrics: Mapping[str, float]
-    right: Sequence[bool | None]
-    """One entry a question; None where a question cannot be right or wrong by itself."""
-    sections: Sequence[Section] = ()
-    """Tables for the report; where there are none, it shows the share of right answers."""
+    right: Sequence[bool | None]  #: One a question; None where it cannot be right by itself.
+    sections: Sequence[Section] = ()  #: Tables for the report; none: the share of right answers.
     remarks: Sequence[str] = ()  #: One entry a question, such as a judge's review; or none at all.

@@ -123,8 +123,7 @@ class Segment:
 
     text: str
     learned: bool = False  #: Whether the loss covers it.
-    markup: bool = False
-    """Whether it belongs to the template, so that special tokens in it count as such."""
+    markup: bool = False  #: Whether it is the template's: special tokens in it count as such.
 
 
 class PromptTemplate(Component):
@@ -149,8 +148,7 @@ class PromptTemplate(Component):
 class FileScore:
     """What came of scoring files."""
 
-    data: Mapping[str, Any]
-    """Everything, for programs: what `--json` prints. No NaN and no infinity."""
+    data: Mapping[str, Any]  #: Everything, for programs: what `--json` prints. No NaN, no infinity.
     tables: Sequence[Table]  #: The same for people.
     notes: Sequence[str] = ()  #: What was left out or could not be read, in sentences.
 
@@ -162,8 +160,7 @@ class FileScorer(Component):
     `max_words` is `--max-words`; a `Use[Kind]` takes a component's name, its options by `--set`.
     """
 
-    positional: ClassVar[tuple[str, ...]] = ()
-    """Required options that are stated without a flag, in this order."""
+    positional: ClassVar[tuple[str, ...]] = ()  #: Required options without a flag, in order.
 
     @abstractmethod
     def score(self) -> FileScore:
@@ -174,8 +171,7 @@ class Benchmark(Component):
     """Questions with images, and what makes an answer a good one."""
 
     hook = "llava_benchmarks"
-    scorers: ClassVar[Sequence[type[FileScorer]]] = ()
-    """What `llava-run score` can do without a model, where files hold the answers already."""
+    scorers: ClassVar[Sequence[type[FileScorer]]] = ()  #: For `llava-run score`, without a model.
 
     @abstractmethod
     def questions(self) -> Sequence[Question]:

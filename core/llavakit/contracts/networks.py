@@ -85,8 +85,7 @@ class VisionEncoder(Network):
     width: int  #: Size of one patch feature (D).
     image_size: int  #: Edge in pixels of the square that `prepare` returns.
     prefix_tokens: int = 0
-    decode_edge: int | None = None
-    """Shorter side in pixels that does for `prepare`: larger JPEGs may be decoded smaller."""
+    decode_edge: int | None = None  #: Shorter side that does for `prepare` (JPEGs decoded smaller).
 
     @abstractmethod
     def tokens(self, image_size: int) -> int:
@@ -148,9 +147,10 @@ class LanguageModel(Network):
     options: Any  #: What it was built with, where `merged` gives another model than itself.
     width: int  #: Size of one token embedding (E).
     max_length: int  #: Longest sequence in tokens.
-    recompute: bool = False
-    """Whether the backward pass computes activations again instead of keeping them."""
-    tokenizer: PreTrainedTokenizerBase  #: A fast tokenizer; a new model has none until one is set.
+    recompute: bool = False  #: Whether activations are computed again for the backward pass.
+    tokenizer: PreTrainedTokenizerBase
+    """A fast tokenizer; a new model has none until one is set. An attribute `quick_reader` of it is
+    called with its `llavakit.Reader`, and returns a `QuickReader` (to the same ids) or None."""
 
     @abstractmethod
     def embed(self, ids_T: Tensor) -> Tensor:

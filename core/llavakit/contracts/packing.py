@@ -28,13 +28,10 @@ def upload(tensor: Tensor, device: torch.device) -> Tensor:
 class Packing:
     """Where the samples of a stream begin and end. Attention never crosses a boundary."""
 
-    starts: tuple[int, ...]
-    """First row of each sample, then T: S + 1 numbers on the host, so that no kernel waits."""
-    position_ids_T: Tensor
-    """int64, counted from 0 in each sample (from the cache's length when decoding)."""
+    starts: tuple[int, ...]  #: First row of each sample, then T; on the host: no kernel waits.
+    position_ids_T: Tensor  #: int64, from 0 in each sample; decoding: from the cache's length.
     cache: KVCache | None = None
-    watch: Watch | None = None
-    """Keeps the attention weights of some rows, where somebody wants to see them."""
+    watch: Watch | None = None  #: Sees what attends to what, for those who draw it.
 
     @classmethod
     def of(cls, lengths: Sequence[int], device: torch.device | str = "cpu") -> Packing:
@@ -88,8 +85,7 @@ class Stream:
 
     token_ids_T: Tensor  #: int64; 0 at visual rows, whose text embedding nobody sees.
     visual_rows_N: Tensor  #: int64: the row of each visual token, images in order.
-    visual_kept_N: Tensor | None
-    """int64 into the flattened `[I * P']` features where truncation cut some; None for all."""
+    visual_kept_N: Tensor | None  #: int64 into `[I * P']` features where some were cut; None: all.
     embed: Callable[[Tensor], Tensor]
     embedding_VE: Tensor | None  #: The table behind `embed` where that is a plain look-up.
 
@@ -102,7 +98,7 @@ class Scoring:
     window: int | None = None  #: How far back a row sees, itself included.
     softcap: float | None = None  #: Scores become `softcap * tanh(score / softcap)` (Gemma 2).
     sinks_H: Tensor | None = None
-    """One score a head that takes weight and gives nothing (gpt-oss)."""
+    """A score of each head that takes weight, gives nothing (gpt-oss)."""
 
     @property
     def plain(self) -> bool:
@@ -114,34 +110,26 @@ class KVCache:
     """Keys and values of S sequences, right-padded to the longest, one pair for each layer."""
 
     def __init__(self, layers: int, capacities: Sequence[int]) -> None:
-        self.lengths = [0] * len(capacities)
-        """Tokens held for each sequence, the same in every layer."""
+        self.lengths = [0] * len(capacities)  #: Tokens of each sequence, in every layer.
         self.capacity = max(capacities)
         self.keys: list[Tensor | None] = [None] * layers
         self.values: list[Tensor | None] = [None] * layers
 
     def append(self, layer: int, k_TGK: Tensor, v_TGK: Tensor, packing: Packing) -> None:
         """Store the rows of a packed stream behind what each sequence already holds."""
-        if self.keys[layer] is None:
-            sequences = len(self.lengths)
-            self.keys[layer], self.values[layer] = (
-                new.new_zeros(sequences, new.shape[1], self.capacity, new.shape[2])
-                for new in (k_TGK, v_TGK)
-            )
-        keys, values = self.keys[layer], self.values[layer]
-        assert keys is not None
-        assert values is not None
-        if packing.starts[-1] == len(self.lengths):  # decoding: one row a sequence
-            rows = torch.arange(len(self.lengths), device=k_TGK.device)
-            places = packing.position_ids_T
-            keys[rows, :, places] = k_TGK
-            values[rows, :, places] = v_TGK
-            return
-        for s, (start, end) in enumerate(pairwise(packing.starts)):
-            begin = self.lengths[s]
-            held = slice(begin, begin + end - start)
-            keys[s, :, held] = k_TGK[start:end].transpose(0, 1)
-            values[s, :, held] = v_TGK[start:end].transpose(0, 1)
+        count = len(self.lengths)
+        sequences = torch.arange(count, device=k_TGK.device)
+        for store, new_TGK in ((self.keys, k_TGK), (self.values, v_TGK)):
+            held = store[layer]
+            if held is None:
+                shape = (count, new_TGK.shape[1], self.capacity, new_TGK.shape[2])
+                held = store[layer] = new_TGK.new_zeros(shape)
+            if packing.starts[-1] == count:  # decoding: one row a sequence, written at once
+                held[sequences, :, packing.position_ids_T] = new_TGK
+                continue
+            for s, new in enumerate(new_TGK.split(packing.lengths)):
+                begin = self.lengths[s]
+                held[s, :, begin : begin + len(new)] = new.transpose(0, 1)
 
     def advance(self, packing: Packing) -> None:
         """Count the rows of a stream as held, once every layer has stored them."""

@@ -84,8 +84,7 @@ class Run:
     progress: Progress
     event: Event
     stopping: Stopping  #: Says whether the user asked to stop: save, then raise `Stopped`.
-    team: Team
-    """The processes that share this step's work; one process alone unless it is `together`."""
+    team: Team  #: The processes that share this step's work; one alone unless it is `together`.
 
     @property
     def device(self) -> torch.device:
@@ -174,8 +173,7 @@ class StepPlan(BaseModel):
     tokens: int | None = None  #: Rows of the packed stream, over all epochs.
     steps: int | None = None  #: Optimisation steps.
     tflop: float | None = None  #: Necessary work in 10^12 floating-point operations.
-    memory_gb: float | None = None
-    """Of one device: weights, gradients, optimiser and activations of one micro-batch."""
+    memory_gb: float | None = None  #: Of a device: weights, gradients, optimiser, activations.
     trained: tuple[str, ...] = ()
     cost_usd: float | None = None  #: What services will charge, as far as it can be known before.
     note: str = ""

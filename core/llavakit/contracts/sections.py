@@ -33,8 +33,7 @@ class Card(BaseModel):
     """One image with what was asked, answered and true."""
 
     image: str | None = None  #: Path of an image file, relative to the step's folder.
-    lines: list[tuple[str, str]]
-    """(label, text), for example ("question", "Which digit is on the left?")."""
+    lines: list[tuple[str, str]]  #: (label, text), such as ("question", "Which digit is it?").
     right: bool | None = None
 
 

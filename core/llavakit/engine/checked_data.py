@@ -7,14 +7,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
-from pydantic import BaseModel
-
-from llavakit.contracts.component import SkippableUse, Use
+from llavakit.contracts.component import Use
 from llavakit.contracts.interfaces import Dataset
 from llavakit.engine.progress import say, show_if_slow
-from llavakit.engine.step_folders import read_done, record_of, texts_in
+from llavakit.engine.step_folders import read_done, record_of
+from llavakit.recipe.check import parts
 from llavakit.recipe.recipe import Recipe
-from llavakit.registry import KindT, Registry, kind_of
+from llavakit.registry import KindT, Registry, kind_of, texts_in
 
 
 def check_data(recipe: Recipe, registry: Registry, directory: Path) -> CheckedData:
@@ -66,18 +65,10 @@ def _stamps(options: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
 
 def _data_sets(value: object, registry: Registry) -> Iterator[Use[Dataset]]:
     """Yield the data sets that a step chooses and that no earlier step has to make."""
-    if isinstance(value, Use):
-        if isinstance(value, SkippableUse) and value.skip:
-            return
-        if issubclass(kind_of(value), Dataset):
-            if "@" not in {text[:1] for text in texts_in(value.options)}:
-                yield value
-        else:
-            component = registry.chosen(value)
-            yield from _data_sets(component.Options.model_validate(value.options), registry)
-    elif isinstance(value, BaseModel):
-        for name in type(value).model_fields:
-            yield from _data_sets(getattr(value, name), registry)
-    elif isinstance(value, Mapping | list | tuple):
-        for item in value.values() if isinstance(value, Mapping) else value:
-            yield from _data_sets(item, registry)
+    if not isinstance(value, Use):
+        for _, part in parts(value):
+            yield from _data_sets(part, registry)
+    elif not issubclass(kind_of(value), Dataset):
+        yield from _data_sets(registry.options(value), registry)
+    elif not any(text.startswith("@") for text in texts_in(value.options)):
+        yield value

@@ -37,21 +37,17 @@ class Device:
         return self.known
 
 
-def under_torchrun() -> bool:
-    """Say whether torchrun started this process."""
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
-
-
 @contextmanager
 def join_team(name: str) -> Iterator[tuple[Team, Device]]:
     """Yield this process's place and its device; `name` is the recipe's `device`.
 
     Raises RecipeError where there are more processes than devices, or a single device is named.
     """
-    if under_torchrun():
-        from llavakit.engine.torchrun import join_processes
-
-        with join_processes(name) as place:
-            yield place
-    else:
+    if not {"RANK", "WORLD_SIZE"} <= os.environ.keys():  # as torchrun sets them
         yield Team(), Device(name)
+        return
+    from llavakit.engine.torchrun import join_processes, own_device
+
+    device = Device(own_device(name))
+    with join_processes(device.find()) as team:
+        yield team, device

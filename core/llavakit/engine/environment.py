@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,10 +32,8 @@ def write_environment(device: torch.device | None, directory: Path) -> None:
     """Write environment.json; `device` is None while no step has asked for one."""
     packages = {}
     for package in _PACKAGES:
-        try:
+        with suppress(PackageNotFoundError):
             packages[package] = version(package)
-        except PackageNotFoundError:
-            continue
     facts: dict[str, Any] = {
         "python": platform.python_version(),
         "platform": platform.platform(),

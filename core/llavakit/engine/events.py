@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import time
@@ -13,8 +12,8 @@ from typing import Any
 
 from llavakit.contracts.errors import LlavaError
 from llavakit.contracts.interfaces import Tracker
-from llavakit.files import drop_torn_line, explain_write
-from llavakit.recipe.redaction import printable_json, redacted
+from llavakit.files import JsonLines
+from llavakit.recipe.redaction import redacted
 
 FILE = "events.jsonl"
 
@@ -25,10 +24,7 @@ class EventLog:
     """Appends events to a file and shows them to the recipe's trackers."""
 
     def __init__(self, folder: Path, trackers: Sequence[Tracker] = ()) -> None:
-        path = folder / FILE
-        drop_torn_line(path)
-        with explain_write(path):
-            self._file = path.open("a", encoding="utf-8", errors="backslashreplace")
+        self._lines = JsonLines(folder / FILE)
         self._trackers = list(trackers)
         self._step = ""
         for tracker in trackers:
@@ -42,22 +38,16 @@ class EventLog:
     def __call__(self, name: str, /, **values: Any) -> None:
         facts = {"time": round(time.time(), 3), "step": self._step, "event": name, **values}
         event = redacted(facts)
-        with explain_write(Path(self._file.name)):
-            self._file.write(printable_json(json.dumps(_plain(event), ensure_ascii=False)) + "\n")
-            self._file.flush()
+        self._lines.append([_plain(event)], durable=False)  # a training does not wait for the disk
         for tracker in list(self._trackers):
             with self._watching(tracker):
                 tracker.record(event)
 
     def close(self) -> None:
-        """Close the file and the trackers."""
-        try:
-            with explain_write(Path(self._file.name)):
-                self._file.close()
-        finally:
-            for tracker in list(self._trackers):
-                with self._watching(tracker):
-                    tracker.close()
+        """Close the trackers."""
+        for tracker in list(self._trackers):
+            with self._watching(tracker):
+                tracker.close()
 
     @contextmanager
     def _watching(self, tracker: Tracker) -> Iterator[None]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -29,17 +29,8 @@ def interrupts(team: Team) -> Iterator[Stopping]:
             say(f"stopping at the next safe point{again}")
         asked.append(number)
 
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    try:
-        before = {number: signal.signal(number, ask) for number in numbers}
-    except ValueError:  # not in the main thread: whoever runs us handles signals
-        yield lambda: False
-        return
-    try:
+    with _handled(ask, signal.SIGINT, signal.SIGTERM):
         yield lambda: bool(asked)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @contextmanager
@@ -54,12 +45,18 @@ def ended_at_once() -> Iterator[None]:
         sys.stderr.flush()
         os._exit(130)
 
-    try:
-        before = signal.signal(signal.SIGINT, end)
-    except ValueError:  # not in the main thread: whoever runs us handles signals
+    with _handled(end, signal.SIGINT):
         yield
-        return
+
+
+@contextmanager
+def _handled(by: Callable[[int, FrameType | None], None], *numbers: int) -> Iterator[None]:
+    try:
+        before = {number: signal.signal(number, by) for number in numbers}
+    except ValueError:  # not in the main thread: whoever runs us handles signals
+        before = {}
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

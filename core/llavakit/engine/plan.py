@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from functools import cache, cached_property
@@ -38,13 +37,12 @@ class Plan(BaseModel):
 
     recipe: str
     own_model: bool = True
-    """Whether `parts` are the recipe's; else they are those of what its steps start from."""
+    """Whether `parts` are the recipe's [model]; else what its steps start from."""
     parts: dict[str, PartPlan]
     visual_tokens: int | None  #: Of one image; None where no model is known.
     steps: dict[str, StepPlan]
     machine: Machine
-    tflops: float | None
-    """Rate reckoned with, of all devices; None where no step has anything to reckon."""
+    tflops: float | None  #: Rate reckoned with, of all devices; None: nothing to reckon.
     measured: bool  #: Whether that rate was measured on this machine just now.
 
     def hours(self, step: StepPlan) -> float | None:
@@ -55,7 +53,7 @@ class Plan(BaseModel):
 
 
 class RecipePlanner:
-    """Answers what a step's `plan` asks (`llavakit.contracts.run.Planner`)."""
+    """Answers what a step's `plan` asks: see `llavakit.contracts.run.Planner`."""
 
     def __init__(self, recipe: Recipe, registry: Registry) -> None:
         self._recipe, self._registry = recipe, registry
@@ -67,7 +65,7 @@ class RecipePlanner:
     def plan(self, name: str, use: StepUse) -> None:
         """Add a step's plan to those of the steps before."""
         step = self._registry.get(Step, use.use)
-        options = step.Options(**use.options)
+        options = self._registry.options(use)
         self._current = self._newest
         self.steps[name] = step.plan(options, self) or StepPlan()
         for step_name in (name, use.use):
@@ -77,22 +75,16 @@ class RecipePlanner:
 
     @property
     def seed(self) -> int:
-        """The recipe's seed, which the run will have."""
         return self._recipe.seed
 
     @property
     def devices(self) -> int:
-        """On how many devices the recipe's machine trains."""
         return self._recipe.machine.devices
 
     def start(
         self, init: Path | None, change: Callable[[Any], Any] = lambda model: model, **given: Any
     ) -> None:
-        """Have `model` be that of a step's option `init`, loaded with what is `given`, changed.
-
-        Without it, it is the newest that a step before left, or else the recipe's.
-        """
-        if init is None:
+        if init is None:  # it stays the newest that a step before left, or else the recipe's
             return
         name, _, folder = init.as_posix().partition("/")
         folders, left = self._left.get(name[1:], (None, lambda: None))
@@ -116,12 +108,10 @@ class RecipePlanner:
 
     @property
     def has_model(self) -> bool:
-        """Whether the model that a step starts from is known; one that is elsewhere may not be."""
         return self._current() is not None
 
     @property
     def model(self) -> LlavaModel:
-        """The model that the step starts from, on the meta device: shapes without weights."""
         model = self._current()
         if model is None:
             raise RecipeError(
@@ -138,21 +128,16 @@ class RecipePlanner:
         return None if model is None else sketch_model(model, self._registry)
 
     def parameters(self, part: str) -> int:
-        """Return the number of parameters of `vision`, `connector` or `language`."""
         return count_parameters(getattr(self.model, part))
 
     def build(self, use: Use[KindT], /, **context: Any) -> KindT:
-        """Return a component that a recipe chose, to ask it something."""
         return self._registry.build(use, **context)
 
     def trainable(self, part: str) -> int:
-        """Return how many parameters of a part learn where it is trained: of LoRA, adapters."""
         return sum(parameter.numel() for _, parameter in getattr(self.model, part).trainable())
 
     def expect(self, use: Use[Dataset]) -> tuple[int, int] | None:
-        """Return (samples, mean text tokens a sample) of a data set, where it can be known."""
-        component = self._registry.get(Dataset, use.use)
-        return component.expect(component.Options(**use.options))
+        return self._registry.chosen(use).expect(self._registry.options(use))
 
 
 _Known = Callable[[], "LlavaModel | None"]
@@ -190,30 +175,24 @@ def make_plan(recipe: Recipe, registry: Registry) -> Plan:
 
 
 def _parts(model: LlavaModel) -> dict[str, PartPlan]:
-    return {
-        name: PartPlan(
-            component=getattr(model, name).name,
-            parameters=count_parameters(getattr(model, name)),
-            width=(model.vision if name == "vision" else model.language).width,
-        )
-        for name in PARTS
-    }
+    found = {}
+    for name in PARTS:
+        part = getattr(model, name)
+        width = (model.language if name == "connector" else part).width
+        found[name] = PartPlan(component=part.name, parameters=count_parameters(part), width=width)
+    return found
 
 
 def _measure_tflops(name: str) -> float:
     """Return the rate of a recipe's `device`, sustained: in float32 on a CPU, bfloat16 on CUDA."""
     import torch
+    from torch.utils.benchmark import Timer  # waits for a GPU by itself
 
     cuda = name != "cpu" and torch.cuda.is_available()
-    size = 8192 if cuda else 768
-    device, dtype = ("cuda", torch.bfloat16) if cuda else ("cpu", torch.float32)
-    left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    seconds = []
-    for _ in range(4):
-        begun = time.perf_counter()
-        product = left @ right
-        if cuda:
-            product[0, 0].item()
-        seconds.append(time.perf_counter() - begun)
+    size, kind, dtype = (8192, "cuda", torch.bfloat16) if cuda else (768, "cpu", torch.float32)
+    left, right = (torch.randn(size, size, device=kind, dtype=dtype) for _ in range(2))
+    factors = {"left": left, "right": right}
+    timer = Timer("left @ right", globals=factors, num_threads=torch.get_num_threads())
+    seconds = min(timer.timeit(1).mean for _ in range(4))
     share = 0.5  # what training reaches of a bare matrix product, roughly
-    return share * 2 * size**3 / min(seconds) / 1e12
+    return share * 2 * size**3 / seconds / 1e12

@@ -72,11 +72,12 @@ class _Bar:
             self._bars.remove_task(self._task)
             self._task = self._begin(done, total)
         self._done, self._total = done, total
-        self._bars.update(self._task, completed=done, note=_printable(note))
+        count = _count(done, total)
+        self._bars.update(self._task, completed=done, count=count, note=_printable(note))
 
     def _begin(self, done: int, total: int) -> TaskID:
         known = total if total > 0 else None
-        return self._bars.add_task(self._label, total=known, completed=done, note="")
+        return self._bars.add_task(self._label, total=known, completed=done, count="0", note="")
 
 
 class _Left(ProgressColumn):
@@ -90,21 +91,13 @@ class _Left(ProgressColumn):
         return Text(duration(int(task.elapsed or 0)), "dim")
 
 
-class _Count(ProgressColumn):
-    def render(self, task: Task) -> Text:
-        done = int(task.completed)
-        text = f"{done}" if task.total is None else f"{done}/{int(task.total)}"
-        return Text(text)
-
-
 def _bars(console: Console, clock: Clock) -> Bars:
     # the note takes the room that is left over; where there is none, the bar gives way
-    label = Column(no_wrap=True)
     note = Column(no_wrap=True, overflow="ellipsis", ratio=1)
     return Bars(
-        TextColumn("{task.description}", markup=False, table_column=label),
+        TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True)),
         BarColumn(bar_width=24, table_column=Column(min_width=4)),
-        _Count(table_column=Column(no_wrap=True)),
+        TextColumn("{task.fields[count]}", style="", table_column=Column(no_wrap=True)),
         _Left(table_column=Column(no_wrap=True)),
         TextColumn("{task.fields[note]}", style="dim", markup=False, table_column=note),
         console=console,
@@ -123,7 +116,7 @@ class _Lines:
     def __init__(self, label: str, stream: TextIO, clock: Clock) -> None:
         self._label, self._stream, self._clock = _printable(label), stream, clock
         self._total, self._done, self._note = -1, -1, ""
-        self._first, self._begun = 0, clock()
+        self._first, self._begun = 0, clock()  # of a phase
         self._shown: float | None = None  # when the last line was written
         self._news = False  # since then
 
@@ -144,17 +137,19 @@ class _Lines:
             self._write(self._clock())
 
     def _write(self, now: float) -> None:
-        count = f"{self._done}/{self._total}" if self._total > 0 else f"{self._done}"
-        line = f"{self._label}: {count}{self._left(now)}  {_printable(self._note)}".rstrip()
+        fresh, left = self._done - self._first, self._total - self._done
+        time_left = ""
+        if left > 0 and fresh > 0:
+            time_left = f", {duration((now - self._begun) / fresh * left)} left"
+        count = _count(self._done, self._total)
+        line = f"{self._label}: {count}{time_left}  {_printable(self._note)}".rstrip()
         encoding = getattr(self._stream, "encoding", None) or "utf-8"
         print(line.encode(encoding, "replace").decode(encoding), file=self._stream, flush=True)
         self._shown, self._news = now, False
 
-    def _left(self, now: float) -> str:
-        fresh = self._done - self._first
-        if self._done >= self._total or fresh <= 0:
-            return ""
-        return f", {duration((now - self._begun) / fresh * (self._total - self._done))} left"
+
+def _count(done: int, total: int) -> str:
+    return f"{done}/{total}" if total > 0 else f"{done}"
 
 
 def say(text: str) -> None:

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from llavakit.contracts.errors import RecipeError
-from llavakit.files import explain_write, fingerprint, peek_json
+from llavakit.files import fingerprint, new_folder, peek_json
 
 DONE = "artifact.json"
 
@@ -64,18 +64,11 @@ def find_step(
             problems.append(f"{folder} was made by llavakit {made_by}")
         elif "contents" not in done:
             problems.append(f"{folder} does not list its files")
-        elif changed := list(_changed(folder, done["contents"])):
+        elif changed := sorted(dict(done["contents"].items() - contents(folder).items())):
             problems.append(f"{folder} was changed since: {', '.join(changed[:3])}")
         else:
             return folder, problems
     return None, problems
-
-
-def _changed(folder: Path, known: Contents) -> Iterator[str]:
-    for name, mark in known.items():
-        path = folder / name
-        if not path.is_file() or fingerprint(path) != mark:
-            yield name
 
 
 def _version(run: Path) -> str:
@@ -83,16 +76,9 @@ def _version(run: Path) -> str:
 
 
 def take_step(source: Path, target: Path) -> None:
-    """Make `target`, which must not exist, the same as `source`, whole or not at all."""
-    partial = target.with_name(f".{target.name}.partial")
-    with explain_write(target):
-        shutil.rmtree(partial, ignore_errors=True)
-        try:
-            shutil.copytree(source, partial, symlinks=True, copy_function=_link)
-            partial.rename(target)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
+    """Make `target` the same as `source`, whole or not at all."""
+    with new_folder(target) as partial:
+        shutil.copytree(source, partial, True, copy_function=_link, dirs_exist_ok=True)
 
 
 def _link(source: str, target: str) -> None:

@@ -72,17 +72,16 @@ def run(
     with join_team(recipe.device) as (team, device):
         if _has_networks(recipe, registry):
             device.find()  # one that is not there is said before anything is done
-        if not team.leads:
-            _assist(_Work(recipe, registry, directory, team, device))
-            return None
         work = _Work(recipe, registry, directory, team, device)
+        if not team.leads:
+            _assist(work)
+            return None
         try:
             _lead(work, resume=resume, reuse=reuse)
         finally:
             if not work.together:  # within a step the others stop as it did, or torchrun acts
                 team.share(_Order(None))
-    folders = {name: directory / name for name, _ in recipe.active_steps()}
-    return Result(folders, directory)
+    return Result({name: directory / name for name, _ in recipe.active_steps()}, directory)
 
 
 def _has_networks(recipe: Recipe, registry: Registry) -> bool:
@@ -129,11 +128,9 @@ class _Work:
     team: Team
     device: Device
     log: Event = field(default_factory=lambda: _ignore)
-    build: Build | None = None
-    """What builds components for the steps; the registry itself where absent."""
+    build: Build | None = None  #: What builds components for steps; None: the registry.
     together: bool = False  #: Whether all processes are at work on the same step.
-    folders: dict[str, Path] = field(default_factory=dict)
-    """Of the steps that are done, by every name a recipe has for them."""
+    folders: dict[str, Path] = field(default_factory=dict)  #: Of done steps, by all their names.
 
     def do(
         self, name: str, use: StepUse, progress: Progress, stopping: Stopping, *, again: bool
@@ -196,12 +193,11 @@ def _one_step(
     seconds = time.monotonic() - begun
     write_environment(work.device.known, work.directory)  # the step may have asked for one
     metrics = _checked_metrics(use, outcome)
-    sections = [section.model_dump(mode="json") for section in outcome.sections]
     done = {
         "record": record,
         "seconds": round(seconds, 1),
         "metrics": metrics,
-        "sections": sections,
+        "sections": [section.model_dump(mode="json") for section in outcome.sections],
         "contents": contents(folder),
     }
     # written when all else is there: its presence means that the step finished

@@ -17,6 +17,7 @@ from llavakit.engine.reuse import DONE
 from llavakit.files import explain_write, fingerprint, write_text
 from llavakit.recipe.recipe import Recipe
 from llavakit.recipe.redaction import redacted
+from llavakit.registry import texts_in
 
 _BEGUN = "begun.json"
 _LONGEST_PATH = 1024
@@ -50,15 +51,6 @@ def record_of(recipe: Recipe, until: str) -> Record:
 @lru_cache(maxsize=256)  # every step's record has the data of the steps before it
 def _fingerprint(path: Path, size: int, modified: int) -> str | int:
     return fingerprint(path)
-
-
-def texts_in(value: object) -> Iterator[str]:
-    """Yield every text in options."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping | list | tuple):
-        for item in value.values() if isinstance(value, Mapping) else value:
-            yield from texts_in(item)
 
 
 def read_done(folder: Path) -> dict[str, Any] | None:

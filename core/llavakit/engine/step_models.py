@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,42 +37,37 @@ def link_newest(directory: Path, folders: Mapping[str, Path]) -> None:
     link_folder(link, newest)
 
 
+@dataclass(frozen=True)
 class StepModel:
     """The model before a step, made when it is asked for: steps without networks need no torch."""
 
-    def __init__(
-        self, recipe: Recipe, registry: Registry, folders: Mapping[str, Path], device: Device
-    ) -> None:
-        self._recipe, self._registry, self._folders = recipe, registry, folders
-        self._device = device
+    recipe: Recipe
+    registry: Registry
+    folders: Mapping[str, Path]
+    device: Device
 
     @property
     def vision(self) -> Use[VisionEncoder]:
-        return self._recipe.parts().vision
+        return self.recipe.parts().vision
 
     @property
     def language(self) -> Use[LanguageModel]:
-        return self._recipe.parts().language
+        return self.recipe.parts().language
 
     def __call__(self, folder: Path | None = None, **given: Any) -> LlavaModel:
         from llavakit.model.load import load, trainable
 
-        folder = folder or newest_model(self._folders)
+        folder = folder or newest_model(self.folders)
         if folder is None:
             return self.new()
-        device = self._device.find()
-        return trainable(load(folder, registry=self._registry, device=device, **given), folder)
+        device = self.device.find()
+        return trainable(load(folder, registry=self.registry, device=device, **given), folder)
 
     def new(
         self, vision: VisionEncoder | None = None, language: LanguageModel | None = None
     ) -> LlavaModel:
         from llavakit.model.folder import create_model
 
-        return create_model(
-            self._recipe.parts(),
-            self._registry,
-            seed=self._recipe.seed,
-            device=self._device.find(),
-            vision=vision,
-            language=language,
-        )
+        given: dict[str, Any] = {"vision": vision, "language": language}
+        seed, device = self.recipe.seed, self.device.find()
+        return create_model(self.recipe.parts(), self.registry, seed=seed, device=device, **given)

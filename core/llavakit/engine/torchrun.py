@@ -12,7 +12,6 @@ from torch import Tensor, distributed as dist
 
 from llavakit.contracts.errors import RecipeError
 from llavakit.contracts.run import T, Team
-from llavakit.engine.distributed import Device
 
 _PATIENCE = timedelta(days=30)  # the others wait while the leader generates data, say
 
@@ -36,9 +35,8 @@ class Processes(Team):
         return tensor
 
 
-@contextmanager
-def join_processes(name: str) -> Iterator[tuple[Team, Device]]:
-    """Yield this process's place and device; `name` is the recipe's `device`.
+def own_device(name: str) -> str:
+    """Return this process's device; `name` is the recipe's `device`.
 
     Raises RecipeError where there are more processes than devices, or a single device is named.
     """
@@ -49,15 +47,20 @@ def join_processes(name: str) -> Iterator[tuple[Team, Device]]:
                 f"torchrun started more processes than the {torch.cuda.device_count()} devices of "
                 "this machine; lower --nproc-per-node"
             )
-        name = f"cuda:{local}"
         torch.cuda.set_device(local)
-    elif name not in ("auto", "cpu"):
+        return f"cuda:{local}"
+    if name not in ("auto", "cpu"):
         raise RecipeError(f"torchrun gives every process a device, so `device = {name}` cannot be")
-    device = Device(name)
+    return name
+
+
+@contextmanager
+def join_processes(device: torch.device) -> Iterator[Team]:
+    """Yield this process's place among the others."""
     # objects and flags travel by gloo, tensors on devices by nccl
-    backend = "cpu:gloo,cuda:nccl" if device.find().type == "cuda" else "gloo"
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=_PATIENCE)
     try:
-        yield Processes(), device
+        yield Processes()
     finally:
         dist.destroy_process_group()

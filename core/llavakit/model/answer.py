@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Generic, TypeVar, Unpack
+from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar, Unpack
 
 import numpy as np
 
@@ -22,6 +22,7 @@ from llavakit.stream.encode import Encoded, tokenise
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+Prompt: TypeAlias = tuple[str, Sequence[ImageSource]]  #: A prompt and its images.
 Pixels = TypeVar("Pixels")  #: Prepared images `[I, 3, H, W]`: a tensor, or an array of numpy.
 
 
@@ -128,7 +129,7 @@ class Answering(ABC, Generic[Pixels]):
 
     def answer(
         self,
-        prompts: Sequence[tuple[str, Sequence[ImageSource]]],
+        prompts: Sequence[Prompt],
         sampling: Sampling,
         *,
         raw: bool = False,
@@ -145,19 +146,11 @@ class Answering(ABC, Generic[Pixels]):
         return [decode(self.tokenizer, ids, stops) for ids in found]
 
     def answer_ids(
-        self,
-        prompts: Sequence[tuple[str, Sequence[ImageSource]]],
-        sampling: Sampling,
-        *,
-        raw: bool = False,
-        pixels_IHW: Pixels | None = None,
-        begun: Sequence[str] = (),
+        self, prompts: Sequence[Prompt], sampling: Sampling, *, raw: bool = False, **given: Any
     ) -> list[list[int]]:
-        """Return the new tokens of each answer."""
+        """Return the new tokens of each answer; `given` is what `answer` takes."""
         answers: list[list[int]] = [[] for _ in prompts]
-        sampling = self._stopping(sampling, raw=raw)
-        steps = self._steps(prompts, sampling, raw=raw, pixels_IHW=pixels_IHW, begun=begun)
-        for tokens in steps:
+        for tokens in self._steps(prompts, self._stopping(sampling, raw=raw), raw=raw, **given):
             for index, token in tokens:
                 answers[index].append(token)
         return answers
@@ -173,7 +166,7 @@ class Answering(ABC, Generic[Pixels]):
 
     def _steps(
         self,
-        prompts: Sequence[tuple[str, Sequence[ImageSource]]],
+        prompts: Sequence[Prompt],
         sampling: Sampling,
         *,
         raw: bool,

@@ -25,9 +25,10 @@ def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], stops: Sequen
     return _cut(text, stops).strip()
 
 
-def _cut(text: str, stops: Sequence[str]) -> str:
-    places = [place for stop in stops if (place := text.find(stop)) >= 0]
-    return text[: min(places)] if places else text
+def _cut(text: str, stops: Sequence[str], start: int = 0) -> str:
+    """Return the text up to the first stop text from `start` on, where there is one."""
+    found = [place for stop in stops if (place := text.find(stop, max(0, start))) >= 0]
+    return text[: min(found)] if found else text
 
 
 class AnswerText:
@@ -43,8 +44,7 @@ class AnswerText:
         self._ids: list[int] = []  #: The last tokens that have text, and those behind them.
         self._settled = 0  #: How many characters of `_ids` are part of `_text`.
         self._text = ""
-        self._given = 0
-        """How many characters of `_text` were put out, or left out at its beginning."""
+        self._given = 0  #: How many characters of `_text` were put out, or left out in front.
         self._searched = 0
         self.stopped = False  #: Whether a stop text was found.
 
@@ -76,8 +76,10 @@ class AnswerText:
         return _BYTE.fullmatch(str(self._tokenizer.convert_ids_to_tokens(token))) is not None
 
     def _piece(self, *, ended: bool) -> str:
-        self._find_stop()
-        end = len(self._text)
+        reach = max(map(len, self._stops), default=0)  # one may have begun in the text before
+        whole, self._text = self._text, _cut(self._text, self._stops, self._searched - reach)
+        self._searched = end = len(self._text)
+        self.stopped = end < len(whole)
         if not (ended or self.stopped):
             end -= max((_overlap(self._text, stop) for stop in self._stops), default=0)
         end = max(len(self._text[:end].rstrip()), self._given)
@@ -86,13 +88,6 @@ class AnswerText:
         piece = self._text[self._given : end]
         self._given = max(self._given, end)
         return piece
-
-    def _find_stop(self) -> None:
-        places = [self._text.find(stop, max(0, self._searched - len(stop))) for stop in self._stops]
-        found = [place for place in places if place >= 0]
-        self._searched = len(self._text)
-        if found:
-            self._text, self.stopped = self._text[: min(found)], True
 
 
 def _overlap(text: str, stop: str) -> int:

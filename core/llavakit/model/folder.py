@@ -8,7 +8,7 @@ vision/  language/      what the part's `save` wrote; a Hugging Face folder for 
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,38 +44,31 @@ def create_model(
 
     New weights depend on `seed` and the part alone. Parts that are given are taken as they are.
     """
+    given = {"vision": vision, "language": language}
+    seeds = {"vision": seed, "language": seed + 1, "connector": seed + 2}
+
+    def make(name: str, use: Use[Any], **context: Any) -> Any:
+        torch.manual_seed(seeds[name])
+        if (part := given.get(name)) is not None:
+            return part
+        return registry.chosen(use).create(registry.options(use), **context)
+
     place = torch.device(device)
     with torch.random.fork_rng([place] if place.type == "cuda" else []):  # none of other devices
-        if vision is None:
-            torch.manual_seed(seed)
-            vision = create_part(recipe.vision, registry)
-        if language is None:
-            torch.manual_seed(seed + 1)
-            language = create_part(recipe.language, registry)
-        torch.manual_seed(seed + 2)
-        connector = create_part(
-            recipe.connector,
-            registry,
-            vision_width=vision.width,
-            language_width=language.width,
-        )
-    return join_model(recipe, registry, vision, connector, language).to(place)
-
-
-def create_part(use: Use[Any], registry: Registry, **context: Any) -> Any:
-    """Return one network as its options ask: pretrained, or new."""
-    component = registry.chosen(use)
-    return component.create(component.Options(**use.options), **context)
+        return _made_of(recipe, registry, make).to(place)
 
 
 def sketch_model(recipe: ModelRecipe, registry: Registry) -> LlavaModel:
     """Return the model on the meta device: every shape, no weight, nothing read or fetched."""
     with torch.device("meta"):
-        vision = registry.build(recipe.vision)
-        language = registry.build(recipe.language)
-        connector = registry.build(
-            recipe.connector, vision_width=vision.width, language_width=language.width
-        )
+        return _made_of(recipe, registry, lambda _, use, **widths: registry.build(use, **widths))
+
+
+def _made_of(recipe: ModelRecipe, registry: Registry, make: Callable[..., Any]) -> LlavaModel:
+    """Return the model of parts that are made one by one: `make(name, use, **widths)`."""
+    vision, language = make("vision", recipe.vision), make("language", recipe.language)
+    widths = {"vision_width": vision.width, "language_width": language.width}
+    connector = make("connector", recipe.connector, **widths)
     return join_model(recipe, registry, vision, connector, language)
 
 
@@ -91,15 +84,8 @@ def join_model(
     Raises ModelError where one image alone is longer than what the language model reads.
     """
     template = recipe.template or Use[PromptTemplate](use=language.default_template)
-    choices = {
-        name: use.model_dump(mode="json")
-        for name, use in (
-            ("vision", recipe.vision),
-            ("connector", recipe.connector),
-            ("language", recipe.language),
-            ("template", template),
-        )
-    }
+    whole = recipe.model_copy(update={"template": template})
+    choices = {name: getattr(whole, name).model_dump(mode="json") for name in (*PARTS, "template")}
     model = LlavaModel(vision, connector, language, registry.build(template), choices=choices)
     if model.visual_tokens >= language.max_length:
         raise ModelError(
@@ -173,25 +159,20 @@ def load_model(
         # safetensors notices by itself where a large file is cut short
         if differs(file, known):
             raise ModelError(f"{file} differs from what {MANIFEST} says; copy the folder again")
+
+    def read(name: str, use: Use[Any], **widths: int) -> Any:
+        return _load_part(use, registry, _place(folder, name), dtype, **widths)
+
     try:
         recipe = ModelRecipe.model_validate({name: manifest[name] for name in (*PARTS, "template")})
         if template is not None:
             recipe = recipe.model_copy(update={"template": Use[PromptTemplate](use=template)})
         for part, changes in (options or {}).items():
             recipe = _change(recipe, part, changes, registry)
-        vision = _load_part(recipe.vision, registry, _place(folder, "vision"), dtype)
-        language = _load_part(recipe.language, registry, _place(folder, "language"), dtype)
-        connector = _load_part(
-            recipe.connector,
-            registry,
-            _place(folder, "connector"),
-            dtype,
-            vision_width=vision.width,
-            language_width=language.width,
-        )
+        model = _made_of(recipe, registry, read)
     except (KeyError, ValidationError, RuntimeError, OSError, SafetensorError) as error:
         raise ModelError(f"{path} does not describe the weights beside it: {error}") from error
-    model = join_model(recipe, registry, vision, connector, language).to(device)
+    model.to(device)
     if dtype is not None:
         cast_weights(model, dtype)
     return model
@@ -230,7 +211,7 @@ def _load_part(
 ) -> Any:
     """Return a part in `dtype`, read so at once where it has an option for it."""
     component: Any = registry.chosen(use)
-    options: Options = component.Options(**use.options)
+    options: Options = registry.options(use)
     if dtype is not None and "dtype" in component.Options.model_fields:
         options = options.model_copy(update={"dtype": str(dtype).removeprefix("torch.")})
     return component.load(options, folder, **context)

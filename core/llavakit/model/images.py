@@ -17,7 +17,6 @@ from PIL import Image, UnidentifiedImageError
 
 from llavakit.contracts.data import ImageSource
 from llavakit.contracts.errors import DataError, ModelError
-from llavakit.files import explain_write
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,8 +24,7 @@ if TYPE_CHECKING:
     from llavakit.contracts.networks import VisionEncoder
 
 MAX_PIXELS = 178_956_970  #: Pillow's own limit for a decompression bomb (twice its warning level).
-MAX_RATIO = 200
-"""Of the longer side to the shorter, as Qwen2-VL has it: a resize makes thin images huge."""
+MAX_RATIO = 200  #: Of the sides, as Qwen2-VL has it: a resize makes thin images huge.
 
 _ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG)
 _ADDRESS = re.compile(r"(?:^|/)(?:https?|ftps?|s3|gs|hdfs|file|data):", re.IGNORECASE)
@@ -104,39 +102,6 @@ def read_pixels(encoder: VisionEncoder, source: ImageSource, where: str) -> Tens
             f"its `image_size` says {expected}; fix `prepare` or `image_size`"
         )
     return pixels_3HW
-
-
-def inside(folder: Path, name: str, where: str) -> Path:
-    """Return `folder/name`; raise DataError where `name` leaves the folder.
-
-    Links within the folder are its owner's, and may lead elsewhere.
-    """
-    if os.path.isabs(name) or os.path.normpath(name).split(os.sep)[0] == os.pardir:
-        raise DataError(
-            f"image `{name:.1000}` of {where} lies outside {folder}; use a path within it"
-        )
-    return folder / name
-
-
-def save_image(image: Image.Image, path: Path) -> None:
-    """Write a PNG, whole or not at all. Raises LlavaError where that fails."""
-    partial = path.with_name(f".{path.name}.partial")
-    with explain_write(path):
-        try:
-            image.save(partial, "png")
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
-
-
-def save_thumbnail(source: ImageSource, folder: Path, name: str, edge: int = 384) -> str:
-    """Write a small PNG into `folder` and return its name, so that a report keeps its pictures."""
-    image = open_image(source, f"the report ({name})")
-    image.thumbnail((edge, edge))
-    with explain_write(folder):
-        folder.mkdir(exist_ok=True)
-    save_image(image, folder / f"{name}.png")
-    return f"{folder.name}/{name}.png"
 
 
 def _decode(image: Image.Image, name: str, edge: int | None) -> Image.Image:

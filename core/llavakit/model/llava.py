@@ -48,8 +48,7 @@ class LlavaModel(nn.Module, Answering[Tensor]):
         self.connector = connector
         self.language = language
         self.template = template
-        self.choices = choices
-        """What a recipe says of each part, enough to build the same architecture again."""
+        self.choices = choices  #: What a recipe says of each part: makes the same again.
 
     @property
     def device(self) -> torch.device:

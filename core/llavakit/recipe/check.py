@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 from typing import Any, cast, get_args
 
@@ -14,12 +14,13 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from llavakit.contracts.component import (
     LATER,
     Component,
+    Options,
     SkippableUse,
     Use,
     is_input,
     is_model_path,
 )
-from llavakit.contracts.errors import RecipeError
+from llavakit.contracts.errors import RecipeError, did_you_mean
 from llavakit.contracts.interfaces import Exporter
 from llavakit.contracts.run import Step
 from llavakit.recipe.lines import Key, Span
@@ -39,7 +40,8 @@ def build_from(
     `flags` are options by name, `settings` are `key=value` and win over them.
     Raises RecipeError with every problem at once.
     """
-    return registry.make(component, state_options(component, settings, registry, flags))
+    table = state_options(component, settings, registry, flags)
+    return registry.make(component, component.Options.model_validate(table))
 
 
 def state_options(
@@ -57,7 +59,8 @@ def state_options(
     sources += [Source(said=f"--{name.replace('_', '-')}", key=(name,)) for name in flags or ()]
     for setting in settings:
         set_key(table, setting)
-    problems = list(_check_options(component, table, registry, (), {}, inputs=True))
+    read = partial(component.Options.model_validate, table, context={"steps": {}})
+    problems = list(_check_options(component, table, read, registry, (), {}, inputs=True))
     if problems:
         sources.append(Source(said=component.name))
         raise RecipeError("\n\n".join(problem.render(sources, []) for problem in problems))
@@ -131,67 +134,70 @@ def sound(
                         yield (*key, name, index), adapter.validate_python(item)
 
 
+def parts(node: object) -> Iterator[tuple[str | int, Any]]:
+    """Yield what a model, a table or a list holds, by name or index, but for choices to skip."""
+    items: Iterable[tuple[str | int, Any]] = ()
+    if isinstance(node, BaseModel):
+        items = ((name, getattr(node, name)) for name in type(node).model_fields)
+    elif isinstance(node, Mapping):
+        items = ((str(name), item) for name, item in node.items())
+    elif isinstance(node, tuple | list):
+        items = enumerate(node)
+    yield from ((k, v) for k, v in items if not (isinstance(v, SkippableUse) and v.skip))
+
+
 def check(
-    node: BaseModel, registry: Registry, key: Key, steps: Mapping[str, Path], inputs: bool
+    node: object, registry: Registry, key: Key, steps: Mapping[str, Path], inputs: bool
 ) -> Iterator[Problem]:
-    """Yield the problems of every `Use` below `node`, in file order."""
-    for name, field in type(node).model_fields.items():
-        value = getattr(node, name)
-        if inputs and is_input(field):
+    """Yield the problems of a choice, or of every one below a model, table or list, in order.
+
+    `steps` are those before it; with `inputs` the files that options name must be there.
+    """
+    if isinstance(node, Use):
+        yield from _check_use(node, registry, key, steps, inputs)
+        return
+    fields = type(node).model_fields if isinstance(node, BaseModel) else {}
+    earlier = dict(steps)
+    for name, value in parts(node):
+        if inputs and name in fields and is_input(fields[name]):
             for path in value if isinstance(value, tuple | list) else (value,):
-                if _is_absent(path) and not (is_model_path(field) and _is_named(path, registry)):
+                may_be_named = is_model_path(fields[name])
+                if _is_absent(path) and not (may_be_named and _is_named(path, registry)):
                     message = f"`{name}`: {path} does not exist"
                     yield Problem((*key, name), message, _path_hint(path))
-        else:
-            yield from check_value(value, registry, (*key, name), steps, inputs)
-
-
-def check_value(
-    value: object, registry: Registry, key: Key, steps: Mapping[str, Path], inputs: bool
-) -> Iterator[Problem]:
-    """Yield the problems of every `Use` in a value: a choice, or a table or list with some."""
-    if isinstance(value, Use):
-        yield from _check_use(value, registry, key, steps, inputs)
-    elif isinstance(value, BaseModel):
-        yield from check(value, registry, key, steps, inputs)
-    elif isinstance(value, Mapping):
-        for name, item in value.items():
-            yield from check_value(item, registry, (*key, str(name)), steps, inputs)
-    elif isinstance(value, tuple | list):
-        earlier = dict(steps)
-        for index, item in enumerate(value):
-            if isinstance(item, SkippableUse) and item.skip:
-                continue
-            yield from check_value(item, registry, (*key, index), earlier, inputs)
-            if isinstance(item, SkippableUse) and issubclass(kind_of(item), Step):
-                earlier |= dict.fromkeys((item.use, f"{index + 1:02}-{item.use}"), LATER)
+            continue
+        yield from check(value, registry, (*key, name), earlier, inputs)
+        if isinstance(value, SkippableUse) and issubclass(kind_of(value), Step):
+            earlier |= dict.fromkeys((value.use, f"{int(name) + 1:02}-{value.use}"), LATER)
 
 
 def _check_use(
     use: Use[Any], registry: Registry, key: Key, steps: Mapping[str, Path], inputs: bool
 ) -> Iterator[Problem]:
     try:
-        component: type[Component] = registry.chosen(use)
+        component = registry.chosen(use)
     except RecipeError as error:
         yield Problem((*key, "use"), str(error))
         return
-    yield from _check_options(component, use.options, registry, key, steps, inputs)
+    read = partial(registry.options, use, steps)
+    yield from _check_options(component, use.options, read, registry, key, steps, inputs)
 
 
 def _check_options(
     component: type[Component],
     table: Mapping[str, Any],
+    read: Callable[[], Options],
     registry: Registry,
     key: Key,
     steps: Mapping[str, Path],
     inputs: bool,
 ) -> Iterator[Problem]:
     try:
-        options = component.Options.model_validate(table, context={"steps": steps})
+        options = read()
     except ValidationError as error:
         yield from problems_in(error, component.Options, key, f" of `{component.name}`")
         for inner, value in sound(component.Options, table, key):
-            yield from check_value(value, registry, inner, steps, inputs)
+            yield from check(value, registry, inner, steps, inputs)
         return
     if inputs and (sentence := component.missing(options)):
         yield Problem((*key, "use"), sentence)
@@ -208,12 +214,9 @@ def _is_named(path: Path, registry: Registry) -> bool:
 
 
 def _path_hint(path: Path) -> str:
-    close = []
-    if path.parent.is_dir():
-        close = get_close_matches(path.name, [item.name for item in path.parent.iterdir()], n=1)
-    if close:
-        return f"did you mean `{path.parent / close[0]}`?"
-    return "relative paths start at the working directory; `@step/file` is an earlier step's file"
+    beside = [item.name for item in path.parent.iterdir()] if path.parent.is_dir() else []
+    hint = "relative paths start at the working directory; `@step/file` is an earlier step's file"
+    return did_you_mean(path.name, beside, hint, path.with_name)
 
 
 def problems_in(
@@ -230,8 +233,7 @@ def problems_in(
             hint = f'write {{ use = "NAME" }}; got {_show(item["input"])}'
             yield Problem(where, f"option {option}{owner} is a table", hint)
         elif item["type"] == "extra_forbidden":
-            close = get_close_matches(str(last), known, n=1)
-            hint = f"did you mean `{close[0]}`?" if close else f"known: {', '.join(known)}"
+            hint = did_you_mean(str(last), known, f"known: {', '.join(known)}")
             yield Problem(where, f"unknown option `{last}`{owner}", hint)
         elif item["type"] == "tuple_type" and isinstance(item["input"], dict):
             hint = f"write [[{last}]] for a table of it" if len(loc) == 1 else "write it as [...]"

@@ -24,8 +24,7 @@ class ModelRecipe(BaseModel):
     vision: Use["VisionEncoder"]
     connector: Use["Connector"]
     language: Use["LanguageModel"]
-    template: Use[PromptTemplate] | None = None
-    """The language model's usual one where it is absent."""
+    template: Use[PromptTemplate] | None = None  #: None: the language model's usual one.
 
 
 def is_model(folder: Path) -> bool:

@@ -7,7 +7,6 @@ import re
 import tomllib
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,10 +20,10 @@ from pydantic_settings import (
 )
 
 from llavakit.contracts.component import LATER, SkippableUse, Use
-from llavakit.contracts.errors import RecipeError
+from llavakit.contracts.errors import RecipeError, did_you_mean
 from llavakit.contracts.interfaces import Tracker
 from llavakit.contracts.run import Step
-from llavakit.recipe.check import Problem, check, check_value, problems_in, sound
+from llavakit.recipe.check import Problem, check, problems_in, sound
 from llavakit.recipe.lines import Key
 from llavakit.recipe.model_choice import ModelRecipe
 from llavakit.recipe.overrides import Source, set_key, stated, step_index
@@ -42,8 +41,7 @@ class Machine(BaseModel):
 
     name: str = "this machine"
     devices: int = Field(default=1, ge=1)
-    tflops: float | None = Field(default=None, gt=0)
-    """Sustained rate of one device in 10^12 floating-point operations a second."""
+    tflops: float | None = Field(default=None, gt=0)  #: Sustained rate of a device, 10^12/s.
     memory_gb: float | None = Field(default=None, gt=0)
     usd_per_hour: float = Field(default=0.0, ge=0)  #: Price of all devices together.
 
@@ -124,7 +122,7 @@ class Recipe(BaseSettings):
             later = dict.fromkeys(filter(None, names), LATER)
             problems = list(problems_in(error, cls))
             for key, value in sound(cls, table):
-                problems += check_value(value, registry, key, later, inputs)
+                problems += check(value, registry, key, later, inputs)
             if "model" not in table and not names:
                 problems += missing_model((), registry)
         else:
@@ -202,8 +200,7 @@ def find_recipe(name: str, beside: Path | None = None) -> Path:
     known = sorted(
         file.relative_to(folder).with_suffix("").as_posix() for file in folder.rglob("*.toml")
     )
-    close = get_close_matches(name, known, n=1)
-    hint = f"did you mean `{close[0]}`?" if close else f"there are: {', '.join(known)}"
+    hint = did_you_mean(name, known, f"there are: {', '.join(known)}")
     raise RecipeError(f"no built-in recipe is called `{name}`; {hint}")
 
 
@@ -274,7 +271,7 @@ def missing_model(steps: Sequence[StepUse], registry: Registry) -> Iterator[Prob
         if step.needs_model and not left and use.options.get("init") is None:
             needing = needing or use.use
         with suppress(ValidationError):  # which is said elsewhere
-            folders = step.leaves(step.Options.model_validate(use.options))
+            folders = step.leaves(registry.options(use))
             left = left or "model" in (folders or {})
     if needing or not steps:
         hint = f"`{needing}` needs one: add [model], or state `init`" if needing else "add it"

@@ -9,6 +9,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from llavakit.files import CONTROL
+
 HIDDEN = "[hidden]"
 _SHORTEST = 12  # of a secret that can be told from an ordinary word, and so be taken out of a text
 _known: set[str] = set()
@@ -39,7 +41,6 @@ _QUERY = re.compile(
     r"(?<=[?&])((?:[\w-]*(?:key|token|secret|password|sig|signature)|code)=|(?<=\?)(?=[^=]*$))[^&#]+",
     re.IGNORECASE,
 )
-_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def hide(secret: str) -> None:
@@ -92,12 +93,7 @@ def redacted(value: Any) -> Any:
 
 def printable(text: str) -> str:
     r"""Return a text whose control characters are spelt out, `\x1b`; tabs and line ends stay."""
-    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
-
-
-def printable_json(text: str) -> str:
-    """Return JSON of the same meaning that drives no terminal."""
-    return _CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+    return CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
 
 
 def shown(text: str) -> str:

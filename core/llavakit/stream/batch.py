@@ -32,8 +32,7 @@ class PackedBatch:
     target_rows: Rows  #: The rows whose next token is supervised.
     targets_M: Tensor  #: int64: those next tokens.
     samples: tuple[int, ...]  #: Index of each sample in its data set.
-    images: tuple[tuple[int, int], ...]
-    """(sample, image of that sample) of each image, in order of their visual rows."""
+    images: tuple[tuple[int, int], ...]  #: (sample, its image) of each, in order of rows.
 
     def to(self, device: torch.device) -> PackedBatch:
         """Return the batch on `device`."""

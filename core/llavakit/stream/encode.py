@@ -52,8 +52,7 @@ class Encoded:
 
     ids: IntArray
     learned: BoolArray
-    max_length: int | None = None
-    """Rows to keep after the images are spliced in; the original truncates there too."""
+    max_length: int | None = None  #: Rows to keep once images are spliced in, as the original does.
 
     @property
     def image_count(self) -> int:

@@ -1,8 +1,7 @@
 """Reads stretches of text with a fast tokenizer: ids, and which of them are learned.
 
-Two things the tokenizer does not do by itself are done here: special tokens count only where the
-template wrote them, and LLaMA's tokenizers are read word by word with a memory, which is several
-times as fast and gives the same ids.
+What the tokenizer does not do by itself is done here: special tokens count only where the template
+wrote them, and each id knows whether it is learned.
 """
 
 from __future__ import annotations
@@ -11,8 +10,8 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import chain, pairwise
-from typing import TYPE_CHECKING, Any, NamedTuple
+from itertools import chain
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -22,7 +21,6 @@ from llavakit.contracts.errors import DataError, ModelError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
-    from tokenizers.models import BPE
     from transformers import PreTrainedTokenizerBase
 
 BoolArray = npt.NDArray[np.bool_]
@@ -36,6 +34,13 @@ class Part(NamedTuple):
     markup: bool  #: Whether special tokens in it count as such.
 
 
+class QuickReader(Protocol):
+    """Reads what it can as the tokenizer would, to the same ids, but faster."""
+
+    def read(self, parts: Sequence[Part]) -> tuple[list[int], BoolArray] | None:
+        """Return the ids and the mask of `Reader.read`; None for parts that it cannot read."""
+
+
 @dataclass
 class Reader:
     """What is known of one tokenizer."""
@@ -43,10 +48,10 @@ class Reader:
     backend: Tokenizer
     vocabulary: int
     special: SpecialTokens
-    words: Words | None
     scheme: str
     """Where LLaMA's tokenizers put a space in front: at the `first` of a stretch, `always` behind
     special tokens too, or `never`. (transformers' option `legacy` chooses `always`.)"""
+    quick: QuickReader | None = None  #: As the tokenizer's `quick_reader` gives it.
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase) -> Reader:
@@ -58,8 +63,9 @@ class Reader:
         found = _readers.get(tokenizer)
         size = backend.get_vocab_size()
         if found is None or found.backend is not backend or found.vocabulary != size:
-            special = SpecialTokens.of(backend)
-            found = cls(backend, size, special, Words.of(backend, special), _scheme(backend))
+            found = cls(backend, size, SpecialTokens.of(backend), _scheme(backend))
+            if make := getattr(tokenizer, "quick_reader", None):
+                found.quick = make(found)
             _readers[tokenizer] = found
         return found
 
@@ -82,8 +88,8 @@ class Reader:
             if any(not part.markup and self.special.within(part.text) for part in parts):
                 parts = [self.special.stand_in(part) for part in parts]
                 return _read(parts, self.special.literal(self.backend))
-            by_words = self.words.read(parts) if self.words else None
-            return by_words or _read(parts, self.backend)
+            quickly = self.quick.read(parts) if self.quick else None
+            return quickly or _read(parts, self.backend)
         except (TypeError, UnicodeEncodeError) as error:  # half a surrogate pair, as JSON may hold
             raise DataError(f"the text is no valid Unicode ({error}); mend or remove it") from error
 
@@ -99,7 +105,7 @@ class Reader:
                 if number % 2:
                     opens = self.scheme == "always"
                 elif text:
-                    if opens and text[0] in (" ", _SPACE):
+                    if opens and text[0] in (" ", "▁"):
                         pieces[number] = f" {text}"
                     opens = False
             yield part._replace(text="".join(pieces))
@@ -208,109 +214,3 @@ class SpecialTokens:
         data["post_processor"] = None
         respelt: Tokenizer = Tokenizer.from_str(json.dumps(data))
         return respelt
-
-
-_SPACE = "▁"  # SentencePiece's space
-_WORD = re.compile(r"\n| *[^ \n]+| +")
-_LONGEST, _MOST = 32, 200_000  # words to remember: their characters, and how many
-
-
-@dataclass
-class Words:
-    """Reads the text of a tokenizer in which no token reaches into the next word or line.
-
-    So it is with LLaMA's: spaces stand in front of words only, and a newline is a byte.
-    """
-
-    model: BPE
-    special: SpecialTokens
-    scheme: str  #: As the reader's.
-    memory: dict[str, tuple[int, ...]] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, backend: Tokenizer, special: SpecialTokens) -> Words | None:
-        """Return the reader by words, or None for a tokenizer that must see the whole text."""
-        from tokenizers.models import BPE
-        from tokenizers.pre_tokenizers import Metaspace
-
-        model, spaces = backend.model, backend.pre_tokenizer
-        added = backend.get_added_tokens_decoder().values()
-        if (
-            not isinstance(model, BPE)
-            or not isinstance(spaces, Metaspace)
-            or backend.normalizer is not None
-            or (spaces.split, spaces.replacement) != (False, _SPACE)
-            or (model.dropout, model.ignore_merges, model.byte_fallback) != (None, False, True)
-            or any(t.lstrip or t.rstrip or t.single_word or not t.special for t in added)
-        ):
-            return None
-        vocabulary = backend.get_vocab()
-        reaches = re.compile(f"[^{_SPACE}]{_SPACE}|.\n|\n.", re.DOTALL)
-        if any(map(reaches.search, vocabulary)):
-            return None
-        if not all(f"<0x{byte:02X}>" in vocabulary for byte in range(256)):
-            return None
-        return cls(model, special, _scheme(backend))
-
-    def read(self, parts: Sequence[Part]) -> tuple[list[int], BoolArray] | None:
-        """Return ids and mask, or None where learning begins or ends within a word."""
-        ids: list[int] = []
-        flags: list[bool] = []
-        counts: list[int] = []
-        for number, (runs, end) in enumerate(self._between_special(parts)):
-            if not all(map(_apart, pairwise(text for text, _ in runs))):
-                return None
-            for place, (text, learned) in enumerate(runs):
-                if _SPACE in text:
-                    return None
-                spaced = self.scheme == "always" or (self.scheme == "first" and not number)
-                before = len(ids)
-                ids += self._ids(f" {text}" if spaced and not place and text[0] != " " else text)
-                flags.append(learned)
-                counts.append(len(ids) - before)
-            if end is not None:
-                ids.append(self.special.ids[end.text])
-                flags.append(end.learned)
-                counts.append(1)
-        return ids, np.repeat(np.asarray(flags, dtype=np.bool_), counts)
-
-    def _between_special(
-        self, parts: Sequence[Part]
-    ) -> Iterator[tuple[list[tuple[str, bool]], Part | None]]:
-        """Yield the text up to each special token, in runs, and the special token."""
-        runs: list[tuple[str, bool]] = []
-        for part in parts:
-            pieces = self.special.pattern.split(part.text) if part.markup else [part.text]
-            for number, text in enumerate(pieces):
-                if number % 2:
-                    yield runs, part._replace(text=text)
-                    runs = []
-                elif text and runs and runs[-1][1] == part.learned:
-                    runs[-1] = (runs[-1][0] + text, part.learned)
-                elif text:
-                    runs.append((text, part.learned))
-        yield runs, None
-
-    def _ids(self, text: str) -> Iterator[int]:
-        words = _WORD.findall(text)
-        memory = self.memory
-        try:
-            return chain.from_iterable([memory[word] for word in words])
-        except KeyError:
-            return chain.from_iterable([self._word(word) for word in words])
-
-    def _word(self, word: str) -> tuple[int, ...]:
-        known = self.memory.get(word)
-        if known is None:
-            known = tuple(t.id for t in self.model.tokenize(word.replace(" ", _SPACE)))
-            if len(word) <= _LONGEST:
-                if len(self.memory) >= _MOST:
-                    self.memory.clear()
-                self.memory[word] = known
-        return known
-
-
-def _apart(texts: tuple[str, str]) -> bool:
-    """Say whether a word or a line ends between two texts."""
-    before, behind = texts[0][-1], texts[1][0]
-    return before == "\n" or behind == "\n" or (behind == " " and before != " ")

@@ -9,11 +9,10 @@ import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from difflib import get_close_matches
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from llavakit import ChatError, Message, Reply, ReplyError, shown
+from llavakit import ChatError, Message, Reply, ReplyError, did_you_mean, shown
 from llavakit_plugins.chat_models.faults import (
     Complaint,
     Fault,
@@ -261,13 +260,9 @@ class Service:
                 "with --resume"
             )
         served = await self._served()
-        close = get_close_matches(o.model, served, n=1)
-        if close:
-            hint = f"did you mean `{close[0]}`?"
-        elif served:
-            hint = f"it serves: {', '.join(sorted(served)[:20])}"
-        else:
-            hint = "check `model` and `base_url` (most end in /v1)"
+        hint = "check `model` and `base_url` (most end in /v1)"
+        if served:
+            hint = did_you_mean(o.model, served, f"it serves: {', '.join(sorted(served)[:20])}")
         return ChatError(f"{where} has no model `{o.model}`: {said}; {self.clean(hint)}")
 
     async def _served(self) -> list[str]:

@@ -76,10 +76,11 @@ def _table(assignments: Sequence[str]) -> dict[str, Any]:
 
 
 def _chat_with_heatmap(arguments: argparse.Namespace, model: object) -> None:
-    from llavakit import LlavaModel, save_image
+    from llavakit import LlavaModel
     from llavakit.contracts.model import Sampling
     from llavakit_plugins.heatmaps.attention_maps import watch_answer
     from llavakit_plugins.heatmaps.drawing import draw_gaze
+    from llavakit_plugins.reporting.pictures import save_image
 
     if not isinstance(model, LlavaModel):
         raise ModelError(

@@ -7,7 +7,6 @@ import inspect
 import json
 import sys
 from collections.abc import Sequence
-from difflib import get_close_matches
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -21,7 +20,7 @@ from llavakit.contracts.interfaces import FileScorer
 
 def score_command(arguments: Sequence[str], registry: Registry) -> int:
     """Run `llava-run score` with what stands behind it."""
-    from llavakit import build_from
+    from llavakit import build_from, did_you_mean
     from llavakit_plugins.reporting.plain import plain
 
     scorers = find_scorers(registry)
@@ -33,8 +32,7 @@ def score_command(arguments: Sequence[str], registry: Registry) -> int:
         return 0
     name = arguments[0]
     if name not in scorers:
-        close = get_close_matches(name, scorers, n=1)
-        hint = f"did you mean `{close[0]}`?" if close else f"there are: {', '.join(scorers)}"
+        hint = did_you_mean(name, scorers, f"there are: {', '.join(scorers)}")
         raise RecipeError(f"nothing called `{name}` can be scored; {hint}")
     scorer = scorers[name]
     stated = vars(_parser(scorer).parse_args(arguments[1:]))

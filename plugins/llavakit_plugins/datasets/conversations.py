@@ -12,11 +12,20 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import Field
 
-from llavakit import DataError, Dataset, InputPath, MissingImage, Options, Sample, Turn, inside
+from llavakit import (
+    DataError,
+    Dataset,
+    InputPath,
+    MissingImage,
+    Options,
+    Sample,
+    Turn,
+    and_more,
+)
 from llavakit.contracts.data import CHARACTERS_A_TOKEN, Finding, Inspected
 from llavakit.contracts.run import Progress
 from llavakit_plugins.datasets.expected import Expected
-from llavakit_plugins.datasets.image_files import check_image, whole_images
+from llavakit_plugins.datasets.image_files import check_image, inside, whole_images
 from llavakit_plugins.datasets.json_stream import Row
 from llavakit_plugins.datasets.streaming import StoredRows, count_rows, read_rows
 
@@ -178,14 +187,12 @@ class Conversations(Dataset):
         path, skip = self.options.path, 'or set unusable = "skip" to leave their samples out'
         missing = {image: e for image, e in broken.items() if isinstance(e, MissingImage)}
         if missing:
-            names = ", ".join(
-                f"{image:.1000} (sample `{self._id(images[image])}`)"
-                for image in islice(missing, _NAMED)
+            names = and_more(
+                missing, _NAMED, lambda image: f"{image:.1000} (sample `{self._id(images[image])}`)"
             )
-            more = f" and {len(missing) - _NAMED} more" if len(missing) > _NAMED else ""
             remedies = dict.fromkeys(error.remedy for error in missing.values())
             return DataError(
-                f"{path}: {len(missing)} of {len(images)} images are missing: {names}{more}; "
+                f"{path}: {len(missing)} of {len(images)} images are missing: {names}; "
                 f"{'; '.join(remedies)}, {skip}"
             )
         more = f" ({len(broken) - 1} more cannot be used)" if len(broken) > 1 else ""

@@ -31,6 +31,18 @@ _PNG_DEPTHS = {0: (1, 2, 4, 8, 16), 2: (8, 16), 3: (1, 2, 4, 8), 4: (8, 16), 6: 
 """Bits a channel by colour type."""
 
 
+def inside(folder: Path, name: str, where: str) -> Path:
+    """Return `folder/name`; raise DataError where `name` leaves the folder.
+
+    Links within the folder are its owner's, and may lead elsewhere.
+    """
+    if os.path.isabs(name) or os.path.normpath(name).split(os.sep)[0] == os.pardir:
+        raise DataError(
+            f"image `{name:.1000}` of {where} lies outside {folder}; use a path within it"
+        )
+    return folder / name
+
+
 def check_image(path: ImagePath, where: str) -> None:
     """Raise DataError where an image is missing, cut short, of an unusable size or no image.
 

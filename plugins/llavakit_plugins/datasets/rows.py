@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from llavakit import DataError, read_text
+from llavakit import DataError, and_more, read_text
 
 Row = Mapping[str, Any]
 _NAMED = 5  # ids that a message lists
@@ -81,8 +81,7 @@ def by_id(rows: Sequence[tuple[str, Row]], path: Path) -> dict[str, tuple[str, R
 
 def listed(ids: Sequence[object]) -> str:
     """Return ids as a message names them: the first few, and how many more."""
-    names = ", ".join(f"`{identity}`" for identity in ids[:_NAMED])
-    return f"{names} and {len(ids) - _NAMED} more" if len(ids) > _NAMED else names
+    return and_more(ids, _NAMED, "`{}`".format)
 
 
 def _parse(text: str, path: Path, line: int | None = None) -> Any:

@@ -14,8 +14,9 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator
 
-from llavakit import DataError, inside
+from llavakit import DataError
 from llavakit.contracts.data import IMAGE
+from llavakit_plugins.datasets.image_files import inside
 from llavakit_plugins.datasets.rows import Row, listed, read_json, text_of
 
 LETTERS = "ABCDE"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from llavakit import DataError, LlavaModel, Question, Stopped, drop_torn_line, explain_write
+from llavakit import DataError, JsonLines, LlavaModel, Question, Stopped, write_text
 from llavakit.contracts.data import ImageSource
 from llavakit.contracts.model import Sampling
 from llavakit.contracts.run import Progress
@@ -43,8 +42,10 @@ class AnswerFile:
     def __init__(self, path: Path, model_id: str, *, resume: bool) -> None:
         self.path, self._model_id = path, model_id
         self._known: dict[tuple[str, str, tuple[str, ...]], str] = {}
-        if resume and path.is_file():
-            drop_torn_line(path)
+        if not resume:
+            write_text(path, "")
+        self._lines = JsonLines(path)
+        if resume:
             for where, row in read_lines(path):
                 images = row.get("image")
                 images = images if isinstance(images, list) else [None]
@@ -55,9 +56,6 @@ class AnswerFile:
                         "question is asked again"
                     )
                 self._known[str(row.get("question_id")), texts[0], tuple(images)] = texts[1]
-        else:
-            with explain_write(path):
-                path.write_bytes(b"")
 
     def get(self, question: Question) -> str | None:
         """Return the answer to a question with these very words and images, if there is one."""
@@ -65,12 +63,7 @@ class AnswerFile:
 
     def append(self, questions: Sequence[Question], answers: Sequence[str]) -> None:
         """Put answers on the disk; when this returns, they are there."""
-        rows = [self.row(q, a) for q, a in zip(questions, answers, strict=True)]
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        with explain_write(self.path), self.path.open("ab") as file:
-            file.write(text.encode("utf-8", "backslashreplace"))
-            file.flush()
-            os.fsync(file.fileno())
+        self._lines.append(self.row(q, a) for q, a in zip(questions, answers, strict=True))
         self._known |= {_key(q): a for q, a in zip(questions, answers, strict=True)}
 
     def row(self, question: Question, answer: str, **metadata: Any) -> Row:

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from llavakit import DataError, Question, inside
+from llavakit import DataError, Question, and_more
 from llavakit.contracts.data import IMAGE
+from llavakit_plugins.datasets.image_files import inside
 from llavakit_plugins.datasets.rows import Row, by_id, id_of, listed, read_rows, text_of
 
 
@@ -40,10 +41,9 @@ def read_questions(path: Path, images: Path | None, limit: int | None = None) ->
         if isinstance(image, Path) and not image.is_file()
     ]
     if missing:
-        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise DataError(
-            f"{path}: {len(missing)} images are missing: {', '.join(missing[:3])}{more}; check "
-            "the images folder"
+            f"{path}: {len(missing)} images are missing: {and_more(missing)}; check the images "
+            "folder"
         )
     return asked
 

@@ -43,13 +43,13 @@ def caption_row(context: ImageContext, draw: np.random.Generator, questions: Seq
 
 def brief_questions() -> tuple[str, ...]:
     """Return the questions of stage 1: our own words for the paper's table 11."""
-    text = files("llavakit_plugins").joinpath("brief.txt").read_text(encoding="utf-8")
+    text = files("llavakit_plugins.generation").joinpath("brief.txt").read_text(encoding="utf-8")
     return tuple(text.splitlines())
 
 
 def find_image(images: Path | None, context: ImageContext) -> Path | None:
     """Return the file of a context's image, where there is one."""
-    from llavakit import inside
+    from llavakit_plugins.datasets.image_files import inside
 
     if images is None:
         return None

@@ -47,7 +47,7 @@ def open_sources(options: GenerateOptions, folder: Path) -> Iterator[dict[str, C
 
 
 def _check(contexts: Contexts, path: Path, images: Path) -> None:
-    from llavakit import inside
+    from llavakit_plugins.datasets.image_files import inside
 
     seen: set[str] = set()
     for context in contexts:

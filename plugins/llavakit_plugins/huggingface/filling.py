@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llavakit import ModelError
+from llavakit import ModelError, and_more
 from llavakit_plugins.huggingface.hub import quietly
 
 _RECOMPUTED = ("rotary_emb.inv_freq", "embeddings.position_ids")
@@ -96,13 +96,9 @@ def _misfit(
     wrong: Mapping[str, Collection[str]],
     others: Sequence[str],
 ) -> ModelError:
-    complaints = [f"it {what} {_list(names)}" for what, names in wrong.items() if names]
+    named = {what: and_more(sorted(names), _NAMED) for what, names in wrong.items() if names}
+    complaints = [f"it {what} {names}" for what, names in named.items()]
     return ModelError(
         f"{where} does not hold the weights of a {network.__name__} with its config.json: "
         f"{'; '.join([*complaints, *others])}. Fetch the model again, or give its real shape"
     )
-
-
-def _list(names: Collection[str]) -> str:
-    shown = ", ".join(sorted(names)[:_NAMED])
-    return shown + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")

@@ -46,7 +46,7 @@ def read_config(options: PretrainedOptions, part: str = "vision_config") -> dict
     the source's configuration is not on this machine.
     """
     if options.source is None:
-        return options.config
+        return dict(options.config)  # its own: who is given it may take things out
     found = find_file(options, "config.json")
     if found is not None:
         table = read_json(found)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llavakit.contracts.errors import ModelError
+from llavakit_plugins.huggingface.words import by_words
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -60,6 +61,7 @@ def fast_tokenizer(
         )
         return found
 
+    by_words(tokenizer)
     if held("tokenizer.json") is None and (model := held("tokenizer.model")) is not None:
         _merge_by_score(tokenizer, Path(model))
     return tokenizer
@@ -72,7 +74,7 @@ def _from_file(path: Path) -> PreTrainedTokenizerBase:
         if (path.parent / "tokenizer_config.json").is_file():
             return fast_tokenizer(str(path.parent))
         tokenizer: PreTrainedTokenizerBase = PreTrainedTokenizerFast(tokenizer_file=str(path))
-        return tokenizer
+        return by_words(tokenizer)
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "tokenizer.model").symlink_to(path.resolve())
         settings = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "legacy": True}

@@ -1,4 +1,4 @@
-"""Images for the report: found below the run's folder, made small, embedded as data URIs."""
+"""Images for the report: written by steps, found below the run's folder, embedded as data URIs."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ from typing import Any
 from urllib.parse import quote
 
 from PIL import Image, ImageOps
+
+from llavakit import explain_write, open_image
+from llavakit.contracts.data import ImageSource
 
 _SIDE = 384  # of an embedded image, in pixels
 _SMALL = 128  # shown magnified, so every pixel is kept: PNG
@@ -91,3 +94,24 @@ def _encodings(image: Image.Image) -> Iterator[str]:
         buffer = BytesIO()
         image.save(buffer, kind, **options)
         yield f"data:image/{kind};base64,{b64encode(buffer.getvalue()).decode('ascii')}"
+
+
+def save_image(image: Image.Image, path: Path) -> None:
+    """Write a PNG, whole or not at all. Raises LlavaError where that fails."""
+    partial = path.with_name(f".{path.name}.partial")
+    with explain_write(path):
+        try:
+            image.save(partial, "png")
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def save_thumbnail(source: ImageSource, folder: Path, name: str, edge: int = 384) -> str:
+    """Write a small PNG into `folder` and return its name, so that a report keeps its pictures."""
+    image = open_image(source, f"the report ({name})")
+    image.thumbnail((edge, edge))
+    with explain_write(folder):
+        folder.mkdir(exist_ok=True)
+    save_image(image, folder / f"{name}.png")
+    return f"{folder.name}/{name}.png"

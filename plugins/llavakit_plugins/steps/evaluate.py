@@ -24,7 +24,6 @@ from llavakit import (
     Score,
     Step,
     Use,
-    save_thumbnail,
     write_text,
 )
 from llavakit.contracts.component import SkippableUse
@@ -32,6 +31,7 @@ from llavakit.contracts.data import IMAGE
 from llavakit.contracts.run import Planner, StepPlan
 from llavakit.contracts.sections import Card, Gallery, Section, Table
 from llavakit_plugins.evaluation.answering import AnswerFile, Pace, ask
+from llavakit_plugins.reporting.pictures import save_thumbnail
 from llavakit_plugins.training.corpus import Corpus
 from llavakit_plugins.training.features import Encoding
 from llavakit_plugins.training.initial import StartOptions, missing_model, sketch_start, start

@@ -18,9 +18,7 @@ from llavakit import (
     Run,
     Step,
     Use,
-    save_image,
     save_model,
-    save_thumbnail,
 )
 from llavakit.contracts.data import IMAGE, ImageSource
 from llavakit.contracts.model import Sampling
@@ -28,6 +26,7 @@ from llavakit.contracts.run import Planner, StepPlan
 from llavakit.contracts.sections import Card, Gallery
 from llavakit_plugins.heatmaps.attention_maps import watch_answer
 from llavakit_plugins.heatmaps.drawing import draw_gaze
+from llavakit_plugins.reporting.pictures import save_image, save_thumbnail
 from llavakit_plugins.training.initial import StartOptions, missing_model, sketch_start, start
 
 _LOOKS = (

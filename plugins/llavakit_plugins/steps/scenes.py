@@ -6,10 +6,11 @@ from pathlib import Path
 
 from pydantic import Field
 
-from llavakit import ImageContext, Options, Outcome, Run, Step, explain_write, save_image
+from llavakit import ImageContext, Options, Outcome, Run, Step, explain_write
 from llavakit.contracts.sections import Card, Gallery
 from llavakit_plugins.generation.contexts import write_contexts
 from llavakit_plugins.generation.scenes import FAMILY, Scene, Split, compose
+from llavakit_plugins.reporting.pictures import save_image
 
 _SHOWN = 12
 

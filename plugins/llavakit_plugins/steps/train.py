@@ -14,11 +14,11 @@ from llavakit import (
     explain_memory,
     link_folder,
     save_model,
-    save_thumbnail,
 )
 from llavakit.contracts.data import IMAGE
 from llavakit.contracts.run import Planner, StepPlan
 from llavakit.contracts.sections import Card, Curves, Gallery, Section
+from llavakit_plugins.reporting.pictures import save_thumbnail
 from llavakit_plugins.training.corpus import Corpus
 from llavakit_plugins.training.features import preparation
 from llavakit_plugins.training.initial import missing_model, sketch_start, start

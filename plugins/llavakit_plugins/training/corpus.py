@@ -16,6 +16,7 @@ from llavakit import (
     LlavaModel,
     PackedBatch,
     PromptTemplate,
+    and_more,
     best_fit,
     encode,
     pack,
@@ -98,9 +99,8 @@ class Corpus:
 
     def name_skipped(self) -> str:
         """Say how many samples teach nothing, and name the first."""
-        names = ", ".join(f"`{self.data[number].id}`" for number in self.skipped[:_NAMED])
-        more = f" and {len(self.skipped) - _NAMED} more" if len(self.skipped) > _NAMED else ""
-        return f"{len(self.skipped)} of {len(self.lengths)} samples ({names}{more})"
+        names = and_more(self.skipped, _NAMED, lambda number: f"`{self.data[number].id}`")
+        return f"{len(self.skipped)} of {len(self.lengths)} samples ({names})"
 
     def __len__(self) -> int:
         return len(self.samples)

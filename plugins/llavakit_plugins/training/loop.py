@@ -13,7 +13,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llavakit import LlavaModel, PackedBatch, PromptTemplate, Run, Sample, Stopped, TrainingError
+from llavakit import (
+    LlavaModel,
+    PackedBatch,
+    PromptTemplate,
+    Run,
+    Sample,
+    Stopped,
+    TrainingError,
+    and_more,
+)
 from llavakit_plugins.training.checkpoints import Best, Checkpoints
 from llavakit_plugins.training.corpus import Batch, Corpus
 from llavakit_plugins.training.features import (
@@ -295,10 +304,9 @@ class Trainer:
                 if not torch.isfinite(self.model.loss(packed, features)):
                     bad.append(packed.samples[0])
         named = bad or batch.all_samples
-        names = ", ".join(f"`{self.corpus.data[sample].id}`" for sample in named[:_NAMED])
-        more = f" and {len(named) - _NAMED} more" if len(named) > _NAMED else ""
+        names = and_more(named, _NAMED, lambda sample: f"`{self.corpus.data[sample].id}`")
         return (
-            f"{what}; samples: {names}{more}. Lower the learning rate, or look at these samples; "
+            f"{what}; samples: {names}. Lower the learning rate, or look at these samples; "
             "--resume goes on from the last checkpoint"
         )
 

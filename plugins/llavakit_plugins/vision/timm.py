@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from difflib import get_close_matches
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, Self, cast
@@ -14,7 +13,7 @@ from pydantic import Field, model_validator
 from safetensors import SafetensorError
 from torch import Tensor
 
-from llavakit import ModelError
+from llavakit import ModelError, did_you_mean
 from llavakit_plugins.huggingface.hub import PretrainedOptions, missing_source
 from llavakit_plugins.vision.preprocessing import Aspect, pad_to_square, shrink, without_ends
 from llavakit_plugins.vision.vision_transformer import EncoderOptions, VisionTransformer
@@ -181,9 +180,10 @@ def _build(options: TimmOptions, *, pretrained: bool) -> Any:
             name, pretrained=pretrained, pretrained_cfg_overlay=weights, **options.config
         )
     except _REFUSALS as error:
-        close = get_close_matches(name.split(".")[0], timm.list_models(), n=1)
-        hint = f"; did you mean `{close[0]}`?" if "nknown model" in str(error) and close else ""
-        raise ModelError(f"timm cannot make `{name}`: {error}{hint}") from error
+        known = timm.list_models() if "nknown model" in str(error) else ()
+        hint = did_you_mean(name.split(".")[0], known)
+        complaint = f"timm cannot make `{name}`: {error}"
+        raise ModelError(f"{complaint}; {hint}" if hint else complaint) from error
     cast(Any, model).reset_classifier(0)
     return model
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 from uuid import uuid4
 
-from llavakit import DataError, drop_torn_line, explain_write
+from llavakit import DataError, JsonLines
 from llavakit_plugins.generation.requests.ledger import Ledger
 
 
@@ -16,8 +15,7 @@ class Journal:
     """The marks under which batches are handed in, and the batches whose replies are here."""
 
     def __init__(self, path: Path, earlier: list[Path]) -> None:
-        self._path = path
-        drop_torn_line(path)
+        self._lines = JsonLines(path)
         self.marks: list[str] = []
         self.collected: set[str] = set()
         for other in (*earlier, path):
@@ -25,7 +23,7 @@ class Journal:
         mine = [row["mark"] for row in _rows(path) if isinstance(row.get("mark"), str)]
         if not mine:
             mine = [uuid4().hex]
-            self._append({"mark": mine[0]})
+            self._lines.append([{"mark": mine[0]}])
             self.marks.append(mine[0])
         self.mark = mine[0]
         """Of this run: it goes to the service with every batch."""
@@ -38,7 +36,7 @@ class Journal:
     def note_collected(self, batch: str) -> None:
         """Note that every reply of a batch is in the ledger."""
         self.collected.add(batch)
-        self._append({"collected": batch})
+        self._lines.append([{"collected": batch}])
 
     def _read(self, path: Path) -> None:
         for row in _rows(path):
@@ -46,12 +44,6 @@ class Journal:
                 self.marks.append(row["mark"])
             else:
                 self.collected.add(row["collected"])
-
-    def _append(self, row: dict[str, Any]) -> None:
-        with explain_write(self._path), self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
 
 
 def _place(ledger: Path) -> Path:

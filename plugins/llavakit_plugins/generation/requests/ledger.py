@@ -8,22 +8,20 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import re
 import reprlib
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
 from hashlib import sha256
-from io import BufferedReader, FileIO
+from io import BufferedReader
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from llavakit import DataError, Message, Reply, explain_write, sync
+from llavakit import DataError, JsonLines, Message, Reply
 
 _BLOCK = 1000  # entries that are taken over at once
 
@@ -129,16 +127,10 @@ class Ledger:
         self._places: dict[bytes, int] = {}
         self._waiting: list[tuple[Entry, asyncio.Future[None]]] = []
         self._writer: asyncio.Task[None] | None = None
-        self._file: FileIO | None = None
-        if writable:
-            with explain_write(path):
-                # no buffer: what a full disk refuses must not come later, between other lines
-                self._file = path.open("ab", buffering=0)
-                sync(path.parent)
+        self._lines = JsonLines(path) if writable else None
         self._reader: BufferedReader | None = None
-        self._end = 0
         try:
-            for start, entry in self._lines():
+            for start, entry in self._entries():
                 self._note(entry, start)
             mine = short_hash(identity)
             for other in self.earlier:
@@ -163,9 +155,8 @@ class Ledger:
 
     def close(self) -> None:
         """Close the file."""
-        for file in (self._file, self._reader):
-            if file is not None:
-                file.close()
+        if self._reader is not None:
+            self._reader.close()
 
     @property
     def usd(self) -> float | None:
@@ -219,29 +210,10 @@ class Ledger:
         fresh = {entry.key: entry for entry in entries if entry.key not in self}
         if not fresh:
             return
-        lines = [json.dumps(asdict(entry), ensure_ascii=False) + "\n" for entry in fresh.values()]
-        # a lone surrogate is no text: it is kept as an escape, which JSON has
-        data = [line.encode("utf-8", "backslashreplace") for line in lines]
-        self._put(b"".join(data))
-        start = self._end
-        for entry, line in zip(fresh.values(), data, strict=True):
+        assert self._lines is not None
+        starts = self._lines.append(map(asdict, fresh.values()))
+        for entry, start in zip(fresh.values(), starts, strict=True):
             self._note(entry, start)
-            start += len(line)
-        self._end = start
-
-    def _put(self, data: bytes) -> None:
-        """Put all of it on the disk, or nothing."""
-        assert self._file is not None
-        left = memoryview(data)
-        with explain_write(self.path):
-            try:
-                while left:
-                    left = left[self._file.write(left) :]
-                os.fsync(self._file.fileno())
-            except OSError:
-                with suppress(OSError):
-                    self._file.truncate(self._end)
-                raise
 
     def _note(self, entry: Entry, start: int) -> None:
         self._places.setdefault(bytes.fromhex(entry.key), start)
@@ -251,21 +223,18 @@ class Ledger:
         self.output_tokens += entry.output_tokens or 0
 
     def _read(self, start: int) -> Entry:
-        if self._reader is None:  # not the handle that another thread writes to
+        if self._reader is None:
             self._reader = self.path.open("rb")
         self._reader.seek(start)
         return _parse(self._reader.readline(), str(self.path))
 
-    def _lines(self) -> Iterator[tuple[int, Entry]]:
+    def _entries(self) -> Iterator[tuple[int, Entry]]:
+        start = 0
         with self.path.open("rb") as file:
             for number, line in enumerate(file, start=1):
-                if not line.endswith(b"\n"):
-                    if self._file is not None:
-                        with explain_write(self.path):
-                            self._file.truncate(self._end)
-                    return
-                yield self._end, _parse(line, f"{self.path}:{number}")
-                self._end += len(line)
+                if line.endswith(b"\n"):  # the last one may be half written just now
+                    yield start, _parse(line, f"{self.path}:{number}")
+                    start += len(line)
 
 
 _FIELDS = {field.name: str(field.type) for field in fields(Entry)}

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from llavakit.contracts.errors import ModelError
+from llavakit_plugins.huggingface.words import words_of
 from llavakit_plugins.onnx.runtime.folder import Folder
 
 if TYPE_CHECKING:
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
 
 class TextTokenizer:
     """What `llavakit.stream.encode` and `llavakit.model.detokenise` ask of a tokenizer."""
+
+    quick_reader = staticmethod(words_of)
 
     def __init__(self, backend: Tokenizer, settings: dict[str, Any]) -> None:
         self.backend_tokenizer = backend

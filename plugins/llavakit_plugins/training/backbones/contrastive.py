@@ -16,7 +16,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from llavakit import ImageContext, ModelError, Run, VisionEncoder, inside, read_pixels
+from llavakit import ImageContext, ModelError, Run, VisionEncoder, read_pixels
+from llavakit_plugins.datasets.image_files import inside
 from llavakit_plugins.generation.scenes import FAMILY
 from llavakit_plugins.training.backbones.loop import optimise, shuffled
 from llavakit_plugins.training.optimiser import Group, Optimiser, Schedule
