@@ -82,7 +82,11 @@ class Generator(Component):
 
     @abstractmethod
     def generate(self, context: ImageContext, kind: ResponseKind) -> Sequence[Turn]:
-        """Return the turns of one conversation; the image's placeholder is in the first."""
+        """Return the turns of one conversation; the image's placeholder is in the first.
+
+        Called from several threads at once where it has a chat model: what that was asked is kept,
+        and not asked again in another run. A DataError has it called again, for another reply.
+        """
 
 
 class Dataset(Component):
