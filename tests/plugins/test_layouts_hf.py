@@ -370,6 +370,16 @@ def test_another_chat_template_is_used_as_it_is(tmp_path: Path) -> None:
     assert model.prompt("what colour is it ?", []).ids.tolist() == expected["input_ids"][0]
 
 
+def test_a_chat_template_without_end_is_refused_and_another_chosen(
+    clip: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (clip / "chat_template.jinja").write_text("{{ 'x' * 10**10 }}")
+    with pytest.raises(ModelError, match=r"writes more .*; choose another .* with --template"):
+        llavakit.load(clip, device="cpu")
+    model = llavakit.load(clip, device="cpu", template="vicuna_v1")
+    assert model.choices["template"] == {"use": "vicuna_v1"}
+
+
 def test_the_template_can_be_chosen(clip: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, "llavakit"):
         model = llavakit.load(clip, device="cpu", template="llava_v0")

@@ -257,6 +257,33 @@ def test_templates_that_cannot_be_used_are_refused(make: Make) -> None:
         encoded(make("{{ messages[0].content.no.such }}"), "Q")
 
 
+HOSTILE = [
+    ("{% for i in range(10**10) %}x{% endfor %}", "counts further than a text is long"),
+    ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+     "does not end within 5 seconds"),
+    ("{{ 'x' * 10**10 }}", "more than the memory"),
+    ("{{ 'x' | center(10**11) }}", "more than the memory"),
+    ("{% set n = namespace(x='ab') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
+     "more than the memory"),
+    ("{% for i in range(99999) %}{{ 'x' * 1000 }}{% endfor %}", "more than the memory"),
+    ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "calls itself without end"),
+    ("{% if messages | length > 4 %}{{ 'x' * 10**10 }}{% endif %}", "more than the memory"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("source", "sentence"), HOSTILE)
+def test_a_template_without_end_is_refused(make: Make, source: str, sentence: str) -> None:
+    with pytest.raises(ModelError, match=rf"{sentence}.*; choose another .* with --template"):
+        encoded(make(source + CHATML), "Q", "A")
+
+
+@pytest.mark.parametrize("source", ["{{ 1 / 0 }}", "{{ 'a'[0:].x.y }}", "{{ '%d' % 'x' }}", "{%"])
+def test_what_a_template_raises_is_said(make: Make, source: str) -> None:
+    with pytest.raises(ModelError, match="refuses a conversation") as caught:
+        encoded(make(source + CHATML), "Q", "A")
+    assert "\n" not in str(caught.value)
+
+
 def test_a_template_may_write_what_changes(make: Make) -> None:
     tokenizer = make("{{ pad_token }}" + CHATML)  # as others write the date
     template = ChatTemplate(ChatTemplateOptions())

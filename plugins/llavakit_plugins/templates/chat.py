@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 from weakref import WeakKeyDictionary
 
 from llavakit import DataError, LlavaError, ModelError, PromptTemplate, Segment, Turn
+from llavakit_plugins.templates.bounds import TEMPLATE_FAULTS, check_bounds
 from llavakit_plugins.templates.placement import TemplateOptions, exchanges
 
 if TYPE_CHECKING:
@@ -189,8 +190,9 @@ class ChatTemplate(PromptTemplate):
         from jinja2 import TemplateError
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        marks = _GENERATION.search(source) is not None
         variables: dict[str, Any] = {**tokenizer.special_tokens_map, **self._options.variables}
+        check_bounds(source, variables, len(messages))
+        marks = _GENERATION.search(source) is not None
         render = cast("Callable[..., tuple[list[str], list[list[Span]]]]", render_jinja_template)
         try:
             texts, spans = render(
@@ -200,9 +202,10 @@ class ChatTemplate(PromptTemplate):
                 add_generation_prompt=messages[-1]["role"] == "user",
                 **variables,
             )
-        except (TemplateError, TypeError) as error:
+        except (TemplateError, *TEMPLATE_FAULTS) as error:
             raise ModelError(
-                f"the tokenizer's chat template refuses a conversation: {error}"
+                f"the tokenizer's chat template refuses a conversation: "
+                f"{' '.join(str(error).split()) or type(error).__name__}"
             ) from error
         return texts[0], spans[0] if marks else None
 
