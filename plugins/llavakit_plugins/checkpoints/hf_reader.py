@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,7 @@ class HfReader:
         with quietly(report=False):
             processor = AutoProcessor.from_pretrained(self._folder, backend="pil")
             others = {"pil": processor}
-            if is_torchvision_available():
+            if find_spec("torchvision") is not None:
                 others["torchvision"] = AutoProcessor.from_pretrained(
                     self._folder, backend="torchvision"
                 )

@@ -19,6 +19,7 @@ from llavakit import (
     Step,
     Stopped,
     Use,
+    kind_of,
     write_text,
 )
 from llavakit.contracts.data import IMAGE, ResponseKind
@@ -147,7 +148,7 @@ def _names_chat(generator: Generator) -> bool:
     """Say whether a generator has a chat model, or a choice of one, though it builds it late."""
     options = getattr(generator, "options", None)
     stated = vars(options).values() if isinstance(options, Options) else ()
-    chosen = (use for use in stated if isinstance(use, Use) and issubclass(use.kind(), ChatModel))
+    chosen = (use for use in stated if isinstance(use, Use) and issubclass(kind_of(use), ChatModel))
     held = (value for value in vars(generator).values() if isinstance(value, ChatModel))
     return any(True for _ in (*chosen, *held))
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from threading import Lock
 from typing import Any, TypeVar, cast
 
-from llavakit import Build, ChatError, ChatModel, Message, Reply, ReplyError, Use
+from llavakit import Build, ChatError, ChatModel, Message, Reply, ReplyError, Use, kind_of
 from llavakit_plugins.generation.requests.asking import Asker
 from llavakit_plugins.generation.requests.ledger import Ledger, Request, asked, hash_messages
 
@@ -69,7 +69,7 @@ class Desk:
         """Return a `build` whose chat models ask here."""
 
         def inner(use: Use[Any], /, **context: Any) -> Any:
-            if not issubclass(use.kind(), ChatModel):
+            if not issubclass(kind_of(use), ChatModel):
                 return build(use, build=inner, **context)
             choice = use.model_dump_json()
             if choice not in self._built:  # who builds one for each conversation gets one for all
