@@ -146,9 +146,7 @@ from .recipe.redaction import (
     redacted as redacted,
     shown as shown,
 )
-from .registry import (
-    Registry as Registry,
-)
+from .registry import Registry as Registry, kind_of as kind_of
 from .stream.attention import (
     packed_attention as packed_attention,
     rows_attention as rows_attention,

@@ -76,7 +76,6 @@ class HfReader:
         transformers' default where torchvision is installed, and rounds otherwise.
         """
         from transformers import AutoProcessor
-        from transformers.utils.import_utils import is_torchvision_available
 
         ours, tokenizer = self._ours, self._ours.language.tokenizer
         with quietly(report=False):
