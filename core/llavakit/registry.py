@@ -74,7 +74,7 @@ class Registry:
                 plugin = entry_point.load()
             except Exception as error:
                 raise PluginError(
-                    f"plugin `{entry_point.name}` of {origin} failed to import: {error}; mend it, "
+                    f"plugin `{entry_point.name}` of {origin} failed to import: {error}; fix it, "
                     f"or uninstall it (pip uninstall {origin})"
                 ) from error
             name = f"{origin}:{entry_point.name}"

@@ -105,9 +105,9 @@ def encoded(tokenizer: PreTrainedTokenizerBase, *texts: str, **options: Any) -> 
     return encode(Sample("s1", turns(*texts), (Path("x"),) * images), template, tokenizer)
 
 
-def learned(tokenizer: PreTrainedTokenizerBase, *texts: str, **options: Any) -> str:
+def supervised(tokenizer: PreTrainedTokenizerBase, *texts: str, **options: Any) -> str:
     result = encoded(tokenizer, *texts, **options)
-    return str(tokenizer.decode(result.ids[result.learned]))
+    return str(tokenizer.decode(result.ids[result.supervised]))
 
 
 def oracle(
@@ -158,11 +158,11 @@ def test_answers_are_learned_with_what_ends_them(
     make: Make, source: str, expected: str, trim: bool
 ) -> None:
     tokenizer = make(source, trim=trim)
-    assert learned(tokenizer, "What is it?", "A cat.", "And then?", "It sat.\n\n") == expected
-    assert learned(tokenizer, "What is it?", "A cat.", "And?") == expected[
+    assert supervised(tokenizer, "What is it?", "A cat.", "And then?", "It sat.\n\n") == expected
+    assert supervised(tokenizer, "What is it?", "A cat.", "And?") == expected[
         : expected.index("It")
     ].rstrip(" ")
-    assert learned(tokenizer, "What is it?") == ""
+    assert supervised(tokenizer, "What is it?") == ""
 
 
 def test_marked_templates_learn_what_transformers_masks(make: Make) -> None:
@@ -176,7 +176,7 @@ def test_marked_templates_learn_what_transformers_masks(make: Make) -> None:
     )
     result = encoded(tokenizer, *texts)
     assert result.ids.tolist() == expected["input_ids"]
-    assert result.learned.astype(int).tolist() == expected["assistant_masks"]
+    assert result.supervised.astype(int).tolist() == expected["assistant_masks"]
 
 
 def test_images_cut_the_text(make: Make) -> None:
@@ -209,7 +209,7 @@ def test_variables_reach_the_template(make: Make) -> None:
     ids = encoded(tokenizer, "Q", variables=variables).ids.tolist()
     assert ids == oracle(tokenizer, "Q", **variables)
     assert "</think>" in tokenizer.decode(ids)
-    assert learned(tokenizer, "Q", "A", variables=variables) == "A<|im_end|>"
+    assert supervised(tokenizer, "Q", "A", variables=variables) == "A<|im_end|>"
 
 
 @pytest.mark.parametrize(
@@ -250,7 +250,7 @@ def test_templates_that_cannot_be_used_are_refused(make: Make) -> None:
     with pytest.raises(ModelError, match="leaves out, repeats or reorders"):
         encoded(make("{{ messages[-1].content }}"), "Q", "A", "Q2")
     rewrites = "{% for m in messages %}{{ m.content.split('</think>')[-1] }}|{% endfor %}"
-    assert encoded(make(rewrites), "Q", "A").learned_count(1) > 0
+    assert encoded(make(rewrites), "Q", "A").supervised_count(1) > 0
     with pytest.raises(DataError, match=r"sample `s1`: .*rewrites the text"):
         encoded(make(rewrites), "Q", "<think>hm</think>A")
     with pytest.raises(ModelError, match="refuses a conversation"):

@@ -126,7 +126,7 @@ class Segment:
     """A stretch of a rendered prompt. `<image>` within it marks the place of an image."""
 
     text: str
-    learned: bool = False  #: Whether the loss covers it.
+    supervised: bool = False  #: Whether the loss covers it.
     markup: bool = False  #: Whether it is the template's: special tokens in it count as such.
 
 

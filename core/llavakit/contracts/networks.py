@@ -130,7 +130,7 @@ class Connector(Network):
             raise ModelError(
                 f"connector `{self.name}` gave {tuple(visual_BPE.shape)} where "
                 f"{expected} was expected: images, `tokens({patches})`, width of the language "
-                "model; mend its `forward` or `tokens`"
+                "model; fix its `forward` or `tokens`"
             )
         visual_NE = visual_BPE.flatten(0, 1)
         if stream.visual_kept_N is not None:

@@ -24,18 +24,18 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-class Team:
+class ProcessGroup:
     """One process's place among those of its run; here it is alone."""
 
     rank: int = 0
     size: int = 1
 
     @property
-    def leads(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this process is the one that writes, reports and does what needs one only."""
         return self.rank == 0
 
-    def share(self, value: T) -> T:
+    def broadcast(self, value: T) -> T:
         """Return the leader's value in every process."""
         return value
 
@@ -84,7 +84,7 @@ class Run:
     progress: Progress
     event: Event
     stopping: Stopping  #: Says whether the user asked to stop: save, then raise `Stopped`.
-    team: Team  #: The processes that share this step's work; one alone unless it is `together`.
+    process_group: ProcessGroup  #: one process unless the step is `together`
 
     @property
     def device(self) -> torch.device:
@@ -145,8 +145,8 @@ class Step(Component):
     """Whether it starts from the recipe's model, so that missing weights, and a device that is not
     there, are found at once."""
     together: ClassVar[bool] = False
-    """Whether every process of a torchrun takes part in it, not the first alone. Then `run.team`
-    says who they are, and only who leads writes to `run.directory`."""
+    """Whether every process of a torchrun takes part in it, not the first alone. Then
+    `run.process_group` says which is which, and only the main one writes to `run.directory`."""
 
     @classmethod
     def leaves(cls, options: Any) -> Mapping[str, bool] | None:

@@ -77,9 +77,9 @@ class Answering(ABC, Generic[Pixels]):
             question.check()
             encoded = self._render(question)
         if begun:
-            ids, learned = tokenise([Segment(begun)], self.tokenizer, begin=False)
+            ids, supervised = tokenise([Segment(begun)], self.tokenizer, begin=False)
             encoded = Encoded(
-                np.concatenate((encoded.ids, ids)), np.concatenate((encoded.learned, learned))
+                np.concatenate((encoded.ids, ids)), np.concatenate((encoded.supervised, supervised))
             )
         if encoded.image_count != len(images):
             raise ModelError(

@@ -177,7 +177,7 @@ def _from_environment(model: type[Recipe]) -> dict[str, Any]:
     except SettingsError as error:
         raise RecipeError(
             f"the environment sets a table by LLAVA_…, but not as JSON: {error} "
-            f"({error.__cause__}); mend or unset that variable"
+            f"({error.__cause__}); fix or unset that variable"
         ) from error
 
 

@@ -191,7 +191,7 @@ def make_language(
     kind = _type_of(table, "language model", where)
     if kind not in CONFIG_MAPPING:
         raise ModelError(
-            f"{where}: transformers knows no language model of type `{kind}`; mend `model_type` in "
+            f"{where}: transformers knows no language model of type `{kind}`; fix `model_type` in "
             "config.json, or install the transformers that does"
         )
     component: Any = registry.get(LanguageModel, "vicuna" if kind == "llama" else "causal-lm")
@@ -266,7 +266,7 @@ def _sensible(what: str, where: object) -> Iterator[None]:
         cause = error.__cause__ if isinstance(error, UnfitConfig) else error
         reason = " ".join(str(cause).split())[:300]
         raise ModelError(
-            f"{where}: transformers makes no {what} of this config.json ({reason}); mend it, or "
+            f"{where}: transformers makes no {what} of this config.json ({reason}); fix it, or "
             "copy the checkpoint again"
         ) from error
 

@@ -78,7 +78,7 @@ def explain_config(kind: str) -> Iterator[None]:
     except (*faults, ArithmeticError, AssertionError, StrictDataclassError) as error:
         raise UnfitConfig(
             f"transformers cannot make a {kind} of this configuration "
-            f"({type(error).__name__}: {' '.join(str(error).split())}); mend `config`"
+            f"({type(error).__name__}: {' '.join(str(error).split())}); fix `config`"
         ) from error
 
 

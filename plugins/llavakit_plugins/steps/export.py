@@ -24,8 +24,8 @@ from llavakit.contracts.data import IMAGE, ImageSource
 from llavakit.contracts.model import Sampling
 from llavakit.contracts.run import Planner, StepPlan
 from llavakit.contracts.sections import Card, Gallery
-from llavakit_plugins.heatmaps.attention_maps import watch_answer
-from llavakit_plugins.heatmaps.drawing import draw_gaze
+from llavakit_plugins.heatmaps.attention_maps import map_attention
+from llavakit_plugins.heatmaps.drawing import draw_attention_maps
 from llavakit_plugins.reporting.pictures import save_image, save_thumbnail
 from llavakit_plugins.training.initial import StartOptions, missing_model, sketch_start, start
 
@@ -128,10 +128,10 @@ class Export(Step):
         self, run: Run, model: LlavaModel, question: str, images: Sequence[ImageSource], name: str
     ) -> str:
         """Draw where the model looks; return the picture's name in the step's folder."""
-        gaze = watch_answer(model, question, images, Sampling(self.options.max_new_tokens))
+        maps = map_attention(model, question, images, Sampling(self.options.max_new_tokens))
         place = run.directory / "heatmaps" / f"{name}.png"
         place.parent.mkdir(exist_ok=True)
-        save_image(draw_gaze(gaze, images, model.vision), place)
+        save_image(draw_attention_maps(maps, images, model.vision), place)
         return f"{place.parent.name}/{place.name}"
 
 

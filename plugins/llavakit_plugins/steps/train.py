@@ -42,7 +42,7 @@ class _Train(Step):
 
     def run(self, run: Run) -> Outcome:
         options = self.options
-        if options.precision == "bf16" and run.device.type == "cpu" and run.team.leads:
+        if options.precision == "bf16" and run.device.type == "cpu" and run.process_group.is_main:
             _log.warning(
                 "note: most CPUs compute slower in bf16 than in float32: try --set "
                 "steps.%s.precision=fp32", self.name,
@@ -69,7 +69,7 @@ class _Train(Step):
         with explain_memory(_less_memory(options)):
             trainer = Trainer(model, corpus, options, run, held_out, template)
             progress = trainer.train()
-        if not run.team.leads:
+        if not run.process_group.is_main:
             return Outcome({})
         model = trainer.model
         metrics = {

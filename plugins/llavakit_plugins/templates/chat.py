@@ -41,7 +41,7 @@ class _Skeleton:
     """A rendered conversation without its turns' texts."""
 
     system: tuple[Message, ...]
-    learned: tuple[bool, ...]
+    supervised: tuple[bool, ...]
     """Which turns are learned."""
     around: tuple[tuple[Segment, ...], ...]
     """The template's own text: in front of each turn, and behind the last."""
@@ -63,7 +63,7 @@ class _Skeleton:
                     break
             else:
                 return None
-            segments.append(Segment(variant, self.learned[number]))
+            segments.append(Segment(variant, self.supervised[number]))
             segments += self.around[number + 1]
             position = end + len(border)
         return segments
@@ -152,8 +152,8 @@ class ChatTemplate(PromptTemplate):
             tuple(_cut(border, start, spans)) for border, start in zip(borders, starts, strict=True)
         )
         ends = [start + len(border) for start, border in zip(starts, borders, strict=True)]
-        learned = tuple(any(a <= end < b for a, b in spans) for end in ends[:-1])
-        return _Skeleton(tuple(system), learned, around)
+        supervised = tuple(any(a <= end < b for a, b in spans) for end in ends[:-1])
+        return _Skeleton(tuple(system), supervised, around)
 
     def _system(self, tokenizer: PreTrainedTokenizerBase, source: str) -> list[Message]:
         """Return the system message to give, if any."""
@@ -272,8 +272,8 @@ def _cut(border: str, start: int, spans: Sequence[Span]) -> Iterator[Segment]:
     inside = {edge - start for span in spans for edge in span}
     cuts = sorted({0, len(border), *(edge for edge in inside if 0 < edge < len(border))})
     for begin, end in pairwise(cuts):
-        learned = any(a <= start + begin < b for a, b in spans)
-        yield Segment(border[begin:end], learned, markup=True)
+        supervised = any(a <= start + begin < b for a, b in spans)
+        yield Segment(border[begin:end], supervised, markup=True)
 
 
 def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
