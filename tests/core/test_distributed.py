@@ -46,8 +46,6 @@ def outcome(folder: Path) -> tuple[list[float], dict[str, Tensor]]:
 def test_several_processes_arrive_where_one_does(
     write_recipe: RecipeWriter, tmp_path: Path
 ) -> None:
-    write_recipe: RecipeWriter, tmp_path: Path
-) -> None:
     """24 samples, some without an image: with whole weights on both, then with divided ones."""
     arguments = (write_recipe(), *GENTLE)
     assert processes.run(tmp_path, *arguments, "--out", tmp_path / "one") == 0
