@@ -9,7 +9,7 @@ import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from hashlib import sha256
+from hashlib import file_digest
 from itertools import accumulate
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
@@ -88,10 +88,9 @@ def new_folder(path: Path) -> Iterator[Path]:
                     sync(file)
             if path.exists():
                 path.rename(old)
-                partial.rename(path)
+            partial.rename(path)
+            if old.exists():
                 shutil.rmtree(old)
-            else:
-                partial.rename(path)
             sync(path.parent)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
@@ -225,11 +224,8 @@ def differs(path: Path, known: str) -> bool:
 
 def digest(path: Path) -> str:
     """Return the SHA-256 of a file, as hex."""
-    total = sha256()
     with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            total.update(block)
-    return total.hexdigest()
+        return file_digest(file, "sha256").hexdigest()
 
 
 def peek_json(path: Path) -> dict[str, Any]:

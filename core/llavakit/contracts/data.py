@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 IMAGE = "<image>"  #: Where an image goes in a turn's text (the original LLaVA's spelling).
 
 CHARACTERS_A_TOKEN = 4.2  #: Of English by LLaMA's, roughly: where there is no tokenizer.
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 Role = Literal["human", "gpt"]
 ImageSource: TypeAlias = Union[Path, "Image"]
@@ -73,11 +76,7 @@ class Sample:
 
 def is_cut(text: str) -> bool:
     """Say whether a text has a lone surrogate, as JSON may, which no tokenizer or service takes."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return True
-    return False
+    return _SURROGATE.search(text) is not None
 
 
 def _count(number: int, noun: str) -> str:

@@ -29,8 +29,7 @@ class Network(nn.Module, Component):
     """A component with weights. Its options alone determine the shape of every weight.
 
     Construction never reads weights: it may run on the meta device, where a plan counts
-    parameters. Override `create`, `save` and `load` together where weights have a layout of
-    their own, such as a Hugging Face folder.
+    parameters. Override `create`, `save` and `load` together for a layout of weights of its own.
     """
 
     weights_file: ClassVar[str] = "model.safetensors"

@@ -17,7 +17,6 @@ from llavakit.contracts.sections import Section
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
-    from torch.distributed.device_mesh import DeviceMesh
 
     from llavakit.contracts.networks import LanguageModel, VisionEncoder
 
@@ -47,12 +46,6 @@ class Team:
         """Return the sum of `tensor` over the processes, in its place."""
         return tensor
 
-    def mesh(self, kind: str) -> DeviceMesh:
-        """Return all devices in one row, for sharding; `kind` is `cpu` or `cuda`."""
-        from torch.distributed.device_mesh import init_device_mesh
-
-        return init_device_mesh(kind, (self.size,))
-
 
 class Build(Protocol):
     """Builds what a recipe chose: `build(self.options.data)` is a `Dataset`."""
@@ -63,8 +56,7 @@ class Build(Protocol):
 class Progress(Protocol):
     """Shows how far a step is, with the time left; call it as often as you like.
 
-    Another total, or a smaller `done`, begins another phase, with a time left of its own. A total
-    of 0 or less is unknown.
+    A total of 0 or less is unknown; another total, or a smaller `done`, begins another phase.
     """
 
     def __call__(self, done: int, total: int, note: str = "") -> None: ...
@@ -142,8 +134,7 @@ class Step(Component):
 
     hook = "llava_steps"
     needs_model: ClassVar[bool] = False
-    """Whether it starts from the recipe's model, so that missing weights, and a device that is not
-    there, are found at once."""
+    """Whether it starts from the recipe's model: missing weights, or a device, are told at once."""
     together: ClassVar[bool] = False
     """Whether every process of a torchrun takes part in it, not the first alone. Then `run.team`
     says who they are, and only who leads writes to `run.directory`."""

@@ -12,13 +12,14 @@ from typing import Any, cast, get_args
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from llavakit.contracts.component import (
+    INPUT_MARK,
     LATER,
+    MODEL_MARK,
     Component,
     Options,
     SkippableUse,
     Use,
-    is_input,
-    is_model_path,
+    marks_of,
 )
 from llavakit.contracts.errors import RecipeError, did_you_mean
 from llavakit.contracts.interfaces import Exporter
@@ -159,10 +160,10 @@ def check(
     fields = type(node).model_fields if isinstance(node, BaseModel) else {}
     earlier = dict(steps)
     for name, value in parts(node):
-        if inputs and name in fields and is_input(fields[name]):
+        marks = marks_of(fields[name]) if inputs and name in fields else ()
+        if INPUT_MARK in marks:
             for path in value if isinstance(value, tuple | list) else (value,):
-                may_be_named = is_model_path(fields[name])
-                if _is_absent(path) and not (may_be_named and _is_named(path, registry)):
+                if _is_absent(path) and not (MODEL_MARK in marks and _is_named(path, registry)):
                     message = f"`{name}`: {path} does not exist"
                     yield Problem((*key, name), message, _path_hint(path))
             continue

@@ -256,12 +256,12 @@ def missing_model(steps: Sequence[StepUse], registry: Registry) -> Iterator[Prob
     """
     needing, left = None, False
     for use in steps:
-        if use.skip or not registry.has(Step, use.use):
+        if use.skip:
             continue
-        step = registry.get(Step, use.use)
-        if step.needs_model and not left and use.options.get("init") is None:
-            needing = needing or use.use
-        with suppress(ValidationError):  # which is said elsewhere
+        with suppress(RecipeError, ValidationError):  # which is said elsewhere
+            step = registry.chosen(use)
+            if step.needs_model and not left and use.options.get("init") is None:
+                needing = needing or use.use
             left = left or step.leaves_model(registry.options(use))
     if needing or not steps:
         hint = f"`{needing}` needs one: add [model], or state `init`" if needing else "add it"
