@@ -68,6 +68,6 @@ class StepModel:
     ) -> LlavaModel:
         from llavakit.model.folder import create_model
 
-        given = {"vision": vision, "language": language}
+        given: dict[str, Any] = {"vision": vision, "language": language}
         seed, device = self.recipe.seed, self.device.find()
         return create_model(self.recipe.parts(), self.registry, seed=seed, device=device, **given)

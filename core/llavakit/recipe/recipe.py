@@ -23,7 +23,7 @@ from llavakit.contracts.component import LATER, SkippableUse, Use
 from llavakit.contracts.errors import RecipeError, did_you_mean
 from llavakit.contracts.interfaces import Tracker
 from llavakit.contracts.run import Step
-from llavakit.recipe.check import Problem, check, problems_in, sound
+from llavakit.recipe.check import Checker, Problem, problems_in, sound
 from llavakit.recipe.lines import Key
 from llavakit.recipe.model_choice import ModelRecipe
 from llavakit.recipe.overrides import Source, set_key, stated, step_index
@@ -107,17 +107,18 @@ class Recipe(BaseSettings):
             table.setdefault("name", own)
         names = [step.get("use") for step in _steps(table)]
         sources = [*(stated(override) for override in overrides[::-1]), *_environment(), *files]
+        checker = Checker(registry, inputs)
         try:
             recipe = cls(**table)
         except ValidationError as error:
             later = dict.fromkeys(filter(None, names), LATER)
             problems = list(problems_in(error, cls))
             for key, value in sound(cls, table):
-                problems += check(value, registry, key, later, inputs)
+                problems += checker.check(value, key, later)
             if "model" not in table and not names:
                 problems += missing_model((), registry)
         else:
-            problems = list(check(recipe, registry, (), {}, inputs))
+            problems = list(checker.check(recipe, (), {}))
             if recipe.model is None and inputs:
                 problems += missing_model(recipe.steps, registry)
             if not problems:
