@@ -116,11 +116,10 @@ class JsonLines:
         self.path = path
         with explain_write(path):
             with path.open("ab+") as file:
-                if size := file.tell():
+                self._end = size = file.tell()
+                if size:  # what is empty cannot be mapped
                     with mmap(file.fileno(), 0, access=ACCESS_READ) as data:
                         self._end = data.rfind(b"\n") + 1
-                else:
-                    self._end = 0
                 if self._end < size:
                     file.truncate(self._end)
             sync(path.parent)
@@ -130,9 +129,8 @@ class JsonLines:
 
         They are on the disk then, where they are to be `durable`: it waits for that.
         """
-        lines = [
-            printable_json(json.dumps(row, ensure_ascii=False)).encode() + b"\n" for row in rows
-        ]
+        texts = (printable_json(json.dumps(row, ensure_ascii=False)) for row in rows)
+        lines = [f"{text}\n".encode() for text in texts]
         starts = [*accumulate(map(len, lines), initial=self._end)]
         left = memoryview(b"".join(lines))
         # no buffer: what a full disk refuses must not come later, between other lines
