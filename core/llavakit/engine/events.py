@@ -25,7 +25,7 @@ class EventLog:
 
     def __init__(self, folder: Path, trackers: Sequence[Tracker] = ()) -> None:
         self._lines = JsonLines(folder / FILE)
-        self._trackers = list(trackers)
+        self._trackers = list(trackers)  # those that have not failed
         self._step = ""
         for tracker in trackers:
             with self._watching(tracker):

@@ -88,7 +88,7 @@ class RecipePlanner:
             return
         name, _, rest = init.as_posix().removeprefix("@").partition("/")
 
-        @cache
+        @cache  # a step asks often, and a sketch takes seconds
         def found() -> LlavaModel | None:
             from llavakit.model.load import sketch_any
 

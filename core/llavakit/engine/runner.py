@@ -100,7 +100,7 @@ def _lead(work: _Work, *, resume: bool, reuse: Sequence[Path]) -> None:
     with one_writer(directory), interrupts(work.team) as stopping:
         write_recipe(recipe, directory)
         write_environment(work.device.known, directory)
-        write_text(directory / "plan.json", plan.model_dump_json(indent=2))
+        write_text(directory / "plan.json", plan.model_dump_json(indent=2))  # as it was promised
         log = EventLog(directory, [work.registry.build(use) for use in recipe.trackers])
         work.log = log
         try:
@@ -186,8 +186,8 @@ def _one_step(
     with nothing_half_begun(folder), show_progress(name) as progress:
         if work.registry.get(Step, use.use).together:
             work.team.share(_Order(name, again, dict(work.folders)))
-            work.together = work.team.size > 1
-            stopping = _agreed(work.team, stopping)
+            work.together = work.team.size > 1  # an error now is for torchrun to end
+            stopping = _agreed(work.team, stopping)  # else some would stop and others wait
         outcome = work.do(name, use, progress, stopping, again=again)
         work.together = False
     seconds = time.monotonic() - begun

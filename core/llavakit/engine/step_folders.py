@@ -19,8 +19,8 @@ from llavakit.recipe.recipe import Recipe
 from llavakit.recipe.redaction import redacted
 from llavakit.registry import texts_in
 
-_BEGUN = "begun.json"
-_LONGEST_PATH = 1024
+_BEGUN = "begun.json"  # there before the step does anything, with what it is to do
+_LONGEST_PATH = 1024  # longer texts are prompts and the like, and asking the system for them fails
 
 Record = Mapping[str, Any]
 

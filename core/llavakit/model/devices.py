@@ -21,7 +21,7 @@ def pick_device(name: str | torch.device) -> torch.device:
             f"device `{name}` is not one torch knows; use auto, cpu or cuda"
         ) from error
     try:
-        torch.zeros(1, device=device).sum().item()
+        torch.zeros(1, device=device).sum().item()  # a name may be known, and its driver absent
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ModelError(
             f"device `{name}` is not available on this machine; use cpu or auto"

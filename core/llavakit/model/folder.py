@@ -45,7 +45,7 @@ def create_model(
     New weights depend on `seed` and the part alone. Parts that are given are taken as they are.
     """
     given = {"vision": vision, "language": language}
-    seeds = {"vision": seed, "language": seed + 1, "connector": seed + 2}
+    seeds = {"vision": seed, "language": seed + 1, "connector": seed + 2}  # none hangs on another
 
     def make(name: str, use: Use[Any], **context: Any) -> Any:
         torch.manual_seed(seeds[name])

@@ -65,7 +65,7 @@ class Encoded:
 
     def learned_count(self, visual_tokens: int) -> int:
         """Return how many learned tokens are left after truncation."""
-        return int(self.expand(visual_tokens).learned[1:].sum())
+        return int(self.expand(visual_tokens).learned[1:].sum())  # nothing predicts the first
 
     def expand(self, visual_tokens: int) -> Rows:
         """Give each image its rows; truncate."""
