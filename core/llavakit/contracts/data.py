@@ -19,8 +19,6 @@ IMAGE = "<image>"  #: Where an image goes in a turn's text (the original LLaVA's
 
 CHARACTERS_A_TOKEN = 4.2  #: Of English by LLaMA's, roughly: where there is no tokenizer.
 
-_SURROGATE = re.compile("[\ud800-\udfff]")
-
 Role = Literal["human", "gpt"]
 ImageSource: TypeAlias = Union[Path, "Image"]
 
@@ -76,7 +74,7 @@ class Sample:
 
 def is_cut(text: str) -> bool:
     """Say whether a text has a lone surrogate, as JSON may, which no tokenizer or service takes."""
-    return _SURROGATE.search(text) is not None
+    return re.search("[\ud800-\udfff]", text) is not None
 
 
 def _count(number: int, noun: str) -> str:

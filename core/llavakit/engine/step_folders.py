@@ -69,16 +69,13 @@ def prepare(folder: Path, record: Record, *, resume: bool) -> bool:
         say(f"{folder.name}: starts over; the interrupted attempt is in {aside} (--resume goes on)")
     elif folder.exists():
         aside = set_aside(folder)
-        what = "its data" if begun and _same_but_files(begun["record"], record) else "the recipe"
+        same = begun is not None and {**begun["record"], "files": {}} == {**record, "files": {}}
+        what = "its data" if same else "the recipe"
         say(f"{folder.name}: {what} changed, so it is done again; the old one is in {aside}")
     with explain_write(folder):
         folder.mkdir(parents=True)
     write_text(folder / _BEGUN, json.dumps({"record": record}))
     return False
-
-
-def _same_but_files(before: Record, now: Record) -> bool:
-    return {**before, "files": {}} == {**now, "files": {}}
 
 
 def set_aside(folder: Path) -> Path:
