@@ -79,6 +79,7 @@ from .files import (
     digest as digest,
     explain_write as explain_write,
     link_folder as link_folder,
+    listed_file as listed_file,
     new_file as new_file,
     new_folder as new_folder,
     open_text as open_text,
@@ -145,9 +146,7 @@ from .recipe.redaction import (
     redacted as redacted,
     shown as shown,
 )
-from .registry import (
-    Registry as Registry,
-)
+from .registry import Registry as Registry, kind_of as kind_of
 from .stream.attention import (
     packed_attention as packed_attention,
     rows_attention as rows_attention,

@@ -15,7 +15,7 @@ from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
-from llavakit.contracts.errors import DataError, LlavaError, RecipeError
+from llavakit.contracts.errors import DataError, LlavaError, ModelError, RecipeError
 
 
 def open_text(path: Path) -> BinaryIO:
@@ -83,8 +83,12 @@ def new_folder(path: Path) -> Iterator[Path]:
         partial.mkdir(parents=True)
         try:
             yield partial
+            usual = partial.stat().st_mode & 0o666
             for file in sorted(partial.rglob("*")):
                 if file.is_file():
+                    if not file.is_symlink() and file.stat().st_nlink == 1:
+                        with suppress(OSError):  # safetensors makes files for their owner alone
+                            file.chmod(usual)
                     sync(file)
             if path.exists():
                 path.rename(old)
@@ -218,6 +222,13 @@ def differs(path: Path, known: str) -> bool:
     """Say whether a file is not the one of that hash; one too large to be hashed is believed."""
     found = fingerprint(path)
     return isinstance(found, str) and found != known
+
+
+def listed_file(folder: Path, name: str) -> Path:
+    """Return a folder's file by its name in a list. Raises ModelError for one that is elsewhere."""
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise ModelError(f"{folder} lists {name!r:.200}, which is outside of it; refused")
+    return folder / name
 
 
 def digest(path: Path) -> str:

@@ -74,7 +74,7 @@ class Registry:
                 plugin = entry_point.load()
             except Exception as error:
                 raise PluginError(
-                    f"plugin `{entry_point.name}` of {origin} failed to import: {error}; mend it, "
+                    f"plugin `{entry_point.name}` of {origin} failed to import: {error}; fix it, "
                     f"or uninstall it (pip uninstall {origin})"
                 ) from error
             name = f"{origin}:{entry_point.name}"
@@ -138,8 +138,8 @@ class Registry:
         """Return the component that a recipe chose, built with its options.
 
         `steps` are the folders that `@step/file` in the options refers to. A component that is made
-        of others takes `build`, the same function for its own choices; one that takes long to build
-        takes `progress`, to show how far it is, where there is one.
+        of others takes `build`, the same function for its own choices unless `context` has another;
+        one that takes long to build takes `progress`, to show how far it is, where there is one.
         """
         return self.make(self.chosen(use), self.options(use, steps), steps, **context)
 
@@ -154,8 +154,9 @@ class Registry:
         factory = cast("Callable[..., ComponentT]", component)
         takes = signature(component.__init__).parameters
         shown = {"progress": context.pop("progress")} if "progress" in context else {}
+        own = context.pop("build", None)
         if "build" in takes:
-            context["build"] = partial(self.build, steps=steps, **shown)
+            context["build"] = own or partial(self.build, steps=steps, **shown)
         if "progress" in takes:
             context |= shown
         try:

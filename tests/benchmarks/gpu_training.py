@@ -281,7 +281,7 @@ class Padded:
         self.attention = str(model.config.text_config._attn_implementation)
         patches = (case.vision["image_size"] // case.vision["patch_size"]) ** 2
         whole = [sample.expand(patches) for sample in samples]
-        self.targets = sum(int(row.learned[1:].sum()) for row in whole)
+        self.targets = sum(int(row.supervised[1:].sum()) for row in whole)
         mean = sum(len(row.token_ids) for row in whole) / len(whole)
         size = max(1, round(rows / mean))
         self.batches = []
@@ -292,9 +292,9 @@ class Padded:
             mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
             for number, row in enumerate(part):
                 values = np.where(row.visual, IMAGE_TOKEN, row.token_ids)
-                learned = np.where(row.learned, row.token_ids, -100)
+                supervised = np.where(row.supervised, row.token_ids, -100)
                 ids[number, : len(values)] = torch.from_numpy(values)
-                labels[number, : len(values)] = torch.from_numpy(learned)
+                labels[number, : len(values)] = torch.from_numpy(supervised)
                 mask[number, : len(values)] = 1
             on_device = [tensor.to(pixels.device) for tensor in (ids, mask, labels)]
             self.batches.append((*on_device, pixels[begin : begin + size]))

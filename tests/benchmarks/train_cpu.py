@@ -51,8 +51,8 @@ def make_samples(count: int, mean: float, spread: float, seed: int) -> list[Enco
         length = int(np.clip(draw.lognormal(np.log(mean) - spread**2 / 2, spread), 6, 1600))
         ids = draw.integers(3, IMAGE_TOKEN, length + 1)
         ids[1] = IMAGE_ID
-        learned = np.arange(length + 1) > (2 if mean < 50 else length // 2)
-        samples.append(Encoded(ids.astype(np.int64), learned))
+        supervised = np.arange(length + 1) > (2 if mean < 50 else length // 2)
+        samples.append(Encoded(ids.astype(np.int64), supervised))
     return samples
 
 
@@ -96,7 +96,7 @@ class Theirs:
     def __init__(self, model: Any, samples: list[Encoded], pixels: Tensor, visual: int) -> None:
         self.model, self.batches = model, []
         rows = [sample.expand(visual) for sample in samples]
-        self.targets = sum(int(row.learned[1:].sum()) for row in rows)
+        self.targets = sum(int(row.supervised[1:].sum()) for row in rows)
         mean = sum(len(row.token_ids) for row in rows) / len(rows)
         size = max(1, round(CAPACITY / mean))
         for begin in range(0, len(rows), size):
@@ -110,8 +110,8 @@ class Theirs:
                 values = np.where(row.visual, IMAGE_TOKEN, row.token_ids)
                 ids[number, :length] = torch.from_numpy(values)
                 mask[number, :length] = 1
-                learned = np.where(row.learned, row.token_ids, -100)
-                labels[number, :length] = torch.from_numpy(learned)
+                supervised = np.where(row.supervised, row.token_ids, -100)
+                labels[number, :length] = torch.from_numpy(supervised)
             self.batches.append((ids, mask, labels, pixels[begin : begin + len(part)]))
 
     def loss(self) -> Tensor:

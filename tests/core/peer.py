@@ -23,7 +23,7 @@ class Bare(PromptTemplate):
     name = "bare"
 
     def segments(self, turns: Sequence[Turn], tokenizer: Any) -> list[Segment]:
-        return [Segment(turn.text, learned=turn.role == "gpt") for turn in turns]
+        return [Segment(turn.text, supervised=turn.role == "gpt") for turn in turns]
 
 
 def make_pair(

@@ -486,9 +486,9 @@ def test_tokens_are_those_of_the_template_and_tokenizer(tmp_path: Path, check: C
     assert report["cut"] == 2
     assert report["nothing_learned"] == 1
     assert code == 2
-    learned = report["learned_tokens"]["total"]
+    supervised = report["learned_tokens"]["total"]
     answers = 2 * (len("red .") + 1) + (300 - (text - len("red .") - 1))
-    assert answers <= learned <= answers + 3  # the space in front of an answer may count
+    assert answers <= supervised <= answers + 3  # the space in front of an answer may count
     code, report, _ = check(rows, *more, "--template", "plain")
     assert "prompt template" in {sort["sort"] for sort in report["findings"]}
 

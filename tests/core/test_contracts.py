@@ -421,8 +421,8 @@ class Words(PromptTemplate):
         for turn in turns:
             text = turn.text if self.image else turn.text.replace("<image>", "")
             human = turn.role == "human"
-            learned = self.learn_question if human else self.learn_answer
-            segments.append(Segment(f" {text}", learned, self.markup))
+            supervised = self.learn_question if human else self.learn_answer
+            segments.append(Segment(f" {text}", supervised, self.markup))
             if not human:
                 segments.append(Segment(self.end, True, markup=True))
         return segments

@@ -22,8 +22,13 @@ from llavakit.contracts.errors import DataError
 from llavakit.contracts.model import Sampling
 from llavakit.contracts.packing import Packing, Rows
 from llavakit.stream.attention import packed_attention
-from llavakit_plugins.heatmaps.attention_maps import Gaze, WatchedRows, grid_edge, watch_answer
-from llavakit_plugins.heatmaps.drawing import draw_gaze, draw_heat, seen_region
+from llavakit_plugins.heatmaps.attention_maps import (
+    AttentionMaps,
+    WatchedRows,
+    grid_edge,
+    map_attention,
+)
+from llavakit_plugins.heatmaps.drawing import draw_attention_maps, draw_heat, seen_region
 from llavakit_plugins.vision.clip import Clip, ClipOptions
 
 
@@ -49,7 +54,7 @@ def test_weights_are_those_of_eager_attention(prompt: str, images: int) -> None:
     theirs, ours = make_pair()
     theirs.set_attn_implementation("eager")
     sources = pictures(images)
-    gaze = watch_answer(ours, prompt, sources, Sampling(7), raw=True)
+    maps = map_attention(ours, prompt, sources, Sampling(7), raw=True)
     inputs = their_inputs(ours, prompt, ours.prepare(sources))
     asked = inputs["input_ids"].shape[1]
     ids = ours.generate_ids(prompt, sources, max_new_tokens=7, raw=True)
@@ -62,9 +67,9 @@ def test_weights_are_those_of_eager_attention(prompt: str, images: int) -> None:
     visual = (inputs["input_ids"][0] == 63).nonzero()[:, 0]
     expected = mean_TT[asked - 1 :][:, visual[: images * 16]].unflatten(1, (images, 4, 4))
     assert len(ids) == len(expected)
-    torch.testing.assert_close(gaze.weights_AIGG, expected, atol=1e-5, rtol=1e-5)
-    assert gaze.answer == ours.generate(prompt, sources, max_new_tokens=7, raw=True)
-    assert "".join(gaze.pieces).strip() == gaze.answer
+    torch.testing.assert_close(maps.weights_AIGG, expected, atol=1e-5, rtol=1e-5)
+    assert maps.answer == ours.generate(prompt, sources, max_new_tokens=7, raw=True)
+    assert "".join(maps.pieces).strip() == maps.answer
 
 
 @pytest.mark.parametrize(
@@ -98,11 +103,11 @@ def test_a_model_that_compares_nothing_looks_everywhere_alike() -> None:
     for layer in ours.language.model.model.layers:  # type: ignore[union-attr]
         nn.init.zeros_(layer.self_attn.q_proj.weight)
     prompt = "USER : <image> what ? ASSISTANT :"
-    gaze = watch_answer(ours, prompt, pictures(1), Sampling(3), raw=True)
+    maps = map_attention(ours, prompt, pictures(1), Sampling(3), raw=True)
     asked = ours.logits(prompt, pictures(1), raw=True).shape[0]
-    rows = torch.arange(asked, asked + len(gaze.pieces)).float()
-    expected = (1 / rows)[:, None, None, None].expand_as(gaze.weights_AIGG)
-    torch.testing.assert_close(gaze.weights_AIGG, expected)
+    rows = torch.arange(asked, asked + len(maps.pieces)).float()
+    expected = (1 / rows)[:, None, None, None].expand_as(maps.weights_AIGG)
+    torch.testing.assert_close(maps.weights_AIGG, expected)
 
 
 # -- a model that looks at what is bright ----------------------------------------------------------
@@ -214,8 +219,8 @@ def test_the_heat_lies_over_what_it_looks_at(
     aspect: str, edge: int, size: tuple[int, int], place: tuple[int, int]
 ) -> None:
     model, image = seeker(aspect, edge), spot(size, place)
-    gaze = watch_answer(model, "what is it ?", [image], Sampling(2))
-    weights = gaze.weights_AIGG.mean(dim=0)[0].double().numpy()
+    maps = map_attention(model, "what is it ?", [image], Sampling(2))
+    weights = maps.weights_AIGG.mean(dim=0)[0].double().numpy()
     assert weights.shape == (4 // edge, 4 // edge)
     region = seen_region(model.vision, size)
     picture = np.asarray(draw_heat(image, weights, region), float)
@@ -264,17 +269,17 @@ def test_what_was_cut_away_stays_dark_and_padding_is_not_drawn() -> None:
 def test_a_sheet_shows_the_answer_and_each_word() -> None:
     model, image = seeker(), spot((64, 64), (52, 12))
     weights = torch.rand(4, 1, 4, 4)
-    gaze = Gaze("a red it", ("a", " r", "ed", " it"), weights)
-    words = gaze.words
+    maps = AttentionMaps("a red it", ("a", " r", "ed", " it"), weights)
+    words = maps.words
     assert [word for word, _ in words] == ["a", "red", "it"]
     torch.testing.assert_close(words[1][1], weights[1:3].mean(dim=0))
-    alone = draw_gaze(Gaze("", ("",), weights[:1]), [image], model.vision)
-    sheet = draw_gaze(gaze, [image], model.vision)
+    alone = draw_attention_maps(AttentionMaps("", ("",), weights[:1]), [image], model.vision)
+    sheet = draw_attention_maps(maps, [image], model.vision)
     assert alone.size == (336, 336)
     assert sheet.width == 336
     assert sheet.height > 336 + 64
-    two = Gaze("a", ("a",), weights.expand(-1, 2, -1, -1)[:1])
-    assert draw_gaze(two, [image, image], model.vision).width > 2 * 336
+    two = AttentionMaps("a", ("a",), weights.expand(-1, 2, -1, -1)[:1])
+    assert draw_attention_maps(two, [image, image], model.vision).width > 2 * 336
 
 
 # -- what cannot be drawn --------------------------------------------------------------------------
@@ -289,12 +294,12 @@ def test_tokens_that_are_no_grid_are_refused() -> None:
 
 def test_a_language_model_that_shows_nothing_is_refused() -> None:
     with pytest.raises(ModelError, match="`seeker` showed the attention of 0 of its 1 layers"):
-        watch_answer(seeker(shows=False), "what ?", pictures(1), Sampling(2))
+        map_attention(seeker(shows=False), "what ?", pictures(1), Sampling(2))
 
 
 def test_no_image_and_a_tiny_image_are_refused() -> None:
     with pytest.raises(ModelError, match="no image to look at"):
-        watch_answer(seeker(), "what ?", [])
+        map_attention(seeker(), "what ?", [])
     with pytest.raises(DataError, match="3x40 pixels is too small"):
         seen_region(Bright(), (3, 40))
 

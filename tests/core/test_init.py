@@ -267,7 +267,7 @@ def test_what_cannot_be_changed_is_said_by_plan_and_run_alike(
         (
             FINETUNE + 'init = "HF"\ndata = DATA\n[[steps]]\nuse = "export"\n'
             'init = "@finetune/modle"',
-            "step `finetune` leaves no model in modle",
+            "step `finetune` leaves no model `modle`: it leaves model",
         ),
     ],
 )

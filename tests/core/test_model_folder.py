@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import stat
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -53,6 +55,26 @@ def test_it_describes_itself(folder: Path) -> None:
     files = {f.relative_to(folder).as_posix() for f in folder.rglob("*") if f.is_file()}
     assert set(table["sha256"]) == files - {"model.toml"}
     assert not [name for name in files if name.endswith((".bin", ".pt", ".pkl"))]
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
+def test_files_have_the_mode_that_the_umask_asks_for(
+    model: LlavaModel, tmp_path: Path, umask: int
+) -> None:
+    from llavakit_plugins.checkpoints.hf import Hf
+    from llavakit_plugins.checkpoints.original import Original
+
+    before = os.umask(umask)
+    try:
+        save_model(model, tmp_path / "model")
+        Hf().export(model, tmp_path / "hf")
+        Original().export(model, tmp_path / "original")
+    finally:
+        os.umask(before)
+    folders = ("model", "hf", "original")
+    files = [file for name in folders for file in (tmp_path / name).rglob("*") if file.is_file()]
+    assert len(files) > 20
+    assert {stat.S_IMODE(file.stat().st_mode) for file in files} == {0o666 & ~umask}
 
 
 def test_its_name_and_place_mean_nothing(

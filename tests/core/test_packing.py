@@ -63,7 +63,7 @@ def test_bins_of_lengths_like_the_papers_are_nearly_full() -> None:
 
 samples = st.lists(
     st.builds(
-        lambda ids, learned, cut: (ids, learned[: len(ids)], cut),
+        lambda ids, supervised, cut: (ids, supervised[: len(ids)], cut),
         st.lists(st.one_of(st.integers(1, 50), st.just(IMAGE_ID)), min_size=1, max_size=12),
         st.lists(st.booleans(), min_size=12, max_size=12),
         st.one_of(st.none(), st.integers(1, 30)),
@@ -81,8 +81,8 @@ def test_the_stream_is_its_samples_end_to_end(
     encoded, expected_rows, expected_targets, expected_visual = [], [], [], []
     start = 0
     starts = [0]
-    for ids, learned, cut in drawn:
-        flags = np.array(learned) & (np.array(ids) != IMAGE_ID)
+    for ids, supervised, cut in drawn:
+        flags = np.array(supervised) & (np.array(ids) != IMAGE_ID)
         encoded.append(Encoded(np.array(ids, dtype=np.int64), flags, cut))
         rows: list[tuple[int, bool]] = []  # written out by hand, one token at a time
         for token, flag in zip(ids, flags.tolist(), strict=True):
@@ -105,9 +105,11 @@ def test_the_stream_is_its_samples_end_to_end(
     assert batch.packing.position_ids_T.tolist() == positions
     assert batch.packing.last_rows_S.tolist() == [end - 1 for end in starts[1:]]
     assert batch.visual_rows_N.tolist() == expected_visual
-    targets = list(zip(batch.target_rows.index_M.tolist(), batch.targets_M.tolist(), strict=True))
+    targets = list(
+        zip(batch.supervised_rows.index_M.tolist(), batch.targets_M.tolist(), strict=True)
+    )
     assert targets == expected_targets
-    assert sum(batch.target_rows.counts) == len(expected_targets)
+    assert sum(batch.supervised_rows.counts) == len(expected_targets)
     assert batch.samples == tuple(numbers)
     images = [(n, i) for n, (ids, _, _) in zip(numbers, drawn, strict=True)
               for i in range(ids.count(IMAGE_ID))]  # fmt: skip
@@ -121,8 +123,8 @@ def test_the_stream_is_its_samples_end_to_end(
         assert kept.tolist() == sorted(set(kept.tolist()))
     lengths = [item.length(visual_tokens) for item in encoded]
     assert lengths == list(batch.packing.lengths)
-    counts = [item.learned_count(visual_tokens) for item in encoded]
-    assert counts == list(batch.target_rows.counts)
+    counts = [item.supervised_count(visual_tokens) for item in encoded]
+    assert counts == list(batch.supervised_rows.counts)
 
 
 def test_the_number_of_samples_must_fit() -> None:

@@ -69,8 +69,8 @@ def encoded(draw: np.random.Generator, text: int, images: int) -> Encoded:
     ids = draw.integers(4, 40, text)
     for place in sorted(draw.choice(text - 1, images, replace=False) + 1):
         ids[place] = IMAGE_ID
-    learned = (np.arange(text) > text // 2) & (ids != IMAGE_ID)
-    return Encoded(ids.astype(np.int64), learned)
+    supervised = (np.arange(text) > text // 2) & (ids != IMAGE_ID)
+    return Encoded(ids.astype(np.int64), supervised)
 
 
 def test_loss_and_gradients_equal_those_of_padded_batches(pair) -> None:  # type: ignore[no-untyped-def]
@@ -90,7 +90,7 @@ def test_loss_and_gradients_equal_those_of_padded_batches(pair) -> None:  # type
         values = np.where(row.visual, IMAGE_TOKEN, row.token_ids)
         ids[number, :length] = torch.from_numpy(values)
         mask[number, :length] = 1
-        labels[number, :length] = torch.from_numpy(np.where(row.learned, row.token_ids, -100))
+        labels[number, :length] = torch.from_numpy(np.where(row.supervised, row.token_ids, -100))
     theirs.zero_grad()
     logits = theirs(input_ids=ids, attention_mask=mask, pixel_values=pixels).logits
     expected = F.cross_entropy(
@@ -160,7 +160,7 @@ def test_truncation_keeps_the_first_rows_only(pair) -> None:  # type: ignore[no-
     _, ours = pair
     draw = np.random.default_rng(5)
     whole = encoded(draw, 14, 2)
-    cut = Encoded(whole.ids, whole.learned, max_length=25)  # within the second image
+    cut = Encoded(whole.ids, whole.supervised, max_length=25)  # within the second image
     features = torch.randn(2, ours.vision.tokens(32), ours.vision.width)
     full_batch, cut_batch = (pack([item], [0], ours.visual_tokens) for item in (whole, cut))
     full = ours.embed(full_batch, features)

@@ -47,7 +47,7 @@ class Plain(PromptTemplate):
     name = "plain-text"
 
     def segments(self, turns: Sequence[Turn], tokenizer: Any) -> Sequence[Segment]:
-        return [Segment(turn.text, learned=turn.role == "gpt") for turn in turns]
+        return [Segment(turn.text, supervised=turn.role == "gpt") for turn in turns]
 
 
 def registry_with(hook: str, *components: Any) -> Registry:
@@ -155,7 +155,7 @@ def test_a_connector_of_other_shapes_is_named(model: LlavaModel, more: tuple[int
 
 def test_an_encoder_of_another_width_is_named(model: LlavaModel) -> None:
     model.vision.width += 1
-    assert "`clip` gave features of width 32, but says 33; mend `width`" in asked(model)
+    assert "`clip` gave features of width 32, but says 33; fix `width`" in asked(model)
 
 
 def test_an_encoder_that_prepares_another_shape_is_named(

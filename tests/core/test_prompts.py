@@ -42,12 +42,12 @@ def around(single: str) -> Any:
 
 def shown(tokenizer: PreTrainedTokenizerBase, *segments: Segment, begin: bool = True) -> str:
     """Return the tokens, learned ones in brackets."""
-    ids, learned = tokenise(segments, tokenizer, begin=begin)
+    ids, supervised = tokenise(segments, tokenizer, begin=begin)
     tokens = [
         "<image>" if number == IMAGE_ID else str(tokenizer.convert_ids_to_tokens(number))
         for number in ids.tolist()
     ]
-    return " ".join(f"[{t}]" if flag else t for t, flag in zip(tokens, learned, strict=True))
+    return " ".join(f"[{t}]" if flag else t for t, flag in zip(tokens, supervised, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -58,27 +58,27 @@ def test_only_the_beginning_is_taken_of_what_a_tokenizer_adds(
     post: str | None, begins: str
 ) -> None:
     tokenizer = llama_like(post=None if post is None else around(post))
-    segments = (Segment("ab"), Segment(" c", learned=True), Segment("</s>", True, markup=True))
+    segments = (Segment("ab"), Segment(" c", supervised=True), Segment("</s>", True, markup=True))
     assert shown(tokenizer, *segments) == f"{begins}▁ab [▁] [c] [</s>]"
     assert shown(tokenizer, *segments, begin=False) == "▁ab [▁] [c] [</s>]"
-    image = (Segment("<image>"), Segment("c", learned=True))
+    image = (Segment("<image>"), Segment("c", supervised=True))
     assert shown(tokenizer, *image) == f"{begins}<image> [▁] [c]"
 
 
 def test_text_between_images_is_read_by_itself() -> None:
     tokenizer = llama_like("always")
-    segments = (Segment("a <image>\nb<image><image>"), Segment("ab", learned=True))
+    segments = (Segment("a <image>\nb<image><image>"), Segment("ab", supervised=True))
     assert shown(tokenizer, *segments) == "▁a ▁ <image> ▁ <0x0A> b <image> <image> [▁ab]"
 
 
 def test_tokens_that_reach_over_a_border_are_learned() -> None:
     tokenizer = llama_like()
-    assert shown(tokenizer, Segment("ca"), Segment("b", learned=True)) == "▁ c [ab]"
-    assert shown(tokenizer, Segment("c", learned=True), Segment("d")) == "[▁] [cd]"
-    assert shown(tokenizer, Segment("c"), Segment("é😀", learned=True), Segment("d")) == (
+    assert shown(tokenizer, Segment("ca"), Segment("b", supervised=True)) == "▁ c [ab]"
+    assert shown(tokenizer, Segment("c", supervised=True), Segment("d")) == "[▁] [cd]"
+    assert shown(tokenizer, Segment("c"), Segment("é😀", supervised=True), Segment("d")) == (
         "▁ c [é] [<0xF0>] [<0x9F>] [<0x98>] [<0x80>] d"
     )
-    assert shown(tokenizer, Segment("c"), Segment("", learned=True), Segment("d")) == "▁ cd"
+    assert shown(tokenizer, Segment("c"), Segment("", supervised=True), Segment("d")) == "▁ cd"
 
 
 def test_special_tokens_count_in_markup_only() -> None:
@@ -86,12 +86,12 @@ def test_special_tokens_count_in_markup_only() -> None:
         tokenizer = llama_like(scheme)
         assert shown(tokenizer, Segment("c</s>d")) == "▁ c </ s > d"
         assert shown(tokenizer, Segment("c</s>d", markup=True)) == f"▁ c </s> {behind}d"
-        both = (Segment("c</s>d"), Segment("</s>c", markup=True), Segment("<s>", learned=True))
+        both = (Segment("c</s>d"), Segment("</s>c", markup=True), Segment("<s>", supervised=True))
         assert shown(tokenizer, *both) == f"▁ c </ s > d </s> {behind}c [<] [s] [>]"
 
 
 def test_image_text_in_an_answer_is_text() -> None:
-    ids, _ = tokenise([Segment("<image>"), Segment("<image>", learned=True)], llama_like())
+    ids, _ = tokenise([Segment("<image>"), Segment("<image>", supervised=True)], llama_like())
     assert (ids == IMAGE_ID).sum() == 1
 
 
@@ -114,10 +114,10 @@ def test_reading_by_words_changes_nothing(parts: list[tuple[str, bool, bool]], s
         segments.append(Segment(text, flag))
         if special:
             segments.append(Segment("</s>", flag, markup=True))
-    ids, learned = tokenise(segments, words)
+    ids, supervised = tokenise(segments, words)
     expected_ids, expected_learned = tokenise(segments, whole)
     assert ids.tolist() == expected_ids.tolist()
-    assert learned.tolist() == expected_learned.tolist()
+    assert supervised.tolist() == expected_learned.tolist()
     text = "".join(segment.text for segment in segments)
     if scheme == "always":
         assert ids.tolist() == as_sentencepiece(words)(text)["input_ids"]
@@ -136,7 +136,7 @@ def as_sentencepiece(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerB
 
 
 def test_a_text_that_begins_with_a_space_gets_another_as_by_sentencepiece() -> None:
-    image, answer = Segment("<image>"), Segment(" ab", learned=True)
+    image, answer = Segment("<image>"), Segment(" ab", supervised=True)
     for scheme in ("first", "always"):
         assert shown(llama_like(scheme), image, Segment(" a")) == "<image> ▁ ▁a"
         assert shown(llama_like(scheme), image, answer) == "<image> [▁] [▁ab]"
@@ -162,9 +162,9 @@ def byte_level(*, trim: bool) -> PreTrainedTokenizerBase:
 @pytest.mark.parametrize("trim", [False, True])
 def test_spaces_left_out_of_offsets_are_learned(trim: bool) -> None:
     tokenizer = byte_level(trim=trim)
-    end = Segment("</s>", learned=True, markup=True)
+    end = Segment("</s>", supervised=True, markup=True)
     question = Segment("q:\n", markup=True)
-    answer = Segment("\n a\n\n", learned=True)
+    answer = Segment("\n a\n\n", supervised=True)
     assert shown(tokenizer, question, answer, end, Segment("\n", markup=True)) == (
         "q : [ĊĊ] [Ġa] [ĊĊ] [</s>] Ċ"
     )

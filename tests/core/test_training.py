@@ -99,7 +99,7 @@ def test_the_loss_is_the_mean_over_target_tokens(
             pixels = [model.vision.prepare(open_image(i, "")) for i in samples[index].images]
             features = model.features(torch.stack(pixels).double()) if pixels else None
             hidden = model.language.hidden(model.embed(batch, features), batch.packing)
-            logits = model.language.head(hidden)[batch.target_rows.index_M]
+            logits = model.language.head(hidden)[batch.supervised_rows.index_M]
             total += torch.nn.functional.cross_entropy(
                 logits, batch.targets_M, reduction="sum"
             ).item()

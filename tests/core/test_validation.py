@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from tests.conftest import RecipeWriter
 from tests.core import processes
 from tests.core.conftest import Command
-from tests.core.test_team import llava_run as torchrun
+from tests.core.test_distributed import llava_run as torchrun
 
 import llavakit
 

@@ -19,7 +19,7 @@ from tests.evaluation.conftest import PROBLEMS
 
 import llavakit.testing
 from llavakit import Benchmark, ChatModel, DataError, Message, Registry, Run, Stopped
-from llavakit.contracts.run import Team
+from llavakit.contracts.run import ProcessGroup
 from llavakit_plugins.evaluation.benchmarks.pope import original_answer, strict_answer
 from llavakit_plugins.evaluation.vqa_text import normalise, vqa_accuracy
 
@@ -82,7 +82,7 @@ def within(folder: Path, stopping: Callable[[], bool] = lambda: False) -> Run:
         progress=lambda done, total, note="": None,
         event=lambda name, /, **values: None,
         stopping=stopping,
-        team=Team(),
+        process_group=ProcessGroup(),
     )
 
 

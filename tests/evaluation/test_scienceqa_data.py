@@ -92,11 +92,11 @@ def build(folder: Path, **options: object) -> Dataset:
     ],
 )
 def test_every_format_is_the_converters(
-    science: Path, form: str, identity: str, asked: str, learned: str
+    science: Path, form: str, identity: str, asked: str, supervised: str
 ) -> None:
     problem = read_problems(science / "problems.json")[identity]
     assert question_text(problem, form) == asked
-    assert answer_text(problem, form) == learned
+    assert answer_text(problem, form) == supervised
 
 
 # What the original's converter makes of these, by running it
@@ -130,12 +130,12 @@ def test_every_format_is_the_converters(
     ],
 )
 def test_spaces_and_labels_are_left_as_the_converter_leaves_them(
-    science: Path, changes: dict[str, Any], form: str, asked: str | None, learned: str
+    science: Path, changes: dict[str, Any], form: str, asked: str | None, supervised: str
 ) -> None:
     row = {**PROBLEMS["9"], "hint": "", "lecture": "", "solution": "", **changes}
     (science / "problems.json").write_text(json.dumps({"9": row}))
     problem = read_problems(science / "problems.json")["9"]
-    assert answer_text(problem, form) == learned
+    assert answer_text(problem, form) == supervised
     assert asked in (None, question_text(problem, form))
 
 

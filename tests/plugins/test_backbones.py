@@ -31,12 +31,12 @@ def test_a_document_begins_with_the_words_of_a_caption_in_any_order() -> None:
         text = "".join(segment.text for segment in document)
         assert IMAGE not in text
         first = document[1] if document[0].text.startswith("USER") else document[0]
-        assert not first.learned, "what stands for the image is never learned"
+        assert not first.supervised, "what stands for the image is never learned"
         said = first.text.partition("\n")[0]
         assert words(said) in [words(caption) for caption in context.captions]
         in_order += any(said in re.sub(r"[^\w ]", "", c.lower()) for c in context.captions)
-        learned = [segment.text for segment in document if segment.learned]
-        assert learned[-1] == "</s>"
+        supervised = [segment.text for segment in document if segment.supervised]
+        assert supervised[-1] == "</s>"
         values = {box.category for box in context.boxes}
-        assert any(value in text.lower() for value in values for text in learned)
+        assert any(value in text.lower() for value in values for text in supervised)
     assert in_order < len(found) / 4

@@ -13,6 +13,7 @@ import zlib
 from collections.abc import Iterator
 from datetime import date
 from email.utils import formatdate
+from functools import partial
 from hashlib import sha1, sha256
 from pathlib import Path
 from typing import Any
@@ -121,6 +122,10 @@ def slow(handler: Handler, body: Any) -> None:
         handler.wfile.flush()
 
 
+def raw(data: bytes, handler: Handler, body: Any) -> None:
+    handler.raw(data)
+
+
 PASSING = {
     "429": lambda h, b: h.fail(429, "slow down"),
     "500": lambda h, b: h.fail(500, "oh"),
@@ -141,7 +146,7 @@ PASSING = {
     "a refusal that is no text": lambda h, b: h.answer(None, message={"refusal": ["no"]}),
     "an error list with status 200": lambda h, b: h.json(200, [{"error": "no GPU"}]),
     **{
-        f"no HTTP: {name}": lambda h, b, head=head: h.raw(b"HTTP/1.1 " + head)
+        f"no HTTP: {name}": partial(raw, b"HTTP/1.1 " + head)
         for name, head in {
             "a chunk's length": b"200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\nabc\r\n",
             "a chunk without end": b"200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nab",

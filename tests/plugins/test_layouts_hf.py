@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +29,7 @@ from llavakit import Exporter, LlavaError, LlavaModel, ModelError, Registry
 from llavakit.model.folder import load_model, save_model
 from llavakit.testing import ExporterContract
 from llavakit_plugins.checkpoints.hf import Hf, HfOptions
+from llavakit_plugins.checkpoints.parity import picture
 
 KINDS = [("clip", "llama"), ("siglip", "qwen2")]
 
@@ -204,13 +207,22 @@ CONNECTOR = 'connector = { use = "mlp" }'
 def test_transformers_reads_what_we_write(
     native: Callable[..., LlavaModel], tmp_path: Path, change: list[tuple[str, str]]
 ) -> None:
-    from transformers import LlavaForConditionalGeneration
+    from transformers import AutoProcessor, LlavaForConditionalGeneration
 
     ours = native(*change)
     figures = Hf().export(ours, tmp_path / "out")
     assert figures["largest_logit_difference"] < 1e-5
     assert figures["processor_ids_equal"] is True
     assert figures["processor_pixel_difference"] < 1e-6
+    if importlib.util.find_spec("torchvision"):
+        image = picture()
+        default = AutoProcessor.from_pretrained(tmp_path / "out", backend="torchvision")
+        found = default.image_processor(image, return_tensors="pt")["pixel_values"]
+        away = (found - ours.prepare([image])).abs().max().item()
+        assert figures["torchvision_pixel_difference"] == away
+        assert away < 1 / 255 / 0.26 + 1e-4  # one level of 255, as normalised
+    else:
+        assert figures["torchvision_pixel_difference"] is None
     kind: Any = LlavaForConditionalGeneration
     theirs, report = kind.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(report.values())
@@ -358,6 +370,16 @@ def test_another_chat_template_is_used_as_it_is(tmp_path: Path) -> None:
     assert model.prompt("what colour is it ?", []).ids.tolist() == expected["input_ids"][0]
 
 
+def test_a_chat_template_without_end_is_refused_and_another_chosen(
+    clip: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (clip / "chat_template.jinja").write_text("{{ 'x' * 10**10 }}")
+    with pytest.raises(ModelError, match=r"writes more .*; choose another .* with --template"):
+        llavakit.load(clip, device="cpu")
+    model = llavakit.load(clip, device="cpu", template="vicuna_v1")
+    assert model.choices["template"] == {"use": "vicuna_v1"}
+
+
 def test_the_template_can_be_chosen(clip: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, "llavakit"):
         model = llavakit.load(clip, device="cpu", template="llava_v0")
@@ -464,7 +486,24 @@ def processor(**changes: Any) -> Callable[[Path], None]:
     (config(text_config={"num_hidden_layers": 10**7}), "tensors for 10,000,000 layers"),
     (config(text_config={"vocab_size": 32000, "hidden_size": 2048, "head_dim": 512}),
      r"lm_head.weight \[64, 48\] for \[32000, 2048\].* 157,\d+,\d+ parameters are asked for"),
-    (config(vision_config={"num_attention_heads": 0}), "makes no vision tower"),
+    (config(vision_config={"num_attention_heads": 5}), "makes no vision tower"),
+    (config(vision_config={"num_attention_heads": 0}), "`num_attention_heads` is 0; it must be a"),
+    (config(vision_config={"image_size": "x"}), "`vision_config`: `image_size` is \"x\"; it must"),
+    (config(text_config={"hidden_size": [1]}), r"`text_config`: `hidden_size` is \[1\]; it must"),
+    (config(text_config={"mlp_bias": [1]}), "makes no language model .*'mlp_bias'"),
+    (processor(image_std=[0, 1, 1]), "`image_std` = .*; it must be three numbers above 0"),
+    (processor(resample="llama"), "`resample` = \"llama\"; it must be the number of one of"),
+    (processor(size={"shortest_edge": {}}), "processor_config.json: `size` is .*; it must be"),
+    (lambda folder: edit(folder / "generation_config.json", eos_token_id=["x"]),
+     r"generation_config.json: `eos_token_id` is \[\"x\"\]; it must be the ids of tokens"),
+    (lambda folder: (folder / "generation_config.json").write_text("[]"),
+     "generation_config.json holds no table"),
+    (lambda folder: edit(folder / "tokenizer_config.json", bos_token={"x": 1}),
+     "tokenizer_config.json: `bos_token` is .*; it must be a token"),
+    (lambda folder: (folder / "tokenizer_config.json").write_text("3"),
+     "tokenizer_config.json holds no table"),
+    (lambda folder: edit(folder / "tokenizer.json", decoder=7),
+     "tokenizer.json is no tokenizer"),
     (config(vision_feature_layer=[1, 2]), "features of one layer"),
     (config(vision_feature_layer=9), "3 layers"),
     (config(vision_feature_select_strategy="cls"), "must be default or full"),
@@ -483,6 +522,17 @@ def test_what_is_wrong_is_said_in_one_sentence(
     with pytest.raises(LlavaError, match=sentence) as caught:
         llavakit.load(clip, device="cpu")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", [
+    "config.json", "generation_config.json", "processor_config.json", "tokenizer.json",
+    "tokenizer_config.json", "special_tokens_map.json", "model.safetensors.index.json",
+])  # fmt: skip
+def test_a_pipe_among_the_files_is_named_and_never_opened(clip: Path, name: str) -> None:
+    (clip / name).unlink(missing_ok=True)
+    os.mkfifo(clip / name)
+    with pytest.raises(ModelError, match=rf"{name}.* (is no regular file|cannot be read as JSON)"):
+        llavakit.load(clip, device="cpu")
 
 
 def test_layers_of_several_precisions_are_used_in_the_widest(clip: Path) -> None:

@@ -22,6 +22,7 @@ import llavakit
 from llavakit import Exporter, LlavaError, LlavaModel, ModelError, Registry
 from llavakit.model.folder import load_model, save_model
 from llavakit.testing import ExporterContract
+from llavakit_plugins.checkpoints.hf import Hf
 from llavakit_plugins.checkpoints.original import Original, OriginalOptions
 
 PROMPT = "USER : <image> what colour is it ? ASSISTANT :"
@@ -442,6 +443,38 @@ def test_the_template_follows_from_the_content(
     assert f"`{name}`" in caplog.text
     chosen = llavakit.load(renamed, device="cpu", vision=made.tower, template="v1_mmtag")
     assert chosen.choices["template"] == {"use": "v1_mmtag"}
+
+
+@pytest.mark.parametrize("token", ["[PAD]", "<image>"])
+def test_a_token_without_a_row_that_is_never_written_is_left_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, token: str
+) -> None:
+    """The first LLaVAs' tokenizers have [PAD], token 32,000, and their weights 32,000 rows."""
+    rows = LANGUAGE["vocab_size"]
+    filler = [f"w{n}" for n in range(rows - len(make_tokenizer()))]
+    made = make(tmp_path, tokens=(*filler, token))
+    with caplog.at_level(logging.WARNING, "llavakit"):
+        ours = llavakit.load(made.folder, device="cpu", vision=made.tower)
+    assert f"the tokenizer has `{token}`, and the language model no row for it" in caplog.text
+    assert ours.choices["template"]["use"] == ("llava_v0" if token == "[PAD]" else "vicuna_v1")
+    assert len(ours.language.tokenizer) == rows
+    text = f"what is {token} ?" if token != "<image>" else "what ?"
+    assert ours.prompt(text, [], raw=True).ids.max() < rows
+    same(made, ours)
+    save_model(ours, tmp_path / "native")
+    again = load_model(tmp_path / "native", Registry.installed()).eval()
+    same(made, again)
+    Original().export(again, tmp_path / "original")
+    same(made, llavakit.load(tmp_path / "original", device="cpu"))
+    assert Hf().export(again, tmp_path / "hf")["processor_ids_equal"]
+
+
+def test_tokens_that_would_be_written_need_their_rows(tmp_path: Path) -> None:
+    filler = [f"w{n}" for n in range(LANGUAGE["vocab_size"] - len(make_tokenizer()))]
+    for number, more in enumerate((["word"], ["[PAD]", "word"], ["<|im_end|>"])):
+        made = make(tmp_path / str(number), tokens=(*filler, *more))
+        with pytest.raises(ModelError, match=r"tokens, the language model 64; take the tokenizer"):
+            llavakit.load(made.folder, device="cpu", vision=made.tower)
 
 
 # -- bad input -------------------------------------------------------------------------------------

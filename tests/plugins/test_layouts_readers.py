@@ -176,6 +176,7 @@ def test_a_tuned_tower_is_not_called_by_the_hubs_name(
 def test_a_tensor_that_is_not_found_fails_the_proof(
     native: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+
     import llavakit_plugins.checkpoints.original as module
 
     write: Any = vars(module)["write_weights"]

@@ -234,7 +234,7 @@ def test_weights_that_are_not_there_are_never_made_up(tmp_path: Path) -> None:
         ("shape", r"it has, in another shape, .* \[48\] for \[32\]"),
         ("cut", "model.safetensors is damaged or cut short"),
         ("none", "holds no weights"),
-        ("not json", r"config.json cannot be read"),
+        ("not json", r"config.json is not valid JSON"),
     ],
 )
 def test_weights_that_cannot_be_read_are_named(tmp_path: Path, damage: str, sentence: str) -> None:

@@ -65,12 +65,12 @@ def language(component: Any) -> Callable[[Path], Any]:
 def test_whoever_loads_a_tokenizer_has_it_read_by_words(
     load: Callable[[Path], Any], folder: Path, read: list[bool]
 ) -> None:
-    ids, learned = tokenise(SEGMENTS, load(folder))
+    ids, supervised = tokenise(SEGMENTS, load(folder))
     assert read == [True, True]  # the text in front of the image, and that behind it
     expected_ids, expected = tokenise(SEGMENTS, llama_like(post=around("<s> $A")))
     assert read == [True, True]  # nobody asked for it there
     assert ids.tolist() == expected_ids.tolist()
-    assert learned.tolist() == expected.tolist()
+    assert supervised.tolist() == expected.tolist()
 
 
 def test_a_lone_tokenizer_json_is_read_by_words(folder: Path, read: list[bool]) -> None:

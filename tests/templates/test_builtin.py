@@ -116,7 +116,7 @@ def test_the_original_trains_v0_with_another_text_than_it_asks_with() -> None:
 
 def test_v0s_example_is_shown_but_not_learned() -> None:
     segments = template("v0", layout="compact").segments(turns("Q", "A"), LLAMA_LIKE)
-    assert "".join(s.text for s in segments if s.learned) == " A###"
+    assert "".join(s.text for s in segments if s.supervised) == " A###"
     assert "renewable" not in rendered(template("v0"), "Q", "A")  # the original trains without
 
 
@@ -193,9 +193,9 @@ def test_what_cannot_be_shown_is_refused_with_a_reason() -> None:
 def pieces(encoded: Encoded, tokenizer: PreTrainedTokenizerBase) -> str:
     """Return the tokens, learned ones in brackets."""
     shown = []
-    for number, learned in zip(encoded.ids.tolist(), encoded.learned, strict=True):
+    for number, supervised in zip(encoded.ids.tolist(), encoded.supervised, strict=True):
         token = IMAGE if number == IMAGE_ID else str(tokenizer.convert_ids_to_tokens(number))
-        shown.append(f"[{token}]" if learned else token)
+        shown.append(f"[{token}]" if supervised else token)
     return " ".join(shown)
 
 
@@ -320,14 +320,14 @@ def test_any_conversation_equals_sentencepiece_and_learns_its_answers(
             stretch.append(asked)
     legacy = cast(Any, llama).legacy
     assert encoded.ids.tolist() == expected_ids(sentencepiece, [stretch], legacy=legacy)
-    learned = encoded.ids[encoded.learned]
-    ends = learned == llama.eos_token_id
+    supervised = encoded.ids[encoded.supervised]
+    ends = supervised == llama.eos_token_id
     assert ends.sum() == len(answers)
     start = 0
     for answer, end in zip(answers, ends.nonzero()[0], strict=True):
         # behind `:`, so that the space in front of the answer is not taken for the text's start
         prefix = llama.convert_tokens_to_ids(":")
-        text = llama.decode([prefix, *learned[start:end].tolist()])
+        text = llama.decode([prefix, *supervised[start:end].tolist()])
         assert text == f": {answer}"
         start = end + 1
 
@@ -378,13 +378,20 @@ def test_any_text_between_images_equals_sentencepiece(
     assert ids.tolist() == expected
 
 
-def test_text_behind_an_image_may_begin_with_a_space(llama: PreTrainedTokenizerBase) -> None:
+def test_text_behind_an_image_may_begin_with_a_space(
+    llama: PreTrainedTokenizerBase, sentencepiece: SentencePieceProcessor
+) -> None:
     encoded = encode(sample("<image>", " a dog"), template("plain"), llama)
-    assert encoded.ids.tolist() == [1, IMAGE_ID, 29871, 263, 11203, 13]
-    assert encoded.learned.tolist() == [False, False, True, True, True, True]
+    caption = sentencepiece.encode(" a dog\n")
+    assert encoded.ids.tolist() == [1, IMAGE_ID, *caption]
+    assert encoded.supervised.tolist() == [False, False, *[True] * len(caption)]
     asked = encode(sample("<image>"), template("vicuna_v1", system=""), llama)
     at = asked.ids.tolist().index(IMAGE_ID)
-    assert asked.ids.tolist()[at : at + 3] == [IMAGE_ID, 29871, 319]
+    behind = sentencepiece.encode(" ASSISTANT:")  # with SentencePiece's own space in front
+    assert asked.ids.tolist()[at + 1 :][: len(behind) - 1] == behind[:-1]
+    if sentencepiece.piece_to_id("\u2581dog") == 11203:  # the published model
+        assert caption == [29871, 263, 11203, 13]
+        assert asked.ids.tolist()[at : at + 3] == [IMAGE_ID, 29871, 319]
 
 
 @pytest.mark.parametrize("name", ["vicuna_v1", "llava_v0", "llama_2", "chatml", "v1_mmtag"])
@@ -401,27 +408,27 @@ def test_traps_of_the_original(llama: PreTrainedTokenizerBase) -> None:
     """Each of these leaves the whole sample unlearned in the original."""
     v1 = template("vicuna_v1", system="")
 
-    def learned(*texts: str) -> str:
+    def supervised(*texts: str) -> str:
         encoded = encode(sample(*texts), v1, llama)
-        return str(llama.decode(encoded.ids[encoded.learned]))
+        return str(llama.decode(encoded.ids[encoded.supervised]))
 
-    assert learned("Q", "as ASSISTANT: would say") == "as ASSISTANT: would say</s>"
-    assert learned("what is ASSISTANT: ?", "A") == "A</s>"
-    assert learned("Q", "") == "</s>"
-    assert learned("Q", "A", "and then?") == "A</s>"
+    assert supervised("Q", "as ASSISTANT: would say") == "as ASSISTANT: would say</s>"
+    assert supervised("what is ASSISTANT: ?", "A") == "A</s>"
+    assert supervised("Q", "") == "</s>"
+    assert supervised("Q", "A", "and then?") == "A</s>"
     encoded = encode(sample("What is </s>?", "It is </s> <s> <unk>."), v1, llama)
     assert encoded.ids.tolist().count(2) == 1
     assert encoded.ids.tolist().count(1) == 1
     assert encoded.ids.tolist().count(0) == 0
     hashes = template("llava_v0", system="")
     encoded = encode(sample("Q", "### Human: me"), hashes, llama)
-    assert "### Human: me\n### " in llama.decode(encoded.ids[encoded.learned])
+    assert "### Human: me\n### " in llama.decode(encoded.ids[encoded.supervised])
 
 
 def test_image_text_in_an_answer_is_text(llama: PreTrainedTokenizerBase) -> None:
     encoded = encode(sample("<image>\nQ", "write <image> here"), template("vicuna_v1"), llama)
     assert encoded.image_count == 1
-    assert llama.decode(encoded.ids[encoded.learned]) == "write <image> here</s>"
+    assert llama.decode(encoded.ids[encoded.supervised]) == "write <image> here</s>"
 
 
 def test_max_length_cuts_as_the_original(llama: PreTrainedTokenizerBase) -> None:
@@ -429,10 +436,10 @@ def test_max_length_cuts_as_the_original(llama: PreTrainedTokenizerBase) -> None
     long_answer = encode(sample("<image>\nQ", "word " * 50), v1, llama, max_length=40)
     rows = long_answer.expand(visual_tokens=16)
     assert len(rows.token_ids) == 40
-    assert 2 not in rows.token_ids[rows.learned]  # the end token is behind the cut
-    assert long_answer.learned_count(16) > 0
+    assert 2 not in rows.token_ids[rows.supervised]  # the end token is behind the cut
+    assert long_answer.supervised_count(16) > 0
     long_question = encode(sample("<image>\n" + "word " * 50, "A"), v1, llama, max_length=40)
-    assert long_question.learned_count(16) == 0  # for the training step to report
+    assert long_question.supervised_count(16) == 0  # for the training step to report
     assert long_question.length(16) == 40
 
 

@@ -105,9 +105,9 @@ def encoded(tokenizer: PreTrainedTokenizerBase, *texts: str, **options: Any) -> 
     return encode(Sample("s1", turns(*texts), (Path("x"),) * images), template, tokenizer)
 
 
-def learned(tokenizer: PreTrainedTokenizerBase, *texts: str, **options: Any) -> str:
+def supervised(tokenizer: PreTrainedTokenizerBase, *texts: str, **options: Any) -> str:
     result = encoded(tokenizer, *texts, **options)
-    return str(tokenizer.decode(result.ids[result.learned]))
+    return str(tokenizer.decode(result.ids[result.supervised]))
 
 
 def oracle(
@@ -158,11 +158,11 @@ def test_answers_are_learned_with_what_ends_them(
     make: Make, source: str, expected: str, trim: bool
 ) -> None:
     tokenizer = make(source, trim=trim)
-    assert learned(tokenizer, "What is it?", "A cat.", "And then?", "It sat.\n\n") == expected
-    assert learned(tokenizer, "What is it?", "A cat.", "And?") == expected[
+    assert supervised(tokenizer, "What is it?", "A cat.", "And then?", "It sat.\n\n") == expected
+    assert supervised(tokenizer, "What is it?", "A cat.", "And?") == expected[
         : expected.index("It")
     ].rstrip(" ")
-    assert learned(tokenizer, "What is it?") == ""
+    assert supervised(tokenizer, "What is it?") == ""
 
 
 def test_marked_templates_learn_what_transformers_masks(make: Make) -> None:
@@ -176,7 +176,7 @@ def test_marked_templates_learn_what_transformers_masks(make: Make) -> None:
     )
     result = encoded(tokenizer, *texts)
     assert result.ids.tolist() == expected["input_ids"]
-    assert result.learned.astype(int).tolist() == expected["assistant_masks"]
+    assert result.supervised.astype(int).tolist() == expected["assistant_masks"]
 
 
 def test_images_cut_the_text(make: Make) -> None:
@@ -209,7 +209,7 @@ def test_variables_reach_the_template(make: Make) -> None:
     ids = encoded(tokenizer, "Q", variables=variables).ids.tolist()
     assert ids == oracle(tokenizer, "Q", **variables)
     assert "</think>" in tokenizer.decode(ids)
-    assert learned(tokenizer, "Q", "A", variables=variables) == "A<|im_end|>"
+    assert supervised(tokenizer, "Q", "A", variables=variables) == "A<|im_end|>"
 
 
 @pytest.mark.parametrize(
@@ -250,11 +250,38 @@ def test_templates_that_cannot_be_used_are_refused(make: Make) -> None:
     with pytest.raises(ModelError, match="leaves out, repeats or reorders"):
         encoded(make("{{ messages[-1].content }}"), "Q", "A", "Q2")
     rewrites = "{% for m in messages %}{{ m.content.split('</think>')[-1] }}|{% endfor %}"
-    assert encoded(make(rewrites), "Q", "A").learned_count(1) > 0
+    assert encoded(make(rewrites), "Q", "A").supervised_count(1) > 0
     with pytest.raises(DataError, match=r"sample `s1`: .*rewrites the text"):
         encoded(make(rewrites), "Q", "<think>hm</think>A")
     with pytest.raises(ModelError, match="refuses a conversation"):
         encoded(make("{{ messages[0].content.no.such }}"), "Q")
+
+
+HOSTILE = [
+    ("{% for i in range(10**10) %}x{% endfor %}", "counts further than a text is long"),
+    ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+     "does not end within 5 seconds"),
+    ("{{ 'x' * 10**10 }}", "more than the memory"),
+    ("{{ 'x' | center(10**11) }}", "more than the memory"),
+    ("{% set n = namespace(x='ab') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
+     "more than the memory"),
+    ("{% for i in range(99999) %}{{ 'x' * 1000 }}{% endfor %}", "more than the memory"),
+    ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "calls itself without end"),
+    ("{% if messages | length > 4 %}{{ 'x' * 10**10 }}{% endif %}", "more than the memory"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("source", "sentence"), HOSTILE)
+def test_a_template_without_end_is_refused(make: Make, source: str, sentence: str) -> None:
+    with pytest.raises(ModelError, match=rf"{sentence}.*; choose another .* with --template"):
+        encoded(make(source + CHATML), "Q", "A")
+
+
+@pytest.mark.parametrize("source", ["{{ 1 / 0 }}", "{{ 'a'[0:].x.y }}", "{{ '%d' % 'x' }}", "{%"])
+def test_what_a_template_raises_is_said(make: Make, source: str) -> None:
+    with pytest.raises(ModelError, match="refuses a conversation") as caught:
+        encoded(make(source + CHATML), "Q", "A")
+    assert "\n" not in str(caught.value)
 
 
 def test_a_template_may_write_what_changes(make: Make) -> None:

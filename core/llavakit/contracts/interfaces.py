@@ -82,7 +82,11 @@ class Generator(Component):
 
     @abstractmethod
     def generate(self, context: ImageContext, kind: ResponseKind) -> Sequence[Turn]:
-        """Return the turns of one conversation; the image's placeholder is in the first."""
+        """Return the turns of one conversation; the image's placeholder is in the first.
+
+        Called from several threads at once where it has a chat model: what that was asked is kept,
+        and not asked again in another run. A DataError has it called again, for another reply.
+        """
 
 
 class Dataset(Component):
@@ -122,7 +126,7 @@ class Segment:
     """A stretch of a rendered prompt. `<image>` within it marks the place of an image."""
 
     text: str
-    learned: bool = False  #: Whether the loss covers it.
+    supervised: bool = False  #: Whether the loss covers it.
     markup: bool = False  #: Whether it is the template's: special tokens in it count as such.
 
 
@@ -198,6 +202,13 @@ class Exporter(Component):
     @abstractmethod
     def export(self, model: LlavaModel, folder: Path) -> Mapping[str, Any]:
         """Write `model` to `folder`, prove its parity, and return the proof's figures."""
+
+    def check(self, model: LlavaModel) -> None:
+        """Raise ModelError for a model that the layout has no place for, by its shapes alone.
+
+        Plans ask this of a model on the meta device, perhaps without a tokenizer, before a run
+        trains for hours what it cannot write.
+        """
 
     @classmethod
     def recognises(cls, folder: Path) -> bool:

@@ -47,6 +47,13 @@ class Network(nn.Module, Component):
         """Return the size of the weights while they are frozen, `each` bytes a parameter."""
         return float(each * sum(parameter.numel() for parameter in self.parameters()))
 
+    def with_options(self, options: Any) -> Self:
+        """Return the component with other options around the same weights.
+
+        Raises ModelError where that cannot be, as is usual.
+        """
+        raise ModelError(f"`{self.name}` cannot be changed once it is there")
+
     def save(self, folder: Path) -> None:
         """Write the weights to `folder`, which exists, as safetensors."""
         from safetensors.torch import save_file
@@ -122,7 +129,7 @@ class Connector(Network):
             raise ModelError(
                 f"connector `{self.name}` gave {tuple(visual_BPE.shape)} where "
                 f"{expected} was expected: images, `tokens({patches})`, width of the language "
-                "model; mend its `forward` or `tokens`"
+                "model; fix its `forward` or `tokens`"
             )
         visual_NE = visual_BPE.flatten(0, 1)
         if stream.visual_kept_N is not None:

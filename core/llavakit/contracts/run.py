@@ -23,18 +23,18 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-class Team:
+class ProcessGroup:
     """One process's place among those of its run; here it is alone."""
 
     rank: int = 0
     size: int = 1
 
     @property
-    def leads(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this process is the one that writes, reports and does what needs one only."""
         return self.rank == 0
 
-    def share(self, value: T) -> T:
+    def broadcast(self, value: T) -> T:
         """Return the leader's value in every process."""
         return value
 
@@ -76,7 +76,7 @@ class Run:
     progress: Progress
     event: Event
     stopping: Stopping  #: Says whether the user asked to stop: save, then raise `Stopped`.
-    team: Team  #: The processes that share this step's work; one alone unless it is `together`.
+    process_group: ProcessGroup  #: one process unless the step is `together`
 
     @property
     def device(self) -> torch.device:
@@ -136,13 +136,16 @@ class Step(Component):
     needs_model: ClassVar[bool] = False
     """Whether it starts from the recipe's model: missing weights, or a device, are told at once."""
     together: ClassVar[bool] = False
-    """Whether every process of a torchrun takes part in it, not the first alone. Then `run.team`
-    says who they are, and only who leads writes to `run.directory`."""
+    """Whether every process of a torchrun takes part in it, not the first alone. Then
+    `run.process_group` says which is which, and only the main one writes to `run.directory`."""
 
     @classmethod
-    def leaves_model(cls, options: Any) -> bool:
-        """Say whether it leaves a model folder `model` in its own, which later steps start from."""
-        return False
+    def leaves(cls, options: Any) -> Mapping[str, bool] | None:
+        """Return the model folders that it leaves in its own, and which can be trained on.
+
+        Later steps start from `model`, where it is one of them. None: not known before it runs.
+        """
+        return None if cls.needs_model else {}
 
     @abstractmethod
     def run(self, run: Run) -> Outcome:

@@ -2,7 +2,7 @@
 
     torchrun --nproc-per-node 8 "$(command -v llava-run)" recipes/llava13b.toml
 
-Without torchrun a run is a team of one, and nothing here costs anything, not even torch.
+Without torchrun a run is one process, and nothing here costs anything, not even torch.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from llavakit.contracts.run import Team
+from llavakit.contracts.run import ProcessGroup
 
 if TYPE_CHECKING:
     import torch
@@ -38,16 +38,16 @@ class Device:
 
 
 @contextmanager
-def join_team(name: str) -> Iterator[tuple[Team, Device]]:
+def join_process_group(name: str) -> Iterator[tuple[ProcessGroup, Device]]:
     """Yield this process's place and its device; `name` is the recipe's `device`.
 
     Raises RecipeError where there are more processes than devices, or a single device is named.
     """
     if not {"RANK", "WORLD_SIZE"} <= os.environ.keys():  # as torchrun sets them
-        yield Team(), Device(name)
+        yield ProcessGroup(), Device(name)
         return
     from llavakit.engine.torchrun import join_processes, own_device
 
     device = Device(own_device(name))
-    with join_processes(device.find()) as team:
-        yield team, device
+    with join_processes(device.find()) as process_group:
+        yield process_group, device

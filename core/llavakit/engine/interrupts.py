@@ -9,23 +9,23 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from llavakit.contracts.run import Stopping, Team
+from llavakit.contracts.run import ProcessGroup, Stopping
 from llavakit.engine.progress import say
 
 
 @contextmanager
-def interrupts(team: Team) -> Iterator[Stopping]:
+def interrupts(process_group: ProcessGroup) -> Iterator[Stopping]:
     """Yield a function that says whether Ctrl-C or SIGTERM came; a second one ends at once.
 
-    In a team both come, from the terminal and from torchrun, which ends everything itself in time.
+    In several processes both come, from the terminal and from torchrun, which ends them in time.
     """
     asked: list[int] = []
 
     def ask(number: int, frame: FrameType | None) -> None:
-        if asked and team.size == 1:
+        if asked and process_group.size == 1:
             raise KeyboardInterrupt
-        if not asked and team.leads:
-            again = "" if team.size > 1 else " (once more to stop at once)"
+        if not asked and process_group.is_main:
+            again = "" if process_group.size > 1 else " (once more to stop at once)"
             say(f"stopping at the next safe point{again}")
         asked.append(number)
 

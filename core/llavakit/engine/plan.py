@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from copy import deepcopy
 from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,7 +60,7 @@ class RecipePlanner:
         self.steps: dict[str, StepPlan] = {}  #: The plans of the steps before, by name.
         self._newest: _Known = lambda: self._of_recipe
         self._current = self._newest
-        self._left: dict[str, _Known] = {}
+        self._left: dict[str, tuple[Mapping[str, bool] | None, _Known]] = {}
 
     def plan(self, name: str, use: StepUse) -> None:
         """Add a step's plan to those of the steps before."""
@@ -67,8 +68,10 @@ class RecipePlanner:
         options = self._registry.options(use)
         self._current = self._newest
         self.steps[name] = step.plan(options, self) or StepPlan()
-        if step.leaves_model(options):
-            self._newest = self._left[name] = self._left[use.use] = self._current
+        for step_name in (name, use.use):
+            self._left[step_name] = step.leaves(options), self._current
+        if "model" in (step.leaves(options) or {}):
+            self._newest = self._current
 
     @property
     def seed(self) -> int:
@@ -79,26 +82,27 @@ class RecipePlanner:
         return self._recipe.machine.devices
 
     def start(
-        self,
-        init: Path | None,
-        change: Callable[[LlavaModel], LlavaModel] = lambda model: model,
-        **given: Any,
+        self, init: Path | None, change: Callable[[Any], Any] = lambda model: model, **given: Any
     ) -> None:
         if init is None:  # it stays the newest that a step before left, or else the recipe's
             return
-        name, _, rest = init.as_posix().removeprefix("@").partition("/")
+        name, _, folder = init.as_posix().partition("/")
+        folders, left = self._left.get(name[1:], (None, lambda: None))
+        if name.startswith("@") and folders is not None and folder not in folders:
+            known = f": it leaves {', '.join(folders)}" if folders else ""
+            raise RecipeError(f"`init`: step `{name[1:]}` leaves no model `{folder}`{known}")
 
         @cache  # a step asks often, and a sketch takes seconds
         def found() -> LlavaModel | None:
             from llavakit.model.load import sketch_any
 
-            if not init.as_posix().startswith("@"):
+            if not name.startswith("@"):
                 model = sketch_any(init, self._registry, **given)
-            elif rest == "model" and name in self._left:
-                model = self._left[name]()
+            elif folders is not None and not folders[folder]:
+                raise RecipeError(f"`init`: {init} can be run, but no step can go on from it")
             else:
-                raise RecipeError(f"`init`: step `{name}` leaves no model in {rest or '.'}")
-            return None if model is None else change(model)
+                model = left()
+            return None if model is None else change(deepcopy(model))  # others reckon with it, too
 
         self._current = found
 
@@ -120,9 +124,8 @@ class RecipePlanner:
     def _of_recipe(self) -> LlavaModel | None:
         from llavakit.model.folder import sketch_model  # a recipe without a model needs no torch
 
-        if self._recipe.model is None:
-            return None
-        return sketch_model(self._recipe.model, self._registry)
+        model = self._recipe.model
+        return None if model is None else sketch_model(model, self._registry)
 
     def parameters(self, part: str) -> int:
         return count_parameters(getattr(self.model, part))
@@ -149,9 +152,8 @@ def make_plan(recipe: Recipe, registry: Registry) -> Plan:
     """Return the plan of a recipe. Raises LlavaError where its parts do not fit."""
     planner = RecipePlanner(recipe, registry)
     model = planner.model if recipe.model is not None else None
-    if model is None:
-        for problem in missing_model(recipe.steps, registry):
-            raise RecipeError(f"recipe `{recipe.name}`: {problem.message}: {problem.hint}")
+    if model is None and (problem := next(missing_model(recipe.steps, registry), None)):
+        raise RecipeError(f"recipe `{recipe.name}`: {problem.message}: {problem.hint}")
     for name, use in recipe.active_steps():
         planner.plan(name, use)
         if model is None and planner.steps[name].trained and planner.has_model:

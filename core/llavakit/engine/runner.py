@@ -14,15 +14,15 @@ from llavakit.contracts.run import (
     Build,
     Event,
     Outcome,
+    ProcessGroup,
     Progress,
     Run,
     Step,
     Stopped,
     Stopping,
-    Team,
 )
 from llavakit.engine.checked_data import check_data
-from llavakit.engine.distributed import Device, join_team
+from llavakit.engine.distributed import Device, join_process_group
 from llavakit.engine.environment import write_environment, write_recipe
 from llavakit.engine.events import EventLog
 from llavakit.engine.interrupts import interrupts
@@ -67,20 +67,20 @@ def run(
     Where torchrun started several processes, the first of them does this; the others join it in
     the steps that work `together`, and return None.
 
-    Raises LlavaError for what the user can mend, and Stopped after an interrupt.
+    Raises LlavaError for what the user can fix, and Stopped after an interrupt.
     """
-    with join_team(recipe.device) as (team, device):
+    with join_process_group(recipe.device) as (process_group, device):
         if _has_networks(recipe, registry):
             device.find()  # one that is not there is said before anything is done
-        work = _Work(recipe, registry, directory, team, device)
-        if not team.leads:
+        work = _Work(recipe, registry, directory, process_group, device)
+        if not process_group.is_main:
             _assist(work)
             return None
         try:
             _lead(work, resume=resume, reuse=reuse)
         finally:
             if not work.together:  # within a step the others stop as it did, or torchrun acts
-                team.share(_Order(None))
+                process_group.broadcast(_Order(None))
     return Result({name: directory / name for name, _ in recipe.active_steps()}, directory)
 
 
@@ -97,7 +97,7 @@ def _lead(work: _Work, *, resume: bool, reuse: Sequence[Path]) -> None:
     work.build = check_data(recipe, work.registry, directory).build
     with explain_write(directory):
         directory.mkdir(parents=True, exist_ok=True)
-    with one_writer(directory), interrupts(work.team) as stopping:
+    with one_writer(directory), interrupts(work.process_group) as stopping:
         write_recipe(recipe, directory)
         write_environment(work.device.known, directory)
         write_text(directory / "plan.json", plan.model_dump_json(indent=2))  # as it was promised
@@ -125,7 +125,7 @@ class _Work:
     recipe: Recipe
     registry: Registry
     directory: Path
-    team: Team
+    process_group: ProcessGroup
     device: Device
     log: Event = field(default_factory=lambda: _ignore)
     build: Build | None = None  #: What builds components for steps; None: the registry.
@@ -149,7 +149,7 @@ class _Work:
                 progress=progress,
                 event=self.log,
                 stopping=stopping,
-                team=self.team if step.together else Team(),
+                process_group=self.process_group if step.together else ProcessGroup(),
             )
         )
 
@@ -185,9 +185,9 @@ def _one_step(
     begun = time.monotonic()
     with nothing_half_begun(folder), show_progress(name) as progress:
         if work.registry.get(Step, use.use).together:
-            work.team.share(_Order(name, again, dict(work.folders)))
-            work.together = work.team.size > 1  # an error now is for torchrun to end
-            stopping = _agreed(work.team, stopping)  # else some would stop and others wait
+            work.process_group.broadcast(_Order(name, again, dict(work.folders)))
+            work.together = work.process_group.size > 1  # an error now is for torchrun to end
+            stopping = _agreed(work.process_group, stopping)  # else some would stop, others wait
         outcome = work.do(name, use, progress, stopping, again=again)
         work.together = False
     seconds = time.monotonic() - begun
@@ -239,19 +239,19 @@ class _Order:
 def _assist(work: _Work) -> None:
     """Take part in the steps that the leader calls for, until it says that was all."""
     uses = dict(work.recipe.active_steps())
-    with interrupts(work.team) as asked:
-        while (order := work.team.share(_Order(None))).step is not None:
+    with interrupts(work.process_group) as asked:
+        while (order := work.process_group.broadcast(_Order(None))).step is not None:
             work.folders = order.folders
-            stopping = _agreed(work.team, asked)
+            stopping = _agreed(work.process_group, asked)
             try:
                 work.do(order.step, uses[order.step], _ignore, stopping, again=order.again)
             except Stopped:
                 return
 
 
-def _agreed(team: Team, stopping: Stopping) -> Stopping:
+def _agreed(process_group: ProcessGroup, stopping: Stopping) -> Stopping:
     """Return a function that stops all processes at the same point; each must ask as often."""
-    return stopping if team.size == 1 else lambda: team.any(stopping())
+    return stopping if process_group.size == 1 else lambda: process_group.any(stopping())
 
 
 def _ignore(*_: object, **__: object) -> None:

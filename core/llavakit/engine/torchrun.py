@@ -11,18 +11,18 @@ import torch
 from torch import Tensor, distributed as dist
 
 from llavakit.contracts.errors import RecipeError
-from llavakit.contracts.run import T, Team
+from llavakit.contracts.run import ProcessGroup, T
 
 _PATIENCE = timedelta(days=30)  # the others wait while the leader generates data, say
 
 
-class Processes(Team):
+class Processes(ProcessGroup):
     """A place among the processes of torch.distributed."""
 
     def __init__(self) -> None:
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
 
-    def share(self, value: T) -> T:
+    def broadcast(self, value: T) -> T:
         box = [value]
         dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
         return box[0]
@@ -55,7 +55,7 @@ def own_device(name: str) -> str:
 
 
 @contextmanager
-def join_processes(device: torch.device) -> Iterator[Team]:
+def join_processes(device: torch.device) -> Iterator[ProcessGroup]:
     """Yield this process's place among the others."""
     # objects and flags travel by gloo, tensors on devices by nccl
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"

@@ -77,9 +77,10 @@ class Answering(ABC, Generic[Pixels]):
             question.check()
             encoded = self._render(question)
         if begun:
-            ids, learned = tokenise([Segment(begun)], self.tokenizer, begin=False)  # BOS is there
+            # the tokenizer's own beginning is there already
+            ids, supervised = tokenise([Segment(begun)], self.tokenizer, begin=False)
             encoded = Encoded(
-                np.concatenate((encoded.ids, ids)), np.concatenate((encoded.learned, learned))
+                np.concatenate((encoded.ids, ids)), np.concatenate((encoded.supervised, supervised))
             )
         if encoded.image_count != len(images):
             raise ModelError(

@@ -22,7 +22,7 @@ from llavakit.contracts.component import Options, Use
 from llavakit.contracts.errors import ModelError
 from llavakit.contracts.interfaces import PromptTemplate
 from llavakit.contracts.networks import Connector, LanguageModel, VisionEncoder
-from llavakit.files import differs, digest, new_folder, without_none
+from llavakit.files import differs, digest, listed_file, new_folder, without_none
 from llavakit.model.llava import LlavaModel
 from llavakit.recipe.check import problems_in
 from llavakit.recipe.model_choice import MANIFEST, PARTS, ModelRecipe
@@ -153,7 +153,7 @@ def load_model(
     if not isinstance(manifest.get("sha256"), dict):
         raise ModelError(f"{path} lists no files under [sha256]; copy the whole folder again")
     for name, known in manifest["sha256"].items():
-        file = folder / name
+        file = listed_file(folder, name)
         if not file.is_file():
             raise ModelError(f"{folder} lacks {name}; copy the whole folder again")
         # safetensors notices by itself where a large file is cut short

@@ -67,12 +67,12 @@ class LlavaModel(nn.Module, Answering[Tensor]):
             raise ModelError(
                 f"vision encoder `{self.vision.name}` gave {features_IPD.shape[1]} tokens, but "
                 f"says {self.vision.prefix_tokens} prefix + "
-                f"{expected - self.vision.prefix_tokens} patches; mend `tokens` or `prefix_tokens`"
+                f"{expected - self.vision.prefix_tokens} patches; fix `tokens` or `prefix_tokens`"
             )
         if features_IPD.shape[2] != self.vision.width:
             raise ModelError(
                 f"vision encoder `{self.vision.name}` gave features of width "
-                f"{features_IPD.shape[2]}, but says {self.vision.width}; mend `width`"
+                f"{features_IPD.shape[2]}, but says {self.vision.width}; fix `width`"
             )
         return features_IPD[:, self.vision.prefix_tokens :]  # class tokens stand for no patch
 
@@ -96,7 +96,7 @@ class LlavaModel(nn.Module, Answering[Tensor]):
         the same, however the step was cut into micro-batches.
         """
         embeds_TE = self.embed(batch, features_IPD)
-        hidden_ME = self.language.hidden(embeds_TE, batch.packing, batch.target_rows)
+        hidden_ME = self.language.hidden(embeds_TE, batch.packing, batch.supervised_rows)
         return self.language.loss(hidden_ME, batch.targets_M)
 
     def merged(self) -> LlavaModel:

@@ -123,6 +123,8 @@ def _described(folder: Path) -> ModelRecipe:
 
 def _is_json(file: Path) -> bool:
     try:
+        if not file.is_file():  # a pipe or a device
+            return False
         json.loads(file.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError):
         return False

@@ -76,6 +76,15 @@ class Recipe(BaseModel):
             )
         return name
 
+    @field_validator("device")
+    @classmethod
+    def _is_known(cls, device: str) -> str:
+        if device.partition(":")[0] == "meta":
+            raise ValueError(f"device `{device}` is not available on this machine; use cpu or auto")
+        if not re.fullmatch(r"auto|(cpu|cuda|mps|xpu|hpu|xla|npu)(:\d+)?", device):
+            raise ValueError(f"device `{device}` is not one torch knows; use auto, cpu or cuda")
+        return device
+
     @classmethod
     def load(
         cls,
@@ -151,7 +160,7 @@ def _from_environment() -> dict[str, Any]:
     except SettingsError as error:
         raise RecipeError(
             f"the environment sets a table by LLAVA_…, but not as JSON: {error} "
-            f"({error.__cause__}); mend or unset that variable"
+            f"({error.__cause__}); fix or unset that variable"
         ) from error
 
 
@@ -245,7 +254,7 @@ def missing_model(steps: Sequence[StepUse], registry: Registry) -> Iterator[Prob
             step = registry.chosen(use)
             if step.needs_model and not left and use.options.get("init") is None:
                 needing = needing or use.use
-            left = left or step.leaves_model(registry.options(use))
+            left = left or "model" in (step.leaves(registry.options(use)) or {})
     if needing or not steps:
         hint = f"`{needing}` needs one: add [model], or state `init`" if needing else "add it"
         yield Problem((), "missing option `model`", hint)

@@ -29,7 +29,7 @@ class PackedBatch:
     packing: Packing
     visual_rows_N: Tensor
     visual_kept_N: Tensor | None
-    target_rows: Rows  #: The rows whose next token is supervised.
+    supervised_rows: Rows  #: The rows whose next token is supervised.
     targets_M: Tensor  #: int64: those next tokens.
     samples: tuple[int, ...]  #: Index of each sample in its data set.
     images: tuple[tuple[int, int], ...]  #: (sample, its image) of each, in order of rows.
@@ -37,14 +37,14 @@ class PackedBatch:
     def to(self, device: torch.device) -> PackedBatch:
         """Return the batch on `device`."""
         move = partial(upload, device=device)
-        kept = self.visual_kept_N
+        kept, rows = self.visual_kept_N, self.supervised_rows
         return replace(
             self,
             token_ids_T=move(self.token_ids_T),
             packing=self.packing.to(device),
             visual_rows_N=move(self.visual_rows_N),
             visual_kept_N=None if kept is None else move(kept),
-            target_rows=replace(self.target_rows, index_M=move(self.target_rows.index_M)),
+            supervised_rows=replace(rows, index_M=move(rows.index_M)),
             targets_M=move(self.targets_M),
         )
 
@@ -54,12 +54,12 @@ def pack(encoded: Sequence[Encoded], samples: Sequence[int], visual_tokens: int)
 
     `visual_tokens` is P', the rows that one image takes; `samples` are the samples' indices.
     """
-    token_ids, learned, visual, starts, images, kept = [], [], [], [0], [], []
+    token_ids, supervised, visual, starts, images, kept = [], [], [], [0], [], []
     cut = False
     for index, item in zip(samples, encoded, strict=True):
         rows = item.expand(visual_tokens)
         token_ids.append(rows.token_ids)
-        learned.append(rows.learned)
+        supervised.append(rows.supervised)
         visual.append(rows.visual)
         count = item.image_count
         images += [(index, number) for number in range(count)]
@@ -68,18 +68,18 @@ def pack(encoded: Sequence[Encoded], samples: Sequence[int], visual_tokens: int)
         kept.append(np.arange(full) < rows.visual_count)
         starts.append(starts[-1] + len(rows.token_ids))
     ids_T = np.concatenate(token_ids)
-    learned_T = np.concatenate(learned)
+    supervised_T = np.concatenate(supervised)
     # row t predicts token t + 1, within the sample; no first token is ever learned
-    learned_T[np.asarray(starts[:-1])] = False
-    target_rows = np.flatnonzero(learned_T) - 1
-    counts = np.diff(np.searchsorted(target_rows, starts))
+    supervised_T[np.asarray(starts[:-1])] = False
+    supervised_rows = np.flatnonzero(supervised_T) - 1
+    counts = np.diff(np.searchsorted(supervised_rows, starts))
     return PackedBatch(
         token_ids_T=torch.from_numpy(ids_T),
         packing=Packing.of(np.diff(starts).tolist()),
         visual_rows_N=torch.from_numpy(np.flatnonzero(np.concatenate(visual))),
         visual_kept_N=torch.from_numpy(np.flatnonzero(np.concatenate(kept))) if cut else None,
-        target_rows=Rows(torch.from_numpy(target_rows), tuple(counts.tolist())),
-        targets_M=torch.from_numpy(ids_T[target_rows + 1]),
+        supervised_rows=Rows(torch.from_numpy(supervised_rows), tuple(counts.tolist())),
+        targets_M=torch.from_numpy(ids_T[supervised_rows + 1]),
         samples=tuple(samples),
         images=tuple(images),
     )

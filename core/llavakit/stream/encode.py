@@ -41,7 +41,7 @@ class Rows(NamedTuple):
     """One sample's rows of the stream."""
 
     token_ids: IntArray
-    learned: BoolArray
+    supervised: BoolArray
     visual: BoolArray
     visual_count: int
 
@@ -51,7 +51,7 @@ class Encoded:
     """One rendered sample: ids with IMAGE_ID for each image, and which ids are learned."""
 
     ids: IntArray
-    learned: BoolArray
+    supervised: BoolArray
     max_length: int | None = None  #: Rows to keep once images are spliced in, as the original does.
 
     @property
@@ -63,9 +63,10 @@ class Encoded:
         full = len(self.ids) + self.image_count * (visual_tokens - 1)
         return full if self.max_length is None else min(full, self.max_length)
 
-    def learned_count(self, visual_tokens: int) -> int:
+    def supervised_count(self, visual_tokens: int) -> int:
         """Return how many learned tokens are left after truncation."""
-        return int(self.expand(visual_tokens).learned[1:].sum())  # nothing predicts the first
+        # nothing predicts the first token
+        return int(self.expand(visual_tokens).supervised[1:].sum())
 
     def expand(self, visual_tokens: int) -> Rows:
         """Give each image its rows; truncate."""
@@ -73,8 +74,8 @@ class Encoded:
         repeats = np.where(is_image, visual_tokens, 1)
         visual = np.repeat(is_image, repeats)[: self.max_length]
         ids = np.repeat(np.where(is_image, 0, self.ids), repeats)[: self.max_length]
-        learned = np.repeat(self.learned, repeats)[: self.max_length]
-        return Rows(ids, learned, visual, int(visual.sum()))
+        supervised = np.repeat(self.supervised, repeats)[: self.max_length]
+        return Rows(ids, supervised, visual, int(visual.sum()))
 
 
 def encode(
@@ -92,10 +93,10 @@ def encode(
         segments = template.segments(sample.turns, tokenizer)
         # `adds_bos = False` on a template: it writes the beginning of the text itself
         begin: bool = template.adds_bos
-        ids, learned = tokenise(segments, tokenizer, begin=begin)
+        ids, supervised = tokenise(segments, tokenizer, begin=begin)
     except DataError as error:
         raise DataError(f"sample `{sample.id}`: {error}") from error
-    encoded = Encoded(ids, learned, max_length)
+    encoded = Encoded(ids, supervised, max_length)
     if encoded.image_count != len(sample.images):
         raise DataError(
             f"sample `{sample.id}` has {len(sample.images)} images, but the prompt template "
@@ -121,9 +122,9 @@ def tokenise(
         if number:
             ids.append(IMAGE_ID)
             masks.append(np.zeros(1, dtype=np.bool_))
-        new, learned = reader.read(parts)
+        new, supervised = reader.read(parts)
         ids += new
-        masks.append(learned)
+        masks.append(supervised)
     return np.asarray(ids, dtype=np.int64), np.concatenate(masks)
 
 
@@ -132,10 +133,10 @@ def _stretches(segments: Sequence[Segment]) -> Iterator[list[Part]]:
     parts: list[Part] = []
     for segment in segments:
         # an answer shows no images: the original would take a later sample's image for it
-        pieces = [segment.text] if segment.learned else segment.text.split(IMAGE)
+        pieces = [segment.text] if segment.supervised else segment.text.split(IMAGE)
         for number, text in enumerate(pieces):
             if number:
                 yield parts
                 parts = []
-            parts.append(Part(text, segment.learned, segment.markup))
+            parts.append(Part(text, segment.supervised, segment.markup))
     yield parts

@@ -30,7 +30,7 @@ class Part(NamedTuple):
     """A piece of text without images."""
 
     text: str
-    learned: bool
+    supervised: bool
     markup: bool  #: Whether special tokens in it count as such.
 
 
@@ -91,7 +91,7 @@ class Reader:
             quickly = self.quick.read(parts) if self.quick else None
             return quickly or _read(parts, self.backend)
         except (TypeError, UnicodeEncodeError) as error:  # half a surrogate pair, as JSON may hold
-            raise DataError(f"the text is no valid Unicode ({error}); mend or remove it") from error
+            raise DataError(f"the text is no valid Unicode ({error}); fix or remove it") from error
 
     def _doubled(self, parts: Sequence[Part]) -> Iterator[Part]:
         """Yield the parts with one space more where a text that gets a space begins with one.
@@ -144,8 +144,8 @@ def _read(parts: Sequence[Part], backend: Tokenizer) -> tuple[list[int], BoolArr
     """Read with the tokenizer; the mask comes from the characters each token stands for."""
     encoding = backend.encode("".join(part.text for part in parts), add_special_tokens=False)
     ids: list[int] = encoding.ids
-    learned = np.zeros(len(ids), dtype=np.bool_)
-    if ids and any(part.learned for part in parts):
+    supervised = np.zeros(len(ids), dtype=np.bool_)
+    if ids and any(part.supervised for part in parts):
         flat = chain.from_iterable(encoding.offsets)
         begins, ends = np.fromiter(flat, np.int64, 2 * len(ids)).reshape(-1, 2).T
         # GPT-2's and Llama 3's tokenizers leave spaces out of the offsets: the next token's
@@ -154,9 +154,9 @@ def _read(parts: Sequence[Part], backend: Tokenizer) -> tuple[list[int], BoolArr
         position = 0
         for part in parts:
             start, position = position, position + len(part.text)
-            if part.learned and part.text:
-                learned |= (begins < position) & (ends > start)
-    return ids, learned
+            if part.supervised and part.text:
+                supervised |= (begins < position) & (ends > start)
+    return ids, supervised
 
 
 @dataclass

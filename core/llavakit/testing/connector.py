@@ -46,7 +46,7 @@ class ConnectorContract(NetworkContract[Connector]):
         tokens = connector.tokens(self.patches)
         found = self.outputs(connector).shape[1]
         assert found == tokens, (
-            f"`tokens({self.patches})` says {tokens}, but forward gives {found}: mend `tokens`"
+            f"`tokens({self.patches})` says {tokens}, but forward gives {found}: fix `tokens`"
         )
 
     def test_embeddings_are_of_the_image_and_of_no_other(self) -> None:

@@ -122,8 +122,8 @@ class LanguageModelContract(NetworkContract[LanguageModel]):
 
     def test_the_tokenizer_is_fast_and_within_the_vocabulary(self) -> None:
         model = self.build()
-        ids, learned = tokenise([Segment("a b", learned=True)], model.tokenizer)
-        assert learned.any()
+        ids, supervised = tokenise([Segment("a b", supervised=True)], model.tokenizer)
+        assert supervised.any()
         assert ids.max() < model.head.out_features, "the tokenizer knows more than the head"
 
     def test_the_tokenizer_is_the_same_when_it_is_read_again(self, tmp_path: Path) -> None:

@@ -37,15 +37,15 @@ class PromptTemplateContract(Contract[PromptTemplate]):
 
     def test_the_answer_is_learned_and_the_question_is_not(self) -> None:
         segments = self._segments(ONE)
-        learned = "".join(segment.text for segment in segments if segment.learned)
-        assert ANSWER in learned, "the answer is not learned"
-        assert QUESTION not in learned, "the question is learned"
+        supervised = "".join(segment.text for segment in segments if segment.supervised)
+        assert ANSWER in supervised, "the answer is not learned"
+        assert QUESTION not in supervised, "the question is learned"
 
     def test_the_end_of_an_answer_is_learned(self) -> None:
         segments, tokenizer = self._segments(ONE), self.tokenizer()
-        learned = "".join(segment.text for segment in segments if segment.learned)
+        supervised = "".join(segment.text for segment in segments if segment.supervised)
         ends = [*self.build().stop(tokenizer), *filter(None, [tokenizer.eos_token])]
-        behind = learned.partition(ANSWER)[2]
+        behind = supervised.partition(ANSWER)[2]
         assert any(end in behind for end in ends), (
             f"behind the answer {behind!r} is learned, which holds none of {ends}: no answer ends"
         )
@@ -60,15 +60,15 @@ class PromptTemplateContract(Contract[PromptTemplate]):
             sample = Sample("a", turns, (picture,) * images)
             encoded = encode(sample, self.build(), self.tokenizer())  # counts them
             assert encoded.image_count == images
-            assert encoded.learned_count(4) > 0, "nothing is learned"
+            assert encoded.supervised_count(4) > 0, "nothing is learned"
 
     def test_every_answer_is_learned(self) -> None:
         if not self.several_turns:
             return
-        learned = "".join(segment.text for segment in self._segments(TWO) if segment.learned)
-        assert ANSWER in learned
-        assert "Up." in learned
-        assert "And then?" not in learned
+        supervised = "".join(segment.text for segment in self._segments(TWO) if segment.supervised)
+        assert ANSWER in supervised
+        assert "Up." in supervised
+        assert "And then?" not in supervised
 
     def test_users_text_is_not_markup(self) -> None:
         texts = [segment.text for segment in self._segments(ONE) if segment.markup]

@@ -14,7 +14,7 @@ import torch
 
 from llavakit.contracts.component import Use
 from llavakit.contracts.networks import LanguageModel, VisionEncoder
-from llavakit.contracts.run import Outcome, Run, Step, Stopped, Team
+from llavakit.contracts.run import Outcome, ProcessGroup, Run, Step, Stopped
 from llavakit.model.llava import LlavaModel
 from llavakit.registry import Registry
 from llavakit.testing.contract import Contract
@@ -77,7 +77,7 @@ class StepContract(Contract[Step]):
                 progress=lambda done, total, note="": None,
                 event=events,
                 stopping=lambda: stop_at is not None and next(looks) >= stop_at,
-                team=Team(),
+                process_group=ProcessGroup(),
             )
         )
         return outcome, events.seen

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from llavakit import ChatModel, Message, Reply, ReplyError
 from llavakit_plugins.chat_models.batches import OpenAIBatches
 from llavakit_plugins.chat_models.faults import Fault, Refused, Withheld
-from llavakit_plugins.chat_models.options import OpenAIOptions
+from llavakit_plugins.chat_models.options import OpenAIOptions as OpenAIOptions
 from llavakit_plugins.chat_models.pacing import Halted, backoff
 from llavakit_plugins.chat_models.service import LIMIT_FIELDS, Service
 from llavakit_plugins.generation.requests.ledger import hash_messages, short_hash

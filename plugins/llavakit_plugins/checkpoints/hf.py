@@ -22,6 +22,7 @@ from torch import Tensor
 from llavakit import Exporter, LlavaModel, ModelError, Options, Registry, new_folder
 from llavakit_plugins.checkpoints.hf_reader import HfReader
 from llavakit_plugins.checkpoints.hf_source import is_hf, read_hf
+from llavakit_plugins.checkpoints.language_names import embedding_name
 from llavakit_plugins.checkpoints.parity import prove
 from llavakit_plugins.checkpoints.parts import (
     Layer,
@@ -30,13 +31,13 @@ from llavakit_plugins.checkpoints.parts import (
     projector_layers,
     stated_options,
 )
-from llavakit_plugins.checkpoints.pixels import make_processor
 from llavakit_plugins.checkpoints.prompts import NOTE, note_template, write_chat
-from llavakit_plugins.checkpoints.vocabulary import with_image_token, with_rows
 from llavakit_plugins.huggingface.hub import fetch_folder, quietly
 from llavakit_plugins.huggingface.known_models import sketch_named
 from llavakit_plugins.huggingface.tokenizer_writing import complete_tokenizer
+from llavakit_plugins.huggingface.vocabulary import with_image_token, with_rows
 from llavakit_plugins.huggingface.writing import ShardSize, tower_state, write_config, write_weights
+from llavakit_plugins.vision.pixels import make_processor
 from llavakit_plugins.vision.vision_transformer import TransformersEncoder
 
 _log = logging.getLogger("llavakit")
@@ -103,10 +104,11 @@ class Hf(Exporter):
         vision = _vision(model, options)
         layers, activation = self._projector(model)
         text, state = language_state(model.language, self.name)
+        text_model: Any = model.language
         tokenizer, image_token, rows = with_image_token(
             model.language.tokenizer, model.language.head.out_features
         )
-        state = with_rows(state, ("model.embed_tokens.weight", "lm_head.weight"), rows)
+        state = with_rows(state, (embedding_name(text_model.model), "lm_head.weight"), rows)
         tensors = {f"language_model.{name}": value for name, value in state.items()}
         for name, value in tower_state(vision.model).items():
             tensors[f"vision_tower.{name}"] = value
@@ -133,6 +135,12 @@ class Hf(Exporter):
             chat = write_chat(model.template, model.language.tokenizer)
             _write_processor(vision, tokenizer, chat, partial)
             return {"files": files, **self._prove(model, partial, folder)}
+
+    def check(self, model: LlavaModel) -> None:
+        """Raise ModelError for a model that the layout cannot express."""
+        _vision(model, stated_options(model, "vision", Registry.installed()))
+        self._projector(model)
+        language_state(model.language, self.name)
 
     def _projector(self, model: LlavaModel) -> tuple[list[Layer], str]:
         """Return the two layers, and the activation between them."""

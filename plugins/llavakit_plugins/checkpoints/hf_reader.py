@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -69,12 +70,21 @@ class HfReader:
         return ids
 
     def processor_figures(self) -> dict[str, Any]:
-        """Return whether the folder's processor makes our token ids and our pixels."""
+        """Return whether the folder's processor makes our token ids and our pixels.
+
+        The pixels of its two image processors are compared: Pillow's, and torchvision's, which is
+        transformers' default where torchvision is installed, and rounds otherwise.
+        """
         from transformers import AutoProcessor
 
         ours, tokenizer = self._ours, self._ours.language.tokenizer
         with quietly(report=False):
             processor = AutoProcessor.from_pretrained(self._folder, backend="pil")
+            others = {"pil": processor}
+            if find_spec("torchvision") is not None:
+                others["torchvision"] = AutoProcessor.from_pretrained(
+                    self._folder, backend="torchvision"
+                )
         question, image = f"{IMAGE}\nWhat is in the picture?", picture()
         segments = ours.template.segments([Turn("human", question)], tokenizer)
         found = processor(
@@ -86,8 +96,14 @@ class HfReader:
         expected = self._expanded(ours.prompt(question, [image]).ids)
         pixels = ours.prepare([image])
         assert pixels is not None
-        away = (found["pixel_values"] - pixels.cpu().float()).abs().max().item()
+        wanted = pixels.cpu().float()
+        away = {
+            name: (other.image_processor(image, return_tensors="pt")["pixel_values"] - wanted)
+            .abs().max().item()
+            for name, other in others.items()
+        }  # fmt: skip
         return {
             "processor_ids_equal": torch.equal(found["input_ids"], expected),
-            "processor_pixel_difference": away,
+            "processor_pixel_difference": away["pil"],
+            "torchvision_pixel_difference": away.get("torchvision"),
         }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,17 @@ from llavakit_plugins.checkpoints.parts import (
     make_vision,
     set_tokenizer,
 )
-from llavakit_plugins.checkpoints.pixels import read_pixels, usual_pixels
 from llavakit_plugins.checkpoints.prompts import choose_template
 from llavakit_plugins.checkpoints.tokenizers import read_tokenizer
-from llavakit_plugins.huggingface.weights import Weights, peek_json, read_json
+from llavakit_plugins.huggingface.json_files import (
+    check_shape,
+    peek_json,
+    read_json,
+    refuse_devices,
+    shown,
+)
+from llavakit_plugins.huggingface.weights import Weights
+from llavakit_plugins.vision.pixels import read_pixels, usual_pixels
 
 _log = logging.getLogger("llavakit")
 
@@ -55,6 +62,7 @@ def read_hf(
 
     Raises ModelError for what is damaged, missing, or cannot be expressed here.
     """
+    refuse_devices(folder)
     config = read_json(folder / "config.json")
     kind = config.get("model_type")
     if kind != "llava":
@@ -67,8 +75,12 @@ def read_hf(
     if weights is None:
         raise ModelError(f"{folder} holds no weights; copy its model.safetensors, or its shards")
     states = _sort(weights)
-    vision_table = _with_defaults(config["vision_config"], "clip_vision_model")
-    text_table = _with_defaults(config["text_config"], "llama")
+    vision_table = _with_defaults(
+        config["vision_config"], "clip_vision_model", f"{folder}: config.json, `vision_config`"
+    )
+    text_table = _with_defaults(
+        config["text_config"], "llama", f"{folder}: config.json, `text_config`"
+    )
     if config.get("tie_word_embeddings") and "lm_head.weight" not in states["language"]:
         text_table["tie_word_embeddings"] = True
     vision_use, vision = make_vision(
@@ -80,7 +92,9 @@ def read_hf(
         select=_select(config, vision_table, folder),
         pixels=_pixels(folder, vision_table),
     )
-    language_use, language = make_language(text_table, states["language"], registry, folder)
+    language_use, language = make_language(
+        text_table, states["language"], registry, folder, plain_logits=True
+    )
     tokenizer = read_tokenizer(folder, str(text_table["model_type"]))
     set_tokenizer(language, tokenizer, folder)
     return Parts(
@@ -110,9 +124,10 @@ def _sort(weights: Weights) -> dict[str, dict[str, torch.Tensor]]:
     return states
 
 
-def _with_defaults(table: Mapping[str, Any], model_type: str) -> dict[str, Any]:
+def _with_defaults(table: Mapping[str, Any], model_type: str, where: object) -> dict[str, Any]:
     """Return a part's configuration; transformers left out what was usual for its LLaVA."""
     full = {"model_type": model_type, **table}
+    check_shape(full, where)
     if full["model_type"] == "clip_vision_model" and "hidden_size" not in full:
         full = {**_USUAL_CLIP, **full}
     return full
@@ -129,11 +144,11 @@ _USUAL_CLIP = {
 def _layer(config: Mapping[str, Any], folder: Path) -> int:
     value = config.get("vision_feature_layer", -2)
     layers = [value] if isinstance(value, int) else value
-    if isinstance(layers, Iterable) and len(found := list(layers)) == 1:
-        return int(found[0])
+    if isinstance(layers, list) and len(layers) == 1 and type(layers[0]) is int:
+        return layers[0]
     raise ModelError(
-        f"{folder}: `vision_feature_layer` is {value}; features of one layer can be read, not of "
-        "several side by side"
+        f"{folder}: `vision_feature_layer` is {shown(value)}; features of one layer can be read, "
+        "not of several side by side"
     )
 
 

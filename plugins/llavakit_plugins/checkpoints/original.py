@@ -89,13 +89,7 @@ class Original(Exporter):
         options = stated_options(model, "vision", registry)
         _check_vision(model, options)
         text, state = language_state(model.language, self.name)
-        if text.model_type not in _TYPES:
-            raise ModelError(
-                f"the original LLaVA has no language model of type `{text.model_type}`, but "
-                f"{' and '.join(_TYPES)}; `--format hf` writes this one"
-            )
-        _check_text(text)
-        kind, architecture = _TYPES[text.model_type]
+        kind, architecture = _type_of(text)
         projector, tensors = _projector(model)
         if text.tie_word_embeddings:  # the original always has a head of its own
             state["lm_head.weight"] = state["model.embed_tokens.weight"].clone()
@@ -133,6 +127,12 @@ class Original(Exporter):
             reader = OriginalReader(partial, partial / FOLDER, model)
             return {"files": files, **prove(model, reader, folder)}
 
+    def check(self, model: LlavaModel) -> None:
+        """Raise ModelError for a model that the layout cannot express."""
+        _check_vision(model, stated_options(model, "vision", Registry.installed()))
+        _projector(model)
+        _type_of(language_state(model.language, self.name)[0])
+
     def _tower_name(self, model: LlavaModel) -> str:
         source = model.choices["vision"].get("source")
         if self.options.vision_tower is not None:
@@ -157,6 +157,17 @@ def _is_tuned(model: LlavaModel) -> bool:
         for name, tensor in tower.inner.state_dict().items()
         if name in hubs
     )
+
+
+def _type_of(text: Any) -> tuple[str, str]:
+    """Return what the layout calls a language model. Raises ModelError where it has none such."""
+    if text.model_type not in _TYPES:
+        raise ModelError(
+            f"the original LLaVA has no language model of type `{text.model_type}`, but "
+            f"{' and '.join(_TYPES)}; `--format hf` writes this one"
+        )
+    _check_text(text)
+    return _TYPES[text.model_type]
 
 
 def _check_vision(model: LlavaModel, options: Any) -> None:

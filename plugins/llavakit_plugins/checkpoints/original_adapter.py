@@ -9,7 +9,8 @@ from typing import Any
 
 from llavakit import LanguageModel, ModelError
 from llavakit_plugins.huggingface.hub import quietly
-from llavakit_plugins.huggingface.weights import Weights, read_json
+from llavakit_plugins.huggingface.json_files import read_json
+from llavakit_plugins.huggingface.weights import Weights
 
 _FILES = ("adapter_model.safetensors", "adapter_model.bin")
 

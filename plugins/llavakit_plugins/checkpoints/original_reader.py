@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from llavakit import IMAGE_ID, LlavaModel, ModelError
 from llavakit.contracts.data import ImageSource
 from llavakit_plugins.huggingface.hub import quietly
-from llavakit_plugins.huggingface.weights import Weights, read_json
+from llavakit_plugins.huggingface.json_files import read_json
+from llavakit_plugins.huggingface.weights import Weights
 
 _PROJECTOR = "model.mm_projector."
 

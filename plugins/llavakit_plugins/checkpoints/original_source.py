@@ -32,8 +32,19 @@ from llavakit_plugins.checkpoints.parts import (
 )
 from llavakit_plugins.checkpoints.prompts import choose_template
 from llavakit_plugins.checkpoints.tokenizers import has_tokenizer, read_tokenizer
-from llavakit_plugins.checkpoints.vocabulary import with_rows
-from llavakit_plugins.huggingface.weights import Weights, peek_json, read_json
+from llavakit_plugins.huggingface.json_files import (
+    Check,
+    check,
+    check_shape,
+    is_count,
+    is_flag,
+    is_text,
+    peek_json,
+    read_json,
+    refuse_devices,
+)
+from llavakit_plugins.huggingface.vocabulary import with_rows
+from llavakit_plugins.huggingface.weights import Weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -92,7 +103,7 @@ def read_original(
     source = folder if pieces.base is None or has_tokenizer(folder) else pieces.base
     tokenizer = read_tokenizer(source, str(text_table["model_type"]))
     tokenizer.add_tokens(_added(config), special_tokens=True)
-    state = _widened(pieces, len(tokenizer), int(text_table.get("vocab_size", 0)))
+    state = _widened(pieces, len(tokenizer), text_table.get("vocab_size") or 0)
     text_table["vocab_size"] = len(state[EMBEDDING]) if EMBEDDING in state else 0
     language_use, language = make_language(
         text_table,
@@ -101,6 +112,7 @@ def read_original(
         folder if pieces.base is None else pieces.base,
         max_length=_max_length(config, text_table),
     )
+    betrayed = _betrayed(config, tokenizer)
     set_tokenizer(language, tokenizer, folder)
     if (folder / ADAPTER).is_file():
         merge_adapter(language, folder)
@@ -114,9 +126,7 @@ def read_original(
         select=tower.select,
         pixels=tower.pixels,
     )
-    chosen = choose_template(
-        template, config, tokenizer, registry, folder, _betrayed(config, tokenizer)
-    )
+    chosen = choose_template(template, config, tokenizer, registry, folder, betrayed)
     options = registry.get(PromptTemplate, chosen.use).Options.model_fields
     if config.get("mm_use_im_start_end") and "image" in options:
         around = f"{TOKENS[0]}<image>{TOKENS[1]}"
@@ -138,13 +148,26 @@ def _config(folder: Path) -> dict[str, Any]:
             f"{folder} holds no config.json: the original writes it at the end of training, and "
             "its saves in between lack it; copy that of the finished model into the folder"
         )
+    refuse_devices(folder)
     config = read_json(path)
+    check_shape(config, path)
+    check(config, path, _CHECKS)
     if config.get("s2") or str(config.get("image_aspect_ratio", "")).startswith("anyres"):
         raise ModelError(
             f"{folder}: the model cuts images into tiles (image_aspect_ratio or s2 in "
             "config.json), as LLaVA-1.6 does; models of the shape of LLaVA-1.5 can be read"
         )
     return config
+
+
+_CHECKS: dict[str, tuple[Check, str]] = {
+    **dict.fromkeys(("mm_use_im_start_end", "mm_use_im_patch_token"), (is_flag, "true or false")),
+    "mm_projector_type": (is_text, "a name"),
+    "mm_hidden_size": (is_count, "a whole number above 0"),
+    "tokenizer_model_max_length": (
+        lambda value: isinstance(value, int | float) and value >= 2, "a number of tokens"
+    ),
+}  # fmt: skip
 
 
 # -- tensors ---------------------------------------------------------------------------------------

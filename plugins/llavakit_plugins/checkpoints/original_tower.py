@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from llavakit import ModelError
-from llavakit_plugins.checkpoints.pixels import Pixels, read_pixels, usual_pixels
 from llavakit_plugins.huggingface.hub import fetch_folder
+from llavakit_plugins.huggingface.json_files import check_shape, read_json
 from llavakit_plugins.huggingface.known_configs import KNOWN
-from llavakit_plugins.huggingface.weights import read_json
+from llavakit_plugins.vision.pixels import Pixels, read_pixels, usual_pixels
 from llavakit_plugins.vision.vision_transformer import vision_state
 
 FOLDER = "vision_tower"
@@ -56,8 +56,10 @@ def find_tower(
             f"(`hf download {name} --local-dir DIR`) and give its folder as --vision DIR"
         )
     table = _table(place, name, folder)
+    check_shape(table, f"{place or folder}: config.json of the vision tower")
+    edge = table.get("image_size", 224)
     usual = usual_pixels(str(table["model_type"]))
-    pixels = (place and read_pixels(place, int(table.get("image_size", 224)), usual)) or usual
+    pixels = (place and read_pixels(place, edge, usual)) or usual
     return Tower(
         where,
         table,

@@ -5,6 +5,7 @@ Tensors are taken as they are, never copied: a mapped file stays a mapped file.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,22 +28,27 @@ from llavakit import (
     VisionEncoder,
     join_model,
 )
-from llavakit_plugins.checkpoints.pixels import Pixels
+from llavakit_plugins.checkpoints.language_names import family_names, layout_names, scaled_logits
 from llavakit_plugins.checkpoints.prompts import TemplateUse
 from llavakit_plugins.huggingface.filling import fill, needed
 from llavakit_plugins.huggingface.hub import UnfitConfig
-from llavakit_plugins.huggingface.weights import peek_json
+from llavakit_plugins.huggingface.json_files import check_shape, end_tokens
+from llavakit_plugins.huggingface.vocabulary import fit_tokenizer
+from llavakit_plugins.vision.pixels import Pixels
 from llavakit_plugins.vision.vision_transformer import TransformersEncoder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_log = logging.getLogger("llavakit")
 _DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 _MALFORMED = (
     StrictDataclassError,
     ArithmeticError,
+    AssertionError,
     AttributeError,
     LookupError,
+    RuntimeError,
     TypeError,
     ValueError,
 )  # what transformers raises for configurations that make no sense
@@ -132,6 +138,12 @@ def make_vision(
         for component in registry.all(VisionEncoder).values()
         if issubclass(component, TransformersEncoder)
     }
+    if kind not in found and kind.startswith("siglip2"):
+        raise ModelError(
+            f"{where}: the vision tower is a SigLIP 2 of the kind NaFlex, which reads images in "
+            "their own proportions, and LLaVA hands it squares; take one of a fixed size, such as "
+            "google/siglip2-base-patch16-224"
+        )
     if kind not in found:
         raise ModelError(
             f"{where}: no installed vision encoder reads a vision tower of type `{kind}`; known: "
@@ -140,7 +152,7 @@ def make_vision(
     component = found[kind]
     network: Any = component.architecture()
     with _sensible("vision tower", where):
-        config = _config_class(component)(**{k: v for k, v in table.items() if k != "model_type"})
+        config = _config_class(component)(**_own(table, "model_type"))
     dtype = _precision(state, "vision tower", where)
     with _sensible("vision tower", where):
         model = fill(network, config, state, where, dtype=dtype)
@@ -166,10 +178,12 @@ def make_language(
     where: object,
     *,
     max_length: int | None = None,
+    plain_logits: bool = False,
 ) -> tuple[Use[LanguageModel], LanguageModel]:
     """Return the installed language model for a configuration, with these tensors, no tokenizer.
 
-    Whether the head is the embedding follows from the tensors where they contradict `table`.
+    With `plain_logits` a family's factor or cap on its logits is left out. Whether the head is the
+    embedding follows from the tensors where they contradict `table`.
     Raises ModelError, which begins with `where`, for what does not fit.
     """
     from transformers import CONFIG_MAPPING
@@ -177,21 +191,29 @@ def make_language(
     kind = _type_of(table, "language model", where)
     if kind not in CONFIG_MAPPING:
         raise ModelError(
-            f"{where}: transformers knows no language model of type `{kind}`; mend `model_type` in "
+            f"{where}: transformers knows no language model of type `{kind}`; fix `model_type` in "
             "config.json, or install the transformers that does"
         )
     component: Any = registry.get(LanguageModel, "vicuna" if kind == "llama" else "causal-lm")
     with _sensible("language model", where):
-        network, config = component.configure(dict(table))
+        network, config = component.configure(_own(table))
     head, embedding = state.get("lm_head.weight"), state.get("model.embed_tokens.weight")
     if config.tie_word_embeddings and head is not None and embedding is not None:
         config.tie_word_embeddings = head.shape == embedding.shape and torch.equal(head, embedding)
     dtype = _precision(state, "language model", where)
     with _sensible("language model", where):
+        state = family_names(state, network, config)
         model = fill(network, config, state, where, dtype=dtype)
     options: dict[str, Any] = {"config": config_table(config), "dtype": _DTYPES[model.dtype]}
     if max_length is not None:
         options["max_length"] = max_length
+    if plain_logits and (scaled := scaled_logits(config)) is not None:
+        options["plain_logits"] = True
+        _log.warning(
+            "note: %s: transformers' LLaVA leaves out `%s` of a language model of type `%s`, so "
+            "it is left out here; set `plain_logits = false` in the imported model.toml for the "
+            "family's own logits", where, scaled, kind,
+        )  # fmt: skip
     language: LanguageModel = component(component.Options(**options), model)
     return Use[LanguageModel].model_validate({"use": component.name, **options}), language
 
@@ -199,17 +221,12 @@ def make_language(
 def set_tokenizer(language: LanguageModel, tokenizer: PreTrainedTokenizerBase, where: Path) -> None:
     """Give a language model its tokenizer, and the end tokens of generation_config.json.
 
-    Raises ModelError where the tokenizer knows more tokens than the model.
+    Raises ModelError where the tokenizer writes more tokens than the model has rows for.
     """
-    if len(tokenizer) > language.head.out_features:
-        raise ModelError(
-            f"{where}: the tokenizer has {len(tokenizer)} tokens, the language model "
-            f"{language.head.out_features}; take the tokenizer that belongs to these weights"
-        )
+    fit_tokenizer(tokenizer, language.head.out_features, where)
     language.tokenizer = tokenizer
-    ends = peek_json(where / "generation_config.json").get("eos_token_id")
-    numbers = ends if isinstance(ends, list) else [ends]
-    if ends and all(isinstance(number, int) for number in numbers):
+    ends = end_tokens(where / "generation_config.json")
+    if ends is not None:
         network: Any = language
         network.model.generation_config.eos_token_id = ends
 
@@ -222,6 +239,11 @@ def config_table(config: Any) -> dict[str, Any]:
 _PROVENANCE = ("transformers_version", "architectures", "dtype", "_name_or_path")
 
 
+def _own(table: Mapping[str, Any], *others: str) -> dict[str, Any]:
+    """Return a configuration without the precision, which the tensors say, and the `others`."""
+    return {k: v for k, v in table.items() if k not in ("dtype", "torch_dtype", *others)}
+
+
 def _type_of(table: Mapping[str, Any], what: str, where: object) -> str:
     if table.get("quantization_config"):
         raise ModelError(
@@ -229,6 +251,7 @@ def _type_of(table: Mapping[str, Any], what: str, where: object) -> str:
             "4 bits when it is used"
         )
     kind = table.get("model_type")
+    check_shape(table, f"{where}: config.json of the {what}")
     if not isinstance(kind, str):
         raise ModelError(f"{where}: config.json gives the {what} no `model_type`; add it")
     return kind
@@ -243,7 +266,7 @@ def _sensible(what: str, where: object) -> Iterator[None]:
         cause = error.__cause__ if isinstance(error, UnfitConfig) else error
         reason = " ".join(str(cause).split())[:300]
         raise ModelError(
-            f"{where}: transformers makes no {what} of this config.json ({reason}); mend it, or "
+            f"{where}: transformers makes no {what} of this config.json ({reason}); fix it, or "
             "copy the checkpoint again"
         ) from error
 
@@ -348,20 +371,18 @@ def language_state(language: LanguageModel, layout: str) -> tuple[Any, dict[str,
             f"the layout `{layout}`; {remedy}"
         )
     config = model.config
-    state = model.state_dict()
-    if config.tie_word_embeddings:
-        state.pop("lm_head.weight", None)
+    state = layout_names(model)
     strange = [n for n in state if not n.startswith("model.") and n != "lm_head.weight"]
-    scaled = [n for n in _LOGITS if getattr(config, n, None) not in (None, 1.0)]
+    scaled = scaled_logits(config)
+    if scaled is not None and getattr(getattr(language, "options", None), "plain_logits", False):
+        scaled = None
     if strange or scaled:
+        what = strange[0] if strange else scaled
         raise ModelError(
-            f"a language model of type `{config.model_type}` has {(strange or scaled)[0]}, for "
+            f"a language model of type `{config.model_type}` has {what}, for "
             f"which the layout `{layout}` has no place; {remedy}"
         )
     return config, state
-
-
-_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 
 
 def stated_options(model: LlavaModel, part: str, registry: Registry) -> Any:

@@ -16,6 +16,7 @@ from pydantic import ValidationError
 
 from llavakit import LlavaError, ModelError, PromptTemplate, Registry, Turn, Use, without_none
 from llavakit.contracts.data import IMAGE
+from llavakit_plugins.templates.bounds import TEMPLATE_FAULTS, check_bounds
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -122,6 +123,7 @@ def _questions() -> Iterator[Any]:
 def _rendered(chat: str, tokenizer: PreTrainedTokenizerBase, content: Any) -> str | None:
     from transformers.utils.chat_template_utils import render_jinja_template
 
+    check_bounds(chat, tokenizer.special_tokens_map)
     render = cast(Any, render_jinja_template)
     try:
         texts, _ = render(
@@ -130,7 +132,7 @@ def _rendered(chat: str, tokenizer: PreTrainedTokenizerBase, content: Any) -> st
             add_generation_prompt=True,
             **tokenizer.special_tokens_map,
         )
-    except (TemplateError, TypeError, ValueError, AttributeError):
+    except (TemplateError, *TEMPLATE_FAULTS):
         return None
     text: str = texts[0]
     return text if _QUESTION in text else None

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from llavakit import ModelError
 from llavakit_plugins.huggingface.hub import load_tokenizer
-from llavakit_plugins.huggingface.weights import read_json
+from llavakit_plugins.huggingface.json_files import read_json, refuse_devices
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -37,6 +37,7 @@ def read_tokenizer(folder: Path, model_type: str) -> PreTrainedTokenizerBase:
     """
     if not has_tokenizer(folder):
         raise ModelError(f"{folder} holds no tokenizer ({', '.join(_VOCABULARIES)}); copy it there")
+    refuse_devices(folder)
     with TemporaryDirectory() as place:
         for name in (*_VOCABULARIES, *_OTHERS, *_CHATS):
             if (folder / name).is_file():
@@ -46,13 +47,7 @@ def read_tokenizer(folder: Path, model_type: str) -> PreTrainedTokenizerBase:
         tables = {"config.json": config, _SETTINGS: _settings(folder)}
         for name, table in tables.items():
             (Path(place) / name).write_text(json.dumps(table), encoding="utf-8")
-        try:
-            tokenizer = load_tokenizer(place)
-        except Exception as error:  # tokenizers raises nothing narrower for a damaged file
-            reason = " ".join(str(error).replace(place, str(folder)).split())[:200]
-            raise ModelError(
-                f"the tokenizer in {folder} cannot be read ({reason}); copy it again"
-            ) from error
+        tokenizer = load_tokenizer(place, where=folder)
     tokenizer.name_or_path = str(folder)
     return tokenizer
 

@@ -78,8 +78,8 @@ def _table(assignments: Sequence[str]) -> dict[str, Any]:
 def _chat_with_heatmap(arguments: argparse.Namespace, model: object) -> None:
     from llavakit import LlavaModel
     from llavakit.contracts.model import Sampling
-    from llavakit_plugins.heatmaps.attention_maps import watch_answer
-    from llavakit_plugins.heatmaps.drawing import draw_gaze
+    from llavakit_plugins.heatmaps.attention_maps import map_attention
+    from llavakit_plugins.heatmaps.drawing import draw_attention_maps
     from llavakit_plugins.reporting.pictures import save_image
 
     if not isinstance(model, LlavaModel):
@@ -90,6 +90,6 @@ def _chat_with_heatmap(arguments: argparse.Namespace, model: object) -> None:
     sampling = Sampling(
         arguments.max_new_tokens, arguments.temperature, arguments.top_p, arguments.seed
     )
-    gaze = watch_answer(model, arguments.prompt, arguments.image, sampling)
-    print(gaze.answer, flush=True)  # first: it is not lost where the picture cannot be written
-    save_image(draw_gaze(gaze, arguments.image, model.vision), arguments.heatmap)
+    maps = map_attention(model, arguments.prompt, arguments.image, sampling)
+    print(maps.answer, flush=True)  # first: it is not lost where the picture cannot be written
+    save_image(draw_attention_maps(maps, arguments.image, model.vision), arguments.heatmap)

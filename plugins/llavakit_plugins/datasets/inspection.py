@@ -238,7 +238,7 @@ class _Seen:
 
     def _measure(self, sample: Sample) -> None:
         try:
-            tokens, learned = self._count(sample)
+            tokens, supervised = self._count(sample)
         except DataError as error:
             self.find(Finding("prompt template", str(error)))
             return
@@ -246,7 +246,7 @@ class _Seen:
         self._turns += len(sample.turns)
         self._most_turns = max(self._most_turns, len(sample.turns))
         self._tokens.append(tokens)
-        self._learned.append(learned)
+        self._learned.append(supervised)
         if any(turn.role == "gpt" and not turn.text.strip() for turn in sample.turns):
             self.find(
                 Finding(
@@ -263,7 +263,7 @@ class _Seen:
                     stops=False,
                 )
             )
-        if not learned:
+        if not supervised:
             why = "its answers lie behind the cut" if tokens > longest else "it has no answer"
             self.find(
                 Finding("nothing learned", f"sample `{sample.id:.200}` teaches nothing: {why}")
@@ -276,16 +276,16 @@ class _Seen:
         if tokenizer is not None and template is not None:
             encoded = encode(sample, template, tokenizer, longest)
             full = len(encoded.ids) + encoded.image_count * (visual - 1)
-            return full, encoded.learned_count(visual)
-        place = learned = 0
+            return full, encoded.supervised_count(visual)
+        place = supervised = 0
         for turn in sample.turns:
             text = turn.text.replace(IMAGE, "") if turn.role == "human" else turn.text
             length = round(len(text) / CHARACTERS_A_TOKEN)
             place += _TURN_TOKENS + turn.text.count(IMAGE) * visual * (turn.role == "human")
             if turn.role == "gpt":  # its end is learned even where it says nothing
-                learned += max(0, min(max(1, length), longest - place))
+                supervised += max(0, min(max(1, length), longest - place))
             place += length
-        return place, learned
+        return place, supervised
 
     def count(self, sort: str) -> int:
         """Return how many findings of a sort there are."""

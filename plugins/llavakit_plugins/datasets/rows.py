@@ -45,7 +45,7 @@ def read_rows(path: Path) -> list[tuple[str, Row]]:
     rows = _parse(text, path)
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, dict):
-            raise DataError(f"{path}: row {number} is no JSON object; mend or remove it")
+            raise DataError(f"{path}: row {number} is no JSON object; fix or remove it")
     return [(f"{path}, row {number}", row) for number, row in enumerate(rows, start=1)]
 
 
@@ -58,7 +58,7 @@ def text_of(row: Row, key: str, where: str) -> str:
     """Return the text under `key`; a number counts as text. Raises DataError where it is not."""
     value = row.get(key)
     if not isinstance(value, str | int | float) or isinstance(value, bool):
-        raise DataError(f"{where}: needs `{key}` (text), got {value!r:.60}; add or mend it")
+        raise DataError(f"{where}: needs `{key}` (text), got {value!r:.60}; add or fix it")
     return str(value)
 
 
@@ -90,13 +90,13 @@ def _parse(text: str, path: Path, line: int | None = None) -> Any:
         return json.loads(text, object_pairs_hook=partial(_object, where))
     except json.JSONDecodeError as error:
         raise DataError(
-            f"{path}:{line or error.lineno}:{error.colno}: not valid JSON: {error.msg}; mend or "
+            f"{path}:{line or error.lineno}:{error.colno}: not valid JSON: {error.msg}; fix or "
             "remove it"
         ) from error
     except RecursionError as error:
-        raise DataError(f"{where} is nested too deeply to read; mend the file") from error
+        raise DataError(f"{where} is nested too deeply to read; fix the file") from error
     except ValueError as error:  # a whole number of more digits than Python reads
-        raise DataError(f"{where} holds a number that is too long to read; mend it") from error
+        raise DataError(f"{where} holds a number that is too long to read; fix it") from error
 
 
 def _object(where: str, pairs: list[tuple[str, Any]]) -> dict[str, Any]:

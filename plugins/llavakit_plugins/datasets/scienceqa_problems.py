@@ -97,7 +97,7 @@ def read_problems(path: Path, split: str | None = None) -> dict[str, Problem]:
 
 def _problem(identity: str, row: Any, where: str) -> Problem:
     if not isinstance(row, dict):
-        raise DataError(f"{where} is no JSON object; mend or remove it")
+        raise DataError(f"{where} is no JSON object; fix or remove it")
     choices, answer, image = row.get("choices"), row.get("answer"), row.get("image")
     if not isinstance(choices, list) or not 1 <= len(choices) <= len(LETTERS):
         raise DataError(f"{where}: `choices` is a list of 1 to {len(LETTERS)}, got {choices!r:.60}")

@@ -54,7 +54,7 @@ def _from_object(table: Any, path: Path) -> Answers:
         raise DataError(f"{path} holds no answers; `outputs` is an object of id and text")
     for name, text in texts.items():
         if not isinstance(text, str):
-            raise DataError(f"{path}: answer `{name}` is no text but {text!r:.60}; mend it")
+            raise DataError(f"{path}: answer `{name}` is no text but {text!r:.60}; fix it")
     stored = table.get("predicted", table.get("results")) if texts is not table else None
     if stored is not None and not (
         isinstance(stored, dict) and all(isinstance(value, int) for value in stored.values())

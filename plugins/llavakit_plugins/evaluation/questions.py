@@ -73,6 +73,6 @@ def _asked(row: Row, where: str, folder: Path) -> Asked:
     prompt = text_of(row, "text", where)
     marks = prompt.count(IMAGE)
     if marks not in (0, len(images)):
-        raise DataError(f"{where}: {len(images)} images for {marks} `{IMAGE}` in the text; mend it")
+        raise DataError(f"{where}: {len(images)} images for {marks} `{IMAGE}` in the text; fix it")
     category = str(row.get("category") or "")
     return Asked(Question(identity, prompt.strip(), images, "", category), row, where)

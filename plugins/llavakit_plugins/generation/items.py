@@ -13,8 +13,9 @@ from hashlib import blake2b
 import numpy as np
 from numpy.typing import NDArray
 
-from llavakit import ImageContext
+from llavakit import ImageContext, Message, Stopped
 from llavakit.contracts.data import ResponseKind
+from llavakit_plugins.generation.conversations import Failures
 from llavakit_plugins.generation.requests.ledger import Asked, Entry, Ledger, Request, asked
 from llavakit_plugins.generation.requests.prompted import PromptedGenerator, Verdict
 
@@ -51,9 +52,12 @@ class Items:
         generator: PromptedGenerator,
         attempts: int,
         seed: int,
+        failures: Failures | None = None,
     ) -> None:
         self._contexts, self._kinds = contexts, kinds
-        self._generator, self._attempts = generator, attempts
+        self._generator, self._attempts, self._failures = generator, attempts, failures
+        self._worked = 0
+        """How often the generator did what it is for."""
         self.chosen = choose(len(contexts), kinds, counts, seed)
 
     def __len__(self) -> int:
@@ -71,22 +75,38 @@ class Items:
     def walk(self, ledger: Ledger) -> Iterator[Item]:
         """Yield every item as the ledger has it."""
         identity = self._generator.chat.identity
+        verdict: Verdict | None
         seen: set[bytes] = set()
         for context, kind in self.pairs():
-            messages = self._generator.messages(context, kind)
+            label = f"{context.id}-{kind}"
+            try:
+                messages = self._generator.messages(context, kind)
+            except Exception as error:
+                nothing = Request((Message("user", ""),), 0, label)
+                facts = asked(identity, nothing)
+                verdict = self._failed(label, error)
+                yield Item(context, kind, verdict, None, verdict.notes, facts, nothing, False)
+                continue
+            self._worked += 1
             refused: list[str] = []
-            verdict: Verdict | None = None
+            verdict = None
             entry: Entry | None = None
             is_open = False
             for draw in range(self._attempts):
-                request = Request(messages, draw, f"{context.id}-{kind}")
+                request = Request(messages, draw, label)
                 facts = asked(identity, request)
                 found = ledger.get(facts.key)
                 if found is None:
                     is_open = True
                     break
                 entry = found
-                verdict = self._generator.read(context, kind, entry.reply)
+                try:
+                    verdict = self._generator.read(context, kind, entry.reply)
+                except Exception as error:  # another reply is not the remedy
+                    verdict = self._failed(label, error)
+                    refused += verdict.notes
+                    break
+                self._worked += 1
                 if verdict.outcome != "rejected":
                     mark = _mark(verdict)
                     if mark not in seen:
@@ -95,6 +115,13 @@ class Items:
                     verdict = Verdict("rejected", notes=(DUPLICATE,))
                 refused += verdict.notes
             yield Item(context, kind, verdict, entry, tuple(refused), facts, request, is_open)
+
+    def _failed(self, label: str, error: Exception) -> Verdict:
+        """Return the verdict on what the generator fails at: one of many, as a rule."""
+        if self._failures is None or isinstance(error, Stopped):
+            raise error
+        self._failures.add(label, error, self._worked)
+        return Verdict("rejected", notes=(self._failures.reason(label),))
 
 
 def choose(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llavakit import ChatError, DataError, LlavaError, Outcome, Run, Stopped
+from llavakit_plugins.generation.conversations import Failures
 from llavakit_plugins.generation.items import Items
 from llavakit_plugins.generation.output import price_of, write_output
 from llavakit_plugins.generation.requests.asking import ask_all
@@ -26,17 +27,23 @@ _LOOK = 256  # items between looks at whether the user asked to stop
 _EVERY = 15.0  # seconds between events that say what was spent
 
 
+Jobs = Sequence[tuple[str, "Contexts", Items]]
+
+
 def run_job(options: GenerateOptions, generator: PromptedGenerator, run: Run) -> Outcome:
     """Leave the data, their provenance, what was rejected, and a page to review them."""
+    failures = Failures(generator.name, run.directory / "failures.txt")
     with open_sources(options, run.directory) as sources:
         jobs = []
         for name, contexts in sources.items():
             counts = options.counts if not name else {}
-            items = Items(contexts, options.kinds, counts, generator, options.attempts, run.seed)
+            items = Items(
+                contexts, options.kinds, counts, generator, options.attempts, run.seed, failures
+            )
             jobs.append((name, contexts, items))
-        identity, earlier = generator.chat.identity, _earlier(run.directory)
+        identity, earlier = generator.chat.identity, earlier_ledgers(run.directory)
         with Ledger(run.directory / LEDGER, identity=identity, earlier=earlier) as ledger:
-            return _work_off(options, generator, run, ledger, jobs)
+            return _work_off(options, generator, run, ledger, jobs, failures)
 
 
 def _work_off(
@@ -44,27 +51,34 @@ def _work_off(
     generator: PromptedGenerator,
     run: Run,
     ledger: Ledger,
-    jobs: Sequence[tuple[str, Contexts, Items]],
+    jobs: Jobs,
+    failures: Failures,
 ) -> Outcome:
-    review = Review(options.images, run.seed)
     unanswered = Unanswered()
+    review = Review(options.images, run.seed)
     if len(ledger):  # said first, so that nobody fears to pay for them again
-        total = sum(len(items) for _, _, items in jobs)
-        run.progress(0, total, f"{len(ledger)} replies are here already")
+        run.progress(0, total_of(jobs), f"{len(ledger)} replies are here already")
     try:
         for name, _, items in jobs:
             _ask(options, generator, run, ledger, items, name, unanswered)
+        if failures.errors:
+            raise failures.complaint(total_of(jobs))
         if not len(ledger) and unanswered.reasons:
-            raise unanswered.complaint(sum(len(items) for _, _, items in jobs))
+            raise unanswered.complaint(total_of(jobs))
     except (LlavaError, Stopped):
-        if len(ledger):  # what there is can be looked at, though the step is not done
+        if len(ledger) or failures.errors:  # to be looked at, though the step is not done
             run.event("asked", **totals(ledger))
             write_output(jobs, ledger, unanswered.reasons, review, run)
         else:
             ledger.path.unlink(missing_ok=True)
         raise
+    return finish(jobs, ledger, unanswered, review, run)
+
+
+def finish(jobs: Jobs, ledger: Ledger, unanswered: Unanswered, review: Review, run: Run) -> Outcome:
+    """Write everything. Raises LlavaError where the step is not done with it."""
     outcome = write_output(jobs, ledger, unanswered.reasons, review, run)
-    total = sum(len(items) for _, _, items in jobs)
+    total = total_of(jobs)
     if unanswered.passing:
         raise unanswered.complaint(total)
     if total and not outcome.metrics["samples"]:
@@ -73,6 +87,11 @@ def _work_off(
             "change the prompts, the chat model or `attempts`"
         )
     return outcome
+
+
+def total_of(jobs: Jobs) -> int:
+    """Return how many conversations are to be made."""
+    return sum(len(items) for _, _, items in jobs)
 
 
 @dataclass
@@ -102,6 +121,25 @@ class Unanswered:
         )
 
 
+class Spending:
+    """Says now and then what was spent."""
+
+    def __init__(self, run: Run, ledger: Ledger) -> None:
+        self._run, self._ledger = run, ledger
+        self._said = time.monotonic() - _EVERY
+
+    def show(self, done: int, total: int, name: str) -> None:
+        """Show how far it is, and note what was spent where that was not done for a while."""
+        self._run.progress(done, total, f"{name} {price_of(self._ledger)}".strip())
+        if len(self._ledger) and time.monotonic() - self._said >= _EVERY:
+            self.note()
+
+    def note(self) -> None:
+        """Note what was spent."""
+        self._said = time.monotonic()
+        self._run.event("asked", **totals(self._ledger))
+
+
 def _ask(
     options: GenerateOptions,
     generator: PromptedGenerator,
@@ -112,7 +150,7 @@ def _ask(
     unanswered: Unanswered,
 ) -> None:
     """Ask until nothing is open but what gets no reply."""
-    said = time.monotonic() - _EVERY
+    spending = Spending(run, ledger)
     at = 0  # the item that is asked for last
 
     def requests() -> Iterator[Request]:
@@ -121,19 +159,12 @@ def _ask(
             if at % _LOOK == 0:  # where most are answered already, no entry shows that it goes on
                 if run.stopping():
                     raise Stopped
-                show_progress()
+                show()
             if item.open and item.asked.key not in unanswered.refused:
                 yield item.request
 
-    def show_progress() -> None:
-        run.progress(at, len(items), f"{name} {price_of(ledger)}".strip())
-
-    def show(entry: Entry) -> None:
-        nonlocal said
-        show_progress()
-        if time.monotonic() - said >= _EVERY:
-            said = time.monotonic()
-            run.event("asked", **totals(ledger))
+    def show(entry: Entry | None = None) -> None:
+        spending.show(at, len(items), name)
 
     while True:
         tally = ask_all(
@@ -150,7 +181,7 @@ def _ask(
         unanswered.reasons |= refused
         if tally.answered == 0:
             unanswered.reasons |= tally.unanswered
-            run.event("asked", **totals(ledger))
+            spending.note()
             return
 
 
@@ -164,6 +195,6 @@ def totals(ledger: Ledger) -> dict[str, float | int | None]:
     }
 
 
-def _earlier(folder: Path) -> list[Path]:
+def earlier_ledgers(folder: Path) -> list[Path]:
     """Return the ledgers of attempts that were set aside: what they paid for counts on."""
     return sorted((folder.parent / "superseded").glob(f"{folder.name}.*/{LEDGER}"))

@@ -6,7 +6,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from llavakit import ImageContext, Message
+from llavakit import ImageContext, LlavaError, Message
 from llavakit.contracts.run import StepPlan
 from llavakit_plugins.generation.items import Items
 from llavakit_plugins.generation.requests.prompted import PromptedGenerator
@@ -23,7 +23,7 @@ def price_job(options: GenerateOptions, generator: PromptedGenerator, seed: int)
     if not all(path.is_file() for path in files):
         return _by_examples(options, generator)
     chat = generator.chat
-    sent = made = count = 0
+    sent = made = count = failed = 0
     expected = {
         kind: chat.count([Message("assistant", generator.expected_reply(kind))])
         for kind in options.kinds
@@ -32,10 +32,18 @@ def price_job(options: GenerateOptions, generator: PromptedGenerator, seed: int)
         for name, contexts in sources.items():
             counts = options.counts if not name else {}
             for context, kind in Items(contexts, options.kinds, counts, generator, 1, seed).pairs():
-                sent += chat.count(generator.messages(context, kind))
-                made += expected[kind]
                 count += 1
-    return _plan(generator, count, sent, made, "counted")
+                try:
+                    sent += chat.count(generator.messages(context, kind))
+                except LlavaError:
+                    raise
+                except Exception:  # a plugin's: the job says which, and goes on with the others
+                    failed += 1
+                else:
+                    made += expected[kind]
+    plan = _plan(generator, count - failed, sent, made, "counted")
+    note = f"generator `{generator.name}` fails at {failed} of {count} contexts; {plan.note}"
+    return plan.model_copy(update={"note": note}) if failed else plan
 
 
 def _by_examples(options: GenerateOptions, generator: PromptedGenerator) -> StepPlan:

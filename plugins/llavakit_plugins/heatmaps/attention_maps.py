@@ -22,7 +22,7 @@ from llavakit.contracts.packing import Packing, Scoring
 
 
 @dataclass(frozen=True)
-class Gaze:
+class AttentionMaps:
     """An answer, and how much of its attention went where."""
 
     answer: str
@@ -88,14 +88,14 @@ class WatchedRows:
         self.weights[layer] = scores_HRT.softmax(dim=-1)[..., : len(places_T)]
 
 
-def watch_answer(
+def map_attention(
     model: LlavaModel,
     prompt: str,
     images: Sequence[ImageSource],
     sampling: Sampling | None = None,
     *,
     raw: bool = False,
-) -> Gaze:
+) -> AttentionMaps:
     """Answer a prompt, and say where each token of the answer looked.
 
     Raises ModelError where the visual tokens are no grid, or the language model keeps its attention
@@ -112,7 +112,7 @@ def watch_answer(
         text = str(model.language.tokenizer.decode(ids[:end], skip_special_tokens=True))
         pieces.append(text[sum(map(len, pieces)) :])
     weights_AIGG = weights_AT[:, visual_rows_N].unflatten(1, (len(images), edge, edge))
-    return Gaze(model.decode(ids), tuple(pieces), weights_AIGG)
+    return AttentionMaps(model.decode(ids), tuple(pieces), weights_AIGG)
 
 
 def grid_edge(model: LlavaModel) -> int:
@@ -142,7 +142,7 @@ def _attention(
     read = np.asarray(ids[:-1], dtype=np.int64)
     whole = Encoded(
         np.concatenate([encoded.ids, read]),
-        np.concatenate([encoded.learned, np.zeros(len(read), np.bool_)]),
+        np.concatenate([encoded.supervised, np.zeros(len(read), np.bool_)]),
     )
     batch = pack([whole], [0], model.visual_tokens).to(model.device)
     length = batch.packing.starts[-1]

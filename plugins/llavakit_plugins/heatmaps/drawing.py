@@ -15,7 +15,7 @@ from llavakit.contracts.errors import DataError
 
 if TYPE_CHECKING:
     from llavakit.contracts.networks import VisionEncoder
-    from llavakit_plugins.heatmaps.attention_maps import Gaze
+    from llavakit_plugins.heatmaps.attention_maps import AttentionMaps
 
 Floats = npt.NDArray[np.float64]
 Region = tuple[float, float, float, float]
@@ -114,11 +114,13 @@ def _places(
     return parts, (middle >= -0.5) & (middle <= cells - 0.5)
 
 
-def draw_gaze(gaze: Gaze, images: Sequence[ImageSource], vision: VisionEncoder) -> Image.Image:
+def draw_attention_maps(
+    answer: AttentionMaps, images: Sequence[ImageSource], vision: VisionEncoder
+) -> Image.Image:
     """Return a sheet: the whole answer's heat over each image, then that of its first words."""
     opened = [open_image(image, "the heat map") for image in images]
     regions = [seen_region(vision, image.size) for image in opened]
-    maps = gaze.weights_AIGG.double().numpy()
+    maps = answer.weights_AIGG.double().numpy()
     large = [
         draw_heat(image, maps[:, number].mean(axis=0), region)
         for number, (image, region) in enumerate(zip(opened, regions, strict=True))
@@ -126,7 +128,7 @@ def draw_gaze(gaze: Gaze, images: Sequence[ImageSource], vision: VisionEncoder) 
     width = sum(tile.width + _MARGIN for tile in large)
     small = max(64, (width - _MARGIN) // _COLUMNS - _MARGIN)
     tiles = []
-    for word, weights_IGG in gaze.words[:_WORDS]:
+    for word, weights_IGG in answer.words[:_WORDS]:
         row = [
             draw_heat(image, weights, region)
             for image, weights, region in zip(

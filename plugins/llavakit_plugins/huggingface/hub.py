@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +12,9 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 from pydantic import Field, model_validator
 
 from llavakit import ModelError, Options
+from llavakit_plugins.huggingface.json_files import check_shape, read_json, refuse_devices
 from llavakit_plugins.huggingface.known_configs import KNOWN
+from llavakit_plugins.huggingface.tokenizer_faults import blame_file, is_fault
 from llavakit_plugins.huggingface.tokenizer_writing import remember_origin
 from llavakit_plugins.huggingface.tokenizers import fast_tokenizer
 
@@ -48,12 +49,10 @@ def read_config(options: PretrainedOptions, part: str = "vision_config") -> dict
         return dict(options.config)  # its own: who is given it may take things out
     found = find_file(options, "config.json")
     if found is not None:
-        try:
-            table: dict[str, Any] = json.loads(found.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ModelError(f"{found} cannot be read: {error}; fetch the model again") from error
+        table = read_json(found)
         inner = table.get(part)
         table = {**table, **inner} if isinstance(inner, dict) else table
+        check_shape(table, found)
     elif options.source in KNOWN:
         table = KNOWN[options.source]
     else:
@@ -73,13 +72,13 @@ def explain_config(kind: str) -> Iterator[None]:
     """Turn what transformers says of a configuration that it cannot build into UnfitConfig."""
     from huggingface_hub.errors import StrictDataclassError
 
-    faults = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+    faults = (AttributeError, LookupError, RuntimeError, TypeError, ValueError)
     try:
         yield
-    except (*faults, StrictDataclassError) as error:
+    except (*faults, ArithmeticError, AssertionError, StrictDataclassError) as error:
         raise UnfitConfig(
             f"transformers cannot make a {kind} of this configuration "
-            f"({type(error).__name__}: {' '.join(str(error).split())}); mend `config`"
+            f"({type(error).__name__}: {' '.join(str(error).split())}); fix `config`"
         ) from error
 
 
@@ -115,6 +114,7 @@ def fetch_folder(source: str, revision: str | None = None, *, weights: bool = Tr
     from huggingface_hub import snapshot_download
 
     if (folder := Path(source)).is_dir():
+        refuse_devices(folder)
         return folder
     try:
         for pattern in ("model*.safetensors", "pytorch_model*.bin") if weights else ("*.json",):
@@ -211,17 +211,35 @@ def quietly(*, report: bool = True) -> Iterator[None]:
 
 
 def load_tokenizer(
-    source: str, revision: str | None = None, legacy: bool | None = None
+    source: str, revision: str | None = None, legacy: bool | None = None, where: object = None
 ) -> PreTrainedTokenizerBase:
-    """Return a fast tokenizer from a folder or the hub.
+    """Return a fast tokenizer from a folder or the hub; errors call it that of `where`.
 
-    `legacy` says whether a LLaMA tokenizer puts a space behind special tokens too.
+    `legacy` says whether a LLaMA tokenizer puts a space behind special tokens too. Raises
+    ModelError where it cannot be read.
     """
-    stated = {} if legacy is None else {"legacy": legacy}
-    tokenizer = fast_tokenizer(source, revision, **stated)
-    remember_origin(
-        tokenizer, partial(find_file, PretrainedOptions(source=source, revision=revision))
-    )
+    find = partial(find_file, PretrainedOptions(source=source, revision=revision))
+    try:
+        if Path(source).is_dir():
+            refuse_devices(Path(source))
+        tokenizer = fast_tokenizer(
+            source, revision, **({} if legacy is None else {"legacy": legacy})
+        )
+        tokenizer("a \u2603")  # some faults are seen when it is used, of a character it lacks
+        remember_origin(tokenizer, find)
+    except BaseException as error:  # tokenizers raises nothing narrower for a damaged file
+        if not is_fault(error):
+            raise
+        reason: object = error
+        if not isinstance(error, ModelError):
+            try:
+                blame_file(find)
+            except ModelError as blame:
+                reason = blame
+        text = " ".join(str(reason).split()).replace(source, str(where or source))
+        raise ModelError(
+            f"the tokenizer in {where or source} cannot be read ({text:.400}); copy it again"
+        ) from error
     if legacy is not None:
         _put_spaces(tokenizer, source, "always" if legacy else "first")
     known = getattr(tokenizer, "legacy", None) if legacy is None else legacy

@@ -6,7 +6,6 @@ damaged or missing is named before a model is made of it.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from llavakit import ModelError
+from llavakit_plugins.huggingface.json_files import read_json
 
 STEMS = ("model", "pytorch_model")
 """How transformers names the files of a model's weights, without their suffix."""
@@ -151,24 +151,3 @@ def _unpickle(path: Path, *, mapped: bool) -> dict[str, Tensor]:
     if not isinstance(found, dict) or not all(isinstance(v, Tensor) for v in found.values()):
         raise ModelError(f"{path} holds no tensors by name; give a checkpoint's weights")
     return found
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Return a JSON table. Raises ModelError where the file cannot be read or holds none."""
-    try:
-        table = json.loads(path.read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise ModelError(f"{path} cannot be read ({error.strerror}); copy it again") from error
-    except (ValueError, RecursionError) as error:
-        raise ModelError(f"{path} is not valid JSON ({error}); copy it again") from error
-    if not isinstance(table, dict):
-        raise ModelError(f"{path} holds no table; copy it again")
-    return table
-
-
-def peek_json(path: Path) -> dict[str, Any]:
-    """Return a JSON table, empty where there is none: enough to recognise a layout by."""
-    try:
-        return read_json(path)
-    except ModelError:
-        return {}

@@ -76,17 +76,17 @@ class Words:
         for number, (runs, end) in enumerate(self._between_special(parts)):
             if not all(map(_apart, pairwise(text for text, _ in runs))):
                 return None
-            for place, (text, learned) in enumerate(runs):
+            for place, (text, supervised) in enumerate(runs):
                 if _SPACE in text:
                     return None
                 spaced = self.scheme == "always" or (self.scheme == "first" and not number)
                 before = len(ids)
                 ids += self._ids(f" {text}" if spaced and not place and text[0] != " " else text)
-                flags.append(learned)
+                flags.append(supervised)
                 counts.append(len(ids) - before)
             if end is not None:
                 ids.append(self.special.ids[end.text])
-                flags.append(end.learned)
+                flags.append(end.supervised)
                 counts.append(1)
         return ids, np.repeat(np.asarray(flags, dtype=np.bool_), counts)
 
@@ -101,10 +101,10 @@ class Words:
                 if number % 2:
                     yield runs, part._replace(text=text)
                     runs = []
-                elif text and runs and runs[-1][1] == part.learned:
-                    runs[-1] = (runs[-1][0] + text, part.learned)
+                elif text and runs and runs[-1][1] == part.supervised:
+                    runs[-1] = (runs[-1][0] + text, part.supervised)
                 elif text:
-                    runs.append((text, part.learned))
+                    runs.append((text, part.supervised))
         yield runs, None
 
     def _ids(self, text: str) -> Iterator[int]:

@@ -36,12 +36,17 @@ _SUPPORTED = {"full_attention", "sliding_attention", "attention", "dense"}
 class CausalLMOptions(LanguageOptions):
     """Options of `causal-lm`."""
 
+    plain_logits: bool = False
+    """Leave out the factor or cap that the family has on its logits, as transformers' LLaVA does:
+    so are the models trained that come in its layout."""
+
 
 class CausalLM(PretrainedLanguage):
     """A causal language model of transformers: Qwen, Mistral, Phi, Gemma, SmolLM, OLMo …"""
 
     name = "causal-lm"
     Options = CausalLMOptions
+    options: CausalLMOptions
     default_template = "chat-template"
 
     def __init__(self, options: CausalLMOptions, model: Any = None) -> None:
@@ -142,12 +147,14 @@ class CausalLM(PretrainedLanguage):
     @property
     def _softcap(self) -> float | None:
         cap: float | None = getattr(self.model.config, "final_logit_softcapping", None)
-        return cap
+        return None if self.options.plain_logits else cap
 
     @property
     def _logit_scale(self) -> float:
         """What logits are multiplied with: Cohere has a factor, Granite a divisor."""
         config = self.model.config
+        if self.options.plain_logits:
+            return 1.0
         scale: float = getattr(config, "logit_scale", None) or 1.0
         return scale / (getattr(config, "logits_scaling", None) or 1.0)
 

@@ -21,6 +21,7 @@ from llavakit_plugins.huggingface.hub import (
     read_config,
 )
 from llavakit_plugins.huggingface.tokenizer_writing import write_tokenizer
+from llavakit_plugins.huggingface.vocabulary import fit_tokenizer
 from llavakit_plugins.language.lora import (
     FOLDER as ADAPTERS,
     add_adapters,
@@ -95,11 +96,7 @@ class PretrainedLanguage(LanguageModel):
         language = cls(options, read_weights(network, config, own))
         language.tokenizer = load_tokenizer(source, revision, options.legacy)
         rows = language.model.get_input_embeddings().num_embeddings
-        if len(language.tokenizer) > rows:
-            raise ModelError(
-                f"the tokenizer of {source} has {len(language.tokenizer)} tokens, its language "
-                f"model embeds {rows}; take the tokenizer that belongs to these weights"
-            )
+        fit_tokenizer(language.tokenizer, rows, source)
         return language
 
     def save(self, folder: Path) -> None:
@@ -153,6 +150,27 @@ class PretrainedLanguage(LanguageModel):
         language = type(self)(plain, merge_adapters(self.model))
         language.tokenizer = self.tokenizer
         return language.train(self.training)
+
+    def with_options(self, options: Any) -> Self:
+        """Return a language model around the same network; with new adapters where it has none.
+
+        Raises ModelError where it has others already, or a library is missing.
+        """
+        if self.options.lora is not None and options.lora != self.options.lora:
+            raise ModelError(
+                "the language model has adapters already, so `lora` cannot give it others; leave "
+                "it out, and those learn on"
+            )
+        lacks = missing_bitsandbytes() if options.quantize is not None else None
+        if lacks is not None:
+            raise ModelError(lacks)
+        has_them = self.options.lora is not None
+        own = options.model_copy(update={"lora": None}) if has_them else options
+        language = type(self)(own, self.model)
+        language.options = options
+        if hasattr(self, "tokenizer"):  # a new model, or a plan's, has none
+            language.tokenizer = self.tokenizer
+        return language
 
     @property
     def head(self) -> nn.Linear:

@@ -11,6 +11,7 @@ import torch
 from llavakit import ModelError, cast_weights
 from llavakit_plugins.huggingface.filling import fill
 from llavakit_plugins.huggingface.hub import fetch_folder
+from llavakit_plugins.huggingface.json_files import end_tokens
 from llavakit_plugins.huggingface.weights import Weights
 from llavakit_plugins.huggingface.writing import write_weights
 from llavakit_plugins.language import four_bits
@@ -27,8 +28,6 @@ def read_weights(network: type[Any], config: Any, options: LanguageOptions) -> A
 
     Raises ModelError where the weights cannot be had, or are not those of `config`.
     """
-    from transformers import GenerationConfig
-
     assert options.source is not None
     small = getattr(config, "quantization_config", None) is not None
     if small and options.quantize is None:
@@ -55,10 +54,24 @@ def read_weights(network: type[Any], config: Any, options: LanguageOptions) -> A
         if small:
             cast_weights(model, dtype)  # what is not quantised, which transformers leaves as it was
         if (folder / "generation_config.json").is_file():
-            model.generation_config = _consistent(GenerationConfig.from_pretrained(folder))
+            model.generation_config = _generation(folder / "generation_config.json")
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(f"the weights of {options.source} cannot be read: {error}") from error
     return model
+
+
+def _generation(path: Path) -> Any:
+    """Return a generation configuration. Raises ModelError, which names the file."""
+    from transformers import GenerationConfig
+
+    end_tokens(path)
+    try:
+        return _consistent(GenerationConfig.from_pretrained(path.parent))
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ModelError(
+            f"{path} is no generation configuration ({reason:.200}); copy it again, or remove it"
+        ) from error
 
 
 def _consistent(config: Any) -> Any:

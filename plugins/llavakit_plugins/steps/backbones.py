@@ -3,6 +3,8 @@ from pretrained ones, as the paper does."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
 from llavakit import Generator, InputPath, Options, Outcome, Run, Step, Use, save_model
@@ -59,8 +61,8 @@ class Backbones(Step):
         return Outcome({"contrastive_loss": seen[-1][1], "language_loss": read[-1][1]}, curves)
 
     @classmethod
-    def leaves_model(cls, options: BackbonesOptions) -> bool:
-        return True
+    def leaves(cls, options: BackbonesOptions) -> Mapping[str, bool]:
+        return {"model": True}
 
     @classmethod
     def plan(cls, options: BackbonesOptions, planner: Planner) -> StepPlan:

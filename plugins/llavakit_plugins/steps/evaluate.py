@@ -112,11 +112,14 @@ class Evaluate(Step):
         return missing_model(options)
 
     @classmethod
+    def leaves(cls, options: EvaluateOptions) -> Mapping[str, bool]:
+        return {}
+
+    @classmethod
     def plan(cls, options: EvaluateOptions, planner: Planner) -> StepPlan | None:
+        sketch_start(planner, options)
         if options.losses or options.changes:  # which not every layout allows
-            sketch_start(planner, options)
-            if planner.has_model:
-                _ = planner.model
+            _ = planner.has_model  # for its errors
         return None
 
     def _model(self, run: Run) -> Any:

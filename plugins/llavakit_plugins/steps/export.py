@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from inspect import getattr_static
+from collections.abc import Mapping, Sequence
+from inspect import getattr_static, signature
 
 from pydantic import Field
 
@@ -14,6 +14,7 @@ from llavakit import (
     LlavaModel,
     ModelError,
     Outcome,
+    Registry,
     Run,
     Step,
     Use,
@@ -23,8 +24,8 @@ from llavakit.contracts.data import IMAGE, ImageSource
 from llavakit.contracts.model import Sampling
 from llavakit.contracts.run import Planner, StepPlan
 from llavakit.contracts.sections import Card, Gallery
-from llavakit_plugins.heatmaps.attention_maps import watch_answer
-from llavakit_plugins.heatmaps.drawing import draw_gaze
+from llavakit_plugins.heatmaps.attention_maps import map_attention
+from llavakit_plugins.heatmaps.drawing import draw_attention_maps
 from llavakit_plugins.reporting.pictures import save_image, save_thumbnail
 from llavakit_plugins.training.initial import StartOptions, missing_model, sketch_start, start
 
@@ -109,24 +110,28 @@ class Export(Step):
         return missing_model(options)
 
     @classmethod
-    def leaves_model(cls, options: ExportOptions) -> bool:
-        return options.format is None
+    def leaves(cls, options: ExportOptions) -> Mapping[str, bool]:
+        if options.format is None:
+            return {"model": True}
+        read = Registry.installed().get(Exporter, options.format.use).load
+        # a layout says by its type whether what it reads back is a model of ours
+        return {options.format.use: signature(read).return_annotation == LlavaModel.__name__}
 
     @classmethod
     def plan(cls, options: ExportOptions, planner: Planner) -> StepPlan | None:
         sketch_start(planner, options)
-        if planner.has_model:
-            _ = planner.model  # for its errors
+        if planner.has_model and options.format is not None:
+            planner.build(options.format).check(planner.model)
         return None
 
     def _look(
         self, run: Run, model: LlavaModel, question: str, images: Sequence[ImageSource], name: str
     ) -> str:
         """Draw where the model looks; return the picture's name in the step's folder."""
-        gaze = watch_answer(model, question, images, Sampling(self.options.max_new_tokens))
+        maps = map_attention(model, question, images, Sampling(self.options.max_new_tokens))
         place = run.directory / "heatmaps" / f"{name}.png"
         place.parent.mkdir(exist_ok=True)
-        save_image(draw_gaze(gaze, images, model.vision), place)
+        save_image(draw_attention_maps(maps, images, model.vision), place)
         return f"{place.parent.name}/{place.name}"
 
 

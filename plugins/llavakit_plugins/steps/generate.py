@@ -10,20 +10,26 @@ from pathlib import Path
 import numpy as np
 
 from llavakit import (
+    ChatModel,
     Generator,
     ImageContext,
+    Options,
     Outcome,
     Run,
     Step,
     Stopped,
+    Use,
+    kind_of,
     write_text,
 )
 from llavakit.contracts.data import IMAGE, ResponseKind
 from llavakit.contracts.run import Planner, StepPlan
 from llavakit.contracts.sections import Card, Gallery, Table
 from llavakit_plugins.generation.contexts import Contexts
+from llavakit_plugins.generation.conversations import Failures, Keeping, checked
 from llavakit_plugins.generation.items import choose
 from llavakit_plugins.generation.options import GenerateOptions
+from llavakit_plugins.generation.requests.desk import AtDesk, Desk
 from llavakit_plugins.generation.requests.prompted import PromptedGenerator
 from llavakit_plugins.generation.rows import (
     BRIEF,
@@ -53,28 +59,42 @@ class Generate(Step):
     def plan(cls, options: GenerateOptions, planner: Planner) -> StepPlan | None:
         generator = planner.build(options.generator)
         if not isinstance(generator, PromptedGenerator):
-            return None
+            if not _names_chat(generator):
+                return None
+            return StepPlan(
+                note=f"no price yet: generator `{generator.name}` asks its chat model in its own "
+                "way; `budget_usd` bounds it"
+            )
         from llavakit_plugins.generation.price import price_job
 
         return price_job(options, generator, planner.seed)
 
     def run(self, run: Run) -> Outcome:
-        generator = run.build(self.options.generator)
+        desk = Desk()
+        generator = run.build(self.options.generator, build=desk.building(run.build))
         if isinstance(generator, PromptedGenerator):
             from llavakit_plugins.generation.job import run_job
 
+            if isinstance(generator.chat, AtDesk):  # the job asks it, not the generator
+                generator.chat = generator.chat.inner
             return run_job(self.options, generator, run)
+        if desk.chats or _names_chat(generator):
+            from llavakit_plugins.generation.own import run_own_job
+
+            return run_own_job(self.options, generator, desk, run)
         return self._at_once(generator, run)
 
     def _at_once(self, generator: Generator, run: Run) -> Outcome:
         """Write the data of a generator that needs no waiting, no retries and no money."""
         counts: dict[str, int] = {}
         shown: list[Card] = []
-        with open_sources(self.options, run.directory) as sources:
+        kept = Keeping(run.directory, self.options.generator)
+        failures = Failures(generator.name, run.directory / "failures.txt")
+        with open_sources(self.options, run.directory) as sources, kept.unless_done(failures):
             for name, contexts in sources.items():
                 draw = np.random.default_rng(run.seed)
                 captions = [caption_row(context, draw, BRIEF) for context in contexts]
-                made = list(self._samples(generator, contexts, name, run))
+                made = list(self._samples(generator, contexts, name, run, kept, failures))
                 content = {"captions": captions, "instruct": [row for _, _, row in made]}
                 for kind in self.options.kinds:
                     content[kind] = [row for _, own, row in made if own == kind]
@@ -93,7 +113,13 @@ class Generate(Step):
         return Outcome(metrics, [table, Gallery(title="What the teacher wrote", cards=shown)])
 
     def _samples(
-        self, generator: Generator, contexts: Contexts, name: str, run: Run
+        self,
+        generator: Generator,
+        contexts: Contexts,
+        name: str,
+        run: Run,
+        kept: Keeping,
+        failures: Failures,
     ) -> Iterator[Made]:
         """Yield every sample, in the order of the contexts."""
         counts = {} if name else self.options.counts
@@ -101,11 +127,30 @@ class Generate(Step):
         for index, context in enumerate(contexts):
             for kind in self.options.kinds:
                 if chosen[kind][index]:
-                    yield context, kind, row_of(context, kind, generator.generate(context, kind))
+                    try:
+                        turns = kept.get(context, kind)
+                        if turns is None:
+                            turns = checked(generator.generate(context, kind), context, kind)
+                            kept.add(context, kind, turns)
+                    except Stopped:
+                        raise
+                    except Exception as error:  # the others are made all the same
+                        failures.add(f"{context.id}-{kind}", error, kept.count)
+                        continue
+                    yield context, kind, row_of(context, kind, turns)
             if (index + 1) % 256 == 0 or index + 1 == len(contexts):
                 if run.stopping():
                     raise Stopped
                 run.progress(index + 1, len(contexts), f"generating {name}".strip())
+
+
+def _names_chat(generator: Generator) -> bool:
+    """Say whether a generator has a chat model, or a choice of one, though it builds it late."""
+    options = getattr(generator, "options", None)
+    stated = vars(options).values() if isinstance(options, Options) else ()
+    chosen = (use for use in stated if isinstance(use, Use) and issubclass(kind_of(use), ChatModel))
+    held = (value for value in vars(generator).values() if isinstance(value, ChatModel))
+    return any(True for _ in (*chosen, *held))
 
 
 def _write(path: Path, rows: Sequence[Row]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from llavakit import (
@@ -42,7 +42,7 @@ class _Train(Step):
 
     def run(self, run: Run) -> Outcome:
         options = self.options
-        if options.precision == "bf16" and run.device.type == "cpu" and run.team.leads:
+        if options.precision == "bf16" and run.device.type == "cpu" and run.process_group.is_main:
             _log.warning(
                 "note: most CPUs compute slower in bf16 than in float32: try --set "
                 "steps.%s.precision=fp32", self.name,
@@ -69,7 +69,7 @@ class _Train(Step):
         with explain_memory(_less_memory(options)):
             trainer = Trainer(model, corpus, options, run, held_out, template)
             progress = trainer.train()
-        if not run.team.leads:
+        if not run.process_group.is_main:
             return Outcome({})
         model = trainer.model
         metrics = {
@@ -108,8 +108,10 @@ class _Train(Step):
         return missing_model(options)
 
     @classmethod
-    def leaves_model(cls, options: TrainOptions) -> bool:
-        return True
+    def leaves(cls, options: TrainOptions) -> Mapping[str, bool]:
+        looks = options.validate_every is not None
+        kinds = {"model": True, "best": looks, "last": options.keep_best}
+        return {name: True for name, is_left in kinds.items() if is_left}
 
     @classmethod
     def plan(cls, options: TrainOptions, planner: Planner) -> StepPlan:
@@ -126,6 +128,12 @@ class _Train(Step):
             for part in trained
             if planner.trainable(part) < planner.parameters(part)
         ]
+        length = min(options.max_length, planner.model.language.max_length)
+        if length <= planner.model.visual_tokens:
+            notes.append(
+                f"an image takes {planner.model.visual_tokens} tokens and a sample is cut at "
+                f"{length}: nothing is learned from samples with an image"
+            )
         memory = _memory_gb(options, planner)
         expected = planner.expect(options.data)
         if expected is None:

@@ -70,7 +70,7 @@ class BuiltinTemplate(PromptTemplate):
     def _wrapped(self, segment: Segment) -> Iterator[Segment]:
         """Yield a segment with its images written as the options say."""
         written = self._options.image
-        if written == IMAGE or segment.learned or IMAGE not in segment.text:
+        if written == IMAGE or segment.supervised or IMAGE not in segment.text:
             yield segment
             return
         for number, text in enumerate(segment.text.split(IMAGE)):

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 from weakref import WeakKeyDictionary
 
 from llavakit import DataError, LlavaError, ModelError, PromptTemplate, Segment, Turn
+from llavakit_plugins.templates.bounds import TEMPLATE_FAULTS, check_bounds
 from llavakit_plugins.templates.placement import TemplateOptions, exchanges
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ class _Skeleton:
     """A rendered conversation without its turns' texts."""
 
     system: tuple[Message, ...]
-    learned: tuple[bool, ...]
+    supervised: tuple[bool, ...]
     """Which turns are learned."""
     around: tuple[tuple[Segment, ...], ...]
     """The template's own text: in front of each turn, and behind the last."""
@@ -62,7 +63,7 @@ class _Skeleton:
                     break
             else:
                 return None
-            segments.append(Segment(variant, self.learned[number]))
+            segments.append(Segment(variant, self.supervised[number]))
             segments += self.around[number + 1]
             position = end + len(border)
         return segments
@@ -151,8 +152,8 @@ class ChatTemplate(PromptTemplate):
             tuple(_cut(border, start, spans)) for border, start in zip(borders, starts, strict=True)
         )
         ends = [start + len(border) for start, border in zip(starts, borders, strict=True)]
-        learned = tuple(any(a <= end < b for a, b in spans) for end in ends[:-1])
-        return _Skeleton(tuple(system), learned, around)
+        supervised = tuple(any(a <= end < b for a, b in spans) for end in ends[:-1])
+        return _Skeleton(tuple(system), supervised, around)
 
     def _system(self, tokenizer: PreTrainedTokenizerBase, source: str) -> list[Message]:
         """Return the system message to give, if any."""
@@ -189,8 +190,9 @@ class ChatTemplate(PromptTemplate):
         from jinja2 import TemplateError
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        marks = _GENERATION.search(source) is not None
         variables: dict[str, Any] = {**tokenizer.special_tokens_map, **self._options.variables}
+        check_bounds(source, variables, len(messages))
+        marks = _GENERATION.search(source) is not None
         render = cast("Callable[..., tuple[list[str], list[list[Span]]]]", render_jinja_template)
         try:
             texts, spans = render(
@@ -200,9 +202,10 @@ class ChatTemplate(PromptTemplate):
                 add_generation_prompt=messages[-1]["role"] == "user",
                 **variables,
             )
-        except (TemplateError, TypeError) as error:
+        except (TemplateError, *TEMPLATE_FAULTS) as error:
             raise ModelError(
-                f"the tokenizer's chat template refuses a conversation: {error}"
+                f"the tokenizer's chat template refuses a conversation: "
+                f"{' '.join(str(error).split()) or type(error).__name__}"
             ) from error
         return texts[0], spans[0] if marks else None
 
@@ -269,8 +272,8 @@ def _cut(border: str, start: int, spans: Sequence[Span]) -> Iterator[Segment]:
     inside = {edge - start for span in spans for edge in span}
     cuts = sorted({0, len(border), *(edge for edge in inside if 0 < edge < len(border))})
     for begin, end in pairwise(cuts):
-        learned = any(a <= start + begin < b for a, b in spans)
-        yield Segment(border[begin:end], learned, markup=True)
+        supervised = any(a <= start + begin < b for a, b in spans)
+        yield Segment(border[begin:end], supervised, markup=True)
 
 
 def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:

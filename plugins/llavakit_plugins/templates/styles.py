@@ -42,8 +42,8 @@ def image_and_caption(frame: Frame, exchanges: Sequence[Exchange]) -> Iterator[S
         )
     yield Segment(IMAGE * question.count(IMAGE))
     if answer is not None:
-        yield Segment(answer, learned=True)
-        yield _markup("\n", learned=True)
+        yield Segment(answer, supervised=True)
+        yield _markup("\n", supervised=True)
 
 
 def roles_and_end_token(frame: Frame, exchanges: Sequence[Exchange]) -> Iterator[Segment]:
@@ -56,8 +56,8 @@ def roles_and_end_token(frame: Frame, exchanges: Sequence[Exchange]) -> Iterator
         yield Segment(exchange.question)
         yield _markup(f" {assistant}:")
         if exchange.answer is not None:
-            yield Segment(f" {exchange.answer}", learned=True)
-            yield _markup(frame.end, learned=True)
+            yield Segment(f" {exchange.answer}", supervised=True)
+            yield _markup(frame.end, supervised=True)
 
 
 def hashes(frame: Frame, exchanges: Sequence[Exchange]) -> Iterator[Segment]:
@@ -70,9 +70,9 @@ def hashes(frame: Frame, exchanges: Sequence[Exchange]) -> Iterator[Segment]:
         yield Segment(exchange.question)
         yield _markup(f"###{assistant}:")
         if exchange.answer is not None:
-            learned = number >= len(frame.example)
-            yield Segment(f" {exchange.answer}", learned)
-            yield _markup("###", learned)
+            supervised = number >= len(frame.example)
+            yield Segment(f" {exchange.answer}", supervised)
+            yield _markup("###", supervised)
 
 
 def hashes_on_lines(frame: Frame, exchanges: Sequence[Exchange]) -> Iterator[Segment]:
@@ -84,17 +84,17 @@ def hashes_on_lines(frame: Frame, exchanges: Sequence[Exchange]) -> Iterator[Seg
     if frame.system:
         yield _markup(f"{frame.system}\n\n")
     for exchange in exchanges:
-        yield _markup("###", learned=True)
+        yield _markup("###", supervised=True)
         yield _markup(f" {human}: ")
         yield Segment(exchange.question)
         yield _markup("\n")
         if exchange.answer is None:
             yield _markup(f"### {assistant}:")
             return
-        yield _markup(f"### {assistant}: ", learned=True)
-        yield Segment(exchange.answer, learned=True)
-        yield _markup("\n", learned=True)
-    yield _markup("### ", learned=True)
+        yield _markup(f"### {assistant}: ", supervised=True)
+        yield Segment(exchange.answer, supervised=True)
+        yield _markup("\n", supervised=True)
+    yield _markup("### ", supervised=True)
 
 
 def instructions(frame: Frame, exchanges: Sequence[Exchange]) -> Iterator[Segment]:
@@ -106,8 +106,8 @@ def instructions(frame: Frame, exchanges: Sequence[Exchange]) -> Iterator[Segmen
         yield Segment(exchange.question)
         yield _markup(" [/INST]")
         if exchange.answer is not None:
-            yield Segment(f" {exchange.answer} ", learned=True)
-            yield _markup(frame.end, learned=True)
+            yield Segment(f" {exchange.answer} ", supervised=True)
+            yield _markup(frame.end, supervised=True)
 
 
 def chatml(frame: Frame, exchanges: Sequence[Exchange]) -> Iterator[Segment]:
@@ -124,9 +124,9 @@ def chatml(frame: Frame, exchanges: Sequence[Exchange]) -> Iterator[Segment]:
         yield Segment(exchange.question)
         yield _markup(f"<|im_end|><|im_start|>{assistant}\n")
         if exchange.answer is not None:
-            yield Segment(exchange.answer, learned=True)
-            yield _markup("<|im_end|>", learned=True)
+            yield Segment(exchange.answer, supervised=True)
+            yield _markup("<|im_end|>", supervised=True)
 
 
-def _markup(text: str, learned: bool = False) -> Segment:
-    return Segment(text, learned, markup=True)
+def _markup(text: str, supervised: bool = False) -> Segment:
+    return Segment(text, supervised, markup=True)

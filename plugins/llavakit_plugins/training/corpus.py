@@ -62,7 +62,7 @@ class Corpus:
         tokenizer = model.language.tokenizer
         # negative numbers stand for images, so half of the numbers are left for tokens
         ids = array("h" if len(tokenizer) < 1 << 15 else "i")
-        learned = array("B")
+        supervised = array("B")
         counts = array("q")
         self.lengths = array("i")
         """Rows of the stream that each sample takes."""
@@ -74,14 +74,14 @@ class Corpus:
             full = len(item.ids) + item.image_count * (self.visual_tokens - 1)
             self.cut += full > max_length
             ids.frombytes(item.ids.astype(ids.typecode).tobytes())
-            learned.frombytes(np.packbits(item.learned).tobytes())
+            supervised.frombytes(np.packbits(item.supervised).tobytes())
             counts.append(len(item.ids))
             self.lengths.append(item.length(self.visual_tokens))
-            self.learned_counts.append(item.learned_count(self.visual_tokens))
+            self.learned_counts.append(item.supervised_count(self.visual_tokens))
             if number % 256 == 255 or number + 1 == len(data):
                 progress(number + 1, len(data))
         self._ids = np.frombuffer(ids, dtype=ids.typecode)
-        self._learned_bits = np.frombuffer(learned, dtype=np.uint8)
+        self._learned_bits = np.frombuffer(supervised, dtype=np.uint8)
         of_samples = np.frombuffer(counts, dtype=np.int64)
         self._starts = np.concatenate([[0], np.cumsum(of_samples)])
         self._bit_starts = np.concatenate([[0], np.cumsum(-(-of_samples // 8))])
@@ -109,8 +109,8 @@ class Corpus:
         """Return one sample's ids and mask."""
         begin, end = self._starts[sample : sample + 2]
         bits = self._learned_bits[self._bit_starts[sample] : self._bit_starts[sample + 1]]
-        learned = np.unpackbits(bits, count=int(end - begin)).astype(np.bool_)
-        return Encoded(self._ids[begin:end].astype(np.int64), learned, self.max_length)
+        supervised = np.unpackbits(bits, count=int(end - begin)).astype(np.bool_)
+        return Encoded(self._ids[begin:end].astype(np.int64), supervised, self.max_length)
 
     def pack(self, samples: Sequence[int]) -> PackedBatch:
         """Return the packed stream of these samples."""

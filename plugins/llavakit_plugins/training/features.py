@@ -46,7 +46,7 @@ def preparation(model: LlavaModel, changes: Mapping[str, Any], build: Build) -> 
             changed = build(Use[VisionEncoder].model_validate(choice))
     except ValidationError as error:
         found = "; ".join(f"`{'.'.join(map(str, e['loc']))}`: {e['msg']}" for e in error.errors())
-        raise TrainingError(f"`prepare` of `{model.vision.name}`: {found}; mend it") from error
+        raise TrainingError(f"`prepare` of `{model.vision.name}`: {found}; fix it") from error
     if changed.image_size != model.vision.image_size:
         raise TrainingError(
             f"`prepare` changes the size of images to {changed.image_size}, but the encoder reads "

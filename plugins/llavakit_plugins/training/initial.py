@@ -13,8 +13,6 @@ from llavakit import PARTS, LlavaModel, ModelError, Options, Run, is_model, prob
 from llavakit.contracts.component import ModelPath
 from llavakit.contracts.run import Planner
 from llavakit_plugins.huggingface.hub import PretrainedOptions, find_file, missing_source
-from llavakit_plugins.language.pretrained import PretrainedLanguage
-from llavakit_plugins.vision.vision_transformer import TransformersEncoder
 
 _ALONE = ("adapter_config.json", "mm_projector.bin")
 """What a checkpoint of the original's may hold in place of weights."""
@@ -70,8 +68,11 @@ def missing_model(options: StartOptions) -> str | None:
         source = PretrainedOptions(source=path.as_posix())
         if any(find_file(source, name) for name in _ALONE):
             continue
-        if (sentence := missing_source("the model", source)) is not None:
-            return sentence
+        if missing_source("the model", source) is not None:
+            return (
+                f"the weights of the model `{path}` are not on this machine; fetch them with "
+                f"`hf download {path}`, or give the folder that holds them"
+            )
     return None
 
 
@@ -86,7 +87,8 @@ def start(run: Run, options: StartOptions) -> LlavaModel:
             part: {name: value for name, value in table.items() if name in _READ}
             for part, table in changes.items()
         }
-        how["options"] = {part: table for part, table in reread.items() if table}
+        if any(reread.values()):
+            how["options"] = {part: table for part, table in reread.items() if table}
         changes = {
             part: {name: value for name, value in table.items() if name not in _READ}
             for part, table in changes.items()
@@ -129,14 +131,7 @@ def change_parts(
             problem = next(problems_in(error, part.Options, (name,), f" of `{part.name}`"))
             sentence = "; ".join(filter(None, (problem.message, problem.hint)))
             raise ModelError(f"`changes`: {sentence}") from error
-        if not isinstance(part, PretrainedLanguage | TransformersEncoder):
-            raise ModelError(f"`changes`: {name} `{part.name}` cannot be changed once it is there")
-        if "lora" in table and choices[name].get("lora") is not None:
-            raise ModelError(
-                "`changes`: the model has adapters already, so `language.lora` cannot give it "
-                "others; leave it out, and they learn on"
-            )
-        parts[name] = _around(part, options, adapters="lora" in table)
+        parts[name] = part.with_options(options)
         choices[name] = choice
     if not changes:
         return model
@@ -147,15 +142,3 @@ def change_parts(
             f"reads {changed.language.max_length}; leave it a longer context"
         )
     return changed.train(model.training)
-
-
-def _around(part: Any, options: Any, *, adapters: bool) -> Any:
-    """Return a part of the same class around the same network; with new `adapters`, or its own."""
-    if not isinstance(part, PretrainedLanguage):
-        return type(part)(options, part.model)
-    own = options if adapters else options.model_copy(update={"lora": None})
-    language = type(part)(own, part.model)
-    language.options = options
-    if hasattr(part, "tokenizer"):  # a plan's has none
-        language.tokenizer = part.tokenizer
-    return language

@@ -89,10 +89,10 @@ class Trainer:
         template: PromptTemplate | None = None,
     ) -> None:
         self.model, self.corpus, self.options, self.run = model, corpus, options, run
-        self.team = run.team
-        self.sharded = divides(model, options, self.team.size)
+        self.process_group = run.process_group
+        self.sharded = divides(model, options, self.process_group.size)
         if self.sharded:  # before the weights grow to float32
-            shard(model, self.team, half=options.precision == "bf16")
+            shard(model, self.process_group, half=options.precision == "bf16")
         self.parts = Parts(model, options, remember=not self.sharded)
         per_epoch = corpus.steps(options.batch_size)
         whole = per_epoch * options.epochs
@@ -157,7 +157,7 @@ class Trainer:
             return self.options.workers
         if self.model.device.type == "cpu":  # its cores train
             return 0
-        return max(1, min(_MOST_WORKERS, (os.cpu_count() or 1) // self.team.size))
+        return max(1, min(_MOST_WORKERS, (os.cpu_count() or 1) // self.process_group.size))
 
     def _worth_caching(self, corpus: Corpus) -> bool:
         if self.options.cache_features is not None:
@@ -252,8 +252,8 @@ class Trainer:
                     loss = self.model.loss(packed, features) / targets * float(micro.counts)
                 loss.backward()
                 total += loss.detach()
-        self.team.sum(total)
-        sum_gradients(self.optimiser.named.values(), self.team)
+        self.process_group.sum(total)
+        sum_gradients(self.optimiser.named.values(), self.process_group)
         norm, rate = self.optimiser.step(self.progress.step, total)
         self.progress.step += 1
         self.progress.epoch, self.progress.batch = due.epoch, due.number
@@ -268,7 +268,7 @@ class Trainer:
 
         So a resumed run draws what the uninterrupted one does, and no two devices drop the same.
         """
-        key = np.random.SeedSequence([self.run.seed, self.progress.step, self.team.rank])
+        key = np.random.SeedSequence([self.run.seed, self.progress.step, self.process_group.rank])
         torch.manual_seed(int(key.generate_state(1, np.uint64)[0]))
 
     def _read(self) -> tuple[float, float]:
@@ -291,10 +291,10 @@ class Trainer:
 
     def _micros(self, batch: Batch) -> list[Micro]:
         """Return the micro-batches of this device."""
-        if self.team.size == 1:
+        if self.process_group.size == 1:
             return [Micro(samples, counts=True) for samples in batch.samples]
         capacity = self.options.micro_batch_tokens
-        return own_micros(self.corpus, sorted(batch.all_samples), capacity, self.team)
+        return own_micros(self.corpus, sorted(batch.all_samples), capacity, self.process_group)
 
     def _blame(self, batch: Batch, what: str) -> str:
         """Say which samples of a step have no finite loss: the weights are still those before."""
@@ -315,7 +315,7 @@ class Trainer:
         if self.validation is None:
             return
         with self._undisturbed():
-            look = self.team.share(self.validation.look(self.progress.step))
+            look = self.process_group.broadcast(self.validation.look(self.progress.step))
         self.progress.looks.append((look.step, look.loss, look.answers))
         best = self.progress.best is not None and self.progress.best.step == look.step
         samples = zip(self.asked, look.answers, strict=True)
@@ -328,8 +328,8 @@ class Trainer:
         )
         if best and self.options.validate_every:
             weights = {name: p.detach() for name, p in self.optimiser.named.items()}
-            whole = in_one_piece(weights, self.team)
-            if self.team.leads:
+            whole = in_one_piece(weights, self.process_group)
+            if self.process_group.is_main:
                 self.best.save(look.step, whole)
 
     @contextmanager
@@ -364,8 +364,8 @@ class Trainer:
     def _save(self) -> None:
         if self._unread:  # a checkpoint holds no step that is not known to be good
             self._read()
-        tensors = in_one_piece(self.optimiser.tensors(), self.team)
-        if self.team.leads:
+        tensors = in_one_piece(self.optimiser.tensors(), self.process_group)
+        if self.process_group.is_main:
             self.checkpoints.save(self.progress.step, tensors, vars(self.progress))
             if self.progress.best is not None:  # an earlier checkpoint may need an earlier best
                 self.best.drop_all_but(self.progress.best.step)
@@ -380,12 +380,14 @@ class Trainer:
 
     def _gather(self) -> None:
         """Put what was learned into a model that is not divided."""
-        learned = in_one_piece({n: p.detach() for n, p in self.optimiser.named.items()}, self.team)
+        supervised = in_one_piece(
+            {n: p.detach() for n, p in self.optimiser.named.items()}, self.process_group
+        )
         del self.model, self.parts, self.features, self.optimiser
         self.validation = None
-        if self.team.leads:
+        if self.process_group.is_main:
             self.model = start(self.run, self.options)
             with torch.no_grad():
-                for name, value in learned.items():
+                for name, value in supervised.items():
                     self.model.get_parameter(name).copy_(value)
             self.model.requires_grad_(False).eval()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from llavakit import LlavaModel, TrainingError
-from llavakit.contracts.run import Team
+from llavakit.contracts.run import ProcessGroup
 from llavakit_plugins.training.corpus import Corpus
 from llavakit_plugins.training.options import TrainOptions
 
@@ -27,14 +27,16 @@ class Micro(NamedTuple):
     """False where a device has run out: it goes along, since the others wait, and adds nothing."""
 
 
-def own_micros(corpus: Corpus, samples: Sequence[int], capacity: int, team: Team) -> list[Micro]:
+def own_micros(
+    corpus: Corpus, samples: Sequence[int], capacity: int, process_group: ProcessGroup
+) -> list[Micro]:
     """Return this device's micro-batches of a step; every device has as many."""
     lengths = [corpus.lengths[sample] for sample in samples]
     shares = [
         corpus.batch([samples[index] for index in share], capacity).samples
-        for share in deal(lengths, team.size)
+        for share in deal(lengths, process_group.size)
     ]
-    own = [Micro(micro, counts=True) for micro in shares[team.rank]]
+    own = [Micro(micro, counts=True) for micro in shares[process_group.rank]]
     spare = Micro((samples[0],), counts=False)
     return own + [spare] * (max(map(len, shares)) - len(own))
 
@@ -78,7 +80,7 @@ def _learns_in_part(model: LlavaModel) -> bool:
     return sum(1 for _ in model.language.trainable()) < sum(1 for _ in model.language.parameters())
 
 
-def shard(model: LlavaModel, team: Team, *, half: bool) -> None:
+def shard(model: LlavaModel, process_group: ProcessGroup, *, half: bool) -> None:
     """Divide connector and language model among the devices; the frozen encoder stays whole.
 
     With `half` weights travel as bfloat16; gradients are summed in float32 all the same.
@@ -91,7 +93,7 @@ def shard(model: LlavaModel, team: Team, *, half: bool) -> None:
         register_fsdp_forward_method,
     )
 
-    mesh = init_device_mesh(model.device.type, (team.size,))  # all devices in one row
+    mesh = init_device_mesh(model.device.type, (process_group.size,))  # all devices in one row
     policy = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if half else None,
         reduce_dtype=torch.float32,
@@ -114,15 +116,15 @@ def shard(model: LlavaModel, team: Team, *, half: bool) -> None:
             module.set_force_sum_reduction_for_comms(True)
 
 
-def sum_gradients(parameters: Iterable[nn.Parameter], team: Team) -> None:
+def sum_gradients(parameters: Iterable[nn.Parameter], process_group: ProcessGroup) -> None:
     """Sum the gradients of whole parameters over the devices; FSDP has done so with its own."""
-    if team.size == 1:
+    if process_group.size == 1:
         return
     for parameter in parameters:
         if not isinstance(parameter, DTensor):
             if parameter.grad is None:  # nothing here used it, something elsewhere may have
                 parameter.grad = torch.zeros_like(parameter)
-            team.sum(parameter.grad)
+            process_group.sum(parameter.grad)
 
 
 def no_images(model: LlavaModel) -> Tensor:
@@ -138,7 +140,7 @@ def no_images(model: LlavaModel) -> Tensor:
     )
 
 
-def in_one_piece(tensors: Mapping[str, Tensor], team: Team) -> dict[str, Tensor]:
+def in_one_piece(tensors: Mapping[str, Tensor], process_group: ProcessGroup) -> dict[str, Tensor]:
     """Return tensors in one piece, on the CPU, to the leader; the others get none.
 
     All devices must call it. One tensor at a time is put together, so that memory suffices.
@@ -146,7 +148,7 @@ def in_one_piece(tensors: Mapping[str, Tensor], team: Team) -> dict[str, Tensor]
     gathered = {}
     for name, tensor in tensors.items():
         full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-        if team.leads:
+        if process_group.is_main:
             gathered[name] = full.cpu()
     return gathered
 

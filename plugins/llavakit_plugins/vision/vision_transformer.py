@@ -12,7 +12,7 @@ import re
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, cast
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, Self, cast
 
 import torch
 from PIL import Image
@@ -31,7 +31,9 @@ from llavakit_plugins.huggingface.hub import (
     quietly,
     read_config,
 )
+from llavakit_plugins.huggingface.json_files import read_json
 from llavakit_plugins.huggingface.weights import Weights
+from llavakit_plugins.vision.pixels import colour_of, filter_of
 from llavakit_plugins.vision.preprocessing import (
     MEAN,
     RGB,
@@ -155,12 +157,16 @@ class TransformersEncoder(VisionTransformer):
         self.square = Square(
             self.image_size,
             options.aspect,
-            options.mean or _colour(given.get("image_mean")) or self.mean,
-            options.std or _colour(given.get("image_std")) or self.std,
-            options.interpolation or _filter(given.get("resample")) or "bicubic",
+            options.mean or given.mean or self.mean,
+            options.std or given.std or self.std,
+            options.interpolation or given.interpolation or "bicubic",
             options.fast,
         )
         self.decode_edge = self.image_size if options.fast else None
+
+    def with_options(self, options: TransformersOptions) -> Self:
+        """Return an encoder around the same network."""
+        return type(self)(options, self.model)
 
     @property
     def inner(self) -> Any:
@@ -183,7 +189,8 @@ class TransformersEncoder(VisionTransformer):
         folder = fetch_folder(options.source, options.revision)
         dtype = getattr(torch, options.dtype)
         try:
-            config = network.config_class.from_pretrained(folder, **options.config)
+            with explain_config(network.__name__):
+                config = network.config_class.from_pretrained(folder, **options.config)
             model = fill(network, config, vision_state(folder, dtype), options.source, dtype=dtype)
         except (OSError, ValueError, RuntimeError) as error:
             raise ModelError(
@@ -253,15 +260,21 @@ def vision_state(folder: Path, dtype: torch.dtype | None) -> dict[str, Tensor]:
 _PROCESSOR = "preprocessor_config.json"
 
 
-def _read_processor(options: TransformersOptions) -> dict[str, Any]:
+class _Given(NamedTuple):
+    """What the source's preprocessing says of pixels, as far as it does."""
+
+    mean: RGB | None = None
+    std: RGB | None = None
+    interpolation: Interpolation | None = None
+
+
+def _read_processor(options: TransformersOptions) -> _Given:
     found = None if options.source is None else find_file(options, _PROCESSOR)
     if found is None:
-        return {}
-    try:
-        table: dict[str, Any] = json.loads(found.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{found} cannot be read: {error}; fetch the model again") from error
-    return table
+        return _Given()
+    table = read_json(found)
+    mean, std = (colour_of(table, key, found) for key in ("image_mean", "image_std"))
+    return _Given(mean, std, filter_of(table, found))
 
 
 def _processor(square: Square) -> dict[str, Any]:
@@ -285,14 +298,6 @@ def _processor(square: Square) -> dict[str, Any]:
         "image_std": list(square.std),
         "do_convert_rgb": True,
     }
-
-
-def _colour(value: Any) -> RGB | None:
-    return None if value is None else cast(RGB, tuple(float(part) for part in value))
-
-
-def _filter(value: int | None) -> Interpolation | None:
-    return None if value is None else cast(Interpolation, Image.Resampling(value).name.lower())
 
 
 def _edge(value: Any, name: str, what: str) -> int:

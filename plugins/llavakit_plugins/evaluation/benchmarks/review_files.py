@@ -105,7 +105,7 @@ class ReviewFiles(FileScorer):
                 if len(unparsed) < len(scores):
                     raise DataError(
                         f"{self.options.file}: the reference's scores ({where}) are all 0, so "
-                        "nothing can be put in percent of them; mend the file"
+                        "nothing can be put in percent of them; fix the file"
                     )
                 if name == "text" and shown:  # those that are stored will do
                     notes.append("no review has two scores as text: only those stored count")

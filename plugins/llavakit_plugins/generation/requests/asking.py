@@ -93,12 +93,6 @@ class Asker:
         self.chats, self._ledger, self._budget = chats, ledger, budget
         self._stopping, self._progress = stopping, progress
         self.tally = Tally()
-        for chat in chats:
-            if budget is not None and chat.price(1000, 1000) is None:
-                raise ChatError(
-                    f"`budget_usd` is set, but no price is known for the chat model `{chat.name}`; "
-                    "state `price = { input = ..., output = ... }` in USD for a million tokens"
-                )
         self._on_the_way: set[str] = set()
         self._slots = asyncio.Semaphore(1)
         self._reserving_now = 0
@@ -184,7 +178,11 @@ class Asker:
                 taken += 1
                 await work(item)
             except Exception as error:  # a ChatError, a full disk: the others end in peace
-                self._end = self._end or error
+                self.end(error)
+
+    def end(self, error: Exception) -> None:
+        """Ask no more, since nothing would be answered."""
+        self._end = self._end or error
 
     async def ask(self, chat: ChatModel, facts: Asked, request: Request) -> None:
         """Put the reply to a request into the ledger. Raises ReplyError where there is none, and
@@ -255,7 +253,13 @@ class Asker:
         """Return the most that a request may cost in USD; 0 where nobody asks."""
         if self._budget is None:
             return 0.0
-        return chat.price(chat.count(messages), chat.reply_limit or 0) or 0.0
+        most = chat.price(chat.count(messages), chat.reply_limit or 0)
+        if most is None:
+            raise ChatError(
+                f"`budget_usd` is set, but no price is known for the chat model `{chat.name}`; "
+                "state `price = { input = ..., output = ... }` in USD for a million tokens"
+            )
+        return most
 
     def _affordable(self, usd: float) -> bool:
         return self._budget is None or self._ledger.spent + usd <= self._budget

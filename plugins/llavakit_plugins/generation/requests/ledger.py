@@ -105,16 +105,17 @@ def asked(identity: str, request: Request) -> Asked:
 class Ledger:
     """The replies so far, on the disk; in memory only where each one stands.
 
-    `earlier` are ledgers to take over what they hold of `identity`, such as those of attempts that
-    a changed recipe has set aside. Without `writable` the file is left as it is, also where another
-    process is just adding to it. Raises DataError where a line cannot be read.
+    `earlier` are ledgers to take over what they hold of `identity` (one, some, or None for any),
+    such as those of attempts that a changed recipe has set aside. Without `writable` the file is
+    left as it is, also where another process is just adding to it. Raises DataError where a line
+    cannot be read.
     """
 
     def __init__(
         self,
         path: Path,
         *,
-        identity: str = "",
+        identity: str | frozenset[str] | None = "",
         earlier: Iterable[Path] = (),
         writable: bool = True,
     ) -> None:
@@ -132,10 +133,11 @@ class Ledger:
         try:
             for start, entry in self._entries():
                 self._note(entry, start)
-            mine = short_hash(identity)
+            named = {identity} if isinstance(identity, str) else identity or ()
+            mine = set(map(short_hash, named))
             for other in self.earlier:
                 with Ledger(other, writable=False) as source:
-                    same = (entry for entry in source if entry.identity == mine)
+                    same = (entry for entry in source if identity is None or entry.identity in mine)
                     while block := list(islice(same, _BLOCK)):
                         self._write(block)
         except BaseException:
@@ -179,9 +181,9 @@ class Ledger:
         start = self._places.get(bytes.fromhex(key))
         return None if start is None else self._read(start)
 
-    def append(self, entry: Entry) -> None:
-        """Put one entry on the disk; when this returns, it is there."""
-        self._write([entry])
+    def append(self, *entries: Entry) -> None:
+        """Put entries on the disk; when this returns, they are there."""
+        self._write(entries)
 
     async def write(self, entry: Entry) -> None:
         """Put one entry on the disk, together with others that come meanwhile."""

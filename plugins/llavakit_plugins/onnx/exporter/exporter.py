@@ -83,6 +83,15 @@ class Onnx(Exporter):
             for name, value in figures.items()
         }
 
+    def check(self, model: LlavaModel) -> None:
+        """Raise ModelError for images and prompts that clients cannot make as the model does."""
+        from llavakit_plugins.onnx.exporter.pictures import find_preparation
+        from llavakit_plugins.onnx.exporter.prompts import find_format
+
+        find_preparation(model.vision)
+        if hasattr(model.language, "tokenizer"):
+            find_format(model.template, model.language.tokenizer)
+
     @classmethod
     def recognises(cls, folder: Path) -> bool:
         return folders.recognises(folder)

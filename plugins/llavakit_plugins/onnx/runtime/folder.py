@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
-from llavakit import differs
+from llavakit import differs, listed_file
 from llavakit.contracts.errors import ModelError
-from llavakit_plugins.onnx.runtime.layout import DECODER, GRAPHS, REPORT, SUFFIXES, graph_file
+from llavakit_plugins.huggingface.json_files import read_json
+from llavakit_plugins.onnx.runtime.layout import (
+    DECODER,
+    GRAPHS,
+    REPORT,
+    SUFFIXES,
+    Precision,
+    graph_file,
+)
 from llavakit_plugins.onnx.runtime.pictures import Preparation
 from llavakit_plugins.onnx.runtime.prompting import PromptFormat
 
@@ -23,15 +30,15 @@ class Shapes(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    visual_tokens: int
+    visual_tokens: PositiveInt
     """Rows of the sequence that one image takes (P')."""
-    width: int
+    width: PositiveInt
     """Size of one embedding (E)."""
-    vocabulary: int
-    layers: int
-    kv_heads: int
-    head_dim: int
-    max_length: int
+    vocabulary: PositiveInt
+    layers: PositiveInt
+    kv_heads: PositiveInt
+    head_dim: PositiveInt
+    max_length: PositiveInt
     """Longest sequence in tokens, images included."""
 
 
@@ -41,7 +48,7 @@ class Manifest(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     format: int
-    precisions: tuple[str, ...]
+    precisions: Annotated[tuple[Precision, ...], Field(min_length=1)]
     attention: Literal["group_query", "plain"]
     """GroupQueryAttention writes into the cache it is given; plain operators return another."""
     shapes: Shapes
@@ -107,7 +114,7 @@ def read(path: Path, precision: str | None) -> tuple[Folder, str]:
     others = {name for name in manifest.sha256 if name.startswith("onnx/")}
     others -= {name for name in others if Path(name).stem.endswith(_stems(chosen))}
     for name, known in manifest.sha256.items():
-        file = path / name
+        file = listed_file(path, name)
         if not file.is_file():
             raise ModelError(f"{path} lacks {name}; copy the whole folder again")
         if name in others:  # of a precision that isn't run
@@ -122,12 +129,6 @@ def _stems(precision: str) -> tuple[str, ...]:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    try:
-        table = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ModelError(f"{path.parent} lacks {path.name}; copy the whole folder again") from None
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path} cannot be read: {error}; copy the folder again") from error
-    if not isinstance(table, dict):
-        raise ModelError(f"{path} is no JSON object; copy the folder again")
-    return table
+    if not path.exists():
+        raise ModelError(f"{path.parent} lacks {path.name}; copy the whole folder again")
+    return read_json(path)

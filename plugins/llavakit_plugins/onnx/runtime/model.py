@@ -103,10 +103,10 @@ class OnnxModel(Answering[FloatArray]):
     def _encode(self, pieces: Sequence[Segment], *, begins: bool) -> Encoded:
         """Return a prompt's tokens, with those in front that the model's own tokenizer puts."""
         first = self.manifest.prompt.beginning if begins else ()
-        ids, learned = tokenise(pieces, self.tokenizer, begin=False)
+        ids, supervised = tokenise(pieces, self.tokenizer, begin=False)
         return Encoded(
             np.concatenate((np.asarray(first, np.int64), ids)),
-            np.concatenate((np.zeros(len(first), np.bool_), learned)),
+            np.concatenate((np.zeros(len(first), np.bool_), supervised)),
         )
 
     def prepare(

@@ -7,7 +7,7 @@ from typing import Literal, get_args
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt
 
 FloatArray = npt.NDArray[np.float32]
 Resample = Literal["bicubic", "bilinear", "lanczos", "nearest", "box", "hamming"]
@@ -19,14 +19,14 @@ class Preparation(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    size: int
+    size: PositiveInt
     aspect: Literal["crop", "pad", "squash"]
     """Cut the middle square, pad to a square with the mean colour, or squash to a square."""
     resample: Resample
-    resized: int
+    resized: PositiveInt
     """The edge that the shortest side gets before the crop; `size` but for crops within."""
     mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat]
 
     def prepare(self, image: Image.Image) -> FloatArray:
         """Return normalised pixels `[3, size, size]` of an RGB image."""

@@ -76,12 +76,12 @@ def documents(
         kind = _KINDS[int(draw.integers(len(_KINDS)))]
         words = " ".join(map(str, draw.permutation(_WORD.findall(captions[0].lower()))))
         if kind is None:
-            text = Segment(f"\n{' '.join(captions)}", learned=True)
-            yield [Segment(words), text, replace(end, learned=True)]
+            text = Segment(f"\n{' '.join(captions)}", supervised=True)
+            yield [Segment(words), text, replace(end, supervised=True)]
             continue
         turns = generator.generate(context, kind)
         yield [
-            Segment(segment.text.replace(IMAGE, words), segment.learned, segment.markup)
+            Segment(segment.text.replace(IMAGE, words), segment.supervised, segment.markup)
             for segment in template.segments(turns, tokenizer)
         ]
 
@@ -92,8 +92,8 @@ def train_language(
     """Train `language` on the learned tokens of the documents; return the losses by step."""
     encoded: list[Encoded] = []
     for document in corpus:
-        ids, learned = tokenise(document, language.tokenizer)
-        encoded.append(Encoded(ids, learned, language.max_length))
+        ids, supervised = tokenise(document, language.tokenizer)
+        encoded.append(Encoded(ids, supervised, language.max_length))
     language.train()
     named = dict(language.named_parameters())
     device = next(iter(named.values())).device
@@ -112,7 +112,7 @@ def train_language(
     def loss_of(step: int) -> Tensor:
         packed = batch(step)
         hidden_ME = language.hidden(
-            language.embed(packed.token_ids_T), packed.packing, packed.target_rows
+            language.embed(packed.token_ids_T), packed.packing, packed.supervised_rows
         )
         return language.loss(hidden_ME, packed.targets_M) / len(packed.targets_M)
 

@@ -3,13 +3,22 @@ processor_config.json, and the same written for others."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 from PIL import Image
 
 from llavakit import ModelError
-from llavakit_plugins.huggingface.weights import read_json
+from llavakit_plugins.huggingface.json_files import (
+    Check,
+    check,
+    is_count,
+    is_flag,
+    is_text,
+    read_json,
+    shown,
+)
 from llavakit_plugins.vision.preprocessing import MEAN, RGB, STD, Aspect, Interpolation, Square
 
 
@@ -58,28 +67,48 @@ def read_pixels(folder: Path, edge: int, usual: Pixels) -> Pixels | None:
     else:
         aspect = "crop" if crops else "squash"
     scaled = table.get("do_normalize", True)
-    filter_number = table.get("resample", int(Image.Resampling.BICUBIC))
+    mean, std = colour_of(table, "image_mean", path), colour_of(table, "image_std", path)
     return Pixels(
         aspect,
-        _colour(table, "image_mean", usual.mean, path) if scaled else (0.0, 0.0, 0.0),
-        _colour(table, "image_std", usual.std, path) if scaled else (1.0, 1.0, 1.0),
-        cast(Interpolation, Image.Resampling(filter_number).name.lower()),
+        (mean or usual.mean) if scaled else (0.0, 0.0, 0.0),
+        (std or usual.std) if scaled else (1.0, 1.0, 1.0),
+        filter_of(table, path) or "bicubic",
     )
 
 
 def _refuse_others(path: Path, table: dict[str, Any]) -> None:
-    wanted = {"do_resize": (True,), "do_rescale": (True,), "resample": (None, *range(6))}
-    for key, allowed in wanted.items():
-        if table.get(key, allowed[0]) not in allowed:
+    check(table, path, _CHECKS)
+    for key in ("do_resize", "do_rescale"):
+        if table.get(key) is False:
             raise ModelError(
                 f"{path} has `{key}` = {table[key]}, which no vision encoder here does; convert "
                 "the model with its usual preprocessing"
             )
-    factor = table.get("rescale_factor", 1 / 255)
-    if not isinstance(factor, int | float) or abs(factor - 1 / 255) > 1e-9:
+    factor = table.get("rescale_factor")
+    factor = 1 / 255 if factor is None else factor
+    if (
+        isinstance(factor, bool)
+        or not isinstance(factor, int | float)
+        or abs(factor - 1 / 255) > 1e-9
+    ):
         raise ModelError(
             f"{path} scales pixels by {factor}; vision encoders here scale them by 1/255"
         )
+
+
+def _is_size(value: Any) -> bool:
+    edges = value.values() if isinstance(value, dict) else value
+    return is_count(value) or (
+        isinstance(value, dict | list) and all(edge is None or is_count(edge) for edge in edges)
+    )
+
+
+_FLAGS = ("do_resize", "do_rescale", "do_normalize", "do_center_crop", "do_pad", "do_convert_rgb")
+_CHECKS: dict[str, tuple[Check, str]] = {
+    **dict.fromkeys(_FLAGS, (is_flag, "true or false")),
+    **dict.fromkeys(("size", "crop_size"), (_is_size, "a number of pixels, or a table of some")),
+    **dict.fromkeys(("image_processor_type", "feature_extractor_type"), (is_text, "a name")),
+}
 
 
 def _edges(value: Any) -> set[int] | None:
@@ -95,14 +124,41 @@ def _edges_text(table: dict[str, Any]) -> str:
     return f"size {table.get('size')} and crop {table.get('crop_size')}"
 
 
-def _colour(table: dict[str, Any], key: str, usual: RGB, path: Path) -> RGB:
-    value = table.get(key, usual)
-    if isinstance(value, list | tuple) and len(value) == 3:
-        try:
-            return cast(RGB, tuple(float(part) for part in value))
-        except (TypeError, ValueError):
-            pass
-    raise ModelError(f"{path} has `{key}` = {value}; it must be three numbers")
+def colour_of(table: Mapping[str, Any], key: str, path: Path) -> RGB | None:
+    """Return a colour that preprocessing states, three numbers; None where it states none.
+
+    Raises ModelError for what is no colour, and for a spread of 0, which pixels are divided by.
+    """
+    value = table.get(key)
+    if value is None:
+        return None
+    numbers = value if isinstance(value, list) else [value] * 3
+    fits = len(numbers) == 3 and all(
+        isinstance(n, int | float) and not isinstance(n, bool) and abs(n) < _FAR for n in numbers
+    )
+    if not fits or (key == "image_std" and min(numbers) <= 0):
+        more = " above 0" if key == "image_std" else ""
+        raise ModelError(f"{path} has `{key}` = {shown(value)}; it must be three numbers{more}")
+    return cast(RGB, tuple(map(float, numbers)))
+
+
+_FAR = 1e6  # infinite and no number, too, are no colours
+
+
+def filter_of(table: Mapping[str, Any], path: Path) -> Interpolation | None:
+    """Return how preprocessing resizes; None where it does not say.
+
+    Raises ModelError for a number that is none of Pillow's filters.
+    """
+    value = table.get("resample")
+    if value is None:
+        return None
+    if isinstance(value, bool) or value not in range(6):
+        raise ModelError(
+            f"{path} has `resample` = {shown(value)}; it must be the number of one of Pillow's "
+            "filters, 0 to 5"
+        )
+    return cast(Interpolation, Image.Resampling(value).name.lower())
 
 
 def make_processor(pixels: Square) -> Any:

@@ -60,11 +60,11 @@ def test_a_team_arrives_where_one_process_does(write_recipe: RecipeWriter, tmp_p
     for together, folder in ((first, "whole"), (second, "divided")):
         assert together.returncode == 0, together.stderr
         assert together.stdout.count("small: done") == 1
-        found, learned = outcome(tmp_path / folder)
+        found, supervised = outcome(tmp_path / folder)
         assert found[-3:] == pytest.approx(losses[-3:], abs=2e-6)
-        assert learned.keys() == weights.keys()
+        assert supervised.keys() == weights.keys()
         for name, weight in weights.items():
-            torch.testing.assert_close(learned[name], weight, atol=3e-6, rtol=0)
+            torch.testing.assert_close(supervised[name], weight, atol=3e-6, rtol=0)
 
 
 def test_adapters_learn_in_a_team_as_in_one_process(
@@ -81,10 +81,12 @@ def test_adapters_learn_in_a_team_as_in_one_process(
         losses, weights = outcome(tmp_path / name)
         adapter = tmp_path / name / "model" / "language" / "adapter" / "adapter_model.safetensors"
         found.append((losses, weights, load_file(adapter)))
-    (losses, weights, learned), (losses_2, weights_2, learned_2) = found
+    (losses, weights, supervised), (losses_2, weights_2, learned_2) = found
     assert losses_2[-3:] == pytest.approx(losses[-3:], abs=2e-6)
-    assert any(value.any() for name, value in learned.items() if "lora_B" in name)  # zero at first
-    for one, two in ((weights, weights_2), (learned, learned_2)):
+    assert any(
+        value.any() for name, value in supervised.items() if "lora_B" in name
+    )  # zero at first
+    for one, two in ((weights, weights_2), (supervised, learned_2)):
         assert one.keys() == two.keys()
         for name, value in one.items():
             torch.testing.assert_close(two[name], value, atol=3e-6, rtol=0)

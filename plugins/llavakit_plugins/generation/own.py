@@ -1,0 +1,215 @@
+"""Runs the job of a generator that asks chat models in its own way, as any other job."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+from llavakit import (
+    ChatError,
+    ChatModel,
+    Generator,
+    ImageContext,
+    LlavaError,
+    Message,
+    Outcome,
+    RecipeError,
+    ReplyError,
+    Run,
+    Stopped,
+)
+from llavakit.contracts.data import ResponseKind
+from llavakit_plugins.generation.contexts import as_text
+from llavakit_plugins.generation.conversations import (
+    FILE,
+    Conversation,
+    Conversations,
+    Failures,
+    checked,
+)
+from llavakit_plugins.generation.items import Item, Items, choose
+from llavakit_plugins.generation.job import (
+    LEDGER,
+    Spending,
+    Unanswered,
+    earlier_ledgers,
+    finish,
+    total_of,
+)
+from llavakit_plugins.generation.output import write_output
+from llavakit_plugins.generation.requests.asking import Asker
+from llavakit_plugins.generation.requests.desk import Desk, EmptyReply, attempt
+from llavakit_plugins.generation.requests.ledger import Ledger, Request
+from llavakit_plugins.generation.requests.prompted import Verdict
+from llavakit_plugins.generation.review import Review
+from llavakit_plugins.generation.sources import open_sources
+
+if TYPE_CHECKING:
+    from llavakit_plugins.generation.options import GenerateOptions
+
+
+@dataclass
+class _State:
+    """What came of the conversations that this process tried."""
+
+    conversations: Conversations
+    failures: Failures
+    unanswered: Unanswered = field(default_factory=Unanswered)
+    rejected: dict[str, Conversation] = field(default_factory=dict)
+    """Those of which no attempt can be used, by key."""
+
+
+class _Items(Items):
+    """The items of a job, as the conversations made so far have them."""
+
+    def __init__(
+        self,
+        contexts: Sequence[ImageContext],
+        kinds: Sequence[ResponseKind],
+        counts: dict[ResponseKind, int],
+        state: _State,
+        seed: int,
+    ) -> None:
+        self._contexts, self._kinds, self._state = contexts, kinds, state
+        self.chosen = choose(len(contexts), kinds, counts, seed)
+
+    def walk(self, ledger: Ledger) -> Iterator[Item]:
+        state = self._state
+        for context, kind in self.pairs():
+            facts = state.conversations.facts(context, kind)
+            request = Request((Message("user", as_text(context, boxes=True)),), 0, facts.label)
+            item = Item(context, kind, None, None, (), facts, request, open=True)
+            if found := state.conversations.get(context, kind):
+                made, entry = found
+                text = "\n\n".join(turn.text for turn in made.turns)
+                outcome = Verdict("accepted", made.turns)
+                item = replace(
+                    item, verdict=outcome, entry=replace(entry, text=text), refused=made.refused
+                )
+                item = replace(item, open=False)
+            elif facts.label in state.failures.errors:
+                refused = Verdict("rejected", notes=(state.failures.reason(facts.label),))
+                item = replace(item, verdict=refused, refused=refused.notes, open=False)
+            elif facts.key in state.rejected:
+                notes = state.rejected[facts.key].refused
+                verdict = Verdict("rejected", notes=notes[-1:])
+                item = replace(item, verdict=verdict, refused=notes, open=False)
+            yield item
+
+
+def run_own_job(options: GenerateOptions, generator: Generator, desk: Desk, run: Run) -> Outcome:
+    """Leave what `run_job` leaves; the conversations are the generator's own."""
+    for chat in desk.chats:
+        _refuse_batches(chat, generator)
+    failures = Failures(generator.name, run.directory / "failures.txt")
+    path = run.directory / FILE
+    # one that builds its chat model late does not say yet which it is
+    identities = frozenset(chat.identity for chat in desk.chats) or None
+    earlier = earlier_ledgers(run.directory)
+    with open_sources(options, run.directory) as sources:
+        conversations = Conversations(path, options.generator)
+        with (
+            conversations.ledger as made,
+            Ledger(run.directory / LEDGER, identity=identities, earlier=earlier) as ledger,
+        ):
+            state = _State(conversations, failures)
+            jobs = []
+            for name, contexts in sources.items():
+                counts = options.counts if not name else {}
+                jobs.append(
+                    (name, contexts, _Items(contexts, options.kinds, counts, state, run.seed))
+                )
+            review = Review(options.images, run.seed)
+            try:
+                _make(options, generator, desk, run, ledger, [items for *_, items in jobs], state)
+                if failures.errors:
+                    raise failures.complaint(total_of(jobs))
+                if not len(made) and state.unanswered.reasons:
+                    raise state.unanswered.complaint(total_of(jobs))
+            except (LlavaError, Stopped):
+                if len(ledger) or len(made) or failures.errors:
+                    write_output(jobs, ledger, state.unanswered.reasons, review, run)
+                else:
+                    ledger.path.unlink(missing_ok=True)
+                    path.unlink(missing_ok=True)
+                raise
+            return finish(jobs, ledger, state.unanswered, review, run)
+
+
+def _refuse_batches(chat: ChatModel, generator: Generator) -> None:
+    if getattr(chat, "batches", None) is not None:
+        raise RecipeError(
+            f"generator `{generator.name}` asks `{chat.name}` one thing after the other, which the "
+            "batch service cannot answer within days; take out `batch`"
+        )
+
+
+def _make(
+    options: GenerateOptions,
+    generator: Generator,
+    desk: Desk,
+    run: Run,
+    ledger: Ledger,
+    jobs: Sequence[_Items],
+    state: _State,
+) -> None:
+    """Make every conversation that there is not yet, many at a time."""
+    spending = Spending(run, ledger)
+    made = state.conversations.ledger
+    total = sum(map(len, jobs))
+    pairs = (pair for items in jobs for pair in items.pairs())
+    todo = (pair for pair in pairs if state.conversations.facts(*pair).key not in made)
+    if len(made):
+        run.progress(len(made), total, f"{len(made)} conversations are here already")
+
+    def work(pair: tuple[ImageContext, ResponseKind]) -> _Made:
+        return pair, _converse(generator, *pair, options.attempts)
+
+    async def after(found: _Made) -> None:
+        (context, kind), came = found
+        facts = state.conversations.facts(context, kind)
+        if isinstance(came, Conversation):
+            if came.turns:
+                await made.write(state.conversations.entry(context, kind, came))
+            else:
+                state.rejected[facts.key] = came
+        elif isinstance(came, ReplyError):
+            state.unanswered.reasons[facts.key] = str(came)
+            if came.lasting:
+                state.unanswered.refused.add(facts.key)
+        elif isinstance(came, ChatError | Stopped):
+            raise came
+        else:
+            state.failures.add(facts.label, came, len(made))
+        spending.show(len(made), total, "")
+
+    asker = Asker(desk.chats, ledger, options.budget_usd, run.stopping, lambda entry: None)
+    try:
+        desk.work_off(asker, ledger, todo, work, after, options.concurrency)
+    finally:
+        spending.note()
+
+
+_Made = tuple[tuple[ImageContext, ResponseKind], Conversation | Exception]
+
+
+def _converse(
+    generator: Generator, context: ImageContext, kind: ResponseKind, attempts: int
+) -> Conversation | Exception:
+    """Return a conversation, or what a generator raised that another attempt does not change."""
+    refused: list[str] = []
+    for number in range(attempts):
+        try:
+            with attempt(number, f"{context.id}-{kind}"):
+                turns = checked(generator.generate(context, kind), context, kind)
+            return Conversation(turns, tuple(refused), number)
+        except EmptyReply as error:
+            refused.append(str(error))
+        except (ChatError, Stopped) as error:
+            return error
+        except LlavaError as error:  # what it was told cannot be used: told anew, it may be
+            refused.append(str(error))
+        except Exception as error:
+            return error
+    return Conversation((), tuple(refused))

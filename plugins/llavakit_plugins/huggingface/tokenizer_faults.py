@@ -1,0 +1,77 @@
+"""Says which file of a tokenizer is at fault, and which key, when the tokenizer cannot be read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from llavakit import ModelError
+from llavakit_plugins.huggingface.json_files import Check, check, is_flag, is_text, read_json
+
+Find = Callable[[str], Path | None]
+
+
+def blame_file(find: Find) -> None:
+    """Raise ModelError where one of a tokenizer's files is seen to be damaged.
+
+    `find` returns them by name, or None.
+    """
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        if path := find(name):
+            table = read_json(path)
+            check(table, path, _SETTINGS)
+            for number, token in (table.get("added_tokens_decoder") or {}).items():
+                if not _is_token(token):
+                    raise ModelError(f"{path}: `added_tokens_decoder.{number}` is no token")
+    for name in ("config.json", "added_tokens.json"):
+        if path := find(name):
+            read_json(path)
+    if path := find("tokenizer.json"):
+        from tokenizers import Tokenizer
+
+        read_json(path)
+        try:
+            Tokenizer.from_file(str(path)).encode("a \u2603")
+        except BaseException as error:  # tokenizers raises nothing narrower
+            if not is_fault(error):
+                raise
+            reason = " ".join(str(error).split())
+            raise ModelError(f"{path} is no tokenizer ({reason:.200}); copy it again") from error
+
+
+def is_fault(error: BaseException) -> bool:
+    """Say whether an exception comes of a damaged tokenizer: Rust's panics are no Exception."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
+
+
+def _is_token(value: Any) -> bool:
+    if isinstance(value, str):
+        return True
+    flags = ("lstrip", "rstrip", "normalized", "single_word", "special")
+    return (
+        isinstance(value, dict)
+        and isinstance(value.get("content"), str)
+        and all(isinstance(value.get(flag, False), bool) for flag in flags)
+    )
+
+
+def _are_tokens(value: Any) -> bool:
+    items = value.values() if isinstance(value, dict) else value
+    return isinstance(value, dict | list) and all(map(_is_token, items))
+
+
+_NAMES = ("bos", "eos", "unk", "pad", "sep", "cls", "mask")
+_SETTINGS: dict[str, tuple[Check, str]] = {
+    **{f"{name}_token": (_is_token, "a token: text, or a table with `content`") for name in _NAMES},
+    **dict.fromkeys(
+        ("additional_special_tokens", "extra_special_tokens"), (_are_tokens, "a list of tokens")
+    ),
+    **dict.fromkeys(
+        ("add_bos_token", "add_eos_token", "add_prefix_space", "legacy"), (is_flag, "true or false")
+    ),
+    **dict.fromkeys(("tokenizer_class", "padding_side", "truncation_side"), (is_text, "a name")),
+    "model_max_length": (lambda value: isinstance(value, int | float), "a number"),
+    "added_tokens_decoder": (lambda value: isinstance(value, dict), "a table of tokens"),
+    "chat_template": (lambda value: isinstance(value, str | list | dict), "text"),
+}

@@ -1,0 +1,94 @@
+"""Rows of the vocabulary that a layout needs and a language model does not have."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from llavakit import ModelError
+from llavakit.contracts.data import IMAGE
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_log = logging.getLogger("llavakit")
+_MULTIPLE = 64  # of rows: transformers' own conversion pads the vocabulary to it
+
+
+def with_image_token(
+    tokenizer: PreTrainedTokenizerBase, rows: int
+) -> tuple[PreTrainedTokenizerBase, int, int]:
+    """Return a tokenizer that knows `<image>`, its id, and how many rows the vocabulary needs."""
+    from tokenizers import AddedToken
+
+    tokenizer = deepcopy(tokenizer)
+    token = AddedToken(IMAGE, special=True, normalized=False)
+    tokenizer.add_tokens([token], special_tokens=True)
+    if tokenizer.pad_token is None:  # batches are padded with it, and it is masked
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    tokenizer.padding_side = "left"
+    number: Any = tokenizer.convert_tokens_to_ids(IMAGE)
+    needed = rows if number < rows else -(-(number + 1) // _MULTIPLE) * _MULTIPLE
+    return tokenizer, number, needed
+
+
+def fit_tokenizer(tokenizer: PreTrainedTokenizerBase, rows: int, where: object) -> None:
+    """Take from a tokenizer the tokens that a model has no rows for, where nothing writes them.
+
+    These are the one that batches are padded with, which the first LLaVAs' tokenizers have and
+    their weights have not, and `<image>`, which stands for an image's rows. Raises ModelError,
+    which begins with `where`, for any other.
+    """
+    from tokenizers import Tokenizer
+
+    count = len(tokenizer)
+    if count <= rows:
+        return
+    added = tokenizer.added_tokens_decoder
+    more = {number: str(added.get(number, "")) for number in range(rows, count)}
+    allowed = {IMAGE, tokenizer.pad_token, *_PADS} - {tokenizer.bos_token, tokenizer.eos_token}
+    allowed -= {tokenizer.unk_token}
+    others = [token for token in more.values() if token not in allowed]
+    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
+    if others or backend is None:
+        raise ModelError(
+            f"{where}: the tokenizer has {count} tokens, the language model {rows}; take the "
+            "tokenizer that belongs to these weights"
+        )
+    table = json.loads(backend.to_str())
+    table["added_tokens"] = [token for token in table["added_tokens"] if token["id"] < rows]
+    holder: Any = tokenizer
+    holder._tokenizer = Tokenizer.from_str(json.dumps(table))
+    if tokenizer.pad_token in more.values():
+        holder.pad_token = None
+    extra = getattr(tokenizer, "extra_special_tokens", None)
+    if isinstance(extra, list):
+        holder.extra_special_tokens = [token for token in extra if str(token) not in more.values()]
+    _log.warning(
+        "note: %s: the tokenizer has %s, and the language model no row for it; it is never "
+        "written, so it is left out", where, " and ".join(f"`{token}`" for token in more.values()),
+    )  # fmt: skip
+
+
+_PADS = ("[PAD]", "<pad>", "<PAD>", "<|pad|>")
+
+
+def with_rows(state: Mapping[str, Tensor], names: Sequence[str], rows: int) -> dict[str, Tensor]:
+    """Return the tensors with `rows` rows in those of these names that have fewer.
+
+    The new ones are the mean of the others: the logit of such a row is the mean logit, so that it
+    is never the largest, and a greedy answer stays what it was.
+    """
+    wider = dict(state)
+    for name in names:
+        table_VE = state.get(name)
+        if table_VE is not None and len(table_VE) < rows:
+            mean_1E = table_VE.float().mean(dim=0, keepdim=True).to(table_VE.dtype)
+            wider[name] = torch.cat([table_VE, mean_1E.expand(rows - len(table_VE), -1)])
+    return wider
