@@ -6,7 +6,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeAlias, TypeVar
 
 from pydantic import BaseModel
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from llavakit.contracts.networks import LanguageModel, VisionEncoder
 
 T = TypeVar("T")
+Stopping: TypeAlias = Callable[[], bool]  #: Says whether the user asked to stop.
 
 
 class ProcessGroup:
@@ -90,10 +91,6 @@ class Event(Protocol):
     def __call__(self, name: str, /, **values: Any) -> None: ...
 
 
-class Stopping(Protocol):
-    def __call__(self) -> bool: ...
-
-
 class ModelSource(Protocol):
     """The model as it stands before a step: the newest one an earlier step left, else new."""
 
@@ -136,8 +133,7 @@ class Step(Component):
     needs_model: ClassVar[bool] = False
     """Whether it starts from the recipe's model: missing weights, or a device, are told at once."""
     together: ClassVar[bool] = False
-    """Whether every process of a torchrun takes part in it, not the first alone. Then
-    `run.process_group` says which is which, and only the main one writes to `run.directory`."""
+    """Whether all of `run.process_group` take part; only its main one writes to the folder."""
 
     @classmethod
     def leaves(cls, options: Any) -> Mapping[str, bool] | None:
