@@ -108,7 +108,7 @@ def _lead(work: _Work, *, resume: bool, reuse: Sequence[Path]) -> None:
             for name, use in recipe.active_steps():
                 if stopping():
                     raise Stopped
-                log.enter(name)
+                log.step = name
                 record = record_of(recipe, name)  # hashes the data: once a step
                 if not _done_before(work, name, record, reuse):
                     _one_step(work, name, use, record, stopping, resume=resume)

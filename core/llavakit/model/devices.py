@@ -14,8 +14,10 @@ def pick_device(name: str | torch.device) -> torch.device:
     """Return a device; `auto` is CUDA where there is one, else the CPU."""
     if isinstance(name, torch.device):
         return name
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device(_automatic() if name == "auto" else name)
+        device = torch.device(name)
     except RuntimeError as error:
         raise ModelError(
             f"device `{name}` is not one torch knows; use auto, cpu or cuda"
@@ -27,10 +29,6 @@ def pick_device(name: str | torch.device) -> torch.device:
             f"device `{name}` is not available on this machine; use cpu or auto"
         ) from error
     return device
-
-
-def _automatic() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @contextmanager
