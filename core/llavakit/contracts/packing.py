@@ -137,11 +137,9 @@ class KVCache:
 
     def select(self, sequences: Sequence[int]) -> None:
         """Keep only these sequences, in this order."""
+        kept = list(sequences)
         for store in (self.keys, self.values):
-            for layer, tensor in enumerate(store):
-                if tensor is not None:
-                    rows = torch.tensor(list(sequences), device=tensor.device)
-                    store[layer] = tensor.index_select(0, rows)
+            store[:] = [None if tensor is None else tensor[kept] for tensor in store]
         self.lengths = [self.lengths[s] for s in sequences]
 
 

@@ -14,23 +14,21 @@ def pick_device(name: str | torch.device) -> torch.device:
     """Return a device; `auto` is CUDA where there is one, else the CPU."""
     if isinstance(name, torch.device):
         return name
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device(_automatic() if name == "auto" else name)
+        device = torch.device(name)
     except RuntimeError as error:
         raise ModelError(
             f"device `{name}` is not one torch knows; use auto, cpu or cuda"
         ) from error
     try:
-        torch.zeros(1, device=device).sum().item()
+        torch.zeros(1, device=device).sum().item()  # a name may be known, and its driver absent
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ModelError(
             f"device `{name}` is not available on this machine; use cpu or auto"
         ) from error
     return device
-
-
-def _automatic() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @contextmanager

@@ -96,7 +96,7 @@ def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     open_bins: list[tuple[int, int, int]] = []  # space left, the newest first of one space, bin
     for number, index in enumerate(order):
         length = lengths[index]
-        place = bisect_left(open_bins, (length,))
+        place = bisect_left(open_bins, (length,))  # the fullest bin with room for it
         if place == len(open_bins):
             bins.append([index])
             chosen, space = len(bins) - 1, capacity - length
@@ -104,6 +104,6 @@ def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
             room, _, chosen = open_bins.pop(place)
             bins[chosen].append(index)
             space = room - length
-        if space > 0:
+        if space > 0:  # a full bin is looked at no more
             insort(open_bins, (space, -number, chosen))
     return [sorted(items) for items in bins]
