@@ -97,9 +97,6 @@ from .model.detokenise import (
     Unfinished as Unfinished,
     special_stops as special_stops,
 )
-from .model.devices import (
-    explain_memory as explain_memory,
-)
 from .model.folder import (
     cast_weights as cast_weights,
     join_model as join_model,
@@ -149,11 +146,9 @@ from .recipe.redaction import (
 from .registry import Registry as Registry, kind_of as kind_of
 from .stream.attention import (
     packed_attention as packed_attention,
-    rows_attention as rows_attention,
 )
 from .stream.batch import (
     PackedBatch as PackedBatch,
-    best_fit as best_fit,
     pack as pack,
 )
 from .stream.encode import (

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from llavakit.contracts.packing import Packing, Rows, Scoring
+from llavakit.contracts.packing import Packing, Scoring
 
 
 def packed_attention(
@@ -62,31 +62,6 @@ def packed_attention(
             mask = _band(places, places, window)
         outputs.append(_attend(q, k, v, mask, scoring))
     return torch.cat(outputs)
-
-
-def rows_attention(
-    q_MHK: Tensor,
-    k_TGK: Tensor,
-    v_TGK: Tensor,
-    packing: Packing,
-    rows: Rows,
-    *,
-    scale: float | None = None,
-) -> Tensor:
-    """Return the attention `[M, H, K]` of selected rows only, as `packed_attention` has it.
-
-    For the last block, where only supervised rows go on.
-    """
-    outputs = []
-    lengths = packing.lengths
-    places = packing.position_ids_T.index_select(0, rows.index_M).split(rows.counts)
-    columns = torch.arange(max(lengths), device=q_MHK.device)
-    parts = zip(q_MHK.split(rows.counts), k_TGK.split(lengths), v_TGK.split(lengths), strict=True)
-    for (q, k, v), place in zip(parts, places, strict=True):
-        if len(q):  # a sample may have no supervised row
-            mask = _band(place, columns[: len(k)], None)
-            outputs.append(_attend(q, k, v, mask, Scoring(scale)))
-    return torch.cat(outputs) if outputs else q_MHK
 
 
 def _band(rows_Q: Tensor, columns_C: Tensor, window: int | None) -> Tensor:
