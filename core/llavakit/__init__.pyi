@@ -66,8 +66,8 @@ from .contracts.sections import (
     Section as Section,
     Table as Table,
 )
+from .engine.plan import Plan as Plan
 from .engine.progress import (
-    aligned as aligned,
     count as count,
     duration as duration,
     one_line as one_line,

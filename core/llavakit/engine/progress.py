@@ -1,15 +1,15 @@
 """How far a step is, with the time left: plain lines, or what a plugin shows on a terminal.
 
-A display for terminals comes from the entry point `terminal` of the group `llavakit.displays`: called
-with the label, the stream and the clock; it returns a context manager that yields a `Progress`, or
-None for a stream that is no terminal of its kind.
+A display for terminals is what the entry point `terminal` of the group `llavakit.displays` names:
+it is called with the label, the stream and the clock, and returns a context manager that yields a
+`Progress`, or None for a terminal that it cannot serve.
 """
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from importlib.metadata import entry_points
 from typing import TextIO
@@ -128,18 +128,3 @@ def duration(seconds: float) -> str:
     if whole < 48 * 3600:
         return f"{seconds / 3600:.1f} h"
     return f"{seconds / 86400:.1f} days"
-
-
-def aligned(rows: Sequence[Sequence[str]], right: Sequence[bool]) -> list[str]:
-    """Return the rows as lines, their columns two spaces apart; `right` says how each is aligned.
-
-    A row may be shorter than others.
-    """
-    widths = [max(len(row[i]) for row in rows if i < len(row)) for i in range(len(right))]
-    return [
-        "  ".join(
-            cell.rjust(width) if is_right else cell.ljust(width)
-            for cell, width, is_right in zip(row, widths, right, strict=False)
-        ).rstrip()
-        for row in rows
-    ]
