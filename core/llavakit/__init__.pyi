@@ -68,7 +68,9 @@ from .contracts.sections import (
 )
 from .engine.progress import (
     aligned as aligned,
+    count as count,
     duration as duration,
+    one_line as one_line,
     say as say,
     show_progress as show_progress,
 )
@@ -130,10 +132,7 @@ from .recipe.model_choice import (
 from .recipe.overrides import (
     set_key as set_key,
 )
-from .recipe.recipe import (
-    Published as Published,
-    Recipe as Recipe,
-)
+from .recipe.recipe import Published as Published, Recipe as Recipe, recipe_folder as recipe_folder
 from .recipe.redaction import (
     hide as hide,
     is_key as is_key,
@@ -143,7 +142,7 @@ from .recipe.redaction import (
     redacted as redacted,
     shown as shown,
 )
-from .registry import Registry as Registry, kind_of as kind_of
+from .registry import Registry as Registry, all_kinds as all_kinds, kind_of as kind_of
 from .stream.attention import (
     packed_attention as packed_attention,
 )

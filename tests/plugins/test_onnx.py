@@ -510,7 +510,7 @@ def _newer(content: bytes) -> bytes:
         ("onnx/embed_tokens.onnx", None, "lacks onnx/embed_tokens.onnx; copy"),
         ("tokenizer.json", None, "lacks tokenizer.json; copy"),
         ("export.json", None, "lacks export.json; copy"),
-        ("export.json", lambda _: b"{", "export.json cannot be read"),
+        ("export.json", lambda _: b"{", "export.json is not valid JSON"),
         ("export.json", lambda c: c.replace(b'"format": 1', b'"format": 9'), "has format 9"),
         ("onnx/vision_encoder.onnx", lambda c: c + b"\0", "differs from what export.json says"),
     ],

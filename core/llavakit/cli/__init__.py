@@ -1,6 +1,6 @@
 """The `llava-run` command: finds the commands, and runs one.
 
-The core's own are `run`, `recipes` and `plugins`. All others, ours too, come from entry points of
+`run` is the core's own. All others, ours too, come from entry points of
 the group `llavakit.commands` (see `llavakit.contracts.commands`), imported when they are used or
 listed. What a command needs is imported when it runs.
 """
@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from importlib.metadata import EntryPoint, entry_points, version
 
-from llavakit.cli import plugins, recipes, run
+from llavakit.cli import run
 from llavakit.contracts.commands import GROUP, Add, Commands
 from llavakit.contracts.errors import LlavaError, PluginError
 from llavakit.recipe.redaction import shown
@@ -28,7 +28,7 @@ llava-run RECIPE [--out DIR] [--set a.b.c=value ...] [--plan] [--resume]
 
 RECIPE is a TOML file or the name of a built-in recipe (llava-run recipes lists them).
 """
-_OWN: dict[str, Add] = {"run": run.add, "recipes": recipes.add, "plugins": plugins.add}
+_OWN: dict[str, Add] = {"run": run.add}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
