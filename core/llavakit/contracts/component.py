@@ -65,8 +65,7 @@ class SkippableUse(Use[KindT_co], Generic[KindT_co]):
     skip: bool = False
 
 
-StepFolders = Mapping[str, Path]
-"""Folders of earlier steps, by the names that a recipe has for them."""
+StepFolders = Mapping[str, Path]  #: Folders of earlier steps, by their names in a recipe.
 
 
 def _resolve(value: object, info: ValidationInfo) -> object:

@@ -114,8 +114,7 @@ class ImageContext:
     image: str
     captions: tuple[str, ...]
     boxes: tuple[Box, ...] = ()
-    facts: Mapping[str, Any] = field(default_factory=dict)
-    """What else is known, as for a rule-based teacher."""
+    facts: Mapping[str, Any] = field(default_factory=dict)  #: What else is known of the image.
 
 
 ResponseKind = Literal["conversation", "detail", "reasoning"]
@@ -135,8 +134,7 @@ class Reply:
     """What a chat model answered, and what is known of it."""
 
     text: str
-    finish: str = "stop"
-    """Why it ends: `stop`, `length` (cut), `refusal`, `content_filter` (withheld)."""
+    finish: str = "stop"  #: Or `length` (cut), `refusal`, `content_filter` (withheld).
     model: str = ""  #: Which model answered, as the service names it.
     input_tokens: int | None = None
     output_tokens: int | None = None

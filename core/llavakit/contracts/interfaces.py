@@ -134,8 +134,7 @@ class PromptTemplate(Component):
     """Renders turns as the text a language model was, or will be, tuned on."""
 
     hook = "llava_prompt_templates"
-    adds_bos: ClassVar[bool] = True
-    """Whether the tokenizer's own first token goes in front; False where the template writes it."""
+    adds_bos: ClassVar[bool] = True  #: Whether BOS goes in front; False: the template writes it.
 
     @abstractmethod
     def segments(

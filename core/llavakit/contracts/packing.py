@@ -97,8 +97,7 @@ class Scoring:
     scale: float | None = None  #: Factor of the products; 1/sqrt(K) where absent.
     window: int | None = None  #: How far back a row sees, itself included.
     softcap: float | None = None  #: Scores become `softcap * tanh(score / softcap)` (Gemma 2).
-    sinks_H: Tensor | None = None
-    """A score of each head that takes weight, gives nothing (gpt-oss)."""
+    sinks_H: Tensor | None = None  #: A score a head that takes weight, gives nothing (gpt-oss).
 
     @property
     def plain(self) -> bool:
