@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llavakit.contracts.commands import Commands
-from llavakit.recipe.redaction import shown
 
 if TYPE_CHECKING:
     from llavakit.engine.plan import Plan
@@ -53,6 +52,7 @@ def _plan_or_run(arguments: argparse.Namespace) -> int:
     from llavakit.contracts.run import Stopped
     from llavakit.engine.plan import make_plan
     from llavakit.recipe.recipe import Recipe, find_recipe
+    from llavakit.recipe.redaction import shown
     from llavakit.registry import Registry
 
     registry = Registry.installed()
