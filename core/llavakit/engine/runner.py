@@ -43,6 +43,9 @@ from llavakit.recipe.recipe import Recipe, StepUse
 from llavakit.registry import Registry
 
 
+_SHOWN = 3  # reasons why a step of another run is not the same
+
+
 @dataclass(frozen=True)
 class Result:
     """What a run left."""
@@ -164,8 +167,10 @@ def _done_before(work: _Work, name: str, record: Record, reuse: Sequence[Path]) 
         return True
     others = [run for run in reuse if run.resolve() != work.directory.resolve()]
     found, problems = find_step(name, record, others)
-    for problem in problems:
+    for problem in problems[:_SHOWN]:
         say(f"{name}: not taken: {problem}")
+    if len(problems) > _SHOWN:
+        say(f"{name}: nor are {len(problems) - _SHOWN} others")
     if found is None:
         return False
     if folder.exists():

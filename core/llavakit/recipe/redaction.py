@@ -13,6 +13,7 @@ from llavakit.files import CONTROL
 
 HIDDEN = "[hidden]"
 _SHORTEST = 12  # of a secret that can be told from an ordinary word, and so be taken out of a text
+_LONGEST_LINE = 1000  # of an error, in characters
 _known: set[str] = set()
 
 _NAME = (
@@ -32,7 +33,7 @@ _STATED = re.compile(  # `token = "..."` in a recipe, `key=...` behind --set, `"
     r"(\"(?:[^\"\\]|\\.)*\"|'[^']*'|(?!\[hidden\])[^\s\"',;}\])]+)",
     re.IGNORECASE,
 )
-_URL = re.compile(r"[a-z][a-z0-9+.-]*://[^\s\"'`<>]+", re.IGNORECASE)
+_URL = re.compile(r"[a-z][a-z0-9+.-]{0,30}://[^\s\"'`<>]+", re.IGNORECASE)
 _USER = re.compile(r"(?<=://)(?:[^/?#@]*@)+|(?<=://)[^/?#@:]*:(?!\d+(?:[/?#]|$))[^@]*@")
 _IN_PATH = re.compile(
     rf"(?<=/)(?:{_KEY}|(?=\w*\d)(?=\w*[a-z])[a-z0-9]{{20,}})(?=[/?#]|$)", re.IGNORECASE
@@ -94,6 +95,11 @@ def redacted(value: Any) -> Any:
 def printable(text: str) -> str:
     r"""Return a text whose control characters are spelt out, `\x1b`; tabs and line ends stay."""
     return CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
+
+
+def brief(text: str) -> str:
+    """Return a text whose very long lines are cut: some value in it has no end."""
+    return re.sub(rf"(.{{{_LONGEST_LINE}}}).+", r"\1 ...", text)
 
 
 def shown(text: str) -> str:
