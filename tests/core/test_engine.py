@@ -88,7 +88,7 @@ def test_a_changed_recipe_goes_on_from_the_first_changed_step(
     code, _, err = llava_run(path, "--out", run, "--set", "steps.finetune.epochs=1")
     assert code == 0
     assert "01-pretrain: done before" in err
-    assert "02-finetune: the recipe changed, so it is done again" in err
+    assert "02-finetune: the recipe changed (steps.finetune.epochs), so it is done again" in err
     assert stamps(run / "01-pretrain") == before
     aside = run / "superseded" / "02-finetune.1"
     assert str(aside) in err

@@ -42,7 +42,6 @@ from llavakit.files import explain_write, one_writer, write_text
 from llavakit.recipe.recipe import Recipe, StepUse
 from llavakit.registry import Registry
 
-
 _SHOWN = 3  # reasons why a step of another run is not the same
 
 
