@@ -173,7 +173,7 @@ def test_two_runs_in_one_folder_are_refused(
         assert "another llava-run is writing to" in refused(path, "--out", run)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", "\udcff"])
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", "\udcff", "[" * 9999, '{"record": 1}'])
 def test_a_damaged_record_is_named(
     done: tuple[Path, Path], refused: Callable[..., str], text: str
 ) -> None:

@@ -20,7 +20,7 @@ from importlib.metadata import EntryPoint, entry_points
 from llavakit.cli import plugins, recipes, run
 from llavakit.contracts.commands import GROUP, Add, Commands
 from llavakit.contracts.errors import LlavaError, PluginError
-from llavakit.recipe.redaction import shown
+from llavakit.recipe.redaction import brief, shown
 
 _USAGE = """\
 llava-run RECIPE [--out DIR] [--set a.b.c=value ...] [--plan] [--resume]
@@ -62,7 +62,7 @@ def _main(argv: Sequence[str] | None) -> int:
         return _run(arguments, program=argv is None)
     except LlavaError as error:
         _let_the_leader_speak()
-        print(f"error: {shown(str(error))}", file=sys.stderr)
+        print(f"error: {brief(shown(str(error)))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -124,7 +124,7 @@ def _list(name: str, commands: Commands) -> None:
     try:
         _find(name)(commands)
     except PluginError as error:
-        commands.add_parser(name, help=str(error))
+        commands.add_parser(name, help=shown(str(error)).replace("%", "%%"))
 
 
 def _package(entry_point: EntryPoint) -> str:

@@ -90,7 +90,7 @@ class Problem:
     def _render(self, sources: Sequence[Source], steps: Sequence[str | None]) -> str:
         source, span = self._locate(sources, steps)
         if source.said:
-            lines = [f"{source.said}: {self.message}"]
+            lines = [f"{brief(redact(source.said), 200)}: {self.message}"]
             return "\n".join([*lines, f" = help: {self.hint}"] if self.hint else lines)
         number = str(span.line)
         line = source.text.splitlines()[span.line - 1] if source.text else ""

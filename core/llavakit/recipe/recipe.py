@@ -197,7 +197,7 @@ def find_recipe(name: str, beside: Path | None = None) -> Path:
     if path.suffix == ".toml":
         return path if beside is None else beside / path
     for folder in (beside, recipe_folder()):
-        if folder is not None and (file := folder / f"{name}.toml").is_file():
+        if folder is not None and os.path.isfile(file := folder / f"{name}.toml"):
             return file
     folder = recipe_folder()
     known = sorted(

@@ -13,7 +13,6 @@ from llavakit.files import CONTROL
 
 HIDDEN = "[hidden]"
 _SHORTEST = 12  # of a secret that can be told from an ordinary word, and so be taken out of a text
-_LONGEST_LINE = 1000  # of an error, in characters
 _known: set[str] = set()
 
 _NAME = (
@@ -97,9 +96,9 @@ def printable(text: str) -> str:
     return CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
 
 
-def brief(text: str) -> str:
+def brief(text: str, most: int = 1000) -> str:
     """Return a text whose very long lines are cut: some value in it has no end."""
-    return re.sub(rf"(.{{{_LONGEST_LINE}}}).+", r"\1 ...", text)
+    return re.sub(rf"(.{{{most}}}).+", r"\1 ...", text)
 
 
 def shown(text: str) -> str:
