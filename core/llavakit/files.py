@@ -241,7 +241,7 @@ def peek_json(path: Path) -> dict[str, Any]:
     """Return the table in a JSON file, empty where there is none that can be read."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
 

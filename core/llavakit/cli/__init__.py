@@ -60,10 +60,10 @@ def _main(argv: Sequence[str] | None) -> int:
     try:
         return _run(arguments, program=argv is None)
     except LlavaError as error:
-        from llavakit.recipe.redaction import shown  # not for --help
+        from llavakit.recipe.redaction import brief, shown  # not for --help
 
         _let_the_leader_speak()
-        print(f"error: {shown(str(error))}", file=sys.stderr)
+        print(f"error: {brief(shown(str(error)))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -91,7 +91,7 @@ def _run(arguments: list[str], *, program: bool) -> int:
             try:
                 _find(name, installed)(commands)
             except PluginError as error:  # listed with the reason: it stops no other
-                commands.add_parser(name, help=str(error))
+                commands.add_parser(name, help=str(error).replace("%", "%%"))
     parsed, rest = parser.parse_known_args(arguments, argparse.Namespace(program=program))
     if not hasattr(parsed, "command"):
         parser.print_help()

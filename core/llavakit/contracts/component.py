@@ -70,7 +70,11 @@ StepFolders = Mapping[str, Path]  #: Folders of earlier steps, by their names in
 
 def _resolve(value: object, info: ValidationInfo) -> object:
     """Turn `@step/file` into a path below the folder of that earlier step."""
-    if not isinstance(value, str) or not value.startswith("@"):
+    if not isinstance(value, str):
+        return value
+    if "\0" in value or len(value) > 4000 or max(map(len, value.encode().split(b"/"))) > 255:
+        raise ValueError("no file can have this name")
+    if not value.startswith("@"):
         return value
     folders: StepFolders | None = (info.context or {}).get("steps")
     if folders is None:  # no recipe around it: a component checked on its own

@@ -42,6 +42,8 @@ from llavakit.files import explain_write, one_writer, write_text
 from llavakit.recipe.recipe import Recipe, StepUse
 from llavakit.registry import Registry
 
+_SHOWN = 3  # reasons why a step of another run is not the same
+
 
 @dataclass(frozen=True)
 class Result:
@@ -164,8 +166,10 @@ def _done_before(work: _Work, name: str, record: Record, reuse: Sequence[Path]) 
         return True
     others = [run for run in reuse if run.resolve() != work.directory.resolve()]
     found, problems = find_step(name, record, others)
-    for problem in problems:
+    for problem in problems[:_SHOWN]:
         say(f"{name}: not taken: {problem}")
+    if len(problems) > _SHOWN:
+        say(f"{name}: nor are {len(problems) - _SHOWN} others")
     if found is None:
         return False
     if folder.exists():

@@ -7,7 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any, cast, get_args, get_origin
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
@@ -27,7 +27,7 @@ from llavakit.contracts.interfaces import Exporter
 from llavakit.contracts.run import Step
 from llavakit.recipe.lines import Key, Span
 from llavakit.recipe.overrides import Source, set_key, stated
-from llavakit.recipe.redaction import redact
+from llavakit.recipe.redaction import brief, redact
 from llavakit.registry import ComponentT, Registry, kind_of
 
 
@@ -62,11 +62,16 @@ def state_options(
     for setting in settings:
         set_key(table, setting)
     read = partial(component.Options.model_validate, table, context={"steps": {}})
-    problems = list(Checker(registry, inputs=True).check_options(component, table, read, (), {}))
+    problems = list(boundless(table)) or list(
+        Checker(registry, inputs=True).check_options(component, table, read, (), {})
+    )
     if problems:
         sources.append(Source(said=component.name))
         raise RecipeError("\n\n".join(problem.render(sources, []) for problem in problems))
     return table
+
+
+_DEEPEST = 50
 
 
 @dataclass(frozen=True)
@@ -82,15 +87,17 @@ class Problem:
 
         `steps` are the steps' names, by which a recipe with a `base` may address them.
         """
-        return redact(self._render(sources, steps))
+        return brief(redact(self._render(sources, steps)))
 
     def _render(self, sources: Sequence[Source], steps: Sequence[str | None]) -> str:
         source, span = self._locate(sources, steps)
         if source.said:
-            lines = [f"{source.said}: {self.message}"]
+            lines = [f"{brief(redact(source.said), 200)}: {self.message}"]
             return "\n".join([*lines, f" = help: {self.hint}"] if self.hint else lines)
         number = str(span.line)
         line = source.text.splitlines()[span.line - 1] if source.text else ""
+        begin = max(0, span.start - 100)  # of a line without end, what is around the key
+        line, span = line[begin:][:500], Span(span.line, span.start - begin, span.end - begin)
         gutter = " " * len(number)
         lines = [
             f"{source.path}:{span.line}: {self.message}",
@@ -129,11 +136,23 @@ def sound(
             if isinstance(annotation, type) and issubclass(annotation, BaseModel):
                 if isinstance(value, Mapping):
                     yield from sound(annotation, value, (*key, name))
-            elif isinstance(value, list):
+            elif isinstance(value, list) and get_origin(annotation) is tuple:
                 adapter = TypeAdapter[object](get_args(annotation)[0])
                 for index, item in enumerate(value):
                     with suppress(ValidationError):
                         yield (*key, name, index), adapter.validate_python(item)
+
+
+def boundless(node: object, key: Key = ()) -> Iterator[Problem]:
+    """Yield values that no option holds: of more than 64 bits, or nested without end."""
+    if len(key) > _DEEPEST:
+        yield Problem(key[:3], "it is nested too deeply", f"{_DEEPEST} tables in tables are enough")
+    elif isinstance(node, int) and not -(2**63) <= node < 2**63:
+        message = f"option `{key[-1]}`: an integer of TOML has 64 bits at most"
+        yield Problem(key, message, "write a smaller one")
+    elif isinstance(node, dict | list):
+        for name, item in node.items() if isinstance(node, dict) else enumerate(node):
+            yield from boundless(item, (*key, name))
 
 
 def parts(node: object) -> Iterator[tuple[str | int, Any]]:

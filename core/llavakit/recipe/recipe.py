@@ -17,7 +17,7 @@ from llavakit.contracts.component import LATER, SkippableUse, Use
 from llavakit.contracts.errors import RecipeError, did_you_mean
 from llavakit.contracts.interfaces import Tracker
 from llavakit.contracts.run import Step
-from llavakit.recipe.check import Checker, Problem, problems_in, sound
+from llavakit.recipe.check import Checker, Problem, boundless, problems_in, sound
 from llavakit.recipe.lines import Key
 from llavakit.recipe.model_choice import ModelRecipe
 from llavakit.recipe.overrides import Source, set_key, stated, step_index
@@ -69,10 +69,10 @@ class Recipe(BaseModel):
     @field_validator("name")
     @classmethod
     def _names_a_folder(cls, name: str) -> str:
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}", name):
             raise ValueError(
                 "it names the run's folder, so it begins with a letter or digit of ASCII and holds "
-                "only these, `.`, `_` and `-`"
+                "only these, `.`, `_` and `-`, 200 at most"
             )
         return name
 
@@ -105,10 +105,13 @@ class Recipe(BaseModel):
         for override in overrides:
             set_key(table, override)
         if own := re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).strip("-._"):
-            table.setdefault("name", own)
-        names = [step.get("use") for step in _steps(table)]
+            table.setdefault("name", own[:200])
+        uses = [step.get("use") for step in _steps(table)]
+        names = [use if isinstance(use, str) else None for use in uses]
         sources = [*(stated(override) for override in overrides[::-1]), *_environment(), *files]
         checker = Checker(registry, inputs)
+        if problems := list(boundless(table)):
+            raise RecipeError("\n\n".join(problem.render(sources, names) for problem in problems))
         try:
             recipe = cls(**table)
         except ValidationError as error:
@@ -177,7 +180,7 @@ def find_recipe(name: str, beside: Path | None = None) -> Path:
     if path.suffix == ".toml":
         return path if beside is None else beside / path
     for folder in (beside, recipe_folder()):
-        if folder is not None and (file := folder / f"{name}.toml").is_file():
+        if folder is not None and os.path.isfile(file := folder / f"{name}.toml"):
             return file
     folder = recipe_folder()
     known = sorted(
@@ -202,7 +205,7 @@ def read_tables(path: Path) -> tuple[list[Source], dict[str, Any]]:
             raise RecipeError(f"cannot read recipe {current}: {error.strerror}") from error
         except UnicodeDecodeError as error:
             raise RecipeError(f"{current} is not UTF-8 text: {error.reason}") from error
-        except tomllib.TOMLDecodeError as error:
+        except (ValueError, RecursionError) as error:  # numbers and lists without end, too
             raise RecipeError(f"{current} is not valid TOML: {error}") from error
         if tables:
             table.pop("name", None)  # of another run, in a folder of its own
@@ -211,6 +214,10 @@ def read_tables(path: Path) -> tuple[list[Source], dict[str, Any]]:
         base = table.pop("base", None)
         if base is not None and not isinstance(base, str):
             raise RecipeError(f'{current}: `base` names one recipe, for example base = "tiny"')
+        if base is not None and isinstance(table.get("steps"), list):
+            hint = "change one in [steps.NAME]; for other steps leave out `base`, and copy [model]"
+            problem = Problem(("steps",), "[[steps]] would replace all steps of `base`", hint)
+            raise RecipeError(problem.render(sources[-1:], []))
         current = None if base is None else find_recipe(base, current.parent)
     merged = tables.pop()
     while tables:

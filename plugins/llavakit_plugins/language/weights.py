@@ -105,6 +105,11 @@ def save_quantized(model: Any, folder: Path) -> None:
     model.generation_config.save_pretrained(folder)
 
 
+def small_device(options: LanguageOptions) -> str:
+    """Return where weights of 4 bits are read to."""
+    return options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def missing_bitsandbytes() -> str | None:
     """Return what must be installed for weights of 4 bits, or None."""
     if find_spec("bitsandbytes") is not None:
@@ -121,7 +126,7 @@ def _quantized(options: LanguageOptions, small: bool) -> dict[str, Any]:
         raise ModelError(reason)
     from transformers import BitsAndBytesConfig
 
-    place = {"device_map": {"": options.device or ("cuda" if torch.cuda.is_available() else "cpu")}}
+    place = {"device_map": {"": small_device(options)}}
     if small:
         return place
     how = BitsAndBytesConfig(

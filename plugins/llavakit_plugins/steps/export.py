@@ -18,6 +18,7 @@ from llavakit import (
     Run,
     Step,
     Use,
+    explain_write,
     save_model,
 )
 from llavakit.contracts.data import IMAGE, ImageSource
@@ -130,7 +131,8 @@ class Export(Step):
         """Draw where the model looks; return the picture's name in the step's folder."""
         maps = map_attention(model, question, images, Sampling(self.options.max_new_tokens))
         place = run.directory / "heatmaps" / f"{name}.png"
-        place.parent.mkdir(exist_ok=True)
+        with explain_write(place):
+            place.parent.mkdir(exist_ok=True)
         save_image(draw_attention_maps(maps, images, model.vision), place)
         return f"{place.parent.name}/{place.name}"
 

@@ -6,7 +6,6 @@ Equal, to the last bit, to transformers' image processors of the PIL backend.
 from __future__ import annotations
 
 from functools import lru_cache
-from math import isqrt
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -15,17 +14,18 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from llavakit import MAX_PIXELS
+from llavakit_plugins.vision.thin_images import (
+    RGB as RGB,
+    pad_to_square as pad_to_square,
+    without_ends as without_ends,
+)
 
 Aspect = Literal["crop", "pad", "squash"]
 Interpolation = Literal["nearest", "lanczos", "bilinear", "bicubic", "box", "hamming"]
-RGB = tuple[float, float, float]
 
 MEAN: RGB = (0.48145466, 0.4578275, 0.40821073)
 """Mean of each colour over CLIP's training images, of values 0..1."""
 STD: RGB = (0.26862954, 0.26130258, 0.27577711)
-_THIN = 64  # times as long as wide: resized or padded, such an image would be huge
-_LONGEST_THIN = 4096  # pixels of a thin image's longer side that are padded to a square
 
 
 class Square(NamedTuple):
@@ -62,36 +62,6 @@ def to_square(image: Image.Image, square: Square) -> Tensor:
     left, top = (width - size) // 2, (height - size) // 2
     image = image.crop((left, top, left + size, top + size))
     return normalise(np.asarray(image), square.mean, square.std)
-
-
-def _is_thin(image: Image.Image) -> bool:
-    return max(image.size) > _THIN * min(image.size)
-
-
-def without_ends(image: Image.Image) -> Image.Image:
-    """Return the middle of a thin image, far more of it than a square crop reads."""
-    if not _is_thin(image):
-        return image
-    most = _THIN * min(image.size)
-    width, height = (min(edge, most + (edge - most) % 2) for edge in image.size)  # the same middle
-    left, top = (image.width - width) // 2, (image.height - height) // 2
-    return image.crop((left, top, left + width, top + height))
-
-
-def pad_to_square(image: Image.Image, mean: RGB) -> Image.Image:
-    """Return the image centred on a square of the mean colour, its longer side kept.
-
-    Where the square would have more pixels than are safe, the image is first averaged over blocks.
-    """
-    if image.width == image.height:
-        return image
-    most = _LONGEST_THIN if _is_thin(image) else isqrt(MAX_PIXELS)
-    if max(image.size) > most:
-        image = image.reduce(-(-max(image.size) // most))
-    edge = max(image.size)
-    canvas = Image.new("RGB", (edge, edge), tuple(int(255 * value) for value in mean))
-    canvas.paste(image, ((edge - image.width) // 2, (edge - image.height) // 2))
-    return canvas
 
 
 def shrink(image: Image.Image, size: int) -> Image.Image:
