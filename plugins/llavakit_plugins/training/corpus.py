@@ -66,7 +66,7 @@ class Corpus:
         counts = array("q")
         self.lengths = array("i")
         """Rows of the stream that each sample takes."""
-        self.learned_counts = array("i")
+        self.supervised_counts = array("i")
         self.cut = 0
         """Samples longer than `max_length`."""
         for number in range(len(data)):
@@ -77,15 +77,15 @@ class Corpus:
             supervised.frombytes(np.packbits(item.supervised).tobytes())
             counts.append(len(item.ids))
             self.lengths.append(item.length(self.visual_tokens))
-            self.learned_counts.append(item.supervised_count(self.visual_tokens))
+            self.supervised_counts.append(item.supervised_count(self.visual_tokens))
             if number % 256 == 255 or number + 1 == len(data):
                 progress(number + 1, len(data))
         self._ids = np.frombuffer(ids, dtype=ids.typecode)
-        self._learned_bits = np.frombuffer(supervised, dtype=np.uint8)
+        self._supervised_bits = np.frombuffer(supervised, dtype=np.uint8)
         of_samples = np.frombuffer(counts, dtype=np.int64)
         self._starts = np.concatenate([[0], np.cumsum(of_samples)])
         self._bit_starts = np.concatenate([[0], np.cumsum(-(-of_samples // 8))])
-        teaches = np.asarray(self.learned_counts) > 0
+        teaches = np.asarray(self.supervised_counts) > 0
         self.samples = np.flatnonzero(teaches).tolist()
         """The samples to learn from, by their number in `data`."""
         self.skipped = np.flatnonzero(~teaches).tolist()
@@ -108,7 +108,7 @@ class Corpus:
     def encoded(self, sample: int) -> Encoded:
         """Return one sample's ids and mask."""
         begin, end = self._starts[sample : sample + 2]
-        bits = self._learned_bits[self._bit_starts[sample] : self._bit_starts[sample + 1]]
+        bits = self._supervised_bits[self._bit_starts[sample] : self._bit_starts[sample + 1]]
         supervised = np.unpackbits(bits, count=int(end - begin)).astype(np.bool_)
         return Encoded(self._ids[begin:end].astype(np.int64), supervised, self.max_length)
 
@@ -123,8 +123,8 @@ class Corpus:
 
     def epoch(self, seed: int, epoch: int, batch_size: int, capacity: int) -> Iterator[Batch]:
         """Yield the steps of one epoch, shuffled by `seed` and `epoch` alone."""
-        places = np.random.default_rng([seed, epoch]).permutation(len(self))
-        order = np.asarray(self.samples)[places].tolist()
+        shuffled = np.random.default_rng([seed, epoch]).permutation(len(self))
+        order = np.asarray(self.samples)[shuffled].tolist()
         for begin in range(0, len(order), batch_size):
             yield self.batch(order[begin : begin + batch_size], capacity)
 

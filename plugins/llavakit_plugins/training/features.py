@@ -149,7 +149,7 @@ class Cached:
     ) -> None:
         self._corpus, self._device = corpus, model.device
         vision = preparing or model.vision
-        self._place, sources = index_images(corpus)
+        self._row_of, sources = index_images(corpus)
         self._features: Tensor | None = None
         with torch.no_grad():
             for begin in range(0, len(sources), _ENCODE_BATCH):
@@ -168,7 +168,7 @@ class Cached:
             batch = self._corpus.pack(samples)
             features = None
             if batch.images and self._features is not None:
-                rows = torch.tensor([self._place[image] for image in batch.images])
+                rows = torch.tensor([self._row_of[image] for image in batch.images])
                 features = upload(self._features.index_select(0, rows), self._device)
             yield batch.to(self._device), features
 
@@ -178,7 +178,7 @@ def index_images(
 ) -> tuple[dict[tuple[int, int], int], list[tuple[ImageSource, str]]]:
     """Return the number of each (sample, image), and every distinct image once."""
     numbers: dict[object, int] = {}
-    place: dict[tuple[int, int], int] = {}
+    row_of: dict[tuple[int, int], int] = {}
     sources: list[tuple[ImageSource, str]] = []
     for index in corpus.samples:
         sample = corpus.data[index]
@@ -187,8 +187,8 @@ def index_images(
             if key not in numbers:
                 numbers[key] = len(sources)
                 sources.append((image, f"sample `{sample.id}`"))
-            place[index, number] = numbers[key]
-    return place, sources
+            row_of[index, number] = numbers[key]
+    return row_of, sources
 
 
 def images_recur(corpus: Corpus, epochs: int, most: int) -> bool:

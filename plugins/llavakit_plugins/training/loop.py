@@ -118,7 +118,7 @@ class Trainer:
                 capacity=options.micro_batch_tokens,
                 samples=self._answered(),
             )
-        self.asked: Sequence[Sample] = self.validation.samples if self.validation else ()
+        self.questioned: Sequence[Sample] = self.validation.samples if self.validation else ()
         """Held-out samples whose questions are answered at each look."""
 
     def _answered(self) -> int:
@@ -241,7 +241,7 @@ class Trainer:
         """
         self._reseed()
         batch = due.batch
-        targets = sum(self.corpus.learned_counts[sample] for sample in batch.all_samples)
+        targets = sum(self.corpus.supervised_counts[sample] for sample in batch.all_samples)
         total = torch.zeros((), device=self.model.device)
         with self._autocast(enabled=False):  # within one, weights are rounded once a step
             for micro in due.micros:
@@ -318,7 +318,7 @@ class Trainer:
             look = self.process_group.broadcast(self.validation.look(self.progress.step))
         self.progress.looks.append((look.step, look.loss, look.answers))
         best = self.progress.best is not None and self.progress.best.step == look.step
-        samples = zip(self.asked, look.answers, strict=True)
+        samples = zip(self.questioned, look.answers, strict=True)
         self.run.event(
             "validation",
             at=look.step,
@@ -380,7 +380,7 @@ class Trainer:
 
     def _gather(self) -> None:
         """Put what was learned into a model that is not divided."""
-        supervised = in_one_piece(
+        trained = in_one_piece(
             {n: p.detach() for n, p in self.optimiser.named.items()}, self.process_group
         )
         del self.model, self.parts, self.features, self.optimiser
@@ -388,6 +388,6 @@ class Trainer:
         if self.process_group.is_main:
             self.model = start(self.run, self.options)
             with torch.no_grad():
-                for name, value in supervised.items():
+                for name, value in trained.items():
                     self.model.get_parameter(name).copy_(value)
             self.model.requires_grad_(False).eval()

@@ -47,13 +47,13 @@ def deal(lengths: Sequence[int], size: int) -> list[list[int]]:
     Returns the indices in each hand. Deterministic: ties keep the order of `lengths`.
     """
     order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
-    hands: list[list[int]] = [[] for _ in range(size)]
+    groups: list[list[int]] = [[] for _ in range(size)]
     totals = [0] * size
     for index in order:
         least = totals.index(min(totals))
-        hands[least].append(index)
+        groups[least].append(index)
         totals[least] += lengths[index]
-    return [sorted(hand) for hand in hands]
+    return [sorted(group) for group in groups]
 
 
 def divides(model: LlavaModel, options: TrainOptions, devices: int) -> bool:

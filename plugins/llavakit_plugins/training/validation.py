@@ -45,8 +45,8 @@ class Validation:
         self._model, self._corpus, self._features = model, corpus, features
         self._template, self._capacity = template, capacity
         count = min(samples, len(corpus))
-        places = (corpus.samples[number * len(corpus) // count] for number in range(count))
-        self.samples: list[Sample] = [corpus.data[place] for place in places]
+        indices = (corpus.samples[number * len(corpus) // count] for number in range(count))
+        self.samples: list[Sample] = [corpus.data[index] for index in indices]
 
     def look(self, step: int) -> Look:
         """Measure the loss and ask; the model must be in evaluation mode."""

@@ -59,12 +59,12 @@ def optimise(
     return losses
 
 
-def shuffled(places: Sequence[int], size: int, *key: int) -> list[int]:
+def shuffled(positions: Sequence[int], size: int, *key: int) -> list[int]:
     """Return which of `size` items stand at these places of an endless sequence.
 
     Each round of `size` places holds every item once, in an order that `key` and the round decide.
     """
-    return [int(_round(size, *key, place // size)[place % size]) for place in places]
+    return [int(_round(size, *key, position // size)[position % size]) for position in positions]
 
 
 @lru_cache(maxsize=4)

@@ -105,8 +105,8 @@ def train_language(
 
     def batch(step: int) -> PackedBatch:
         begin = step * options.batch_size
-        places = range(begin, begin + options.batch_size)
-        chosen = shuffled(places, len(encoded), run.seed, 4)
+        positions = range(begin, begin + options.batch_size)
+        chosen = shuffled(positions, len(encoded), run.seed, 4)
         return pack([encoded[index] for index in chosen], chosen, visual_tokens=1).to(device)
 
     def loss_of(step: int) -> Tensor:
