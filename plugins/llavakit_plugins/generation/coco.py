@@ -50,13 +50,13 @@ def convert_coco(captions: Path, instances: Path | None, out: Path) -> None:
         sizes.extend(size)
     texts: list[list[str]] = [[] for _ in names]
     for item in _items(captions, "annotations"):
-        place = places.get(_number(item, "image_id", captions))
-        if place is None:
+        owner = places.get(_number(item, "image_id", captions))
+        if owner is None:
             raise DataError(
                 f"{captions}: caption {item.get('id')} is of an image that is not listed"
             )
         if caption := " ".join(_text(item, "caption", captions).split()):
-            texts[place].append(caption)
+            texts[owner].append(caption)
     if not any(texts):
         raise DataError(f"{captions} holds no captions; is it captions_*.json of COCO?")
     order, which, corners, categories = _boxes(instances, places, sizes)
@@ -85,16 +85,16 @@ def _boxes(
         for item in _items(path, "categories"):
             categories[_number(item, "id", path)] = _text(item, "name", path)
         for item in _items(path, "annotations"):
-            place = places.get(_number(item, "image_id", path))
-            if place is None:
+            owner = places.get(_number(item, "image_id", path))
+            if owner is None:
                 continue  # of a split that is not captioned here
             category = _number(item, "category_id", path)
             if category not in categories:
                 raise DataError(
                     f"{path}: box {item.get('id')} is of category {category}, not listed"
                 )
-            ends = _corners(item, (sizes[2 * place], sizes[2 * place + 1]), path)
-            of.append(place)
+            ends = _corners(item, (sizes[2 * owner], sizes[2 * owner + 1]), path)
+            of.append(owner)
             which.append(category)
             corners.extend(round(min(1.0, max(0.0, end)), 3) for end in ends)
         if not categories:

@@ -24,7 +24,7 @@ from llavakit import (
     write_text,
 )
 from llavakit.contracts.data import ResponseKind, Sample
-from llavakit_plugins.generation.requests.ledger import Asked, Entry, Ledger, short_hash
+from llavakit_plugins.generation.requests.ledger import Entry, Ledger, RequestRecord, short_hash
 
 FILE = "conversations.jsonl"
 _PATIENCE = 10  # conversations that fail before one is made, before the step stops
@@ -48,16 +48,16 @@ class Conversations:
         self._use = json.dumps(use.model_dump(mode="json"), sort_keys=True)
         self.ledger = Ledger(path, identity=self._use, earlier=earlier_conversations(path))
 
-    def facts(self, context: ImageContext, kind: ResponseKind) -> Asked:
+    def record(self, context: ImageContext, kind: ResponseKind) -> RequestRecord:
         """Return what the ledger knows a conversation by: all that it is made from."""
         source = short_hash(json.dumps([asdict(context), kind]))
         maker = short_hash(self._use)
         key = short_hash(f"{maker} {source}")
-        return Asked(key, maker, source, 0, f"{context.id}-{kind}")
+        return RequestRecord(key, maker, source, 0, f"{context.id}-{kind}")
 
     def get(self, context: ImageContext, kind: ResponseKind) -> tuple[Conversation, Entry] | None:
         """Return a conversation that was made before, and when, or None."""
-        entry = self.ledger.get(self.facts(context, kind).key)
+        entry = self.ledger.get(self.record(context, kind).key)
         if entry is None:
             return None
         try:
@@ -74,10 +74,10 @@ class Conversations:
     def entry(self, context: ImageContext, kind: ResponseKind, made: Conversation) -> Entry:
         """Return the line of the ledger for a conversation."""
         row = {"turns": [[turn.role, turn.text] for turn in made.turns], "refused": made.refused}
-        facts = self.facts(context, kind)
-        return Asked(facts.key, facts.identity, facts.prompt, made.attempt, facts.label).entry(
-            Reply(json.dumps(row))
-        )
+        record = self.record(context, kind)
+        return RequestRecord(
+            record.key, record.identity, record.prompt, made.attempt, record.label
+        ).entry(Reply(json.dumps(row)))
 
 
 def earlier_conversations(path: Path) -> list[Path]:

@@ -16,7 +16,13 @@ from numpy.typing import NDArray
 from llavakit import ImageContext, Message, Stopped
 from llavakit.contracts.data import ResponseKind
 from llavakit_plugins.generation.conversations import Failures
-from llavakit_plugins.generation.requests.ledger import Asked, Entry, Ledger, Request, asked
+from llavakit_plugins.generation.requests.ledger import (
+    Entry,
+    Ledger,
+    Request,
+    RequestRecord,
+    record_of,
+)
 from llavakit_plugins.generation.requests.prompted import PromptedGenerator, Verdict
 
 DUPLICATE = "the same as the reply on another image"
@@ -34,7 +40,7 @@ class Item:
     """That reply."""
     refused: tuple[str, ...]
     """Why the replies before, or all of them, were rejected."""
-    asked: Asked
+    record: RequestRecord
     request: Request
     """The next request, where one more is to be made."""
     open: bool
@@ -83,9 +89,9 @@ class Items:
                 messages = self._generator.messages(context, kind)
             except Exception as error:
                 nothing = Request((Message("user", ""),), 0, label)
-                facts = asked(identity, nothing)
+                record = record_of(identity, nothing)
                 verdict = self._failed(label, error)
-                yield Item(context, kind, verdict, None, verdict.notes, facts, nothing, False)
+                yield Item(context, kind, verdict, None, verdict.notes, record, nothing, False)
                 continue
             self._worked += 1
             refused: list[str] = []
@@ -94,8 +100,8 @@ class Items:
             is_open = False
             for draw in range(self._attempts):
                 request = Request(messages, draw, label)
-                facts = asked(identity, request)
-                found = ledger.get(facts.key)
+                record = record_of(identity, request)
+                found = ledger.get(record.key)
                 if found is None:
                     is_open = True
                     break
@@ -114,7 +120,7 @@ class Items:
                         break
                     verdict = Verdict("rejected", notes=(DUPLICATE,))
                 refused += verdict.notes
-            yield Item(context, kind, verdict, entry, tuple(refused), facts, request, is_open)
+            yield Item(context, kind, verdict, entry, tuple(refused), record, request, is_open)
 
     def _failed(self, label: str, error: Exception) -> Verdict:
         """Return the verdict on what the generator fails at: one of many, as a rule."""

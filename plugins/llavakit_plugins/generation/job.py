@@ -12,9 +12,9 @@ from llavakit import ChatError, DataError, LlavaError, Outcome, Run, Stopped
 from llavakit_plugins.generation.conversations import Failures
 from llavakit_plugins.generation.items import Items
 from llavakit_plugins.generation.output import price_of, write_output
-from llavakit_plugins.generation.requests.asking import ask_all
 from llavakit_plugins.generation.requests.ledger import Entry, Ledger, Request
 from llavakit_plugins.generation.requests.prompted import PromptedGenerator
+from llavakit_plugins.generation.requests.send import send_all
 from llavakit_plugins.generation.review import Review
 from llavakit_plugins.generation.sources import open_sources
 
@@ -160,14 +160,14 @@ def _ask(
                 if run.stopping():
                     raise Stopped
                 show()
-            if item.open and item.asked.key not in unanswered.refused:
+            if item.open and item.record.key not in unanswered.refused:
                 yield item.request
 
     def show(entry: Entry | None = None) -> None:
         spending.show(at, len(items), name)
 
     while True:
-        tally = ask_all(
+        tally = send_all(
             generator.chat,
             requests,
             ledger,

@@ -49,7 +49,7 @@ def write_output(
             for number, item in enumerate(items.walk(ledger), start=1):
                 if number % _EVERY == 0:
                     run.progress(number, len(items), f"writing {name}".strip())
-                reason = unanswered.get(item.asked.key, "") if item.open else ""
+                reason = unanswered.get(item.record.key, "") if item.open else ""
                 summary.add(item, reason)
                 review.see(item, reason)
                 usable = item.verdict is not None and item.verdict.outcome != "rejected"
@@ -100,7 +100,7 @@ def _origin(item: Item) -> dict[str, Any]:
         "refused": list(item.refused),
         "draw": None if entry is None else entry.draw,
         "model": None if entry is None else entry.model,
-        "prompt": item.asked.prompt,
+        "prompt": item.record.prompt,
         "time": None if entry is None else entry.time,
         "input_tokens": None if entry is None else entry.input_tokens,
         "output_tokens": None if entry is None else entry.output_tokens,

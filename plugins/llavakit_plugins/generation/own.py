@@ -38,10 +38,10 @@ from llavakit_plugins.generation.job import (
     total_of,
 )
 from llavakit_plugins.generation.output import write_output
-from llavakit_plugins.generation.requests.asking import Asker
 from llavakit_plugins.generation.requests.desk import Desk, EmptyReply, attempt
 from llavakit_plugins.generation.requests.ledger import Ledger, Request
 from llavakit_plugins.generation.requests.prompted import Verdict
+from llavakit_plugins.generation.requests.send import Sender
 from llavakit_plugins.generation.review import Review
 from llavakit_plugins.generation.sources import open_sources
 
@@ -77,9 +77,9 @@ class _Items(Items):
     def walk(self, ledger: Ledger) -> Iterator[Item]:
         state = self._state
         for context, kind in self.pairs():
-            facts = state.conversations.facts(context, kind)
-            request = Request((Message("user", as_text(context, boxes=True)),), 0, facts.label)
-            item = Item(context, kind, None, None, (), facts, request, open=True)
+            record = state.conversations.record(context, kind)
+            request = Request((Message("user", as_text(context, boxes=True)),), 0, record.label)
+            item = Item(context, kind, None, None, (), record, request, open=True)
             if found := state.conversations.get(context, kind):
                 made, entry = found
                 text = "\n\n".join(turn.text for turn in made.turns)
@@ -88,11 +88,11 @@ class _Items(Items):
                     item, verdict=outcome, entry=replace(entry, text=text), refused=made.refused
                 )
                 item = replace(item, open=False)
-            elif facts.label in state.failures.errors:
-                refused = Verdict("rejected", notes=(state.failures.reason(facts.label),))
+            elif record.label in state.failures.errors:
+                refused = Verdict("rejected", notes=(state.failures.reason(record.label),))
                 item = replace(item, verdict=refused, refused=refused.notes, open=False)
-            elif facts.key in state.rejected:
-                notes = state.rejected[facts.key].refused
+            elif record.key in state.rejected:
+                notes = state.rejected[record.key].refused
                 verdict = Verdict("rejected", notes=notes[-1:])
                 item = replace(item, verdict=verdict, refused=notes, open=False)
             yield item
@@ -159,7 +159,7 @@ def _make(
     made = state.conversations.ledger
     total = sum(map(len, jobs))
     pairs = (pair for items in jobs for pair in items.pairs())
-    todo = (pair for pair in pairs if state.conversations.facts(*pair).key not in made)
+    todo = (pair for pair in pairs if state.conversations.record(*pair).key not in made)
     if len(made):
         run.progress(len(made), total, f"{len(made)} conversations are here already")
 
@@ -168,25 +168,25 @@ def _make(
 
     async def after(found: _Made) -> None:
         (context, kind), came = found
-        facts = state.conversations.facts(context, kind)
+        record = state.conversations.record(context, kind)
         if isinstance(came, Conversation):
             if came.turns:
                 await made.write(state.conversations.entry(context, kind, came))
             else:
-                state.rejected[facts.key] = came
+                state.rejected[record.key] = came
         elif isinstance(came, ReplyError):
-            state.unanswered.reasons[facts.key] = str(came)
+            state.unanswered.reasons[record.key] = str(came)
             if came.lasting:
-                state.unanswered.refused.add(facts.key)
+                state.unanswered.refused.add(record.key)
         elif isinstance(came, ChatError | Stopped):
             raise came
         else:
-            state.failures.add(facts.label, came, len(made))
+            state.failures.add(record.label, came, len(made))
         spending.show(len(made), total, "")
 
-    asker = Asker(desk.chats, ledger, options.budget_usd, run.stopping, lambda entry: None)
+    sender = Sender(desk.chats, ledger, options.budget_usd, run.stopping, lambda entry: None)
     try:
-        desk.work_off(asker, ledger, todo, work, after, options.concurrency)
+        desk.work_off(sender, ledger, todo, work, after, options.concurrency)
     finally:
         spending.note()
 

@@ -44,9 +44,9 @@ class Draw:
 
     def see(self, item: Item) -> None:
         """Take the next item, by chance."""
-        place = self.total if self.total < self._size else int(self._draw.integers(self.total + 1))
-        if place < self._size:
-            self._kept[place] = (self.total, item)
+        slot = self.total if self.total < self._size else int(self._draw.integers(self.total + 1))
+        if slot < self._size:
+            self._kept[slot] = (self.total, item)
         self.total += 1
 
     def items(self) -> list[Item]:

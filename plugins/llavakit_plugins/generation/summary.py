@@ -168,6 +168,6 @@ def _histogram(counts: Counter[int]) -> list[tuple[float, float]]:
         bins[min(length, _LONGEST) // _BIN] += count
     first, last = min(bins), max(bins)
     return [
-        (float(place * _BIN), 100 * bins[place] / counts.total())
-        for place in range(first, last + 1)
+        (float(bin_index * _BIN), 100 * bins[bin_index] / counts.total())
+        for bin_index in range(first, last + 1)
     ]

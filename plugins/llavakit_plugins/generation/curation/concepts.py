@@ -134,5 +134,5 @@ def ranks(counts: NDArray[Any], points: int = 300) -> list[tuple[float, float]]:
     sorted_counts = np.sort(counts[counts > 0])[::-1]
     if not len(sorted_counts):
         return []
-    places = np.unique(np.geomspace(1, len(sorted_counts), points).astype(np.int64))
-    return [(float(place), float(sorted_counts[place - 1])) for place in places]
+    chosen = np.unique(np.geomspace(1, len(sorted_counts), points).astype(np.int64))
+    return [(float(rank), float(sorted_counts[rank - 1])) for rank in chosen]

@@ -24,7 +24,7 @@ class BatchState:
     """Why the service refused it, where it did."""
 
 
-class AskAgain(ReplyError):
+class SendAgain(ReplyError):
     """A request that has an answer in another form, which the service knows by now."""
 
 

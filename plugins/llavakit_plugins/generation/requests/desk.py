@@ -17,8 +17,8 @@ from threading import Lock
 from typing import Any, TypeVar, cast
 
 from llavakit import Build, ChatError, ChatModel, Message, Reply, ReplyError, Use, kind_of
-from llavakit_plugins.generation.requests.asking import Asker
-from llavakit_plugins.generation.requests.ledger import Ledger, Request, asked, hash_messages
+from llavakit_plugins.generation.requests.ledger import Ledger, Request, hash_messages, record_of
+from llavakit_plugins.generation.requests.send import Sender
 
 _NEXT = 1000
 """Between the draws of one attempt, which may ask the same thing more than once."""
@@ -60,10 +60,10 @@ class Desk:
         self.chats: list[ChatModel] = []
         """Every chat model that was built with `building`."""
         self._built: dict[str, ChatModel] = {}
-        self._asker: Asker | None = None
+        self._sender: Sender | None = None
         self._ledger: Ledger | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._asking: dict[str, asyncio.Task[None]] = {}
+        self._in_flight: dict[str, asyncio.Task[None]] = {}
 
     def building(self, build: Build) -> Build:
         """Return a `build` whose chat models ask here."""
@@ -81,7 +81,7 @@ class Desk:
 
     def work_off(
         self,
-        asker: Asker,
+        sender: Sender,
         ledger: Ledger,
         todo: Iterator[ItemT],
         work: Callable[[ItemT], object],
@@ -94,7 +94,7 @@ class Desk:
         """
 
         async def run() -> None:
-            self._asker, self._ledger = asker, ledger
+            self._sender, self._ledger = sender, ledger
             self._loop = loop = asyncio.get_running_loop()
             pool = ThreadPoolExecutor(2 * concurrency, "generator")
 
@@ -102,7 +102,7 @@ class Desk:
                 await after(await loop.run_in_executor(pool, copy_context().run, work, item))
 
             try:
-                await asker.work_off(todo, one, concurrency)
+                await sender.work_off(todo, one, concurrency)
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)
                 for chat in self.chats:
@@ -136,23 +136,23 @@ class Desk:
             raise ChatError("the job that this request belongs to has ended") from error
 
     async def _answer(self, chat: ChatModel, request: Request) -> Reply:
-        assert self._asker is not None
+        assert self._sender is not None
         assert self._ledger is not None
-        facts = asked(chat.identity, request)
-        if facts.key not in self._ledger:
-            task = self._asking.get(facts.key)
+        record = record_of(chat.identity, request)
+        if record.key not in self._ledger:
+            task = self._in_flight.get(record.key)
             if task is None:
-                task = asyncio.create_task(self._asker.ask(chat, facts, request))
-                self._asking[facts.key] = task
-                task.add_done_callback(lambda _: self._asking.pop(facts.key, None))
+                task = asyncio.create_task(self._sender.send(chat, record, request))
+                self._in_flight[record.key] = task
+                task.add_done_callback(lambda _: self._in_flight.pop(record.key, None))
             try:
                 await asyncio.shield(task)
             except ReplyError:
                 raise
             except Exception as error:
-                self._asker.end(error)  # the generator may make light of it
+                self._sender.end(error)  # the generator may make light of it
                 raise
-        entry = self._ledger.get(facts.key)
+        entry = self._ledger.get(record.key)
         assert entry is not None
         return entry.reply
 

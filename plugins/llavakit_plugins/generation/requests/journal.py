@@ -31,7 +31,7 @@ class Journal:
     @classmethod
     def beside(cls, ledger: Ledger) -> Self:
         """Return the journal of a ledger, with those of the ledgers it takes over."""
-        return cls(_place(ledger.path), [_place(path) for path in ledger.earlier])
+        return cls(_beside(ledger.path), [_beside(path) for path in ledger.earlier])
 
     def note_collected(self, batch: str) -> None:
         """Note that every reply of a batch is in the ledger."""
@@ -46,7 +46,7 @@ class Journal:
                 self.collected.add(row["collected"])
 
 
-def _place(ledger: Path) -> Path:
+def _beside(ledger: Path) -> Path:
     return ledger.with_name("batches.jsonl")
 
 

@@ -80,7 +80,7 @@ def _dumped(message: Message) -> str:
 
 
 @dataclass(frozen=True)
-class Asked:
+class RequestRecord:
     """What a ledger says of a request, without its text."""
 
     key: str
@@ -95,11 +95,11 @@ class Asked:
         return Entry(**asdict(self), time=round(time.time(), 3), **asdict(reply))
 
 
-def asked(identity: str, request: Request) -> Asked:
+def record_of(identity: str, request: Request) -> RequestRecord:
     """Return what a ledger says of a request to the chat model of this identity."""
     model, prompt = short_hash(identity), hash_messages(request.messages)
     key = short_hash(f"{model} {prompt} {request.draw}")
-    return Asked(key, model, prompt, request.draw, request.label)
+    return RequestRecord(key, model, prompt, request.draw, request.label)
 
 
 class Ledger:
@@ -125,7 +125,7 @@ class Ledger:
         """USD, of the replies whose price is known."""
         self.input_tokens = self.output_tokens = 0
         self._priced = False
-        self._places: dict[bytes, int] = {}
+        self._offsets: dict[bytes, int] = {}
         self._waiting: list[tuple[Entry, asyncio.Future[None]]] = []
         self._writer: asyncio.Task[None] | None = None
         self._lines = JsonLines(path) if writable else None
@@ -163,22 +163,22 @@ class Ledger:
     @property
     def usd(self) -> float | None:
         """What the replies cost, or None where there are some and no price is known."""
-        return self.spent if self._priced or not self._places else None
+        return self.spent if self._priced or not self._offsets else None
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._offsets)
 
     def __contains__(self, key: str) -> bool:
-        return bytes.fromhex(key) in self._places
+        return bytes.fromhex(key) in self._offsets
 
     def __iter__(self) -> Iterator[Entry]:
         """Yield every entry, in the order in which they came."""
-        for start in self._places.values():
+        for start in self._offsets.values():
             yield self._read(start)
 
     def get(self, key: str) -> Entry | None:
         """Return the entry of a key, read from the disk, or None."""
-        start = self._places.get(bytes.fromhex(key))
+        start = self._offsets.get(bytes.fromhex(key))
         return None if start is None else self._read(start)
 
     def append(self, *entries: Entry) -> None:
@@ -218,7 +218,7 @@ class Ledger:
             self._note(entry, start)
 
     def _note(self, entry: Entry, start: int) -> None:
-        self._places.setdefault(bytes.fromhex(entry.key), start)
+        self._offsets.setdefault(bytes.fromhex(entry.key), start)
         self.spent += entry.usd or 0.0
         self._priced |= entry.usd is not None
         self.input_tokens += entry.input_tokens or 0

@@ -57,7 +57,7 @@ def counter_for(model: str) -> Counter:
         name = tiktoken.encoding_name_for_model(model)
     except (ImportError, KeyError):
         name = ""
-    if not name or not _at_hand(name):
+    if not name or not _available(name):
         return Counter(ESTIMATE, False, lru_cache(maxsize=256)(estimate))
     encoding = tiktoken.get_encoding(name)
 
@@ -69,15 +69,15 @@ def counter_for(model: str) -> Counter:
     return Counter(name, True, count)
 
 
-def _at_hand(name: str) -> bool:
+def _available(name: str) -> bool:
     """Put a vocabulary where tiktoken looks before it downloads; say whether it is there.
 
     tiktoken checks its SHA-256 itself.
     """
     url = f"https://openaipublic.blob.core.windows.net/encodings/{name}.tiktoken"
     folder = os.environ.get("TIKTOKEN_CACHE_DIR") or Path(gettempdir()) / "data-gym-cache"
-    place = Path(folder) / sha1(url.encode()).hexdigest()
-    if place.is_file():
+    path = Path(folder) / sha1(url.encode()).hexdigest()
+    if path.is_file():
         return True
     package = find_spec("bpe_openai")
     if package is None or package.origin is None:
@@ -86,10 +86,10 @@ def _at_hand(name: str) -> bool:
     if not packed.is_file():
         return False
     try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        partial = place.with_name(f".{place.name}.{os.getpid()}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}.{os.getpid()}")
         partial.write_bytes(gzip.decompress(packed.read_bytes()))
-        partial.replace(place)
+        partial.replace(path)
     except OSError:  # no room there: an estimate will do, and says that it is one
         return False
     return True

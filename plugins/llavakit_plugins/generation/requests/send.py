@@ -19,9 +19,15 @@ from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from llavakit import ChatError, ChatModel, LlavaError, Message, Reply, ReplyError, Stopped, shown
-from llavakit_plugins.generation.requests.batches import AskAgain, BatchService
+from llavakit_plugins.generation.requests.batches import BatchService, SendAgain
 from llavakit_plugins.generation.requests.journal import Journal
-from llavakit_plugins.generation.requests.ledger import Asked, Entry, Ledger, Request, asked
+from llavakit_plugins.generation.requests.ledger import (
+    Entry,
+    Ledger,
+    Request,
+    RequestRecord,
+    record_of,
+)
 
 _PATIENCE = 10  # requests in a row that get no answer, before the job stops
 _GRACE = 120.0  # seconds for requests on their way when the job stops: they are paid for
@@ -43,7 +49,7 @@ class Tally:
     """Those of them that will never get one."""
 
 
-def ask_all(
+def send_all(
     chat: ChatModel,
     requests: Callable[[], Iterable[Request]],
     ledger: Ledger,
@@ -63,23 +69,23 @@ def ask_all(
     Raises ChatError where the service cannot be used, or the budget does not suffice; Stopped where
     the user asked to. In each case the replies so far are kept.
     """
-    asker = Asker([chat], ledger, budget_usd, stopping, progress)
+    sender = Sender([chat], ledger, budget_usd, stopping, progress)
     service: BatchService | None = getattr(chat, "batches", None)
 
     async def run() -> None:
         try:
             if service is not None:
-                await asker.in_batches(service, requests)
+                await sender.in_batches(service, requests)
             else:
-                await asker.live(requests(), concurrency)
+                await sender.live(requests(), concurrency)
         finally:
             await chat.close()
 
     asyncio.run(run())
-    return asker.tally
+    return sender.tally
 
 
-class Asker:
+class Sender:
     """What asking one or more chat models has in common: a ledger, a budget, and when to stop."""
 
     def __init__(
@@ -93,13 +99,13 @@ class Asker:
         self.chats, self._ledger, self._budget = chats, ledger, budget
         self._stopping, self._progress = stopping, progress
         self.tally = Tally()
-        self._on_the_way: set[str] = set()
+        self._in_flight: set[str] = set()
         self._slots = asyncio.Semaphore(1)
-        self._reserving_now = 0
+        self._reservations = 0
         self._reserved = 0.0
         """USD that what is on its way may cost."""
         self._failed_in_a_row = 0
-        self._again, self._may_ask_again = False, True
+        self._again, self._may_send_again = False, True
         """Whether a batch service knows by now how to ask what it was asked."""
         self._end: Exception | None = None
         """Why no more is asked."""
@@ -110,16 +116,16 @@ class Asker:
         """Ask the one chat model what is missing."""
         todo = self._missing(requests)
 
-        async def ask(item: tuple[Asked, Request]) -> None:
-            facts, request = item
+        async def send(item: tuple[RequestRecord, Request]) -> None:
+            record, request = item
             try:
-                await self.ask(self.chats[0], facts, request)
+                await self.send(self.chats[0], record, request)
             except ReplyError:
                 pass  # it is in the tally
             finally:
-                self._on_the_way.discard(facts.key)
+                self._in_flight.discard(record.key)
 
-        await self.work_off(todo, ask, concurrency)
+        await self.work_off(todo, send, concurrency)
 
     async def work_off(
         self, todo: Iterator[T], work: Callable[[T], Awaitable[None]], concurrency: int
@@ -158,13 +164,13 @@ class Asker:
         if self._end is not None:
             raise self._end
 
-    def _missing(self, requests: Iterable[Request]) -> Iterator[tuple[Asked, Request]]:
+    def _missing(self, requests: Iterable[Request]) -> Iterator[tuple[RequestRecord, Request]]:
         for request in requests:
-            facts = asked(self.chats[0].identity, request)
-            known = facts.key in self._ledger or facts.key in self.tally.refused
-            if not known and facts.key not in self._on_the_way:
-                self._on_the_way.add(facts.key)
-                yield facts, request
+            record = record_of(self.chats[0].identity, request)
+            known = record.key in self._ledger or record.key in self.tally.refused
+            if not known and record.key not in self._in_flight:
+                self._in_flight.add(record.key)
+                yield record, request
 
     async def _work(
         self, todo: Iterator[T], work: Callable[[T], Awaitable[None]], most: int | None = None
@@ -184,7 +190,7 @@ class Asker:
         """Ask no more, since nothing would be answered."""
         self._end = self._end or error
 
-    async def ask(self, chat: ChatModel, facts: Asked, request: Request) -> None:
+    async def send(self, chat: ChatModel, record: RequestRecord, request: Request) -> None:
         """Put the reply to a request into the ledger. Raises ReplyError where there is none, and
         why no more is asked where that is so."""
         try:
@@ -194,10 +200,10 @@ class Asker:
                         raise self._end
                     reply = await self._reply(chat, request)
                 self._failed_in_a_row = 0
-                entry = facts.entry(_priced(chat, request, reply))
+                entry = record.entry(_priced(chat, request, reply))
                 await self._ledger.write(entry)
         except ReplyError as error:
-            self._no_answer(facts.key, error)
+            self._no_answer(record.key, error)
             raise
         self._count(entry)
 
@@ -221,16 +227,16 @@ class Asker:
         """Keep the most that a request may cost until its price is in the ledger."""
         most = self._most(chat, request.messages)
         while not self._affordable(self._reserved + most) and self._end is None:
-            if self._reserving_now == 0:
+            if self._reservations == 0:
                 self._end = self._too_little(most)
             await asyncio.sleep(0.02)  # what is on its way mostly costs less than is reserved
-        self._reserving_now += 1
+        self._reservations += 1
         self._reserved += most
         try:
             yield
         finally:
-            self._reserving_now -= 1
-            self._reserved = self._reserved - most if self._reserving_now else 0.0
+            self._reservations -= 1
+            self._reserved = self._reserved - most if self._reservations else 0.0
 
     def _no_answer(self, key: str, error: ReplyError) -> None:
         self.tally.unanswered[key] = reason = str(error)
@@ -277,8 +283,8 @@ class Asker:
         self, service: BatchService, requests: Callable[[], Iterable[Request]]
     ) -> None:
         journal = Journal.beside(self._ledger)
-        known = {facts.key: facts for facts, _ in self._missing(requests())}
-        self._on_the_way.clear()
+        known = {record.key: record for record, _ in self._missing(requests())}
+        self._in_flight.clear()
         # an earlier attempt's first: what they hold is not to be handed in again
         running = [
             batch
@@ -287,35 +293,35 @@ class Asker:
             if batch not in journal.collected
         ]
         await self._collect(service, journal, running, known)
-        for self._may_ask_again in (True, False):
+        for self._may_send_again in (True, False):
             self._again = False
-            await self._hand_in(service, requests, journal, running, known)
+            await self._submit(service, requests, journal, running, known)
             if self._end is not None:
                 raise self._end
             if not self._again:
                 return
 
-    async def _hand_in(
+    async def _submit(
         self,
         service: BatchService,
         requests: Callable[[], Iterable[Request]],
         journal: Journal,
         running: list[str],
-        known: dict[str, Asked],
+        known: dict[str, RequestRecord],
     ) -> None:
         """Ask for what is missing, and wait for it."""
-        self._on_the_way.clear()
+        self._in_flight.clear()
         self._reserved = 0.0
         sent: set[str] = set()
         chunk: dict[str, Request] = {}
-        for facts, request in self._missing(requests()):
+        for record, request in self._missing(requests()):
             most = self._most(self.chats[0], request.messages)
             if not self._affordable(self._reserved + most):
                 self._end = self._too_little(most)
                 break
             self._reserved += most
-            chunk[facts.key] = request
-            sent.add(facts.key)
+            chunk[record.key] = request
+            sent.add(record.key)
             if len(chunk) == service.size:
                 running.append(await service.submit(journal.mark, chunk))
                 chunk = {}
@@ -331,7 +337,7 @@ class Asker:
         service: BatchService,
         journal: Journal,
         running: list[str],
-        known: dict[str, Asked],
+        known: dict[str, RequestRecord],
     ) -> None:
         while running:
             for batch in list(running):
@@ -347,8 +353,10 @@ class Asker:
             if running:
                 await self._pause(service.poll_seconds)
 
-    async def _take(self, key: str, reply: Reply | ReplyError, known: dict[str, Asked]) -> None:
-        if isinstance(reply, AskAgain) and self._may_ask_again:
+    async def _take(
+        self, key: str, reply: Reply | ReplyError, known: dict[str, RequestRecord]
+    ) -> None:
+        if isinstance(reply, SendAgain) and self._may_send_again:
             self._again = True
             return
         if isinstance(reply, ReplyError):
@@ -358,7 +366,7 @@ class Asker:
             return
         if key in self._ledger:
             return
-        unknown = Asked(key, "", "", 0, "of an earlier recipe")
+        unknown = RequestRecord(key, "", "", 0, "of an earlier recipe")
         entry = known.get(key, unknown).entry(reply)
         await self._ledger.write(entry)
         self._count(entry)
