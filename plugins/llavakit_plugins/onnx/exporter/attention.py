@@ -136,9 +136,9 @@ class Trace:
         rows_T1 = (torch.arange(rows) + past)[:, None]
         visible_B1TL = (columns_L <= rows_T1) & self.mask_BL.bool()[:, None, None, :]
         if window is not None:
-            places_BL = self.mask_BL.cumsum(1)
-            first_BT = places_BL[:, past:] - window
-            visible_B1TL = visible_B1TL & (places_BL[:, None] > first_BT[:, :, None])[:, None]
+            positions_BL = self.mask_BL.cumsum(1)
+            first_BT = positions_BL[:, past:] - window
+            visible_B1TL = visible_B1TL & (positions_BL[:, None] > first_BT[:, :, None])[:, None]
         hidden = torch.full((), -1e4, dtype=dtype)  # within half precision, and far enough
         return torch.where(visible_B1TL, torch.zeros((), dtype=dtype), hidden)
 

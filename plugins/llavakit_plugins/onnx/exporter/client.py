@@ -12,7 +12,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from llavakit import IMAGE_ID, ModelError, encode
 from llavakit.contracts.data import IMAGE, Sample, Turn
-from llavakit_plugins.onnx.exporter.pictures import javascript_settings, python_settings
+from llavakit_plugins.onnx.exporter.images import javascript_settings, python_settings
 from llavakit_plugins.onnx.exporter.prompts import chat_template
 from llavakit_plugins.onnx.runtime.layout import GRAPHS, graph_file
 from llavakit_plugins.onnx.runtime.pictures import Preparation
@@ -120,8 +120,8 @@ def agreeing_template(
         questions.append("What is the sea like?")
     wanted = []
     for text in questions:
-        picture = Path("picture")  # is not opened
-        sample = Sample("prompt", (Turn("human", text),), (picture,) * text.count(IMAGE))
+        image_path = Path("picture")  # is not opened
+        sample = Sample("prompt", (Turn("human", text),), (image_path,) * text.count(IMAGE))
         ids = encode(sample, template, tokenizer).ids
         wanted.append(np.where(ids == IMAGE_ID, image_token, ids).tolist())
     got: list[list[int]] = []

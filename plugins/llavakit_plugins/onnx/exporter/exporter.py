@@ -85,7 +85,7 @@ class Onnx(Exporter):
 
     def check(self, model: LlavaModel) -> None:
         """Raise ModelError for images and prompts that clients cannot make as the model does."""
-        from llavakit_plugins.onnx.exporter.pictures import find_preparation
+        from llavakit_plugins.onnx.exporter.images import find_preparation
         from llavakit_plugins.onnx.exporter.prompts import find_format
 
         find_preparation(model.vision)
@@ -105,7 +105,7 @@ class Onnx(Exporter):
 
     def _write(self, model: LlavaModel, partial: Path) -> dict[str, Any]:
         from llavakit_plugins.onnx.exporter import client, parity
-        from llavakit_plugins.onnx.exporter.pictures import find_preparation
+        from llavakit_plugins.onnx.exporter.images import find_preparation
         from llavakit_plugins.onnx.exporter.prompts import find_format
 
         options = self.options

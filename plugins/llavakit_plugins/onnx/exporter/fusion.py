@@ -113,7 +113,7 @@ def rotate_in_attention(model: ir.Model, longest: int) -> None:
     for node in list(model.graph):
         if node.op_type != "GroupQueryAttention" or node.domain != _MICROSOFT:
             continue
-        query, key = (_rotated(node.inputs[place]) for place in (0, 1))
+        query, key = (_rotated(node.inputs[index]) for index in (0, 1))
         value = _flat(node.inputs[2])
         if query is None or key is None or value is None or query[1:] != key[1:]:
             continue

@@ -14,7 +14,7 @@ from PIL import Image
 from llavakit import ModelError, pack
 from llavakit.contracts.data import IMAGE
 from llavakit.contracts.packing import KVCache, Packing
-from llavakit_plugins.onnx.exporter.pictures import pictures
+from llavakit_plugins.onnx.exporter.images import sample_images
 from llavakit_plugins.onnx.runtime import OnnxModel
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def cases(model: LlavaModel) -> list[Case]:
     """Return prompts without an image, with one and with several, those that fit."""
     found = []
     for text in _TEXTS:
-        images = pictures(text.count(IMAGE))
+        images = sample_images(text.count(IMAGE))
         encoded = model.prompt(text, images, raw=True)
         if encoded.length(model.visual_tokens) + NEW_TOKENS > model.language.max_length:
             continue

@@ -32,9 +32,9 @@ def cut_early(graph: ir.Graph) -> None:
     if not moved:
         return
     into = [
-        (node, place, value)
+        (node, index, value)
         for node in (node for node in graph if node in moved)
-        for place, value in enumerate(node.inputs)
+        for index, value in enumerate(node.inputs)
         if value is not None and value.producer() not in moved and _has_rows(value, source)
     ]
     for value in dict.fromkeys(value for _, _, value in into):
@@ -42,9 +42,9 @@ def cut_early(graph: ir.Graph) -> None:
         kept = early.outputs[0]
         kept.name, kept.type = f"{value.name}.kept", value.type
         graph.append(early)
-        for node, place, old in into:
+        for node, index, old in into:
             if old is value:
-                node.replace_input_with(place, kept)
+                node.replace_input_with(index, kept)
     for node in moved:
         for output in node.outputs:
             output.shape = None  # it said as many rows as the prompt has

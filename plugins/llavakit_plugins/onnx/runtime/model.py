@@ -166,10 +166,12 @@ class OnnxModel(Answering[FloatArray]):
                     return
                 if len(going) < len(chosen):
                     self.decoder.select(going)
-                    chosen = [chosen[place] for place in going]
-                places = np.asarray([[lengths[index] - 1] for index in unfinished.active], np.int64)
+                    chosen = [chosen[index] for index in going]
+                positions = np.asarray(
+                    [[lengths[index] - 1] for index in unfinished.active], np.int64
+                )
                 embeds_B1E = self._embed(np.asarray(chosen, np.int64)[:, None])
-                logits_BV = self.decoder.step(embeds_B1E, places)
+                logits_BV = self.decoder.step(embeds_B1E, positions)
         finally:
             self.decoder.release()
 

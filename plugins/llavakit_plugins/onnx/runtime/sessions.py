@@ -152,13 +152,13 @@ class Decoder:
         room = max(capacity, rows) if self.in_place else 0
         shape = (batch, self.shapes.kv_heads, room, self.shapes.head_dim)
         # zeros, since what lies behind a sequence must not be NaN
-        self._cache = [self._place(np.zeros(shape, self._kind)) for _ in self._past]
+        self._cache = [self._on_device(np.zeros(shape, self._kind)) for _ in self._past]
         self._binding, self._mask_BL = None, real_BT
-        places = np.arange(rows, dtype=np.int64)
+        positions = np.arange(rows, dtype=np.int64)
         binding = self._bind()
         kept = runtime_module().OrtValue.ortvalue_from_numpy(np.asarray(keep, np.int64))
         binding.bind_ortvalue_input(KEEP, kept)  # it has a default, which the other way refuses
-        whole_BT = np.broadcast_to(places, real_BT.shape).copy()
+        whole_BT = np.broadcast_to(positions, real_BT.shape).copy()
         logits_BKV = self._run(binding, embeds_BTE, whole_BT)
         self._binding = None  # its output has as many rows as were kept
         return logits_BKV
@@ -180,7 +180,7 @@ class Decoder:
     def select(self, sequences: Sequence[int]) -> None:
         """Keep only these sequences, in this order."""
         rows = list(sequences)
-        self._cache = [self._place(value.numpy()[rows]) for value in self._cache]
+        self._cache = [self._on_device(value.numpy()[rows]) for value in self._cache]
         self._binding = None
         self._mask_BL = self._mask_BL[rows]
 
@@ -211,7 +211,7 @@ class Decoder:
             self._binding = binding
         return binding
 
-    def _place(self, held_BGPK: CacheArray) -> OrtValue:
+    def _on_device(self, held_BGPK: CacheArray) -> OrtValue:
         """Return a tensor of the cache on the device; on a CPU it is the array itself."""
         value: OrtValue = runtime_module().OrtValue.ortvalue_from_numpy(held_BGPK, self.device, 0)
         return value

@@ -20,7 +20,7 @@ _NUMBERS = {name: int(filter) for name, filter in RESAMPLES.items()}
 _CLOSE = 1e-4
 
 
-def pictures(count: int = 2, size: tuple[int, int] = (97, 61)) -> list[Image.Image]:
+def sample_images(count: int = 2, size: tuple[int, int] = (97, 61)) -> list[Image.Image]:
     """Return smooth pictures with some noise, the same each time."""
     draw = np.random.default_rng(0)
     found = []
@@ -44,7 +44,7 @@ def find_preparation(vision: VisionEncoder) -> Preparation:
     std = 1.0 / (white - black)
     mean = -black * std
     known = _rounded(mean), _rounded(std)
-    tries = pictures()
+    tries = sample_images()
     expected = [vision.prepare(image).float().numpy() for image in tries]
     for candidate in _candidates(size, *known):
         got = [candidate.prepare(image) for image in tries]
