@@ -121,13 +121,15 @@ def _quantized(options: LanguageOptions, small: bool) -> dict[str, Any]:
         raise ModelError(reason)
     from transformers import BitsAndBytesConfig
 
-    place = {"device_map": {"": options.device or ("cuda" if torch.cuda.is_available() else "cpu")}}
+    placed_on = {
+        "device_map": {"": options.device or ("cuda" if torch.cuda.is_available() else "cpu")}
+    }
     if small:
-        return place
+        return placed_on
     how = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=getattr(torch, options.dtype),
     )
-    return {**place, "quantization_config": how}
+    return {**placed_on, "quantization_config": how}

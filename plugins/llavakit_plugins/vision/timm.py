@@ -172,8 +172,8 @@ def _build(options: TimmOptions, *, pretrained: bool) -> Any:
         if made is not None:
             name = f"local-dir:{options.source}"
         else:
-            place = "local-dir" if options.source.is_dir() else None
-            weights = {"file": str(options.source), "source": place}
+            kind = "local-dir" if options.source.is_dir() else None
+            weights = {"file": str(options.source), "source": kind}
     assert name is not None
     try:
         model = timm.create_model(
