@@ -1,4 +1,7 @@
-"""Runs the job of a generator that asks chat models in its own way, as any other job."""
+"""Runs a job for a generator that calls chat models in its own way.
+
+It gets the same ledger, budget, retries and files as any other job.
+"""
 
 from __future__ import annotations
 
@@ -51,17 +54,17 @@ if TYPE_CHECKING:
 
 @dataclass
 class _State:
-    """What came of the conversations that this process tried."""
+    """The results of the conversations that this process tried."""
 
     conversations: Conversations
     failures: Failures
     unanswered: Unanswered = field(default_factory=Unanswered)
     rejected: dict[str, Conversation] = field(default_factory=dict)
-    """Those of which no attempt can be used, by key."""
+    """Conversations of which no attempt can be used, by key."""
 
 
 class _Items(Items):
-    """The items of a job, as the conversations made so far have them."""
+    """The items of a job; their state depends on the conversations made so far."""
 
     def __init__(
         self,
@@ -99,12 +102,15 @@ class _Items(Items):
 
 
 def run_own_job(options: GenerateOptions, generator: Generator, desk: Desk, run: Run) -> Outcome:
-    """Leave what `run_job` leaves; the conversations are the generator's own."""
+    """Do what `run_job` does, with conversations that the generator makes itself.
+
+    Raises the errors of `run_job`, and RecipeError if a chat model uses a batch service.
+    """
     for chat in desk.chats:
         _refuse_batches(chat, generator)
     failures = Failures(generator.name, run.directory / "failures.txt")
     path = run.directory / FILE
-    # one that builds its chat model late does not say yet which it is
+    # a generator may build its chat model later: then replies of every model are taken over
     identities = frozenset(chat.identity for chat in desk.chats) or None
     earlier = earlier_ledgers(run.directory)
     with open_sources(options, run.directory) as sources:
@@ -154,7 +160,7 @@ def _make(
     jobs: Sequence[_Items],
     state: _State,
 ) -> None:
-    """Make every conversation that there is not yet, many at a time."""
+    """Make all missing conversations, many at a time."""
     spending = Spending(run, ledger)
     made = state.conversations.ledger
     total = sum(map(len, jobs))
@@ -197,7 +203,10 @@ _Made = tuple[tuple[ImageContext, ResponseKind], Conversation | Exception]
 def _converse(
     generator: Generator, context: ImageContext, kind: ResponseKind, attempts: int
 ) -> Conversation | Exception:
-    """Return a conversation, or what a generator raised that another attempt does not change."""
+    """Return a conversation, or the generator's error if another attempt would not help.
+
+    Errors are returned and not raised, so that one failure does not end the other threads' work.
+    """
     refused: list[str] = []
     for number in range(attempts):
         try:
@@ -208,7 +217,7 @@ def _converse(
             refused.append(str(error))
         except (ChatError, Stopped) as error:
             return error
-        except LlavaError as error:  # what it was told cannot be used: told anew, it may be
+        except LlavaError as error:  # the reply cannot be used; another reply may be usable
             refused.append(str(error))
         except Exception as error:
             return error
