@@ -94,7 +94,7 @@ def fill_ledger(path: Path, recipe: Path, contexts: Path, but: int) -> None:
     from llavakit.recipe.recipe import Recipe
     from llavakit.registry import Registry
     from llavakit_plugins.generation.contexts import read_contexts
-    from llavakit_plugins.generation.requests.ledger import Request, asked
+    from llavakit_plugins.generation.requests.ledger import Request, record_of
     from llavakit_plugins.generation.requests.prompted import PromptedGenerator
 
     registry = Registry.installed()
@@ -106,7 +106,7 @@ def fill_ledger(path: Path, recipe: Path, contexts: Path, but: int) -> None:
         for number, context in enumerate(rows):
             request = Request(generator.messages(context, "detail"), 0, context.id)
             reply = Reply(REPLY.format(n=number), "stop", "gpt-4o", 1500, 20, 0.004)
-            entry = asked(generator.chat.identity, request).entry(reply)
+            entry = record_of(generator.chat.identity, request).entry(reply)
             file.write(json.dumps(asdict(entry)) + "\n")
 
 

@@ -28,8 +28,8 @@ from llavakit import (
 )
 from llavakit_plugins.chat_models.openai import OpenAI
 from llavakit_plugins.chat_models.options import OpenAIOptions
-from llavakit_plugins.generation.requests.asking import ask_all
-from llavakit_plugins.generation.requests.ledger import Ledger, Request, asked
+from llavakit_plugins.generation.requests.ledger import Ledger, Request, record_of
+from llavakit_plugins.generation.requests.send import send_all
 
 PRICE = {"input": 10, "output": 100}  # a reply of 100 + 10 tokens: 0.002 USD
 
@@ -59,7 +59,7 @@ def requests(count: int, first: int = 0) -> list[Request]:
 
 
 def entry(number: int = 0, **changes: Any) -> Any:
-    facts = asked("a model", requests(1, number)[0])
+    facts = record_of("a model", requests(1, number)[0])
     return replace(facts.entry(Reply(f"text {number}", usd=0.5)), **changes)
 
 
@@ -171,7 +171,7 @@ def test_a_ledger_that_is_only_read_stays_as_it_is(tmp_path: Path) -> None:
 def test_what_earlier_attempts_paid_for_is_taken_over(tmp_path: Path) -> None:
     for name, identity in (("one", "a model"), ("two", "another")):
         with Ledger(tmp_path / name) as ledger:
-            facts = asked(identity, requests(1)[0])
+            facts = record_of(identity, requests(1)[0])
             ledger.append(facts.entry(Reply(name)))
     earlier = [tmp_path / "one", tmp_path / "two"]
     with Ledger(tmp_path / "new", identity="a model", earlier=earlier) as ledger:
@@ -194,7 +194,7 @@ def test_each_is_asked_once_and_no_more_than_so_many_at_once(
     seen: list[str] = []
     with Ledger(tmp_path / "ledger") as ledger:
         todo = [*requests(40), *requests(40)]  # everything twice
-        tally = ask_all(
+        tally = send_all(
             model(service), lambda: todo, ledger, concurrency=7,
             progress=lambda entry: seen.append(entry.label),
         )  # fmt: skip
@@ -206,7 +206,7 @@ def test_each_is_asked_once_and_no_more_than_so_many_at_once(
     assert set(Counter(map(user_text, service.asked)).values()) == {1}
     assert 2 <= service.most_at_once <= 7
     with Ledger(tmp_path / "ledger") as ledger:
-        assert ask_all(model(service), lambda: requests(50), ledger).answered == 10
+        assert send_all(model(service), lambda: requests(50), ledger).answered == 10
     assert len(service.asked) == 50
 
 
@@ -215,7 +215,7 @@ def test_a_wrong_key_ends_the_job_at_the_first_request(
 ) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "sk-another-0123456789")
     with Ledger(tmp_path / "ledger") as ledger, pytest.raises(ChatError, match="does not take"):
-        ask_all(model(service), lambda: requests(100), ledger, concurrency=16)
+        send_all(model(service), lambda: requests(100), ledger, concurrency=16)
     assert len(service.asked) == 1
 
 
@@ -228,17 +228,17 @@ def test_one_request_that_is_refused_holds_up_no_other(service: Service, tmp_pat
 
     service.otherwise = answer
     with Ledger(tmp_path / "ledger") as ledger:
-        tally = ask_all(model(service), lambda: requests(30), ledger)
+        tally = send_all(model(service), lambda: requests(30), ledger)
         assert (tally.answered, len(ledger)) == (29, 29)
     ((key, reason),) = tally.unanswered.items()
-    assert key == asked(model(service).identity, requests(1, 3)[0]).key
+    assert key == record_of(model(service).identity, requests(1, 3)[0]).key
     assert "too long" in reason
 
 
 def test_a_service_that_refuses_everything_ends_the_job(service: Service, tmp_path: Path) -> None:
     service.otherwise = lambda h, b: h.fail(400, "no such field")
     with Ledger(tmp_path / "ledger") as ledger, pytest.raises(ChatError, match="in a row"):
-        ask_all(model(service), lambda: requests(1000), ledger, concurrency=4)
+        send_all(model(service), lambda: requests(1000), ledger, concurrency=4)
     assert len(service.asked) < 30
 
 
@@ -262,7 +262,7 @@ def test_faults_at_random_lose_nothing(service: Service, tmp_path: Path) -> None
 
     service.otherwise = answer
     with Ledger(tmp_path / "ledger") as ledger:
-        tally = ask_all(model(service), lambda: requests(60), ledger, concurrency=16)
+        tally = send_all(model(service), lambda: requests(60), ledger, concurrency=16)
         assert not tally.unanswered
         assert sorted(e.text for e in ledger) == sorted(f"Re: question {n}" for n in range(60))
 
@@ -275,7 +275,7 @@ def test_asking_to_stop_keeps_what_is_on_its_way(service: Service, tmp_path: Pat
     service.otherwise = answer
     with Ledger(tmp_path / "ledger") as ledger:
         with pytest.raises(Stopped):
-            ask_all(
+            send_all(
                 model(service), lambda: requests(500), ledger, concurrency=8,
                 stopping=lambda: len(service.asked) > 20,
             )  # fmt: skip
@@ -294,7 +294,7 @@ def test_who_gives_the_requests_may_stop(service: Service, tmp_path: Path) -> No
     service.otherwise = answer
     with Ledger(tmp_path / "ledger") as ledger:
         with pytest.raises(Stopped):
-            ask_all(model(service), some, ledger, concurrency=8)
+            send_all(model(service), some, ledger, concurrency=8)
         assert len(ledger) == len(service.asked) > 1  # what was on its way is kept
 
 
@@ -311,7 +311,7 @@ def test_what_waits_for_its_turn_is_not_sent_when_the_job_stops(
         begun = time.monotonic()
         with Ledger(tmp_path / f"ledger {enough}") as ledger:
             with pytest.raises(Stopped):
-                ask_all(
+                send_all(
                     chat, lambda: requests(50), ledger, concurrency=4,
                     stopping=lambda: len(service.asked) >= enough,  # noqa: B023
                 )  # fmt: skip
@@ -345,10 +345,10 @@ class Own(ChatModel):
 def test_whatever_one_request_raises_the_others_are_written(tmp_path: Path, fault: object) -> None:
     chat = Own(lambda number: fault if number == 2 else f"Re: {number}")
     with Ledger(tmp_path / "ledger") as ledger:
-        tally = ask_all(chat, lambda: requests(20), ledger, concurrency=4)
+        tally = send_all(chat, lambda: requests(20), ledger, concurrency=4)
         assert len(ledger) == tally.answered == 19
     ((key, reason),) = tally.unanswered.items()
-    assert key == asked(chat.identity, requests(1, 2)[0]).key
+    assert key == record_of(chat.identity, requests(1, 2)[0]).key
     assert not tally.refused
     assert reason.startswith("chat model `own` failed: ")
     assert "\x1b" not in reason
@@ -373,7 +373,7 @@ def test_what_ends_the_job_lets_the_others_end_in_peace(
 
         monkeypatch.setattr(ledger, "write", write)
         with pytest.raises(type(error), match=str(error)):
-            ask_all(model(service), lambda: requests(200), ledger, concurrency=8)
+            send_all(model(service), lambda: requests(200), ledger, concurrency=8)
         assert len(service.asked) < 30
         assert len(ledger) == len(service.asked) - 1
 
@@ -385,7 +385,7 @@ def test_who_gives_the_requests_may_fail(service: Service, tmp_path: Path) -> No
 
     with Ledger(tmp_path / "ledger") as ledger:
         with pytest.raises(RuntimeError, match="a plugin's own"):
-            ask_all(model(service), some, ledger, concurrency=8)
+            send_all(model(service), some, ledger, concurrency=8)
         assert len(ledger) == len(service.asked) == 5
 
 
@@ -398,10 +398,10 @@ def test_a_service_that_answers_may_refuse_many(service: Service, tmp_path: Path
 
     service.otherwise = answer
     with Ledger(tmp_path / "ledger") as ledger:
-        tally = ask_all(model(service), lambda: requests(60), ledger, concurrency=1)
+        tally = send_all(model(service), lambda: requests(60), ledger, concurrency=1)
         assert (tally.answered, len(tally.refused)) == (15, 45)
         # what a resume has left is refused alone, and that ends it as well
-        again = ask_all(model(service), lambda: requests(60), ledger, concurrency=1)
+        again = send_all(model(service), lambda: requests(60), ledger, concurrency=1)
         assert (again.answered, again.refused) == (0, tally.refused)
 
 
@@ -412,13 +412,13 @@ def test_a_budget_is_never_passed(service: Service, tmp_path: Path) -> None:
     chat = model(service, price=PRICE, max_tokens=20)
     with Ledger(tmp_path / "ledger") as ledger:
         with pytest.raises(ChatError, match=r"at budget_usd = 0\.05: 0\.0\d+ USD are spent"):
-            ask_all(chat, lambda: requests(200), ledger, concurrency=8, budget_usd=0.05)
+            send_all(chat, lambda: requests(200), ledger, concurrency=8, budget_usd=0.05)
         spent = ledger.spent
         assert len(service.asked) == len(ledger)
         assert spent == pytest.approx(len(ledger) * 0.002)
         assert 0.04 < spent <= 0.05
     with Ledger(tmp_path / "ledger") as ledger:  # more money: it goes on, and asks nothing twice
-        ask_all(
+        send_all(
             model(service, price=PRICE, max_tokens=20), lambda: requests(40), ledger, budget_usd=1
         )
         assert len(ledger) == len(service.asked) == 40
@@ -426,7 +426,7 @@ def test_a_budget_is_never_passed(service: Service, tmp_path: Path) -> None:
 
 def test_a_budget_needs_a_price(service: Service, tmp_path: Path) -> None:
     with Ledger(tmp_path / "ledger") as ledger, pytest.raises(ChatError, match="no price is known"):
-        ask_all(model(service), lambda: requests(1), ledger, budget_usd=1)
+        send_all(model(service), lambda: requests(1), ledger, budget_usd=1)
     assert not service.asked
 
 
@@ -437,7 +437,7 @@ def test_a_service_that_counts_nothing_is_counted_here(service: Service, tmp_pat
     service.otherwise = answer
     chat = model(service, price=PRICE)
     with Ledger(tmp_path / "ledger") as ledger:
-        ask_all(chat, lambda: requests(1), ledger)
+        send_all(chat, lambda: requests(1), ledger)
         (found,) = ledger
     sent = chat.count(requests(1)[0].messages)
     assert found.input_tokens == sent
@@ -462,10 +462,10 @@ def batching() -> Iterator[Service]:
 def test_a_batch_is_handed_in_polled_and_collected(batching: Service, tmp_path: Path) -> None:
     chat = model(batching, batch=True, batch_size=4, price=PRICE)
     with Ledger(tmp_path / "ledger") as ledger:
-        tally = ask_all(chat, lambda: requests(10), ledger)
+        tally = send_all(chat, lambda: requests(10), ledger)
         assert tally.answered == 10
         for request in requests(10):
-            found = ledger.get(asked(chat.identity, request).key)
+            found = ledger.get(record_of(chat.identity, request).key)
             assert found is not None
             assert found.text == f"Re: {request.messages[0].content}"
             assert found.label == request.label
@@ -476,17 +476,17 @@ def test_a_batch_is_handed_in_polled_and_collected(batching: Service, tmp_path: 
             row = json.loads(line)
             assert re.fullmatch(r"[0-9a-f]{32}", row["custom_id"])
     with Ledger(tmp_path / "ledger") as ledger:
-        assert ask_all(chat, lambda: requests(10), ledger).answered == 0
+        assert send_all(chat, lambda: requests(10), ledger).answered == 0
     assert len(batching.batches) == 3
 
 
 def test_a_batch_on_its_way_is_collected_by_the_next_run(batching: Service, tmp_path: Path) -> None:
     chat = model(batching, batch=True, batch_size=4)
     with Ledger(tmp_path / "ledger") as ledger, pytest.raises(Stopped):
-        ask_all(chat, lambda: requests(10), ledger, stopping=lambda: len(batching.batches) == 3)
+        send_all(chat, lambda: requests(10), ledger, stopping=lambda: len(batching.batches) == 3)
     assert not batching.asked
     with Ledger(tmp_path / "ledger") as ledger:
-        assert ask_all(chat, lambda: requests(12), ledger).answered == 12
+        assert send_all(chat, lambda: requests(12), ledger).answered == 12
         assert len(ledger) == 12
     assert len(batching.batches) == 4  # the two new ones
     assert set(Counter(map(user_text, batching.asked)).values()) == {1}
@@ -495,12 +495,12 @@ def test_a_batch_on_its_way_is_collected_by_the_next_run(batching: Service, tmp_
 def test_half_a_line_of_the_journal_is_cut(batching: Service, tmp_path: Path) -> None:
     chat = model(batching, batch=True)
     with Ledger(tmp_path / "ledger") as ledger:
-        ask_all(chat, lambda: requests(2), ledger)
+        send_all(chat, lambda: requests(2), ledger)
     journal = tmp_path / "batches.jsonl"
     whole = journal.read_bytes()
     journal.write_bytes(whole + b'{"coll')
     with Ledger(tmp_path / "ledger") as ledger:
-        assert ask_all(chat, lambda: requests(3), ledger).answered == 1
+        assert send_all(chat, lambda: requests(3), ledger).answered == 1
     rows = [json.loads(line) for line in journal.read_text().splitlines()]
     assert [list(row) for row in rows] == [["mark"], ["collected"], ["collected"]]
 
@@ -520,7 +520,7 @@ class Odd(Echoing):
         name = batch.get("output_file_id")
         if not isinstance(name, str) or name not in self.service.files:
             return
-        one = asked(model(self.service).identity, requests(1, 1)[0]).key
+        one = record_of(model(self.service).identity, requests(1, 1)[0]).key
         rows = [json.loads(line) for line in self.service.files[name].splitlines()]
         rows = [{**row, **self.line} if row["custom_id"] == one else row for row in rows]
         self.service.files[name] = "\n".join(map(json.dumps, rows)).encode()
@@ -539,10 +539,10 @@ class Odd(Echoing):
 def test_odd_fields_of_a_batch_cost_no_reply(tmp_path: Path, batch: dict[str, Any]) -> None:
     with serve(handler=type("Now", (Odd,), {"batch": batch})) as odd:
         with Ledger(tmp_path / "ledger") as ledger:
-            tally = ask_all(model(odd, batch=True), lambda: requests(4), ledger)
+            tally = send_all(model(odd, batch=True), lambda: requests(4), ledger)
             assert (tally.answered, len(ledger), tally.unanswered) == (4, 4, {})
         with Ledger(tmp_path / "ledger") as ledger:  # and a resume asks nothing
-            assert ask_all(model(odd, batch=True), lambda: requests(4), ledger).answered == 0
+            assert send_all(model(odd, batch=True), lambda: requests(4), ledger).answered == 0
         assert len(odd.batches) == 1
 
 
@@ -550,7 +550,7 @@ def test_odd_fields_of_a_batch_cost_no_reply(tmp_path: Path, batch: dict[str, An
 def test_a_batch_without_an_output_leaves_its_requests_open(tmp_path: Path, name: Any) -> None:
     handler = type("Now", (Odd,), {"batch": {"output_file_id": name, "error_file_id": ""}})
     with serve(handler=handler) as odd, Ledger(tmp_path / "ledger") as ledger:
-        tally = ask_all(model(odd, batch=True), lambda: requests(4), ledger)
+        tally = send_all(model(odd, batch=True), lambda: requests(4), ledger)
         assert (tally.answered, len(tally.unanswered), tally.refused) == (0, 4, set())
 
 
@@ -581,10 +581,10 @@ def test_odd_lines_of_a_batch_cost_no_other_reply(
 ) -> None:
     with serve(handler=type("Now", (Odd,), {"line": line})) as odd:
         with Ledger(tmp_path / "ledger") as ledger:
-            tally = ask_all(model(odd, batch=True), lambda: requests(4), ledger)
+            tally = send_all(model(odd, batch=True), lambda: requests(4), ledger)
             assert len(ledger) == 3
         ((key, reason),) = tally.unanswered.items()
-        assert key == asked(model(odd).identity, requests(1, 1)[0]).key
+        assert key == record_of(model(odd).identity, requests(1, 1)[0]).key
         assert why in reason
         assert tally.refused == ({key} if lasting else set())
 
@@ -594,7 +594,7 @@ def test_a_withheld_reply_of_a_batch_is_a_reply(tmp_path: Path) -> None:
     line = {"response": {"status_code": 400, "body": error}}
     handler = type("Now", (Odd,), {"line": line})
     with serve(handler=handler) as odd, Ledger(tmp_path / "ledger") as ledger:
-        assert ask_all(model(odd, batch=True), lambda: requests(4), ledger).answered == 4
+        assert send_all(model(odd, batch=True), lambda: requests(4), ledger).answered == 4
         assert sorted(e.finish for e in ledger) == ["content_filter", *["stop"] * 3]
 
 
@@ -615,7 +615,7 @@ def test_a_batch_learns_how_the_longest_reply_is_called(tmp_path: Path) -> None:
             self.service.files[name] = "\n".join(map(json.dumps, rows)).encode()
 
     with serve(handler=Newer) as newer, Ledger(tmp_path / "ledger") as ledger:
-        tally = ask_all(model(newer, batch=True), lambda: requests(4), ledger)
+        tally = send_all(model(newer, batch=True), lambda: requests(4), ledger)
         assert (tally.answered, tally.unanswered) == (4, {})
         assert len(newer.batches) == 2
 
@@ -629,13 +629,13 @@ def test_a_damaged_journal_is_named(batching: Service, tmp_path: Path, line: byt
         Ledger(tmp_path / "ledger") as ledger,
         pytest.raises(DataError, match=r"batches\.jsonl is damaged"),
     ):
-        ask_all(model(batching, batch=True), lambda: requests(2), ledger)
+        send_all(model(batching, batch=True), lambda: requests(2), ledger)
 
 
 def test_a_batch_within_a_budget(batching: Service, tmp_path: Path) -> None:
     chat = model(batching, batch=True, price=PRICE, max_tokens=20)
     with Ledger(tmp_path / "ledger") as ledger, pytest.raises(ChatError, match="budget_usd"):
-        ask_all(chat, lambda: requests(100), ledger, budget_usd=0.02)
+        send_all(chat, lambda: requests(100), ledger, budget_usd=0.02)
     assert 0 < len(batching.asked) <= 20
 
 
@@ -646,10 +646,10 @@ def test_the_key_is_nowhere(service: Service, batching: Service, tmp_path: Path)
     service.actions = [lambda h, b: h.fail(500, f"Bearer {KEY}")]
     service.otherwise = lambda h, b: h.answer(f"Bearer {KEY}")
     with Ledger(tmp_path / "ledger") as ledger:
-        ask_all(model(service), lambda: requests(3), ledger)
+        send_all(model(service), lambda: requests(3), ledger)
     (tmp_path / "batch").mkdir()
     with Ledger(tmp_path / "batch" / "ledger") as ledger:
-        ask_all(model(batching, batch=True), lambda: requests(3), ledger)
+        send_all(model(batching, batch=True), lambda: requests(3), ledger)
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert len(files) == 3
     for path in files:

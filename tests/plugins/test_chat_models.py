@@ -877,11 +877,11 @@ def test_a_file_of_replies_that_is_not_there_is_named(tmp_path: Path) -> None:
 
 
 def test_a_ledger_of_another_run_can_be_replayed(service: Service, tmp_path: Path) -> None:
-    from llavakit_plugins.generation.requests.asking import ask_all
     from llavakit_plugins.generation.requests.ledger import Request
+    from llavakit_plugins.generation.requests.send import send_all
 
     with Ledger(tmp_path / "ledger.jsonl") as ledger:
-        ask_all(model(service), lambda: [Request(ASK)], ledger)
+        send_all(model(service), lambda: [Request(ASK)], ledger)
     options = ReplayOptions(path=tmp_path / "ledger.jsonl")
     player = Replay(options, build=Registry.installed().build)
     assert player.complete(ASK) == "It is red."

@@ -35,7 +35,7 @@ import onnxruntime as runtime
 
 from llavakit_plugins.onnx.exporter import graphs as tracing
 from llavakit_plugins.onnx.exporter.exporter import Onnx, OnnxOptions
-from llavakit_plugins.onnx.exporter.pictures import find_preparation
+from llavakit_plugins.onnx.exporter.images import find_preparation
 from llavakit_plugins.onnx.runtime import OnnxModel, load
 
 QUESTION = "what colour is the picture ?"

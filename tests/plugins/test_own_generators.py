@@ -36,10 +36,10 @@ from llavakit import (
 )
 from llavakit.contracts.data import IMAGE, ResponseKind
 from llavakit.engine.runner import run as run_recipe
-from llavakit_plugins.generation.requests.asking import Asker
 from llavakit_plugins.generation.requests.desk import Desk
 from llavakit_plugins.generation.requests.ledger import Ledger
 from llavakit_plugins.generation.requests.prompted import PromptedGenerator, Verdict
+from llavakit_plugins.generation.requests.send import Sender
 
 
 @pytest.fixture(autouse=True)
@@ -446,9 +446,11 @@ def test_asking_to_stop_keeps_what_is_on_its_way(service: Service, tmp_path: Pat
         return generator.generate(ImageContext(str(number), "x", (f"{number}",)), "detail")
 
     with Ledger(tmp_path / "ledger") as ledger:
-        asker = Asker(desk.chats, ledger, None, lambda: len(service.asked) > 20, lambda entry: None)
+        sender = Sender(
+            desk.chats, ledger, None, lambda: len(service.asked) > 20, lambda entry: None
+        )
         with pytest.raises(Stopped):
-            desk.work_off(asker, ledger, iter(range(500)), work, keep, 8)
+            desk.work_off(sender, ledger, iter(range(500)), work, keep, 8)
         assert len(ledger) == len(service.asked) < 500
         assert 0 < len(made) <= len(ledger) // 2
 

@@ -18,10 +18,10 @@ from llavakit.contracts.data import IMAGE, RESPONSE_KINDS, Box, ResponseKind, Sa
 from llavakit.registry import Registry
 from llavakit.testing import GeneratorContract
 from llavakit_plugins.chat_models.replay import Replay, ReplayOptions
-from llavakit_plugins.evaluation.judging import Asking, replies
+from llavakit_plugins.evaluation.judging import JudgeSettings, replies
 from llavakit_plugins.evaluation.reviews import read_scores
 from llavakit_plugins.generation.contexts import Contexts, as_text, read_contexts, write_contexts
-from llavakit_plugins.generation.requests.ledger import Ledger, Request, asked
+from llavakit_plugins.generation.requests.ledger import Ledger, Request, record_of
 from llavakit_plugins.generators.prompted import Prompted, PromptedOptions
 from llavakit_plugins.generators.prompts import load_prompt
 
@@ -398,9 +398,9 @@ def test_a_judges_thinking_is_no_part_of_its_review(tmp_path: Path) -> None:
     messages = [(Message("user", str(number)),) for number in range(len(said))]
     with Ledger(tmp_path / "said") as ledger:
         for asked_for, text in zip(messages, said, strict=True):
-            ledger.append(asked("", Request(asked_for)).entry(Reply(text)))
+            ledger.append(record_of("", Request(asked_for)).entry(Reply(text)))
     judge = Replay(ReplayOptions(path=tmp_path / "said"), build=Registry.installed().build)
-    found = replies(judge, messages, [str(number) for number in range(len(said))], Asking())
+    found = replies(judge, messages, [str(number) for number in range(len(said))], JudgeSettings())
     assert found.texts == [review, review, review, None, None]
     assert [read_scores(text or "") for text in found.texts] == [(8, 9)] * 3 + [None] * 2
 

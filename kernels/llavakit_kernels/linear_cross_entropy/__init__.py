@@ -200,9 +200,9 @@ def _backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor 
             gradients[2] = scale @ logits_grad
     else:
         needed = (for_hidden, for_weight, for_bias)
-        for place, (one, computed) in enumerate(zip(needed, ctx.saved_tensors, strict=True)):
+        for index, (one, computed) in enumerate(zip(needed, ctx.saved_tensors, strict=True)):
             if one:
-                gradients[place] = computed * grad.to(computed.dtype)
+                gradients[index] = computed * grad.to(computed.dtype)
     return (*gradients, *(None,) * len(rest))
 
 

@@ -29,14 +29,14 @@ def segments_kernel(
     CHUNK: tl.constexpr,
 ):
     """One program for each place in the sorted ids; the first place of an id sums all its rows."""
-    place = tl.program_id(0)
+    position = tl.program_id(0)
     at_column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     inside = at_column < E
-    token = tl.load(sorted_ids + place)
-    before = tl.load(sorted_ids + place - 1, mask=place > 0, other=-1)
+    token = tl.load(sorted_ids + position)
+    before = tl.load(sorted_ids + position - 1, mask=position > 0, other=-1)
     if (token != before) & (token >= 0) & (token < V):
         sums = tl.zeros((COLUMNS,), tl.float32)
-        start = place
+        start = position
         found = CHUNK
         while found == CHUNK:
             at = start + tl.arange(0, CHUNK)

@@ -14,7 +14,7 @@ from llavakit import ChatError, Reply, ReplyError
 from llavakit_plugins.chat_models.faults import Fault, Refused, Withheld, read_complaint
 from llavakit_plugins.chat_models.pacing import backoff
 from llavakit_plugins.chat_models.service import Service
-from llavakit_plugins.generation.requests.batches import AskAgain, BatchService, BatchState
+from llavakit_plugins.generation.requests.batches import BatchService, BatchState, SendAgain
 from llavakit_plugins.generation.requests.ledger import Request
 
 _ENDED = ("completed", "failed", "expired", "cancelled")
@@ -153,7 +153,7 @@ class OpenAIBatches(BatchService):
             return key, Reply("", "content_filter", self._service.options.model, 0, 0, 0.0)
         said = self._service.clean(f"{complaint.code} {complaint.said}".strip())
         if isinstance(verdict, Refused) and self._service.learn(complaint):
-            return key, AskAgain(said)
+            return key, SendAgain(said)
         return key, ReplyError(said, lasting=isinstance(verdict, Refused))
 
     async def _call(self, ask: Callable[[], Awaitable[T]]) -> T:

@@ -30,18 +30,22 @@ def _plain_url(url: str) -> str:
     found = re.fullmatch(r"(https?)://([^/?#\\]+)(/[^?#\\]*)?(.*)", url, re.IGNORECASE)
     if not found or not url.isprintable() or " " in url:
         raise ValueError("write it as https://HOST/v1, without spaces")
-    scheme, place, path, rest = found[1].lower(), found[2], found[3] or "", found[4]
-    if "@" in place + path or rest:
+    scheme, authority, path, rest = found[1].lower(), found[2], found[3] or "", found[4]
+    if "@" in authority + path or rest:
         raise ValueError(
             "it may hold no password, user or key, nor anything behind `?` or `#`; use `key_env` "
             "or `key_file`"
         )
     if any(map(is_key, path.split("/"))):
         raise ValueError("its path may hold no key; use `key_env` or `key_file`")
-    host, _, port = place.rpartition(":") if re.search(r":[^:\]]*$", place) else (place, "", "")
+    host, _, port = (
+        authority.rpartition(":") if re.search(r":[^:\]]*$", authority) else (authority, "", "")
+    )
     if not _is_host(host):
         raise ValueError("it names no host; write it as https://HOST/v1")
-    if (place != host and not re.fullmatch(r"0*[1-9][0-9]{0,4}", port)) or int(port or 0) > 65535:
+    if (authority != host and not re.fullmatch(r"0*[1-9][0-9]{0,4}", port)) or int(
+        port or 0
+    ) > 65535:
         raise ValueError(f"`{port}` is no port; write it as https://HOST:8000/v1, or leave it out")
     at = f":{int(port)}" if port and int(port) != _PORTS[scheme] else ""
     return f"{scheme}://{host.lower()}{at}{path.rstrip('/')}"

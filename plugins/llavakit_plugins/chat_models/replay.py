@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from llavakit import Build, ChatError, ChatModel, Message, Options, Reply, Use
-from llavakit_plugins.generation.requests.ledger import Ledger, Request, asked, hash_messages
+from llavakit_plugins.generation.requests.ledger import Ledger, Request, hash_messages, record_of
 
 
 class ReplayOptions(Options):
@@ -56,9 +56,9 @@ class Replay(ChatModel):
 
     async def reply(self, messages: Sequence[Message], draw: int = 0) -> Reply:
         ledger = self._open()
-        place = (hash_messages(messages), draw)
-        if place in self._found:
-            entry = ledger.get(self._found[place])
+        request = (hash_messages(messages), draw)
+        if request in self._found:
+            entry = ledger.get(self._found[request])
             assert entry is not None
             return replace(entry.reply, usd=0.0)  # it was paid for when it was recorded
         if self._model is None:
@@ -69,9 +69,9 @@ class Replay(ChatModel):
                 'kinds: record anew with `record = { use = "openai", ... }`'
             )
         reply = await self._model.reply(messages, draw)
-        fresh = asked(self._model.identity, Request(tuple(messages), draw)).entry(reply)
+        fresh = record_of(self._model.identity, Request(tuple(messages), draw)).entry(reply)
         await ledger.write(fresh)
-        self._found[place] = fresh.key
+        self._found[request] = fresh.key
         return reply
 
     def halt(self) -> None:

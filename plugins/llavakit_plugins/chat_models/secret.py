@@ -14,10 +14,10 @@ def read_key(variable: str, file: Path | None) -> str:
     """Return the key. Raises ChatError, which names the place and never the key."""
     if file is not None:
         try:
-            place = Path(os.path.expanduser(file))
-            if place.exists() and not place.is_file():
+            key_file = Path(os.path.expanduser(file))
+            if key_file.exists() and not key_file.is_file():
                 raise OSError(None, "it is no file")  # one that a pipe stands for may never end
-            key = place.read_text(encoding="utf-8-sig").strip()
+            key = key_file.read_text(encoding="utf-8-sig").strip()
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or "it is not text"
             raise ChatError(f"cannot read the key file {file}: {reason}") from None

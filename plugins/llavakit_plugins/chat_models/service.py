@@ -50,7 +50,7 @@ class Service:
         """Of the requests of one client."""
         own = options.base_url == OWN_URL
         self.limit_field = options.limit_field or LIMIT_FIELDS[own]
-        self._learned = False
+        self._limit_switched = False
         self.where = shown(options.base_url)
         """The address as it may be shown."""
         self._client: openai.AsyncOpenAI | None = None
@@ -241,8 +241,8 @@ class Service:
             return False
         if not (_UNKNOWN.search(said) or other in complaint.said):
             return False
-        if blamed == self.limit_field and not self._learned and not self.options.limit_field:
-            self._learned, self.limit_field = True, other
+        if blamed == self.limit_field and not self._limit_switched and not self.options.limit_field:
+            self._limit_switched, self.limit_field = True, other
             _log.info("%s calls `%s` `%s`", self.where, blamed, other)
         return blamed != self.limit_field and blamed not in self.options.extra
 
@@ -251,9 +251,9 @@ class Service:
         o = self.options
         said, where = self.clean(complaint.said), self.where
         if status in (401, 403) or complaint.code == "invalid_api_key":
-            place = str(o.key_file) if o.key_file else f"environment variable {o.key_env}"
-            place = "`keyless = true`" if o.keyless else f"the key in {place}"
-            return ChatError(f"{where} does not take {place}: {said}")
+            credential = str(o.key_file) if o.key_file else f"environment variable {o.key_env}"
+            credential = "`keyless = true`" if o.keyless else f"the key in {credential}"
+            return ChatError(f"{where} does not take {credential}: {said}")
         if status == 402 or complaint.code == "insufficient_quota":
             return ChatError(
                 f"the account at {where} has no credit left: {said}; add some and run again "

@@ -179,7 +179,7 @@ class Comparison:
         table = self.table()
         rows = [table.columns, *([_plain(cell) for cell in row] for row in table.rows)]
         rules = ["-" * max(map(len, column)) for column in zip(*rows, strict=True)]
-        right = [place > 0 for place in range(len(rules))]
+        right = [index > 0 for index in range(len(rules))]
         lines = aligned([rows[0], rules, *rows[1:]], right)
         for order in self.orders:
             lines += ["", f"{order}:" if order.agreeing < len(order.pairs) else f"{order}."]

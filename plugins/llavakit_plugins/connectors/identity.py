@@ -1,4 +1,4 @@
-"""No connector at all: patch features are the language model's embeddings as they are."""
+"""A connector that changes nothing: patch features serve as the language model's embeddings."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from llavakit import Connector, ModelError, Options
 
 
 class Identity(Connector):
-    """Passes patch features on. It has no weights, so a step cannot train it.
+    """Returns patch features unchanged. It has no weights, so a step cannot train it.
 
-    Raises ModelError where the widths of encoder and language model differ.
+    Raises ModelError if the widths of encoder and language model differ.
     """
 
     name = "identity"

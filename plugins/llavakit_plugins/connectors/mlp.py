@@ -1,4 +1,7 @@
-"""The connectors of LLaVA (one linear layer) and LLaVA-1.5 (two layers with GELU)."""
+"""The connectors of LLaVA (one linear layer) and LLaVA-1.5 (two layers with GELU between).
+
+Shapes: B images, P patches, D vision width, E language width, N visual rows, V vocabulary.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from llavakit_kernels import linear_gelu, project_splice
 
 
 class Linear(Connector):
-    """The paper's connector: one linear layer W (section 4.1)."""
+    """The connector of LLaVA: one linear layer W (arXiv 2304.08485, section 4.1)."""
 
     name = "linear"
 
@@ -30,12 +33,14 @@ class Linear(Connector):
 
 
 class MlpOptions(Options):
+    """Options of `mlp`."""
+
     depth: int = Field(default=2, ge=1)
     """Number of linear layers; 2 is LLaVA-1.5's `mlp2x_gelu`."""
 
 
 class Mlp(Connector):
-    """Linear layers with exact GELU between them (LLaVA-1.5, arXiv 2310.03744)."""
+    """Linear layers with exact (erf) GELU between them (LLaVA-1.5, arXiv 2310.03744)."""
 
     name = "mlp"
     Options = MlpOptions
@@ -54,6 +59,7 @@ class Mlp(Connector):
     def project_into(self, features_BPD: Tensor, stream: Stream) -> Tensor:
         if stream.embedding_VE is None:
             return super().project_into(features_BPD, stream)
+        # the last layer's kernel writes its rows straight into the stream
         *hidden, last = [layer for layer in self.layers if isinstance(layer, nn.Linear)]
         features_ND = _visible(features_BPD, stream)
         for layer in hidden:
@@ -62,14 +68,14 @@ class Mlp(Connector):
 
 
 def _visible(features_BPD: Tensor, stream: Stream) -> Tensor:
-    """Return one row for each visual token that truncation left."""
+    """Return the features `[N, D]` of the visual tokens that truncation has kept."""
     features_ND = features_BPD.flatten(0, 1)
     kept = stream.visual_kept_N
     return features_ND if kept is None else features_ND.index_select(0, kept)
 
 
 def _splice(features_ND: Tensor, layer: nn.Linear, stream: Stream, embedding_VE: Tensor) -> Tensor:
-    """Project and lay text and visual rows into the stream, in one launch on CUDA."""
+    """Return the stream `[T, E]` of text rows and projected visual rows; one launch on CUDA."""
     return project_splice(
         features_ND.to(layer.weight.dtype),
         layer.weight,

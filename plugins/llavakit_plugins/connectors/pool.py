@@ -1,6 +1,7 @@
-"""Fewer visual tokens: the patch grid is averaged to a smaller one, then projected.
+"""A connector that reduces visual tokens: the patch grid is averaged to a smaller one, then
+projected.
 
-B images, P patches, D vision width, G edge of the smaller grid.
+Shapes: B images, P patches, D vision width, H and W edges of the patch grid.
 """
 
 from __future__ import annotations
@@ -17,15 +18,17 @@ from llavakit_plugins.connectors.mlp import Mlp, MlpOptions
 
 
 class PoolOptions(MlpOptions):
+    """Options of `pool`."""
+
     grid: int = Field(default=12, ge=1)
-    """Edge of the grid that is left: 12 makes 144 tokens of an image."""
+    """Edge of the smaller grid: 12 gives 144 tokens for an image."""
 
 
 class Pool(Mlp):
     """Averages the grid of patches to `grid` x `grid`, then projects as `mlp` does.
 
-    Where `grid` does not divide the edge, neighbouring averages share patches, so that each
-    covers the same area and no patch is left out.
+    If `grid` does not divide the edge, neighbouring averages share patches, so that no patch is
+    left out.
     """
 
     name = "pool"
@@ -36,7 +39,7 @@ class Pool(Mlp):
         self.grid = options.grid
 
     def tokens(self, patches: int) -> int:
-        """Return the tokens left. Raises ModelError where patches are no grid that large."""
+        """Return the tokens of an image. Raises ModelError if the patches form no such grid."""
         self._edge(patches)
         return self.grid**2
 

@@ -192,7 +192,7 @@ class _Seen:
         self._ids: set[int] = set()  # hashes take a third of the texts' room
         self._images: set[int] = set()
         self._waiting: list[tuple[str, str]] = []  # images to look at, and whose they are
-        self._tokens, self._learned = array("q"), array("q")
+        self._tokens, self._supervised = array("q"), array("q")
         self._by_images = [0, 0, 0]  # samples with none, one, several
         self._turns = self._most_turns = self._mentions = self._cut = 0
 
@@ -258,7 +258,7 @@ class _Seen:
         self._turns += len(sample.turns)
         self._most_turns = max(self._most_turns, len(sample.turns))
         self._tokens.append(tokens)
-        self._learned.append(supervised)
+        self._supervised.append(supervised)
         if any(turn.role == "gpt" and not turn.text.strip() for turn in sample.turns):
             self.find(
                 Finding(
@@ -289,15 +289,15 @@ class _Seen:
             encoded = encode(sample, template, tokenizer, longest)
             full = len(encoded.ids) + encoded.image_count * (visual - 1)
             return full, encoded.supervised_count(visual)
-        place = supervised = 0
+        position = supervised = 0
         for turn in sample.turns:
             text = turn.text.replace(IMAGE, "") if turn.role == "human" else turn.text
             length = round(len(text) / CHARACTERS_A_TOKEN)
-            place += _TURN_TOKENS + turn.text.count(IMAGE) * visual * (turn.role == "human")
+            position += _TURN_TOKENS + turn.text.count(IMAGE) * visual * (turn.role == "human")
             if turn.role == "gpt":  # its end is learned even where it says nothing
-                supervised += max(0, min(max(1, length), longest - place))
-            place += length
-        return place, supervised
+                supervised += max(0, min(max(1, length), longest - position))
+            position += length
+        return position, supervised
 
     def count(self, sort: str) -> int:
         """Return how many findings of a sort there are."""
@@ -326,7 +326,7 @@ class _Seen:
             visual_tokens=self._lengths.visual_tokens,
             counted_with="the tokenizer" if exact else "characters (an estimate)",
             tokens=_distribution(np.asarray(self._tokens)),
-            learned_tokens=_distribution(np.asarray(self._learned)),
+            learned_tokens=_distribution(np.asarray(self._supervised)),
             cut=self._cut,
             nothing_learned=self.count("nothing learned"),
             findings=order,

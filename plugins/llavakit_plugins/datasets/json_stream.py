@@ -191,9 +191,9 @@ class _Window:
         self._byte += len(piece) if piece.isascii() else len(piece.encode())
         self.at = end
 
-    def error(self, message: str, place: int | None = None) -> DataError:
+    def error(self, message: str, offset: int | None = None) -> DataError:
         """Return the error of a place, by default of this one."""
-        line, column = self._position(self.at if place is None else place)
+        line, column = self._position(self.at if offset is None else offset)
         return DataError(
             f"{self._path}:{line}:{column + 1}: not valid JSON: {message}; fix the file"
         )
@@ -211,8 +211,10 @@ class _Window:
         try:
             new = self._decoder.decode(block, final=not block)
         except UnicodeDecodeError as error:
-            place = self._read + error.start - len(self._decoder.getstate()[0])
-            raise DataError(f"{self._path} is not UTF-8 text (byte {place}); convert it") from error
+            offset = self._read + error.start - len(self._decoder.getstate()[0])
+            raise DataError(
+                f"{self._path} is not UTF-8 text (byte {offset}); convert it"
+            ) from error
         if not block:
             return False
         self._read += len(block)
@@ -221,12 +223,12 @@ class _Window:
         self.at = 0
         return True
 
-    def _position(self, place: int) -> tuple[int, int]:
+    def _position(self, offset: int) -> tuple[int, int]:
         """Return the line, from 1, and column, from 0, of a place in the window."""
-        newlines = self._text.count("\n", 0, place)
+        newlines = self._text.count("\n", 0, offset)
         if not newlines:
-            return self._line, self._column + place
-        return self._line + newlines, place - self._text.rindex("\n", 0, place) - 1
+            return self._line, self._column + offset
+        return self._line + newlines, offset - self._text.rindex("\n", 0, offset) - 1
 
 
 def _read_lines(file: BinaryIO, path: Path) -> Iterator[Row]:
@@ -246,8 +248,8 @@ def _read_lines(file: BinaryIO, path: Path) -> Iterator[Row]:
                 f"{_A_LIST * text.startswith('[')}"
             ) from error
         except UnicodeDecodeError as error:
-            place = start + error.start
-            raise DataError(f"{path} is not UTF-8 text (byte {place}); convert it") from error
+            offset = start + error.start
+            raise DataError(f"{path} is not UTF-8 text (byte {offset}); convert it") from error
         except ValueError as error:  # a whole number of more digits than Python reads
             raise DataError(f"{path}:{number}: a number is too long; fix the file") from error
         if isinstance(value, dict):

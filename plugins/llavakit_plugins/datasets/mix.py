@@ -52,8 +52,8 @@ class Mix(Dataset):
         if not 0 <= index < len(self):
             raise IndexError(index)
         part = bisect_right(self._ends, index)
-        place = index - (self._ends[part] - len(self._chosen[part]))
-        return self.parts[part][int(self._chosen[part][place])]
+        offset = index - (self._ends[part] - len(self._chosen[part]))
+        return self.parts[part][int(self._chosen[part][offset])]
 
     def notes(self) -> Sequence[str]:
         return [note for part in self.parts for note in part.notes()]

@@ -246,6 +246,6 @@ def read_choice(text: str, problem: Problem) -> int | None:
     return within(read_letter(text), problem)
 
 
-def within(place: int | None, problem: Problem) -> int | None:
+def within(index: int | None, problem: Problem) -> int | None:
     """Return the place where it is that of a choice, else None."""
-    return place if place is not None and place < len(problem.choices) else None
+    return index if index is not None and index < len(problem.choices) else None

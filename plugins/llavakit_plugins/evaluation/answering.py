@@ -102,16 +102,16 @@ def ask(
     Raises Stopped where the user asked to stop; what was answered until then is in the file.
     """
     found = [file.get(question) for question in questions]
-    todo = [place for place, answer in enumerate(found) if answer is None]
+    todo = [index for index, answer in enumerate(found) if answer is None]
     done = len(questions) - len(todo)
     progress(done, len(questions), note)
-    chosen = [questions[place] for place in todo]
+    chosen = [questions[index] for index in todo]
     answering = _batched if isinstance(model, LlavaModel) else _one_by_one
-    for places, answers in answering(model, chosen, max_new_tokens, pace):
-        file.append([chosen[place] for place in places], answers)
-        for place, answer in zip(places, answers, strict=True):
-            found[todo[place]] = answer
-        done += len(places)
+    for indices, answers in answering(model, chosen, max_new_tokens, pace):
+        file.append([chosen[index] for index in indices], answers)
+        for index, answer in zip(indices, answers, strict=True):
+            found[todo[index]] = answer
+        done += len(indices)
         progress(done, len(questions), note)
         if stopping() and done < len(questions):
             raise Stopped
@@ -135,15 +135,15 @@ def _batched(
             f"with its images, question {listed(long)} leaves no room for an answer: the language "
             f"model reads at most {most} tokens; shorten it or leave it out"
         )
-    order = sorted(range(len(questions)), key=lambda place: lengths[place])
+    order = sorted(range(len(questions)), key=lambda index: lengths[index])
     batches = [
         order[begin : begin + pace.batch_size] for begin in range(0, len(order), pace.batch_size)
     ]
     sampling = Sampling(max_new_tokens)
-    for places, pixels in _prepared(model, questions, batches, pace.workers):
-        prompts = [(questions[place].prompt, questions[place].images) for place in places]
+    for indices, pixels in _prepared(model, questions, batches, pace.workers):
+        prompts = [(questions[index].prompt, questions[index].images) for index in indices]
         answers = model.answer(prompts, sampling, pixels_IHW=pixels)
-        yield places, _gone_on(model, [questions[place] for place in places], answers)
+        yield indices, _gone_on(model, [questions[index] for index in indices], answers)
 
 
 def _gone_on(model: LlavaModel, questions: Sequence[Question], answers: Sequence[str]) -> list[str]:
@@ -169,19 +169,19 @@ def _prepared(
 ) -> Iterator[tuple[list[int], Tensor | None]]:
     """Yield every batch with its pixels, prepared ahead in threads (Pillow leaves them run)."""
 
-    def prepare(places: Sequence[int]) -> Tensor | None:
-        images: list[ImageSource] = [i for place in places for i in questions[place].images]
-        names = ", ".join(f"`{questions[place].id}`" for place in places[:3])
-        return model.prepare(images, f"questions {names}{' …' if len(places) > 3 else ''}")
+    def prepare(indices: Sequence[int]) -> Tensor | None:
+        images: list[ImageSource] = [i for index in indices for i in questions[index].images]
+        names = ", ".join(f"`{questions[index].id}`" for index in indices[:3])
+        return model.prepare(images, f"questions {names}{' …' if len(indices) > 3 else ''}")
 
     if not workers:
-        yield from ((places, prepare(places)) for places in batches)
+        yield from ((indices, prepare(indices)) for indices in batches)
         return
     with ThreadPoolExecutor(workers) as pool:
         waiting: deque[tuple[list[int], Future[Tensor | None]]] = deque()
         try:
-            for places in batches:
-                waiting.append((places, pool.submit(prepare, places)))
+            for indices in batches:
+                waiting.append((indices, pool.submit(prepare, indices)))
                 if len(waiting) > workers:
                     ready, pixels = waiting.popleft()
                     yield ready, pixels.result()
@@ -195,10 +195,10 @@ def _prepared(
 def _one_by_one(
     model: Any, questions: Sequence[Question], max_new_tokens: int, pace: Pace
 ) -> Answers:
-    for place, question in enumerate(questions):
+    for index, question in enumerate(questions):
         images = list(question.images)
         text = model.generate(question.prompt, images=images, max_new_tokens=max_new_tokens)
-        yield [place], [text]
+        yield [index], [text]
 
 
 def _key(question: Question) -> tuple[str, str, tuple[str, ...]]:

@@ -12,8 +12,8 @@ from typing import Self
 from llavakit import ChatError, ChatModel, Message, Run
 from llavakit.contracts.run import Progress
 from llavakit_plugins.datasets.rows import listed
-from llavakit_plugins.generation.requests.asking import ask_all
-from llavakit_plugins.generation.requests.ledger import Entry, Ledger, Request, asked
+from llavakit_plugins.generation.requests.ledger import Entry, Ledger, Request, record_of
+from llavakit_plugins.generation.requests.send import send_all
 from llavakit_plugins.generation.requests.thinking import without_thinking
 
 _LEDGER = "judge.jsonl"
@@ -24,7 +24,7 @@ def _silent(done: int, total: int, note: str = "") -> None:
 
 
 @dataclass(frozen=True)
-class Asking:
+class JudgeSettings:
     """How a judge is asked."""
 
     concurrency: int = 8
@@ -59,7 +59,10 @@ class Replies:
 
 
 def replies(
-    judge: ChatModel, questions: Sequence[Sequence[Message]], labels: Sequence[str], asking: Asking
+    judge: ChatModel,
+    questions: Sequence[Sequence[Message]],
+    labels: Sequence[str],
+    settings: JudgeSettings,
 ) -> Replies:
     """Return the judge's reply to each question.
 
@@ -72,11 +75,13 @@ def replies(
         for messages, label in zip(questions, labels, strict=True)
     ]
     with ExitStack() as stack:
-        path = asking.ledger
+        path = settings.ledger
         if path is None:
             path = Path(stack.enter_context(TemporaryDirectory())) / _LEDGER
-        ledger = stack.enter_context(Ledger(path, identity=judge.identity, earlier=asking.earlier))
-        keys = [asked(judge.identity, request).key for request in requests]
+        ledger = stack.enter_context(
+            Ledger(path, identity=judge.identity, earlier=settings.earlier)
+        )
+        keys = [record_of(judge.identity, request).key for request in requests]
         wanted = set(keys)
         done = sum(key in ledger for key in wanted)
 
@@ -84,14 +89,14 @@ def replies(
             nonlocal done
             done += 1
             usd = "" if ledger.usd is None else f", {ledger.usd:.2f} USD"
-            asking.progress(done, len(wanted), f"asking the judge{usd}")
+            settings.progress(done, len(wanted), f"asking the judge{usd}")
 
-        tally = ask_all(
+        tally = send_all(
             judge,
             lambda: requests,
             ledger,
-            concurrency=asking.concurrency,
-            stopping=asking.stopping,
+            concurrency=settings.concurrency,
+            stopping=settings.stopping,
             progress=show,
         )
         found = [ledger.get(key) for key in keys]

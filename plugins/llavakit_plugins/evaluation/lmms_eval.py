@@ -54,16 +54,16 @@ class Llavakit(lmms):  # type: ignore[misc]
     def generate_until(self, requests: Sequence[Instance]) -> list[str]:
         """Return the answer to each request, those with the same settings in batches."""
         answers = [""] * len(requests)
-        order = sorted(range(len(requests)), key=lambda place: self._settings(requests[place]))
+        order = sorted(range(len(requests)), key=lambda index: self._settings(requests[index]))
         with tqdm(total=len(requests), disable=self.rank != 0, desc="llavakit") as bar:
-            for settings, places in groupby(order, lambda place: self._settings(requests[place])):
-                group = list(places)
+            for settings, indices in groupby(order, lambda index: self._settings(requests[index])):
+                group = list(indices)
                 for begin in range(0, len(group), self.batch_size):
                     chosen = group[begin : begin + self.batch_size]
                     texts = self._answer([self._prompt(requests[i]) for i in chosen], settings)
-                    for place, text in zip(chosen, texts, strict=True):
-                        until = requests[place].args[1].get("until") or ()
-                        answers[place] = _cut(text, [until] if isinstance(until, str) else until)
+                    for index, text in zip(chosen, texts, strict=True):
+                        until = requests[index].args[1].get("until") or ()
+                        answers[index] = _cut(text, [until] if isinstance(until, str) else until)
                     bar.update(len(chosen))
         return answers
 
@@ -75,11 +75,11 @@ class Llavakit(lmms):  # type: ignore[misc]
 
     def _settings(self, request: Instance) -> tuple[int, float, float]:
         """Return length, temperature and top-p, as the task asks for them."""
-        asked: Mapping[str, Any] = request.args[1]
-        samples = asked.get("do_sample", True)
-        temperature = float(asked.get("temperature") or 0.0) if samples else 0.0
-        top_p = asked.get("top_p")
-        tokens = int(asked.get("max_new_tokens") or _MAX_NEW_TOKENS)
+        arguments: Mapping[str, Any] = request.args[1]
+        samples = arguments.get("do_sample", True)
+        temperature = float(arguments.get("temperature") or 0.0) if samples else 0.0
+        top_p = arguments.get("top_p")
+        tokens = int(arguments.get("max_new_tokens") or _MAX_NEW_TOKENS)
         return tokens, temperature, 1.0 if top_p is None else float(top_p)
 
     def _prompt(self, request: Instance) -> tuple[str, list[Image]]:

@@ -13,7 +13,7 @@ from llavakit_plugins.datasets.rows import Row, by_id, id_of, listed, read_rows,
 
 
 @dataclass(frozen=True)
-class Asked:
+class QuestionRow:
     """One row of a question file."""
 
     question: Question
@@ -21,7 +21,7 @@ class Asked:
     where: str
 
 
-def read_questions(path: Path, images: Path | None, limit: int | None = None) -> list[Asked]:
+def read_questions(path: Path, images: Path | None, limit: int | None = None) -> list[QuestionRow]:
     """Return the questions of a file, in its order, the first `limit` of them.
 
     `image` is a file's name below `images` (the file's own folder where that is None), or a list of
@@ -33,10 +33,10 @@ def read_questions(path: Path, images: Path | None, limit: int | None = None) ->
     if not rows:
         raise DataError(f"{path} holds no questions; choose another file")
     folder = path.parent if images is None else images
-    asked = [_asked(row, where, folder) for where, row in rows[:limit]]
+    items = [_question_row(row, where, folder) for where, row in rows[:limit]]
     missing = [
         f"{image} (question `{item.question.id}`)"
-        for item in asked
+        for item in items
         for image in item.question.images
         if isinstance(image, Path) and not image.is_file()
     ]
@@ -45,25 +45,25 @@ def read_questions(path: Path, images: Path | None, limit: int | None = None) ->
             f"{path}: {len(missing)} images are missing: {and_more(missing)}; check the images "
             "folder"
         )
-    return asked
+    return items
 
 
-def with_suffix(asked: Sequence[Asked], suffix: str) -> list[Question]:
+def with_suffix(items: Sequence[QuestionRow], suffix: str) -> list[Question]:
     """Return the questions, each with a last line that says how to answer."""
     if not suffix:
-        return [item.question for item in asked]
-    return [replace(q.question, prompt=f"{q.question.prompt}\n{suffix}") for q in asked]
+        return [item.question for item in items]
+    return [replace(q.question, prompt=f"{q.question.prompt}\n{suffix}") for q in items]
 
 
-def join(asked: Sequence[Asked], found: dict[str, tuple[str, Row]], path: Path) -> list[Row]:
+def join(items: Sequence[QuestionRow], found: dict[str, tuple[str, Row]], path: Path) -> list[Row]:
     """Return the row of `path` for each question. Raises DataError naming those without."""
-    missing = [item.question.id for item in asked if str(item.question.id) not in found]
+    missing = [item.question.id for item in items if str(item.question.id) not in found]
     if missing:
         raise DataError(f"{path} has no row for question {listed(missing)}; add it")
-    return [found[str(item.question.id)][1] for item in asked]
+    return [found[str(item.question.id)][1] for item in items]
 
 
-def _asked(row: Row, where: str, folder: Path) -> Asked:
+def _question_row(row: Row, where: str, folder: Path) -> QuestionRow:
     identity = id_of(row, where)
     names = row.get("image") or []
     names = [names] if isinstance(names, str) else names
@@ -75,4 +75,4 @@ def _asked(row: Row, where: str, folder: Path) -> Asked:
     if marks not in (0, len(images)):
         raise DataError(f"{where}: {len(images)} images for {marks} `{IMAGE}` in the text; fix it")
     category = str(row.get("category") or "")
-    return Asked(Question(identity, prompt.strip(), images, "", category), row, where)
+    return QuestionRow(Question(identity, prompt.strip(), images, "", category), row, where)

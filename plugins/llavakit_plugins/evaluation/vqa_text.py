@@ -35,9 +35,9 @@ you'd've you'll you're you've 'twas he'd've she'd've we'd've somebody'd've y'all
 def _contractions() -> dict[str, str]:
     """Return the proper form of each contraction that lacks one apostrophe."""
     return {
-        word[:place] + word[place + 1 :]: word
+        word[:index] + word[index + 1 :]: word
         for word in _PROPER.split()
-        for place, letter in enumerate(word)
+        for index, letter in enumerate(word)
         if letter == "'"
     }
 

@@ -1,4 +1,4 @@
-"""COCO's annotations as contexts: read as a stream, since a file of them can be half a gigabyte."""
+"""Converts COCO's annotations to contexts. Files are read as a stream: they can take 500 MB."""
 
 from __future__ import annotations
 
@@ -16,33 +16,33 @@ from llavakit_plugins.datasets.json_stream import read_member
 from llavakit_plugins.generation.contexts import to_line
 
 _log = logging.getLogger("llavakit")
-_LARGEST = 1 << 32  # of a number that is kept
-_FIRST = 1 << 16  # bytes by which a file of one JSON is told from one of a JSON a line
+_LARGEST = 1 << 32  # limit of ids and sizes, which are kept as unsigned 32-bit integers
+_FIRST = 1 << 16  # bytes that are read to tell one large JSON object from one object per line
 
 
 def is_coco(path: Path) -> bool:
-    """Say whether a file is in COCO's format, and not one JSON object a line."""
+    """Return whether a file has COCO's format, and not one JSON object per line."""
     with open_text(path) as file:
         begin = file.read(_FIRST)
     return begin.lstrip()[:1] == b"{" and b'"captions"' not in begin.partition(b"\n")[0]
 
 
 def convert_coco(captions: Path, instances: Path | None, out: Path) -> None:
-    """Write contexts, in the order of the captions' images; boxes keep COCO's order.
+    """Write contexts in the order of the captions' images; boxes keep COCO's order.
 
-    Images without captions are left out, and how many is logged. A context is named by its image's
-    id, as the file's name spells it where it ends in it (`COCO_val2014_000000000042.jpg`). Corners
-    are within 0..1, rounded to three decimals. Raises DataError where a file is not COCO's, or
-    speaks of an image that it does not list.
+    Images without captions are left out; their number is logged. A context's id is its image's id,
+    with leading zeros as in the file's name (`COCO_val2014_000000000042.jpg`). Corners are 0 to 1,
+    rounded to three decimals. Raises DataError if a file is not COCO's, or names an image that it
+    does not list.
     """
-    places: dict[int, int] = {}
+    image_rows: dict[int, int] = {}
     names: list[str] = []
     sizes = array("I")
     for image in _items(captions, "images"):
         identity = _number(image, "id", captions)
-        if identity in places:
+        if identity in image_rows:
             raise DataError(f"{captions}: two images have the id {identity}; give each its own")
-        places[identity] = len(names)
+        image_rows[identity] = len(names)
         names.append(_text(image, "file_name", captions))
         size = [_number(image, side, captions) for side in ("width", "height")]
         if not all(size):
@@ -50,19 +50,19 @@ def convert_coco(captions: Path, instances: Path | None, out: Path) -> None:
         sizes.extend(size)
     texts: list[list[str]] = [[] for _ in names]
     for item in _items(captions, "annotations"):
-        place = places.get(_number(item, "image_id", captions))
-        if place is None:
+        owner = image_rows.get(_number(item, "image_id", captions))
+        if owner is None:
             raise DataError(
                 f"{captions}: caption {item.get('id')} is of an image that is not listed"
             )
         if caption := " ".join(_text(item, "caption", captions).split()):
-            texts[place].append(caption)
+            texts[owner].append(caption)
     if not any(texts):
         raise DataError(f"{captions} holds no captions; is it captions_*.json of COCO?")
-    order, which, corners, categories = _boxes(instances, places, sizes)
+    order, which, corners, categories = _boxes(instances, image_rows, sizes)
     begins = np.searchsorted(order, np.arange(len(names) + 1))
     with new_file(out) as file:
-        for (identity, index), name in zip(places.items(), names, strict=True):
+        for (identity, index), name in zip(image_rows.items(), names, strict=True):
             if not texts[index]:
                 continue
             chosen = range(begins[index], begins[index + 1])
@@ -76,25 +76,27 @@ def convert_coco(captions: Path, instances: Path | None, out: Path) -> None:
 
 
 def _boxes(
-    path: Path | None, places: dict[int, int], sizes: array[int]
+    path: Path | None, image_rows: dict[int, int], sizes: array[int]
 ) -> tuple[Any, Any, Any, dict[int, str]]:
-    """Return image, category and corners `[B, 4]` of every box, by image; and categories' names."""
+    """Return image, category and corners `[B, 4]` of all boxes, sorted by image, and the names of
+    the categories."""
+    # arrays of numbers: a Python object for each of COCO's 860,000 boxes would take gigabytes
     of, which, corners = array("I"), array("I"), array("d")
     categories: dict[int, str] = {}
     if path is not None:
         for item in _items(path, "categories"):
             categories[_number(item, "id", path)] = _text(item, "name", path)
         for item in _items(path, "annotations"):
-            place = places.get(_number(item, "image_id", path))
-            if place is None:
-                continue  # of a split that is not captioned here
+            owner = image_rows.get(_number(item, "image_id", path))
+            if owner is None:
+                continue  # `instances` may hold more images than `captions`
             category = _number(item, "category_id", path)
             if category not in categories:
                 raise DataError(
                     f"{path}: box {item.get('id')} is of category {category}, not listed"
                 )
-            ends = _corners(item, (sizes[2 * place], sizes[2 * place + 1]), path)
-            of.append(place)
+            ends = _corners(item, (sizes[2 * owner], sizes[2 * owner + 1]), path)
+            of.append(owner)
             which.append(category)
             corners.extend(round(min(1.0, max(0.0, end)), 3) for end in ends)
         if not categories:
@@ -109,7 +111,10 @@ def _boxes(
 def _corners(
     item: dict[str, Any], size: tuple[int, int], path: Path
 ) -> tuple[float, float, float, float]:
-    """Return a box's corners as shares of the image, which they may exceed by once its size."""
+    """Return a box's corners as shares of the image's width and height.
+
+    COCO's boxes may leave the image a little; more than its whole size is an error.
+    """
     box, where = _field(item, "bbox", path), f"{path}: box {item.get('id')!s:.60}"
     if not isinstance(box, list) or len(box) != 4 or not all(map(_is_number, box)):
         raise DataError(f"{where} has no `bbox` of four numbers, got {box!r:.80}; fix or remove it")
@@ -124,12 +129,12 @@ def _corners(
 
 
 def _is_number(value: object) -> bool:
-    """Say whether a value of JSON may be a coordinate: neither endless nor true or false."""
+    """Return whether a JSON value may be a coordinate: finite, and not true or false."""
     return type(value) in (int, float) and -1e15 < value < 1e15  # type: ignore[operator]
 
 
 def _items(path: Path, name: str) -> Iterator[dict[str, Any]]:
-    """Yield the items of one list of a file, one by one."""
+    """Yield the items of the list `name` of a file, one by one."""
     for row in read_member(path, name):
         if not isinstance(row.value, dict):
             raise DataError(f"{path}: `{name}` holds {row.value!r:.60}, no object")

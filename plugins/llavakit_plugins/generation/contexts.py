@@ -1,9 +1,9 @@
-"""What a teacher is told of images: as a file of one JSON object a line, and as text.
+"""Contexts: the captions and boxes of images, from which a teacher writes data about them.
 
-Each line is as LLaVA-Bench has it:
+A file has one JSON object per line, as LLaVA-Bench has it:
 
 `{"id", "image", "captions": [...], "instances": [{"category", "bbox": [x1, y1, x2, y2]}]}`, corners
-within 0..1.
+from 0 to 1.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from typing import Any, overload
 from llavakit import DataError, ImageContext, new_file, open_text
 from llavakit.contracts.data import Box, is_cut
 
-_BEYOND = 0.01  # of 1: what rounding may do to a box at an edge
+_BEYOND = 0.01  # rounding may move a corner out of 0..1 by this much
 
 
 def to_line(context: ImageContext) -> str:
-    """Return one line of the file, its end included."""
+    """Return one line of the file, with its line end."""
     instances = [{"category": box.category, "bbox": list(box.corners)} for box in context.boxes]
     row = {
         "id": context.id,
@@ -40,10 +40,10 @@ def write_contexts(path: Path, contexts: Iterable[ImageContext]) -> None:
 
 
 def as_text(context: ImageContext, *, boxes: bool) -> str:
-    """Return the symbolic context as the paper renders it for a text-only model.
+    """Return the context as text for a model without images (arXiv 2304.08485, section 3).
 
-    Captions, one a line; with `boxes`, an empty line and one line for each box, its corners rounded
-    to three decimals.
+    Captions, one per line; with `boxes`, an empty line and one line for each box, with corners
+    rounded to three decimals.
     """
     lines = [caption.strip() for caption in context.captions]
     if boxes and context.boxes:
@@ -55,9 +55,9 @@ def as_text(context: ImageContext, *, boxes: bool) -> str:
 
 
 class Contexts(Sequence[ImageContext]):
-    """The contexts of a file; in memory lies only where each one begins.
+    """The contexts of a file. They stay on disk; memory holds only the offset of each line.
 
-    Raises DataError where the file cannot be read, and where a line asked for cannot be used.
+    Raises DataError if the file cannot be read, and on access to a line that cannot be used.
     """
 
     def __init__(self, path: Path) -> None:
@@ -99,7 +99,7 @@ class Contexts(Sequence[ImageContext]):
 def read_contexts(path: Path) -> Iterator[ImageContext]:
     """Yield the contexts of a file, line by line.
 
-    Raises DataError naming the line that cannot be used.
+    Raises DataError, which names the line, for a line that cannot be used.
     """
     contexts = Contexts(path)
     try:

@@ -1,4 +1,4 @@
-"""Conversations that a generator of any kind made: each kept, and what it failed at said."""
+"""Keeps the conversations that a generator of any kind made, and reports where it failed."""
 
 from __future__ import annotations
 
@@ -24,40 +24,47 @@ from llavakit import (
     write_text,
 )
 from llavakit.contracts.data import ResponseKind, Sample
-from llavakit_plugins.generation.requests.ledger import Asked, Entry, Ledger, short_hash
+from llavakit_plugins.generation.requests.ledger import Entry, Ledger, RequestRecord, short_hash
 
 FILE = "conversations.jsonl"
-_PATIENCE = 10  # conversations that fail before one is made, before the step stops
-_TOLD = 20  # failures of which the traceback is kept
+_PATIENCE = 10  # failures without any success before the step stops
+_TOLD = 20  # failures whose traceback is written down
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """One context and kind, and what a generator made of them."""
+    """The conversation that a generator made from one context and kind."""
 
     turns: tuple[Turn, ...] = ()
+    """Empty if no attempt could be used."""
     refused: tuple[str, ...] = ()
-    """Why attempts before, or all of them, cannot be used."""
+    """Why the failed attempts cannot be used."""
     attempt: int = 0
 
 
 class Conversations:
-    """A ledger of the conversations of one generator with its options."""
+    """A ledger of the conversations of one generator with certain options."""
 
     def __init__(self, path: Path, use: Use[Generator]) -> None:
         self._use = json.dumps(use.model_dump(mode="json"), sort_keys=True)
         self.ledger = Ledger(path, identity=self._use, earlier=earlier_conversations(path))
 
-    def facts(self, context: ImageContext, kind: ResponseKind) -> Asked:
-        """Return what the ledger knows a conversation by: all that it is made from."""
+    def record(self, context: ImageContext, kind: ResponseKind) -> RequestRecord:
+        """Return the ledger's record of a conversation; its key is a hash of all its sources.
+
+        That is the generator with its options, the context and the kind.
+        """
         source = short_hash(json.dumps([asdict(context), kind]))
         maker = short_hash(self._use)
         key = short_hash(f"{maker} {source}")
-        return Asked(key, maker, source, 0, f"{context.id}-{kind}")
+        return RequestRecord(key, maker, source, 0, f"{context.id}-{kind}")
 
     def get(self, context: ImageContext, kind: ResponseKind) -> tuple[Conversation, Entry] | None:
-        """Return a conversation that was made before, and when, or None."""
-        entry = self.ledger.get(self.facts(context, kind).key)
+        """Return a conversation that was made before, with its ledger entry, or None.
+
+        Raises DataError if the entry holds no conversation.
+        """
+        entry = self.ledger.get(self.record(context, kind).key)
         if entry is None:
             return None
         try:
@@ -72,21 +79,24 @@ class Conversations:
         return found, entry
 
     def entry(self, context: ImageContext, kind: ResponseKind, made: Conversation) -> Entry:
-        """Return the line of the ledger for a conversation."""
+        """Return the ledger entry of a conversation."""
         row = {"turns": [[turn.role, turn.text] for turn in made.turns], "refused": made.refused}
-        facts = self.facts(context, kind)
-        return Asked(facts.key, facts.identity, facts.prompt, made.attempt, facts.label).entry(
-            Reply(json.dumps(row))
-        )
+        record = self.record(context, kind)
+        return RequestRecord(
+            record.key, record.identity, record.prompt, made.attempt, record.label
+        ).entry(Reply(json.dumps(row)))
 
 
 def earlier_conversations(path: Path) -> list[Path]:
-    """Return the files of attempts that were set aside."""
+    """Return the conversations' files of attempts that were set aside."""
     return sorted((path.parent.parent / "superseded").glob(f"{path.parent.name}.*/{FILE}"))
 
 
 def checked(turns: Any, context: ImageContext, kind: ResponseKind) -> tuple[Turn, ...]:
-    """Return what a generator gives. Raises DataError where it is no conversation of an image."""
+    """Return the turns that a generator returned.
+
+    Raises TypeError if they are not turns, DataError if they are no complete conversation.
+    """
     found = tuple(turns)
     if not all(isinstance(turn, Turn) and isinstance(turn.text, str) for turn in found):
         raise TypeError(f"`generate` gives {[type(t).__name__ for t in found]}, not turns of text")
@@ -98,33 +108,39 @@ def checked(turns: Any, context: ImageContext, kind: ResponseKind) -> tuple[Turn
 
 @dataclass
 class Failures:
-    """What a generator raised, for whoever wrote it."""
+    """The errors that a generator raised, reported so that its author can fix them."""
 
     name: str
     path: Path
-    """Where tracebacks go."""
+    """The file for tracebacks."""
     errors: dict[str, Exception] = field(default_factory=dict)
-    """By the conversation's id."""
+    """The errors by conversation."""
 
     def __post_init__(self) -> None:
-        self.path.unlink(missing_ok=True)  # of an attempt before this one
+        self.path.unlink(missing_ok=True)  # left by an earlier attempt
 
     def add(self, label: str, error: Exception, made: int) -> None:
-        """Note one. Raises it, or all, where a generator has made nothing but them."""
+        """Record one error; `made` is the number of conversations made so far.
+
+        Raises it, or an error about all of them, if the generator has made nothing else.
+        """
         if not made and not self.errors and isinstance(error, LlavaError):
-            raise error  # of what all conversations have in common, as a rule
+            raise error  # if the very first one fails, the cause is usually common to all
         self.errors[label] = error
         if not made and len(self.errors) >= _PATIENCE:
             raise self.complaint(len(self.errors))
 
     def reason(self, label: str) -> str:
-        """Return why there is no such conversation, in one line."""
+        """Return in one line why there is no such conversation."""
         error = self.errors[label]
         kind = "" if isinstance(error, LlavaError) else f"{type(error).__name__}: "
         return shown(f"the generator failed: {kind}{error}")
 
     def complaint(self, total: int) -> LlavaError:
-        """Return what is to be said of them; tracebacks of what is nobody's sentence are kept."""
+        """Return the error that reports all failures; tracebacks of bugs are written to `path`.
+
+        An error that is no LlavaError is a bug: its text is not written for users.
+        """
         label = next(iter(self.errors))
         bugs = [error for error in self.errors.values() if not isinstance(error, LlavaError)]
         where = ""
@@ -140,7 +156,7 @@ class Failures:
 
 
 class Keeping:
-    """Keeps what a generator without a chat model made, where the step does not come to its end."""
+    """Saves the conversations of a generator without a chat model if the step does not finish."""
 
     def __init__(self, folder: Path, use: Use[Generator]) -> None:
         self._path, self._use = folder / FILE, use
@@ -151,7 +167,7 @@ class Keeping:
 
     @property
     def count(self) -> int:
-        """How many conversations there are."""
+        """Number of conversations, of this attempt and of earlier ones."""
         return len(self._made) + (0 if self._before is None else len(self._before.ledger))
 
     def get(self, context: ImageContext, kind: ResponseKind) -> tuple[Turn, ...] | None:
@@ -160,12 +176,15 @@ class Keeping:
         return None if found is None else found[0].turns
 
     def add(self, context: ImageContext, kind: ResponseKind, turns: tuple[Turn, ...]) -> None:
-        """Note a conversation that was made just now."""
+        """Record a conversation that was just made."""
         self._made.append((context, kind, turns))
 
     @contextmanager
     def unless_done(self, failures: Failures) -> Iterator[None]:
-        """Put all on the disk where the block raises or the generator failed, which is raised."""
+        """Write all conversations to disk if the block raises or the generator failed; then raise.
+
+        A step that finishes writes its data anyway, so the ledger would only repeat it.
+        """
         try:
             yield
             if failures.errors:

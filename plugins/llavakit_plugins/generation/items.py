@@ -1,7 +1,7 @@
-"""What is to be generated, in the order of the contexts, and how far each item is.
+"""The items that a job generates, in the order of the contexts, and the state of each.
 
-Everything here follows from the contexts and the ledger alone, so that a run that was killed goes
-on as if nothing had been, and given replies always make the same data.
+The state depends on the contexts and the ledger only. So a killed run continues as if it had not
+been killed, and the same replies always give the same data.
 """
 
 from __future__ import annotations
@@ -16,7 +16,13 @@ from numpy.typing import NDArray
 from llavakit import ImageContext, Message, Stopped
 from llavakit.contracts.data import ResponseKind
 from llavakit_plugins.generation.conversations import Failures
-from llavakit_plugins.generation.requests.ledger import Asked, Entry, Ledger, Request, asked
+from llavakit_plugins.generation.requests.ledger import (
+    Entry,
+    Ledger,
+    Request,
+    RequestRecord,
+    record_of,
+)
 from llavakit_plugins.generation.requests.prompted import PromptedGenerator, Verdict
 
 DUPLICATE = "the same as the reply on another image"
@@ -24,21 +30,21 @@ DUPLICATE = "the same as the reply on another image"
 
 @dataclass(frozen=True)
 class Item:
-    """One context and kind, with what came of it so far."""
+    """One context and kind of response, and its state."""
 
     context: ImageContext
     kind: ResponseKind
     verdict: Verdict | None
-    """Of the newest reply; None where there is none."""
+    """The verdict on the newest reply; None if there is no reply."""
     entry: Entry | None
-    """That reply."""
+    """The newest reply."""
     refused: tuple[str, ...]
-    """Why the replies before, or all of them, were rejected."""
-    asked: Asked
+    """Why replies were rejected so far."""
+    record: RequestRecord
     request: Request
-    """The next request, where one more is to be made."""
+    """The next request if the item is open, otherwise the last one."""
     open: bool
-    """Whether it is to be made."""
+    """Whether `request` is still to be sent."""
 
 
 class Items:
@@ -57,14 +63,14 @@ class Items:
         self._contexts, self._kinds = contexts, kinds
         self._generator, self._attempts, self._failures = generator, attempts, failures
         self._worked = 0
-        """How often the generator did what it is for."""
+        """How often the generator worked without an error."""
         self.chosen = choose(len(contexts), kinds, counts, seed)
 
     def __len__(self) -> int:
         return sum(int(mask.sum()) for mask in self.chosen.values())
 
     def pairs(self) -> Iterator[tuple[ImageContext, ResponseKind]]:
-        """Yield what is asked about, in order."""
+        """Yield the context and kind of each item, in order."""
         for index in range(len(self._contexts)):
             kinds = [kind for kind in self._kinds if self.chosen[kind][index]]
             if kinds:
@@ -73,7 +79,11 @@ class Items:
                     yield context, kind
 
     def walk(self, ledger: Ledger) -> Iterator[Item]:
-        """Yield every item as the ledger has it."""
+        """Yield every item with its state according to the ledger.
+
+        Replies are judged anew each time, which is cheap; so verdicts are not stored, and a changed
+        generator judges the old replies, too.
+        """
         identity = self._generator.chat.identity
         verdict: Verdict | None
         seen: set[bytes] = set()
@@ -83,9 +93,9 @@ class Items:
                 messages = self._generator.messages(context, kind)
             except Exception as error:
                 nothing = Request((Message("user", ""),), 0, label)
-                facts = asked(identity, nothing)
+                record = record_of(identity, nothing)
                 verdict = self._failed(label, error)
-                yield Item(context, kind, verdict, None, verdict.notes, facts, nothing, False)
+                yield Item(context, kind, verdict, None, verdict.notes, record, nothing, False)
                 continue
             self._worked += 1
             refused: list[str] = []
@@ -94,15 +104,15 @@ class Items:
             is_open = False
             for draw in range(self._attempts):
                 request = Request(messages, draw, label)
-                facts = asked(identity, request)
-                found = ledger.get(facts.key)
+                record = record_of(identity, request)
+                found = ledger.get(record.key)
                 if found is None:
                     is_open = True
                     break
                 entry = found
                 try:
                     verdict = self._generator.read(context, kind, entry.reply)
-                except Exception as error:  # another reply is not the remedy
+                except Exception as error:  # a bug in the generator: another reply would not help
                     verdict = self._failed(label, error)
                     refused += verdict.notes
                     break
@@ -114,10 +124,10 @@ class Items:
                         break
                     verdict = Verdict("rejected", notes=(DUPLICATE,))
                 refused += verdict.notes
-            yield Item(context, kind, verdict, entry, tuple(refused), facts, request, is_open)
+            yield Item(context, kind, verdict, entry, tuple(refused), record, request, is_open)
 
     def _failed(self, label: str, error: Exception) -> Verdict:
-        """Return the verdict on what the generator fails at: one of many, as a rule."""
+        """Record an error of the generator and return a verdict that rejects the item."""
         if self._failures is None or isinstance(error, Stopped):
             raise error
         self._failures.add(label, error, self._worked)
@@ -127,7 +137,7 @@ class Items:
 def choose(
     total: int, kinds: Sequence[ResponseKind], counts: Mapping[ResponseKind, int], seed: int
 ) -> dict[ResponseKind, NDArray[np.bool_]]:
-    """Return for each kind which contexts it takes: all, or so many at random."""
+    """Return for each kind a mask of the contexts it uses: all, or `counts[kind]` at random."""
     chosen = {}
     for number, kind in enumerate(kinds):
         mask = np.zeros(total, bool)
@@ -138,7 +148,7 @@ def choose(
 
 
 def _mark(verdict: Verdict) -> bytes:
-    """Return what tells the answers of one conversation from another's."""
+    """Return a hash of a conversation's answers, without case and spacing, to find duplicates."""
     answers = " ".join(turn.text for turn in verdict.turns if turn.role == "gpt")
     return blake2b(
         " ".join(answers.lower().split()).encode(errors="replace"), digest_size=12

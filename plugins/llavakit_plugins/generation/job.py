@@ -1,4 +1,5 @@
-"""Runs a job: asks until every item has a usable reply or no attempt left, then writes the data."""
+"""Runs a job: sends requests until each item has a usable reply or no attempt left; then writes
+the data."""
 
 from __future__ import annotations
 
@@ -12,9 +13,9 @@ from llavakit import ChatError, DataError, LlavaError, Outcome, Run, Stopped
 from llavakit_plugins.generation.conversations import Failures
 from llavakit_plugins.generation.items import Items
 from llavakit_plugins.generation.output import price_of, write_output
-from llavakit_plugins.generation.requests.asking import ask_all
 from llavakit_plugins.generation.requests.ledger import Entry, Ledger, Request
 from llavakit_plugins.generation.requests.prompted import PromptedGenerator
+from llavakit_plugins.generation.requests.send import send_all
 from llavakit_plugins.generation.review import Review
 from llavakit_plugins.generation.sources import open_sources
 
@@ -23,15 +24,19 @@ if TYPE_CHECKING:
     from llavakit_plugins.generation.options import GenerateOptions
 
 LEDGER = "ledger.jsonl"
-_LOOK = 256  # items between looks at whether the user asked to stop
-_EVERY = 15.0  # seconds between events that say what was spent
+_LOOK = 256  # items between checks whether the user asked to stop
+_EVERY = 15.0  # seconds between events about the cost
 
 
 Jobs = Sequence[tuple[str, "Contexts", Items]]
 
 
 def run_job(options: GenerateOptions, generator: PromptedGenerator, run: Run) -> Outcome:
-    """Leave the data, their provenance, what was rejected, and a page to review them."""
+    """Write the data, their provenance, the rejected replies, and a page to review them.
+
+    Raises ChatError if the service cannot be used or requests have no answer yet, DataError if no
+    conversation can be used, and Stopped if the user asked to stop. Replies are kept in all cases.
+    """
     failures = Failures(generator.name, run.directory / "failures.txt")
     with open_sources(options, run.directory) as sources:
         jobs = []
@@ -56,7 +61,7 @@ def _work_off(
 ) -> Outcome:
     unanswered = Unanswered()
     review = Review(options.images, run.seed)
-    if len(ledger):  # said first, so that nobody fears to pay for them again
+    if len(ledger):  # tell the user at once that these are not paid for again
         run.progress(0, total_of(jobs), f"{len(ledger)} replies are here already")
     try:
         for name, _, items in jobs:
@@ -66,7 +71,7 @@ def _work_off(
         if not len(ledger) and unanswered.reasons:
             raise unanswered.complaint(total_of(jobs))
     except (LlavaError, Stopped):
-        if len(ledger) or failures.errors:  # to be looked at, though the step is not done
+        if len(ledger) or failures.errors:  # write what there is, for the user to look at
             run.event("asked", **totals(ledger))
             write_output(jobs, ledger, unanswered.reasons, review, run)
         else:
@@ -76,7 +81,7 @@ def _work_off(
 
 
 def finish(jobs: Jobs, ledger: Ledger, unanswered: Unanswered, review: Review, run: Run) -> Outcome:
-    """Write everything. Raises LlavaError where the step is not done with it."""
+    """Write everything and return the outcome. Raises LlavaError if the step is not complete."""
     outcome = write_output(jobs, ledger, unanswered.reasons, review, run)
     total = total_of(jobs)
     if unanswered.passing:
@@ -90,26 +95,26 @@ def finish(jobs: Jobs, ledger: Ledger, unanswered: Unanswered, review: Review, r
 
 
 def total_of(jobs: Jobs) -> int:
-    """Return how many conversations are to be made."""
+    """Return the number of conversations of all jobs."""
     return sum(len(items) for _, _, items in jobs)
 
 
 @dataclass
 class Unanswered:
-    """The requests that have no reply."""
+    """The requests without a reply."""
 
     reasons: dict[str, str] = field(default_factory=dict)
-    """Why, by key."""
+    """Why there is no reply, by key."""
     refused: set[str] = field(default_factory=set)
-    """Those that will never have one."""
+    """Keys of requests that will never get a reply."""
 
     @property
     def passing(self) -> list[str]:
-        """Those that may have one later, the newest last."""
+        """Keys of requests that may get a reply later, the newest last."""
         return [key for key in self.reasons if key not in self.refused]
 
     def complaint(self, total: int) -> ChatError:
-        """Return what is to be said where the step cannot be done with them."""
+        """Return the error of a step that cannot be completed without these replies."""
         if not self.passing:
             return ChatError(
                 f"the service refuses all of {total} requests; the last: "
@@ -122,20 +127,20 @@ class Unanswered:
 
 
 class Spending:
-    """Says now and then what was spent."""
+    """Reports the cost from time to time."""
 
     def __init__(self, run: Run, ledger: Ledger) -> None:
         self._run, self._ledger = run, ledger
         self._said = time.monotonic() - _EVERY
 
     def show(self, done: int, total: int, name: str) -> None:
-        """Show how far it is, and note what was spent where that was not done for a while."""
+        """Show the progress; record the cost if that was not done for 15 seconds."""
         self._run.progress(done, total, f"{name} {price_of(self._ledger)}".strip())
         if len(self._ledger) and time.monotonic() - self._said >= _EVERY:
             self.note()
 
     def note(self) -> None:
-        """Note what was spent."""
+        """Record the cost as an event."""
         self._said = time.monotonic()
         self._run.event("asked", **totals(self._ledger))
 
@@ -149,25 +154,29 @@ def _ask(
     name: str,
     unanswered: Unanswered,
 ) -> None:
-    """Ask until nothing is open but what gets no reply."""
+    """Send requests until all open items are those that get no reply.
+
+    Each round sends the next draw of all items whose reply was rejected in the round before.
+    """
     spending = Spending(run, ledger)
-    at = 0  # the item that is asked for last
+    at = 0  # number of the item whose request was sent last
 
     def requests() -> Iterator[Request]:
         nonlocal at
         for at, item in enumerate(items.walk(ledger), start=1):
-            if at % _LOOK == 0:  # where most are answered already, no entry shows that it goes on
+            # most items may be answered already, and then no new entry shows the progress
+            if at % _LOOK == 0:
                 if run.stopping():
                     raise Stopped
                 show()
-            if item.open and item.asked.key not in unanswered.refused:
+            if item.open and item.record.key not in unanswered.refused:
                 yield item.request
 
     def show(entry: Entry | None = None) -> None:
         spending.show(at, len(items), name)
 
     while True:
-        tally = ask_all(
+        tally = send_all(
             generator.chat,
             requests,
             ledger,
@@ -186,7 +195,7 @@ def _ask(
 
 
 def totals(ledger: Ledger) -> dict[str, float | int | None]:
-    """Return the running total."""
+    """Return the totals of replies, tokens and cost, with the names they have in events."""
     return {
         "replies": len(ledger),
         "input_tokens": ledger.input_tokens,
@@ -196,5 +205,6 @@ def totals(ledger: Ledger) -> dict[str, float | int | None]:
 
 
 def earlier_ledgers(folder: Path) -> list[Path]:
-    """Return the ledgers of attempts that were set aside: what they paid for counts on."""
+    """Return the ledgers of attempts that were set aside: their replies are paid for, so they are
+    used again."""
     return sorted((folder.parent / "superseded").glob(f"{folder.name}.*/{LEDGER}"))

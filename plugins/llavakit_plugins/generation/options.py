@@ -1,4 +1,4 @@
-"""What a recipe says of a step that generates data."""
+"""The options of the step `generate`."""
 
 from __future__ import annotations
 
@@ -9,24 +9,26 @@ from llavakit.contracts.data import RESPONSE_KINDS, ResponseKind
 
 
 class GenerateOptions(Options):
+    """Options of a step that generates instruction data from contexts."""
+
     contexts: InputPath
-    """Captions and boxes: one JSON object a line, or COCO's `captions_*.json`."""
+    """Captions and boxes: one JSON object per line, or COCO's `captions_*.json`."""
     instances: InputPath | None = None
-    """COCO's `instances_*.json`, where `contexts` are COCO's captions."""
+    """COCO's `instances_*.json`, if `contexts` are COCO's captions."""
     held_out: InputPath | None = None
-    """More of the same, whose data go into `held-out/` and are not learned from."""
+    """Contexts whose data go to `held-out/`, for validation."""
     images: InputPath | None = None
     """The images' folder, for the report only: a generator never sees them."""
     generator: Use[Generator]
     kinds: tuple[ResponseKind, ...] = Field(default=RESPONSE_KINDS, min_length=1)
     counts: dict[ResponseKind, int] = Field(default_factory=dict)
-    """How many contexts a kind takes, drawn at random; all where it is not named."""
+    """Number of contexts for each kind, drawn at random; by default all contexts."""
     concurrency: int = Field(default=16, ge=1)
-    """Requests to a chat model that are on their way at once."""
+    """Requests to a chat model that are in flight at once."""
     attempts: int = Field(default=3, ge=1)
-    """Replies that are asked for until one can be used."""
+    """Most requests for one item, until a reply can be used."""
     budget_usd: float | None = Field(default=None, gt=0)
-    """Most that the chat model may cost."""
+    """Most that the chat model may cost, in USD."""
 
     @field_validator("counts")
     @classmethod

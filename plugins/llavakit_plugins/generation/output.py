@@ -1,4 +1,4 @@
-"""Writes a job's data: LLaVA's JSON in the order of the contexts, and where each sample is from."""
+"""Writes a job's data: LLaVA's JSON in the order of the contexts, and the origin of each sample."""
 
 from __future__ import annotations
 
@@ -18,10 +18,12 @@ from llavakit_plugins.generation.review import Review
 from llavakit_plugins.generation.rows import brief_questions, caption_row, row_of
 from llavakit_plugins.generation.summary import Summary
 
-_EVERY = 1000  # items between looks at how far it is
+_EVERY = 1000  # items between progress messages
 
 
 class Write(Protocol):
+    """Appends one row to a file."""
+
     def __call__(self, row: Mapping[str, Any]) -> None: ...
 
 
@@ -32,7 +34,11 @@ def write_output(
     review: Review,
     run: Run,
 ) -> Outcome:
-    """Write every file of the step; return its numbers and sections."""
+    """Write all files of the step; return its metrics and the report's sections.
+
+    `unanswered` holds the reasons of requests without a reply, by key. Every file is written aside
+    and renamed when it is complete.
+    """
     summary = Summary()
     for name, contexts, items in jobs:
         folder = run.directory / name
@@ -50,7 +56,7 @@ def write_output(
             for number, item in enumerate(items.walk(ledger), start=1):
                 if number % _EVERY == 0:
                     run.progress(number, len(items), f"writing {name}".strip())
-                reason = unanswered.get(item.asked.key, "") if item.open else ""
+                reason = unanswered.get(item.record.key, "") if item.open else ""
                 summary.add(item, reason)
                 review.see(item, reason)
                 usable = item.verdict is not None and item.verdict.outcome != "rejected"
@@ -86,7 +92,7 @@ def write_output(
 
 
 def price_of(ledger: Ledger) -> str:
-    """Return what the replies cost, in words."""
+    """Return the cost of the replies in words."""
     return "price not known" if ledger.usd is None else f"{ledger.usd:,.2f} USD"
 
 
@@ -101,7 +107,7 @@ def _origin(item: Item) -> dict[str, Any]:
         "refused": list(item.refused),
         "draw": None if entry is None else entry.draw,
         "model": None if entry is None else entry.model,
-        "prompt": item.asked.prompt,
+        "prompt": item.record.prompt,
         "time": None if entry is None else entry.time,
         "input_tokens": None if entry is None else entry.input_tokens,
         "output_tokens": None if entry is None else entry.output_tokens,
@@ -111,7 +117,10 @@ def _origin(item: Item) -> dict[str, Any]:
 
 @contextmanager
 def json_list(path: Path) -> Iterator[Write]:
-    """Yield a function that appends to a list in a JSON file, written as `indent=1` writes it."""
+    """Yield a function that appends a row to a JSON list in a file, in the form of `indent=1`.
+
+    Rows are written one by one, because the list of a large job may not fit into memory.
+    """
     count = 0
     with new_file(path) as file:
 
@@ -127,6 +136,6 @@ def json_list(path: Path) -> Iterator[Write]:
 
 @contextmanager
 def json_lines(path: Path) -> Iterator[Write]:
-    """Yield a function that appends a line to a file."""
+    """Yield a function that appends a row to a file as one line of JSON."""
     with new_file(path) as file:
         yield lambda row: print(json.dumps(row, ensure_ascii=False), file=file)

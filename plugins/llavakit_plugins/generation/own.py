@@ -1,4 +1,7 @@
-"""Runs the job of a generator that asks chat models in its own way, as any other job."""
+"""Runs a job for a generator that calls chat models in its own way.
+
+It gets the same ledger, budget, retries and files as any other job.
+"""
 
 from __future__ import annotations
 
@@ -38,10 +41,10 @@ from llavakit_plugins.generation.job import (
     total_of,
 )
 from llavakit_plugins.generation.output import write_output
-from llavakit_plugins.generation.requests.asking import Asker
 from llavakit_plugins.generation.requests.desk import Desk, EmptyReply, attempt
 from llavakit_plugins.generation.requests.ledger import Ledger, Request
 from llavakit_plugins.generation.requests.prompted import Verdict
+from llavakit_plugins.generation.requests.send import Sender
 from llavakit_plugins.generation.review import Review
 from llavakit_plugins.generation.sources import open_sources
 
@@ -51,17 +54,17 @@ if TYPE_CHECKING:
 
 @dataclass
 class _State:
-    """What came of the conversations that this process tried."""
+    """The results of the conversations that this process tried."""
 
     conversations: Conversations
     failures: Failures
     unanswered: Unanswered = field(default_factory=Unanswered)
     rejected: dict[str, Conversation] = field(default_factory=dict)
-    """Those of which no attempt can be used, by key."""
+    """Conversations of which no attempt can be used, by key."""
 
 
 class _Items(Items):
-    """The items of a job, as the conversations made so far have them."""
+    """The items of a job; their state depends on the conversations made so far."""
 
     def __init__(
         self,
@@ -77,9 +80,9 @@ class _Items(Items):
     def walk(self, ledger: Ledger) -> Iterator[Item]:
         state = self._state
         for context, kind in self.pairs():
-            facts = state.conversations.facts(context, kind)
-            request = Request((Message("user", as_text(context, boxes=True)),), 0, facts.label)
-            item = Item(context, kind, None, None, (), facts, request, open=True)
+            record = state.conversations.record(context, kind)
+            request = Request((Message("user", as_text(context, boxes=True)),), 0, record.label)
+            item = Item(context, kind, None, None, (), record, request, open=True)
             if found := state.conversations.get(context, kind):
                 made, entry = found
                 text = "\n\n".join(turn.text for turn in made.turns)
@@ -88,23 +91,26 @@ class _Items(Items):
                     item, verdict=outcome, entry=replace(entry, text=text), refused=made.refused
                 )
                 item = replace(item, open=False)
-            elif facts.label in state.failures.errors:
-                refused = Verdict("rejected", notes=(state.failures.reason(facts.label),))
+            elif record.label in state.failures.errors:
+                refused = Verdict("rejected", notes=(state.failures.reason(record.label),))
                 item = replace(item, verdict=refused, refused=refused.notes, open=False)
-            elif facts.key in state.rejected:
-                notes = state.rejected[facts.key].refused
+            elif record.key in state.rejected:
+                notes = state.rejected[record.key].refused
                 verdict = Verdict("rejected", notes=notes[-1:])
                 item = replace(item, verdict=verdict, refused=notes, open=False)
             yield item
 
 
 def run_own_job(options: GenerateOptions, generator: Generator, desk: Desk, run: Run) -> Outcome:
-    """Leave what `run_job` leaves; the conversations are the generator's own."""
+    """Do what `run_job` does, with conversations that the generator makes itself.
+
+    Raises the errors of `run_job`, and RecipeError if a chat model uses a batch service.
+    """
     for chat in desk.chats:
         _refuse_batches(chat, generator)
     failures = Failures(generator.name, run.directory / "failures.txt")
     path = run.directory / FILE
-    # one that builds its chat model late does not say yet which it is
+    # a generator may build its chat model later: then replies of every model are taken over
     identities = frozenset(chat.identity for chat in desk.chats) or None
     earlier = earlier_ledgers(run.directory)
     with open_sources(options, run.directory) as sources:
@@ -154,12 +160,12 @@ def _make(
     jobs: Sequence[_Items],
     state: _State,
 ) -> None:
-    """Make every conversation that there is not yet, many at a time."""
+    """Make all missing conversations, many at a time."""
     spending = Spending(run, ledger)
     made = state.conversations.ledger
     total = sum(map(len, jobs))
     pairs = (pair for items in jobs for pair in items.pairs())
-    todo = (pair for pair in pairs if state.conversations.facts(*pair).key not in made)
+    todo = (pair for pair in pairs if state.conversations.record(*pair).key not in made)
     if len(made):
         run.progress(len(made), total, f"{len(made)} conversations are here already")
 
@@ -168,25 +174,25 @@ def _make(
 
     async def after(found: _Made) -> None:
         (context, kind), came = found
-        facts = state.conversations.facts(context, kind)
+        record = state.conversations.record(context, kind)
         if isinstance(came, Conversation):
             if came.turns:
                 await made.write(state.conversations.entry(context, kind, came))
             else:
-                state.rejected[facts.key] = came
+                state.rejected[record.key] = came
         elif isinstance(came, ReplyError):
-            state.unanswered.reasons[facts.key] = str(came)
+            state.unanswered.reasons[record.key] = str(came)
             if came.lasting:
-                state.unanswered.refused.add(facts.key)
+                state.unanswered.refused.add(record.key)
         elif isinstance(came, ChatError | Stopped):
             raise came
         else:
-            state.failures.add(facts.label, came, len(made))
+            state.failures.add(record.label, came, len(made))
         spending.show(len(made), total, "")
 
-    asker = Asker(desk.chats, ledger, options.budget_usd, run.stopping, lambda entry: None)
+    sender = Sender(desk.chats, ledger, options.budget_usd, run.stopping, lambda entry: None)
     try:
-        desk.work_off(asker, ledger, todo, work, after, options.concurrency)
+        desk.work_off(sender, ledger, todo, work, after, options.concurrency)
     finally:
         spending.note()
 
@@ -197,7 +203,10 @@ _Made = tuple[tuple[ImageContext, ResponseKind], Conversation | Exception]
 def _converse(
     generator: Generator, context: ImageContext, kind: ResponseKind, attempts: int
 ) -> Conversation | Exception:
-    """Return a conversation, or what a generator raised that another attempt does not change."""
+    """Return a conversation, or the generator's error if another attempt would not help.
+
+    Errors are returned and not raised, so that one failure does not end the other threads' work.
+    """
     refused: list[str] = []
     for number in range(attempts):
         try:
@@ -208,7 +217,7 @@ def _converse(
             refused.append(str(error))
         except (ChatError, Stopped) as error:
             return error
-        except LlavaError as error:  # what it was told cannot be used: told anew, it may be
+        except LlavaError as error:  # the reply cannot be used; another reply may be usable
             refused.append(str(error))
         except Exception as error:
             return error

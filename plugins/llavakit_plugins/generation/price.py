@@ -1,4 +1,4 @@
-"""What a job will cost: every request counted before the first is sent."""
+"""Computes the price of a job: all requests are counted before the first one is sent."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 
 
 def price_job(options: GenerateOptions, generator: PromptedGenerator, seed: int) -> StepPlan:
-    """Return the plan: exact for what is sent; replies are reckoned as long as the examples'."""
+    """Return the plan of a job with its price.
+
+    Input tokens are counted exactly; replies are assumed to be as long as those of the examples.
+    """
     files = [path for path in (options.contexts, options.held_out) if path is not None]
     if not all(path.is_file() for path in files):
         return _by_examples(options, generator)
@@ -37,7 +40,7 @@ def price_job(options: GenerateOptions, generator: PromptedGenerator, seed: int)
                     sent += chat.count(generator.messages(context, kind))
                 except LlavaError:
                     raise
-                except Exception:  # a plugin's: the job says which, and goes on with the others
+                except Exception:  # a plugin's bug: the job reports it and makes the others
                     failed += 1
                 else:
                     made += expected[kind]
@@ -47,7 +50,7 @@ def price_job(options: GenerateOptions, generator: PromptedGenerator, seed: int)
 
 
 def _by_examples(options: GenerateOptions, generator: PromptedGenerator) -> StepPlan:
-    """Return the plan where the contexts are not there yet: reckoned from the examples."""
+    """Return the plan if the contexts do not exist yet: estimated from the examples."""
     if any(kind not in options.counts for kind in options.kinds):
         note = "no price yet: the contexts are not there; say `counts` for each kind"
         return StepPlan(note=note)

@@ -1,4 +1,4 @@
-"""A page on which a person reads a random sample: image, context, reply, verdict."""
+"""Writes a page for people who review a random sample: image, context, reply, verdict."""
 
 from __future__ import annotations
 
@@ -27,15 +27,18 @@ if TYPE_CHECKING:
 
     from llavakit_plugins.generation.summary import Summary
 
-_SAMPLE = 60
-_UNUSABLE = 12  # shown beyond the sample, in which they may be rare
-_IN_REPORT = 9
+_SAMPLE = 60  # replies on the page
+_UNUSABLE = 12  # rejected replies that are shown besides, since they may be rare in the sample
+_IN_REPORT = 9  # replies in the run's report
 _TIME = "%Y-%m-%d %H:%M UTC"
-_SIDE = 480  # of an image, in pixels: wider than it is shown, for fine screens
+_SIDE = 480  # longest side of an image in pixels: more than is shown, for dense screens
 
 
 class Draw:
-    """A random sample of a stream, in its order; every item is as likely as any other."""
+    """A uniform random sample of a stream of unknown length, in the stream's order.
+
+    Reservoir sampling (Vitter's algorithm R), so that only the sample is kept in memory.
+    """
 
     def __init__(self, size: int, seed: Sequence[int]) -> None:
         self._size, self._draw = size, np.random.default_rng(seed)
@@ -43,33 +46,33 @@ class Draw:
         self.total = 0
 
     def see(self, item: Item) -> None:
-        """Take the next item, by chance."""
-        place = self.total if self.total < self._size else int(self._draw.integers(self.total + 1))
-        if place < self._size:
-            self._kept[place] = (self.total, item)
+        """Take the next item; it enters the sample by chance."""
+        slot = self.total if self.total < self._size else int(self._draw.integers(self.total + 1))
+        if slot < self._size:
+            self._kept[slot] = (self.total, item)
         self.total += 1
 
     def items(self) -> list[Item]:
-        """Return the sample."""
+        """Return the sample in the order of the stream."""
         return [item for _, item in sorted(self._kept.values(), key=itemgetter(0))]
 
 
 class Review:
-    """The sample and its page."""
+    """The sample of a job, and the page that shows it."""
 
     def __init__(self, images: Path | None, seed: int) -> None:
         self._images = images
         self._replies, self._unusable = Draw(_SAMPLE, [seed, 4]), Draw(_UNUSABLE, [seed, 5])
 
     def see(self, item: Item, unanswered: str) -> None:
-        """Take the next item; `unanswered` says why no reply came, where it was asked for."""
+        """Take the next item; `unanswered` is the reason why it has no reply, or empty."""
         if item.entry is not None:
             self._replies.see(item)
         if unanswered or (item.verdict is not None and item.verdict.outcome == "rejected"):
             self._unusable.see(replace(item, refused=(*item.refused, unanswered)))
 
     def gallery(self, folder: Path) -> Gallery:
-        """Return the first of the sample for the report of a step whose folder this is."""
+        """Return the first items of the sample for the report; paths are relative to `folder`."""
         cards = []
         for item in self._replies.items()[:_IN_REPORT]:
             image = find_image(self._images, item.context)
@@ -87,7 +90,7 @@ class Review:
         )
 
     def write(self, path: Path, summary: Summary, facts: Sequence[str]) -> None:
-        """Write the page; it needs no other file."""
+        """Write the page; images are embedded, so it needs no other file."""
         cards = [self._card(item) for item in self._replies.items()]
         shown = {card["id"] for card in cards}
         unusable = [self._card(item) for item in self._unusable.items()]
@@ -132,7 +135,7 @@ class Review:
 
 
 def _thumbnail(path: Path) -> str:
-    """Return a small copy of an image as a data URI, or nothing where it cannot be read."""
+    """Return a small copy of an image as a data URI, or an empty text if it cannot be read."""
     try:
         with Image.open(path) as image:
             small = image.convert("RGB")

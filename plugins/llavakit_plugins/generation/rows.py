@@ -1,4 +1,4 @@
-"""Samples as LLaVA's JSON has them."""
+"""Makes samples in LLaVA's JSON format."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ BRIEF = (
     "Give a short caption for this image.",
     "Sum up the image.",
 )
-"""Questions of stage 1 for a small language model; `brief_questions` has all of them."""
+"""Questions of stage 1 for a small language model; `brief_questions` returns all of them."""
 
 Row = Mapping[str, Any]
-"""A sample as LLaVA's JSON has it."""
+"""A sample in LLaVA's JSON format."""
 
 
 def row_of(context: ImageContext, kind: str, turns: Sequence[Turn]) -> Row:
-    """Return a sample as LLaVA's JSON has it."""
+    """Return a sample in LLaVA's JSON format."""
     conversations = [{"from": turn.role, "value": turn.text} for turn in turns]
     return {
         "id": f"{context.id}-{kind}",
@@ -42,13 +42,13 @@ def caption_row(context: ImageContext, draw: np.random.Generator, questions: Seq
 
 
 def brief_questions() -> tuple[str, ...]:
-    """Return the questions of stage 1: our own words for the paper's table 11."""
+    """Return the questions of stage 1: table 11 of arXiv 2304.08485 in our own words."""
     text = files("llavakit_plugins.generation").joinpath("brief.txt").read_text(encoding="utf-8")
     return tuple(text.splitlines())
 
 
 def find_image(images: Path | None, context: ImageContext) -> Path | None:
-    """Return the file of a context's image, where there is one."""
+    """Return the file of a context's image, or None if there is none."""
     from llavakit_plugins.datasets.image_files import inside
 
     if images is None:

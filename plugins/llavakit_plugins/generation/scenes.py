@@ -1,12 +1,12 @@
-"""A small world to see: handwritten digits in colour on coloured canvases, annotated as COCO is.
+"""Draws scenes for the demo: handwritten digits on coloured canvases, annotated like COCO.
 
-The digits are the UCI optical digits that scikit-learn ships (8x8 grey values, 1,797 glyphs). A
-scene is a square of 3 x 3 cells; one to three of the four in the middle of an edge hold a glyph, of
-some size and a little off the cell's middle.
+The digits are the UCI optical digits that scikit-learn contains (8 x 8 grey values, 1,797 glyphs).
+A scene is a square of 3 x 3 cells. One to three of the four cells in the middle of an edge hold a
+glyph, with a random size and a small random offset.
 
-Scenes come in families of eight which share canvas, places and colours, while their digits run
-through a product of candidates. Side by side in a contrastive batch they are each other's hard
-negatives: only who reads every digit can tell them apart.
+Scenes come in families of eight. A family shares canvas, positions and colours; its digits run
+through a product of candidates. In one contrastive batch they are hard negatives of each other:
+only a model that reads every digit can tell them apart.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ CELL = SIDE // 3
 FAMILY = 8
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 PLACES = {"top": (1, 0), "left": (0, 1), "right": (2, 1), "bottom": (1, 2)}
-"""Column and row of each place, in reading order."""
+"""Column and row of each position on the canvas, in reading order."""
 COLOURS = {
     "red": (200, 20, 30),
     "green": (0, 120, 40),
@@ -43,10 +43,10 @@ CANVASES = {
     "pink": (255, 205, 220),
     "grey": (205, 205, 205),
 }
-_SIZES = (18, 20, 22)
-_JITTER = 2
-_CANDIDATES = ((8,), (4, 2), (2, 2, 2))  # digits a place chooses from; each row's product is FAMILY
-_HELD_OUT = 5  # every fifth glyph
+_SIZES = (18, 20, 22)  # edges of a glyph in pixels
+_JITTER = 2  # largest offset in pixels
+_CANDIDATES = ((8,), (4, 2), (2, 2, 2))  # digits to choose from; each row's product is FAMILY
+_HELD_OUT = 5  # every fifth glyph is held out
 
 Split = Literal["train", "test"]
 
@@ -71,14 +71,14 @@ class Digit:
 
 @dataclass(frozen=True)
 class Scene:
-    """What is to be seen."""
+    """The content of one image."""
 
     canvas: str
     digits: tuple[Digit, ...]
     """In reading order."""
 
     def draw(self) -> Image.Image:
-        """Return the picture, SIDE x SIDE, RGB."""
+        """Return the image, SIDE x SIDE pixels, RGB."""
         masks, _ = _glyphs()
         pixels = np.empty((SIDE, SIDE, 3), np.float32)
         pixels[:] = CANVASES[self.canvas]
@@ -90,7 +90,7 @@ class Scene:
         return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
     def context(self, identity: str, image: str) -> ImageContext:
-        """Return captions and boxes, all that a teacher is told."""
+        """Return captions and boxes, from which a teacher writes data."""
         boxes = tuple(
             Box(WORDS[digit.value], tuple(round(value / SIDE, 3) for value in digit.corners))  # type: ignore[arg-type]
             for digit in self.digits
@@ -98,10 +98,10 @@ class Scene:
         return ImageContext(identity, image, tuple(self.captions()), boxes)
 
     def captions(self) -> Iterator[str]:
-        """Yield five captions, as COCO has five of different people; each names everything.
+        """Yield five captions, as many as COCO has; each names everything.
 
-        Each says the place first and then what is there: who reads on from the place has the
-        answer, which a small language model learns soonest.
+        Each names the position first and then the digit there. A small language model learns this
+        order most easily: the answer follows the position that a question names.
         """
         placed = " and ".join(f"at the {d.place} a {d.named}" for d in self.digits)
         shown = " and ".join(f"the {d.place} shows a {d.named}" for d in self.digits)
@@ -115,9 +115,10 @@ class Scene:
 
 
 def compose(split: Split, families: int, seed: int, most: int = 3) -> Iterator[Scene]:
-    """Yield scenes of at most `most` digits, family by family.
+    """Yield scenes with at most `most` digits, family by family.
 
-    No glyph of one split is ever drawn in the other.
+    The splits share no glyph, so that a held-out scene shows handwriting that was never trained on.
+    Raises LlavaError if scikit-learn is not installed.
     """
     _, values = _glyphs()
     held = np.arange(len(values)) % _HELD_OUT == _HELD_OUT - 1
@@ -159,7 +160,7 @@ def _place(
 
 @cache
 def _glyphs() -> tuple[dict[int, npt.NDArray[np.float32]], npt.NDArray[np.int64]]:
-    """Return the glyphs as masks 0..1 `[1797, size, size]` by size, and what each stands for."""
+    """Return the glyphs as masks `[1797, size, size]` of 0 to 1, by size, and the digit of each."""
     try:
         from sklearn.datasets import load_digits
     except ImportError:

@@ -1,4 +1,4 @@
-"""The files of contexts that a job is about, one context a line."""
+"""Opens the files of contexts of a job, one context per line."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 
 @contextmanager
 def open_sources(options: GenerateOptions, folder: Path) -> Iterator[dict[str, Contexts]]:
-    """Yield the contexts and the held-out ones, by the folder that their data go to.
+    """Yield the contexts and the held-out contexts, by the folder that their data go to.
 
-    COCO's files are turned into lines in `folder`, once. All lines are looked at before anything is
-    paid for. Raises DataError where a file cannot be used or holds nothing, where `instances` stand
-    beside what is not COCO's, for an id that is there twice, and for an image outside its folder.
+    COCO's files are converted to lines in `folder`, once. All lines are checked before anything is
+    paid for. Raises DataError if a file cannot be used or is empty, if `instances` are given for
+    contexts that are not COCO's, for an id that occurs twice, and for an image outside its folder.
     """
     if options.instances is not None and not is_coco(options.contexts):
         raise DataError(

@@ -1,4 +1,4 @@
-"""What a job's replies are like: verdicts, lengths, how questions begin."""
+"""Statistics of a job's replies: verdicts, lengths, and how questions begin."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from llavakit.contracts.data import IMAGE
 from llavakit.contracts.sections import Curves, Table
 from llavakit_plugins.generation.items import Item
 
-_FIRST_WORDS = 12
-_IN_REPORT = 6  # of them for each kind
-_BIN = 10  # words of an answer, in the plot of lengths
-_LONGEST = 400
+_FIRST_WORDS = 12  # bars of a chart of first words
+_IN_REPORT = 6  # first words of each kind in the report
+_BIN = 10  # words of an answer in one bin of the plot of lengths
+_LONGEST = 400  # words; longer answers are counted in the last bin
 
 
 @dataclass(frozen=True)
@@ -22,9 +22,9 @@ class Bar:
     name: str
     count: int
     share: float
-    """Of all, in percent."""
+    """Share of all, in percent."""
     share_of_most: float
-    """Of the longest bar, in percent."""
+    """Share of the longest bar, in percent."""
 
 
 @dataclass(frozen=True)
@@ -75,11 +75,11 @@ class Summary:
 
     @property
     def kinds(self) -> list[str]:
-        """The kinds of responses that were asked for."""
+        """The kinds of responses, sorted."""
         return sorted({kind for kind, _ in self._verdicts})
 
     def plots(self) -> list[Table | Curves]:
-        """Return verdicts, reasons and lengths."""
+        """Return the tables of verdicts and reasons, and the plot of lengths."""
         outcomes = ("accepted", "repaired", "rejected", "unanswered")
         verdicts = Table(
             title="What became of the replies",
@@ -120,7 +120,7 @@ class Summary:
         return [_bars(kind, found) for kind, found in sorted(self._first.items())]
 
     def sections(self) -> list[Table | Curves]:
-        """Return what the run's report shows."""
+        """Return the sections of the run's report."""
         firsts = {
             kind: found.most_common(_IN_REPORT) for kind, found in sorted(self._first.items())
         }
@@ -162,12 +162,12 @@ def _mean(counts: Counter[int]) -> float:
 
 
 def _histogram(counts: Counter[int]) -> list[tuple[float, float]]:
-    """Return the share of each length in percent; lengths between that nobody has are zero."""
+    """Return the share of each bin of lengths in percent, also of empty bins in between."""
     bins: Counter[int] = Counter()
     for length, count in counts.items():
         bins[min(length, _LONGEST) // _BIN] += count
     first, last = min(bins), max(bins)
     return [
-        (float(place * _BIN), 100 * bins[place] / counts.total())
-        for place in range(first, last + 1)
+        (float(bin_index * _BIN), 100 * bins[bin_index] / counts.total())
+        for bin_index in range(first, last + 1)
     ]

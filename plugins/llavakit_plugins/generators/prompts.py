@@ -39,26 +39,26 @@ def load_prompt(kind: ResponseKind, folder: Path | None) -> Prompt:
     A prompt is a folder of the kind's name with `system.txt`, pairs of `NAME_context.txt` and
     `NAME_reply.txt`, and `questions.txt` for `detail`. Raises DataError where something is missing.
     """
-    place: Traversable = _PACKAGED / kind
+    source: Traversable = _PACKAGED / kind
     if folder is not None:
         _refuse_others(folder)
         if (folder / kind).is_dir():
-            place = folder / kind
+            source = folder / kind
     contexts = sorted(
         item.name.removesuffix("_context.txt")
-        for item in place.iterdir()
+        for item in source.iterdir()
         if item.name.endswith("_context.txt")
     )
     examples = tuple(
-        (_read(place / f"{name}_context.txt"), _read(place / f"{name}_reply.txt"))
+        (_read(source / f"{name}_context.txt"), _read(source / f"{name}_reply.txt"))
         for name in contexts
     )
     questions: tuple[str, ...] = ()
     if kind == "detail":
-        own = place / "questions.txt"
+        own = source / "questions.txt"
         lines = _read(own if own.is_file() else _PACKAGED / kind / "questions.txt").splitlines()
         questions = tuple(line.strip() for line in lines if line.strip())
-    return Prompt(_read(place / "system.txt"), examples, questions)
+    return Prompt(_read(source / "system.txt"), examples, questions)
 
 
 def _refuse_others(folder: Path) -> None:

@@ -36,9 +36,9 @@ class AttentionMaps:
     def words(self) -> list[tuple[str, Tensor]]:
         """The answer word by word, each with the mean `[I, G, G]` over its tokens."""
         starts = [
-            place
-            for place, piece in enumerate(self.pieces)
-            if place == 0 or (piece[:1].isspace() and piece.strip())
+            index
+            for index, piece in enumerate(self.pieces)
+            if index == 0 or (piece[:1].isspace() and piece.strip())
         ]
         ends = [*starts[1:], len(self.pieces)]
         words = [
@@ -75,8 +75,8 @@ class WatchedRows:
         scores_HRT = torch.einsum("rhk,thk->hrt", q_RHK, k_THK) * scale
         if scoring.softcap is not None:
             scores_HRT = scoring.softcap * torch.tanh(scores_HRT / scoring.softcap)
-        sample_T, places_T = packing.samples_T, packing.position_ids_T
-        distance_RT = places_T[self.rows_R][:, None] - places_T[None, :]
+        sample_T, positions_T = packing.samples_T, packing.position_ids_T
+        distance_RT = positions_T[self.rows_R][:, None] - positions_T[None, :]
         visible_RT = distance_RT >= 0
         if scoring.window is not None:
             visible_RT &= distance_RT < scoring.window
@@ -85,7 +85,7 @@ class WatchedRows:
         if scoring.sinks_H is not None:
             sinks_HR1 = scoring.sinks_H.float()[:, None, None].expand(-1, len(self.rows_R), 1)
             scores_HRT = torch.cat([scores_HRT, sinks_HR1], dim=-1)
-        self.weights[layer] = scores_HRT.softmax(dim=-1)[..., : len(places_T)]
+        self.weights[layer] = scores_HRT.softmax(dim=-1)[..., : len(positions_T)]
 
 
 def map_attention(

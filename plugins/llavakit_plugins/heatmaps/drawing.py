@@ -61,10 +61,10 @@ def _extent(values: Floats, whole: npt.NDArray[np.bool_], length: int) -> tuple[
     """Return where the first column begins and the last ends, by a line through the means."""
     columns = np.flatnonzero(whole.any(axis=0))
     counts = whole.sum(axis=0)[columns]
-    places = values.sum(axis=0)[columns] / counts * (length - 1) + 0.5
+    positions = values.sum(axis=0)[columns] / counts * (length - 1) + 0.5
     inner = slice(1, -1) if len(columns) > 4 else slice(None)  # resampling blurs at the ends
-    slope, start = np.polyfit(columns[inner] + 0.5, places[inner], 1)
-    error = np.abs(slope * (columns[inner] + 0.5) + start - places[inner]).max()
+    slope, start = np.polyfit(columns[inner] + 0.5, positions[inner], 1)
+    error = np.abs(slope * (columns[inner] + 0.5) + start - positions[inner]).max()
     if slope <= 0 or error > 0.02 * length + 1:
         raise DataError("the encoder bends or turns the image, so no heat map fits over it")
     return float(start), float(slope * values.shape[1] + start)
@@ -76,13 +76,13 @@ def draw_heat(image: ImageSource, weights_GG: Floats, region: Region) -> Image.I
     `region` is where the grid lies, in pixels of the image. What lies outside of it, which the
     model never saw, is dark.
     """
-    picture = open_image(image, "the heat map")
-    edge = max(picture.size)
+    photo = open_image(image, "the heat map")
+    edge = max(photo.size)
     scale = min(max(edge, _LEAST), _MOST) / edge
-    size = max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
+    size = max(1, round(photo.width * scale)), max(1, round(photo.height * scale))
     small = scale > 1 and edge <= 128
     kind = Image.Resampling.NEAREST if small else Image.Resampling.BICUBIC
-    pixels = np.asarray(picture.resize(size, kind), np.float64)
+    pixels = np.asarray(photo.resize(size, kind), np.float64)
     heat, seen = _spread(weights_GG / max(weights_GG.max(), 1e-12), region, scale, size)
     stops = np.asarray(_STOPS, np.float64)
     colours = np.stack(
@@ -99,12 +99,12 @@ def _spread(
     weights_GG: Floats, region: Region, scale: float, size: tuple[int, int]
 ) -> tuple[Floats, npt.NDArray[np.bool_]]:
     """Return the heat of every pixel, between cells as a straight line, and which were seen."""
-    down, seen_y = _places(region[1] * scale, region[3] * scale, size[1], len(weights_GG))
-    across, seen_x = _places(region[0] * scale, region[2] * scale, size[0], len(weights_GG))
+    down, seen_y = _positions(region[1] * scale, region[3] * scale, size[1], len(weights_GG))
+    across, seen_x = _positions(region[0] * scale, region[2] * scale, size[0], len(weights_GG))
     return down.T @ weights_GG @ across, seen_y[:, None] & seen_x[None, :]
 
 
-def _places(
+def _positions(
     start: float, end: float, pixels: int, cells: int
 ) -> tuple[Floats, npt.NDArray[np.bool_]]:
     """Return each cell's part in each pixel `[cells, pixels]`, and which pixels are within."""

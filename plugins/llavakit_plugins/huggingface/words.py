@@ -76,12 +76,12 @@ class Words:
         for number, (runs, end) in enumerate(self._between_special(parts)):
             if not all(map(_apart, pairwise(text for text, _ in runs))):
                 return None
-            for place, (text, supervised) in enumerate(runs):
+            for index, (text, supervised) in enumerate(runs):
                 if _SPACE in text:
                     return None
                 spaced = self.scheme == "always" or (self.scheme == "first" and not number)
                 before = len(ids)
-                ids += self._ids(f" {text}" if spaced and not place and text[0] != " " else text)
+                ids += self._ids(f" {text}" if spaced and not index and text[0] != " " else text)
                 flags.append(supervised)
                 counts.append(len(ids) - before)
             if end is not None:

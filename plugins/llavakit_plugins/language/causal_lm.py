@@ -1,9 +1,9 @@
-"""Any causal language model of transformers over the packed stream.
+"""Runs any causal language model of transformers over the packed stream.
 
-The forward pass is transformers' own. Its attention is replaced through the interface that
-transformers has for this, by one that knows where the samples of the stream begin and end.
+The forward pass is transformers' own. Only its attention is replaced, through transformers'
+attention interface, by one that knows where the samples of the stream begin and end.
 
-    T rows, M selected rows, E width, H query heads, G key-value heads, K head dimension.
+Shapes: T rows, M selected rows, E width, H query heads, G key-value heads, K head dimension.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from llavakit_plugins.huggingface.hub import explain_config
 from llavakit_plugins.language.options import LanguageOptions
 from llavakit_plugins.language.pretrained import PretrainedLanguage
 
-_ATTENTION = "llavakit"  # the name that our attention has in transformers
+_ATTENTION = "llavakit"  # the name under which our attention is registered in transformers
 _SUPPORTED = {"full_attention", "sliding_attention", "attention", "dense"}
 
 
@@ -37,8 +37,8 @@ class CausalLMOptions(LanguageOptions):
     """Options of `causal-lm`."""
 
     plain_logits: bool = False
-    """Leave out the factor or cap that the family has on its logits, as transformers' LLaVA does:
-    so are the models trained that come in its layout."""
+    """Leave out the factor or the cap that some families apply to their logits. transformers' LLaVA
+    leaves it out, so models in its layout were trained without it."""
 
 
 class CausalLM(PretrainedLanguage):
@@ -51,6 +51,8 @@ class CausalLM(PretrainedLanguage):
 
     def __init__(self, options: CausalLMOptions, model: Any = None) -> None:
         super().__init__(options, model)
+        # The loss works on hidden states and the head's weight, so between them there may be
+        # nothing but one linear layer: any other parameter outside the decoder is refused.
         head, own = self.head, f"{self.model.base_model_prefix}."
         known = {id(parameter) for parameter in head.parameters()} if head is not None else set()
         others = [
@@ -99,6 +101,8 @@ class CausalLM(PretrainedLanguage):
                 position_ids=packing.position_ids_T[None],
                 use_cache=False,
             ).last_hidden_state
+        # A layer that computes attention in another way would mix the samples of the stream without
+        # an error, so each layer must have called our attention exactly once.
         if sorted(call.layers) != list(range(config.num_hidden_layers)):
             self._refuse(
                 config.model_type,
@@ -110,10 +114,10 @@ class CausalLM(PretrainedLanguage):
 
     @contextmanager
     def _recomputing(self, call: _Call) -> Iterator[None]:
-        """Have each layer computed again in the backward pass, where that is asked for.
+        """Compute each layer again in the backward pass, if `recompute` is set.
 
-        transformers' own switch works in training mode only, but a frozen language model is not
-        in it, while gradients pass through it to the connector.
+        transformers' own switch works in training mode only. A frozen language model is in
+        evaluation mode, though gradients still pass through it to the connector.
         """
         if not (self.recompute and torch.is_grad_enabled()):
             yield
@@ -134,6 +138,7 @@ class CausalLM(PretrainedLanguage):
         return scaled if cap is None else torch.tanh(scaled / cap) * cap
 
     def loss(self, hidden_ME: Tensor, targets_M: Tensor) -> Tensor:
+        # a cap is not linear, so the chunked loss cannot be used and all logits are computed
         if self._softcap is not None:
             return F.cross_entropy(self.logits(hidden_ME).float(), targets_M, reduction="sum")
         return linear_cross_entropy(
@@ -151,7 +156,7 @@ class CausalLM(PretrainedLanguage):
 
     @property
     def _logit_scale(self) -> float:
-        """What logits are multiplied with: Cohere has a factor, Granite a divisor."""
+        """The factor on the logits: Cohere's config has a factor, Granite's a divisor."""
         config = self.model.config
         if self.options.plain_logits:
             return 1.0
@@ -161,16 +166,17 @@ class CausalLM(PretrainedLanguage):
 
 @dataclass
 class _Call:
-    """What the attention of every layer must know of one pass through them.
+    """What our attention needs to know during one forward pass.
 
-    It does not come as an argument: not all models hand those on to their attention.
+    It comes through a context variable and not as an argument, because not all models pass extra
+    arguments on to their attention.
     """
 
     packing: Packing
     windows: tuple[int | None, ...]
-    """How far back each layer sees, where its attention is not told."""
+    """The sliding window of each layer, used if transformers does not pass one."""
     layers: list[int] = field(default_factory=list)
-    """Which layers have asked."""
+    """The layers that have called our attention so far, in order."""
 
 
 _current: ContextVar[_Call] = ContextVar("_current")
@@ -186,13 +192,16 @@ def _during(call: _Call) -> Iterator[None]:
 
 
 def _call_during(call: _Call, function: Any, *args: Any, **options: Any) -> Any:
-    """Return the function's result: in the forward pass, or when it is computed again."""
+    """Call the function with `call` as current: in the forward pass, and when it is recomputed."""
     with _during(call):
         return function(*args, **options)
 
 
 def _windows(config: Any) -> tuple[int | None, ...]:
-    """Return how many tokens each layer sees, itself included, as its configuration has it."""
+    """Return each layer's sliding window in tokens, the token itself included; None for no limit.
+
+    Configurations without `layer_types` have one window for all layers.
+    """
     count: int = config.num_hidden_layers
     window: int | None = getattr(config, "sliding_window", None) or None
     kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * count
@@ -214,7 +223,11 @@ def _attention(
     position_bias: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """Return attention `[1, T, H, K]`, as transformers wants it of an attention function."""
+    """Return attention `[1, T, H, K]`; the signature is that of transformers' attention functions.
+
+    Raises ModelError for what a packed stream cannot do: dropout, a mask or a bias by position,
+    and attention to later tokens.
+    """
     call = _current.get()
     layer = int(module.layer_idx)
     call.layers.append(layer)
@@ -238,7 +251,7 @@ def _attention(
 
 
 def _misfit(network: type[Any], config: Any) -> str | None:
-    """Return why a model cannot run over a packed stream, or None."""
+    """Return the reason why a model cannot run over a packed stream, or None if it can."""
     kinds = set(getattr(config, "layer_types", None) or ()) - _SUPPORTED
     if getattr(config, "is_encoder_decoder", False):
         return "it has an encoder besides its decoder"
@@ -248,6 +261,7 @@ def _misfit(network: type[Any], config: Any) -> str | None:
         return "its positions are biases of the attention (ALiBi), not rotations or embeddings"
     if getattr(config, "hidden_size_per_layer_input", 0):
         return "each of its layers reads token ids, and an image has none"
+    # transformers has no flag that says so for every model, but its source shows it
     if "ALL_ATTENTION_FUNCTIONS" not in inspect.getsource(sys.modules[network.__module__]):
         return "its attention does not go through transformers' attention interface"
     return None

@@ -1,11 +1,11 @@
-"""Layers of 4 bits by bitsandbytes on a CPU.
+"""Works around the limits of bitsandbytes' 4-bit layers on a CPU.
 
-On a CPU with AVX512-BF16 bitsandbytes packs the weights of a layer anew when it first computes
-without gradients, and computes many times faster then, in bfloat16. But it takes whole blocks only
-(others end in an AssertionError), rounds the scales, gives no gradient from then on, and what is
-packed is read as other numbers by everything else. So here a layer is packed where bfloat16 was
-asked for and its widths allow it, and unpacked, to the bit as it was, before anything else is done
-with it.
+On a CPU with AVX512-BF16, bitsandbytes packs a layer's weights into another format when the layer
+first computes without gradients. It then computes many times faster, in bfloat16. The packed format
+has limits: it takes whole blocks only (other sizes end in an AssertionError), it rounds the scales,
+it gives no gradients, and all other code reads it as wrong numbers. So here a layer is packed only
+if bfloat16 was requested and its sizes allow it, and it is unpacked, bit for bit as it was, before
+anything else uses it.
 """
 
 from __future__ import annotations
@@ -20,20 +20,21 @@ from torch import Tensor
 from llavakit import ModelError
 
 _INPUTS = 64  # weights that share a scale, as bitsandbytes divides them
-_BLOCK = 32  # outputs that are packed together
-_PACKS = "support_avx512bf16_for_cpu"  # a layer's own word for whether it packs
+_BLOCK = 32  # number of outputs that are packed together
+_PACKS = "support_avx512bf16_for_cpu"  # bitsandbytes' attribute that says whether a layer packs
 _log = logging.getLogger("llavakit")
 
 
 def prepare(model: Any, source: object, dtype: torch.dtype) -> None:
-    """Make each layer of 4 bits compute right on this CPU, where it is one that lies there.
+    """Make each 4-bit layer that lies on the CPU compute correctly there.
 
-    Raises ModelError, which begins with `source`, for a width that it cannot compute.
+    `source` is named in errors and warnings; `dtype` is the type that was requested. Raises
+    ModelError for a layer with a number of inputs that a CPU cannot compute.
     """
     slow = []
     for name, layer in _layers(model):
         if layer.weight.device.type != "cpu":
-            setattr(layer, _PACKS, False)  # should it come here later
+            setattr(layer, _PACKS, False)  # in case it is moved to the CPU later
             continue
         block = layer.weight.quant_state.blocksize
         _refuse_part(source, name, layer, block)
@@ -73,7 +74,7 @@ def _refuse_part(source: object, name: str, layer: Any, block: int) -> None:
 
 
 def unpack(model: Any) -> None:
-    """Bring all layers of 4 bits back into the form in which others read them."""
+    """Unpack all 4-bit layers into bitsandbytes' usual format, which all other code can read."""
     for _, layer in _layers(model):
         _unpack(layer)
 
@@ -87,6 +88,7 @@ def _layers(model: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _before_computing(layer: Any, inputs: tuple[Tensor, ...]) -> None:
+    # bitsandbytes packs at the first forward without gradients: keep the exact scales before that
     if layer.training or inputs[0].requires_grad:
         _unpack(layer)
     elif not _is_packed(layer):
@@ -110,5 +112,6 @@ def _unpack(layer: Any) -> None:
     weight, state = _convert_weight_packed_for_cpu_inverse(
         layer.weight.data, layer.weight.quant_state
     )
-    state.absmax, state.offset, state.state2, state.nested = layer.scales  # it rounds them
+    # packing rounded the scales; put the exact ones back
+    state.absmax, state.offset, state.state2, state.nested = layer.scales
     layer.weight.data, layer.weight.quant_state = weight, state

@@ -1,7 +1,7 @@
-"""Low-rank adapters (LoRA, arXiv 2106.09685) in a language model, by peft.
+"""Low-rank adapters (LoRA, arXiv 2106.09685) in a language model, made by peft.
 
-The adapters lie beside the weights they change: `adapter/` in a model folder holds them in peft's
-own layout, and the weights beside it are those of the base model.
+A model folder keeps them apart: `adapter/` holds them in peft's own layout, and the weights beside
+it are those of the base model, unchanged.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from llavakit_plugins.language import four_bits
 
 FOLDER = "adapter"
 _WEIGHTS = "adapter_model.safetensors"
-_PREFIX = "base_model.model."  # what peft puts in front of every name
+_PREFIX = "base_model.model."  # peft's prefix of every tensor name in a file
 
 
 class LoraOptions(Options):
-    """Adapters that learn in place of the weights; the original LLaVA's are the defaults."""
+    """Adapters that are trained instead of the weights. The defaults are the original LLaVA's."""
 
     rank: int = Field(default=64, ge=1)
     alpha: float = Field(default=16.0, gt=0)
@@ -42,9 +42,9 @@ def missing_peft() -> str | None:
 
 
 def add_adapters(model: Any, options: LoraOptions) -> None:
-    """Put adapters into transformers' model, in place; they change nothing before they learn.
+    """Insert adapters into a transformers model, in place. New adapters do not change its output.
 
-    Raises ModelError where peft is not installed, or the model lacks a target.
+    Raises ModelError if peft is not installed, or if the model lacks a target.
     """
     if (reason := missing_peft()) is not None:
         raise ModelError(reason)
@@ -65,6 +65,7 @@ def add_adapters(model: Any, options: LoraOptions) -> None:
         bias="none",
         task_type="CAUSAL_LM",
     )
+    # not get_peft_model: its wrapper would change the model's class and the names of its weights
     inject_adapter_in_model(config, model)
 
 
@@ -73,12 +74,12 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def is_adapter(name: str) -> bool:
-    """Say whether a parameter of this name belongs to an adapter."""
+    """Return whether a parameter of this name belongs to an adapter."""
     return ".lora_" in name
 
 
 def base_weights(model: Any) -> dict[str, Tensor]:
-    """Return the base model's weights under the names they have without adapters."""
+    """Return the base model's weights, by the names that they have without adapters."""
     state: dict[str, Tensor] = model.state_dict()
     return {
         name.replace(".base_layer.", "."): tensor
@@ -102,7 +103,10 @@ def save_adapters(model: Any, folder: Path) -> None:
 
 
 def load_adapters(model: Any, folder: Path) -> None:
-    """Fill a model's adapters from a folder. Raises ModelError where they are not the same."""
+    """Load a model's adapters from a folder.
+
+    Raises ModelError if the file cannot be read, or if names or shapes differ from the model's.
+    """
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -124,22 +128,24 @@ def load_adapters(model: Any, folder: Path) -> None:
 
 
 def merge_adapters(model: Any) -> Any:
-    """Return a copy of a model with its adapters added into the weights they change.
+    """Return a copy of a model in which the adapters are added to the weights.
 
-    Weights of 4 bits become the numbers that they stand for, so that the copy computes what the
-    model does. The other weights without an adapter are shared with `model`.
+    4-bit weights are dequantised, so that the copy computes what the model computes. Weights
+    without an adapter are shared with `model`, not copied.
     """
     quantized = getattr(model, "is_quantized", False)
     if quantized:
         four_bits.unpack(model)
     bases = [layer.get_base_layer() for _, layer in _adapted(model)]
     changed = {id(base.weight) for base in bases if base.weight.is_floating_point()}
+    # deepcopy's memo: what it lists counts as copied already, so it is shared
     shared = {id(p): p for p in model.parameters() if id(p) not in changed}
     whole = copy.deepcopy(model, shared)
     if quantized:
         with quietly(report=False):
             whole.dequantize(dtype=whole.get_input_embeddings().weight.dtype)
-        whole._weight_conversions = None  # of reading 4 bits, which saving would want to undo
+        # transformers keeps how it converted weights to 4 bits, and would undo that on saving
+        whole._weight_conversions = None
     layers = _adapted(whole)
     for name, layer in layers:
         base = layer.get_base_layer()
@@ -152,5 +158,5 @@ def merge_adapters(model: Any) -> Any:
 
 
 def _adapted(model: Any) -> list[tuple[str, Any]]:
-    """Return the layers with an adapter, peft's, whatever their weights are held in."""
+    """Return peft's layers with an adapter, by name; their base may be of any type, also 4-bit."""
     return [(name, m) for name, m in model.named_modules() if hasattr(m, "get_delta_weight")]

@@ -15,13 +15,14 @@ class LanguageOptions(PretrainedOptions):
 
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     device: str | None = None
-    """Where weights are read to, such as `cuda`; into the CPU's memory first where absent."""
+    """Device that weights are read to, such as `cuda`; by default the CPU, to be moved later."""
     max_length: int | None = Field(default=None, ge=2)
-    """Longest sequence in tokens, images included; the configuration's where absent."""
+    """Longest sequence in tokens, images included; by default the configuration's."""
     legacy: bool | None = None
-    """Whether a LLaMA tokenizer puts a space behind special tokens, as it did for LLaVA's own
-    weights; as the tokenizer's configuration says where absent."""
+    """Whether a LLaMA tokenizer adds a space behind special tokens, as it did when LLaVA's own
+    weights were trained; by default as the tokenizer's configuration says."""
     lora: LoraOptions | None = None
-    """Adapters that learn in place of the weights; without them all weights learn."""
+    """Adapters that are trained instead of the weights; by default all weights are trained."""
     quantize: Literal["nf4"] | None = None
-    """Hold the linear layers' weights in 4 bits (QLoRA); then only adapters can learn."""
+    """Keep the linear layers' weights in 4 bits (QLoRA, arXiv 2305.14314); then only adapters can
+    be trained."""

@@ -1,4 +1,4 @@
-"""What the language models have in common: transformers' weights, configuration and tokenizer."""
+"""What the built-in language models share: transformers' weights, configuration and tokenizer."""
 
 from __future__ import annotations
 
@@ -43,11 +43,11 @@ from llavakit_plugins.language.weights import (
 )
 
 _NOTHING_TO_QUANTIZE = "`quantize` is for weights that are there: give `source`"
-_BY_LENGTH = ("dynamic", "longrope")  # rotary frequencies that depend on the longest position
+_BY_LENGTH = ("dynamic", "longrope")  # their rotary frequencies depend on the longest position
 
 
 class PretrainedLanguage(LanguageModel):
-    """A causal language model of transformers, in `model`."""
+    """A language model whose attribute `model` is a causal language model of transformers."""
 
     Options: ClassVar[type[LanguageOptions]] = LanguageOptions
 
@@ -73,7 +73,7 @@ class PretrainedLanguage(LanguageModel):
     @classmethod
     @abstractmethod
     def configure(cls, table: dict[str, Any]) -> tuple[type[Any], Any]:
-        """Return transformers' class and its configuration for the content of a config.json.
+        """Return transformers' class and configuration for the content of a config.json.
 
         Raises ModelError, with the reason, for a model that this component cannot run.
         """
@@ -104,7 +104,7 @@ class PretrainedLanguage(LanguageModel):
         return language
 
     def save(self, folder: Path) -> None:
-        """Write the weights and the tokenizer, and adapters into a folder of their own."""
+        """Write weights and tokenizer to `folder`, and adapters to a folder within it."""
         adapted = self.options.lora is not None
         if self.options.quantize is not None:
             save_quantized(self.model, folder)
@@ -134,6 +134,7 @@ class PretrainedLanguage(LanguageModel):
     def frozen_bytes(self, each: int) -> float:
         if self.options.quantize is None:
             return super().frozen_bytes(each)
+        # transformers quantises all linear layers except the head
         total = sum(parameter.numel() for parameter in self.parameters())
         small = sum(
             module.weight.numel()
@@ -143,10 +144,10 @@ class PretrainedLanguage(LanguageModel):
         return NF4_BYTES * small + each * (total - small)
 
     def merged(self) -> Self:
-        """Return the model as its weights alone give it; itself where there is nothing else.
+        """Return the model with plain weights only; the model itself if it has no others.
 
-        Adapters are added into the weights, and weights of 4 bits become the numbers that they
-        stand for. Weights that stay as they are are shared.
+        Adapters are added to the weights, and 4-bit weights are dequantised. Weights that do not
+        change are shared with this model.
         """
         if self.options.lora is None and self.options.quantize is None:
             return self
@@ -156,9 +157,10 @@ class PretrainedLanguage(LanguageModel):
         return language.train(self.training)
 
     def with_options(self, options: Any) -> Self:
-        """Return a language model around the same network; with new adapters where it has none.
+        """Return a language model that shares this one's network and has other options.
 
-        Raises ModelError where it has others already, or a library is missing.
+        `lora` gives a network without adapters new ones. Raises ModelError if it has other adapters
+        already, or if a library is missing.
         """
         if self.options.lora is not None and options.lora != self.options.lora:
             raise ModelError(
@@ -184,7 +186,8 @@ class PretrainedLanguage(LanguageModel):
     @property
     def embedding_VE(self) -> Tensor | None:
         table = self.model.get_input_embeddings()
-        # subclasses scale what they look up, as Gemma's does
+        # a subclass may scale the embeddings (Gemma does); then a plain look-up would be wrong, and
+        # callers use `embed`
         return table.weight if type(table) is nn.Embedding else None
 
     def embed(self, ids_T: Tensor) -> Tensor:
@@ -193,7 +196,7 @@ class PretrainedLanguage(LanguageModel):
 
     @property
     def end_ids(self) -> frozenset[int]:
-        """The tokens that end an answer: the tokenizer's, and those of generation_config.json."""
+        """Ids that end an answer: the tokenizer's and those of generation_config.json."""
         ends = self.model.generation_config.eos_token_id
         more = [] if ends is None else [ends] if isinstance(ends, int) else ends
         return super().end_ids | frozenset(more)
@@ -218,7 +221,11 @@ class PretrainedLanguage(LanguageModel):
 
 
 def _longest(name: str, config: Any, wanted: int | None) -> int:
-    """Return the longest sequence that the model reads."""
+    """Return the longest sequence in tokens that the model reads.
+
+    Raises ModelError if `wanted` is so long that the model would change its rotary frequencies: in
+    a packed stream one long sample would change those of its neighbours.
+    """
     own: int = config.max_position_embeddings
     rope = getattr(config, "rope_parameters", None) or {}
     kinds = [rope, *(part for part in rope.values() if isinstance(part, dict))]

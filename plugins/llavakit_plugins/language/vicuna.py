@@ -1,9 +1,9 @@
-"""The LLaMA family (Vicuna, LLaMA-2, SmolLM …) over the packed stream.
+"""Runs the LLaMA family (Vicuna, LLaMA-2, SmolLM …) over the packed stream.
 
-Weights and configuration are transformers' LlamaForCausalLM; the forward pass is our own, because
-the last block need not compute queries, outputs and MLP of rows that no loss looks at.
+Weights and configuration are those of transformers' LlamaForCausalLM. The forward pass is our own,
+because the last block can leave out queries, outputs and MLP of rows without a loss.
 
-    T rows, M selected rows, E width, H query heads, G key-value heads, K head dimension.
+Shapes: T rows, M selected rows, E width, H query heads, G key-value heads, K head dimension.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from llavakit_plugins.huggingface.hub import explain_config
 from llavakit_plugins.language.options import LanguageOptions
 from llavakit_plugins.language.pretrained import PretrainedLanguage
 
-_KINDS = ("llama", "llava", "llava_llama")  # the latter two are the original LLaVA's
+_KINDS = ("llama", "llava", "llava_llama")  # the last two stand in the original LLaVA's configs
 
 
 class VicunaOptions(LanguageOptions):
@@ -40,7 +40,8 @@ class Vicuna(PretrainedLanguage):
     def __init__(self, options: VicunaOptions, model: Any = None) -> None:
         super().__init__(options, model)
         for block in self.model.model.layers:
-            # called as a module, so that what watches modules (FSDP2) takes part
+            # a method of the module, and not a function of ours: FSDP2 gathers a block's weights in
+            # hooks that only a call of the module runs
             block.forward = MethodType(_block, block)
 
     @classmethod
@@ -66,6 +67,7 @@ class Vicuna(PretrainedLanguage):
     def hidden(self, embeds_TE: Tensor, packing: Packing, rows: Rows | None = None) -> Tensor:
         decoder = self.model.model
         self._check_rows(embeds_TE, packing)
+        # positions restart at 0 in each sample; the angles are the same in all layers
         cos_1TK, sin_1TK = decoder.rotary_emb(embeds_TE, packing.position_ids_T[None])
         rotary = (cos_1TK[0, :, None], sin_1TK[0, :, None])
         hidden_TE = embeds_TE
@@ -89,12 +91,17 @@ def _block(
     packing: Packing,
     rows: Rows | None,
 ) -> Tensor:
-    """Return what a decoder block makes of the stream; of `rows` only where they are given."""
+    """Return a decoder block's output `[T, E]`, or `[M, E]` for `rows` only if they are given.
+
+    Keys and values are computed for all rows, since selected rows attend to them.
+    """
     attention = block.self_attn
     shape = (-1, attention.head_dim)
     normed_TE = _norm(block.input_layernorm, hidden_TE)
     k_TGK = _rotate(attention.k_proj(normed_TE).unflatten(-1, shape), rotary)
     v_TGK = attention.v_proj(normed_TE).unflatten(-1, shape)
+    # On CUDA one fused kernel serves all rows, so selecting queries before it gains little. With a
+    # cache all new rows pass the attention, which stores their keys and values.
     few = rows is not None and not normed_TE.is_cuda and packing.cache is None
     if rows is not None and few:
         normed_ME, rotary = _rows(normed_TE, rows), (_rows(rotary[0], rows), _rows(rotary[1], rows))
@@ -125,7 +132,10 @@ def _norm(norm: Any, hidden_TE: Tensor) -> Tensor:
 
 
 def _rotate(x_THK: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-    """Apply rotary positions (arXiv 2104.09864), halves paired as transformers does."""
+    """Apply rotary positions (arXiv 2104.09864) to `[T, heads, K]`.
+
+    As in transformers, the two numbers of a pair are K/2 apart, and not neighbours as in the paper.
+    """
     cos_T1K, sin_T1K = rotary
     left, right = x_THK.chunk(2, dim=-1)
     return x_THK * cos_T1K + torch.cat((-right, left), dim=-1) * sin_T1K

@@ -1,4 +1,8 @@
-"""Reads the weights of a language model: once, in place, and only where all of them fit."""
+"""Reads and writes the weights of a language model.
+
+Each tensor is read once, directly into the model, and a model with missing or wrong weights is
+refused.
+"""
 
 from __future__ import annotations
 
@@ -20,13 +24,16 @@ from llavakit_plugins.language.lora import base_weights
 if TYPE_CHECKING:
     from llavakit_plugins.language.options import LanguageOptions
 
-NF4_BYTES = 4.127 / 8  # a weight's: 4 bits, and its share of the scales, which are quantized too
+NF4_BYTES = 4.127 / 8
+"""Bytes of one NF4 weight: 4 bits, and its share of the scales, which are quantised, too (QLoRA,
+arXiv 2305.14314, section 3)."""
 
 
 def read_weights(network: type[Any], config: Any, options: LanguageOptions) -> Any:
-    """Return transformers' model in `options.source`, a folder or a name on the hub.
+    """Return transformers' model `network` with the weights of `options.source`.
 
-    Raises ModelError where the weights cannot be had, or are not those of `config`.
+    The source is a folder or a name on the hub. Raises ModelError if the weights are missing or
+    damaged, or if they do not fit `config`.
     """
     assert options.source is not None
     small = getattr(config, "quantization_config", None) is not None
@@ -42,7 +49,8 @@ def read_weights(network: type[Any], config: Any, options: LanguageOptions) -> A
         how["device_map"] = {"": options.device}
     if options.quantize is not None:
         how |= _quantized(options, small)
-    # on their way elsewhere weights are turned one by one, and need not be held here before
+    # Weights for another device, or for 4 bits, are converted one by one on their way there.
+    # Converting them here first would hold all of them in the CPU's memory.
     elsewhere = options.quantize is not None or options.device not in (None, "cpu")
     weights = Weights.within(folder, None if elsewhere else dtype)
     if weights is None:
@@ -52,7 +60,8 @@ def read_weights(network: type[Any], config: Any, options: LanguageOptions) -> A
         if options.quantize is not None:
             four_bits.prepare(model, options.source, dtype)
         if small:
-            cast_weights(model, dtype)  # what is not quantised, which transformers leaves as it was
+            # transformers leaves the weights that are not quantised in the file's dtype
+            cast_weights(model, dtype)
         if (folder / "generation_config.json").is_file():
             model.generation_config = _generation(folder / "generation_config.json")
     except (OSError, ValueError, RuntimeError) as error:
@@ -61,7 +70,7 @@ def read_weights(network: type[Any], config: Any, options: LanguageOptions) -> A
 
 
 def _generation(path: Path) -> Any:
-    """Return a generation configuration. Raises ModelError, which names the file."""
+    """Return the generation configuration in a file. Raises ModelError, which names the file."""
     from transformers import GenerationConfig
 
     end_tokens(path)
@@ -75,10 +84,10 @@ def _generation(path: Path) -> Any:
 
 
 def _consistent(config: Any) -> Any:
-    """Return a generation configuration that can be saved.
+    """Return a generation configuration that transformers agrees to save.
 
-    Vicuna's names a temperature and does not say that it samples; transformers before 5.23 reads
-    that and refuses to write it.
+    Vicuna's states a temperature but not `do_sample`. transformers before 5.23 reads such a
+    configuration and refuses to write it. If nothing else helps, only the special tokens are kept.
     """
     for do_sample in (config.do_sample, True):
         config.do_sample = do_sample
@@ -92,10 +101,10 @@ def _consistent(config: Any) -> Any:
 
 
 def save_quantized(model: Any, folder: Path) -> None:
-    """Write weights of 4 bits, without adapters, as transformers reads them.
+    """Write 4-bit weights, without adapters, in the form that transformers reads.
 
-    transformers' own `save_pretrained` writes the adapters of a quantised model among its weights,
-    whatever it is told.
+    transformers' own `save_pretrained` is not used: with a quantised model it ignores `state_dict`
+    and writes the adapters among the weights.
     """
     state = base_weights(model)
     if model.config.tie_word_embeddings:
@@ -111,28 +120,29 @@ def small_device(options: LanguageOptions) -> str:
 
 
 def missing_bitsandbytes() -> str | None:
-    """Return what must be installed for weights of 4 bits, or None."""
+    """Return a sentence on what must be installed for 4-bit weights, or None."""
     if find_spec("bitsandbytes") is not None:
         return None
     return '`quantize = "nf4"` needs bitsandbytes; install it with `pip install llavakit[lora]`'
 
 
 def _quantized(options: LanguageOptions, small: bool) -> dict[str, Any]:
-    """Return transformers' options for 4-bit weights, as QLoRA (arXiv 2305.14314) has them.
+    """Return transformers' options for reading 4-bit weights, those of QLoRA (arXiv 2305.14314).
 
-    Weights that are `small` already bring theirs.
+    Files that are quantised already (`small`) bring options of their own. Raises ModelError if
+    bitsandbytes is not installed.
     """
     if (reason := missing_bitsandbytes()) is not None:
         raise ModelError(reason)
     from transformers import BitsAndBytesConfig
 
-    place = {"device_map": {"": small_device(options)}}
+    placed_on = {"device_map": {"": small_device(options)}}
     if small:
-        return place
+        return placed_on
     how = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=getattr(torch, options.dtype),
     )
-    return {**place, "quantization_config": how}
+    return {**placed_on, "quantization_config": how}

@@ -116,7 +116,7 @@ class _Axis:
     ticks: tuple[tuple[float, str], ...]
     log: bool = False
 
-    def place(self, value: float) -> float:
+    def position(self, value: float) -> float:
         """Return where a value lies: 0 at the low end, 1 at the high end."""
         low, high, at = self.low, self.high, value
         if self.log:
@@ -181,7 +181,7 @@ def _x_axis(axis: _Axis) -> Markup:
     item = Markup('<text class="x{}" x="{:.2f}%" y="100%" dy="1.5em">{}</text>')
     crowded = len(axis.ticks) > 5  # a narrow screen then hides every second label
     return Markup("").join(
-        item.format(" odd" if crowded and index % 2 else "", 100 * axis.place(tick), text)
+        item.format(" odd" if crowded and index % 2 else "", 100 * axis.position(tick), text)
         for index, (tick, text) in enumerate(axis.ticks)
     )
 
@@ -192,7 +192,7 @@ def _y_axis(axis: _Axis) -> Markup:
         '<text class="y" x="0" dx="-0.6em" y="{0:.2f}%" dy="0.35em">{1}</text>'
     )
     return Markup("").join(
-        item.format(100 - 100 * axis.place(tick), text) for tick, text in axis.ticks
+        item.format(100 - 100 * axis.position(tick), text) for tick, text in axis.ticks
     )
 
 
@@ -224,7 +224,7 @@ def _dots(points: Sequence[Point], across: _Axis, up: _Axis, style: str) -> Mark
 
 
 def _at(point: Point, across: _Axis, up: _Axis) -> str:
-    return f"{1000 * across.place(point[0]):.1f} {1000 - 1000 * up.place(point[1]):.1f}"
+    return f"{1000 * across.position(point[0]):.1f} {1000 - 1000 * up.position(point[1]):.1f}"
 
 
 def _is_noisy(points: Sequence[Point]) -> bool:

@@ -92,12 +92,12 @@ class Evaluate(Step):
         for name, use in zip(names, uses, strict=True):
             benchmark = run.build(use)
             questions = benchmark.questions()
-            asked = {"sighted": questions}
+            variants = {"sighted": questions}
             if self.options.blind:
-                asked["blind"] = shuffle_images(questions, run.seed)
+                variants["blind"] = shuffle_images(questions, run.seed)
             results = {
                 way: self._score(run, model, benchmark, own, f"{name}{_SUFFIX[way]}")
-                for way, own in asked.items()
+                for way, own in variants.items()
             }
             prefix = f"{name}_" if len(uses) > 1 else ""
             for way, result in results.items():
@@ -180,8 +180,8 @@ class Evaluate(Step):
             right = result.score.right[index]
             shown = None
             if question.images:
-                place = run.directory / "images"
-                shown = save_thumbnail(question.images[0], place, f"{name}-{len(cards):03}")
+                index = run.directory / "images"
+                shown = save_thumbnail(question.images[0], index, f"{name}-{len(cards):03}")
             prompt = question.prompt.replace(IMAGE, "").strip()
             lines = [("question", prompt), ("answer", answer)]
             if question.truth and question.truth != answer:
@@ -213,8 +213,8 @@ class Evaluate(Step):
 def _distinct(names: Sequence[str]) -> list[str]:
     """Return the names, those that recur with a number behind."""
     return [
-        name if (before := names[:place].count(name)) == 0 else f"{name}-{before + 1}"
-        for place, name in enumerate(names)
+        name if (before := names[:index].count(name)) == 0 else f"{name}-{before + 1}"
+        for index, name in enumerate(names)
     ]
 
 

@@ -130,11 +130,11 @@ class Export(Step):
     ) -> str:
         """Draw where the model looks; return the picture's name in the step's folder."""
         maps = map_attention(model, question, images, Sampling(self.options.max_new_tokens))
-        place = run.directory / "heatmaps" / f"{name}.png"
-        with explain_write(place):
-            place.parent.mkdir(exist_ok=True)
-        save_image(draw_attention_maps(maps, images, model.vision), place)
-        return f"{place.parent.name}/{place.name}"
+        path = run.directory / "heatmaps" / f"{name}.png"
+        with explain_write(path):
+            path.parent.mkdir(exist_ok=True)
+        save_image(draw_attention_maps(maps, images, model.vision), path)
+        return f"{path.parent.name}/{path.name}"
 
 
 def _can_load(exporter: Exporter) -> bool:

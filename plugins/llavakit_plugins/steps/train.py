@@ -102,8 +102,8 @@ class _Train(Step):
         sections: list[Section] = [curve]
         if options.validate_every:
             curve.series["held out"] = [(float(at), loss) for at, loss, _ in progress.looks]
-        if trainer.asked:
-            sections.append(_gallery(trainer.asked, progress.looks, run.directory))
+        if trainer.questioned:
+            sections.append(_gallery(trainer.questioned, progress.looks, run.directory))
         return Outcome(metrics, sections)
 
     @classmethod
@@ -169,14 +169,14 @@ def _gallery(
 ) -> Gallery:
     """Return what was answered over time: at the first step, at the last, and a few between."""
     count = min(_SHOWN, len(looks))
-    places = sorted({round(n * (len(looks) - 1) / max(1, count - 1)) for n in range(count)})
+    chosen = sorted({round(n * (len(looks) - 1) / max(1, count - 1)) for n in range(count)})
     cards = []
     for number, sample in enumerate(samples):
         shown = None
         if sample.images:
             shown = save_thumbnail(sample.images[0], folder / "images", f"{number:03}")
         question = sample.turns[0].text.replace(IMAGE, "").strip()
-        said = [(f"step {looks[place][0]}", looks[place][2][number]) for place in places]
+        said = [(f"step {looks[index][0]}", looks[index][2][number]) for index in chosen]
         truth = [("truth", sample.turns[1].text)] if len(sample.turns) > 1 else []
         cards.append(Card(image=shown, lines=[("question", question), *said, *truth]))
     return Gallery(title="Held-out answers while it learns", cards=cards)

@@ -1,4 +1,4 @@
-"""A data set, rendered and tokenised once, held compactly; and its cut into micro-batches."""
+"""A data set that is rendered and tokenised once, stored compactly, and cut into micro-batches."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _NAMED = 5  # samples that an error lists
 
 @dataclass(frozen=True)
 class Batch:
-    """One optimisation step: the samples of each micro-batch."""
+    """The samples of one optimisation step, for each of its micro-batches."""
 
     samples: tuple[tuple[int, ...], ...]
 
@@ -37,11 +37,13 @@ class Batch:
 
 
 class Corpus:
-    """Every sample's ids and learned mask, end to end: two bytes and a bit a token, as a rule.
+    """The ids and the loss mask of all samples, stored end to end.
 
-    Samples are cut at `max_length`, or at the language model's own where that is less.
-    Raises DataError naming samples in which nothing is learned, before training starts, unless
-    `unlearned` says to skip them.
+    A token takes two bytes and a bit (four bytes and a bit for large vocabularies). Samples are cut
+    at `max_length` tokens, or at the language model's own limit if that is shorter.
+
+    Raises DataError, before training starts, for a data set without samples, and for samples
+    without a supervised token unless `unlearned` is "skip"; the error names the first of them.
     """
 
     def __init__(
@@ -60,36 +62,38 @@ class Corpus:
         max_length = min(max_length, model.language.max_length)
         self.max_length = max_length
         tokenizer = model.language.tokenizer
-        # negative numbers stand for images, so half of the numbers are left for tokens
+        # negative numbers stand for images, so int16 holds vocabularies of less than 2^15 tokens
         ids = array("h" if len(tokenizer) < 1 << 15 else "i")
         supervised = array("B")
         counts = array("q")
         self.lengths = array("i")
-        """Rows of the stream that each sample takes."""
-        self.learned_counts = array("i")
+        """Number of stream rows of each sample, visual rows included."""
+        self.supervised_counts = array("i")
+        """Number of supervised rows of each sample."""
         self.cut = 0
-        """Samples longer than `max_length`."""
+        """Number of samples longer than `max_length`."""
         for number in range(len(data)):
             item = encode(data[number], template, tokenizer, max_length)
             full = len(item.ids) + item.image_count * (self.visual_tokens - 1)
             self.cut += full > max_length
             ids.frombytes(item.ids.astype(ids.typecode).tobytes())
+            # each sample's mask begins at a byte of its own, so that it is read without shifts
             supervised.frombytes(np.packbits(item.supervised).tobytes())
             counts.append(len(item.ids))
             self.lengths.append(item.length(self.visual_tokens))
-            self.learned_counts.append(item.supervised_count(self.visual_tokens))
+            self.supervised_counts.append(item.supervised_count(self.visual_tokens))
             if number % 256 == 255 or number + 1 == len(data):
                 progress(number + 1, len(data))
         self._ids = np.frombuffer(ids, dtype=ids.typecode)
-        self._learned_bits = np.frombuffer(supervised, dtype=np.uint8)
+        self._supervised_bits = np.frombuffer(supervised, dtype=np.uint8)
         of_samples = np.frombuffer(counts, dtype=np.int64)
         self._starts = np.concatenate([[0], np.cumsum(of_samples)])
         self._bit_starts = np.concatenate([[0], np.cumsum(-(-of_samples // 8))])
-        teaches = np.asarray(self.learned_counts) > 0
+        teaches = np.asarray(self.supervised_counts) > 0
         self.samples = np.flatnonzero(teaches).tolist()
-        """The samples to learn from, by their number in `data`."""
+        """Indices into `data` of the samples that are trained on."""
         self.skipped = np.flatnonzero(~teaches).tolist()
-        """Those in which nothing is learned."""
+        """Indices into `data` of the samples without a supervised row."""
         if self.skipped and (unlearned == "refuse" or not self.samples):
             raise DataError(
                 f"nothing is learned from {self.name_skipped()}: their answers are empty or lie "
@@ -98,7 +102,7 @@ class Corpus:
             )
 
     def name_skipped(self) -> str:
-        """Say how many samples teach nothing, and name the first."""
+        """Return how many samples have no supervised row, and the ids of the first of them."""
         names = and_more(self.skipped, _NAMED, lambda number: f"`{self.data[number].id}`")
         return f"{len(self.skipped)} of {len(self.lengths)} samples ({names})"
 
@@ -106,28 +110,34 @@ class Corpus:
         return len(self.samples)
 
     def encoded(self, sample: int) -> Encoded:
-        """Return one sample's ids and mask."""
+        """Return the ids (int64) and the loss mask (bool) of one sample."""
         begin, end = self._starts[sample : sample + 2]
-        bits = self._learned_bits[self._bit_starts[sample] : self._bit_starts[sample + 1]]
+        bits = self._supervised_bits[self._bit_starts[sample] : self._bit_starts[sample + 1]]
         supervised = np.unpackbits(bits, count=int(end - begin)).astype(np.bool_)
         return Encoded(self._ids[begin:end].astype(np.int64), supervised, self.max_length)
 
     def pack(self, samples: Sequence[int]) -> PackedBatch:
-        """Return the packed stream of these samples."""
+        """Return the packed stream of these samples, on the CPU."""
         return pack([self.encoded(s) for s in samples], samples, self.visual_tokens)
 
     def batch(self, samples: Sequence[int], capacity: int) -> Batch:
-        """Distribute the samples of a step over micro-batches of `capacity` rows."""
+        """Distribute the samples of a step over micro-batches of at most `capacity` rows.
+
+        Packing is best-fit, within one step: the samples of a step stay those of the step.
+        """
         bins = best_fit([self.lengths[s] for s in samples], capacity)
         return Batch(tuple(tuple(samples[index] for index in items) for items in bins))
 
     def epoch(self, seed: int, epoch: int, batch_size: int, capacity: int) -> Iterator[Batch]:
-        """Yield the steps of one epoch, shuffled by `seed` and `epoch` alone."""
-        places = np.random.default_rng([seed, epoch]).permutation(len(self))
-        order = np.asarray(self.samples)[places].tolist()
+        """Yield the steps of one epoch; `seed` and `epoch` alone decide the order of samples.
+
+        The order is computed anew from them, so a resume within an epoch needs no stored state.
+        """
+        shuffled = np.random.default_rng([seed, epoch]).permutation(len(self))
+        order = np.asarray(self.samples)[shuffled].tolist()
         for begin in range(0, len(order), batch_size):
             yield self.batch(order[begin : begin + batch_size], capacity)
 
     def steps(self, batch_size: int) -> int:
-        """Return the optimisation steps of one epoch."""
+        """Return the number of optimisation steps of one epoch; the last one may be smaller."""
         return -(-len(self) // batch_size)

@@ -1,6 +1,6 @@
-"""Where the patch features of a micro-batch come from: the encoder, or a cache of its output.
+"""Provides the patch features of micro-batches: from the encoder, or from a cache of its output.
 
-I images, P patches, D vision width.
+Shapes: I images, P patches of an image, D width of the vision encoder.
 """
 
 from __future__ import annotations
@@ -29,14 +29,16 @@ from llavakit.contracts.data import ImageSource
 from llavakit.contracts.packing import upload
 from llavakit_plugins.training.corpus import Corpus
 
-_ENCODE_BATCH = 32
+_ENCODE_BATCH = 32  # images that are encoded at once for the cache
 CACHE_BYTES = 4 << 30
+"""Most bytes of CPU memory that the cache may take when nothing is stated."""
 
 
 def preparation(model: LlavaModel, changes: Mapping[str, Any], build: Build) -> VisionEncoder:
-    """Return who prepares images: the encoder, or one with some options changed, without weights.
+    """Return the encoder whose `prepare` is used: the model's, or a copy with changed options.
 
-    Raises TrainingError where the encoder has no such options, or they would change its size.
+    A copy is built on the meta device and has no weights. Raises TrainingError if the encoder has
+    no such options, or if they change the size of the images that it reads.
     """
     if not changes:
         return model.vision
@@ -56,18 +58,21 @@ def preparation(model: LlavaModel, changes: Mapping[str, Any], build: Build) -> 
 
 
 class Features(Protocol):
-    """Gives micro-batches with the features of their images."""
+    """Loads micro-batches together with the features of their images."""
 
     def load(self, micros: Iterable[Sequence[int]]) -> Generator[tuple[PackedBatch, Tensor | None]]:
-        """Yield each micro-batch, on the device, with features `[I, P, D]` or None.
+        """Yield each micro-batch, on the device, with features `[I, P, D]`, or None without images.
 
-        `micros` may be read ahead of what is yielded. Uses up no random number.
+        `micros` holds the samples of each micro-batch; it may be read ahead of what is yielded.
+        Does not use the global random state, so that a resumed run draws the same numbers.
         """
 
 
 class Encoding:
-    """Encodes the images of each micro-batch when it is its turn; `workers` processes read them
-    before, so that an encoder on a GPU need not wait."""
+    """Encodes the images of each micro-batch when the micro-batch is due.
+
+    `workers` processes read and prepare images ahead, so that the GPU does not wait for them.
+    """
 
     def __init__(
         self,
@@ -90,11 +95,12 @@ class Encoding:
             batch_size=None,
             sampler=micros,
             num_workers=self._workers,
-            # otherwise, from Python 3.14 on, each would be sent the whole model
+            # Python 3.14 made "forkserver" the default. It would pickle the data set, and with it
+            # the whole model, for each worker; a fork shares them.
             multiprocessing_context="fork" if self._workers else None,
             pin_memory=device.type == "cuda",
             worker_init_fn=_leave_signals_to_the_parent,
-            generator=torch.Generator(),
+            generator=torch.Generator(),  # the loader draws a seed: not from the global generator
         )
         for item in loader:
             if isinstance(item, LlavaError):
@@ -109,9 +115,10 @@ class Encoding:
 
 
 class _MicroBatches(TorchDataset[tuple[PackedBatch, Tensor | None] | LlavaError]):
-    """Micro-batches by their samples, with the pixels of their images.
+    """Maps the samples of a micro-batch to its packed stream and the pixels of its images.
 
-    What is wrong with an image is returned: raised in a worker, it would come as a traceback.
+    An error about an image is returned, not raised: the DataLoader would turn an exception of a
+    worker into one with a traceback as its text.
     """
 
     def __init__(self, corpus: Corpus, vision: VisionEncoder) -> None:
@@ -130,13 +137,17 @@ class _MicroBatches(TorchDataset[tuple[PackedBatch, Tensor | None] | LlavaError]
 
 
 def _leave_signals_to_the_parent(worker: int) -> None:
-    """Ctrl-C and SIGTERM often come to a whole group: the training process says when to stop."""
+    """Ignore SIGINT and SIGTERM: both often reach the whole process group, also the workers.
+
+    The training process decides when to stop; it first saves a checkpoint, for which it may still
+    need the workers.
+    """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 
 
 class Cached:
-    """Keeps the features of every image of a frozen encoder in memory."""
+    """Keeps the features of every image in CPU memory. Only right while the encoder is frozen."""
 
     def __init__(
         self,
@@ -149,7 +160,7 @@ class Cached:
     ) -> None:
         self._corpus, self._device = corpus, model.device
         vision = preparing or model.vision
-        self._place, sources = index_images(corpus)
+        self._row_of, sources = index_images(corpus)
         self._features: Tensor | None = None
         with torch.no_grad():
             for begin in range(0, len(sources), _ENCODE_BATCH):
@@ -157,7 +168,7 @@ class Cached:
                 pixels = [read_pixels(vision, image, name) for image, name in part]
                 batch = torch.stack(pixels).to(model.device, dtype)
                 found = model.features(batch)
-                if self._features is None:  # at once: joined from pieces they would be there twice
+                if self._features is None:  # allocated once: `torch.cat` would need it twice
                     shape = (len(sources), *found.shape[1:])
                     self._features = torch.empty(shape, dtype=found.dtype)
                 self._features[begin : begin + len(part)] = found
@@ -168,7 +179,7 @@ class Cached:
             batch = self._corpus.pack(samples)
             features = None
             if batch.images and self._features is not None:
-                rows = torch.tensor([self._place[image] for image in batch.images])
+                rows = torch.tensor([self._row_of[image] for image in batch.images])
                 features = upload(self._features.index_select(0, rows), self._device)
             yield batch.to(self._device), features
 
@@ -176,9 +187,12 @@ class Cached:
 def index_images(
     corpus: Corpus,
 ) -> tuple[dict[tuple[int, int], int], list[tuple[ImageSource, str]]]:
-    """Return the number of each (sample, image), and every distinct image once."""
+    """Return the row of each (sample, image number) in the cache, and each distinct image once.
+
+    The second list holds the images in the order of their rows, each with a name for errors.
+    """
     numbers: dict[object, int] = {}
-    place: dict[tuple[int, int], int] = {}
+    row_of: dict[tuple[int, int], int] = {}
     sources: list[tuple[ImageSource, str]] = []
     for index in corpus.samples:
         sample = corpus.data[index]
@@ -187,12 +201,15 @@ def index_images(
             if key not in numbers:
                 numbers[key] = len(sources)
                 sources.append((image, f"sample `{sample.id}`"))
-            place[index, number] = numbers[key]
-    return place, sources
+            row_of[index, number] = numbers[key]
+    return row_of, sources
 
 
 def images_recur(corpus: Corpus, epochs: int, most: int) -> bool:
-    """Say whether any image is met again, and there are at most so many; stops where it knows."""
+    """Return whether images are used more than once in training, and at most `most` are distinct.
+
+    Stops at the first image beyond `most`, so that a huge data set is not read to its end.
+    """
     seen: set[object] = set()
     mentions = 0
     for index in corpus.samples:
@@ -205,4 +222,5 @@ def images_recur(corpus: Corpus, epochs: int, most: int) -> bool:
 
 
 def _identity(image: ImageSource) -> object:
+    # images in memory have no name: only the same object counts as the same image
     return image if isinstance(image, Path) else id(image)

@@ -1,4 +1,4 @@
-"""The model that a step starts from: a folder of any layout, or a name on the hub."""
+"""Loads the model that a step starts from: a folder in any layout, or a name on the hub."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from llavakit.contracts.run import Planner
 from llavakit_plugins.huggingface.hub import PretrainedOptions, find_file, missing_source
 
 _ALONE = ("adapter_config.json", "mm_projector.bin")
-"""What a checkpoint of the original's may hold in place of weights."""
+"""Files that a checkpoint of the original LLaVA may hold instead of full weights."""
 _READ = ("source", "revision", "config", "dtype", "device", "legacy", "quantize")
-"""Options that decide how weights are read: another value means to read them again."""
+"""Options that decide how weights are read: if one of them changes, weights are read again."""
 
 
 class LoadOptions(Options):
-    """What some layouts leave out of their folder: see docs/layouts.md."""
+    """What some layouts do not store in their folder; see docs/layouts.md."""
 
     base: ModelPath | None = None
     """The language model that an adapter, a projector or a delta builds on."""
@@ -35,12 +35,12 @@ class StartOptions(Options):
     """Options of every step that starts from a model."""
 
     init: ModelPath | None = None
-    """A model folder of any layout, or a name on the hub; the newest of the earlier steps where
-    absent."""
+    """A model folder in any layout, or a name on the hub. By default the model of the newest
+    earlier step."""
     load: LoadOptions = LoadOptions()
-    """What the layout of `init` leaves out."""
+    """What the layout of `init` does not store."""
     changes: dict[str, dict[str, Any]] = Field(default_factory=dict)
-    """Options of the parts of `init` that differ: `{ language = { lora = { rank = 128 } } }`."""
+    """Changed options of the parts of `init`: `{ language = { lora = { rank = 128 } } }`."""
 
     @model_validator(mode="after")
     def _are_about_a_folder(self) -> Self:
@@ -53,7 +53,7 @@ class StartOptions(Options):
 
     @property
     def given(self) -> dict[str, Any]:
-        """What `llavakit.load` takes beside the folder."""
+        """Keyword arguments for `llavakit.load` besides the folder."""
         return {name: value for name, value in self.load if value is not None}
 
 
@@ -61,7 +61,7 @@ _LISTED = ", ".join(PARTS)
 
 
 def missing_model(options: StartOptions) -> str | None:
-    """Return what must be fetched of the hub's models that are named, and how; or None."""
+    """Return a sentence about a model of the hub that must be downloaded first, or None."""
     for path in (options.init, options.load.base, options.load.vision):
         if path is None or path.exists() or path.as_posix().startswith("@"):
             continue
@@ -77,12 +77,17 @@ def missing_model(options: StartOptions) -> str | None:
 
 
 def start(run: Run, options: StartOptions) -> LlavaModel:
-    """Return the model that a step starts from."""
+    """Return the model that a step starts from.
+
+    Raises ModelError if it cannot be read, or if `changes` do not fit its parts.
+    """
     if options.init is None:
         model: LlavaModel = run.model()
         return model
     changes, how = options.changes, options.given
-    if is_model(options.init):  # its weights can be read in another way
+    # Only a model folder of our own layout can read its weights in another way; so those changes
+    # go to the reader, and the others are applied to the model that was read.
+    if is_model(options.init):
         reread = {
             part: {name: value for name, value in table.items() if name in _READ}
             for part, table in changes.items()
@@ -95,12 +100,14 @@ def start(run: Run, options: StartOptions) -> LlavaModel:
         }
     model = run.model(options.init, **how)
     with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
-        torch.manual_seed(run.seed + 1)  # of adapters; as those of a new language model
+        # new adapters are random: seeded as for a new language model, and without an effect on
+        # the numbers that are drawn later
+        torch.manual_seed(run.seed + 1)
         return change_parts(model, changes)
 
 
 def sketch_start(planner: Planner, options: StartOptions) -> None:
-    """Have a plan reckon with the model that the step starts from."""
+    """Tell the planner which model the step starts from."""
     again = options.init is not None and (is_model(options.init) or str(options.init)[:1] == "@")
     change = partial(change_parts, changes=options.changes, reread=again)
     planner.start(options.init, change, **options.given)
@@ -109,10 +116,11 @@ def sketch_start(planner: Planner, options: StartOptions) -> None:
 def change_parts(
     model: LlavaModel, changes: Mapping[str, Mapping[str, Any]], *, reread: bool = False
 ) -> LlavaModel:
-    """Return a model around the same networks with other options, as `{"vision": {"layer": -1}}`.
+    """Return a model that shares `model`'s networks and has other options.
 
-    Raises ModelError for options that a part does not have, and, unless `reread`, for those that
-    decide how its weights are read.
+    `changes` are options by part, such as `{"vision": {"layer": -1}}`. Raises ModelError for
+    options that a part does not have, for a context that has no room for one image, and, unless
+    `reread`, for options that decide how weights are read.
     """
     parts = {name: getattr(model, name) for name in PARTS}
     choices = dict(model.choices)

@@ -54,12 +54,12 @@ _MOST_WORKERS = 8
 
 
 class _Taken(NamedTuple):
-    """A step whose outcome is still on the device."""
+    """A finished step whose loss and norm have not been read from the device yet."""
 
     step: int
     batch: Batch
     values: Tensor
-    """Loss a target and gradient norm, `[2]`."""
+    """Mean loss of a supervised row, and gradient norm, `[2]`."""
 
 
 class _Due(NamedTuple):
@@ -67,16 +67,16 @@ class _Due(NamedTuple):
 
     epoch: int
     number: int
-    """Of the step within the epoch, counted from 1."""
+    """Number of the step within the epoch, from 1."""
     batch: Batch
     micros: list[Micro]
-    """This device's share."""
+    """The micro-batches of this device."""
 
 
 class Trainer:
-    """Trains a model by its options; `run` decides folder, seed and how to report.
+    """Trains a model in place; `run` gives the folder, the seed and the events.
 
-    `held_out` is looked at on the way, in the words of `template`, and learned from in no way.
+    `held_out` is used for validation only, with the prompts of `template`.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class Trainer:
         self.model, self.corpus, self.options, self.run = model, corpus, options, run
         self.process_group = run.process_group
         self.sharded = divides(model, options, self.process_group.size)
-        if self.sharded:  # before the weights grow to float32
+        if self.sharded:  # first: in float32 the whole weights might not fit into one device
             shard(model, self.process_group, half=options.precision == "bf16")
         self.parts = Parts(model, options, remember=not self.sharded)
         per_epoch = corpus.steps(options.batch_size)
@@ -118,11 +118,11 @@ class Trainer:
                 capacity=options.micro_batch_tokens,
                 samples=self._answered(),
             )
-        self.asked: Sequence[Sample] = self.validation.samples if self.validation else ()
-        """Held-out samples whose questions are answered at each look."""
+        self.questioned: Sequence[Sample] = self.validation.samples if self.validation else ()
+        """Held-out samples whose first question is answered at each validation."""
 
     def _answered(self) -> int:
-        """Return how many held-out questions are answered at each look."""
+        """Return how many held-out questions are answered at each validation."""
         if not self.options.validate_every or not self.options.samples:
             return 0
         if self.sharded:
@@ -152,10 +152,10 @@ class Trainer:
         )
 
     def _workers(self) -> int:
-        """Return how many processes read images for this one."""
+        """Return the number of processes that read images ahead."""
         if self.options.workers is not None:
             return self.options.workers
-        if self.model.device.type == "cpu":  # its cores train
+        if self.model.device.type == "cpu":  # all cores are busy with training
             return 0
         return max(1, min(_MOST_WORKERS, (os.cpu_count() or 1) // self.process_group.size))
 
@@ -167,11 +167,11 @@ class Trainer:
         return images_recur(corpus, self.options.epochs, CACHE_BYTES // (4 * floats))
 
     def train(self) -> Progress:
-        """Train to the end, from the newest checkpoint where `run.resume` says so.
+        """Train to the last step; with `run.resume`, go on from the newest checkpoint.
 
-        Afterwards `model` is the trained one, whole; of several processes only in the leader.
-        Raises Stopped after saving, where the user asked to stop, and TrainingError naming the
-        samples where the loss is not finite.
+        Afterwards `model` is the whole trained model; with several processes only in the main one.
+        Raises Stopped, after saving, if the user asked to stop, and TrainingError, which names the
+        samples, if a loss is not finite.
         """
         if self.run.resume:
             self._restore()
@@ -179,6 +179,7 @@ class Trainer:
             self._look()
         meter = Meter(self.progress)
         note = ""
+        # One iterator of steps, read twice: by this loop, and ahead of it by the image readers.
         due, ahead = tee(self._due())
         micros = (micro.samples for step in ahead for micro in step.micros)
         with closing(self.features.load(micros)) as found:
@@ -205,7 +206,7 @@ class Trainer:
                 self.run.progress(progress.step, self.steps, note)
                 if looks:
                     self._look()
-                    meter = Meter(progress)  # the time it took is not training's
+                    meter = Meter(progress)  # the speed must not count the time of validation
                 stopping = self.run.stopping()
                 if stopping or last or progress.step % self.options.checkpoint_every == 0:
                     self._save()
@@ -218,9 +219,9 @@ class Trainer:
         return self.progress
 
     def _due(self) -> Iterator[_Due]:
-        """Yield the steps that are left, in the order that the seed decides.
+        """Yield the remaining steps in the order that the seed decides.
 
-        Images are read ahead by it, so it goes its way whatever `progress` says meanwhile.
+        Image readers run ahead of training, so it keeps counters of its own, apart from `progress`.
         """
         options, done = self.options, self.progress.step
         epoch, before = self.progress.epoch, self.progress.batch
@@ -235,15 +236,17 @@ class Trainer:
             epoch, before = epoch + 1, 0
 
     def _step(self, due: _Due, found: Iterator[tuple[PackedBatch, Tensor | None]]) -> float:
-        """Take one optimisation step over what is next in `found`; return its learning rate.
+        """Run one optimisation step on the next micro-batches of `found`; return its learning rate.
 
-        Nothing here waits for the device: what came of the step is read by `_read`.
+        Nothing here waits for the device: `_read` reads loss and norm later.
         """
         self._reseed()
         batch = due.batch
-        targets = sum(self.corpus.learned_counts[sample] for sample in batch.all_samples)
+        targets = sum(self.corpus.supervised_counts[sample] for sample in batch.all_samples)
         total = torch.zeros((), device=self.model.device)
-        with self._autocast(enabled=False):  # within one, weights are rounded once a step
+        # Nested autocast regions share the cache of rounded weights until the outermost one ends:
+        # so weights are cast to bfloat16 once per step and not once per micro-batch.
+        with self._autocast(enabled=False):
             for micro in due.micros:
                 packed, features = next(found)
                 if features is None and self.sharded:
@@ -264,18 +267,18 @@ class Trainer:
         return rate
 
     def _reseed(self) -> None:
-        """Let what a step draws, such as dropout, depend on seed, step and process alone.
+        """Seed the random numbers of a step, such as dropout, by seed, step and rank alone.
 
-        So a resumed run draws what the uninterrupted one does, and no two devices drop the same.
+        So a resumed run draws what an uninterrupted one draws, and each device drops other units.
         """
         key = np.random.SeedSequence([self.run.seed, self.progress.step, self.process_group.rank])
         torch.manual_seed(int(key.generate_state(1, np.uint64)[0]))
 
     def _read(self) -> tuple[float, float]:
-        """Wait for the steps not read yet; return loss a target and gradient norm of the last.
+        """Wait for all steps that are not read yet; return loss and gradient norm of the last.
 
-        Raises TrainingError at the first of which either is no number. No step since then has
-        changed a weight.
+        Raises TrainingError for the first step where one of them is not finite. From that step on
+        the optimiser has not changed any weight.
         """
         values = torch.stack([taken.values for taken in self._unread]).tolist()
         for taken, (loss, norm) in zip(self._unread, values, strict=True):
@@ -290,14 +293,14 @@ class Trainer:
         return loss, norm
 
     def _micros(self, batch: Batch) -> list[Micro]:
-        """Return the micro-batches of this device."""
+        """Return this device's micro-batches of a step."""
         if self.process_group.size == 1:
             return [Micro(samples, counts=True) for samples in batch.samples]
         capacity = self.options.micro_batch_tokens
         return own_micros(self.corpus, sorted(batch.all_samples), capacity, self.process_group)
 
     def _blame(self, batch: Batch, what: str) -> str:
-        """Say which samples of a step have no finite loss: the weights are still those before."""
+        """Name the samples of a step with a loss that is not finite; weights are as before it."""
         bad = []
         with torch.no_grad(), self._autocast():
             for packed, features in self.features.load([(s,) for s in batch.all_samples]):
@@ -311,14 +314,14 @@ class Trainer:
         )
 
     def _look(self) -> None:
-        """Look at held-out samples; keep the trained weights where they are the best so far."""
+        """Validate, and save the trained weights if their held-out loss is the lowest so far."""
         if self.validation is None:
             return
         with self._undisturbed():
             look = self.process_group.broadcast(self.validation.look(self.progress.step))
         self.progress.looks.append((look.step, look.loss, look.answers))
         best = self.progress.best is not None and self.progress.best.step == look.step
-        samples = zip(self.asked, look.answers, strict=True)
+        samples = zip(self.questioned, look.answers, strict=True)
         self.run.event(
             "validation",
             at=look.step,
@@ -334,7 +337,7 @@ class Trainer:
 
     @contextmanager
     def _undisturbed(self) -> Iterator[None]:
-        """Let the model be looked at: nothing is learned."""
+        """Put the model into evaluation mode without gradients; restore its modes afterwards."""
         with torch.no_grad(), self._autocast():
             self.model.eval()
             try:
@@ -344,14 +347,14 @@ class Trainer:
 
     @torch.no_grad()
     def recall_best(self) -> Look | None:
-        """Give the trained parts the weights they had at the best look; None where none was kept.
+        """Restore the trained weights of the best validation; return it, or None if none was kept.
 
-        To be called after `train`, of several processes only in the leader.
+        Call it after `train`, and with several processes only in the main one.
         """
         best = self.progress.best
         if best is None or not self.options.validate_every:
             return None
-        self.best.drop_all_but(best.step)  # left by an attempt that was killed
+        self.best.drop_all_but(best.step)  # a killed attempt may have left others
         for name, weight in self.best.recall(best.step).items():
             self.model.get_parameter(name).copy_(weight)
         return best
@@ -362,12 +365,13 @@ class Trainer:
         return torch.autocast(self.model.device.type, dtype=torch.bfloat16, enabled=enabled)
 
     def _save(self) -> None:
-        if self._unread:  # a checkpoint holds no step that is not known to be good
+        if self._unread:  # never save a step before its loss is known to be finite
             self._read()
         tensors = in_one_piece(self.optimiser.tensors(), self.process_group)
         if self.process_group.is_main:
             self.checkpoints.save(self.progress.step, tensors, vars(self.progress))
-            if self.progress.best is not None:  # an earlier checkpoint may need an earlier best
+            # only now: until the new checkpoint exists, a resume would need the earlier best
+            if self.progress.best is not None:
                 self.best.drop_all_but(self.progress.best.step)
 
     def _restore(self) -> None:
@@ -378,8 +382,8 @@ class Trainer:
             self.run.event("resumed", at=self.progress.step)
 
     def _gather(self) -> None:
-        """Put what was learned into a model that is not divided."""
-        supervised = in_one_piece(
+        """Gather the trained weights into a whole model, in the main process."""
+        trained = in_one_piece(
             {n: p.detach() for n, p in self.optimiser.named.items()}, self.process_group
         )
         del self.model, self.parts, self.features, self.optimiser
@@ -387,6 +391,6 @@ class Trainer:
         if self.process_group.is_main:
             self.model = start(self.run, self.options)
             with torch.no_grad():
-                for name, value in supervised.items():
+                for name, value in trained.items():
                     self.model.get_parameter(name).copy_(value)
             self.model.requires_grad_(False).eval()

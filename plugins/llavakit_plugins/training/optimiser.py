@@ -1,4 +1,4 @@
-"""AdamW with warm-up and decay, and its state as plain tensors."""
+"""AdamW with a learning-rate schedule, whose state is saved and restored as plain tensors."""
 
 from __future__ import annotations
 
@@ -17,15 +17,18 @@ from llavakit_plugins.training.parallel import divided_like
 
 @dataclass(frozen=True)
 class Schedule:
-    """The learning rate over the steps, as a share of its peak."""
+    """The learning rate at each step, as a share of its peak."""
 
     steps: int
     warmup: float
-    """Share of the steps in which it rises."""
+    """Share of the steps in which the rate rises from 0, 0 to 1."""
     kind: Literal["cosine", "constant"] = "cosine"
 
     def __call__(self, step: int) -> float:
-        """Return the share at `step`, counted from 0; as in transformers, 0 at the first."""
+        """Return the share of the peak at `step`, counted from 0.
+
+        The same as transformers' `get_cosine_schedule_with_warmup`: with a warm-up, 0 at step 0.
+        """
         rising = math.ceil(self.warmup * self.steps)
         if step < rising:
             return step / rising
@@ -37,7 +40,7 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Group:
-    """Parameters that share a peak learning rate, by name."""
+    """Parameters, by name, that share a peak learning rate and a weight decay."""
 
     named: Mapping[str, nn.Parameter]
     peak: float
@@ -45,7 +48,7 @@ class Group:
 
 
 class Optimiser:
-    """Clips gradients by their common norm and updates every group."""
+    """Clips all gradients by their common norm and updates every group with fused AdamW."""
 
     def __init__(
         self,
@@ -73,21 +76,23 @@ class Optimiser:
         )
 
     def step(self, step: int, loss: Tensor | None = None) -> tuple[Tensor, float]:
-        """Update and clear the gradients; return their norm and the first group's rate.
+        """Update the weights and clear the gradients.
 
-        From the first step whose norm, or `loss`, is no number on, weights and state stay as they
-        are: the device decides that by itself, so nothing here waits for it. Look at what is
-        returned when it suits.
+        Returns the gradient norm before clipping (a tensor on the device) and the learning rate of
+        the first group. If the norm or `loss` of a step is not finite, this step and all later ones
+        leave weights and state unchanged. The device decides this by itself, so nothing here waits
+        for the device; the caller reads the returned norm later.
         """
         norm = nn.utils.clip_grad_norm_(list(self.named.values()), self.clip)
-        if isinstance(norm, DTensor):
+        if isinstance(norm, DTensor):  # of sharded parameters: the norm is summed over the devices
             norm = norm.full_tensor()
         finite = torch.isfinite(norm) if loss is None else torch.isfinite(norm + loss)
         stopped = (~finite).float()
         if self._stopped is not None:
             stopped = torch.maximum(stopped, self._stopped)
         self._stopped = stopped
-        self._adamw.found_inf = stopped  # type: ignore[attr-defined]  # what GradScaler sets
+        # AdamW's fused kernel skips the update where `found_inf` is 1; GradScaler sets it likewise
+        self._adamw.found_inf = stopped  # type: ignore[attr-defined]
         for group in self._adamw.param_groups:
             group["lr"] = group["peak"] * self.schedule(step)
         self._adamw.step()
@@ -95,7 +100,7 @@ class Optimiser:
         return norm, self._adamw.param_groups[0]["lr"]
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return parameters and their moments by name."""
+        """Return parameters and their AdamW state as `parameter/NAME`, `exp_avg/NAME`, …"""
         return {
             f"{kind}/{name}": tensor
             for name, parameter in self.named.items()
@@ -108,7 +113,7 @@ class Optimiser:
 
     @torch.no_grad()
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take back what `tensors` returned. Raises TrainingError where a tensor is missing."""
+        """Restore what `tensors` returned. Raises TrainingError if a tensor is missing."""
         found: dict[str, dict[str, Tensor]] = {}
         for key, tensor in tensors.items():
             kind, _, name = key.partition("/")
@@ -123,7 +128,7 @@ class Optimiser:
                 )
             parameter.copy_(divided_like(parameter, value))
             self._adamw.state[parameter] = {
-                # the fused kernel reads the number of steps where the parameter is
+                # the fused kernel needs the step count on the parameter's device, and undivided
                 kind: tensor.to(parameter.device) if kind == "step"
                 else divided_like(parameter, tensor)
                 for kind, tensor in state.items()

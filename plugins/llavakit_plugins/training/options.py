@@ -1,4 +1,4 @@
-"""How a model is trained."""
+"""The options of the step `train`."""
 
 from __future__ import annotations
 
@@ -15,59 +15,61 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class TrainOptions(StartOptions):
-    """Defaults are the original's: AdamW, no weight decay, 3 % warm-up, cosine, clipping at 1."""
+    """Options of training. The defaults are those of the original LLaVA: AdamW without weight
+    decay, 3 % warm-up, cosine schedule, gradients clipped at norm 1."""
 
     data: Use[Dataset]
     held_out: Use[Dataset] | None = None
-    """Samples whose loss is measured but not learned."""
+    """Samples whose loss is measured; they are not trained on."""
     validate_every: int | None = Field(default=None, ge=1)
-    """Steps between looks at `held_out`; at the end only where absent."""
+    """Steps between validations on `held_out`; by default only at the end."""
     samples: int = Field(default=4, ge=0)
-    """Held-out questions that are answered at each look."""
+    """Number of held-out questions that are answered at each validation."""
     keep_best: bool = False
-    """Whether the step's model is the one with the lowest held-out loss, and not the last."""
+    """Whether to keep the model with the lowest held-out loss instead of the last one."""
     train: dict[Part, float]
-    """The parts that learn, each with its peak learning rate."""
+    """The parts that are trained, each with its peak learning rate."""
     template: Use[PromptTemplate] | None = None
-    """Another template than the model's, for this step's data only."""
+    """A prompt template for this step's data only; by default the model's."""
     epochs: int = Field(default=1, ge=1)
     max_steps: int | None = Field(default=None, ge=1)
     batch_size: int = Field(default=128, ge=1)
-    """Samples of one optimisation step, over all micro-batches."""
+    """Samples in one optimisation step, over all micro-batches and devices."""
     micro_batch_tokens: int = Field(default=8192, ge=1)
-    """Rows of the packed stream that go through the model at once; bounds the memory."""
+    """Rows of the packed stream that pass the model at once; this limits the memory."""
     max_length: int = Field(default=2048, ge=2)
     """Longest sample in tokens, images included; longer ones are cut, as in the original."""
     unlearned: Literal["refuse", "skip"] = "refuse"
-    """What to do about samples in which nothing is learned, because their answers are empty or lie
-    behind `max_length`: refuse the data, or leave those samples out and say which."""
+    """What to do with samples without a supervised token (the answers are empty or lie behind
+    `max_length`): refuse the data, or skip these samples and name them."""
     prepare: dict[str, Any] = Field(default_factory=dict)
-    """Options of the vision encoder that differ for this step's images: `{ aspect = "crop" }`."""
+    """Changed options of the vision encoder for this step's images: `{ aspect = "crop" }`."""
     warmup: float = Field(default=0.03, ge=0, lt=1)
-    """Share of the steps in which the learning rate rises."""
+    """Share of the steps in which the learning rate rises, 0 to 1."""
     schedule: Literal["cosine", "constant"] = "cosine"
     weight_decay: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     betas: tuple[Beta, Beta] = (0.9, 0.999)
     clip: float = Field(default=1.0, gt=0)
     """Largest norm of the gradient over all trained parts."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """With bf16 the trained weights stay float32 and products run in bfloat16."""
+    """With bf16, trained weights stay float32 and matrix products run in bfloat16."""
     shard: bool | None = None
-    """On several devices: divide weights and optimiser state among them, or keep all on each; by
-    default divided where the language model learns."""
+    """On several devices: shard weights and optimiser state (FSDP), or keep all on each device.
+    By default sharded if the language model is trained."""
     recompute: bool = False
-    """Compute activations again in the backward pass: less memory, a third more work."""
+    """Compute activations again in the backward pass: less memory, about a third more work."""
     cache_features: bool | None = None
-    """Encode each image once, where the encoder is frozen; by default where images recur."""
+    """Encode each image once and keep the features; only for a frozen encoder. By default if
+    images are used more than once and the features fit into 4 GiB."""
     workers: int | None = Field(default=None, ge=0)
-    """Processes that read images ahead; 0 reads them in the training process, as is the default on
-    a CPU. On a GPU it is up to 8."""
+    """Processes that read images ahead; 0 reads them in the training process. By default 0 on a
+    CPU and up to 8 on a GPU."""
     log_every: int = Field(default=10, ge=1)
-    """Steps between looks at the loss. Nothing waits for the device in between; a loss that is no
-    number stops learning at once, and is reported at the next look."""
+    """Steps between log entries. Nothing waits for the device in between. A loss that is not finite
+    stops the updates at once, and is reported with the next log entry."""
     checkpoint_every: int = Field(default=500, ge=1)
     keep: int = Field(default=1, ge=1)
-    """How many checkpoints to keep."""
+    """Number of checkpoints to keep."""
 
     @field_validator("train")
     @classmethod

@@ -1,7 +1,7 @@
-"""Training on several devices: each sample goes to one of them, gradients are summed over all.
+"""Training on several devices: each sample goes to one device, and gradients are summed over all.
 
-Either every device holds the whole model, or their weights, gradients and optimiser state are
-divided among them (FSDP2: PyTorch's fully_shard, arXiv 2304.11277).
+Either every device holds the whole model, or weights, gradients and optimiser state are sharded
+over the devices (FSDP2: PyTorch's `fully_shard`; arXiv 2304.11277).
 """
 
 from __future__ import annotations
@@ -24,13 +24,14 @@ class Micro(NamedTuple):
 
     samples: tuple[int, ...]
     counts: bool
-    """False where a device has run out: it goes along, since the others wait, and adds nothing."""
+    """False for a filler micro-batch of a device that has no samples left in this step. It must
+    still run, because collective operations wait for every device, but its loss counts 0."""
 
 
 def own_micros(
     corpus: Corpus, samples: Sequence[int], capacity: int, process_group: ProcessGroup
 ) -> list[Micro]:
-    """Return this device's micro-batches of a step; every device has as many."""
+    """Return this device's micro-batches of a step; the number is the same on every device."""
     lengths = [corpus.lengths[sample] for sample in samples]
     shares = [
         corpus.batch([samples[index] for index in share], capacity).samples
@@ -42,24 +43,26 @@ def own_micros(
 
 
 def deal(lengths: Sequence[int], size: int) -> list[list[int]]:
-    """Distribute items over `size` hands of like total length, the longest first.
+    """Distribute items over `size` groups of nearly equal total length.
 
-    Returns the indices in each hand. Deterministic: ties keep the order of `lengths`.
+    Greedy: the longest item first, each into the shortest group. Returns the indices of each group
+    in ascending order. Deterministic, so every device computes the same groups without a message;
+    items of equal length keep their order.
     """
     order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
-    hands: list[list[int]] = [[] for _ in range(size)]
+    groups: list[list[int]] = [[] for _ in range(size)]
     totals = [0] * size
     for index in order:
         least = totals.index(min(totals))
-        hands[least].append(index)
+        groups[least].append(index)
         totals[least] += lengths[index]
-    return [sorted(hand) for hand in hands]
+    return [sorted(group) for group in groups]
 
 
 def divides(model: LlavaModel, options: TrainOptions, devices: int) -> bool:
-    """Say whether `devices` devices divide the weights among them; each has all of them otherwise.
+    """Return whether the weights are sharded over the devices; otherwise each device has all.
 
-    Raises TrainingError where the options ask for what cannot be divided.
+    Raises TrainingError if `shard = true` is set for a model that cannot be sharded.
     """
     if devices == 1 or options.shard is False:
         return False
@@ -76,14 +79,15 @@ def divides(model: LlavaModel, options: TrainOptions, devices: int) -> bool:
 
 
 def _learns_in_part(model: LlavaModel) -> bool:
-    """Say whether some weights of the language model never learn, beside its adapters."""
+    """Return whether only some weights of the language model can be trained (its adapters)."""
     return sum(1 for _ in model.language.trainable()) < sum(1 for _ in model.language.parameters())
 
 
 def shard(model: LlavaModel, process_group: ProcessGroup, *, half: bool) -> None:
-    """Divide connector and language model among the devices; the frozen encoder stays whole.
+    """Shard connector and language model over the devices; the frozen encoder stays whole.
 
-    With `half` weights travel as bfloat16; gradients are summed in float32 all the same.
+    With `half`, weights are gathered as bfloat16. Gradients are always summed in float32: in
+    bfloat16 a sum over many devices loses small terms.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import (
@@ -99,39 +103,42 @@ def shard(model: LlavaModel, process_group: ProcessGroup, *, half: bool) -> None
         reduce_dtype=torch.float32,
         cast_forward_inputs=False,  # rotary angles need float32
     )
+    # each block is a unit of its own: one block's weights are gathered while another computes
     for block in model.language.blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(
         model,
         mesh=mesh,
         mp_policy=policy,
-        reshard_after_forward=False,
+        reshard_after_forward=False,  # the outermost unit is needed again at once, in the backward
         ignored_params=set(model.vision.parameters()),
     )
+    # training calls `loss`, not `forward`: FSDP's hooks have to gather weights there, too
     register_fsdp_forward_method(model, "loss")
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            # the loss is divided by the targets of all devices already
+            # The loss is already divided by the supervised rows of all devices, so gradients must
+            # be summed; FSDP's default is the average.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
 
 
 def sum_gradients(parameters: Iterable[nn.Parameter], process_group: ProcessGroup) -> None:
-    """Sum the gradients of whole parameters over the devices; FSDP has done so with its own."""
+    """Sum the gradients of unsharded parameters over the devices; FSDP sums those of its own."""
     if process_group.size == 1:
         return
     for parameter in parameters:
         if not isinstance(parameter, DTensor):
-            if parameter.grad is None:  # nothing here used it, something elsewhere may have
+            if parameter.grad is None:  # unused on this device, but all devices must join the sum
                 parameter.grad = torch.zeros_like(parameter)
             process_group.sum(parameter.grad)
 
 
 def no_images(model: LlavaModel) -> Tensor:
-    """Return the features `[0, P, D]` of no image.
+    """Return empty features `[0, P, D]` for a micro-batch without images.
 
-    With them even a step without images has gradients, all zero, for the connector: devices that
-    sum gradients together must all have some for the same weights.
+    With them the connector gets gradients, all zero. Devices sum gradients together, so each device
+    must have gradients for the same weights, also if its micro-batch has no image.
     """
     vision = model.vision
     dtype = next(model.connector.parameters(), torch.empty(0)).dtype
@@ -141,9 +148,10 @@ def no_images(model: LlavaModel) -> Tensor:
 
 
 def in_one_piece(tensors: Mapping[str, Tensor], process_group: ProcessGroup) -> dict[str, Tensor]:
-    """Return tensors in one piece, on the CPU, to the leader; the others get none.
+    """Return whole tensors, on the CPU, in the main process; the other processes get none.
 
-    All devices must call it. One tensor at a time is put together, so that memory suffices.
+    All processes must call it. Tensors are gathered one by one, so that only one whole tensor at a
+    time takes memory on the device.
     """
     gathered = {}
     for name, tensor in tensors.items():
@@ -154,7 +162,10 @@ def in_one_piece(tensors: Mapping[str, Tensor], process_group: ProcessGroup) -> 
 
 
 def divided_like(parameter: Tensor, value: Tensor) -> Tensor:
-    """Return `value` on the parameter's device, divided as it is."""
+    """Return `value` on the parameter's device, sharded as the parameter is.
+
+    Every process has read the same value, so nothing is sent: each keeps its own shard.
+    """
     value = value.to(parameter.device)
     if not isinstance(parameter, DTensor):
         return value

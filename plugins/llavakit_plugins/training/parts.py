@@ -1,4 +1,4 @@
-"""The parts of a model: which of them learn and in which precision, and how they are given back."""
+"""The parts of a model: which of them are trained, their precision, and how both are restored."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PARTS = ("vision", "connector", "language")
 
 
 def require_weights(part: str, count: int) -> None:
-    """Raise TrainingError where a part that should learn has nothing to learn with."""
+    """Raise TrainingError if a part that should be trained has no trainable parameter."""
     if not count:
         adapters = ", or give its weights of 4 bits adapters (`lora`)" * (part == "language")
         raise TrainingError(
@@ -25,17 +25,18 @@ def require_weights(part: str, count: int) -> None:
 
 @dataclass(frozen=True)
 class _Before:
-    """A parameter as it was before training, where its precision is another meanwhile."""
+    """A parameter as it was before training, if training changes its precision."""
 
     dtype: torch.dtype
     weight: Tensor | None
-    """Of a frozen one that is rounded, its own values, off the device."""
+    """The original values, on the CPU, of a frozen parameter that is rounded; else None."""
 
 
 class Parts:
-    """A model made ready to learn: what learns is float32, what is frozen may be half of it.
+    """Prepares a model for training: trained weights are float32, frozen ones may be bfloat16.
 
-    Without `remember` it cannot be made what it was before.
+    Trained weights stay float32 because an update is often smaller than the distance between two
+    neighbouring bfloat16 numbers. Without `remember`, `tear_down` cannot restore the model.
     """
 
     def __init__(self, model: LlavaModel, options: TrainOptions, *, remember: bool) -> None:
@@ -59,12 +60,15 @@ class Parts:
         model.language.recompute = options.recompute
 
     def learn(self) -> None:
-        """Put the parts that learn in training mode, the others in evaluation mode."""
+        """Put the trained parts into training mode and the others into evaluation mode."""
         for part in PARTS:
             getattr(self.model, part).train(part in self.options.train)
 
     def groups(self) -> list[Group]:
-        """Return what the optimiser changes. Raises TrainingError for a part without weights."""
+        """Return the optimiser's parameter groups, one for each trained part.
+
+        Raises TrainingError if a part has no trainable parameter.
+        """
         return [self._group(part, rate) for part, rate in self.options.train.items()]
 
     def _group(self, part: str, rate: float) -> Group:
@@ -77,7 +81,7 @@ class Parts:
         return Group(named, rate, self.options.weight_decay)
 
     def tear_down(self) -> None:
-        """Give every parameter its own precision back; one that was frozen, its own weights."""
+        """Restore the precision of every parameter, and the values of frozen ones."""
         for part, befores in self._before.items():
             module = getattr(self.model, part)
             for name, before in befores.items():

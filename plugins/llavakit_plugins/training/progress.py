@@ -1,4 +1,4 @@
-"""How far a training step is, and how fast it goes."""
+"""The progress of training: steps, samples and tokens so far, and the speed."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ from llavakit_plugins.training.validation import Look
 
 @dataclass
 class Progress:
-    """How far a training step is; all that a checkpoint holds besides tensors."""
+    """Counters of training. A checkpoint holds them besides its tensors; names are its format."""
 
     step: int = 0
     epoch: int = 0
     batch: int = 0
-    """Steps done within the epoch."""
+    """Optimisation steps done within the epoch."""
     samples: int = 0
     tokens: int = 0
     targets: int = 0
     losses: list[tuple[int, float]] = field(default_factory=list)
     looks: list[tuple[int, float, Sequence[str]]] = field(default_factory=list)
-    """Of the validation: step, held-out loss, answers."""
+    """Validations so far: step, held-out loss, answers."""
 
     @property
     def best(self) -> Look | None:
-        """The look with the lowest held-out loss, the first of several."""
+        """The validation with the lowest held-out loss; the first one if several are equal."""
         finite = [Look(*look) for look in self.looks if math.isfinite(look[1])]
         return min(finite, key=lambda look: look.loss, default=None)
 
 
 class Meter:
-    """Samples and tokens a second since the last look."""
+    """Measures samples and tokens per second since the last measurement."""
 
     def __init__(self, progress: Progress) -> None:
         self._look(progress)
@@ -46,6 +46,7 @@ class Meter:
         )
 
     def rates(self, progress: Progress) -> dict[str, float]:
+        """Return samples and tokens per second since the last call, by their names in events."""
         seconds = max(time.monotonic() - self._time, 1e-9)
         samples = (progress.samples - self._samples) / seconds
         tokens = (progress.tokens - self._tokens) / seconds

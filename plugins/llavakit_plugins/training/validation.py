@@ -1,4 +1,4 @@
-"""Looks at held-out samples while a model trains: their loss, and what it answers to a few."""
+"""Validation while a model trains: the loss on held-out samples, and answers to a few of them."""
 
 from __future__ import annotations
 
@@ -12,24 +12,25 @@ from llavakit.contracts.model import Sampling
 from llavakit_plugins.training.corpus import Corpus
 from llavakit_plugins.training.features import Features
 
-_NEW_TOKENS = 64  # of an answer: enough to see whether it learns to say something
+_NEW_TOKENS = 64  # of an answer: enough for a reader to see whether the model makes sense
 
 
 @dataclass(frozen=True)
 class Look:
-    """What was seen at one step."""
+    """The result of one validation."""
 
     step: int
     loss: float
+    """Mean loss of a supervised token, in nats."""
     answers: Sequence[str] = ()
-    """One for each of the validation's samples."""
+    """One answer for each of the validation's `samples`."""
 
 
 class Validation:
-    """Held-out samples, and what to ask of them.
+    """Measures the held-out loss and answers the first question of a few held-out samples.
 
-    A few samples, spread over the whole set, are asked their first question in the words of
-    `template`, the one that the step trains on.
+    These `samples` are spread evenly over the whole set. Questions are written with `template`, the
+    prompt template that the step trains with. `capacity` is the size of a micro-batch in rows.
     """
 
     def __init__(
@@ -45,11 +46,11 @@ class Validation:
         self._model, self._corpus, self._features = model, corpus, features
         self._template, self._capacity = template, capacity
         count = min(samples, len(corpus))
-        places = (corpus.samples[number * len(corpus) // count] for number in range(count))
-        self.samples: list[Sample] = [corpus.data[place] for place in places]
+        indices = (corpus.samples[number * len(corpus) // count] for number in range(count))
+        self.samples: list[Sample] = [corpus.data[index] for index in indices]
 
     def look(self, step: int) -> Look:
-        """Measure the loss and ask; the model must be in evaluation mode."""
+        """Return loss and answers at `step`. The model must be in evaluation mode."""
         loss = held_out_loss(self._model, self._corpus, self._capacity, self._features)
         return Look(step, loss, self._ask())
 
@@ -66,7 +67,8 @@ class Validation:
 
 @torch.no_grad()
 def held_out_loss(model: LlavaModel, corpus: Corpus, capacity: int, features: Features) -> float:
-    """Return the mean loss a target token over a corpus, nothing learned."""
+    """Return the mean loss of a supervised token over a corpus, in nats, without gradients."""
+    # the sum stays on the device and is read once, at the end: one wait for all micro-batches
     total, targets = torch.zeros((), device=model.device), 0
     micros: Sequence[Sequence[int]] = corpus.batch(corpus.samples, capacity).samples
     for packed, found in features.load(micros):

@@ -1,4 +1,4 @@
-"""Vision encoders."""
+"""The built-in vision encoders, by name."""
 
 from collections.abc import Mapping
 

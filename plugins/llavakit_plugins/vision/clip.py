@@ -1,4 +1,7 @@
-"""CLIP's vision transformer (arXiv 2103.00020), with features of the layer before the last."""
+"""CLIP's vision transformer (arXiv 2103.00020).
+
+By default features come from the layer before the last, as in the original LLaVA's code.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ ClipOptions = TransformersOptions
 
 
 class Clip(TransformersEncoder):
-    """transformers' CLIPVisionModel: a class token, then the patches."""
+    """transformers' CLIPVisionModel: one class token, then the patches."""
 
     name = "clip"
     prefix_tokens = 1
@@ -27,5 +30,6 @@ class Clip(TransformersEncoder):
         return CLIPVisionModel
 
     def embed(self, pixels_BCHW: Tensor) -> Tensor:
+        # "layrnorm": transformers keeps this misspelt name, since checkpoints have it
         hidden_BPD: Tensor = self.inner.pre_layrnorm(self.inner.embeddings(pixels_BCHW))
         return hidden_BPD

@@ -1,5 +1,7 @@
-"""Image preprocessing as a checkpoint states it, in preprocessor_config.json or within
-processor_config.json, and the same written for others."""
+"""Reads and writes image preprocessing as transformers' checkpoints state it.
+
+It stands in preprocessor_config.json, or in processor_config.json under `image_processor`.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,7 @@ from llavakit_plugins.vision.preprocessing import MEAN, RGB, STD, Aspect, Interp
 
 
 class Pixels(NamedTuple):
-    """How an image becomes a square, as the built-in vision encoders' options say it."""
+    """How an image becomes a square, in the terms of the built-in vision encoders' options."""
 
     aspect: Aspect
     mean: RGB
@@ -32,7 +34,7 @@ class Pixels(NamedTuple):
 
 
 def usual_pixels(model_type: str) -> Pixels:
-    """Return what an encoder of this type reads where nothing says so."""
+    """Return the preprocessing that an encoder of this model type uses if a folder states none."""
     if model_type.startswith("siglip"):
         half = (0.5, 0.5, 0.5)
         return Pixels("squash", half, half)
@@ -42,8 +44,8 @@ def usual_pixels(model_type: str) -> Pixels:
 def read_pixels(folder: Path, edge: int | list[int], usual: Pixels) -> Pixels | None:
     """Return a folder's preprocessing for squares of `edge`; None where it states none.
 
-    What it leaves out is as `usual`. Raises ModelError for preprocessing that no built-in encoder
-    does.
+    Keys that the folder leaves out are taken from `usual`. Raises ModelError for preprocessing that
+    no built-in encoder does.
     """
     path = folder / "processor_config.json"
     table: Any = read_json(path).get("image_processor") if path.is_file() else None
@@ -60,6 +62,7 @@ def read_pixels(folder: Path, edge: int | list[int], usual: Pixels) -> Pixels | 
             )
         edge = edge[0]
     kind = str(table.get("image_processor_type") or table.get("feature_extractor_type") or "")
+    # a missing key means the default of the named processor: CLIP's and LLaVA's crop
     crops = table.get("do_center_crop", kind.startswith(("CLIP", "Llava")))
     size, crop = _edges(table.get("size")), _edges(table.get("crop_size"))
     final = (crop if crops else size) or {edge}
@@ -76,6 +79,7 @@ def read_pixels(folder: Path, edge: int | list[int], usual: Pixels) -> Pixels | 
     mean, std = colour_of(table, "image_mean", path), colour_of(table, "image_std", path)
     return Pixels(
         aspect,
+        # mean 0 and spread 1 leave pixels as they are, which is what `do_normalize: false` means
         (mean or usual.mean) if scaled else (0.0, 0.0, 0.0),
         (std or usual.std) if scaled else (1.0, 1.0, 1.0),
         filter_of(table, path) or "bicubic",
@@ -83,6 +87,7 @@ def read_pixels(folder: Path, edge: int | list[int], usual: Pixels) -> Pixels | 
 
 
 def _refuse_others(path: Path, table: dict[str, Any]) -> None:
+    """Raise ModelError for values of a wrong type, and for steps that no encoder here does."""
     check(table, path, _CHECKS)
     for key in ("do_resize", "do_rescale"):
         if table.get(key) is False:
@@ -118,7 +123,7 @@ _CHECKS: dict[str, tuple[Check, str]] = {
 
 
 def _edges(value: Any) -> set[int] | None:
-    """Return the edges that a size names, in any of the ways transformers has written it."""
+    """Return the edges in a `size`, in any of the forms that versions of transformers wrote."""
     if value is None:
         return None
     if isinstance(value, dict):
@@ -131,9 +136,10 @@ def _edges_text(table: dict[str, Any]) -> str:
 
 
 def colour_of(table: Mapping[str, Any], key: str, path: Path) -> RGB | None:
-    """Return a colour that preprocessing states, three numbers; None where it states none.
+    """Return the three numbers under `key` (`image_mean` or `image_std`); None if it is absent.
 
-    Raises ModelError for what is no colour, and for a spread of 0, which pixels are divided by.
+    Raises ModelError for a value that is not one or three numbers, and for an `image_std` of 0 or
+    less, since pixels are divided by it.
     """
     value = table.get(key)
     if value is None:
@@ -148,13 +154,13 @@ def colour_of(table: Mapping[str, Any], key: str, path: Path) -> RGB | None:
     return cast(RGB, tuple(map(float, numbers)))
 
 
-_FAR = 1e6  # infinite and no number, too, are no colours
+_FAR = 1e6  # far beyond any colour; the comparison also refuses infinity and NaN
 
 
 def filter_of(table: Mapping[str, Any], path: Path) -> Interpolation | None:
-    """Return how preprocessing resizes; None where it does not say.
+    """Return the filter with which preprocessing resizes; None if it does not say.
 
-    Raises ModelError for a number that is none of Pillow's filters.
+    Raises ModelError for a number that is not one of Pillow's filters.
     """
     value = table.get("resample")
     if value is None:
@@ -168,7 +174,10 @@ def filter_of(table: Mapping[str, Any], path: Path) -> Interpolation | None:
 
 
 def make_processor(pixels: Square) -> Any:
-    """Return transformers' image processor that does the same, of the PIL backend."""
+    """Return transformers' image processor (PIL backend) that does the same as `pixels`.
+
+    The PIL backend, because the other one resizes with torchvision, whose results differ slightly.
+    """
     from transformers import CLIPImageProcessorPil, LlavaImageProcessorPil, SiglipImageProcessorPil
 
     edge = pixels.size

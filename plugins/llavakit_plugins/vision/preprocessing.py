@@ -1,6 +1,7 @@
-"""From an RGB image to the normalised square that vision transformers read.
+"""Turns an RGB image into the normalised square that vision transformers read.
 
-Equal, to the last bit, to transformers' image processors of the PIL backend.
+The result equals that of transformers' image processors (PIL backend) to the last bit. They are not
+used themselves, because they are slower (tests/benchmarks/images_cpu.py measures both).
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ Aspect = Literal["crop", "pad", "squash"]
 Interpolation = Literal["nearest", "lanczos", "bilinear", "bicubic", "box", "hamming"]
 
 MEAN: RGB = (0.48145466, 0.4578275, 0.40821073)
-"""Mean of each colour over CLIP's training images, of values 0..1."""
+"""Mean of each colour over CLIP's training images; values are 0..1."""
 STD: RGB = (0.26862954, 0.26130258, 0.27577711)
 
 
@@ -37,16 +38,17 @@ class Square(NamedTuple):
     std: RGB
     interpolation: Interpolation = "bicubic"
     fast: bool = False
-    """Shrink large images by averaging whole blocks first."""
+    """Whether large images are first shrunk by averaging whole blocks: faster, and not exact."""
 
 
 def to_square(image: Image.Image, square: Square) -> Tensor:
     """Return normalised pixels `[3, size, size]`, float32.
 
-    `crop` brings the shorter side to `size` and takes the middle square, as CLIP and the paper do;
-    `pad` lays the image centred on a square of the mean colour first, as LLaVA-1.5 does; `squash`
-    brings both sides to `size`, as SigLIP does. Memory is bounded: an image more than 64 times as
-    long as wide is cut before it is resized, or made smaller before it is padded.
+    `crop` resizes the shorter side to `size` and takes the middle square, as in CLIP and LLaVA.
+    `pad` first puts the image in the middle of a square of the mean colour, as in LLaVA-1.5
+    (arXiv 2310.03744). `squash` resizes both sides to `size`, as in SigLIP. Memory is
+    limited: an image whose sides have a ratio above 64 is cut before it is resized, or shrunk
+    before it is padded.
     """
     size = square.size
     if square.fast:
@@ -56,6 +58,7 @@ def to_square(image: Image.Image, square: Square) -> Tensor:
     width, height = size, size
     if square.aspect == "crop":
         image = without_ends(image)
+        # rounded down, as transformers does
         longest = int(size * max(image.size) / min(image.size))
         width, height = (longest, size) if image.width > image.height else (size, longest)
     image = image.resize((width, height), Image.Resampling[square.interpolation.upper()])
@@ -65,10 +68,10 @@ def to_square(image: Image.Image, square: Square) -> Tensor:
 
 
 def shrink(image: Image.Image, size: int) -> Image.Image:
-    """Return the image, averaged over whole blocks down to no less than twice `size`.
+    """Return the image averaged over whole blocks; its shorter side stays at least twice `size`.
 
-    A resize to `size` after it reads a fraction of the pixels. On photographs no value moves by
-    more than a few of 255 levels.
+    A later resize to `size` then reads a fraction of the pixels. On photographs values change by a
+    few of 255 levels at most.
     """
     factor = min(image.size) // (2 * size)
     return image.reduce(factor) if factor > 1 else image
@@ -77,19 +80,23 @@ def shrink(image: Image.Image, size: int) -> Image.Image:
 def normalise(pixels_HWC: npt.NDArray[np.uint8], mean: RGB, std: RGB) -> Tensor:
     """Return `(pixels / 255 - mean) / std` as `[3, H, W]`, float32.
 
-    A byte has 256 values: they are looked up, which is exact and faster than the arithmetic.
+    The result for each of the 256 values of a byte is looked up in a table: the same bits as the
+    arithmetic gives, and faster.
     """
     table = _table(mean, std)
     height, width, _ = pixels_HWC.shape
     found = np.empty((3, height, width), np.float32)
     for colour in range(3):
+        # mode "clip" lets numpy write to `out` without a buffer; no index is out of range
         np.take(table[colour], pixels_HWC[..., colour], out=found[colour], mode="clip")
     return torch.from_numpy(found)
 
 
 @lru_cache(maxsize=16)
 def _table(mean: RGB, std: RGB) -> npt.NDArray[np.float32]:
-    """Return what becomes of each byte, `[3, 256]`."""
-    values = (np.arange(256) * (1 / 255)).astype(np.float32)[:, None]  # rounded as transformers do
+    """Return the normalised value of each byte for each colour, `[3, 256]`, float32."""
+    # multiplied by 1/255 in float64 and then rounded, as transformers does: other orders of these
+    # operations differ in the last bit
+    values = (np.arange(256) * (1 / 255)).astype(np.float32)[:, None]
     scaled = (values - np.asarray(mean, np.float32)) / np.asarray(std, np.float32)
     return np.ascontiguousarray(scaled.T, np.float32)

@@ -1,4 +1,5 @@
-"""SigLIP's vision transformer (arXiv 2303.15343), and SigLIP 2's of fixed resolution."""
+"""SigLIP's vision transformer (arXiv 2303.15343), also SigLIP 2's of fixed resolution
+(arXiv 2502.14786)."""
 
 from __future__ import annotations
 
@@ -14,11 +15,13 @@ if TYPE_CHECKING:
 
 
 class SiglipOptions(TransformersOptions):
+    """Options of `siglip`. SigLIP was trained on squashed images, hence the other default."""
+
     aspect: Aspect = "squash"
 
 
 class Siglip(TransformersEncoder):
-    """transformers' SiglipVisionModel: every token is a patch."""
+    """transformers' SiglipVisionModel: no class token, every token is a patch."""
 
     name = "siglip"
     Options = SiglipOptions

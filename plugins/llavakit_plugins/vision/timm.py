@@ -1,4 +1,7 @@
-"""Any vision transformer of timm, by name: its weights, its own preprocessing, its registers."""
+"""Vision transformers of timm, by name, with timm's weights and preprocessing.
+
+Shapes: B images, P patches, D width.
+"""
 
 from __future__ import annotations
 
@@ -20,17 +23,19 @@ from llavakit_plugins.vision.vision_transformer import EncoderOptions, VisionTra
 
 
 class TimmOptions(EncoderOptions):
+    """Options of `timm`."""
+
     model: str | None = None
-    """A name of timm's, such as `vit_small_patch14_reg4_dinov2.lvd142m`."""
+    """A model name of timm's, such as `vit_small_patch14_reg4_dinov2.lvd142m`."""
     source: Path | None = None
-    """A folder that timm wrote, or a file of weights for `model`; the hub's where absent."""
+    """A folder that timm wrote, or a file of weights for `model`; by default the hub's weights."""
     pretrained: bool = True
-    """Whether to take the hub's weights where there is no `source`; else they are new."""
+    """Whether to use the hub's weights if there is no `source`; otherwise weights are random."""
     config: dict[str, Any] = Field(default_factory=dict)
-    """Arguments of timm's model, such as `img_size`."""
+    """Arguments of timm's `create_model`, such as `img_size`."""
     aspect: Aspect | None = None
-    """How an image becomes a square; where absent, as timm evaluates the model. With `pad` nothing
-    is cut off."""
+    """How an image becomes a square; by default as timm evaluates the model. With `pad` nothing is
+    cut off."""
 
     @model_validator(mode="after")
     def _needs_a_name(self) -> TimmOptions:
@@ -40,7 +45,7 @@ class TimmOptions(EncoderOptions):
 
 
 class Timm(VisionTransformer):
-    """A vision transformer of timm: class token and registers, where it has them, then patches."""
+    """A vision transformer of timm: class token and registers, if it has them, then the patches."""
 
     name = "timm"
     Options = TimmOptions
@@ -90,11 +95,12 @@ class Timm(VisionTransformer):
             "interpolation": options.interpolation,
         }
         if options.aspect == "pad":
-            wanted["crop_pct"] = 1.0
+            wanted["crop_pct"] = 1.0  # timm evaluates many models on a middle part of the image
         elif options.aspect is not None:
             wanted["crop_mode"] = {"crop": "center", "squash": "squash"}[options.aspect]
         config = resolve_data_config(wanted, pretrained_cfg=self.model.pretrained_cfg)
-        with torch.device("cpu"):  # a plan builds the model on the meta device
+        # its tensors (mean, std) need values, also when a plan builds models on the meta device
+        with torch.device("cpu"):
             self._transform = create_transform(**config)
         self._pad_with = config["mean"] if options.aspect == "pad" else None
         self._crops = config["crop_mode"] == "center"
@@ -152,14 +158,17 @@ class Timm(VisionTransformer):
             output_fmt="NLC",
             intermediates_only=True,
         )
-        if isinstance(found, Tensor):  # no prefix
+        if isinstance(found, Tensor):  # the model has no prefix tokens
             return found
         patches_BPD, prefix_BPD = found
         return torch.cat([prefix_BPD, patches_BPD], dim=1)
 
 
 def _build(options: TimmOptions, *, pretrained: bool) -> Any:
-    """Return timm's model without its classifier, which nothing would compute."""
+    """Return timm's model without its classifier, which is never used here.
+
+    Raises ModelError if timm does not know the name, or the weights do not fit.
+    """
     import timm
 
     name, weights = options.model, None
@@ -172,8 +181,8 @@ def _build(options: TimmOptions, *, pretrained: bool) -> Any:
         if made is not None:
             name = f"local-dir:{options.source}"
         else:
-            place = "local-dir" if options.source.is_dir() else None
-            weights = {"file": str(options.source), "source": place}
+            kind = "local-dir" if options.source.is_dir() else None
+            weights = {"file": str(options.source), "source": kind}
     assert name is not None
     try:
         model = timm.create_model(
@@ -197,11 +206,11 @@ _REFUSALS = (
     TypeError,
     UnpicklingError,
     ValueError,
-)  # what timm is known to raise for names, arguments and weights that do not fit
+)  # timm has no error class of its own; it raises these for wrong names, arguments and weights
 
 
 def _architecture(source: Path) -> str | None:
-    """Return what timm's config.json in a folder says, or None where there is none."""
+    """Return the architecture in a folder's config.json of timm, or None without such a file."""
     try:
         table = json.loads((source / "config.json").read_text(encoding="utf-8"))
     except OSError:

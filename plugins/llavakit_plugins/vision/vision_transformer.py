@@ -1,7 +1,8 @@
-"""What vision transformers share: the layer whose output is taken, what stands before the patches,
-preprocessing. A family of transformers' needs some twenty lines on top (see docs/plugins.md).
+"""What vision transformers share: the choice of a layer, the prefix tokens, the preprocessing.
 
-B images, P patches, D width.
+A family of transformers' models needs about twenty lines on top of it (see docs/plugins.md).
+
+Shapes: B images, P patches, D width.
 """
 
 from __future__ import annotations
@@ -52,31 +53,36 @@ Spread = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class EncoderOptions(Options):
-    """Which features are taken, and of which pixels."""
+    """Options of every vision transformer: which features it gives, and from which pixels."""
 
     layer: int = -2
-    """Whose output to use, as in `hidden_states[layer]`: 0 is the embedding, -1 the last."""
+    """The layer whose output is used, as in `hidden_states[layer]`: 0 is the embedding, -1 the last
+    layer. LLaVA uses -2."""
     norm: bool = False
-    """Apply the encoder's final normalisation to it."""
+    """Whether the encoder's final normalisation is applied to that output."""
     select: Literal["patch", "cls_patch"] = "patch"
-    """`cls_patch` keeps the class token, and registers, as visual tokens before the patches."""
+    """`cls_patch` keeps the class token and the registers as visual tokens before the patches."""
     mean: RGB | None = None
-    """Of each colour, of values 0..1; where absent, what the weights come with."""
+    """Mean of each colour, of values 0..1; by default the value that comes with the weights."""
     std: tuple[Spread, Spread, Spread] | None = None
     interpolation: Interpolation | None = None
     fast: bool = False
-    """Decode JPEGs at a fraction of their size and shrink others in blocks: several times faster,
-    2 to 3 of 255 levels away on average."""
+    """Decode JPEGs at a fraction of their size and shrink other images in blocks: several times
+    faster, and 2 to 3 of 255 levels off on average."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
 
 
 class VisionTransformer(VisionEncoder):
-    """A transformer over patches, cut behind a layer. Layers behind it are kept, not computed."""
+    """A transformer over patches. Layers behind the chosen one keep their weights but do not run.
+
+    They stay, so that a saved encoder is a whole one and another layer can be chosen later.
+    """
 
     def choose(self, options: EncoderOptions, layers: int) -> None:
-        """Set `depth`, the number of layers to compute, and what happens to prefix tokens.
+        """Set `depth`, the number of layers to run, and which prefix tokens are kept.
 
-        Raises ModelError where there is no such layer, or nothing to select.
+        `layers` is the number of layers of the network. Raises ModelError if the chosen layer does
+        not exist, or if `cls_patch` is selected without a class token.
         """
         if not -layers - 1 <= options.layer <= layers:
             raise ModelError(
@@ -96,27 +102,28 @@ class VisionTransformer(VisionEncoder):
 
 
 class TransformersOptions(PretrainedOptions, EncoderOptions):
-    """Options of an encoder of transformers'."""
+    """Options of an encoder from transformers."""
 
     aspect: Aspect = "crop"
-    """Take the middle square, pad to a square with the mean colour, or squash to a square."""
+    """Crop the middle square, pad to a square with the mean colour, or squash to a square."""
 
 
 class TransformersEncoder(VisionTransformer):
-    """A vision model of transformers', from a folder, the hub, or a configuration.
+    """A vision model of transformers, from a folder, from the hub, or from a configuration.
 
-    A family names its class and how pixels become its first hidden states.
+    A subclass names transformers' class and computes the first hidden states from pixels. Layers
+    run here and not in transformers' `forward`, which would compute all of them.
     """
 
     Options = TransformersOptions
     mean: ClassVar[RGB] = MEAN
-    """Where neither an option nor the source's preprocessor_config.json says."""
+    """Used if neither an option nor the source's preprocessor_config.json states a mean."""
     std: ClassVar[RGB] = STD
 
     @classmethod
     @abstractmethod
     def architecture(cls) -> type[PreTrainedModel]:
-        """Return transformers' class, imported here, when it is needed."""
+        """Return transformers' class. Import it here, so that only its users pay for the import."""
 
     @abstractmethod
     def embed(self, pixels_BCHW: Tensor) -> Tensor:
@@ -143,7 +150,8 @@ class TransformersEncoder(VisionTransformer):
                 model = cls(cast(Any, cls.config_class)(**shape))
             model = model.to(getattr(torch, options.dtype))
         self.model = model
-        # Layers of some families want a mask and others take none, by transformers' version, too.
+        # Whether layers require an `attention_mask` argument depends on the family and on the
+        # version of transformers; None means that every patch sees every patch.
         takes = [inspect.signature(block.forward).parameters for block in self.blocks]
         self.unmasked = (
             {"attention_mask": None} if all("attention_mask" in t for t in takes) else {}
@@ -165,12 +173,12 @@ class TransformersEncoder(VisionTransformer):
         self.decode_edge = self.image_size if options.fast else None
 
     def with_options(self, options: TransformersOptions) -> Self:
-        """Return an encoder around the same network."""
+        """Return an encoder that shares this one's network and has other options."""
         return type(self)(options, self.model)
 
     @property
     def inner(self) -> Any:
-        """The transformer itself, which older versions of transformers wrap."""
+        """The transformer itself; older versions of transformers wrap it in `vision_model`."""
         return getattr(self.model, "vision_model", self.model)
 
     @classmethod
@@ -201,7 +209,7 @@ class TransformersEncoder(VisionTransformer):
 
     @classmethod
     def _shape(cls, table: Mapping[str, Any], source: str | None) -> dict[str, Any]:
-        """Return a configuration without its type. Raises ModelError where that is another."""
+        """Return a configuration without `model_type`. Raises ModelError if the type is another."""
         shape = dict(table)
         expected = cast(Any, cls.architecture()).config_class.model_type
         found = shape.pop("model_type", expected)
@@ -237,9 +245,10 @@ class TransformersEncoder(VisionTransformer):
 
 
 def vision_state(folder: Path, dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """Return the vision model's tensors in a folder of it alone, of a CLIP, or of a LLaVA.
+    """Return the tensors of the vision model in a folder, by their names in the vision model.
 
-    Raises ModelError where there are none, or a file is damaged.
+    The folder may hold a vision model alone, a whole CLIP, or a LLaVA. Raises ModelError if there
+    are none, or if a file is damaged.
     """
     weights = Weights.within(folder, dtype)
     if weights is None:
@@ -261,7 +270,7 @@ _PROCESSOR = "preprocessor_config.json"
 
 
 class _Given(NamedTuple):
-    """What the source's preprocessing says of pixels, as far as it does."""
+    """What the source's preprocessor_config.json states; None for what it leaves out."""
 
     mean: RGB | None = None
     std: RGB | None = None
@@ -278,9 +287,10 @@ def _read_processor(options: TransformersOptions) -> _Given:
 
 
 def _processor(square: Square) -> dict[str, Any]:
-    """Return the table from which transformers builds a processor that does the same.
+    """Return the table from which transformers builds an image processor that does the same.
 
-    It has none that pads: there it crops, which is no difference for an image padded before.
+    CLIP's processor does not pad, so with `pad` the table says crop: the same for an image that is
+    already a square.
     """
     edges = {"height": square.size, "width": square.size}
     squash = square.aspect == "squash"
@@ -301,7 +311,7 @@ def _processor(square: Square) -> dict[str, Any]:
 
 
 def _edge(value: Any, name: str, what: str) -> int:
-    """Return the edge of a square that a configuration gives as one number or two."""
+    """Return the edge of a square that a configuration states as one number or as two."""
     edges = {value} if isinstance(value, int) else set(value)
     if len(edges) != 1:
         raise ModelError(f"vision encoder `{name}`: {what} {value} is no square; choose another")

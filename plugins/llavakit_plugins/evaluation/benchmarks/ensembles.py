@@ -34,7 +34,7 @@ def complement(ours: Choices, second: Choices) -> list[int | None]:
 def differing(ours: Choices, second: Choices) -> list[int]:
     """Return the places at which the two differ; where neither states an answer they don't."""
     pairs = enumerate(zip(ours, second, strict=True))
-    return [place for place, (a, b) in pairs if a != b]
+    return [index for index, (a, b) in pairs if a != b]
 
 
 def judged(ours: Choices, second: Choices, verdicts: Mapping[int, int | None]) -> list[int | None]:
@@ -44,10 +44,10 @@ def judged(ours: Choices, second: Choices, verdicts: Mapping[int, int | None]) -
     in the original.
     """
     final = list(ours)
-    for place in differing(ours, second):
-        verdict = verdicts.get(place)
+    for index in differing(ours, second):
+        verdict = verdicts.get(index)
         if verdict is not None:
-            final[place] = verdict
+            final[index] = verdict
     return final
 
 

@@ -57,8 +57,8 @@ def _facts(sentence: str) -> Iterator[Fact]:
     for match in _PARITY.finditer(sentence):
         yield "parity", match[1]
     for match in _LISTED.finditer(sentence):
-        for place, value in enumerate(re.findall(_NUMBER, match[1]), start=1):
-            yield f"digit {place}", str(value)
+        for number, value in enumerate(re.findall(_NUMBER, match[1]), start=1):
+            yield f"digit {number}", str(value)
     sentence = _LISTED.sub(" ", sentence)
     for match in _COUNT.finditer(sentence):
         yield "count", match[1]
@@ -120,13 +120,13 @@ class Facts(Benchmark):
         scenes = {c.image: scene_facts(c) for c in read_contexts(self.options.contexts)}
         found: list[Question] = []
         for number, data in enumerate(self._data):
-            places = range(len(data))
+            indices = range(len(data))
             if self.options.limit is not None and self.options.limit < len(data):
                 draw = np.random.default_rng([self.options.seed, number])
                 chosen = draw.choice(len(data), self.options.limit, replace=False)
-                places = sorted(chosen.tolist())  # type: ignore[assignment]
-            for place in places:
-                sample = data[place]
+                indices = sorted(chosen.tolist())  # type: ignore[assignment]
+            for index in indices:
+                sample = data[index]
                 image = sample.images[0] if sample.images else None
                 name = image.name if isinstance(image, Path) else ""
                 if name not in scenes:
@@ -158,9 +158,9 @@ class Facts(Benchmark):
                 concluded.append(_conclusions(said) == results)
         metrics = {"relative": _relative(marks, best)}
         for sort in dict.fromkeys(filter(None, sorts)):
-            own = [place for place, other in enumerate(sorts) if other == sort]
+            own = [index for index, other in enumerate(sorts) if other == sort]
             metrics[f"relative_{sort}"] = _relative(
-                [marks[place] for place in own], [best[place] for place in own]
+                [marks[index] for index in own], [best[index] for index in own]
             )
         if concluded:
             metrics["conclusion"] = fmean(concluded)

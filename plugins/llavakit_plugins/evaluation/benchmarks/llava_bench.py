@@ -28,7 +28,7 @@ from llavakit.contracts.sections import Table
 from llavakit_plugins.datasets.rows import Row, listed, read_rows, text_of
 from llavakit_plugins.evaluation.answers import read_answers
 from llavakit_plugins.evaluation.benchmarks.review_files import ReviewFiles
-from llavakit_plugins.evaluation.judging import Asking, Replies, replies
+from llavakit_plugins.evaluation.judging import JudgeSettings, Replies, replies
 from llavakit_plugins.evaluation.questions import read_questions
 from llavakit_plugins.evaluation.reviews import (
     RELATIVE_COLUMNS,
@@ -112,11 +112,11 @@ class LlavaBench(Benchmark):
         self.judge = build(options.judge)
         self.contexts = _read_contexts(options.contexts)
         references = read_answers(options.references).texts
-        asked = read_questions(options.questions, options.images, options.limit)
+        question_rows = read_questions(options.questions, options.images, options.limit)
         self.found: list[Question] = []
         self.context_of: dict[str, str] = {}
         lacking: list[str] = []
-        for item in asked:
+        for item in question_rows:
             identity, image = str(item.question.id), str(item.row.get("image"))
             if identity not in references:
                 lacking.append(identity)
@@ -134,27 +134,27 @@ class LlavaBench(Benchmark):
         return self.found
 
     def score(self, questions: Sequence[Question], answers: Sequence[str]) -> Score:
-        return self._score(*self._ask(questions, answers, Asking(self.options.concurrency)))
+        return self._score(*self._ask(questions, answers, JudgeSettings(self.options.concurrency)))
 
     def score_in(self, run: Run, questions: Sequence[Question], answers: Sequence[str]) -> Score:
-        asking = Asking.within(run, self.options.concurrency)
-        reviews, said = self._ask(questions, answers, asking)
+        settings = JudgeSettings.within(run, self.options.concurrency)
+        reviews, said = self._ask(questions, answers, settings)
         lines = [json.dumps(review.row(), ensure_ascii=False) for review in reviews]
         write_text(run.directory / "reviews.jsonl", "\n".join(lines) + "\n")
         return self._score(reviews, said)
 
     def _ask(
-        self, questions: Sequence[Question], answers: Sequence[str], asking: Asking
+        self, questions: Sequence[Question], answers: Sequence[str], settings: JudgeSettings
     ) -> tuple[list[_Review], Replies]:
         ways = (False, True) if self.options.swap else (False,)
-        asked = [
+        prompts = [
             (question, swapped, self._messages(question, answer, swapped))
             for question, answer in zip(questions, answers, strict=True)
             for swapped in ways
         ]
-        labels = [f"{q.id}{', swapped' if swapped else ''}" for q, swapped, _ in asked]
-        said = replies(self.judge, [messages for *_, messages in asked], labels, asking)
-        pairs = zip(asked, said.texts, strict=True)
+        labels = [f"{q.id}{', swapped' if swapped else ''}" for q, swapped, _ in prompts]
+        said = replies(self.judge, [messages for *_, messages in prompts], labels, settings)
+        pairs = zip(prompts, said.texts, strict=True)
         reading = self.options.reading
         return [
             _Review(q, way, text, read_scores(text or "", reading)) for (q, way, _), text in pairs

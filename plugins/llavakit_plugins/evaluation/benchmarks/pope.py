@@ -13,7 +13,7 @@ from pydantic import Field
 from llavakit import Benchmark, DataError, InputPath, Options, Question, Score
 from llavakit.contracts.sections import Table
 from llavakit_plugins.datasets.rows import Row, id_of, read_rows
-from llavakit_plugins.evaluation.questions import Asked, read_questions, with_suffix
+from llavakit_plugins.evaluation.questions import QuestionRow, read_questions, with_suffix
 
 _WORD = re.compile(r"[a-z']+")
 _ENDS = re.compile(r"[.!?\n\r\v\f\x1c-\x1e\x85\u2028\u2029]")  # and a line's end, any there is
@@ -92,12 +92,12 @@ class Pope(Benchmark):
 
     def __init__(self, options: PopeOptions) -> None:
         self.reading = options.reading
-        asked = read_questions(options.questions, options.images, options.limit)
+        question_rows = read_questions(options.questions, options.images, options.limit)
         labels = _Labels(options.labels) if options.labels else None
-        plain = with_suffix(asked, options.suffix)
+        plain = with_suffix(question_rows, options.suffix)
         self.found = [
             replace(question, truth=_label(item, labels))
-            for item, question in zip(asked, plain, strict=True)
+            for item, question in zip(question_rows, plain, strict=True)
         ]
 
     def questions(self) -> Sequence[Question]:
@@ -169,7 +169,7 @@ class _Labels:
         self._path = path
         self._files: dict[Path, dict[tuple[str, ...], str]] = {}
 
-    def find(self, item: Asked) -> str:
+    def find(self, item: QuestionRow) -> str:
         """Return the label of a question. Raises DataError where there is none."""
         path = self._path
         if path.is_dir():
@@ -204,7 +204,7 @@ def _about(row: Row) -> tuple[str, ...]:
     return (image, text.strip().partition("\n")[0].strip())
 
 
-def _label(item: Asked, labels: _Labels | None) -> str:
+def _label(item: QuestionRow, labels: _Labels | None) -> str:
     if labels is not None:
         return labels.find(item)
     if "label" not in item.row:

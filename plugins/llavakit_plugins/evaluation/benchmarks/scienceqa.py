@@ -31,7 +31,7 @@ from llavakit_plugins.evaluation.benchmarks.ensembles import (
 )
 from llavakit_plugins.evaluation.benchmarks.science_table import Result, table
 from llavakit_plugins.evaluation.benchmarks.scienceqa_files import ScienceQAFiles
-from llavakit_plugins.evaluation.judging import Asking, Replies, replies
+from llavakit_plugins.evaluation.judging import JudgeSettings, Replies, replies
 
 _LETTER_ONLY = "Answer with the letter of the right option only."
 _BEHIND_REASONS = "###\nANSWER:"
@@ -90,10 +90,10 @@ class ScienceQA(Benchmark):
         return [self._question(problem) for problem in self.problems]
 
     def score(self, questions: Sequence[Question], answers: Sequence[str]) -> Score:
-        return self._score(questions, answers, Asking(self.options.concurrency))
+        return self._score(questions, answers, JudgeSettings(self.options.concurrency))
 
     def score_in(self, run: Run, questions: Sequence[Question], answers: Sequence[str]) -> Score:
-        return self._score(questions, answers, Asking.within(run, self.options.concurrency))
+        return self._score(questions, answers, JudgeSettings.within(run, self.options.concurrency))
 
     def _question(self, problem: Problem) -> Question:
         text = question_text(problem, self.options.format).replace(IMAGE, "").strip()
@@ -112,7 +112,7 @@ class ScienceQA(Benchmark):
         return Question(problem.id, prompt, images, truth, next(problem.columns), then)
 
     def _score(
-        self, questions: Sequence[Question], answers: Sequence[str], asking: Asking
+        self, questions: Sequence[Question], answers: Sequence[str], settings: JudgeSettings
     ) -> Score:
         known = {problem.id: problem for problem in self.problems}
         problems = [known[str(question.id)] for question in questions]
@@ -131,16 +131,16 @@ class ScienceQA(Benchmark):
             if self.judge is None:
                 final = complement(first, second)
             else:
-                verdicts, said = self._verdicts(problems, answers, first, second, asking)
+                verdicts, said = self._verdicts(problems, answers, first, second, settings)
                 final = judged(first, second, verdicts)
                 metrics |= said.metrics()
             best = upper_bound(problems, first, second)
-            for name, places in (
+            for name, indices in (
                 ("second", second),
                 (str(self.options.ensemble), final),
                 ("upper bound", best),
             ):
-                choices = [within(place, p) for place, p in zip(places, problems, strict=True)]
+                choices = [within(index, p) for index, p in zip(indices, problems, strict=True)]
                 shown[name] = Result.of(problems, choices)
             metrics |= {
                 f"accuracy_{name.replace(' ', '_')}": shown[name].accuracy
@@ -160,19 +160,19 @@ class ScienceQA(Benchmark):
         answers: Sequence[str],
         ours: Sequence[int | None],
         second: Sequence[int | None],
-        asking: Asking,
+        settings: JudgeSettings,
     ) -> tuple[Mapping[int, int | None], Replies]:
         """Ask the judge about the problems on which the two differ; return its answers by place."""
         assert self.judge is not None
         assert self.second is not None
-        places = differing(ours, second)
-        asked = [
+        indices = differing(ours, second)
+        prompts = [
             judge_messages(problems[i], answers[i], self.second.get(problems[i].id, ""))
-            for i in places
+            for i in indices
         ]
-        said = replies(self.judge, asked, [problems[i].id for i in places], asking)
+        said = replies(self.judge, prompts, [problems[i].id for i in indices], settings)
         choices = {
             i: None if text is None else read_letter(text)
-            for i, text in zip(places, said.texts, strict=True)
+            for i, text in zip(indices, said.texts, strict=True)
         }
         return choices, said

@@ -28,7 +28,7 @@ from llavakit_plugins.evaluation.benchmarks.ensembles import (
     upper_bound,
 )
 from llavakit_plugins.evaluation.benchmarks.science_table import Result, table
-from llavakit_plugins.evaluation.judging import Asking, replies
+from llavakit_plugins.evaluation.judging import JudgeSettings, replies
 
 
 class ScienceQAFilesOptions(Options):
@@ -127,7 +127,7 @@ class ScienceQAFiles(FileScorer):
         others, missing = self._read(self.options.second, problems, notes)
         ours = [read_letter(answers.texts.get(problem.id, "")) for problem in problems]
         second = [read_letter(others.texts.get(problem.id, "")) for problem in problems]
-        places = differing(ours, second)
+        indices = differing(ours, second)
         shown["second"] = _result(problems, second)
         shown["upper bound"] = _result(problems, upper_bound(problems, ours, second))
         data: dict[str, Any] = {
@@ -136,22 +136,22 @@ class ScienceQAFiles(FileScorer):
             "second": {**shown["second"].data(), "missing": missing},
             "upper_bound": shown["upper bound"].data(),
             "second_without_answer": second.count(None),
-            "differ": len(places),
+            "differ": len(indices),
         }
         if self.options.ensemble == "complement":
             return complement(ours, second), data
-        chosen = [problems[place] for place in places]
+        chosen = [problems[index] for index in indices]
         texts = self._verdicts(chosen, answers, others, notes)
         verdicts = {p.id: read_letter(texts.get(p.id, "")) for p in chosen}
         silent = [name for name, verdict in verdicts.items() if verdict is None]
         data |= {"requeried": len(verdicts) - len(silent), "not_requeried": silent}
         if silent:
             notes.append(
-                f"the two differ on {len(places)} problems, and the judge has no choice for "
+                f"the two differ on {len(indices)} problems, and the judge has no choice for "
                 f"{listed(silent)}: ours counts there"
                 + ("" if texts else "; state a --judge, or its answers with --requery")
             )
-        return judged(ours, second, {i: verdicts[problems[i].id] for i in places}), data
+        return judged(ours, second, {i: verdicts[problems[i].id] for i in indices}), data
 
     def _verdicts(
         self, problems: Sequence[Problem], ours: Answers, second: Answers, notes: list[str]
@@ -162,12 +162,12 @@ class ScienceQAFiles(FileScorer):
             texts |= read_answers(self.options.requery).texts
         todo = [problem for problem in problems if problem.id not in texts]
         if self.judge is not None:
-            asked = [
+            prompts = [
                 judge_messages(p, ours.texts.get(p.id, ""), second.texts.get(p.id, ""))
                 for p in todo
             ]
             said = replies(
-                self.judge, asked, [p.id for p in todo], Asking(ledger=self.options.ledger)
+                self.judge, prompts, [p.id for p in todo], JudgeSettings(ledger=self.options.ledger)
             )
             pairs = zip(todo, said.texts, strict=True)
             texts |= {problem.id: text for problem, text in pairs if text is not None}
@@ -180,10 +180,10 @@ def _choices(problems: Sequence[Problem], answers: Answers) -> list[int | None]:
     return [read_choice(answers.texts.get(problem.id, ""), problem) for problem in problems]
 
 
-def _result(problems: Sequence[Problem], places: Sequence[int | None]) -> Result:
+def _result(problems: Sequence[Problem], indices: Sequence[int | None]) -> Result:
     """Return what places in the alphabet come to: one beyond a problem's choices is none."""
-    pairs = zip(places, problems, strict=True)
-    return Result.of(problems, [within(place, problem) for place, problem in pairs])
+    pairs = zip(indices, problems, strict=True)
+    return Result.of(problems, [within(index, problem) for index, problem in pairs])
 
 
 def _stored(

@@ -38,19 +38,19 @@ class Vqa(Benchmark):
     Options = VqaOptions
 
     def __init__(self, options: VqaOptions) -> None:
-        asked = read_questions(options.questions, options.images, options.limit)
-        rows = [item.row for item in asked]
-        places = [item.where for item in asked]
+        items = read_questions(options.questions, options.images, options.limit)
+        rows = [item.row for item in items]
+        locations = [item.where for item in items]
         if options.truths is not None:
-            rows = join(asked, by_id(read_rows(options.truths), options.truths), options.truths)
-            places = [f"question `{item.question.id}` of {options.truths}" for item in asked]
+            rows = join(items, by_id(read_rows(options.truths), options.truths), options.truths)
+            locations = [f"question `{item.question.id}` of {options.truths}" for item in items]
         self.truths = {
             str(item.question.id): _truths(row, where)
-            for item, row, where in zip(asked, rows, places, strict=True)
+            for item, row, where in zip(items, rows, locations, strict=True)
         }
         self.found = [
             replace(question, truth=_commonest(self.truths[str(question.id)]))
-            for question in with_suffix(asked, options.suffix)
+            for question in with_suffix(items, options.suffix)
         ]
 
     def questions(self) -> Sequence[Question]:

@@ -1,1 +1,1 @@
-"""Choosing captions for stage 1: the files they come in, noun phrases, and the balanced choice."""
+"""Chooses captions for stage 1: reading their files, noun phrases, and the balanced choice."""

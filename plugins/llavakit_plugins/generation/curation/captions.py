@@ -1,4 +1,4 @@
-"""Files of captions by the million, read row by row: LLaVA's JSON, JSON lines, or CC3M's TSV."""
+"""Reads files of millions of captions row by row: LLaVA's JSON, JSON Lines, or CC3M's TSV."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from llavakit import DataError, open_text
 from llavakit.contracts.data import is_cut
 from llavakit_plugins.datasets.json_stream import read_lines, read_list
 
-_FIRST = 1 << 12
+_FIRST = 1 << 12  # bytes that are read to recognise a file
 
 
 @dataclass(frozen=True)
 class CaptionRow:
-    """One caption, and the row it stands in."""
+    """One caption and its row."""
 
     caption: str
     row: dict[str, Any]
 
 
 def read_captions(path: Path) -> Iterator[CaptionRow]:
-    """Yield the rows of a file, whose content says what it is.
+    """Yield the rows of a file; its format is recognised by its content.
 
-    A JSON list has LLaVA's samples, whose last answer is the caption; JSON lines have `caption`
-    (and mostly `id` and `image`); lines of a caption, a tab and a URL are CC3M's.
-    Raises DataError naming the row that cannot be used.
+    A JSON list has LLaVA's samples, whose last answer is the caption. JSON Lines have `caption`
+    and usually `id` and `image`. CC3M's lines are a caption, a tab and a URL. Raises DataError, which
+    names the row, for a row that cannot be used.
     """
     with open_text(path) as file:
         begin = file.read(_FIRST).lstrip()[:1]

@@ -1,13 +1,13 @@
-"""The concept-balanced choice of captions (paper, appendix E).
+"""The concept-balanced choice of captions (arXiv 2304.08485, appendix E).
 
-1. Count in how many captions each noun phrase stands. 2. Drop phrases in fewer than `minimum`.
-3. From the rarest to the most frequent, put every caption with the phrase into the pool.
-4. Of a phrase with more than `most` captions, put a random `most` of them.
+1. Count the captions of each noun phrase. 2. Drop phrases with fewer than `minimum` captions.
+3. From the rarest to the most frequent phrase, put all captions with the phrase into the pool.
+4. Of a phrase with more than `most` captions, put only `most` random ones into the pool.
 
-What the paper leaves open is settled here so: a phrase counts once a caption, in lower case and
-without determiners; the `most` are drawn out of all captions of the phrase, also those that are in
-the pool already (so the order of phrases doesn't change the pool); each phrase has a draw of its
-own, `numpy.random.default_rng([seed, hash])`, so that no phrase's draw hangs on another's.
+The paper leaves some points open. Here a phrase counts once per caption, in lower case and without
+determiners. The `most` captions are drawn from all captions of the phrase, also from those that are
+in the pool already, so the order of phrases does not matter. Each phrase has a random generator of
+its own, `numpy.random.default_rng([seed, hash])`, so no draw depends on another phrase's.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from numpy.typing import NDArray
 
 from llavakit_plugins.generation.curation.phrases import blocks_of, hash_block, name_block
 
-_BLOCK = 4096  # captions that go to a worker at once
-_AHEAD = 4  # blocks for each worker that wait for it: what is in memory of the captions
+_BLOCK = 4096  # captions that are sent to a worker at once
+_AHEAD = 4  # waiting blocks for each worker: this limits the captions in memory
 ResultT = TypeVar("ResultT")
 
 
 @dataclass(frozen=True)
 class Postings:
-    """Which phrases each caption has, C captions and N postings in all."""
+    """The phrases of each caption; C captions and N postings (pairs of phrase and caption)."""
 
     phrase_N: NDArray[np.uint64]
     """Hash of the phrase."""
@@ -43,19 +43,22 @@ class Postings:
 
 @dataclass(frozen=True)
 class Choice:
-    """What was chosen; P phrases in all, in the order of their hashes."""
+    """The chosen captions, and statistics of the P phrases in the order of their hashes."""
 
     chosen_C: NDArray[np.bool_]
     phrase_P: NDArray[np.uint64]
     before_P: NDArray[np.int64]
-    """Captions with the phrase."""
+    """Number of captions with the phrase."""
     after_P: NDArray[np.int64]
-    """Captions in the pool with the phrase, of phrases that were dropped, too."""
+    """Number of captions in the pool with the phrase, also for dropped phrases."""
 
 
 @contextmanager
 def worker_pool(workers: int) -> Iterator[Pool]:
-    """Yield processes that load the chunker alone."""
+    """Yield a pool of processes that load the chunker only.
+
+    They are spawned: forked ones would inherit torch's memory and threads.
+    """
     with multiprocessing.get_context("spawn").Pool(workers) as pool:
         yield pool
 
@@ -67,7 +70,10 @@ def _stream(
     captions: Iterable[str],
     workers: int,
 ) -> Iterator[ResultT]:
-    """Yield the result of each block, in order, with a few blocks ahead."""
+    """Yield the results of blocks in order; a few blocks are computed ahead.
+
+    Not `Pool.imap`, which reads all captions at once and does not wait for its consumer.
+    """
     waiting: deque[AsyncResult[ResultT]] = deque()
     for block in blocks_of(captions, _BLOCK):
         waiting.append(pool.apply_async(work, ((chunker, block),)))
@@ -84,7 +90,7 @@ def find_phrases(
     workers: int,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Postings:
-    """Return the phrases of all captions, which are read once."""
+    """Return the phrases of all captions. The captions are read once and not kept."""
     counts: list[NDArray[np.uint16]] = []
     hashes: list[NDArray[np.uint64]] = []
     done = 0
@@ -100,12 +106,15 @@ def find_phrases(
 
 
 def choose(postings: Postings, *, minimum: int, most: int, seed: int) -> Choice:
-    """Return which captions are in the pool."""
+    """Return the captions of the pool.
+
+    Works on sorted arrays, because CC3M's postings would take many gigabytes as Python objects.
+    """
     order_N = np.argsort(postings.phrase_N, kind="stable")  # captions of a phrase stay ascending
     sorted_N = postings.phrase_N[order_N]
     starts_P = np.flatnonzero(np.r_[True, sorted_N[1:] != sorted_N[:-1]][: len(sorted_N)])
     phrase_P = sorted_N[starts_P]
-    del sorted_N
+    del sorted_N  # each of these arrays can take hundreds of megabytes
     before_P = np.diff(np.r_[starts_P, len(order_N)])
     caption_N = postings.caption_N[order_N]
     del order_N
@@ -124,15 +133,18 @@ def choose(postings: Postings, *, minimum: int, most: int, seed: int) -> Choice:
 
 
 def name_phrases(captions: Iterable[str], chunker: str, pool: Pool, workers: int) -> Iterator[str]:
-    """Yield the phrases of captions; some more than once."""
+    """Yield the phrases of captions; a phrase may come several times."""
     for names in _stream(pool, name_block, chunker, captions, workers):
         yield from names
 
 
 def ranks(counts: NDArray[Any], points: int = 300) -> list[tuple[float, float]]:
-    """Return (rank, count) from the most frequent on, thinned so that a plot shows the same."""
+    """Return (rank, count) pairs from the most frequent phrase on, thinned for a plot.
+
+    The ranks are spaced evenly on a logarithmic axis.
+    """
     sorted_counts = np.sort(counts[counts > 0])[::-1]
     if not len(sorted_counts):
         return []
-    places = np.unique(np.geomspace(1, len(sorted_counts), points).astype(np.int64))
-    return [(float(place), float(sorted_counts[place - 1])) for place in places]
+    chosen = np.unique(np.geomspace(1, len(sorted_counts), points).astype(np.int64))
+    return [(float(rank), float(sorted_counts[rank - 1])) for rank in chosen]

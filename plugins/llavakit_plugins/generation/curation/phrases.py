@@ -1,7 +1,7 @@
-"""Noun phrases of captions. Imports nothing heavy: worker processes load this module alone.
+"""Finds the noun phrases of captions. Imports nothing heavy, because worker processes load it.
 
-`light_phrases` knows no grammar but lists of small words: what stands between determiners,
-prepositions, verbs and the like is a phrase. It finds most of what a parser finds in captions.
+`light_phrases` uses no grammar but lists of words: the words between determiners, prepositions,
+verbs and the like are a phrase. In captions it finds most of the phrases that a parser finds.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from importlib.util import find_spec
 from typing import Any
 
 LIGHT = "light"
-"""The name of the built-in chunker; any other name is a model of spaCy."""
+"""The name of the built-in chunker. Any other name is a model of spaCy."""
 
 _WORD = re.compile(r"[^\W\d_]+(?:['’-][^\W\d_]+)*|\d+|[^\w\s]")
 
@@ -35,10 +35,10 @@ _NOUNS, _MODIFIERS = _WORDS["nouns"], _WORDS["modifiers"]
 
 
 def light_phrases(caption: str) -> list[str]:
-    """Return the noun phrases of a caption, in order, each once; without determiners."""
+    """Return the noun phrases of a caption in order, each once, without determiners."""
     found: dict[str, None] = {}
     phrase: list[str] = []
-    opened = False  # whether a determiner or a modifier stands right before
+    opened = False  # whether the word before is a determiner or a modifier
     for word in _WORD.findall(caption.lower()):
         if word in _DETERMINERS or word.isdecimal():
             _close(phrase, found)
@@ -56,7 +56,7 @@ def light_phrases(caption: str) -> list[str]:
 
 
 def _bent(word: str) -> bool:
-    """Say whether a word may be a verb's form: `a parked car` has none, `a car parked` has."""
+    """Return whether a word may be a form of a verb, such as `parked` in `a car parked`."""
     return word.endswith(("ing", "ed")) and len(word) > 3 and word not in _NOUNS
 
 
@@ -67,7 +67,7 @@ def _close(phrase: list[str], found: dict[str, None]) -> None:
 
 
 def without_determiners(phrase: str) -> str:
-    """Return a parser's noun chunk as `light_phrases` would write it; a pronoun becomes nothing."""
+    """Return a parser's noun chunk in the form of `light_phrases`; a pronoun becomes empty."""
     words = _WORD.findall(phrase.lower())
     while words and (words[0] in _DETERMINERS or words[0].isdecimal()):
         words.pop(0)
@@ -75,7 +75,7 @@ def without_determiners(phrase: str) -> str:
 
 
 def has_spacy(model: str) -> bool:
-    """Say whether spaCy and a model of it are installed."""
+    """Return whether spaCy and the given model of it are installed."""
     return all(name in sys.modules or find_spec(name) for name in ("spacy", model))
 
 
@@ -87,7 +87,7 @@ def _parser(model: str) -> Any:
 
 
 def phrases_of(chunker: str, captions: Sequence[str]) -> Iterator[list[str]]:
-    """Yield the phrases of each caption, by `light` or by a model of spaCy."""
+    """Yield the phrases of each caption; `chunker` is `light` or the name of a spaCy model."""
     if chunker == LIGHT:
         yield from map(light_phrases, captions)
         return
@@ -97,14 +97,17 @@ def phrases_of(chunker: str, captions: Sequence[str]) -> Iterator[list[str]]:
 
 
 def hash_phrase(phrase: str) -> int:
-    """Return 64 bits that stand for a phrase; among a million, two alike are a chance of 3e-8."""
+    """Return a 64-bit hash of a phrase. Two equal hashes among a million have a chance of 3e-8."""
     return int.from_bytes(
         blake2b(phrase.encode(errors="replace"), digest_size=8).digest(), "little"
     )
 
 
 def hash_block(job: tuple[str, Sequence[str]]) -> tuple[bytes, bytes]:
-    """Return how many phrases each caption has (uint16), and their hashes in a row (uint64)."""
+    """Return the number of phrases of each caption (uint16) and all their hashes (uint64).
+
+    Bytes and not lists, since they are sent between processes by the million.
+    """
     counts, hashes = array("H"), array("Q")
     for phrases in phrases_of(*job):
         few = phrases[:65535]
@@ -119,7 +122,7 @@ def name_block(job: tuple[str, Sequence[str]]) -> list[str]:
 
 
 def blocks_of(captions: Iterable[str], size: int) -> Iterator[list[str]]:
-    """Yield captions in lists of a size."""
+    """Yield captions in lists of `size`; the last list may be shorter."""
     block: list[str] = []
     for caption in captions:
         block.append(caption)

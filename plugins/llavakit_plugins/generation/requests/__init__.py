@@ -1,1 +1,1 @@
-"""Asking a chat model for much, at a known price, with nothing paid for lost."""
+"""Sends many requests to a chat model, at a known price, without losing a paid reply."""

@@ -1,4 +1,4 @@
-"""What a chat model offers that also takes requests by the thousand and answers within a day."""
+"""The interface of a chat model's batch service: thousands of requests, answered within a day."""
 
 from __future__ import annotations
 
@@ -12,41 +12,42 @@ from llavakit_plugins.generation.requests.ledger import Request
 
 @dataclass(frozen=True)
 class BatchState:
-    """How far a batch is."""
+    """The state of a batch."""
 
     done: bool
-    """Whether nothing more will come; the replies can be collected."""
+    """Whether the batch has ended, so that its replies can be collected."""
     answered: int
     total: int
     status: str
-    """As the service says it."""
+    """The status in the service's own words."""
     complaint: str = ""
-    """Why the service refused it, where it did."""
+    """Why the service refused the batch, if it did."""
 
 
-class AskAgain(ReplyError):
-    """A request that has an answer in another form, which the service knows by now."""
+class SendAgain(ReplyError):
+    """The service wants the request in another form, which the chat model has learned from the
+    refusal; the same request, sent again, can be answered."""
 
 
 class BatchService(ABC):
-    """A queue of batches. `mark` names a job, so that its batches are found again after a crash."""
+    """A queue of batches. `mark` identifies a job, so that a crash does not lose its batches."""
 
     size: int
-    """Most requests of one batch."""
+    """Largest number of requests in one batch."""
     poll_seconds: float
 
     @abstractmethod
     async def submit(self, mark: str, requests: Mapping[str, Request]) -> str:
-        """Hand in requests by key; return the batch's id."""
+        """Submit requests, by key, as one batch; return the batch's id."""
 
     @abstractmethod
     async def find(self, mark: str) -> list[str]:
-        """Return the ids of the batches handed in under a mark, oldest first."""
+        """Return the ids of the batches that were submitted under a mark, oldest first."""
 
     @abstractmethod
     async def state(self, batch: str) -> BatchState:
-        """Return how far a batch is."""
+        """Return the state of a batch."""
 
     @abstractmethod
     def collect(self, batch: str) -> AsyncIterator[tuple[str, Reply | ReplyError]]:
-        """Yield each key with its reply, or with the reason why there is none."""
+        """Yield each key with its reply, or with the error that explains why there is none."""

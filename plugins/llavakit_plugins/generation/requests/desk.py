@@ -1,7 +1,8 @@
-"""Where generators that ask chat models in a way of their own get their replies: from the ledger
-if they are there, else within the budget, at the rates, and after retries, as any job's.
+"""Lets generators call chat models in their own way, under the rules of any other job.
 
-A generator is built with `Desk.building`; the chat models that it is given then ask at the desk.
+A reply comes from the ledger if it is there. Otherwise the request is sent within the budget and
+the rate limits, and with retries. A generator is built with `Desk.building`; the chat models that
+it gets then send their requests through the desk.
 """
 
 from __future__ import annotations
@@ -17,26 +18,26 @@ from threading import Lock
 from typing import Any, TypeVar, cast
 
 from llavakit import Build, ChatError, ChatModel, Message, Reply, ReplyError, Use, kind_of
-from llavakit_plugins.generation.requests.asking import Asker
-from llavakit_plugins.generation.requests.ledger import Ledger, Request, asked, hash_messages
+from llavakit_plugins.generation.requests.ledger import Ledger, Request, hash_messages, record_of
+from llavakit_plugins.generation.requests.send import Sender
 
 _NEXT = 1000
-"""Between the draws of one attempt, which may ask the same thing more than once."""
+"""Distance between the draws of one attempt, which may send the same request several times."""
 ItemT = TypeVar("ItemT")
 
 
 class EmptyReply(ReplyError):
-    """A reply without a text; it is paid for, and another attempt may give one."""
+    """A reply without text. It is paid for; another attempt may give one with text."""
 
 
 @dataclass
 class _Scope:
-    """One attempt at one conversation."""
+    """One attempt at one conversation, as the thread that makes it knows it."""
 
     attempt: int
     label: str
     times: Counter[str] = field(default_factory=Counter)
-    """How often it has asked each thing."""
+    """How often the attempt has sent each request so far."""
     lock: Lock = field(default_factory=Lock)
 
 
@@ -45,7 +46,10 @@ _scope: ContextVar[_Scope | None] = ContextVar("_scope", default=None)
 
 @contextmanager
 def attempt(number: int, label: str) -> Iterator[None]:
-    """Number what is asked within the block, so that another attempt gets other replies."""
+    """Number the requests within the block, so that another attempt gets other replies.
+
+    A context variable and not an argument: the generator's own code stands between.
+    """
     token = _scope.set(_Scope(number, label))
     try:
         yield
@@ -54,25 +58,27 @@ def attempt(number: int, label: str) -> Iterator[None]:
 
 
 class Desk:
-    """Takes what generators ask, from whatever thread."""
+    """Takes the requests of generators, from any thread, and runs them in one event loop."""
 
     def __init__(self) -> None:
         self.chats: list[ChatModel] = []
         """Every chat model that was built with `building`."""
         self._built: dict[str, ChatModel] = {}
-        self._asker: Asker | None = None
+        self._sender: Sender | None = None
         self._ledger: Ledger | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._asking: dict[str, asyncio.Task[None]] = {}
+        self._in_flight: dict[str, asyncio.Task[None]] = {}
 
     def building(self, build: Build) -> Build:
-        """Return a `build` whose chat models ask here."""
+        """Return a `build` function whose chat models send their requests through this desk."""
 
         def inner(use: Use[Any], /, **context: Any) -> Any:
             if not issubclass(kind_of(use), ChatModel):
                 return build(use, build=inner, **context)
             choice = use.model_dump_json()
-            if choice not in self._built:  # who builds one for each conversation gets one for all
+            # a generator may build a chat model for each conversation: they share one, and so its
+            # connections and rate limits
+            if choice not in self._built:
                 self._built[choice] = chat = build(use, **context)
                 self.chats.append(chat)
             return AtDesk(self._built[choice], self)
@@ -81,28 +87,29 @@ class Desk:
 
     def work_off(
         self,
-        asker: Asker,
+        sender: Sender,
         ledger: Ledger,
         todo: Iterator[ItemT],
         work: Callable[[ItemT], object],
         after: Callable[[Any], Awaitable[None]],
         concurrency: int,
     ) -> None:
-        """Do `work` for every item, in threads, and `after` with what it gives, in one.
+        """Run `work` on every item, in threads, and `after` on each result, in one thread.
 
-        Raises what ends the job early, when what is on its way has come.
+        Raises the error that ends the job early, after the requests in flight have come back.
         """
 
         async def run() -> None:
-            self._asker, self._ledger = asker, ledger
+            self._sender, self._ledger = sender, ledger
             self._loop = loop = asyncio.get_running_loop()
+            # twice as many threads as requests: some generators compute while others wait
             pool = ThreadPoolExecutor(2 * concurrency, "generator")
 
             async def one(item: ItemT) -> None:
                 await after(await loop.run_in_executor(pool, copy_context().run, work, item))
 
             try:
-                await asker.work_off(todo, one, concurrency)
+                await sender.work_off(todo, one, concurrency)
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)
                 for chat in self.chats:
@@ -112,11 +119,14 @@ class Desk:
 
     @property
     def open(self) -> bool:
-        """Whether a job has begun here: what is asked before is none of its."""
+        """Whether a job has started. Requests before that do not belong to it."""
         return self._loop is not None
 
     def ask(self, chat: ChatModel, messages: Sequence[Message], draw: int | None = None) -> Reply:
-        """Return a reply; wait for it. Raises ReplyError where this request gets none."""
+        """Return the reply to a request; blocks the calling thread until it is there.
+
+        Raises ReplyError if this request gets no reply, ChatError if the job has ended.
+        """
         scope = _scope.get()
         number, label = 0 if scope is None else scope.attempt, "" if scope is None else scope.label
         if draw is None and scope is not None:
@@ -136,29 +146,32 @@ class Desk:
             raise ChatError("the job that this request belongs to has ended") from error
 
     async def _answer(self, chat: ChatModel, request: Request) -> Reply:
-        assert self._asker is not None
+        assert self._sender is not None
         assert self._ledger is not None
-        facts = asked(chat.identity, request)
-        if facts.key not in self._ledger:
-            task = self._asking.get(facts.key)
+        record = record_of(chat.identity, request)
+        if record.key not in self._ledger:
+            # two generators may send the same request at once: it is paid for only once
+            task = self._in_flight.get(record.key)
             if task is None:
-                task = asyncio.create_task(self._asker.ask(chat, facts, request))
-                self._asking[facts.key] = task
-                task.add_done_callback(lambda _: self._asking.pop(facts.key, None))
+                task = asyncio.create_task(self._sender.send(chat, record, request))
+                self._in_flight[record.key] = task
+                task.add_done_callback(lambda _: self._in_flight.pop(record.key, None))
             try:
-                await asyncio.shield(task)
+                await asyncio.shield(
+                    task
+                )  # another waiter may still need it if this one is cancelled
             except ReplyError:
                 raise
             except Exception as error:
-                self._asker.end(error)  # the generator may make light of it
+                self._sender.end(error)  # the generator may catch the error, but the job must end
                 raise
-        entry = self._ledger.get(facts.key)
+        entry = self._ledger.get(record.key)
         assert entry is not None
         return entry.reply
 
 
 class AtDesk(ChatModel):
-    """A chat model as a generator sees it within a job."""
+    """A chat model as a generator sees it: before a job it is the model itself, then the desk."""
 
     def __init__(self, inner: ChatModel, desk: Desk) -> None:
         super().__init__(getattr(inner, "options", None))
@@ -166,7 +179,7 @@ class AtDesk(ChatModel):
         self.reply_limit = inner.reply_limit
 
     def __getattr__(self, name: str) -> Any:
-        if name == "inner":  # of a copy that has none yet
+        if name == "inner":  # a copy in the making has no attributes yet: avoid endless recursion
             raise AttributeError(name)
         return getattr(self.inner, name)
 
@@ -197,5 +210,5 @@ class AtDesk(ChatModel):
         return self.inner.price(input_tokens, output_tokens)
 
     async def close(self) -> None:
-        if not self._desk.open:  # within a job its connections are the job's
+        if not self._desk.open:  # during a job its connections belong to the job
             await self.inner.close()

@@ -1,4 +1,4 @@
-"""Which batches were handed in: written down before they are, so that a crash loses none."""
+"""Records the batches that were submitted. The mark is written first, so a crash loses no batch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from llavakit_plugins.generation.requests.ledger import Ledger
 
 
 class Journal:
-    """The marks under which batches are handed in, and the batches whose replies are here."""
+    """The marks under which batches were submitted, and the batches whose replies are collected."""
 
     def __init__(self, path: Path, earlier: list[Path]) -> None:
         self._lines = JsonLines(path)
@@ -26,15 +26,15 @@ class Journal:
             self._lines.append([{"mark": mine[0]}])
             self.marks.append(mine[0])
         self.mark = mine[0]
-        """Of this run: it goes to the service with every batch."""
+        """The mark of this run; the service gets it with every batch."""
 
     @classmethod
     def beside(cls, ledger: Ledger) -> Self:
-        """Return the journal of a ledger, with those of the ledgers it takes over."""
-        return cls(_place(ledger.path), [_place(path) for path in ledger.earlier])
+        """Return the journal of a ledger, together with those of the ledgers it takes over."""
+        return cls(_beside(ledger.path), [_beside(path) for path in ledger.earlier])
 
     def note_collected(self, batch: str) -> None:
-        """Note that every reply of a batch is in the ledger."""
+        """Record that every reply of a batch is in the ledger."""
         self.collected.add(batch)
         self._lines.append([{"collected": batch}])
 
@@ -46,7 +46,7 @@ class Journal:
                 self.collected.add(row["collected"])
 
 
-def _place(ledger: Path) -> Path:
+def _beside(ledger: Path) -> Path:
     return ledger.with_name("batches.jsonl")
 
 
@@ -55,6 +55,7 @@ def _rows(path: Path) -> list[dict[str, str]]:
         return []
     try:
         text = path.read_text(encoding="utf-8")
+        # a last line without its end was cut by a crash: it never counted
         rows = [json.loads(line) for line in text.splitlines(True) if line[-1] == "\n"]
         for row in rows:
             if not any(isinstance(row.get(name), str) for name in ("mark", "collected")):

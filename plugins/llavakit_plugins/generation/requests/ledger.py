@@ -1,7 +1,7 @@
-"""The ledger: every reply is on the disk before it counts, so that none is asked for twice.
+"""The ledger: every reply is on disk before it counts, so that no request is paid for twice.
 
-A JSON object a line. Lines are only ever appended; the half line that a killed process leaves is
-cut when the file is opened again.
+The file has one JSON object per line. Lines are only appended; half a line, left by a killed
+process, is cut off when the file is opened again.
 """
 
 from __future__ import annotations
@@ -23,22 +23,23 @@ from typing import Any, Self
 
 from llavakit import DataError, JsonLines, Message, Reply
 
-_BLOCK = 1000  # entries that are taken over at once
+_BLOCK = 1000  # entries of an earlier ledger that are copied with one fsync
 
 
 @dataclass(frozen=True)
 class Request:
-    """One thing to ask; `draw` numbers the replies to the same messages, from 0."""
+    """One request to a chat model."""
 
     messages: tuple[Message, ...]
     draw: int = 0
+    """Number of the reply to these messages, from 0; another draw asks for another reply."""
     label: str = ""
-    """What it is for, in words that mean something to who reads the ledger."""
+    """What the request is for, for a person who reads the ledger."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One line of a ledger: a reply, and what it is the reply to."""
+    """One line of a ledger: a reply, and the request that it belongs to."""
 
     key: str
     identity: str
@@ -48,7 +49,7 @@ class Entry:
     draw: int
     label: str
     time: float
-    """When it came, in seconds since 1970 by this machine's clock."""
+    """When the reply came, in seconds since 1970."""
     text: str
     finish: str
     model: str
@@ -70,44 +71,44 @@ def short_hash(text: str) -> str:
 
 
 def hash_messages(messages: Sequence[Message]) -> str:
-    """Return what tells one prompt from another."""
+    """Return the hash of the messages, which identifies a prompt."""
     return short_hash(f"[{', '.join(map(_dumped, messages))}]")
 
 
-@lru_cache(maxsize=1024)  # system messages and examples come again with every request
+@lru_cache(maxsize=1024)  # system messages and examples are the same in every request
 def _dumped(message: Message) -> str:
     return json.dumps([message.role, message.content])
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What a ledger says of a request, without its text."""
+class RequestRecord:
+    """What a ledger stores about a request; the messages only as a hash."""
 
     key: str
-    """Tells one reply from another: the model, the messages and the draw."""
+    """Identifies the reply: a hash of the model, the messages and the draw."""
     identity: str
     prompt: str
     draw: int
     label: str
 
     def entry(self, reply: Reply) -> Entry:
-        """Return the line for a reply that has just come."""
+        """Return the entry for a reply that has just come."""
         return Entry(**asdict(self), time=round(time.time(), 3), **asdict(reply))
 
 
-def asked(identity: str, request: Request) -> Asked:
-    """Return what a ledger says of a request to the chat model of this identity."""
+def record_of(identity: str, request: Request) -> RequestRecord:
+    """Return what a ledger stores about a request to the chat model with this identity."""
     model, prompt = short_hash(identity), hash_messages(request.messages)
     key = short_hash(f"{model} {prompt} {request.draw}")
-    return Asked(key, model, prompt, request.draw, request.label)
+    return RequestRecord(key, model, prompt, request.draw, request.label)
 
 
 class Ledger:
-    """The replies so far, on the disk; in memory only where each one stands.
+    """The replies so far. They stay on disk; memory holds only the offset of each.
 
-    `earlier` are ledgers to take over what they hold of `identity` (one, some, or None for any),
-    such as those of attempts that a changed recipe has set aside. Without `writable` the file is
-    left as it is, also where another process is just adding to it. Raises DataError where a line
+    Entries of the ledgers `earlier` that belong to `identity` (one, several, or None for any) are
+    copied into this one; such ledgers are left by attempts with another recipe. Without `writable`
+    the file is not changed, and another process may be appending to it. Raises DataError if a line
     cannot be read.
     """
 
@@ -122,10 +123,10 @@ class Ledger:
         self.path = path
         self.earlier = tuple(earlier)
         self.spent = 0.0
-        """USD, of the replies whose price is known."""
+        """USD for all replies whose price is known."""
         self.input_tokens = self.output_tokens = 0
         self._priced = False
-        self._places: dict[bytes, int] = {}
+        self._offsets: dict[bytes, int] = {}
         self._waiting: list[tuple[Entry, asyncio.Future[None]]] = []
         self._writer: asyncio.Task[None] | None = None
         self._lines = JsonLines(path) if writable else None
@@ -162,31 +163,34 @@ class Ledger:
 
     @property
     def usd(self) -> float | None:
-        """What the replies cost, or None where there are some and no price is known."""
-        return self.spent if self._priced or not self._places else None
+        """What the replies cost in USD; None if there are some and no price is known."""
+        return self.spent if self._priced or not self._offsets else None
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._offsets)
 
     def __contains__(self, key: str) -> bool:
-        return bytes.fromhex(key) in self._places
+        return bytes.fromhex(key) in self._offsets
 
     def __iter__(self) -> Iterator[Entry]:
-        """Yield every entry, in the order in which they came."""
-        for start in self._places.values():
+        """Yield all entries in the order in which they came."""
+        for start in self._offsets.values():
             yield self._read(start)
 
     def get(self, key: str) -> Entry | None:
-        """Return the entry of a key, read from the disk, or None."""
-        start = self._places.get(bytes.fromhex(key))
+        """Return the entry of a key, read from disk, or None."""
+        start = self._offsets.get(bytes.fromhex(key))
         return None if start is None else self._read(start)
 
     def append(self, *entries: Entry) -> None:
-        """Put entries on the disk; when this returns, they are there."""
+        """Append entries and wait until they are on disk. Known keys are skipped."""
         self._write(entries)
 
     async def write(self, entry: Entry) -> None:
-        """Put one entry on the disk, together with others that come meanwhile."""
+        """Append one entry and wait until it is on disk.
+
+        Entries that come during one write are written together in the next: one fsync for all.
+        """
         done = asyncio.get_running_loop().create_future()
         self._waiting.append((entry, done))
         if self._writer is None or self._writer.done():
@@ -197,7 +201,7 @@ class Ledger:
         while self._waiting:
             batch, self._waiting = self._waiting, []
             try:
-                # one fsync for all that came during the last one; the file belongs to one thread
+                # in a thread, since fsync blocks; only one task writes at a time, so no lock is needed
                 await asyncio.to_thread(self._write, [entry for entry, _ in batch])
             except Exception as error:
                 for _, done in batch:
@@ -218,7 +222,7 @@ class Ledger:
             self._note(entry, start)
 
     def _note(self, entry: Entry, start: int) -> None:
-        self._places.setdefault(bytes.fromhex(entry.key), start)
+        self._offsets.setdefault(bytes.fromhex(entry.key), start)
         self.spent += entry.usd or 0.0
         self._priced |= entry.usd is not None
         self.input_tokens += entry.input_tokens or 0
@@ -234,14 +238,14 @@ class Ledger:
         start = 0
         with self.path.open("rb") as file:
             for number, line in enumerate(file, start=1):
-                if line.endswith(b"\n"):  # the last one may be half written just now
+                if line.endswith(b"\n"):  # another process may have written only half of the last
                     yield start, _parse(line, f"{self.path}:{number}")
                     start += len(line)
 
 
 _FIELDS = {field.name: str(field.type) for field in fields(Entry)}
 _KEY = re.compile(r"[0-9a-f]{32}")
-_MOST = 2.0**63  # of a number in a ledger; what is no number is not below it either
+_MOST = 2.0**63  # limit of a number in a ledger; the comparison refuses NaN, too
 
 
 def _parse(line: bytes, where: str) -> Entry:
@@ -263,7 +267,7 @@ def _parse(line: bytes, where: str) -> Entry:
 
 
 def _fits(value: object, kind: str) -> bool:
-    """Say whether a value of JSON is of the type that a field has."""
+    """Return whether a JSON value has the type of a field."""
     if value is None:
         return kind.endswith(" | None")
     if kind.startswith("str"):

@@ -1,4 +1,4 @@
-"""What tokens cost: a table with the day it was read off, which a recipe may overrule."""
+"""The prices of tokens: a packaged table with its date, which a recipe can override."""
 
 from __future__ import annotations
 
@@ -12,43 +12,44 @@ from pydantic import BaseModel, ConfigDict, Field
 
 
 class Price(BaseModel):
-    """USD for a million tokens."""
+    """Prices in USD per million tokens."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     input: float = Field(ge=0)
     output: float = Field(ge=0)
     batch: float = Field(default=0.5, ge=0, le=1)
-    """Share of the price that the batch service takes."""
+    """Share of the price, 0 to 1, that the batch service charges."""
 
     def of(self, input_tokens: int, output_tokens: int, *, batch: bool = False) -> float:
-        """Return what so many tokens cost, in USD."""
+        """Return the price of so many tokens in USD."""
         whole = (input_tokens * self.input + output_tokens * self.output) / 1e6
         return whole * self.batch if batch else whole
 
 
 @dataclass(frozen=True)
 class PriceList:
-    """The packaged prices."""
+    """The packaged prices, by model."""
 
     date: str
+    """The day on which the prices were looked up."""
     models: dict[str, Price]
 
     def find(self, model: str) -> Price | None:
-        """Return the price of a model, or of the one that a dated name is a version of."""
+        """Return the price of a model, also under a dated name of one; None if it is unknown."""
         names = [name for name in self.models if _is_version(model, name)]
         return self.models[max(names, key=len)] if names else None
 
 
 def _is_version(model: str, name: str) -> bool:
-    """Say whether `model` is `name`, or `name-2024-08-06`, or `name-0314`."""
+    """Return whether `model` is `name`, or a dated version such as `name-2024-08-06`."""
     rest = model.removeprefix(name)
     return model == name or (rest != model and rest.strip("-0123456789") == "" and rest[0] == "-")
 
 
 @cache
 def price_list() -> PriceList:
-    """Return the prices that come with llavakit."""
+    """Return the price list that comes with llavakit."""
     text = (
         files("llavakit_plugins.generation.requests")
         .joinpath("prices.toml")

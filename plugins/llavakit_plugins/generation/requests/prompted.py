@@ -1,4 +1,4 @@
-"""What a generator is that asks a chat model: what it asks, and how it reads the reply."""
+"""The interface of a generator with a chat model: its messages, and how it reads a reply."""
 
 from __future__ import annotations
 
@@ -14,31 +14,33 @@ from llavakit.contracts.data import ResponseKind
 
 @dataclass(frozen=True)
 class Verdict:
-    """What is made of a reply."""
+    """The judgement on one reply."""
 
     outcome: Literal["accepted", "repaired", "rejected"]
     turns: tuple[Turn, ...] = ()
-    """The conversation; none where it is rejected."""
+    """The conversation; empty if the reply is rejected."""
     notes: tuple[str, ...] = ()
-    """How it was repaired, or why it was rejected: always in the same words, to be counted."""
+    """How the reply was repaired, or why it was rejected. Always the same words for the same
+    reason, so that reasons can be counted."""
 
 
 class PromptedGenerator(Generator):
-    """A generator in two halves, between which whoever runs it can wait, save and count."""
+    """A generator in two halves. Between them the caller can send many requests at once, save the
+    replies and count the cost."""
 
     chat: ChatModel
 
     @abstractmethod
     def messages(self, context: ImageContext, kind: ResponseKind) -> tuple[Message, ...]:
-        """Return what to ask."""
+        """Return the messages of one request."""
 
     @abstractmethod
     def read(self, context: ImageContext, kind: ResponseKind, reply: Reply) -> Verdict:
-        """Return what the reply is worth; the same for the same reply."""
+        """Return the verdict on a reply; the same reply always gets the same verdict."""
 
     @abstractmethod
     def expected_reply(self, kind: ResponseKind) -> str:
-        """Return a reply of usual length, to reckon its price."""
+        """Return an example of a reply of usual length, to estimate prices."""
 
     def generate(self, context: ImageContext, kind: ResponseKind) -> Sequence[Turn]:
         async def once() -> Reply:

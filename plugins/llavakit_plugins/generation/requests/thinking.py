@@ -1,4 +1,4 @@
-"""Takes a reasoning model's thinking out of its reply, where it is certain what that is."""
+"""Removes a reasoning model's thinking from its reply, if it is certain which part that is."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ _MARK = re.compile(
 
 
 def without_thinking(text: str) -> str | None:
-    """Return a reply without its thinking; None where it is not clear what that is.
+    """Return a reply without its thinking; None if it is not clear which part that is.
 
-    Certain are whole `<think>…</think>`, and a `</think>` alone: its begin stands in the prompt
-    then. A thinking that never ends, or ends more often than it begins, is not.
+    Clear are complete `<think>…</think>` blocks, and a single `</think>` at first, whose beginning
+    is part of the prompt with some models. Not clear is thinking that never ends, or that ends more
+    often than it begins.
     """
     kept: list[str] = []
     depth = end = 0
@@ -32,7 +33,7 @@ def without_thinking(text: str) -> str | None:
                 kept.append(text[end : mark.start()])
             depth += 1
         elif depth == 0 and number == 0:
-            pass  # what stands in front is thinking
+            pass  # all text before it is thinking
         elif depth == 0:
             return None
         else:

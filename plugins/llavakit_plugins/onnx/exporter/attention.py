@@ -1,10 +1,10 @@
-"""The attention of transformers' language models as ONNX operators, while a graph is traced.
+"""Writes the attention of transformers' language models as ONNX operators while a graph is traced.
 
-    B sequences, T rows, H query heads, G key-value heads, K head dimension, P past, L = P + T.
+Shapes: B sequences, T rows, H query heads, G key-value heads, K head dimension, P past rows,
+L = P + T.
 
-transformers calls an attention function by name, so one function here serves every model it has:
-its code around attention (projections, biases, norms of queries and keys, rotary positions and
-their scaling) is traced as it stands.
+transformers calls its attention function by name, so one function here serves every model. The code
+around it (projections, biases, norms of queries and keys, rotary positions) is traced unchanged.
 """
 
 from __future__ import annotations
@@ -27,15 +27,16 @@ _NAME = "llavakit_onnx"
 
 @dataclass
 class Trace:
-    """What the attention of every layer needs, and what it leaves."""
+    """Inputs and outputs of the attention of all layers during one trace."""
 
     attention: Attention
-    """`group_query` is onnxruntime's operator, `plain` products and a softmax."""
+    """`group_query` is onnxruntime's own operator; `plain` is matrix products and a softmax."""
     mask_BL: Tensor
-    """int64: 1 where a column is a token, 0 where it is padding."""
+    """int64: 1 for a token, 0 for padding; past columns first."""
     past: Sequence[Pair]
     """Keys and values `[B, G, P, K]` of each layer."""
     present: dict[int, Pair] = field(default_factory=dict)
+    """Keys and values `[B, G, L, K]` of each layer, filled by `attend`."""
 
     def attend(
         self,
@@ -52,7 +53,11 @@ class Trace:
         s_aux: Tensor | None = None,
         **_: Any,
     ) -> tuple[Tensor, None]:
-        """Return the attention `[B, T, H, K]`, called by transformers."""
+        """Return the attention `[B, T, H, K]`; transformers calls this for each layer.
+
+        Raises ModelError for attention that has no ONNX form here: sinks, values of another size
+        than keys, and layers that share a cache.
+        """
         if s_aux is not None or k_BGTK.shape[-1] != v_BGTK.shape[-1]:
             raise ModelError(
                 f"the attention of {type(module).__name__} has no ONNX form here (attention sinks, "
@@ -82,6 +87,7 @@ class Trace:
         groups = k_BGTK.shape[1]
         past_key, past_value = self.past[layer]
         held = (batch, groups, past_key.shape[2] + rows, width)
+        # the operator's `seqlens_k` is the number of tokens minus 1, `total` the longest length
         lengths_B = (self.mask_BL.sum(1) - 1).to(torch.int32)
         total = torch.full((), self.mask_BL.shape[1], dtype=torch.int32)
         attrs: dict[str, Any] = {"num_heads": heads, "kv_num_heads": groups, "scale": scale}
@@ -126,28 +132,29 @@ class Trace:
         return attended.transpose(1, 2)
 
     def _bias(self, rows: int, window: int | None, dtype: torch.dtype) -> Tensor:
-        """Return 0 where a row may look and a large negative number elsewhere.
+        """Return the bias `[B, 1, T, L]`: 0 for visible columns, a large negative number elsewhere.
 
-        A window counts tokens: a shorter prompt of a batch has padding between its own rows and
-        those that are written behind it.
+        A window counts tokens and not columns: in a batch, a shorter prompt has padding between its
+        own rows and the rows of its answer.
         """
         past = self.past[0][0].shape[2]
         columns_L = torch.arange(self.mask_BL.shape[1])
         rows_T1 = (torch.arange(rows) + past)[:, None]
         visible_B1TL = (columns_L <= rows_T1) & self.mask_BL.bool()[:, None, None, :]
         if window is not None:
-            places_BL = self.mask_BL.cumsum(1)
-            first_BT = places_BL[:, past:] - window
-            visible_B1TL = visible_B1TL & (places_BL[:, None] > first_BT[:, :, None])[:, None]
-        hidden = torch.full((), -1e4, dtype=dtype)  # within half precision, and far enough
+            positions_BL = self.mask_BL.cumsum(1)
+            first_BT = positions_BL[:, past:] - window
+            visible_B1TL = visible_B1TL & (positions_BL[:, None] > first_BT[:, :, None])[:, None]
+        # not -inf: -1e4 fits into float16, and a row of padding alone must not become NaN
+        hidden = torch.full((), -1e4, dtype=dtype)
         return torch.where(visible_B1TL, torch.zeros((), dtype=dtype), hidden)
 
 
 @contextmanager
 def own_forward(model: Any) -> Iterator[None]:
-    """Take off the forward passes that were put on single modules, such as our packed ones.
+    """Remove `forward` methods that were set on single modules, such as those of the packed stream.
 
-    What is traced is transformers' code; the proof of the export says that it computes the same.
+    So transformers' own code is traced. The export's proof checks that it computes the same.
     """
     changed = [(module, vars(module)["forward"]) for module in model.modules()
                if "forward" in vars(module)]  # fmt: skip
@@ -162,12 +169,12 @@ def own_forward(model: Any) -> Iterator[None]:
 
 @contextmanager
 def attention_of(model: Any, trace: Trace) -> Iterator[Any]:
-    """Let a transformers model attend through `trace`; yields the cache to call it with."""
+    """Let a transformers model use `trace` as its attention; yield the cache to call it with."""
     from transformers import DynamicCache
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     class NewRows(DynamicCache):
-        """Hands a layer the keys and values of the new rows only; the past is the trace's."""
+        """Gives a layer the keys and values of the new rows only; `trace` adds the past."""
 
         def update(
             self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any

@@ -1,4 +1,4 @@
-"""The files beside the graphs: what transformers and transformers.js read before they run them."""
+"""Writes the files beside the graphs, which transformers and transformers.js read first."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from llavakit import IMAGE_ID, ModelError, encode
 from llavakit.contracts.data import IMAGE, Sample, Turn
-from llavakit_plugins.onnx.exporter.pictures import javascript_settings, python_settings
+from llavakit_plugins.onnx.exporter.images import javascript_settings, python_settings
 from llavakit_plugins.onnx.exporter.prompts import chat_template
 from llavakit_plugins.onnx.runtime.layout import GRAPHS, graph_file
 from llavakit_plugins.onnx.runtime.pictures import Preparation
@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from llavakit import LlavaModel, PromptTemplate
 
 _PATCH = 4096
-"""A patch larger than any image: clients then count `num_additional_image_tokens` alone."""
+"""Larger than any image. Clients compute the number of image tokens as patches plus
+`num_additional_image_tokens`; with 0 patches the sum is the number that we state."""
 
 
 def write_client_files(
@@ -38,12 +39,16 @@ def write_client_files(
     precisions: Sequence[str],
     external: Mapping[str, int],
 ) -> None:
-    """Write everything but the graphs and the report."""
+    """Write all files of the folder except the graphs and the report.
+
+    `external` are the graphs with weights in a second file. Raises ModelError if no chat template
+    makes a client read prompts as the model does.
+    """
     tokenizer = model.language.tokenizer
     backend, image_token = client_tokenizer(tokenizer, form)
     template = agreeing_template(model.template, tokenizer, form)
     backend.save(str(folder / "tokenizer.json"))
-    # transformers' processor looks here, transformers.js in tokenizer_config.json
+    # transformers' processor reads this file, transformers.js reads tokenizer_config.json
     (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
     special = {
         name: str(token)
@@ -83,13 +88,13 @@ def write_client_files(
 def client_tokenizer(
     tokenizer: PreTrainedTokenizerBase, form: PromptFormat
 ) -> tuple[Tokenizer, int]:
-    """Return the tokenizer with `<image>` as a special token, and that token's id."""
+    """Return the tokenizer with `<image>` added as a special token, and the id of that token."""
     from tokenizers import AddedToken, Tokenizer
 
     from llavakit import Reader
 
     table = json.loads(Reader.of(tokenizer).backend.to_str())
-    if not form.adds_bos:  # the template writes it; a client would write it again
+    if not form.adds_bos:  # the template writes `<s>`; a client would then write it twice
         table["post_processor"] = _without_specials(table["post_processor"])
     backend: Tokenizer = Tokenizer.from_str(json.dumps(table))
     backend.add_special_tokens([AddedToken(IMAGE, special=True, normalized=False)])
@@ -110,9 +115,10 @@ def _without_specials(processor: dict[str, Any] | None) -> dict[str, Any] | None
 def agreeing_template(
     template: PromptTemplate, tokenizer: PreTrainedTokenizerBase, form: PromptFormat
 ) -> str:
-    """Return the chat template with which a client reads a prompt as the model itself does.
+    """Return a chat template with which a client gets the same prompt ids as the model.
 
-    Raises ModelError where there is none.
+    Two forms are tried, without and with a space behind an image, on several questions. Raises
+    ModelError, with the ids that differ, if neither gives the same.
     """
     backend, image_token = client_tokenizer(tokenizer, form)
     questions = [f"{IMAGE}\nWhat is in the picture?", f"{IMAGE}\n{IMAGE}\nWhich is red?"]
@@ -120,8 +126,8 @@ def agreeing_template(
         questions.append("What is the sea like?")
     wanted = []
     for text in questions:
-        picture = Path("picture")  # is not opened
-        sample = Sample("prompt", (Turn("human", text),), (picture,) * text.count(IMAGE))
+        image_path = Path("picture")  # never opened: only the number of images matters
+        sample = Sample("prompt", (Turn("human", text),), (image_path,) * text.count(IMAGE))
         ids = encode(sample, template, tokenizer).ids
         wanted.append(np.where(ids == IMAGE_ID, image_token, ids).tolist())
     got: list[list[int]] = []
@@ -139,7 +145,7 @@ def agreeing_template(
 
 
 def render(template: str, messages: Sequence[Mapping[str, Any]]) -> str:
-    """Return the prompt that a client makes of a chat, open for the answer."""
+    """Return the prompt that a client renders from messages, up to where the answer begins."""
 
     def raise_exception(message: str) -> None:
         raise ModelError(message)
@@ -202,6 +208,6 @@ def _config(
 
 
 def external_files(folder: Path, precisions: Sequence[str]) -> dict[str, int]:
-    """Return the graphs whose weights lie in a file beside them."""
+    """Return the graphs that keep weights in a file beside them; the value is the file count."""
     names = [graph_file(graph, precision) for precision in precisions for graph in GRAPHS]
     return {Path(name).name: 1 for name in names if (folder / f"{name}_data").is_file()}

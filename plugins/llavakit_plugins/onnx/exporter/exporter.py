@@ -1,4 +1,4 @@
-"""Writes the ONNX folder, proves it, and reads it back."""
+"""Writes a folder of ONNX graphs, proves that it computes what the model computes, and loads it."""
 
 from __future__ import annotations
 
@@ -30,21 +30,24 @@ Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class OnnxOptions(Options):
+    """Options of `onnx`."""
+
     precisions: tuple[Precision, ...] = Field(default=("fp32",), min_length=1)
-    """Each becomes three graphs; the first is what clients take by default."""
+    """Three graphs are written for each precision; clients use the first one by default."""
     operators: Literal["microsoft", "plain"] = "microsoft"
     """`microsoft`: GroupQueryAttention and fused norms, for onnxruntime. `plain`: ONNX's own
-    operators, which take batches padded anywhere and run elsewhere, too."""
+    operators, which run elsewhere, too, and take batches with padding at any position."""
     block_size: int | None = Field(default=None, ge=16, le=256)
-    """How many weights share a scale in q8 and q4, a power of two; by default 128 in 8 bits and 32
-    in 4, fewer in narrow models."""
+    """Number of weights that share a scale in q8 and q4, a power of two; by default 128 for 8 bits
+    and 32 for 4 bits, fewer in narrow models."""
     tolerance: float = Field(default=1e-4, gt=0)
-    """How far a logit of fp32 may be from PyTorch's."""
+    """Largest allowed difference between a logit of fp32 and PyTorch's."""
     least_agreement: dict[Precision, Share] = Field(default_factory=dict)
-    """The share of rows whose likeliest token must be PyTorch's, for each smaller precision; by
+    """For each smaller precision, the least share of rows whose most likely token is PyTorch's; by
     default fp16 0.95, q8 0.9, int8 0.5, q4 0.3."""
     external_data_over: int = Field(default=1_900_000_000, ge=0)
-    """Graphs with more bytes of weights keep them in a file beside them; 2 GB is ONNX's limit."""
+    """Graphs with more bytes of weights than this keep them in a second file. ONNX's format is
+    limited to 2 GB for one file."""
 
     @field_validator("precisions", mode="before")
     @classmethod
@@ -60,7 +63,7 @@ class OnnxOptions(Options):
 
 
 class Onnx(Exporter):
-    """Three graphs and what clients need beside them; runs in onnxruntime and transformers.js."""
+    """Exports three graphs, and the files with which onnxruntime and transformers.js run them."""
 
     name = "onnx"
     Options = OnnxOptions
@@ -69,10 +72,10 @@ class Onnx(Exporter):
         self.options = options
 
     def export(self, model: LlavaModel, folder: Path) -> Mapping[str, Any]:
-        """Write the folder, whole or not at all, and return the figures of its parity.
+        """Write the folder, whole or not at all; return how closely each precision agrees.
 
-        Raises ModelError where a part has no ONNX form, where fp32 is not PyTorch's within
-        `tolerance`, or where another precision agrees too little.
+        Raises ModelError if a part has no ONNX form, if logits of fp32 differ from PyTorch's by
+        more than `tolerance`, or if another precision agrees in too few rows.
         """
         needs_onnx()
         with _in_float32(model) as reference, new_folder(folder) as partial:
@@ -84,8 +87,11 @@ class Onnx(Exporter):
         }
 
     def check(self, model: LlavaModel) -> None:
-        """Raise ModelError for images and prompts that clients cannot make as the model does."""
-        from llavakit_plugins.onnx.exporter.pictures import find_preparation
+        """Raise ModelError if clients cannot prepare images or write prompts as the model does.
+
+        Cheap, so that a recipe is refused before it trains.
+        """
+        from llavakit_plugins.onnx.exporter.images import find_preparation
         from llavakit_plugins.onnx.exporter.prompts import find_format
 
         find_preparation(model.vision)
@@ -105,7 +111,7 @@ class Onnx(Exporter):
 
     def _write(self, model: LlavaModel, partial: Path) -> dict[str, Any]:
         from llavakit_plugins.onnx.exporter import client, parity
-        from llavakit_plugins.onnx.exporter.pictures import find_preparation
+        from llavakit_plugins.onnx.exporter.images import find_preparation
         from llavakit_plugins.onnx.exporter.prompts import find_format
 
         options = self.options
@@ -158,6 +164,7 @@ class Onnx(Exporter):
         limits = {**_LEAST, **asked}
         report["parity"] = parity.prove(model, exported, limits, options.tolerance, tried)
         report["prompts"] = [case.text for case in tried]
+        # fp32 graphs are always written, for the proof; they go if they were not requested
         if "fp32" not in options.precisions:
             for graph in GRAPHS:
                 for left in partial.glob(f"{graph_file(graph, 'fp32')}*"):
@@ -169,7 +176,7 @@ class Onnx(Exporter):
         return report
 
     def _attention(self, model: LlavaModel) -> Attention:
-        """Return how attention is written: onnxruntime's operator takes only some head sizes."""
+        """Return the form of attention; onnxruntime's operator needs head sizes divisible by 8."""
         _, _, width = model.language.cache_shape()
         if self.options.operators == "plain":
             return "plain"
@@ -185,7 +192,10 @@ class Onnx(Exporter):
     def _write_graphs(
         self, model: LlavaModel, partial: Path, attention: Attention, rows: int
     ) -> None:
-        """Write every graph in every precision, and in fp32 for the proof."""
+        """Write every graph in every precision, and always in fp32, for the proof.
+
+        `rows` is the least number of rows of the embedding table.
+        """
         import onnx
         import onnx_ir as ir
 
@@ -200,6 +210,7 @@ class Onnx(Exporter):
             traced = trace()
             if name == DECODER and self.options.operators == "microsoft":
                 fuse(traced, model.language.max_length)
+            # each precision is converted from the file: a converter changes the graph that it gets
             source = work / f"{name}.onnx"
             ir.save(traced, source, external_data=f"{name}.onnx_data")
             del traced
@@ -224,7 +235,7 @@ class Onnx(Exporter):
 
 
 def needs_onnx() -> None:
-    """Raise ModelError where the libraries of the extra `onnx` are not installed."""
+    """Raise ModelError if a library of the extra `onnx` is not installed."""
     from importlib.util import find_spec
 
     missing = [name for name in ("onnx", "onnxruntime", "onnxscript") if find_spec(name) is None]
@@ -236,7 +247,7 @@ def needs_onnx() -> None:
 
 
 class _in_float32:
-    """The model on the CPU in float32 and ready to be asked: itself where it is that already."""
+    """Gives the model on the CPU, in float32 and in evaluation mode; itself if it is so already."""
 
     def __init__(self, model: LlavaModel) -> None:
         self._model, self._training = model, model.training
@@ -245,7 +256,8 @@ class _in_float32:
         kinds = {p.dtype for p in self._model.parameters() if p.is_floating_point()}
         if kinds == {torch.float32} and self._model.device.type == "cpu":
             return self._model.eval()
-        # weight by weight: whole, the copy would lie beside the model on its device first
+        # Weight by weight: `deepcopy(model).to("cpu")` would first copy the model on its device,
+        # which may have no room for two.
         copies = {
             id(p): nn.Parameter(p.detach().to("cpu", torch.float32), requires_grad=False)
             for p in self._model.parameters()
@@ -262,7 +274,10 @@ def _half_where_asked(dtype: torch.dtype | None) -> str | None:
 
 
 def _ends(model: LlavaModel, stops: tuple[str, ...]) -> list[int]:
-    """Return the tokens at which clients stop: the end tokens, and stop texts of one token."""
+    """Return the ids at which clients stop: the end tokens, and stop texts that are one token.
+
+    Clients take ids only; a stop text of several tokens is known to our own runtime alone.
+    """
     backend = model.language.tokenizer.get_added_vocab()
     return sorted({*model.language.end_ids, *(backend[s] for s in stops if s in backend)})
 

@@ -1,7 +1,8 @@
-"""Rewrites a decoder's graph with onnxruntime's own operators, fewer and larger ones.
+"""Rewrites a decoder's graph with onnxruntime's own operators, which are fewer and larger.
 
-Per layer, projections of queries, keys and values become one product, as do those of the gated
-MLP; the residual addition joins the norm behind it; rotary positions go into the attention.
+In each layer, the projections of queries, keys and values become one product, and so do the two of
+the gated MLP; a residual addition and the norm behind it become one operator; rotary positions are
+computed within the attention.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ _MICROSOFT = "com.microsoft"
 
 
 def fuse(model: ir.Model, longest: int) -> None:
-    """Rewrite a decoder in place; no sequence will be longer than `longest`."""
+    """Rewrite a decoder in place; `longest` is the longest sequence in tokens that it will read."""
     CommonSubexpressionEliminationPass()(model)
     merge_products(model.graph)
     join_residuals(model.graph)
@@ -27,7 +28,10 @@ def fuse(model: ir.Model, longest: int) -> None:
 
 
 def merge_products(graph: ir.Graph) -> None:
-    """Turn products of one input with several weights into one product and a split."""
+    """Merge products of one input with several weights into one product and a split.
+
+    One wide product is faster than several narrow ones.
+    """
     by_input: dict[ir.Value, list[ir.Node]] = defaultdict(list)
     for node in graph:
         if node.op_type == "MatMul" and node.domain == "" and _weight(node) is not None:
@@ -36,6 +40,7 @@ def merge_products(graph: ir.Graph) -> None:
             by_input[source].append(node)
     for source, nodes in by_input.items():
         weights = [_weight(node) for node in nodes]
+        # a weight that is used twice would be stored twice
         if len(nodes) < 2 or len({id(weight) for weight in weights}) < len(nodes):
             continue
         tables = [weight.const_value.numpy() for weight in weights if weight and weight.const_value]
@@ -75,7 +80,10 @@ def merge_products(graph: ir.Graph) -> None:
 
 
 def join_residuals(graph: ir.Graph) -> None:
-    """Join an addition and the norm of its sum into SkipSimplifiedLayerNormalization."""
+    """Replace an addition and the RMSNorm of its sum by one SkipSimplifiedLayerNormalization.
+
+    Its fourth output is the sum, which the next residual addition needs.
+    """
     for norm in list(graph):
         if norm.op_type != "RMSNormalization" or norm.domain != "":
             continue
@@ -104,16 +112,16 @@ def join_residuals(graph: ir.Graph) -> None:
 
 
 def rotate_in_attention(model: ir.Model, longest: int) -> None:
-    """Let GroupQueryAttention rotate queries and keys, by a table of every position.
+    """Let GroupQueryAttention rotate queries and keys, with a table of all positions.
 
-    Where queries and keys have nothing between projection and rotation, no norm and no bias, it
-    takes the product of all three projections as it is.
+    If there is no norm and no bias between projection and rotation, the operator takes the merged
+    product of all three projections, without the split.
     """
     tables: dict[tuple[str, str], tuple[ir.Value, ir.Value]] = {}
     for node in list(model.graph):
         if node.op_type != "GroupQueryAttention" or node.domain != _MICROSOFT:
             continue
-        query, key = (_rotated(node.inputs[place]) for place in (0, 1))
+        query, key = (_rotated(node.inputs[index]) for index in (0, 1))
         value = _flat(node.inputs[2])
         if query is None or key is None or value is None or query[1:] != key[1:]:
             continue
@@ -123,7 +131,7 @@ def rotate_in_attention(model: ir.Model, longest: int) -> None:
         if names not in tables:
             tables[names] = _tables(model, names, longest)
         if 2 * tables[names][0].shape[1] * heads != _last(node.outputs[0]):  # type: ignore[index]
-            continue  # a part of each head is rotated, which not every version of it can
+            continue  # only a part of each head is rotated, which not every onnxruntime can do
         sources = [query[0], key[0], value]
         whole = _product(sources)
         taken = [whole, None, None] if whole is not None else sources
@@ -145,7 +153,10 @@ def rotate_in_attention(model: ir.Model, longest: int) -> None:
 
 
 def _rotated(flat: ir.Value | None) -> tuple[ir.Value, ir.Value, ir.Value] | None:
-    """Return what is rotated, and by which cosines and sines, behind `[B, T, H * K]`."""
+    """Return the input, cosines and sines of the rotation that `flat` `[B, T, H * K]` comes from.
+
+    None if it does not come from a rotation, or from one that the operator cannot do.
+    """
     rotation = _before(flat, ("Reshape", "Transpose"))
     node = rotation.producer() if rotation is not None else None
     if node is None or node.op_type != "RotaryEmbedding" or len(node.inputs) != 3:
@@ -160,7 +171,7 @@ def _rotated(flat: ir.Value | None) -> tuple[ir.Value, ir.Value, ir.Value] | Non
 
 
 def _flat(value: ir.Value | None) -> ir.Value | None:
-    """Return what was reshaped to heads and back."""
+    """Return the value before it was reshaped to heads and back."""
     while value is not None and (node := value.producer()) is not None:
         if node.op_type != "Reshape":
             break
@@ -169,7 +180,10 @@ def _flat(value: ir.Value | None) -> ir.Value | None:
 
 
 def _before(value: ir.Value | None, operators: tuple[str, ...]) -> ir.Value | None:
-    """Return the input of a chain of operators that ends with `value`, the last one first."""
+    """Return the input of a chain of operators that ends with `value`; the last operator first.
+
+    None if the chain is another one.
+    """
     for operator in operators:
         node = value.producer() if value is not None else None
         if node is None or node.op_type != operator:
@@ -179,7 +193,7 @@ def _before(value: ir.Value | None, operators: tuple[str, ...]) -> ir.Value | No
 
 
 def _product(sources: list[ir.Value]) -> ir.Value | None:
-    """Return the product that queries, keys and values are the split of, in that order."""
+    """Return the product whose split gives queries, keys and values in this order, or None."""
     node = sources[0].producer()
     if node is None or node.op_type != "Split" or list(node.outputs) != sources:
         return None
@@ -192,7 +206,10 @@ def _last(value: ir.Value) -> int:
 
 
 def _tables(model: ir.Model, names: tuple[str, str], longest: int) -> tuple[ir.Value, ir.Value]:
-    """Return the cosines and sines `[longest, K / 2]` of every position, as the graph has them."""
+    """Return cosines and sines `[longest, K / 2]` of all positions, computed by the graph itself.
+
+    So every scaling of rotary positions that transformers knows is right without code for it here.
+    """
     from onnxruntime import InferenceSession, SessionOptions
 
     part = ir.Model(model.graph.clone(), ir_version=model.ir_version)
@@ -207,7 +224,7 @@ def _tables(model: ir.Model, names: tuple[str, str], longest: int) -> tuple[ir.V
     settings = SessionOptions()
     settings.log_severity_level = 3  # it warns of initializers that this part does not use
     session = InferenceSession(content, settings, providers=["CPUExecutionProvider"])
-    # besides positions, other inputs may be asked how many sequences there are
+    # some graphs also read the batch size from another input: it gets one sequence without rows
     feeds = {value.name or "": _empty(value) for value in graph.inputs}
     feeds["position_ids"] = np.arange(longest, dtype=np.int64)[None]
     found = []
@@ -225,7 +242,7 @@ def _tables(model: ir.Model, names: tuple[str, str], longest: int) -> tuple[ir.V
 
 
 def _empty(value: ir.Value) -> np.ndarray[Any, Any]:
-    """Return one sequence of nothing for an input of the graph."""
+    """Return an input of the graph with one sequence and no rows."""
     assert value.shape is not None
     assert value.dtype is not None
     first, *others = value.shape

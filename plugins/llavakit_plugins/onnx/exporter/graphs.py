@@ -1,6 +1,6 @@
 """Traces the three graphs of a LLaVA: vision encoder with connector, embeddings, decoder.
 
-I images, P' visual tokens of an image, E width, B sequences, T rows, V vocabulary,
+Shapes: I images, P' visual tokens of an image, E width, B sequences, T rows, V vocabulary,
 G key-value heads, K head dimension, L = past + T.
 """
 
@@ -24,11 +24,11 @@ from llavakit_plugins.onnx.runtime.layout import DECODER, EMBEDDINGS, KEEP, VISI
 if TYPE_CHECKING:
     from llavakit import LlavaModel
 
-OPSET = 23
+OPSET = 23  # the first with RMSNormalization and RotaryEmbedding, which the fusion looks for
 
 
 class _Vision(nn.Module):
-    """Encoder and connector, as one module."""
+    """Encoder and connector as one module."""
 
     def __init__(self, model: LlavaModel, *, connector: bool = True) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class _Vision(nn.Module):
 
 
 class _Decoder(nn.Module):
-    """The language model from embeddings to logits, with its key-value cache as tensors."""
+    """The language model from embeddings to logits, with the key-value cache as plain tensors."""
 
     def __init__(self, model: LlavaModel, attention: Attention) -> None:
         super().__init__()
@@ -63,6 +63,8 @@ class _Decoder(nn.Module):
                 past_key_values=cache,
                 use_cache=True,
             ).last_hidden_state
+        # Keeps the last `keep` rows: a Slice node, since torch.export cannot trace an index that is
+        # a tensor's value. A start of 0 keeps all rows, which is the default.
         whole = torch.tensor([np.iinfo(np.int64).max])
         rows = torch.onnx.ops.symbolic(
             "Slice",
@@ -75,7 +77,10 @@ class _Decoder(nn.Module):
 
 
 def trace_vision(model: LlavaModel) -> ir.Model:
-    """Return pixels `[I, 3, H, W]` -> image_features `[I, P', E]`."""
+    """Return the graph pixel_values `[I, 3, H, W]` -> image_features `[I, P', E]`.
+
+    Raises ModelError, which names encoder or connector, if one of them cannot be traced.
+    """
     size = model.vision.image_size
     pixels = (torch.zeros(2, 3, size, size),)
     batch = torch.export.Dim("images")
@@ -86,6 +91,7 @@ def trace_vision(model: LlavaModel) -> ir.Model:
     try:
         graph = attempt(_Vision(model).eval())
     except ModelError as error:
+        # which of the two is it? the connector, if the encoder alone can be traced
         part = ("connector", model.connector.name)
         try:
             attempt(_Vision(model, connector=False).eval())
@@ -99,7 +105,11 @@ def trace_vision(model: LlavaModel) -> ir.Model:
 
 
 def embed_graph(model: LlavaModel, rows: int) -> ir.Model:
-    """Return input_ids `[B, T]` -> inputs_embeds `[B, T, E]` with a table of at least `rows`."""
+    """Return the graph input_ids `[B, T]` -> inputs_embeds `[B, T, E]`.
+
+    Its table has at least `rows` rows, since clients also look up `<image>`; the added rows are 0
+    and are replaced by image features.
+    """
     with torch.inference_mode():
         known = model.language.head.weight.shape[0]
         table_VE = model.language.embed(torch.arange(known)).float().numpy()
@@ -124,11 +134,12 @@ def embed_graph(model: LlavaModel, rows: int) -> ir.Model:
 
 
 def trace_decoder(model: LlavaModel, attention: Attention) -> ir.Model:
-    """Return embeddings, mask, positions and cache -> logits and cache.
+    """Return the graph from embeddings, mask, positions and cache to logits and cache.
 
-    Raises ModelError for a language model that isn't one of transformers', or has no ONNX form.
+    Raises ModelError for a language model that is not one of transformers, or has no ONNX form.
     """
     layers, heads, width = model.language.cache_shape()
+    # sizes of the example: all different, and none 0 or 1, which torch.export takes for constants
     batch, rows, past = 2, 3, 5
     shape = (batch, heads, past, width)
     inputs = (
@@ -167,7 +178,7 @@ def trace_decoder(model: LlavaModel, attention: Attention) -> ir.Model:
     keep = values[KEEP]
     keep.const_value = ir.tensor(np.asarray(0, np.int64), name=KEEP)
     cut_early(graph.graph)
-    graph.graph.register_initializer(keep)  # an input with a default: nobody has to give it
+    graph.graph.register_initializer(keep)  # an input with a default: clients need not give it
     return graph
 
 
@@ -190,10 +201,10 @@ def _trace(
     input_names: Sequence[str],
     output_names: Sequence[str],
 ) -> ir.Model:
-    """Return the graph of a module. Raises ModelError where an operator has no ONNX form."""
+    """Return the graph of a module. Raises ModelError if an operator has no ONNX form."""
     try:
         with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")  # of names of axes that share a size
+            warnings.simplefilter("ignore")  # torch warns of two names for axes of equal size
             program = torch.onnx.export(
                 module,
                 inputs,
@@ -216,7 +227,7 @@ _OPERATOR = re.compile(r"OpOverload\(op='([^']+)'")
 
 
 def _reason(error: BaseException) -> str:
-    """Return the end of a sentence that begins with the component."""
+    """Return the reason as the end of a sentence that begins with the component's name."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, ModelError):
@@ -244,7 +255,10 @@ Graphs = Mapping[str, Callable[[], ir.Model]]
 
 
 def graphs(model: LlavaModel, attention: Attention, rows: int) -> Graphs:
-    """Return what makes each graph, by the name of its file."""
+    """Return a function for each graph that traces it, by the name of its file.
+
+    Functions, so that only one graph at a time is in memory.
+    """
     return {
         VISION: lambda: trace_vision(model),
         EMBEDDINGS: lambda: embed_graph(model, rows),

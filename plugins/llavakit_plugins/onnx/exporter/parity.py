@@ -1,4 +1,4 @@
-"""The proof that a folder is the model: logits, tokens, and where they first differ."""
+"""Proves that an exported folder computes what the model computes, or finds what differs first."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from PIL import Image
 from llavakit import ModelError, pack
 from llavakit.contracts.data import IMAGE
 from llavakit.contracts.packing import KVCache, Packing
-from llavakit_plugins.onnx.exporter.pictures import pictures
+from llavakit_plugins.onnx.exporter.images import sample_images
 from llavakit_plugins.onnx.runtime import OnnxModel
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ _TEXTS = (
 
 @dataclass(frozen=True)
 class Case:
-    """A prompt, and what PyTorch makes of it."""
+    """A prompt with its logits `[T, V]` and its greedy tokens by PyTorch."""
 
     text: str
     images: Sequence[Image.Image]
@@ -41,26 +41,29 @@ class Case:
 
 @dataclass(frozen=True)
 class Figures:
-    """How near one precision is to PyTorch in float32."""
+    """How close one precision is to PyTorch in float32."""
 
     largest: float
-    """Largest difference of a logit."""
+    """Largest absolute difference of a logit."""
     mean: float
-    """Mean difference of the logits."""
+    """Mean absolute difference of the logits."""
     agreement: float
-    """Share of the rows whose likeliest token is the same."""
+    """Share of the rows whose most likely token is the same, 0 to 1."""
     tokens: float
-    """Share of the greedy tokens that are the same, up to the first that differs."""
+    """Share of the greedy tokens before the first that differs, 0 to 1."""
 
     def table(self) -> dict[str, float]:
         return asdict(self)
 
 
 def cases(model: LlavaModel) -> list[Case]:
-    """Return prompts without an image, with one and with several, those that fit."""
+    """Return prompts without an image, with one and with two, those that fit into the context.
+
+    Raises ModelError if none fits.
+    """
     found = []
     for text in _TEXTS:
-        images = pictures(text.count(IMAGE))
+        images = sample_images(text.count(IMAGE))
         encoded = model.prompt(text, images, raw=True)
         if encoded.length(model.visual_tokens) + NEW_TOKENS > model.language.max_length:
             continue
@@ -76,7 +79,7 @@ def cases(model: LlavaModel) -> list[Case]:
 
 
 def compare(exported: OnnxModel, tried: Sequence[Case]) -> Figures:
-    """Return how near an exported model is."""
+    """Return how close an exported model is to PyTorch on these cases."""
     differences, same, together, count = [], [], 0, 0
     for case in tried:
         logits_TV = exported.logits(case.text, case.images, raw=True)
@@ -95,7 +98,11 @@ def compare(exported: OnnxModel, tried: Sequence[Case]) -> Figures:
 
 
 def first_difference(model: LlavaModel, exported: OnnxModel, case: Case, tolerance: float) -> str:
-    """Return the name of the first part whose output differs from PyTorch's."""
+    """Return the name of the first part whose output differs from PyTorch's.
+
+    Keys and values of each layer are compared, because the cache is what a graph returns of its
+    inner layers.
+    """
     encoded = model.prompt(case.text, case.images, raw=True)
     batch = pack([encoded], [0], model.visual_tokens)
     with torch.inference_mode():
@@ -132,8 +139,8 @@ def prove(
 ) -> dict[str, dict[str, Any]]:  # fmt: skip
     """Return the figures of each precision.
 
-    Raises ModelError where fp32 differs by more than `tolerance` or gives other tokens, or another
-    precision agrees in fewer rows than its limit.
+    Raises ModelError if logits of fp32 differ by more than `tolerance` or its greedy tokens differ,
+    or if another precision agrees in fewer rows than its limit.
     """
     found = {}
     for precision, candidate in exported.items():

@@ -1,4 +1,5 @@
-"""Smaller precisions of a graph: half, dynamic int8, and 8 or 4 bits in blocks (MatMulNBits)."""
+"""Converts a graph to a smaller precision: fp16, dynamic int8, or 8 or 4 bits in blocks
+(MatMulNBits)."""
 
 from __future__ import annotations
 
@@ -12,27 +13,28 @@ import onnx
 
 from llavakit_plugins.onnx.runtime.layout import DECODER, EMBEDDINGS, VISION, Precision
 
-_BLOCK = {8: 128, 4: 32}
-_SMALLEST_BLOCK = 16
+_BLOCK = {8: 128, 4: 32}  # weights that share a scale, by bits
+_SMALLEST_BLOCK = 16  # of MatMulNBits
 _PADDING = 0.05
-"""How much larger blocks may make the weights: what is left of a column fills a whole one."""
+"""Share by which blocks may enlarge the weights: the rest of a column fills a whole block."""
 _FLOAT32, _INT8 = 1, 4
-"""What MatMulNBits computes in, by its `accuracy_level`."""
+"""Values of MatMulNBits' `accuracy_level`: the type in which it computes."""
 
 
 def convert(
     graph: str, model: onnx.ModelProto, precision: Precision, block: int | None
 ) -> onnx.ModelProto:
-    """Return a graph in another precision; `model`, the fp32 graph, is used up.
+    """Return a graph in another precision. `model`, the fp32 graph, may be changed.
 
-    Inputs and outputs stay float32, but for the key-value cache in fp16. `block` is the number of
-    weights that share a scale, by default 128 of 8 bits and 32 of 4, fewer in narrow models.
+    Inputs and outputs stay float32, except the key-value cache of fp16, which is float16. `block`
+    is the number of weights that share a scale; by default 128 for 8 bits and 32 for 4 bits, fewer
+    in narrow models.
     """
     if precision == "fp32":
         return model
     if precision == "fp16":
         return _half(graph, model)
-    if graph == EMBEDDINGS:  # a look-up: half the size, and nothing to compute
+    if graph == EMBEDDINGS:  # a look-up has no products to quantise; fp16 halves its size
         return _half(graph, model)
     if precision == "int8":
         return _dynamic(model)
@@ -45,7 +47,7 @@ def _half(graph: str, model: onnx.ModelProto) -> onnx.ModelProto:
     names = [value.name for value in (*model.graph.input, *model.graph.output)]
     kept = [name for name in names if not name.startswith(("past_key_values", "present"))]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of weights beyond half precision, which are clamped
+        warnings.simplefilter("ignore")  # it warns of weights beyond float16's range, and clamps
         half: onnx.ModelProto = convert_float_to_float16(
             model,
             keep_io_types=kept if graph == DECODER else True,
@@ -73,11 +75,11 @@ def _dynamic(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def _blocks(graph: str, model: onnx.ModelProto, bits: int, block: int | None) -> onnx.ModelProto:
-    """Quantise weights in blocks.
+    """Return the graph with weights quantised in blocks.
 
-    The decoder's products are computed in int8, which one row at a time is fastest. A vision
-    encoder has many rows, for which CPUs without VNNI unpack the weights sooner than they multiply
-    in int8, and activations that 8 bits hold badly: its products are computed in float32.
+    The decoder's products are computed in int8, the fastest way for one row at a time. The vision
+    encoder's are computed in float32: it has many rows, for which CPUs without VNNI are faster if
+    they unpack the weights, and its activations lose much in 8 bits.
     """
     with _quiet():
         from onnxruntime.quantization.matmul_nbits_quantizer import (
@@ -98,7 +100,7 @@ def _blocks(graph: str, model: onnx.ModelProto, bits: int, block: int | None) ->
 
 
 def _fitting(model: onnx.ModelProto, block: int) -> int:
-    """Return `block`, or the largest smaller one that pads the weights little."""
+    """Return `block`, or the largest smaller power of two that pads the weights by 5 % at most."""
     tables = {table.name: table.dims for table in model.graph.initializer if len(table.dims) == 2}
     weights = [
         tables[node.input[1]]
@@ -114,7 +116,7 @@ def _fitting(model: onnx.ModelProto, block: int) -> int:
 
 
 def _through_files(model: onnx.ModelProto, change: Callable[[Path, Path], None]) -> onnx.ModelProto:
-    """Run a converter that reads and writes files, as graphs over 2 GB must be."""
+    """Run a converter that works on files. Graphs over 2 GB do not fit into one protobuf."""
     from tempfile import TemporaryDirectory
 
     with TemporaryDirectory() as name, _quiet():
@@ -125,9 +127,9 @@ def _through_files(model: onnx.ModelProto, change: Callable[[Path, Path], None])
 
 
 class _quiet:
-    """Keeps onnxruntime's converters from logging every node they look at.
+    """Keeps onnxruntime's converters from logging every node.
 
-    One of them sets up the logging of the whole process when it is imported; that is undone.
+    One of them configures the logging of the whole process when it is imported; that is undone.
     """
 
     def __enter__(self) -> None:

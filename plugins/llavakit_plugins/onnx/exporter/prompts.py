@@ -1,7 +1,7 @@
-"""Finds out how a prompt template writes questions, and writes that as a chat template in Jinja.
+"""Finds out how a prompt template writes questions, and writes a chat template in Jinja for it.
 
-Other people's clients know nothing of our templates. What they need is found by trying: stand-ins
-for questions and answers are rendered by the model's own template, whichever it is.
+Clients such as transformers.js do not know our templates. So the model's own template, also one of
+a plugin, renders placeholders for questions and answers, and their surroundings are read off.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ _QUESTION, _ANSWER = "stand-in-{}-for-a-question", "stand-in-{}-for-an-answer"
 
 
 def find_format(template: PromptTemplate, tokenizer: PreTrainedTokenizerBase) -> PromptFormat:
-    """Return how a template asks one question.
+    """Return how a template writes the prompt of one question.
 
-    Raises ModelError for a template whose prompts depend on the question in another way.
+    Raises ModelError for a template whose prompt is not the question between two fixed texts.
     """
     asked = _QUESTION.format(0)
     shown = _render(template, tokenizer, f"{IMAGE}\n{asked}")
@@ -54,11 +54,11 @@ def find_format(template: PromptTemplate, tokenizer: PreTrainedTokenizerBase) ->
 
 
 def chat_template(form: PromptFormat, *, space_behind_image: bool) -> str:
-    """Return Jinja that renders `messages` as the model's template does.
+    """Return a chat template in Jinja that renders `messages` as the model's template does.
 
-    Content is a text, or a list of `{"type": "image"}` and `{"type": "text", "text": ...}`. Where
-    a tokenizer puts a space in front of every text by itself, an image is written with a space
-    behind it, so that the ids are those of our own reading, which begins anew behind an image.
+    A message's content is a text, or a list of `{"type": "image"}` and `{"type": "text", "text":
+    ...}`. Some tokenizers add a space before every text. We tokenise the text behind an image as a
+    text of its own, so for them `space_behind_image` writes that space out.
     """
     image = form.image.replace(IMAGE, f"{IMAGE} ") if space_behind_image else form.image
     count = "content.split('<image>') | length - 1"
@@ -152,7 +152,7 @@ def _images_only(
 def _between(
     template: PromptTemplate, tokenizer: PreTrainedTokenizerBase, head: str, ask: str
 ) -> tuple[str, str] | None:
-    """Return what stands between turns, where it is the same between all of them."""
+    """Return the texts before and behind an answer if they are the same in all turns, else None."""
     marks = [mark.format(number) for number in range(2) for mark in (_QUESTION, _ANSWER)] + [
         _QUESTION.format(2)
     ]
@@ -170,7 +170,10 @@ def _between(
 def _check(
     form: PromptFormat, template: PromptTemplate, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    """Raise ModelError unless the form renders as the template does."""
+    """Raise ModelError if the form renders any of some questions in another way than the template.
+
+    What was read off is only a guess; this checks it.
+    """
     tries: Sequence[str] = (
         "What is it?",
         f"{IMAGE}\nWhat is it?",

@@ -1,8 +1,8 @@
-"""Spares the last layer the rows of a prompt whose logits nobody asks for.
+"""Removes the work of the last layer for rows of a prompt whose logits are not needed.
 
-A decoder cuts out its last rows in front of the head. Everything between the last attention and
-that cut works on each row by itself, so the cut may as well come right behind the attention: the
-output projection, MLP and norm of the last layer then see the kept rows alone.
+A decoder takes its last rows just before the head. Everything between the last attention and that
+cut works on each row separately, so the cut can be moved to right behind the attention. Output
+projection, MLP and norm of the last layer then compute the kept rows only.
 """
 
 from __future__ import annotations
@@ -11,18 +11,21 @@ import onnx_ir as ir
 
 from llavakit_plugins.onnx.runtime.layout import KEEP
 
+# operators that work on each number separately
 _EACH_NUMBER = frozenset(
     ("Add", "Sub", "Mul", "Div", "Pow", "Neg", "Abs", "Sqrt", "Reciprocal", "Cast", "Sigmoid",
      "Tanh", "Relu", "Gelu", "Erf")
 )  # fmt: skip
+# operators that work on each row separately if their axis is the last
 _LAST_AXIS = frozenset(("RMSNormalization", "LayerNormalization", "Split"))
 
 
 def cut_early(graph: ir.Graph) -> None:
-    """Move the cut of a decoder's last rows forward to the last attention, in place."""
+    """Move the cut of a decoder's last rows to right behind the last attention, in place."""
     cut = _cut(graph)
     source = cut.inputs[0]
     assert source is not None
+    # from the end: a node moves behind the cut if all its users have moved and it works by rows
     moved = {cut}
     for node in reversed(graph):
         users = {user for output in node.outputs for user, _ in output.uses()}
@@ -32,9 +35,9 @@ def cut_early(graph: ir.Graph) -> None:
     if not moved:
         return
     into = [
-        (node, place, value)
+        (node, index, value)
         for node in (node for node in graph if node in moved)
-        for place, value in enumerate(node.inputs)
+        for index, value in enumerate(node.inputs)
         if value is not None and value.producer() not in moved and _has_rows(value, source)
     ]
     for value in dict.fromkeys(value for _, _, value in into):
@@ -42,12 +45,12 @@ def cut_early(graph: ir.Graph) -> None:
         kept = early.outputs[0]
         kept.name, kept.type = f"{value.name}.kept", value.type
         graph.append(early)
-        for node, place, old in into:
+        for node, index, old in into:
             if old is value:
-                node.replace_input_with(place, kept)
+                node.replace_input_with(index, kept)
     for node in moved:
         for output in node.outputs:
-            output.shape = None  # it said as many rows as the prompt has
+            output.shape = None  # the traced shape has the number of rows before the cut
     cut.outputs[0].replace_all_uses_with(source)
     graph.remove(cut, safe=True)
     graph.sort()
@@ -64,7 +67,7 @@ def _cut(graph: ir.Graph) -> ir.Node:
 
 
 def _by_row(node: ir.Node, like: ir.Value) -> bool:
-    """Say whether each row of what a node returns comes from the same row of what it takes."""
+    """Return whether each row of a node's outputs depends on the same row of its inputs only."""
     if node.domain or not all(_has_rows(value, like) for value in node.outputs):
         return False
     taken = [value for value in node.inputs if value is not None]
@@ -79,7 +82,7 @@ def _by_row(node: ir.Node, like: ir.Value) -> bool:
 
 
 def _has_rows(value: ir.Value, like: ir.Value) -> bool:
-    """Say whether a value is `[B, T, *]` as the one that is cut."""
+    """Return whether a value has the shape `[B, T, *]` with the B and T of `like`."""
     shape, other = value.shape, like.shape
     if shape is None or other is None or len(shape) != len(other):
         return False
@@ -87,7 +90,7 @@ def _has_rows(value: ir.Value, like: ir.Value) -> bool:
 
 
 def _for_every_row(value: ir.Value) -> bool:
-    """Say whether a value is a constant number or vector."""
+    """Return whether a value is a constant number or vector, the same for every row."""
     return value.is_initializer() and _rank(value) <= 1
 
 

@@ -3,7 +3,7 @@
     from llavakit_plugins.onnx.runtime import load
 
     model = load("exported")
-    model.generate("What is in the picture?", images=["photo.jpg"])
+    model.generate("What is in the image?", images=["photo.jpg"])
 
 `llavakit.load` gives the same model where torch is installed.
 """

@@ -1,4 +1,4 @@
-"""Reads and checks an exported folder: its report, its files and their hashes."""
+"""Reads an exported folder and checks its report, its files and their hashes."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ FORMAT = 1
 
 
 class Shapes(BaseModel):
-    """The sizes that a runtime has to know."""
+    """The sizes that a runtime needs to know."""
 
     model_config = ConfigDict(frozen=True)
 
     visual_tokens: PositiveInt
-    """Rows of the sequence that one image takes (P')."""
+    """Rows of the sequence for one image (P')."""
     width: PositiveInt
     """Size of one embedding (E)."""
     vocabulary: PositiveInt
@@ -43,14 +43,14 @@ class Shapes(BaseModel):
 
 
 class Manifest(BaseModel):
-    """What a runtime needs of export.json."""
+    """The part of export.json that a runtime needs."""
 
     model_config = ConfigDict(frozen=True)
 
     format: int
     precisions: Annotated[tuple[Precision, ...], Field(min_length=1)]
     attention: Literal["group_query", "plain"]
-    """GroupQueryAttention writes into the cache it is given; plain operators return another."""
+    """`group_query` writes into the cache that it gets; `plain` returns a new one."""
     shapes: Shapes
     preparation: Preparation
     prompt: PromptFormat
@@ -60,7 +60,7 @@ class Manifest(BaseModel):
 
 @dataclass(frozen=True)
 class Folder:
-    """A folder whose files are there and are what the export wrote."""
+    """A folder that was checked: its files exist and are those that the export wrote."""
 
     path: Path
     manifest: Manifest
@@ -74,7 +74,7 @@ class Folder:
 
 
 def recognises(path: Path) -> bool:
-    """Say by its content whether a folder holds ONNX graphs of a LLaVA."""
+    """Return whether a folder holds ONNX graphs of a LLaVA, judged by its content."""
     graphs = [path / graph_file(DECODER, precision) for precision in SUFFIXES]
     if not any(graph.is_file() for graph in graphs) and not (path / REPORT).is_file():
         return False
@@ -86,9 +86,9 @@ def recognises(path: Path) -> bool:
 
 
 def read(path: Path, precision: str | None) -> tuple[Folder, str]:
-    """Return a checked folder and the precision to run: the first it has where none is asked for.
+    """Return a checked folder and the precision to run; by default the folder's first.
 
-    Raises ModelError where a file is missing or not the one that was exported.
+    Raises ModelError if a file is missing, or is not the one that was exported.
     """
     if not path.is_dir():
         raise ModelError(f"model {path} does not exist; give the folder an export wrote")
@@ -117,7 +117,7 @@ def read(path: Path, precision: str | None) -> tuple[Folder, str]:
         file = listed_file(path, name)
         if not file.is_file():
             raise ModelError(f"{path} lacks {name}; copy the whole folder again")
-        if name in others:  # of a precision that isn't run
+        if name in others:  # graphs of other precisions are not hashed: they may be gigabytes
             continue
         if differs(file, known):
             raise ModelError(f"{file} differs from what {REPORT} says; copy the folder again")

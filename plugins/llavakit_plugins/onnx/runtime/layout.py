@@ -1,4 +1,5 @@
-"""The names in a folder of ONNX graphs, as `@huggingface/transformers` expects them."""
+"""The file and tensor names in a folder of ONNX graphs, as transformers.js
+(`@huggingface/transformers`) expects them."""
 
 from __future__ import annotations
 
@@ -14,17 +15,17 @@ SUFFIXES: dict[str, str] = {
     "q8": "_quantized",
     "q4": "_q4",
 }
-"""What a precision adds to a file's name."""
+"""The suffix of a file's name for each precision."""
 REPORT = "export.json"
 KEEP = "num_logits_to_keep"
-"""The decoder's input that says how many of the last rows get logits; 0, its default, is all."""
+"""The decoder's input for the number of last rows that get logits; 0, its default, means all."""
 
 
 def graph_file(graph: str, precision: str) -> str:
-    """Return where a graph lies in the folder."""
+    """Return the path of a graph within the folder."""
     return f"onnx/{graph}{SUFFIXES[precision]}.onnx"
 
 
 def cache_names(layers: int, prefix: str = "past_key_values") -> list[str]:
-    """Return the names of the key-value cache's tensors, keys and values in turn."""
+    """Return the tensor names of the key-value cache: for each layer its keys, then its values."""
     return [f"{prefix}.{layer}.{part}" for layer in range(layers) for part in ("key", "value")]

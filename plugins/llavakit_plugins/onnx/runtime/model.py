@@ -1,6 +1,6 @@
 """An exported LLaVA with the methods of `llavakit.LlavaModel`, without torch.
 
-I images, P' visual tokens of an image, B sequences, T rows, E width, V vocabulary.
+Shapes: I images, P' visual tokens of an image, B sequences, T rows, E width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -43,17 +43,16 @@ def load(
 ) -> OnnxModel:
     """Return the model in a folder that `llava-run export --format onnx` wrote.
 
-    `precision` is one that the folder holds (the first it lists where absent), `device` is cpu,
-    cuda or auto, `threads` the number of CPU threads (onnxruntime's own choice where absent).
-    Raises ModelError where a file is missing, changed, or of an operator set that the installed
-    onnxruntime does not know.
+    `precision` is one that the folder holds, by default the first. `device` is cpu, cuda or auto.
+    `threads` is the number of CPU threads, by default onnxruntime's own choice. Raises ModelError
+    if a file is missing or changed, or if the installed onnxruntime does not know its operators.
     """
     folder, chosen = read(Path(path), precision)
     return OnnxModel(folder, chosen, provider=pick_provider(device), threads=threads)
 
 
 class OnnxModel(Answering[FloatArray]):
-    """A LLaVA in onnxruntime."""
+    """A LLaVA that runs in onnxruntime. All arrays are numpy's, on the CPU."""
 
     def __init__(
         self,
@@ -67,7 +66,7 @@ class OnnxModel(Answering[FloatArray]):
         self.manifest, self.precision, self.provider = folder.manifest, precision, provider
         self._tokenizer = TextTokenizer.of(folder)
         self._array = array
-        """What `logits` returns the numpy array as."""
+        """Converts the numpy array that `logits` returns, for example to a tensor."""
         self._vision, self._embeddings, decoder = (
             open_session(folder, graph, precision, provider, threads)
             for graph in (VISION, EMBEDDINGS, DECODER)
@@ -82,12 +81,12 @@ class OnnxModel(Answering[FloatArray]):
 
     @property
     def visual_tokens(self) -> int:
-        """How many rows of the sequence one image takes (P')."""
+        """Rows of the sequence for one image (P')."""
         return self.manifest.shapes.visual_tokens
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        return cast("PreTrainedTokenizerBase", self._tokenizer)  # as far as the core asks
+        return cast("PreTrainedTokenizerBase", self._tokenizer)  # it has the methods the core uses
 
     @property
     def stops(self) -> Sequence[str]:
@@ -101,7 +100,7 @@ class OnnxModel(Answering[FloatArray]):
         return self._encode([Segment(prompt, markup=True)], begins=True)
 
     def _encode(self, pieces: Sequence[Segment], *, begins: bool) -> Encoded:
-        """Return a prompt's tokens, with those in front that the model's own tokenizer puts."""
+        """Return a prompt's tokens; with `begins`, after those that the tokenizer puts first."""
         first = self.manifest.prompt.beginning if begins else ()
         ids, supervised = tokenise(pieces, self.tokenizer, begin=False)
         return Encoded(
@@ -112,19 +111,22 @@ class OnnxModel(Answering[FloatArray]):
     def prepare(
         self, images: Sequence[ImageSource], where: str = "the prompt"
     ) -> FloatArray | None:
-        """Return the pixels `[I, 3, H, W]` of images, or None for none."""
+        """Return the pixels `[I, 3, H, W]`, float32, of images; None if there are none.
+
+        `where` names the prompt in errors. Raises DataError for an image that cannot be read.
+        """
         if not images:
             return None
         prepare = self.manifest.preparation.prepare
         return np.stack([prepare(open_image(image, where)) for image in images])
 
     def features(self, pixels_IHW: FloatArray) -> FloatArray:
-        """Return the visual embeddings `[I, P', E]` of pixels `[I, 3, H, W]`."""
+        """Return the visual embeddings `[I, P', E]`, float32, of pixels `[I, 3, H, W]`."""
         (features,) = self._vision.run(["image_features"], {"pixel_values": pixels_IHW})
         return cast("FloatArray", features)
 
     def embed(self, encoded: Encoded, pixels_IHW: FloatArray | None) -> FloatArray:
-        """Return the embeddings `[T, E]` of a prompt, text and visual rows."""
+        """Return the embeddings `[T, E]`, float32, of a prompt: text rows and visual rows."""
         rows = encoded.expand(self.visual_tokens)
         embeds_TE: FloatArray = self._embed(rows.token_ids[None])[0]
         if pixels_IHW is not None and len(pixels_IHW):
@@ -132,12 +134,15 @@ class OnnxModel(Answering[FloatArray]):
         return embeds_TE
 
     def logits(self, prompt: str, images: Sequence[ImageSource] = (), *, raw: bool = False) -> Any:
-        """Return logits `[T, V]`, float32, of every row of the spliced sequence."""
+        """Return logits `[T, V]`, float32, of all rows of the spliced sequence.
+
+        With `raw`, `prompt` is tokenised as it is, without the prompt template.
+        """
         embeds_TE = self.embed(self.prompt(prompt, images, raw=raw), self.prepare(images))
         return self._array(self.trace(embeds_TE)[0])
 
     def trace(self, embeds_TE: FloatArray) -> tuple[FloatArray, list[npt.NDArray[Any]]]:
-        """Return logits `[T, V]` of every row, and each layer's keys and values in turn."""
+        """Return logits `[T, V]` of all rows, and each layer's keys and values `[1, G, T, K]`."""
         self._check_room([len(embeds_TE)], 0)
         logits = self.decoder.read(embeds_TE[None], np.ones((1, len(embeds_TE)), np.int64))
         held = self.decoder.held()
@@ -164,12 +169,15 @@ class OnnxModel(Answering[FloatArray]):
                 going = unfinished.take(chosen)
                 if not going:
                     return
+                # finished sequences leave the batch, so that they cost no further work
                 if len(going) < len(chosen):
                     self.decoder.select(going)
-                    chosen = [chosen[place] for place in going]
-                places = np.asarray([[lengths[index] - 1] for index in unfinished.active], np.int64)
+                    chosen = [chosen[index] for index in going]
+                positions = np.asarray(
+                    [[lengths[index] - 1] for index in unfinished.active], np.int64
+                )
                 embeds_B1E = self._embed(np.asarray(chosen, np.int64)[:, None])
-                logits_BV = self.decoder.step(embeds_B1E, places)
+                logits_BV = self.decoder.step(embeds_B1E, positions)
         finally:
             self.decoder.release()
 
@@ -185,7 +193,11 @@ class OnnxModel(Answering[FloatArray]):
         return found
 
     def _read(self, embeds: Sequence[FloatArray], capacity: int) -> FloatArray:
-        """Read the prompts as one batch, padded on the right; return each one's next logits."""
+        """Read the prompts as one batch, padded on the right; return the next logits of each.
+
+        Only the rows from the shortest prompt's last one on get logits: those of the other rows
+        would be most of the memory.
+        """
         lengths = [len(rows) for rows in embeds]
         longest = max(lengths)
         batch_BTE = np.zeros((len(embeds), longest, embeds[0].shape[1]), np.float32)
@@ -200,7 +212,10 @@ class OnnxModel(Answering[FloatArray]):
         return logits_BKV[np.arange(len(lengths)), last]
 
     def _check_room(self, lengths: Sequence[int], new: int) -> list[int]:
-        """Return how many tokens each sequence may still get."""
+        """Return how many tokens each sequence may still get, at most `new`.
+
+        Raises ModelError if a prompt leaves no room for one.
+        """
         longest = self.manifest.shapes.max_length
         room = [min(new, longest - length) for length in lengths]
         if min(room) < min(new, 1):
@@ -211,15 +226,21 @@ class OnnxModel(Answering[FloatArray]):
         return room
 
     def _embed(self, ids_BT: IntArray) -> FloatArray:
+        # IMAGE_ID is negative and has no embedding; row 0 stands in until features replace it
         ids = np.where(ids_BT == IMAGE_ID, 0, ids_BT)
         (embeds,) = self._embeddings.run(["inputs_embeds"], {"input_ids": ids})
         return cast("FloatArray", embeds)
 
 
 def choose(logits_BV: FloatArray, sampling: Sampling, draw: np.random.Generator) -> list[int]:
-    """Return the next token of each sequence."""
+    """Return the next token of each sequence, from logits `[B, V]`.
+
+    Greedy at temperature 0; otherwise drawn from the most likely tokens that reach `top_p`
+    (nucleus sampling, arXiv 1904.09751).
+    """
     if sampling.temperature == 0:
         return [int(token) for token in logits_BV.argmax(axis=-1)]
+    # float64, so that the sums over a whole vocabulary keep the small probabilities
     scaled_BV = logits_BV.astype(np.float64) / sampling.temperature
     weights_BV = np.exp(scaled_BV - scaled_BV.max(axis=-1, keepdims=True))
     chosen = []

@@ -1,7 +1,7 @@
-"""Prompts without a template's code: what the export found out about the model's template.
+"""Writes prompts without the template's code, from what the export found out about the template.
 
-A question stands between `head` and `ask`. Images are written as `image`, with a newline behind
-each one that is moved to the front.
+A question stands between `head` and `ask`. An image is written as `image`; one that is moved to the
+front has a newline behind it.
 """
 
 from __future__ import annotations
@@ -16,33 +16,33 @@ from llavakit.contracts.interfaces import Segment
 
 
 class PromptFormat(BaseModel):
-    """One question, as the model was tuned to be asked it."""
+    """The prompt of one question in the form that the model was trained with."""
 
     model_config = ConfigDict(frozen=True)
 
     template: str
-    """The name of the template it was taken from."""
+    """Name of the prompt template that it was derived from."""
     head: str
     ask: str
     image: str
-    """What stands for an image; has `<image>` in it."""
+    """The text for an image; contains `<image>`."""
     placement: Literal["front", "keep"]
     shows_question: bool
-    """False for `plain`, which shows images only."""
+    """False for the template `plain`, whose prompts hold images only."""
     trims: bool
-    """Whether space around a question without images is cut off."""
+    """Whether spaces around a question without images are removed."""
     adds_bos: bool
-    """Whether `beginning` goes in front; else the template writes it."""
+    """Whether `beginning` is put first; otherwise the template writes it."""
     beginning: tuple[int, ...]
-    """What the model's own tokenizer puts in front of a text, as it does of a raw prompt."""
+    """Ids that the model's own tokenizer puts before a text, also before a raw prompt."""
     between: tuple[str, str] | None
-    """Between a question and its answer, and between that and the next question; None where the
-    template writes later turns in another way."""
+    """The text between a question and its answer, and the text between that answer and the next
+    question; None if the template writes later turns in another way."""
     stops: tuple[str, ...]
-    """Texts besides the end tokens that end an answer."""
+    """Texts that end an answer, besides the end tokens."""
 
     def question(self, text: str) -> str:
-        """Return a question as the template writes it, images included."""
+        """Return a question as the template writes it, with its images."""
         count = text.count(IMAGE)
         if not self.shows_question:
             return self.image * count
@@ -52,7 +52,7 @@ class PromptFormat(BaseModel):
         return (text.strip() if self.trims else text).replace(IMAGE, self.image)
 
     def pieces(self, text: str) -> Sequence[Segment]:
-        """Return the prompt for one question, open for the answer."""
+        """Return the prompt of one question, up to where the answer begins."""
         return [
             Segment(self.head, markup=True),
             Segment(self.question(text)),

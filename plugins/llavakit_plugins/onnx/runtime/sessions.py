@@ -1,6 +1,7 @@
-"""onnxruntime's sessions, and decoding with a key-value cache that stays where the model runs.
+"""onnxruntime's sessions, and decoding with a key-value cache that stays on the model's device.
 
-B sequences, T rows, E width, V vocabulary, G key-value heads, K head dimension.
+Shapes: B sequences, T rows, E width, V vocabulary, G key-value heads, K head dimension, L columns
+of the mask, P rows of the cache.
 """
 
 from __future__ import annotations
@@ -27,9 +28,9 @@ _CUDA = "CUDAExecutionProvider"
 
 
 def pick_provider(device: str) -> str:
-    """Return `cuda` or `cpu`; `auto` is CUDA where onnxruntime and the machine have it.
+    """Return `cuda` or `cpu`; `auto` means CUDA if onnxruntime and the machine have it.
 
-    Raises ModelError for a device that is not there.
+    Raises ModelError for a device that does not exist here.
     """
     runtime = runtime_module()
     kind = device.partition(":")[0]
@@ -45,7 +46,7 @@ def pick_provider(device: str) -> str:
 
 
 def runtime_module() -> Any:
-    """Return onnxruntime. Raises ModelError where it isn't installed."""
+    """Return the module onnxruntime. Raises ModelError if it is not installed."""
     try:
         import onnxruntime
     except ImportError as error:
@@ -67,15 +68,20 @@ def _has_gpu(runtime: Any) -> bool:
 def open_session(
     folder: Folder, graph: str, precision: str, provider: str, threads: int | None
 ) -> InferenceSession:
-    """Return a session of one graph. Raises ModelError where onnxruntime cannot load it."""
+    """Return a session of one graph.
+
+    `threads` is the number of CPU threads, None for onnxruntime's own choice. Raises ModelError if
+    onnxruntime cannot load the graph.
+    """
     runtime = runtime_module()
     options = runtime.SessionOptions()
-    options.log_severity_level = 3
-    # what a prompt or an image took would be held until the next one comes
+    options.log_severity_level = 3  # errors only
+    # the arena would keep the memory of a long prompt or of an image for the life of the session
     options.enable_cpu_mem_arena = False
-    if graph != DECODER:  # its threads would spin on while the decoder's work
+    if graph != DECODER:  # idle threads of the other sessions would spin while the decoder works
         options.add_session_config_entry("session.force_spinning_stop", "1")
-    # without VNNI, int8 products of signed weights saturate; this takes as long and does not
+    # On CPUs without VNNI, the default kernel for signed int8 weights saturates in int16 and gives
+    # wrong sums; this setting takes another one, which is as fast.
     options.add_session_config_entry("session.x64quantprecision", "1")
     if threads is not None:
         options.intra_op_num_threads = threads
@@ -106,10 +112,10 @@ def open_session(
 
 
 def give_back_memory() -> None:
-    """Give the memory that was freed back to the system, where glibc can.
+    """Return freed memory to the system, with glibc.
 
-    onnxruntime packs the weights and frees what it read, and an answer frees its activations and
-    its cache; both come in pieces that glibc would hold on to.
+    onnxruntime frees the weights after it has packed them, and an answer frees its activations and
+    its cache. glibc would keep these pieces for the process.
     """
     import ctypes
     import sys
@@ -120,11 +126,11 @@ def give_back_memory() -> None:
 
 
 class Decoder:
-    """The decoder's session and the cache of the sequences that are being written.
+    """The decoder's session, and the key-value cache of the sequences that are being generated.
 
-    Sequences are padded on the right. With GroupQueryAttention the cache is one buffer that the
-    operator writes into; with plain operators every step returns a longer one. Either stays on
-    the device.
+    Sequences are padded on the right. With GroupQueryAttention (`in_place`) the cache is one buffer
+    that the operator writes into; with plain operators every step returns a longer cache. In both
+    cases it stays on the device.
     """
 
     def __init__(
@@ -143,44 +149,44 @@ class Decoder:
     def read(
         self, embeds_BTE: FloatArray, real_BT: IntArray, *, keep: int = 0, capacity: int = 0
     ) -> FloatArray:
-        """Read prompts and return logits of their last `keep` rows (0: all).
+        """Read prompts; return the logits `[B, keep, V]` of their last `keep` rows (0 means all).
 
-        `real_BT` is 1 for tokens and 0 for the padding behind them. `capacity` is the longest that
-        a sequence may become by steps.
+        `real_BT` is 1 for tokens and 0 for the padding behind them. `capacity` is the greatest
+        length of a sequence, in rows, after all steps.
         """
         batch, rows = real_BT.shape
         room = max(capacity, rows) if self.in_place else 0
         shape = (batch, self.shapes.kv_heads, room, self.shapes.head_dim)
-        # zeros, since what lies behind a sequence must not be NaN
-        self._cache = [self._place(np.zeros(shape, self._kind)) for _ in self._past]
+        # zeros and not `empty`: masked columns get weight 0, and 0 * NaN would still be NaN
+        self._cache = [self._on_device(np.zeros(shape, self._kind)) for _ in self._past]
         self._binding, self._mask_BL = None, real_BT
-        places = np.arange(rows, dtype=np.int64)
+        positions = np.arange(rows, dtype=np.int64)
         binding = self._bind()
         kept = runtime_module().OrtValue.ortvalue_from_numpy(np.asarray(keep, np.int64))
-        binding.bind_ortvalue_input(KEEP, kept)  # it has a default, which the other way refuses
-        whole_BT = np.broadcast_to(places, real_BT.shape).copy()
+        binding.bind_ortvalue_input(KEEP, kept)  # `bind_cpu_input` refuses inputs with a default
+        whole_BT = np.broadcast_to(positions, real_BT.shape).copy()
         logits_BKV = self._run(binding, embeds_BTE, whole_BT)
-        self._binding = None  # its output has as many rows as were kept
+        self._binding = None  # it holds `keep`; steps use the default and need a new one
         return logits_BKV
 
     def step(self, embeds_B1E: FloatArray, positions_B1: IntArray) -> FloatArray:
-        """Return logits `[B, V]` of one more row of each sequence."""
+        """Read one more row of each sequence; return its logits `[B, V]`."""
         self._mask_BL = np.concatenate((self._mask_BL, np.ones_like(positions_B1)), axis=1)
         return self._run(self._bind(), embeds_B1E, positions_B1)[:, -1]
 
     def held(self) -> list[CacheArray]:
-        """Return each layer's keys and values `[B, G, L, K]` in turn, as arrays of their own."""
+        """Return copies of the keys and values `[B, G, P, K]`, layer by layer, on the CPU."""
         return [value.numpy().copy() for value in self._cache]
 
     def release(self) -> None:
-        """Let go of the sequences, and of the memory that they took."""
+        """Drop the sequences and free their memory."""
         self._cache, self._binding = [], None
         give_back_memory()
 
     def select(self, sequences: Sequence[int]) -> None:
         """Keep only these sequences, in this order."""
         rows = list(sequences)
-        self._cache = [self._place(value.numpy()[rows]) for value in self._cache]
+        self._cache = [self._on_device(value.numpy()[rows]) for value in self._cache]
         self._binding = None
         self._mask_BL = self._mask_BL[rows]
 
@@ -196,7 +202,7 @@ class Decoder:
         return logits_BKV
 
     def _bind(self) -> Any:
-        """Return a binding of the cache; one that is written in place is bound once."""
+        """Return a binding of the cache; a cache that is written in place is bound only once."""
         if self._binding is not None:
             return self._binding
         binding = self.session.io_binding()
@@ -211,7 +217,7 @@ class Decoder:
             self._binding = binding
         return binding
 
-    def _place(self, held_BGPK: CacheArray) -> OrtValue:
-        """Return a tensor of the cache on the device; on a CPU it is the array itself."""
+    def _on_device(self, held_BGPK: CacheArray) -> OrtValue:
+        """Return a tensor of the cache on the device; on a CPU it shares the array's memory."""
         value: OrtValue = runtime_module().OrtValue.ortvalue_from_numpy(held_BGPK, self.device, 0)
         return value

@@ -1,4 +1,4 @@
-"""The tokenizer of an exported folder, read with the `tokenizers` library alone."""
+"""The tokenizer of an exported folder. It needs the library `tokenizers` only, no transformers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class TextTokenizer:
-    """What `llavakit.stream.encode` and `llavakit.model.detokenise` ask of a tokenizer."""
+    """The methods of a tokenizer that `llavakit`'s encoding and detokenising use."""
 
     quick_reader = staticmethod(words_of)
 
@@ -29,27 +29,27 @@ class TextTokenizer:
         path = folder.file("tokenizer.json")
         try:
             backend = Tokenizer.from_file(str(path))
-        except Exception as error:  # tokenizers raises nothing narrower
+        except Exception as error:  # tokenizers raises bare exceptions
             raise ModelError(f"{path} cannot be read: {error}; copy the folder again") from error
         return cls(backend, folder.json("tokenizer_config.json"))
 
     @property
     def added_tokens_decoder(self) -> dict[int, Any]:
-        """The tokens that were added to the vocabulary, by their ids."""
+        """The tokens that were added to the vocabulary, by id."""
         return self.backend_tokenizer.get_added_tokens_decoder()
 
     def convert_ids_to_tokens(self, token: int) -> str | None:
-        """Return a token as it stands in the vocabulary."""
+        """Return a token as it is written in the vocabulary, or None for an unknown id."""
         return self.backend_tokenizer.id_to_token(token)
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
-        """Return the text of tokens, as transformers gives it."""
+        """Return the text of tokens; the same text as transformers' `decode` gives."""
         text = self.backend_tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
         return _clean_up(text) if self._cleans else text
 
 
 def _clean_up(text: str) -> str:
-    """Take away the spaces that a word-level tokenizer leaves in front of punctuation."""
+    """Remove the spaces that a word-level tokenizer leaves before punctuation, as transformers."""
     for spaced in (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're"):
         text = text.replace(spaced, spaced.strip() if spaced == " ' " else spaced[1:])
     return text

@@ -1,6 +1,6 @@
-"""Trains a small CLIP contrastively (arXiv 2103.00020, section 2.3) and gives its vision half.
+"""Trains a small CLIP contrastively (arXiv 2103.00020, section 2.3) and keeps its vision half.
 
-B images of a batch and as many captions.
+Shapes: B images in a batch, and as many captions.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from llavakit_plugins.training.optimiser import Group, Optimiser, Schedule
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-_MAX_SCALE = math.log(100)  # as CLIP clips it
+_MAX_SCALE = math.log(100)  # CLIP's limit on the logit scale, "to prevent training instability"
 
 
 class ContrastiveOptions(BaseModel):
@@ -39,17 +39,17 @@ class ContrastiveOptions(BaseModel):
             "num_attention_heads": 4,
         }
     )
-    """The text half, as in a config.json; it is thrown away afterwards."""
+    """Configuration of the text half, as in a config.json. It is discarded after the training."""
     steps: int = Field(default=1200, ge=1)
     batch_size: int = Field(default=64, ge=2)
-    """Images of a batch; families of eight that follow each other in the data stay together."""
+    """Images in a batch. Families of eight neighbours in the data stay together in a batch."""
     lr: float = Field(default=1e-3, gt=0)
     weight_decay: float = Field(default=0.05, ge=0)
     warmup: float = Field(default=0.05, ge=0, lt=1)
     first: float = Field(default=0.0, ge=0, lt=1)
-    """Share of the steps that see only the first file of contexts (the easier ones)."""
+    """Share of the steps that use only the first file of contexts (the easier ones), 0 to 1."""
     loudness: float = Field(default=0.4, gt=0)
-    """Spread of new embeddings: at the 0.02 of long trainings a short one would not hear them."""
+    """Standard deviation of new embeddings. The usual 0.02 is too small for a short training."""
 
 
 def train_clip(
@@ -60,7 +60,10 @@ def train_clip(
     options: ContrastiveOptions,
     run: Run,
 ) -> list[tuple[int, float]]:
-    """Train `vision`, a CLIP, on images and captions; return the losses by step."""
+    """Train `vision`, a CLIP, on images and captions, in place; return (step, loss) pairs.
+
+    Raises ModelError if `vision` is not a CLIP, DataError if an image cannot be read.
+    """
     from transformers import CLIPConfig, CLIPModel
 
     target = getattr(vision, "model", None)
@@ -88,13 +91,14 @@ def train_clip(
         text_config=text,
         vision_config=target.config.to_dict(),
         projection_dim=target.config.projection_dim,
-        logit_scale_init_value=math.log(1 / 0.07),
+        logit_scale_init_value=math.log(1 / 0.07),  # CLIP's initial temperature of 0.07
     )
     torch.manual_seed(run.seed)
     clip = CLIPModel(config).train().to(device)
     for module in clip.modules():
         if isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight, std=options.loudness)
+    # all images are read once and stay in memory: they are small, and every step needs some
     pixels = _read(contexts, images, vision, run)
     schedule = Schedule(options.steps, options.warmup)
     optimiser = Optimiser(_groups(clip, options), schedule, betas=(0.9, 0.98))
@@ -120,6 +124,7 @@ def train_clip(
         return loss
 
     losses = optimise(run, "contrastive", optimiser, loss_of)
+    # older versions of transformers wrap the transformer once more, on either side
     inner = getattr(target, "vision_model", target)
     trained = getattr(clip.vision_model, "vision_model", clip.vision_model)
     inner.load_state_dict(trained.state_dict())
@@ -129,7 +134,7 @@ def train_clip(
 def _read(
     contexts: Sequence[ImageContext], folder: Path, vision: VisionEncoder, run: Run
 ) -> Tensor:
-    """Return the pixels of every image, `[n, 3, H, W]`."""
+    """Return the pixels of every image, `[number of contexts, 3, H, W]`, float32, on the CPU."""
     pixels = torch.empty(len(contexts), 3, vision.image_size, vision.image_size)
     for number, context in enumerate(contexts):
         where = f"context `{context.id}`"
@@ -140,7 +145,7 @@ def _read(
 
 
 def _groups(clip: nn.Module, options: ContrastiveOptions) -> list[Group]:
-    """Decay matrices only, as CLIP does."""
+    """Return the parameters in two groups: weight decay for matrices only, as in CLIP."""
     decayed: dict[str, nn.Parameter] = {}
     others: dict[str, nn.Parameter] = {}
     for name, parameter in clip.named_parameters():
@@ -153,7 +158,10 @@ def _groups(clip: nn.Module, options: ContrastiveOptions) -> list[Group]:
 
 
 class _Order:
-    """Which images a step sees: whole families, shuffled anew each time all have been seen."""
+    """Decides the images of a step: whole families, reshuffled whenever all have been used.
+
+    The images of a family differ in their digits only, so they are hard negatives of each other.
+    """
 
     def __init__(self, easy: int, total: int, options: ContrastiveOptions, seed: int) -> None:
         self._families = (easy // FAMILY, total // FAMILY)
@@ -162,7 +170,7 @@ class _Order:
         self._seed = seed
 
     def batch(self, step: int) -> tuple[list[int], np.random.Generator]:
-        """Return the images of a step and a source of chance for it."""
+        """Return the indices of a step's images, and the step's own random generator."""
         first = step < self._first
         families = self._families[0] if first else self._families[1]
         begin = (step if first else step - self._first) * self._per

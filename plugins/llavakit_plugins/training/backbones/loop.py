@@ -27,10 +27,11 @@ class _State:
 def optimise(
     run: Run, name: str, optimiser: Optimiser, loss_of: Callable[[int], Tensor]
 ) -> list[tuple[int, float]]:
-    """Take every step of the optimiser's schedule; return the losses by step.
+    """Run every step of the optimiser's schedule; return (step, loss) pairs, steps from 1.
 
-    `loss_of(step)` depends on nothing but the step and the weights, so that a resumed run is the
-    uninterrupted one. Raises Stopped after saving, where the user asked to stop.
+    `loss_of(step)` must depend on the step and the weights only: then a resumed run computes what
+    an uninterrupted run computes. Saves a checkpoint every 200 steps. Raises TrainingError if loss
+    or gradient is not finite, and Stopped, after saving, if the user asked to stop.
     """
     checkpoints = Checkpoints(run.directory / f"{name}-checkpoints", keep=1)
     steps = optimiser.schedule.steps
@@ -42,8 +43,8 @@ def optimise(
     for step in range(len(losses), steps):
         loss = loss_of(step)
         loss.backward()
-        value = loss.item()
-        if value != value:  # not a number
+        value = loss.item()  # waits for the device; these models are too small for it to matter
+        if value != value:  # NaN is the only number that differs from itself
             raise TrainingError(
                 f"the loss of {name} is not a number at step {step + 1}; lower its learning rate"
             )
@@ -65,12 +66,13 @@ def optimise(
     return losses
 
 
-def shuffled(places: Sequence[int], size: int, *key: int) -> list[int]:
-    """Return which of `size` items stand at these places of an endless sequence.
+def shuffled(positions: Sequence[int], size: int, *key: int) -> list[int]:
+    """Return the items at these positions of an endless shuffled sequence of `size` items.
 
-    Each round of `size` places holds every item once, in an order that `key` and the round decide.
+    Each round of `size` positions holds every item once. `key` and the number of the round decide
+    the order within a round, so no state has to be saved to resume.
     """
-    return [int(_round(size, *key, place // size)[place % size]) for place in places]
+    return [int(_round(size, *key, position // size)[position % size]) for position in positions]
 
 
 @lru_cache(maxsize=4)

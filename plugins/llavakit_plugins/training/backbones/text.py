@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 
-# captions alone say again what the first said, which teaches to look it up, as questions do
+# How often each kind of document is drawn; None is a document of captions alone. Several captions
+# of one image repeat each other, so the model learns to look facts up, as it must for questions.
 _KINDS: tuple[ResponseKind | None, ...] = (
     *(None,) * 3,
     *("conversation",) * 5,
@@ -62,12 +63,12 @@ def documents(
     tokenizer: PreTrainedTokenizerFast,
     seed: int,
 ) -> Iterator[Document]:
-    """Yield one document a context: all its captions, or a dialogue about one of them.
+    """Yield one document for each context: all its captions, or a dialogue about one of them.
 
-    In front stand the words of one caption in any order, where the image will be. So the model
-    learns to find what a question asks for by what it is and not by what it stands behind: the
-    patches of an image have no grammar. Nothing else of a document goes unlearned but questions.
-    Of `tokenizer` only the special tokens matter.
+    Each document begins with the words of one caption in random order, at the position where the
+    image will be later. The patches of an image have no grammar either, so the model learns to find
+    a fact by its content and not by its neighbours. Everything is supervised except these words and
+    the questions. Only the special tokens of `tokenizer` are used.
     """
     draw = np.random.default_rng([seed, 3])
     end = Segment(str(tokenizer.eos_token), markup=True)
@@ -89,7 +90,7 @@ def documents(
 def train_language(
     language: LanguageModel, corpus: Sequence[Document], options: TextOptions, run: Run
 ) -> list[tuple[int, float]]:
-    """Train `language` on the learned tokens of the documents; return the losses by step."""
+    """Train `language` on the supervised tokens of the documents; return (step, loss) pairs."""
     encoded: list[Encoded] = []
     for document in corpus:
         ids, supervised = tokenise(document, language.tokenizer)
@@ -97,6 +98,7 @@ def train_language(
     language.train()
     named = dict(language.named_parameters())
     device = next(iter(named.values())).device
+    # weight decay on matrices only: decayed norms and embeddings of rare tokens drift to zero
     decayed = {name: p for name, p in named.items() if p.ndim > 1 and "embed" not in name}
     others = {name: p for name, p in named.items() if name not in decayed}
     groups = [Group(decayed, options.lr, options.weight_decay), Group(others, options.lr)]
@@ -105,8 +107,8 @@ def train_language(
 
     def batch(step: int) -> PackedBatch:
         begin = step * options.batch_size
-        places = range(begin, begin + options.batch_size)
-        chosen = shuffled(places, len(encoded), run.seed, 4)
+        positions = range(begin, begin + options.batch_size)
+        chosen = shuffled(positions, len(encoded), run.seed, 4)
         return pack([encoded[index] for index in chosen], chosen, visual_tokens=1).to(device)
 
     def loss_of(step: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""A byte-level BPE tokenizer of the text at hand: every string has ids, and gives itself back."""
+"""Trains a byte-level BPE tokenizer: it encodes every string, and decoding restores it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _SPECIAL = (PAD, BOS, UNKNOWN, EOS)
 
 
 def train_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenizerFast:
-    """Return a tokenizer of at most `vocabulary` tokens that puts `<s>` in front."""
+    """Return a tokenizer of at most `vocabulary` tokens that puts `<s>` before every text."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -24,6 +24,7 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenize
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary,
         special_tokens=list(_SPECIAL),
+        # all 256 bytes, also those that the texts lack: no later string is unknown
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )

@@ -1,4 +1,4 @@
-"""Finds out how a vision encoder prepares images, by trying what clients can do."""
+"""Finds out how a vision encoder prepares images, by trying all ways that clients support."""
 
 from __future__ import annotations
 
@@ -16,12 +16,15 @@ if TYPE_CHECKING:
     from llavakit import VisionEncoder
 
 _NUMBERS = {name: int(filter) for name, filter in RESAMPLES.items()}
-"""As image processors count the filters."""
-_CLOSE = 1e-4
+"""The filters by name, with the numbers that image processors use."""
+_CLOSE = 1e-4  # largest difference of a normalised pixel
 
 
-def pictures(count: int = 2, size: tuple[int, int] = (97, 61)) -> list[Image.Image]:
-    """Return smooth pictures with some noise, the same each time."""
+def sample_images(count: int = 2, size: tuple[int, int] = (97, 61)) -> list[Image.Image]:
+    """Return smooth images with some noise, always the same ones.
+
+    Noise makes filters and crops distinguishable; smooth areas keep the differences moderate.
+    """
     draw = np.random.default_rng(0)
     found = []
     for number in range(count):
@@ -34,17 +37,18 @@ def pictures(count: int = 2, size: tuple[int, int] = (97, 61)) -> list[Image.Ima
 
 
 def find_preparation(vision: VisionEncoder) -> Preparation:
-    """Return the preparation that gives what the encoder's own `prepare` gives.
+    """Return the preparation that gives the same pixels as the encoder's own `prepare`.
 
-    Raises ModelError where it is none that clients can do.
+    Raises ModelError if none of those that clients support does.
     """
     size = vision.image_size
     flat = [Image.new("RGB", (size, size), (level,) * 3) for level in (0, 255)]
+    # a black and a white image show what is subtracted and divided: pixel = (value - mean) / std
     black, white = (vision.prepare(image).float().numpy()[:, 0, 0] for image in flat)
     std = 1.0 / (white - black)
     mean = -black * std
     known = _rounded(mean), _rounded(std)
-    tries = pictures()
+    tries = sample_images()
     expected = [vision.prepare(image).float().numpy() for image in tries]
     for candidate in _candidates(size, *known):
         got = [candidate.prepare(image) for image in tries]
@@ -61,7 +65,7 @@ def find_preparation(vision: VisionEncoder) -> Preparation:
 
 
 def _rounded(values: Any) -> tuple[float, float, float]:
-    """Return the numbers as they were written: the fewest digits that float32 allows."""
+    """Return the numbers as someone wrote them: with the fewest digits that give the same value."""
 
     def shortest(value: float) -> float:
         tries = (float(f"{value:.{digits}g}") for digits in range(1, 9))
@@ -79,7 +83,8 @@ def _candidates(
             {"size": size, "aspect": aspect, "resample": resample, "resized": size,
              "mean": mean, "std": std}
         )  # fmt: skip
-    for resample, extra in product(RESAMPLES, range(1, size // 2)):  # timm's crop within
+    # timm resizes to a larger square and crops within it
+    for resample, extra in product(RESAMPLES, range(1, size // 2)):
         yield Preparation.model_validate(
             {"size": size, "aspect": "crop", "resample": resample, "resized": size + extra,
              "mean": mean, "std": std}
@@ -87,7 +92,7 @@ def _candidates(
 
 
 def python_settings(preparation: Preparation) -> dict[str, Any]:
-    """Return the preparation as the configuration of a Python image processor."""
+    """Return the preparation as configuration of transformers' image processor."""
     size = preparation.size
     settings = _settings(preparation, _NUMBERS[preparation.resample])
     if preparation.aspect == "pad":
@@ -97,10 +102,10 @@ def python_settings(preparation: Preparation) -> dict[str, Any]:
 
 
 def javascript_settings(preparation: Preparation) -> dict[str, Any]:
-    """Return the preparation as the configuration of the JavaScript client's image processor.
+    """Return the preparation as configuration of transformers.js' image processor.
 
-    Its bicubic is not antialiased, so that small images of large ones alias; its Lanczos is nearer.
-    It pads behind the resize, not in front of it.
+    Its bicubic filter has no antialiasing, so its Lanczos is closer to Pillow's bicubic when large
+    images are made smaller. It pads after the resize and not before.
     """
     size = preparation.size
     number = _NUMBERS[preparation.resample]

@@ -1,4 +1,4 @@
-"""Asks a chat model many things at once: nothing twice, nothing lost, never beyond a budget."""
+"""Sends many requests to a chat model at once: none twice, no reply lost, never beyond a budget."""
 
 from __future__ import annotations
 
@@ -19,31 +19,37 @@ from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from llavakit import ChatError, ChatModel, LlavaError, Message, Reply, ReplyError, Stopped, shown
-from llavakit_plugins.generation.requests.batches import AskAgain, BatchService
+from llavakit_plugins.generation.requests.batches import BatchService, SendAgain
 from llavakit_plugins.generation.requests.journal import Journal
-from llavakit_plugins.generation.requests.ledger import Asked, Entry, Ledger, Request, asked
+from llavakit_plugins.generation.requests.ledger import (
+    Entry,
+    Ledger,
+    Request,
+    RequestRecord,
+    record_of,
+)
 
-_PATIENCE = 10  # requests in a row that get no answer, before the job stops
-_GRACE = 120.0  # seconds for requests on their way when the job stops: they are paid for
-_WRITING = 0.25  # replies being written down, for each that may be on its way
-_LOOK = 0.5  # seconds between looks at whether the user asked to stop, while batches run
+_PATIENCE = 10  # requests in a row without an answer before the job stops
+_GRACE = 120.0  # seconds that a stopping job waits for requests in flight: they are paid for
+_WRITING = 0.25  # extra workers, as a share of the concurrency, for replies being written to disk
+_LOOK = 0.5  # seconds between checks whether the user asked to stop
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
 @dataclass
 class Tally:
-    """What came of asking."""
+    """The outcome of a job's requests."""
 
     answered: int = 0
-    """Requests answered now, those already in the ledger not counted."""
+    """Requests answered in this job, without those that were in the ledger before."""
     unanswered: dict[str, str] = field(default_factory=dict)
     """Why requests got no reply, by key."""
     refused: set[str] = field(default_factory=set)
-    """Those of them that will never get one."""
+    """Keys of the unanswered requests that will never get a reply."""
 
 
-def ask_all(
+def send_all(
     chat: ChatModel,
     requests: Callable[[], Iterable[Request]],
     ledger: Ledger,
@@ -53,34 +59,34 @@ def ask_all(
     stopping: Callable[[], bool] = lambda: False,
     progress: Callable[[Entry], None] = lambda entry: None,
 ) -> Tally:
-    """Ask what the ledger does not hold yet; when this returns, the replies are in the ledger.
+    """Send the requests that are not in the ledger yet; afterwards their replies are in the ledger.
 
-    `requests` gives the requests, and may be called more than once; they are taken as they are
-    needed, so that they never lie in memory together. It may raise Stopped itself. At most
-    `concurrency` are on their way. `progress` is shown every new entry. With `budget_usd`, nothing
-    is asked that could bring `ledger.spent` beyond it.
+    `requests` returns the requests and may be called several times. They are taken one by one, so
+    that they are never in memory together; it may raise Stopped. At most `concurrency` requests are
+    in flight. `progress` gets every new entry. With `budget_usd`, no request is sent that could
+    raise `ledger.spent` above it.
 
-    Raises ChatError where the service cannot be used, or the budget does not suffice; Stopped where
-    the user asked to. In each case the replies so far are kept.
+    Raises ChatError if the service cannot be used or the budget is too small, and Stopped if the
+    user asked to stop. In all cases the replies so far are kept.
     """
-    asker = Asker([chat], ledger, budget_usd, stopping, progress)
+    sender = Sender([chat], ledger, budget_usd, stopping, progress)
     service: BatchService | None = getattr(chat, "batches", None)
 
     async def run() -> None:
         try:
             if service is not None:
-                await asker.in_batches(service, requests)
+                await sender.in_batches(service, requests)
             else:
-                await asker.live(requests(), concurrency)
+                await sender.live(requests(), concurrency)
         finally:
             await chat.close()
 
     asyncio.run(run())
-    return asker.tally
+    return sender.tally
 
 
-class Asker:
-    """What asking one or more chat models has in common: a ledger, a budget, and when to stop."""
+class Sender:
+    """Sends requests to one or more chat models that share a ledger and a budget."""
 
     def __init__(
         self,
@@ -93,47 +99,48 @@ class Asker:
         self.chats, self._ledger, self._budget = chats, ledger, budget
         self._stopping, self._progress = stopping, progress
         self.tally = Tally()
-        self._on_the_way: set[str] = set()
+        self._in_flight: set[str] = set()
         self._slots = asyncio.Semaphore(1)
-        self._reserving_now = 0
+        self._reservations = 0
         self._reserved = 0.0
-        """USD that what is on its way may cost."""
+        """Most that the requests in flight may cost, in USD."""
         self._failed_in_a_row = 0
-        self._again, self._may_ask_again = False, True
-        """Whether a batch service knows by now how to ask what it was asked."""
+        self._again, self._may_send_again = False, True
+        """Whether a batch has requests to send again in another form; and whether that is allowed,
+        once per job."""
         self._end: Exception | None = None
-        """Why no more is asked."""
+        """Why no further request is sent; None while the job goes on."""
 
     # -- one by one --------------------------------------------------------------------------------
 
     async def live(self, requests: Iterable[Request], concurrency: int) -> None:
-        """Ask the one chat model what is missing."""
+        """Send the missing requests one by one to the only chat model."""
         todo = self._missing(requests)
 
-        async def ask(item: tuple[Asked, Request]) -> None:
-            facts, request = item
+        async def send(item: tuple[RequestRecord, Request]) -> None:
+            record, request = item
             try:
-                await self.ask(self.chats[0], facts, request)
+                await self.send(self.chats[0], record, request)
             except ReplyError:
                 pass  # it is in the tally
             finally:
-                self._on_the_way.discard(facts.key)
+                self._in_flight.discard(record.key)
 
-        await self.work_off(todo, ask, concurrency)
+        await self.work_off(todo, send, concurrency)
 
     async def work_off(
         self, todo: Iterator[T], work: Callable[[T], Awaitable[None]], concurrency: int
     ) -> None:
-        """Do the work of every item, many at a time; raise why it ends, where it ends early."""
-        # the first one alone: a wrong key or model is found out once, not `concurrency` times
+        """Run `work` on every item, many at a time; raise the reason if the job ends early."""
+        # the first item alone: a wrong key or model fails once and not `concurrency` times
         await self._watch([self._work(todo, work, most=1)])
         self._slots = asyncio.Semaphore(concurrency)
-        # a few more than may be on their way: the next is sent while a reply is written down
+        # more workers than slots: while one writes its reply to disk, another one sends
         workers = concurrency + math.ceil(concurrency * _WRITING)
         await self._watch([self._work(todo, work) for _ in range(workers)])
 
     async def _watch(self, work: Iterable[Coroutine[Any, Any, None]]) -> None:
-        """Return when all are done; where no more is to be asked, raise why after a while."""
+        """Wait until all are done; if the job ends early, wait for requests in flight and raise."""
         workers = [asyncio.create_task(one) for one in work]
         running = set(workers)
         try:
@@ -147,7 +154,7 @@ class Asker:
                     self._end = Stopped()
             if running:
                 for chat in self.chats:
-                    chat.halt()  # what waits for its turn or for another try is not paid for
+                    chat.halt()  # drops requests that wait for a slot or a retry: they cost nothing
                 done, running = await asyncio.wait(running, timeout=_GRACE)
                 for worker in done:
                     worker.result()
@@ -158,13 +165,13 @@ class Asker:
         if self._end is not None:
             raise self._end
 
-    def _missing(self, requests: Iterable[Request]) -> Iterator[tuple[Asked, Request]]:
+    def _missing(self, requests: Iterable[Request]) -> Iterator[tuple[RequestRecord, Request]]:
         for request in requests:
-            facts = asked(self.chats[0].identity, request)
-            known = facts.key in self._ledger or facts.key in self.tally.refused
-            if not known and facts.key not in self._on_the_way:
-                self._on_the_way.add(facts.key)
-                yield facts, request
+            record = record_of(self.chats[0].identity, request)
+            known = record.key in self._ledger or record.key in self.tally.refused
+            if not known and record.key not in self._in_flight:
+                self._in_flight.add(record.key)
+                yield record, request
 
     async def _work(
         self, todo: Iterator[T], work: Callable[[T], Awaitable[None]], most: int | None = None
@@ -177,16 +184,18 @@ class Asker:
                     return
                 taken += 1
                 await work(item)
-            except Exception as error:  # a ChatError, a full disk: the others end in peace
+            except Exception as error:  # a ChatError or a full disk: the others finish their item
                 self.end(error)
 
     def end(self, error: Exception) -> None:
-        """Ask no more, since nothing would be answered."""
+        """Send no further request; `error` is the reason. The first reason counts."""
         self._end = self._end or error
 
-    async def ask(self, chat: ChatModel, facts: Asked, request: Request) -> None:
-        """Put the reply to a request into the ledger. Raises ReplyError where there is none, and
-        why no more is asked where that is so."""
+    async def send(self, chat: ChatModel, record: RequestRecord, request: Request) -> None:
+        """Send a request and write its reply to the ledger.
+
+        Raises ReplyError if there is no reply, and the reason if the job has ended.
+        """
         try:
             async with self._reserving(chat, request):
                 async with self._slots:
@@ -194,16 +203,19 @@ class Asker:
                         raise self._end
                     reply = await self._reply(chat, request)
                 self._failed_in_a_row = 0
-                entry = facts.entry(_priced(chat, request, reply))
+                entry = record.entry(_priced(chat, request, reply))
                 await self._ledger.write(entry)
         except ReplyError as error:
-            self._no_answer(facts.key, error)
+            self._no_answer(record.key, error)
             raise
         self._count(entry)
 
     async def _reply(self, chat: ChatModel, request: Request) -> Reply:
-        """Return the chat model's reply. Raises ReplyError for what only it can know the sense of:
-        one request that goes wrong in a model of somebody else's is not the end of all."""
+        """Return the chat model's reply.
+
+        Raises ReplyError for any unknown error of a chat model: a plugin's bug in one request must
+        not end the job.
+        """
         try:
             reply: Any = await chat.reply(request.messages, request.draw)
             if not isinstance(reply, Reply) or not isinstance(reply.text, str):
@@ -218,25 +230,27 @@ class Asker:
 
     @asynccontextmanager
     async def _reserving(self, chat: ChatModel, request: Request) -> AsyncIterator[None]:
-        """Keep the most that a request may cost until its price is in the ledger."""
+        """Reserve the most that a request may cost until its price is in the ledger."""
         most = self._most(chat, request.messages)
         while not self._affordable(self._reserved + most) and self._end is None:
-            if self._reserving_now == 0:
+            if self._reservations == 0:
                 self._end = self._too_little(most)
-            await asyncio.sleep(0.02)  # what is on its way mostly costs less than is reserved
-        self._reserving_now += 1
+            # wait: requests in flight usually cost less than was reserved for them
+            await asyncio.sleep(0.02)
+        self._reservations += 1
         self._reserved += most
         try:
             yield
         finally:
-            self._reserving_now -= 1
-            self._reserved = self._reserved - most if self._reserving_now else 0.0
+            self._reservations -= 1
+            # exactly 0 when nothing is in flight: sums of floats leave a remainder
+            self._reserved = self._reserved - most if self._reservations else 0.0
 
     def _no_answer(self, key: str, error: ReplyError) -> None:
         self.tally.unanswered[key] = reason = str(error)
         if error.lasting:
             self.tally.refused.add(key)
-        # a service that has answered does so again, though it refuses some
+        # a lasting refusal concerns one request; the service works if it has answered before
         self._failed_in_a_row += not (error.lasting and len(self._ledger))
         if self._failed_in_a_row >= _PATIENCE and self._end is None:
             self._end = ChatError(
@@ -250,7 +264,7 @@ class Asker:
     # -- money -------------------------------------------------------------------------------------
 
     def _most(self, chat: ChatModel, messages: tuple[Message, ...]) -> float:
-        """Return the most that a request may cost in USD; 0 where nobody asks."""
+        """Return the most that a request may cost, in USD; 0 without a budget."""
         if self._budget is None:
             return 0.0
         most = chat.price(chat.count(messages), chat.reply_limit or 0)
@@ -277,9 +291,9 @@ class Asker:
         self, service: BatchService, requests: Callable[[], Iterable[Request]]
     ) -> None:
         journal = Journal.beside(self._ledger)
-        known = {facts.key: facts for facts, _ in self._missing(requests())}
-        self._on_the_way.clear()
-        # an earlier attempt's first: what they hold is not to be handed in again
+        known = {record.key: record for record, _ in self._missing(requests())}
+        self._in_flight.clear()
+        # batches of earlier attempts first, so that their requests are not submitted again
         running = [
             batch
             for mark in journal.marks
@@ -287,35 +301,35 @@ class Asker:
             if batch not in journal.collected
         ]
         await self._collect(service, journal, running, known)
-        for self._may_ask_again in (True, False):
+        for self._may_send_again in (True, False):
             self._again = False
-            await self._hand_in(service, requests, journal, running, known)
+            await self._submit(service, requests, journal, running, known)
             if self._end is not None:
                 raise self._end
             if not self._again:
                 return
 
-    async def _hand_in(
+    async def _submit(
         self,
         service: BatchService,
         requests: Callable[[], Iterable[Request]],
         journal: Journal,
         running: list[str],
-        known: dict[str, Asked],
+        known: dict[str, RequestRecord],
     ) -> None:
-        """Ask for what is missing, and wait for it."""
-        self._on_the_way.clear()
+        """Submit the missing requests in batches, and wait for their replies."""
+        self._in_flight.clear()
         self._reserved = 0.0
         sent: set[str] = set()
         chunk: dict[str, Request] = {}
-        for facts, request in self._missing(requests()):
+        for record, request in self._missing(requests()):
             most = self._most(self.chats[0], request.messages)
             if not self._affordable(self._reserved + most):
                 self._end = self._too_little(most)
                 break
             self._reserved += most
-            chunk[facts.key] = request
-            sent.add(facts.key)
+            chunk[record.key] = request
+            sent.add(record.key)
             if len(chunk) == service.size:
                 running.append(await service.submit(journal.mark, chunk))
                 chunk = {}
@@ -331,7 +345,7 @@ class Asker:
         service: BatchService,
         journal: Journal,
         running: list[str],
-        known: dict[str, Asked],
+        known: dict[str, RequestRecord],
     ) -> None:
         while running:
             for batch in list(running):
@@ -347,8 +361,10 @@ class Asker:
             if running:
                 await self._pause(service.poll_seconds)
 
-    async def _take(self, key: str, reply: Reply | ReplyError, known: dict[str, Asked]) -> None:
-        if isinstance(reply, AskAgain) and self._may_ask_again:
+    async def _take(
+        self, key: str, reply: Reply | ReplyError, known: dict[str, RequestRecord]
+    ) -> None:
+        if isinstance(reply, SendAgain) and self._may_send_again:
             self._again = True
             return
         if isinstance(reply, ReplyError):
@@ -358,7 +374,7 @@ class Asker:
             return
         if key in self._ledger:
             return
-        unknown = Asked(key, "", "", 0, "of an earlier recipe")
+        unknown = RequestRecord(key, "", "", 0, "of an earlier recipe")
         entry = known.get(key, unknown).entry(reply)
         await self._ledger.write(entry)
         self._count(entry)
@@ -367,12 +383,12 @@ class Asker:
         end = asyncio.get_running_loop().time() + seconds
         while (left := end - asyncio.get_running_loop().time()) > 0:
             if self._stopping():
-                raise Stopped  # the batches go on; a resume collects them
+                raise Stopped  # the service keeps running the batches; a resume collects them
             await asyncio.sleep(min(left, _LOOK))
 
 
 def _priced(chat: ChatModel, request: Request, reply: Reply) -> Reply:
-    """Return the reply with its tokens and price, counted here where the service is silent."""
+    """Return the reply with tokens and price; they are computed here if the service gave none."""
     if reply.input_tokens is not None and reply.output_tokens is not None:
         sent, made = reply.input_tokens, reply.output_tokens
     else:
