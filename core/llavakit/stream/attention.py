@@ -6,13 +6,23 @@ sample Q rows that look and C columns that are looked at..
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from importlib.metadata import entry_points
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from llavakit.contracts.packing import Packing, Scoring
+
+# found once, at import: torch.compile cannot trace a look-up of entry points
+_CHOOSERS: tuple[Callable[..., Any], ...] = tuple(
+    found.load() for found in entry_points(group="llavakit.attention")
+)
+"""What entry points of the group `llavakit.attention` name: called with the scoring, the widths of
+keys and values and the device, each returns a kernel `(q, k, v, packing, scoring)`, or None."""
 
 
 def packed_attention(
@@ -30,8 +40,8 @@ def packed_attention(
     """Return causal attention `[T, H, K]`; no row sees another sample's.
 
     The options are those of `Scoring`. In half precision on CUDA, which autocast counts as, the
-    first kernel that honours them is used: FlashAttention, torch's own, FlexAttention; else each
-    sample is read by itself.
+    first kernel of a plugin that honours them reads the whole stream; else each sample is read by
+    itself.
     """
     scoring = Scoring(scale, window, softcap, sinks_H)
     kind = q_THK.device.type
@@ -46,11 +56,11 @@ def packed_attention(
         if any(packing.cache.lengths):  # else it is a prompt, read as in training
             return _decode(q_THK, packing, layer, scoring)
     if q_THK.is_cuda and q_THK.dtype in (torch.bfloat16, torch.float16):
-        from llavakit.stream.varlen import choose
-
-        kernel = choose(scoring, q_THK.shape[-1], v_TGK.shape[-1], q_THK.device)
-        if kernel is not None:
-            return kernel(q_THK, k_TGK, v_TGK, packing, scoring)
+        for choose in _CHOOSERS:
+            kernel = choose(scoring, q_THK.shape[-1], v_TGK.shape[-1], q_THK.device)
+            if kernel is not None:
+                attended_THK: Tensor = kernel(q_THK, k_TGK, v_TGK, packing, scoring)
+                return attended_THK
     outputs = []
     lengths = packing.lengths
     # split, not slices: the gradient of each slice would be as long as the whole stream

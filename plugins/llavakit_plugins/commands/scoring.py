@@ -15,7 +15,7 @@ from pydantic.fields import FieldInfo
 from llavakit import Registry
 from llavakit.contracts.component import Component, Use
 from llavakit.contracts.errors import PluginError, RecipeError
-from llavakit.contracts.interfaces import FileScorer
+from llavakit_plugins.evaluation.file_scores import FileScorer
 
 
 def score_command(arguments: Sequence[str], registry: Registry) -> int:
@@ -59,6 +59,11 @@ def find_scorers(registry: Registry) -> dict[str, type[FileScorer]]:
     found: dict[str, type[FileScorer]] = {}
     for benchmark in registry.all(Benchmark).values():
         for scorer in benchmark.scorers:
+            if not issubclass(scorer, FileScorer):
+                raise PluginError(
+                    f"`scorers` of benchmark `{benchmark.name}` holds {scorer.__qualname__}; it must "
+                    "derive from llavakit_plugins.evaluation.file_scores.FileScorer"
+                )
             other = found.setdefault(scorer.name, scorer)
             if other is not scorer:
                 raise PluginError(
