@@ -20,7 +20,8 @@ from llavakit_plugins.evaluation.file_scores import FileScorer
 
 def score_command(arguments: Sequence[str], registry: Registry) -> int:
     """Run `llava-run score` with what stands behind it."""
-    from llavakit import build_from, did_you_mean, printable_json, shown
+    from llavakit import did_you_mean, printable_json, shown
+    from llavakit_plugins.commands.options import build_from
     from llavakit_plugins.reporting.plain import plain
 
     scorers = find_scorers(registry)
