@@ -124,6 +124,7 @@ from .recipe.check import (
     boundless as boundless,
     problems_in as problems_in,
 )
+from .recipe.lines import Key as Key, Span as Span
 from .recipe.model_choice import (
     PARTS as PARTS,
     ModelRecipe as ModelRecipe,

@@ -62,8 +62,8 @@ def find_scorers(registry: Registry) -> dict[str, type[FileScorer]]:
         for scorer in benchmark.scorers:
             if not issubclass(scorer, FileScorer):
                 raise PluginError(
-                    f"`scorers` of benchmark `{benchmark.name}` holds {scorer.__qualname__}; it must "
-                    "derive from llavakit_plugins.evaluation.file_scores.FileScorer"
+                    f"`scorers` of benchmark `{benchmark.name}` holds {scorer.__qualname__}; it "
+                    "must derive from llavakit_plugins.evaluation.file_scores.FileScorer"
                 )
             other = found.setdefault(scorer.name, scorer)
             if other is not scorer:
