@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -309,9 +308,7 @@ class Boxed(Exporter):
     name = "boxed"
 
     def export(self, model: LlavaModel, folder: Path) -> Mapping[str, Any]:
-        whole = copy(model)  # shallow: its modules are ours to exchange
-        whole._modules = {**model._modules, "language": model.language.merged()}
-        save_model(whole, folder / "box")
+        save_model(model, folder / "box")
         return {}
 
     @classmethod

@@ -85,7 +85,7 @@ class TestOpenAI(ChatModelContract):
         return json.dumps(self.service.asked[-1])
 
     def failing(self) -> ChatModel:
-        return model(Down(), retries=0)
+        return model(Service(url="http://127.0.0.1:9/v1"), retries=0)
 
 
 class TestReplay(ChatModelContract):

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from llavakit.contracts.interfaces import Exporter
-from llavakit.contracts.networks import LanguageModel
 from llavakit.model.folder import save_model
 from llavakit.model.llava import LlavaModel
 from llavakit.testing.contract import Contract, hold, holding
 from llavakit.testing.network import hold_close
 from llavakit.testing.samples import make_picture
-
-_MERGE = "write `model.language.merged()`, not `model.language`"
 
 
 class ExporterContract(Contract[Exporter]):
@@ -26,7 +22,6 @@ class ExporterContract(Contract[Exporter]):
     kind = Exporter
     reads_back: bool = True  #: Whether it recognises and loads what it wrote.
     close: float = 1e-4  #: How far logits may differ.
-    merges: bool = True  #: Whether adapters are merged; False for a layout that keeps them.
 
     def model(self) -> LlavaModel:
         """Return a small model, the same each time."""
@@ -79,21 +74,6 @@ class ExporterContract(Contract[Exporter]):
             found = loaded.generate_ids("a b", images, max_new_tokens=4)
             hold(found == ids, f"the same answer, {ids}", found, change)
 
-    def test_adapters_are_merged(self, tmp_path: Path) -> None:
-        """Tried with a model whose last layer has something added, as LoRA adds its product."""
-        if not self.merges:
-            return
-        model = deepcopy(self.model()).eval()
-        merged = _adapt(model)
-        folder = tmp_path / "out"
-        exporter = self._written(model, folder)
-        if not self.reads_back:
-            return
-        loaded = self._read(exporter, folder)
-        whole = deepcopy(model)
-        whole.language = merged
-        self._compare(loaded, whole, "a model with adapters is written with them merged in", _MERGE)
-
     def test_it_loads_in_the_precision_that_is_asked_for(self, tmp_path: Path) -> None:
         if not self.reads_back:
             return
@@ -127,24 +107,3 @@ class ExporterContract(Contract[Exporter]):
                 found = exporter.recognises(folder)
             hold(not found, f"{what} is in no other layout", "`recognises` says it is", change)
             (named / "config.json").write_text("{")
-
-
-def _adapt(model: LlavaModel) -> LanguageModel:
-    """Add something to the last layer of the language model from without; return it merged in."""
-    language: Any = model.language
-    merged = deepcopy(language)
-    names = [name for name, part in language.named_modules() if type(part) is nn.Linear]
-    inner = [name for name in names if language.get_submodule(name) is not language.head]
-    name = (inner or names)[-1]
-    layer = language.get_submodule(name)
-    draw = torch.Generator().manual_seed(0)
-    added = 0.2 * torch.randn(layer.weight.shape, generator=draw)
-
-    def adapt(_: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
-        return output + nn.functional.linear(inputs[0], added)
-
-    layer.register_forward_hook(adapt)
-    with torch.no_grad():
-        merged.get_submodule(name).weight += added
-    object.__setattr__(language, "merged", lambda: merged)
-    return merged  # type: ignore[no-any-return]

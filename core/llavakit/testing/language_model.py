@@ -190,6 +190,30 @@ class LanguageModelContract(DecodingContract):
             *gradients, "`recompute` changes no gradient", "checkpoint without random numbers"
         )
 
+    def test_adapters_are_merged_into_the_weights(self) -> None:
+        model = self.build().eval()
+        change = (
+            "return from `merged` a model with the adapters' product added into its weights, and "
+            "no adapters: its options without them, all of its parameters in `trainable`"
+        )
+        with torch.no_grad():
+            for _, parameter in model.trainable():  # new adapters add nothing yet
+                if parameter.is_floating_point():
+                    draw = torch.Generator().manual_seed(parameter.numel())
+                    parameter.add_(0.05 * torch.randn(parameter.shape, generator=draw))
+            expected = model.logits(self.outputs(model))
+            with holding("`merged` gives a model", change):
+                merged = model.merged().eval()
+            found = merged.logits(self.outputs(merged))
+        hold_close(found, expected, "`merged` computes what the model computes", change)
+        learning = {name for name, _ in merged.trainable()}
+        kept = sorted({name for name, _ in merged.named_parameters()} - learning)
+        hold(
+            not kept,
+            "`merged` has no adapters: exporters write what it returns",
+            f"it still trains {sorted(learning)[:2]} beside {kept[:2]}", change,
+        )  # fmt: skip
+
     def test_its_usual_template_is_installed(self) -> None:
         name = self.build().default_template
         with holding(

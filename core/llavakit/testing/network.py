@@ -44,6 +44,8 @@ class NetworkContract(Contract[NetworkT], ABC):
     half_close: float = 0.1
     """How far an output in bfloat16 may be from float32's, as a share of its largest value."""
 
+    _inputs: torch.dtype = torch.float32
+
     def context(self) -> dict[str, Any]:
         """Return what it is built with besides its options; `build` is added where it is taken."""
         return {}
@@ -131,6 +133,7 @@ class NetworkContract(Contract[NetworkT], ABC):
         )
         with torch.no_grad():
             expected = self.outputs(whole)
+            self._inputs = torch.bfloat16  # of one without weights
             with holding("it runs with weights and inputs in bfloat16, as training does", change):
                 found = self.outputs(half)
         hold(
@@ -150,4 +153,4 @@ class NetworkContract(Contract[NetworkT], ABC):
     def dtype_of(self, network: NetworkT) -> torch.dtype:
         """Return the precision of its weights, which its inputs have, too."""
         floating = (p.dtype for p in network.parameters() if p.is_floating_point())
-        return next(floating, torch.float32)
+        return next(floating, self._inputs)
