@@ -1,6 +1,6 @@
 """The `llava-run` command: finds the commands, and runs one.
 
-The core's own are `run`, `recipes` and `plugins`. All others, ours too, come from entry points of
+`run` is the core's own. All others, ours too, come from entry points of
 the group `llavakit.commands` (see `llavakit.contracts.commands`), imported when they are used or
 listed. What a command needs is imported when it runs.
 """
@@ -15,9 +15,9 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint, entry_points, version
 
-from llavakit.cli import plugins, recipes, run
+from llavakit.cli import run
 from llavakit.contracts.commands import GROUP, Add, Commands
 from llavakit.contracts.errors import LlavaError, PluginError
 from llavakit.recipe.redaction import shown
@@ -28,7 +28,7 @@ llava-run RECIPE [--out DIR] [--set a.b.c=value ...] [--plan] [--resume]
 
 RECIPE is a TOML file or the name of a built-in recipe (llava-run recipes lists them).
 """
-_OWN: dict[str, Add] = {"run": run.add, "recipes": recipes.add, "plugins": plugins.add}
+_OWN: dict[str, Add] = {"run": run.add}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -78,7 +78,8 @@ def _run(arguments: list[str], *, program: bool) -> int:
         usage=_USAGE,
         description="Make, try and convert LLaVA models by recipe.",
     )
-    parser.add_argument("--version", action=_Version, nargs=0, help="print the version")
+    about = f"llava-run {version('llavakit')}"
+    parser.add_argument("--version", action="version", version=about, help="print the version")
     commands = parser.add_subparsers(metavar="COMMAND", title="commands")
     installed = entry_points(group=GROUP)
     if arguments and arguments[0] not in ("-h", "--help", "--version"):
@@ -145,13 +146,3 @@ class _Shown(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         return shown(super().format(record))
-
-
-class _Version(argparse.Action):
-    """Prints the installed version, looked up only then."""
-
-    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
-        from importlib.metadata import version
-
-        print(f"llava-run {version('llavakit')}")
-        parser.exit()

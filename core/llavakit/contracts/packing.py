@@ -142,14 +142,10 @@ class KVCache:
 
     def select(self, sequences: Sequence[int]) -> None:
         """Keep only these sequences, in this order."""
+        kept = list(sequences)
         for store in (self.keys, self.values):
-            for layer, tensor in enumerate(store):
-                if tensor is not None:
-                    rows = torch.tensor(list(sequences), device=tensor.device)
-                    store[layer] = tensor.index_select(0, rows)
-        for state in self.states:
-            for name, tensor in state.items():
-                state[name] = tensor[list(sequences)]
+            store[:] = [None if tensor is None else tensor[kept] for tensor in store]
+        self.states = [{name: state[kept] for name, state in of.items()} for of in self.states]
         self.lengths = [self.lengths[s] for s in sequences]
 
 

@@ -92,7 +92,7 @@ class RecipePlanner:
             known = f": it leaves {', '.join(folders)}" if folders else ""
             raise RecipeError(f"`init`: step `{name[1:]}` leaves no model `{folder}`{known}")
 
-        @cache
+        @cache  # a step asks often, and a sketch takes seconds
         def found() -> LlavaModel | None:
             from llavakit.model.load import sketch_any
 

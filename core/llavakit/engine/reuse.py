@@ -17,7 +17,7 @@ from typing import Any
 from llavakit.contracts.errors import RecipeError
 from llavakit.files import fingerprint, new_folder, peek_json
 
-DONE = "artifact.json"
+DONE = "artifact.json"  # written last: it says that the step finished
 
 Contents = Mapping[str, str | int]
 
@@ -60,10 +60,11 @@ def find_step(
         done = peek_json(folder / DONE)
         if done.get("record") != record:
             continue
-        if (made_by := _version(run)) != version("llavakit"):
+        if (made_by := _version(run)) != version("llavakit"):  # another one may do it otherwise
             problems.append(f"{folder} was made by llavakit {made_by}")
         elif "contents" not in done:
             problems.append(f"{folder} does not list its files")
+        # what was added since, such as a note of the user's, does no harm
         elif changed := sorted(dict(done["contents"].items() - contents(folder).items())):
             problems.append(f"{folder} was changed since: {', '.join(changed[:3])}")
         else:

@@ -19,8 +19,8 @@ from llavakit.recipe.recipe import Recipe
 from llavakit.recipe.redaction import redacted
 from llavakit.registry import texts_in
 
-_BEGUN = "begun.json"
-_LONGEST_PATH = 1024
+_BEGUN = "begun.json"  # there before the step does anything, with what it is to do
+_LONGEST_PATH = 1024  # longer texts are prompts and the like, and asking the system for them fails
 
 Record = Mapping[str, Any]
 
@@ -69,16 +69,13 @@ def prepare(folder: Path, record: Record, *, resume: bool) -> bool:
         say(f"{folder.name}: starts over; the interrupted attempt is in {aside} (--resume goes on)")
     elif folder.exists():
         aside = set_aside(folder)
-        what = "its data" if begun and _same_but_files(begun["record"], record) else "the recipe"
+        same = begun is not None and {**begun["record"], "files": {}} == {**record, "files": {}}
+        what = "its data" if same else "the recipe"
         say(f"{folder.name}: {what} changed, so it is done again; the old one is in {aside}")
     with explain_write(folder):
         folder.mkdir(parents=True)
     write_text(folder / _BEGUN, json.dumps({"record": record}))
     return False
-
-
-def _same_but_files(before: Record, now: Record) -> bool:
-    return {**before, "files": {}} == {**now, "files": {}}
 
 
 def set_aside(folder: Path) -> Path:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from llavakit.contracts.packing import Packing, Rows, Scoring
+from llavakit.contracts.packing import Packing, Scoring
 
 
 def packed_attention(
@@ -43,7 +43,7 @@ def packed_attention(
         packing.watch.see(layer, q_THK, k_TGK, packing, scoring)
     if packing.cache is not None:
         packing.cache.append(layer, k_TGK, v_TGK, packing)
-        if any(packing.cache.lengths):
+        if any(packing.cache.lengths):  # else it is a prompt, read as in training
             return _decode(q_THK, packing, layer, scoring)
     if q_THK.is_cuda and q_THK.dtype in (torch.bfloat16, torch.float16):
         from llavakit.stream.varlen import choose
@@ -62,31 +62,6 @@ def packed_attention(
             mask = _band(places, places, window)
         outputs.append(_attend(q, k, v, mask, scoring))
     return torch.cat(outputs)
-
-
-def rows_attention(
-    q_MHK: Tensor,
-    k_TGK: Tensor,
-    v_TGK: Tensor,
-    packing: Packing,
-    rows: Rows,
-    *,
-    scale: float | None = None,
-) -> Tensor:
-    """Return the attention `[M, H, K]` of selected rows only, as `packed_attention` has it.
-
-    For the last block, where only supervised rows go on.
-    """
-    outputs = []
-    lengths = packing.lengths
-    places = packing.position_ids_T.index_select(0, rows.index_M).split(rows.counts)
-    columns = torch.arange(max(lengths), device=q_MHK.device)
-    parts = zip(q_MHK.split(rows.counts), k_TGK.split(lengths), v_TGK.split(lengths), strict=True)
-    for (q, k, v), place in zip(parts, places, strict=True):
-        if len(q):
-            mask = _band(place, columns[: len(k)], None)
-            outputs.append(_attend(q, k, v, mask, Scoring(scale)))
-    return torch.cat(outputs) if outputs else q_MHK
 
 
 def _band(rows_Q: Tensor, columns_C: Tensor, window: int | None) -> Tensor:
@@ -140,7 +115,7 @@ def _decode(q_THK: Tensor, packing: Packing, layer: int, scoring: Scoring) -> Te
     columns = torch.arange(longest, device=q_THK.device)
     if packing.starts[-1] == len(store.lengths):  # one row a sequence: all at once
         mask_S11L = _band(packing.position_ids_T, columns, scoring.window)[:, None, None]
-        held = keys[:, :, :longest], values[:, :, :longest]
+        held = keys[:, :, :longest], values[:, :, :longest]  # behind it the cache is empty
         return _weigh(q_THK[:, :, None], *held, mask_S11L, scoring)[:, :, 0]
     outputs = []
     for s, (start, end) in enumerate(pairwise(packing.starts)):

@@ -65,6 +65,7 @@ class Encoded:
 
     def supervised_count(self, visual_tokens: int) -> int:
         """Return how many learned tokens are left after truncation."""
+        # nothing predicts the first token
         return int(self.expand(visual_tokens).supervised[1:].sum())
 
     def expand(self, visual_tokens: int) -> Rows:

@@ -85,6 +85,7 @@ def shard(model: LlavaModel, process_group: ProcessGroup, *, half: bool) -> None
 
     With `half` weights travel as bfloat16; gradients are summed in float32 all the same.
     """
+    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import (
         FSDPModule,
         MixedPrecisionPolicy,
@@ -92,7 +93,7 @@ def shard(model: LlavaModel, process_group: ProcessGroup, *, half: bool) -> None
         register_fsdp_forward_method,
     )
 
-    mesh = process_group.mesh(model.device.type)
+    mesh = init_device_mesh(model.device.type, (process_group.size,))  # all devices in one row
     policy = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if half else None,
         reduce_dtype=torch.float32,

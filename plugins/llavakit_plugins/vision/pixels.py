@@ -39,7 +39,7 @@ def usual_pixels(model_type: str) -> Pixels:
     return Pixels("crop", MEAN, STD)
 
 
-def read_pixels(folder: Path, edge: int, usual: Pixels) -> Pixels | None:
+def read_pixels(folder: Path, edge: int | list[int], usual: Pixels) -> Pixels | None:
     """Return a folder's preprocessing for squares of `edge`; None where it states none.
 
     What it leaves out is as `usual`. Raises ModelError for preprocessing that no built-in encoder
@@ -53,6 +53,12 @@ def read_pixels(folder: Path, edge: int, usual: Pixels) -> Pixels | None:
             return None
         table = read_json(path)
     _refuse_others(path, table)
+    if isinstance(edge, list):
+        if len(set(edge)) != 1:
+            raise ModelError(
+                f"{folder}: the vision tower's `image_size` is {edge}, which is no square"
+            )
+        edge = edge[0]
     kind = str(table.get("image_processor_type") or table.get("feature_extractor_type") or "")
     crops = table.get("do_center_crop", kind.startswith(("CLIP", "Llava")))
     size, crop = _edges(table.get("size")), _edges(table.get("crop_size"))

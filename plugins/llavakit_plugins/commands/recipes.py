@@ -13,7 +13,7 @@ def add(commands: Commands) -> None:
 
 
 def _recipes(arguments: argparse.Namespace) -> int:
-    from llavakit.recipe.recipe import recipe_folder
+    from llavakit import recipe_folder
 
     folder = recipe_folder()
     recipes = {

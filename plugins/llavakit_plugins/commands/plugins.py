@@ -16,7 +16,7 @@ def add(commands: Commands) -> None:
 def _plugins(arguments: argparse.Namespace) -> int:
     import json
 
-    from llavakit.registry import Registry, all_kinds
+    from llavakit import Registry, all_kinds
 
     registry = Registry.installed()
     for kind in all_kinds():
