@@ -68,10 +68,7 @@ class Registry:
 
     @classmethod
     def installed(cls) -> Registry:
-        """Return a registry of the plugins of this environment, or those LLAVA_PLUGINS names.
-
-        One that is broken is left out, with a warning, and kept in `broken`.
-        """
+        """Return one of the installed plugins, or those LLAVA_PLUGINS names, without broken ones."""
         registry = cls.empty()
         registry._spares = True
         for point in hooks.wanted(entry_points(group=hooks.PROJECT)):
@@ -205,9 +202,6 @@ class Registry:
                         "one of them"
                     )
         return dict(sorted(found.items()))
-
-
-# -- what a hook returns ---------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -254,7 +254,7 @@ def test_a_broken_package_is_named(
     code, out, err = llava_run("plugins")
     assert code == 0
     assert sentence in out.partition("\nbroken\n")[2]
-    assert "linear" in out
+    assert "clip" in out
     assert "Traceback" not in out + err
     code, out, _ = llava_run("plugins", "--json")
     (broken,) = json.loads(out)["broken"]
@@ -268,7 +268,7 @@ def test_a_broken_package_stops_no_recipe_that_is_not_made_of_it(
     text = "from llavakit import hookimpl\n\nimport math\nmath.sqrt(-1)\n"
     distribution(site, "llava-bad", "llava_bad_import", text)
     recipe = tmp_path / "r.toml"
-    recipe.write_text('steps = [{ use = "scenes", train = 2, single = 0, test = 2 }]')
+    recipe.write_text('steps = [{ use = "scenes", train = 8, single = 0, test = 8 }]')
     code, _, err = llava_run(recipe, "--out", tmp_path / "run")
     assert code == 0, err
     (said,) = {record.message for record in caplog.records if "llava-bad" in record.message}
