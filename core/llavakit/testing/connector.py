@@ -122,6 +122,10 @@ class ConnectorContract(NetworkContract[Connector]):
                 features = self.features(images)
                 with holding(f"the trace of `{connector.name}` takes {images} images", change):
                     found = program(features)
+                hold(
+                    found.shape[0] == images,
+                    "one image in, one image out", f"{images} in, {found.shape[0]} out", change,
+                )  # fmt: skip
                 hold_close(found, connector(features), "the trace gives what it gives", change)
 
     def test_gradient_reaches_every_parameter_and_the_encoder(self) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import inspect
 import pickle
+import shutil
 import tempfile
+import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
@@ -51,8 +53,9 @@ class Contract(Generic[KindT]):
     @cached_property
     def tmp_path(self) -> Path:
         """A folder of the test's own, for files that `build` needs; always the same in one test."""
-        self._folder = tempfile.TemporaryDirectory(prefix="llavakit-contract-")  # goes with self
-        return Path(self._folder.name).resolve()
+        folder = tempfile.mkdtemp(prefix="llavakit-contract-")
+        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+        return Path(folder).resolve()
 
     def build(self) -> KindT:
         """Return a small instance: no download, fast on a CPU, the same one each time."""

@@ -67,18 +67,18 @@ class DatasetContract(Contract[Dataset]):
         hold(len(data) > 0, "at least one sample", "none", "build one with samples")
         with holding("`data[index]` gives every sample", "fix `__getitem__`"):
             by_index = [data[index] for index in range(len(data))]
-        difference = _difference(list(data), by_index)
-        hold(
-            not difference,
-            "iterating gives the samples that indexing gives", difference,
-            "leave `__iter__` out: the inherited one asks for each index",
-        )  # fmt: skip
         backwards = [data[index] for index in reversed(range(len(data)))][::-1]
         difference = _difference(backwards, by_index)
         hold(
             not difference,
             "a sample depends on its index alone, and is the same each time", difference,
             "augment nothing at random, and keep no position on `self`",
+        )  # fmt: skip
+        difference = _difference(list(data), by_index)
+        hold(
+            not difference,
+            "iterating gives the samples that indexing gives", difference,
+            "leave `__iter__` out: the inherited one asks for each index",
         )  # fmt: skip
         try:
             data[len(data)]
