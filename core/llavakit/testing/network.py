@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from copy import deepcopy
+from functools import partial
 from inspect import signature
 from pathlib import Path
 from typing import Any, TypeVar
@@ -53,7 +54,7 @@ class NetworkContract(Contract[NetworkT], ABC):
     def _context(self, component: type[Network]) -> dict[str, Any]:
         made = self.context()
         if "build" in signature(component.__init__).parameters:
-            made.setdefault("build", Registry.installed().build)
+            made.setdefault("build", partial(Registry.installed().build, shapes=True))
         return made
 
     @abstractmethod
