@@ -47,7 +47,7 @@ class VisionEncoderContract(NetworkContract[VisionEncoder]):
             )  # fmt: skip
             hold(
                 pixels.shape == (encoder.channels, edge, edge),
-                f"`prepare` gives {(encoder.channels, edge, edge)}, as `channels` and `image_size` say",
+                f"`prepare` gives {(encoder.channels, edge, edge)}: `channels` and `image_size`",
                 f"{tuple(pixels.shape)} for an image of {size}", "resize and crop to the square",
             )  # fmt: skip
             hold(
