@@ -251,7 +251,7 @@ FAULTS: list[tuple[type[Any], Any, str, str]] = [
     (good.TestClip, lambda: clip(PrefixBehind), "row_by_row", "put prefix tokens in front"),
     (good.TestClip, lambda: clip(Transposed), "row_by_row", "flatten [height, width]"),
     (good.TestClip, lambda: clip(Turned), "row_by_row", "changes most with it"),
-    (good.TestClip, lambda: clip(Bgr), "red_green", "a red image lights channel 2"),
+    (good.TestClip, lambda: clip(Bgr), "red_green", "a red image lights channel [2]"),
     (good.TestClip, lambda: clip(AnySize), "larger_image", "compute it of its argument"),
     (good.TestClip, lambda: clip(ClosedOver), "another_process", "keep no lambda"),
     (good.TestVicuna, lambda: vicuna(MeanLoss), "the_loss_is", "the sum of the cross-entropy"),

@@ -5,19 +5,21 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from tests.conftest import RecipeWriter
 from tests.core.conftest import Command
 from tests.core.test_registry import distribution, plugin_with
-from torch import Tensor
+from torch import Tensor, nn
 
 from llavakit import (
+    Build,
     Connector,
     LlavaModel,
     ModelError,
@@ -32,7 +34,8 @@ from llavakit import (
     VisionEncoder,
     hookimpl,
 )
-from llavakit.model.folder import create_model
+from llavakit.model.folder import create_model, load_model, save_model, sketch_model
+from llavakit.testing import VisionEncoderContract
 from llavakit_plugins.connectors.mlp import Linear
 
 REGISTRY = Registry.installed()
@@ -319,3 +322,118 @@ def test_a_layout_that_is_only_written_can_be_exported_and_the_model_tried(
     assert metrics(run, "03-export")["bytes"] == 4
     assert "The model&#39;s answers" in (run / "report.html").read_text()
     assert (run / "model").resolve() == run / "02-finetune" / "model"
+
+
+# -- networks made of others -----------------------------------------------------------------------
+
+
+class FusedOptions(Options):
+    parts: tuple[Use[VisionEncoder], ...]
+
+
+class Fused(VisionEncoder):
+    """Features of several encoders side by side; each prepares the image in its own way."""
+
+    name = "fused"
+    Options = FusedOptions
+
+    def __init__(self, options: FusedOptions, *, build: Build) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(build(use) for use in options.parts)
+        self.encoders: list[Any] = list(self.parts)
+        self.width = sum(part.width for part in self.encoders)
+        self.image_size = max(part.image_size for part in self.encoders)
+        self.channels = 3 * len(self.encoders)
+
+    def tokens(self, image_size: int) -> int:
+        count: int = self.encoders[0].tokens(image_size)
+        return count
+
+    def prepare(self, image: Image.Image) -> Tensor:
+        return torch.cat([part.prepare(image) for part in self.encoders])
+
+    def forward(self, pixels_BCHW: Tensor) -> Tensor:
+        own = zip(self.encoders, pixels_BCHW.split(3, dim=1), strict=True)
+        return torch.cat([part(pixels)[:, part.prefix_tokens :] for part, pixels in own], dim=-1)
+
+
+FUSED = """\
+from llavakit import VisionEncoder, hookimpl
+from tests.core.test_plugin_authors import Fused
+
+@hookimpl
+def llava_vision_encoders():
+    return [Fused]
+"""
+
+
+@pytest.fixture
+def fused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backbones: Path
+) -> Iterator[dict[str, Any]]:
+    """A choice of two pretrained encoders, one of them padding the image."""
+    site = tmp_path / "site"
+    site.mkdir()
+    monkeypatch.syspath_prepend(site)
+    distribution(site, "llava-fused", "llava_fused", FUSED)
+    source = str(backbones / "vision")
+    yield {
+        "use": "fused",
+        "parts": [
+            {"use": "clip", "source": source},
+            {"use": "clip", "source": source, "aspect": "pad", "layer": -1},
+        ],
+    }
+    sys.modules.pop("llava_fused", None)
+
+
+def test_a_network_made_of_others_has_their_pretrained_weights(
+    fused: dict[str, Any], backbones: Path
+) -> None:
+    registry = Registry.installed()
+    alone: Any = registry.build(Use[VisionEncoder].model_validate(fused["parts"][0]))
+    theirs = load_file(backbones / "vision" / "model.safetensors")
+    name = next(name for name in theirs if name.endswith("fc1.weight"))
+    assert any(
+        weight.shape == theirs[name].shape and torch.equal(weight, theirs[name])
+        for weight in alone.state_dict().values()
+    )
+    whole: Any = registry.build(Use[VisionEncoder].model_validate(fused)).eval()
+    for part in whole.encoders:
+        assert all(
+            torch.equal(weight, alone.state_dict()[key])
+            for key, weight in part.state_dict().items()
+            if key in alone.state_dict()
+        )
+    picture = Image.new("RGB", (40, 20), "red")
+    pixels = whole.prepare(picture)
+    assert pixels.shape == (6, 32, 32)
+    assert torch.equal(pixels[:3], alone.prepare(picture))
+    assert not torch.equal(pixels[:3], pixels[3:]), "the second pads"
+
+
+def test_a_model_with_it_is_planned_made_saved_and_loaded(
+    fused: dict[str, Any], write_recipe: RecipeWriter, tmp_path: Path
+) -> None:
+    path = write_recipe()
+    registry = Registry.installed()
+    recipe = Recipe.load(path, registry).parts()
+    recipe = recipe.model_copy(update={"vision": Use[VisionEncoder].model_validate(fused)})
+    sketch = sketch_model(recipe, registry)
+    assert {p.device.type for p in sketch.vision.parameters()} == {"meta"}
+    model = create_model(recipe, registry, seed=0).eval()
+    save_model(model, tmp_path / "model")
+    loaded = load_model(tmp_path / "model", registry).eval()
+    image = Image.new("RGB", (40, 20), "blue")
+    asked = model.logits("what is it ?", [image])
+    assert torch.equal(loaded.logits("what is it ?", [image]), asked)
+
+
+class TestFused(VisionEncoderContract):
+    @pytest.fixture(autouse=True)
+    def _installed(self, fused: dict[str, Any]) -> None:
+        self.options = {"parts": fused["parts"]}
+
+    def build(self) -> VisionEncoder:
+        use = Use[VisionEncoder].model_validate({"use": "fused", **self.options})
+        return Registry.installed().build(use)

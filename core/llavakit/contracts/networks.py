@@ -80,6 +80,7 @@ class VisionEncoder(Network):
 
     width: int  #: Size of one patch feature (D).
     image_size: int  #: Edge in pixels of the square that `prepare` returns.
+    channels: int = 3  #: Of what `prepare` returns: one made of others may have 3 for each.
     prefix_tokens: int = 0
     decode_edge: int | None = None  #: Shorter side that does for `prepare` (JPEGs decoded smaller).
 
@@ -89,7 +90,7 @@ class VisionEncoder(Network):
 
     @abstractmethod
     def prepare(self, image: Image) -> Tensor:
-        """Return normalised pixels `[3, H, W]`, float32, of an RGB image."""
+        """Return normalised pixels `[channels, H, W]`, float32, of an RGB image."""
 
     @abstractmethod
     def forward(self, pixels_BCHW: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ def create_model(
         torch.manual_seed(seeds[name])
         if (part := given.get(name)) is not None:
             return part
-        return registry.chosen(use).create(registry.options(use), **context)
+        return registry.build(use, **context)
 
     place = torch.device(device)
     with torch.random.fork_rng([place] if place.type == "cuda" else []):  # none of other devices
@@ -60,8 +61,9 @@ def create_model(
 
 def sketch_model(recipe: ModelRecipe, registry: Registry) -> LlavaModel:
     """Return the model on the meta device: every shape, no weight, nothing read or fetched."""
+    shapes = partial(registry.build, shapes=True)
     with torch.device("meta"):
-        return _made_of(recipe, registry, lambda _, use, **widths: registry.build(use, **widths))
+        return _made_of(recipe, registry, lambda _, use, **widths: shapes(use, **widths))
 
 
 def _made_of(recipe: ModelRecipe, registry: Registry, make: Callable[..., Any]) -> LlavaModel:
@@ -213,4 +215,4 @@ def _load_part(
     options: Options = registry.options(use)
     if dtype is not None and "dtype" in component.Options.model_fields:
         options = options.model_copy(update={"dtype": str(dtype).removeprefix("torch.")})
-    return component.load(options, folder, **context)
+    return registry.make(component, options, folder=folder, **context)

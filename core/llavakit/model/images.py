@@ -95,7 +95,7 @@ def refusal(width: int, height: int) -> str | None:
 def read_pixels(encoder: VisionEncoder, source: ImageSource, where: str) -> Tensor:
     """Return the pixels `[3, H, W]` that a vision encoder reads of an image."""
     pixels_3HW = encoder.prepare(open_image(source, where, encoder.decode_edge))
-    expected = (3, encoder.image_size, encoder.image_size)
+    expected = (encoder.channels, encoder.image_size, encoder.image_size)
     if tuple(pixels_3HW.shape) != expected:
         raise ModelError(
             f"vision encoder `{encoder.name}` prepares an image as {tuple(pixels_3HW.shape)}, but "

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import entry_points
 from inspect import signature
+from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any, TypeVar, cast
 
@@ -18,9 +19,9 @@ from llavakit.contracts.component import Component, Options, StepFolders, Use
 from llavakit.contracts.errors import PluginError, RecipeError, did_you_mean
 from llavakit.registry.installed import (
     check_hooks,
+    explained,
     imported,
     package_of,
-    told,
     wanted,
     warn_once,
 )
@@ -76,7 +77,7 @@ class Registry:
 
     @classmethod
     def installed(cls) -> Registry:
-        """Return one of the installed plugins, or of those that LLAVA_PLUGINS names."""
+        """Return one of the installed plugins, or those LLAVA_PLUGINS names; broken ones warn."""
         registry = cls.empty()
         registry._spares = True
         for point in wanted(entry_points(group=hooks.PROJECT)):
@@ -154,6 +155,8 @@ class Registry:
         `steps` are the folders that `@step/file` in the options refers to. A component that is made
         of others takes `build`, the same function for its own choices unless `context` has another;
         one that takes long to build takes `progress`, to show how far it is, where there is one.
+        A network has the weights that it names, or those its `save` wrote to `folder`; with
+        `shapes=True` nothing is read: of these only the shapes are right.
         """
         return self.make(self.chosen(use), self.options(use, steps), steps, **context)
 
@@ -162,15 +165,24 @@ class Registry:
         component: type[ComponentT],
         options: Options,
         steps: StepFolders | None = None,
+        *,
+        folder: Path | None = None,
+        shapes: bool = False,
         **context: Any,
     ) -> ComponentT:
         """Return a component, known by its class, with checked options."""
         factory = cast("Callable[..., ComponentT]", component)
+        if folder is not None:  # its parts are shapes, until it reads them
+            load: Any = cast("Any", component).load
+            factory, shapes = lambda options, **more: load(options, folder, **more), True
+        elif not shapes:
+            factory = getattr(component, "create", component)
         takes = signature(component.__init__).parameters
         shown = {"progress": context.pop("progress")} if "progress" in context else {}
         own = context.pop("build", None)
         if "build" in takes:
-            context["build"] = own or partial(self.build, steps=steps, **shown)
+            sketch = {"shapes": True} if shapes else {}
+            context["build"] = own or partial(self.build, steps=steps, **sketch, **shown)
         if "progress" in takes:
             context |= shown
         try:
@@ -200,7 +212,7 @@ class Registry:
         for implementation in getattr(self._manager.hook, kind.hook).get_hookimpls():
             plugin = implementation.plugin_name
             offers: tuple[_Offer, ...] = ()
-            with self._sparing(plugin), _explained(plugin, f"its {kind.__name__} components"):
+            with self._sparing(plugin), explained(plugin, f"its {kind.__name__} components"):
                 offers = tuple(_offers_of(plugin, implementation.function(), kind))
             for offer in offers:
                 other = found.setdefault(offer.name, offer)
@@ -235,7 +247,7 @@ class _Offer:
         """Return the class. Raises PluginError where it cannot be imported, or is another."""
         if not isinstance(self.source, str):
             return _checked(self.plugin, self.source, kind)
-        with _explained(self.plugin, f"its {kind.__name__} `{self.name}`"):
+        with explained(self.plugin, f"its {kind.__name__} `{self.name}`"):
             found = resolve_name(self.source)
         component = _checked(self.plugin, found, kind)
         if component.name != self.name:
@@ -285,20 +297,6 @@ def _checked(plugin: str, component: Any, kind: type[KindT]) -> type[KindT]:
             f"`Options` of {_path_of(component)} of {plugin} must derive from llavakit.Options"
         )
     return component
-
-
-@contextmanager
-def _explained(plugin: str, what: str) -> Iterator[None]:
-    """Say of an error whose it is, whatever it is."""
-    try:
-        yield
-    except PluginError:
-        raise
-    except Exception as error:
-        raise PluginError(
-            f"plugin {plugin} cannot load {what}: {told(error)}; "
-            "install what it needs, or uninstall it"
-        ) from error
 
 
 def _path_of(component: object) -> str:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import EntryPoint
 from inspect import isfunction
@@ -54,6 +55,20 @@ def imported(point: EntryPoint) -> object:
         raise PluginError(
             f"plugin `{point.name}` of {package} failed to import: {told(error)}; fix it, or "
             f"uninstall it (pip uninstall {package})"
+        ) from error
+
+
+@contextmanager
+def explained(plugin: str, what: str) -> Iterator[None]:
+    """Say of an error whose it is, whatever it is."""
+    try:
+        yield
+    except PluginError:
+        raise
+    except Exception as error:
+        raise PluginError(
+            f"plugin {plugin} cannot load {what}: {told(error)}; "
+            "install what it needs, or uninstall it"
         ) from error
 
 

@@ -132,6 +132,7 @@ class Contract(Generic[KindT]):
 
     def test_it_can_go_to_another_process(self) -> None:
         if not self.picklable:
+            hold(isinstance(self.build(), self.kind), f"a {self.kind.__name__}", "none", "build it")
             return
         with holding(
             "it can be pickled: worker processes get a copy",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from copy import deepcopy
+from functools import partial
 from inspect import signature
 from pathlib import Path
 from typing import Any, TypeVar
@@ -53,7 +54,7 @@ class NetworkContract(Contract[NetworkT], ABC):
     def _context(self, component: type[Network]) -> dict[str, Any]:
         made = self.context()
         if "build" in signature(component.__init__).parameters:
-            made.setdefault("build", Registry.installed().build)
+            made.setdefault("build", partial(Registry.installed().build, shapes=True))
         return made
 
     @abstractmethod
@@ -78,11 +79,12 @@ class NetworkContract(Contract[NetworkT], ABC):
     def test_options_alone_determine_the_shape_of_every_weight(self) -> None:
         built = self.build()
         change = "make every shape of `self.options` and the widths that are handed over"
+        stated, context = self.stated(), self._context(type(built))
         with (
             holding("a plan builds it on the meta device, from its options alone", change),
             torch.device("meta"),  # as a plan does: no weight may be read
         ):
-            sketch = type(built)(self.stated(), **self._context(type(built)))
+            sketch = type(built)(stated, **context)
         expected = {name: tuple(weight.shape) for name, weight in built.state_dict().items()}
         found = {name: tuple(weight.shape) for name, weight in sketch.state_dict().items()}
         differing = sorted(

@@ -46,8 +46,8 @@ class VisionEncoderContract(NetworkContract[VisionEncoder]):
                 "`prepare` gives float32", pixels.dtype, "turn the pixels to float32",
             )  # fmt: skip
             hold(
-                pixels.shape == (3, edge, edge),
-                f"`prepare` gives [3, {edge}, {edge}], as `image_size` says",
+                pixels.shape == (encoder.channels, edge, edge),
+                f"`prepare` gives {(encoder.channels, edge, edge)}: `channels` and `image_size`",
                 f"{tuple(pixels.shape)} for an image of {size}", "resize and crop to the square",
             )  # fmt: skip
             hold(
@@ -73,11 +73,12 @@ class VisionEncoderContract(NetworkContract[VisionEncoder]):
         for channel, name in enumerate(("red", "green", "blue")):
             colour = tuple(255 * (channel == other) for other in range(3))
             lit = encoder.prepare(Image.new("RGB", (edge, edge), colour)) - black
-            seen = lit.mean((1, 2))
+            seen = lit.mean((1, 2)).view(-1, 3)  # of each part, where it is made of several
+            brightest = seen.argmax(1)
             hold(
-                int(seen.argmax()) == channel and seen[channel] > 0,
+                (brightest == channel).all() and (seen[:, channel] > 0).all(),
                 f"channel {channel} of `prepare` is {name}",
-                f"a {name} image lights channel {int(seen.argmax())}",
+                f"a {name} image lights channel {brightest.tolist()}",
                 "give [red, green, blue]: PIL's order, not OpenCV's (or say `colours = False`)",
             )
 

@@ -175,9 +175,9 @@ def _check_vision(model: LlavaModel, options: Any) -> None:
     found = plain_encoder(model.vision)
     name = model.vision.name
     if found is None or found.model.config.model_type != "clip_vision_model":
-        other = "`--format hf`" if found is not None else "`--format onnx`"
+        other = "`--format hf` writes it" if found is not None else "the model folder keeps it"
         raise ModelError(
-            f"the original LLaVA has CLIP as its vision tower, and not `{name}`; {other} writes it"
+            f"the original LLaVA has CLIP as its vision tower, and not `{name}`; {other}"
         )
     if options.norm or options.aspect == "squash":
         what = "features behind the final normalisation" if options.norm else "squashed images"
@@ -215,7 +215,7 @@ def _projector(model: LlavaModel) -> tuple[str, dict[str, torch.Tensor]]:
     if layers is None:
         raise ModelError(
             f"the original LLaVA has no projector like connector `{model.connector.name}`, but "
-            "linear, mlp of any depth and identity; `--format onnx` writes any"
+            "linear, mlp of any depth and identity; `--format onnx` writes any that torch can trace"
         )
     if not layers:
         return "identity", {}

@@ -364,7 +364,7 @@ def language_state(language: LanguageModel, layout: str) -> tuple[Any, dict[str,
     usual: Any = None
     if isinstance(model, PreTrainedModel):
         usual = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model.config), None)
-    remedy = "`--format onnx` writes any, and the model folder keeps it"
+    remedy = "the model folder keeps it"  # onnx takes transformers' own alone, too
     if usual is None or usual is not type(model):
         raise ModelError(
             f"language model `{language.name}` is none of transformers' own, which alone fit into "
