@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import json
 import os
 import re
@@ -13,34 +12,9 @@ from hashlib import file_digest
 from itertools import accumulate
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
-from typing import Any, BinaryIO, TextIO
+from typing import Any, TextIO
 
-from llavakit.contracts.errors import DataError, LlavaError, ModelError, RecipeError
-
-
-def open_text(path: Path) -> BinaryIO:
-    """Open a UTF-8 file to read its bytes, behind the byte order mark that some editors write.
-
-    Raises DataError where it cannot be read, or is a folder, a pipe or a device.
-    """
-    try:
-        if path.exists() and not path.is_file():
-            raise DataError(f"cannot read {path}: it is no regular file; copy it to one")
-        file = path.open("rb")
-        if file.read(len(codecs.BOM_UTF8)) != codecs.BOM_UTF8:
-            file.seek(0)
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}; check the path") from error
-    return file
-
-
-def read_text(path: Path) -> str:
-    """Return what `open_text` opens as text. Raises DataError where it is not UTF-8."""
-    try:
-        with open_text(path) as file:
-            return file.read().decode()
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text (byte {error.start}); convert it") from error
+from llavakit.contracts.errors import LlavaError, ModelError, RecipeError
 
 
 def write_text(path: Path, text: str) -> None:

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from llavakit import DataError
-from llavakit.files import open_text, read_text
 from llavakit_plugins.chat_models.secret import read_key
 from llavakit_plugins.datasets.scienceqa_problems import read_problems
+from llavakit_plugins.datasets.text_files import open_text, read_text
 from llavakit_plugins.evaluation.questions import read_questions
 from llavakit_plugins.generators.prompts import load_prompt
 

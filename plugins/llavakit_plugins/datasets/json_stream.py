@@ -14,7 +14,8 @@ from json.decoder import JSONDecodeError, JSONDecoder
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from llavakit import DataError, open_text
+from llavakit import DataError
+from llavakit_plugins.datasets.text_files import open_text
 
 BLOCK = 1 << 20
 _LONGEST_ROW = 1 << 26  # in a file whose end of a text is missing, a row would never end

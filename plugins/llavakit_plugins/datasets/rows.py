@@ -9,7 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from llavakit import DataError, and_more, read_text
+from llavakit import DataError, and_more
+from llavakit_plugins.datasets.text_files import read_text
 
 Row = Mapping[str, Any]
 _NAMED = 5  # ids that a message lists

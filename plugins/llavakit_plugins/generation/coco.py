@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from llavakit import DataError, ImageContext, new_file, open_text
+from llavakit import DataError, ImageContext, new_file
 from llavakit.contracts.data import Box
 from llavakit_plugins.datasets.json_stream import read_member
+from llavakit_plugins.datasets.text_files import open_text
 from llavakit_plugins.generation.contexts import to_line
 
 _log = logging.getLogger("llavakit")

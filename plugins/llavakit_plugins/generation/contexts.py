@@ -15,8 +15,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, overload
 
-from llavakit import DataError, ImageContext, new_file, open_text
+from llavakit import DataError, ImageContext, new_file
 from llavakit.contracts.data import Box, is_cut
+from llavakit_plugins.datasets.text_files import open_text
 
 _BEYOND = 0.01  # rounding may move a corner out of 0..1 by this much
 

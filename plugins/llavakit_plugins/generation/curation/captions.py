@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llavakit import DataError, open_text
+from llavakit import DataError
 from llavakit.contracts.data import is_cut
 from llavakit_plugins.datasets.json_stream import read_lines, read_list
+from llavakit_plugins.datasets.text_files import open_text
 
 _FIRST = 1 << 12  # bytes that are read to recognise a file
 
