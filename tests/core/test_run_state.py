@@ -76,10 +76,9 @@ def test_any_other_state_is_damage(saved: Path, data: st.DataObject) -> None:
 
 
 @FUZZ
-@given(
-    st.sampled_from(["step-000003", "best-000003"]), st.integers(0, 10**6), st.binary(max_size=9)
-)
-def test_any_other_bytes_are_damage(saved: Path, name: str, at: int, found: bytes) -> None:
+@given(st.sampled_from(["step", "best"]), st.integers(0, 10**6), st.binary(max_size=9))
+def test_any_other_bytes_are_damage(saved: Path, kind: str, at: int, found: bytes) -> None:
+    name = f"{kind}-000003"
     file = saved / name / "state.safetensors"
     before = file.read_bytes()
     at %= len(before)
@@ -161,8 +160,8 @@ def test_a_run_goes_on_or_says_why_not(
     if refusal:
         assert name in refusal
         return
-    record = json.loads((copy / "01-scenes" / "artifact.json").read_text())
-    assert record["metrics"]
+    assert (copy / "01-scenes" / "artifact.json").is_file()
+    assert (copy / "01-scenes" / "train.jsonl").is_file()
 
 
 @settings(FUZZ, max_examples=20)
