@@ -407,16 +407,17 @@ def test_a_folder_within_a_step_that_cannot_be_made(
     recipe = tmp_path / "r.toml"
     recipe.write_text(
         '[[steps]]\nuse = "scenes"\ntrain = 8\nsingle = 8\ntest = 8\n'
-        '[[steps]]\nuse = "generate"\ncontexts = { few = "@scenes/train.jsonl" }\n'
+        '[[steps]]\nuse = "generate"\ncontexts = "@scenes/train.jsonl"\n'
+        'images = "@scenes/images"\nheld_out = "@scenes/test.jsonl"\n'
         'generator = { use = "offline" }\n'
     )
     mkdir = Path.mkdir
 
     def refuse(path: Path, *how: Any, **more: Any) -> None:
-        if path.name == "few":
+        if path.name == "held-out":
             raise OSError(error, os.strerror(error), str(path))
         mkdir(path, *how, **more)
 
     monkeypatch.setattr(Path, "mkdir", refuse)
     text = refused(recipe, "--out", tmp_path / "run")
-    assert f"cannot write {tmp_path}/run/02-generate/few: {os.strerror(error)}" in text
+    assert f"cannot write {tmp_path}/run/02-generate/held-out: {os.strerror(error)}" in text
