@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Callable
@@ -397,3 +398,26 @@ def test_weights_of_another_width_are_refused(
     assert "does not describe the weights beside it" in refused(
         "chat", file.parent, "--prompt", "x"
     )
+
+
+@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EACCES, errno.EROFS])
+def test_a_folder_within_a_step_that_cannot_be_made(
+    tmp_path: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch, error: int
+) -> None:
+    recipe = tmp_path / "r.toml"
+    recipe.write_text(
+        '[[steps]]\nuse = "scenes"\ntrain = 8\nsingle = 8\ntest = 8\n'
+        '[[steps]]\nuse = "generate"\ncontexts = "@scenes/train.jsonl"\n'
+        'images = "@scenes/images"\nheld_out = "@scenes/test.jsonl"\n'
+        'generator = { use = "offline" }\n'
+    )
+    mkdir = Path.mkdir
+
+    def refuse(path: Path, *how: Any, **more: Any) -> None:
+        if path.name == "held-out":
+            raise OSError(error, os.strerror(error), str(path))
+        mkdir(path, *how, **more)
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    text = refused(recipe, "--out", tmp_path / "run")
+    assert f"cannot write {tmp_path}/run/02-generate/held-out: {os.strerror(error)}" in text

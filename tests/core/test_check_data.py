@@ -19,6 +19,7 @@ from tests import published
 from tests.core.conftest import Command
 
 from llavakit import DataError, Dataset, Options, Registry, Sample, Turn, Use
+from llavakit.files import CONTROL
 from llavakit.testing import byte_tokenizer
 from llavakit_plugins.datasets.inspection import Lengths, inspect_data
 
@@ -82,6 +83,7 @@ def check(folder: Path, llava_run: Command) -> Callable[..., tuple[int, dict[str
 
 
 Check = Callable[..., tuple[int, dict[str, Any], str]]
+SKIP = ("--set", "unusable=skip")
 
 
 def test_halves_of_characters_are_shown(check: Check) -> None:
@@ -261,6 +263,9 @@ def test_an_image_that_would_stop_a_training_stops_the_check(
         Registry.installed().build(Use[Dataset].model_validate(use))
     data = Registry.installed().build(Use[Dataset].model_validate({**use, "unusable": "skip"}))
     assert [sample.id for sample in data] == [str(good["id"]) for good in GOOD]
+    code, report, err = check([*GOOD, row("bad", "<image>", "red .", image=name)], *SKIP)
+    assert (code, report["usable"], report["samples"], report["rows"]) == (0, True, 6, 7), err
+    assert [finding["stops"] for finding in report["findings"]] == [False]
 
 
 @pytest.mark.parametrize(
@@ -314,6 +319,12 @@ def test_a_row_that_would_be_trained_as_something_else_is_one_error(
         Registry.installed().build(Use[Dataset].model_validate(use))
     data = Registry.installed().build(Use[Dataset].model_validate({**use, "unusable": "skip"}))
     assert [sample.id for sample in data] == [str(good["id"]) for good in GOOD]
+    code, report, err = check([*GOOD, bad], *SKIP)
+    assert (code, report["usable"], report["samples"], report["rows"]) == (0, True, 6, 7), err
+    assert [(finding["sort"], finding["stops"]) for finding in report["findings"]] == [
+        (sort, False)
+    ]
+    assert check([bad], *SKIP)[0] == 2  # nothing is left to train on
 
 
 def test_a_list_of_images_may_be_called_images(check: Check, folder: Path) -> None:
@@ -545,3 +556,32 @@ def test_a_data_set_that_says_nothing_of_itself_is_looked_at_too(folder: Path) -
     assert report.samples == 12
     assert report.duplicate_ids == 6
     assert report.distinct_images == 3
+
+
+def test_what_a_skipping_training_would_still_stop_at_stops_the_check(check: Check) -> None:
+    silent = row("silent", "what ?", "red .")
+    silent["conversations"] = silent["conversations"][:1]
+    code, report, _ = check([*GOOD, silent], *SKIP, "--max-length", 2)
+    assert code == 2
+    assert not report["usable"]
+    code, report, err = check("[{}", *SKIP)
+    assert (code, report["findings"][0]["sort"], report["findings"][0]["stops"]) == (
+        2,
+        "file",
+        True,
+    )
+    assert "would stop a training: file" in err
+
+
+def test_no_control_character_and_no_markup_of_the_data_reaches_the_terminal(
+    folder: Path, llava_run: Command
+) -> None:
+    bad = row("a\x1b[2J", "what ?", "red .", image="[/b]\x1b]0;x\x07.png")
+    path = folder / "[red] [" / "x]\x1b[31m.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps([*GOOD, bad]))
+    code, out, err = llava_run("check-data", path, "--images", folder)
+    assert code == 2
+    assert not CONTROL.search(out + err)
+    assert "a\\x1b[2J" in out
+    assert "[red] [/x]\\x1b[31m.json" in out

@@ -138,6 +138,19 @@ def test_steps_beside_a_base_are_refused_at_their_line(tmp_path: Path) -> None:
         Recipe.load(path, REGISTRY)
 
 
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ("model.vision.config.num_hidden_layers=1000003", "no model has more than 1000"),
+        ("model.language.config.num_hidden_layers=1000003", "no model has more than 1000"),
+        ("machine.tflops=1e-308", "option `tflops`: input should be greater than 0.000001"),
+    ],
+)
+def test_a_plan_that_would_never_end_is_refused(change: str, sentence: str, refused: Any) -> None:
+    sets = ("--set", "machine.tflops=1", "--set", change)
+    assert sentence in refused(TINY, "--plan", *sets)
+
+
 # -- any value at any key --------------------------------------------------------------------------
 
 Key = tuple[str | int, ...]

@@ -317,6 +317,20 @@ def test_widths_of_4_bits(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> N
             four_bits(tmp_path / "half", dtype="float32")
 
 
+@pytest.mark.parametrize(("name", "size"), [("hidden_size", 96), ("intermediate_size", 100)])
+def test_a_plan_refuses_widths_of_4_bits_that_loading_refuses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, size: int
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    their_model("llama", **{**WHOLE, name: size}).config.save_pretrained(tmp_path / "half")
+    stated = {"source": str(tmp_path / "half"), "quantize": "nf4"}
+    with torch.device("meta"):
+        with pytest.raises(ModelError, match=rf"half: `\S+` has {size} inputs, .*blocks of 64"):
+            Vicuna(VicunaOptions.model_validate(stated))
+        Vicuna(VicunaOptions.model_validate({**stated, "device": "cuda"}))  # computes any width
+        Vicuna(VicunaOptions.model_validate({**stated, "quantize": None}))
+
+
 @bits
 def test_any_model_folder_can_be_used_in_4_bits(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

@@ -15,6 +15,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from llavakit.model.images import open_image
+from llavakit_plugins.onnx.runtime.pictures import Preparation
 from llavakit_plugins.vision.preprocessing import MEAN, RGB, STD, Square, pad_to_square, to_square
 
 PHOTOS = sorted((published.folder() / "images").glob("*.jpg"))
@@ -173,3 +174,25 @@ def test_small_decoding_keeps_to_rgb(tmp_path: Path, mode: str) -> None:
     noise((900, 900)).convert(mode).save(tmp_path / "a.jpg")
     image = open_image(tmp_path / "a.jpg", "x", 224)
     assert (image.mode, image.size) == ("RGB", (225, 225))
+
+
+@pytest.mark.parametrize("size", [(6500, 100), (100, 20_000), (4097, 40), (17, 3000), (300, 200)])
+@pytest.mark.parametrize("aspect", ["crop", "pad", "squash"])
+def test_the_onnx_runtime_bounds_thin_images_as_training_does(
+    size: tuple[int, int], aspect: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[tuple[int, int]] = []
+    new = Image.new
+
+    def watched(mode: str, edges: tuple[int, int], *more: Any) -> Image.Image:
+        made.append(edges)
+        return new(mode, edges, *more)
+
+    monkeypatch.setattr(Image, "new", watched)
+    image = noise(size)
+    ours = Preparation(
+        size=32, aspect=aspect, resample="bicubic", resized=32, mean=MEAN, std=STD
+    ).prepare(image)
+    assert all(width * height <= 4096**2 for width, height in made)
+    expected = to_square(image, Square(32, aspect, MEAN, STD))
+    np.testing.assert_allclose(ours, expected.numpy(), atol=1e-6)

@@ -35,7 +35,7 @@ class Machine(BaseModel):
 
     name: str = "this machine"
     devices: int = Field(default=1, ge=1)
-    tflops: float | None = Field(default=None, gt=0)  #: Sustained rate of a device, 10^12/s.
+    tflops: float | None = Field(default=None, gt=1e-6)  #: Sustained rate of a device, 10^12/s.
     memory_gb: float | None = Field(default=None, gt=0)
     usd_per_hour: float = Field(default=0.0, ge=0)  #: Price of all devices together.
 

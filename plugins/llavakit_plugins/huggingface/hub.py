@@ -21,6 +21,8 @@ from llavakit_plugins.huggingface.tokenizers import fast_tokenizer
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_MOST_LAYERS = 1000
+
 
 class PretrainedOptions(Options):
     """Weights of a folder or the hub, or a new model of a given shape."""
@@ -46,7 +48,7 @@ def read_config(options: PretrainedOptions, part: str = "vision_config") -> dict
     the source's configuration is not on this machine.
     """
     if options.source is None:
-        return dict(options.config)  # its own: who is given it may take things out
+        return _bounded(dict(options.config))  # its own: who is given it may take things out
     found = find_file(options, "config.json")
     if found is not None:
         table = read_json(found)
@@ -60,7 +62,21 @@ def read_config(options: PretrainedOptions, part: str = "vision_config") -> dict
             f"`{options.source}` is neither a folder with a config.json nor in the local hub "
             f"cache; fetch it with `hf download {options.source}`, or give its shape as `config`"
         )
-    return {**table, **options.config}
+    return _bounded({**table, **options.config})
+
+
+def _bounded(table: dict[str, Any]) -> dict[str, Any]:
+    """Return a configuration. Raises ModelError for so many layers that building them never ends.
+
+    Widths cost nothing before there are weights; layers are objects, one after another.
+    """
+    layers = table.get("num_hidden_layers")
+    if isinstance(layers, int) and layers > _MOST_LAYERS:
+        raise ModelError(
+            f"`num_hidden_layers` is {layers}, and no model has more than {_MOST_LAYERS}; fix "
+            "`config`, or the source's config.json"
+        )
+    return table
 
 
 class UnfitConfig(ModelError):
