@@ -34,7 +34,7 @@ class TestScienceQA(llavakit.testing.DatasetContract):
     folder: Path
 
     @property
-    def options(self) -> Mapping[str, Any]:
+    def options(self) -> Mapping[str, Any]:  # type: ignore[override]
         return {"problems": self.folder / "problems.json"}
 
     def build(self) -> Dataset:
