@@ -40,6 +40,9 @@ class TestScienceQA(llavakit.testing.DatasetContract):
     def build(self) -> Dataset:
         return Registry.installed().build(Use[Dataset](use="scienceqa", **self.options))
 
+    def expected(self) -> None:
+        return None  # every row is compared with the converter's below
+
 
 def build(folder: Path, **options: object) -> Dataset:
     stated = {"use": "scienceqa", "problems": folder / "problems.json", **options}
