@@ -5,7 +5,6 @@ Faults of components without weights are in `test_contract_faults_data`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -137,12 +136,12 @@ class Wholly(Vicuna):
 
 
 class Endless(Vicuna):
-    end_ids = frozenset()  # type: ignore[assignment]
+    end_ids = frozenset()
 
 
 class Uncalled(Vicuna):
     @property
-    def blocks(self) -> Sequence[nn.Module]:
+    def blocks(self) -> list[nn.Module]:
         return [nn.Identity()]
 
 

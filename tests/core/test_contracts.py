@@ -183,7 +183,7 @@ class TestChatml(Templates):
 
 class TestConversations(llavakit.testing.DatasetContract):
     @property
-    def options(self) -> Mapping[str, Any]:
+    def options(self) -> Mapping[str, Any]:  # type: ignore[override]
         return {"path": Place.folder / "rows.json"}
 
     def build(self) -> Dataset:
@@ -197,7 +197,7 @@ class TestMix(llavakit.testing.DatasetContract):
     ids_recur = True  # both parts are of one file
 
     @property
-    def options(self) -> Mapping[str, Any]:
+    def options(self) -> Mapping[str, Any]:  # type: ignore[override]
         return {"parts": [Place.data(), {**Place.data(), "limit": 2}]}
 
     def build(self) -> Dataset:
@@ -214,7 +214,7 @@ class TestOffline(llavakit.testing.GeneratorContract):
 
 class TestExactMatch(llavakit.testing.BenchmarkContract):
     @property
-    def options(self) -> Mapping[str, Any]:
+    def options(self) -> Mapping[str, Any]:  # type: ignore[override]
         return {"data": Place.data()}
 
     def build(self) -> Benchmark:
@@ -223,7 +223,7 @@ class TestExactMatch(llavakit.testing.BenchmarkContract):
 
 class TestFinetune(llavakit.testing.StepContract):
     @property
-    def options(self) -> Mapping[str, Any]:
+    def options(self) -> Mapping[str, Any]:  # type: ignore[override]
         train = {"connector": 1e-3, "language": 1e-3}
         return {"data": Place.data(), "train": train, "batch_size": 2}
 
@@ -236,7 +236,7 @@ class TestFinetune(llavakit.testing.StepContract):
 
 class TestEvaluate(TestFinetune):
     @property
-    def options(self) -> Mapping[str, Any]:
+    def options(self) -> Mapping[str, Any]:  # type: ignore[override]
         benchmark = {"use": "exact-match", "data": Place.data()}
         return {
             "benchmarks": [benchmark],

@@ -154,7 +154,7 @@ class Small(llavakit.testing.BenchmarkContract):
     more: ClassVar[Mapping[str, Any]] = {}
 
     @property
-    def options(self) -> Mapping[str, Any]:
+    def options(self) -> Mapping[str, Any]:  # type: ignore[override]
         return {**{key: self.folder / name for key, name in self.files.items()}, **self.more}
 
     def build(self) -> Benchmark:

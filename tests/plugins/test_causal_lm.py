@@ -37,7 +37,7 @@ class Contract(llavakit.testing.LanguageModelContract):
     family: ClassVar[str]
 
     @property
-    def options(self) -> Mapping[str, Any]:
+    def options(self) -> Mapping[str, Any]:  # type: ignore[override]
         return {"config": config_of(self.family)}
 
     def build(self) -> LanguageModel:

@@ -75,7 +75,7 @@ class TestOpenAI(ChatModelContract):
         self.service = service
 
     @property
-    def options(self) -> Any:
+    def options(self) -> Any:  # type: ignore[override]
         return {"model": "gpt-4o"}
 
     def build(self) -> ChatModel:
@@ -94,7 +94,7 @@ class TestReplay(ChatModelContract):
         self.service, self.folder = service, tmp_path
 
     @property
-    def options(self) -> Any:
+    def options(self) -> Any:  # type: ignore[override]
         return {"path": "x"}
 
     def build(self) -> ChatModel:

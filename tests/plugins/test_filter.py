@@ -62,7 +62,7 @@ class TestFilter(StepContract):
         self.file.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
     @property
-    def options(self) -> Any:
+    def options(self) -> Any:  # type: ignore[override]
         return {"captions": self.file, "workers": 1}
 
     def build(self) -> Step:

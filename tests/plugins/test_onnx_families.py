@@ -12,7 +12,7 @@ import pytest
 import torch
 from tests.plugins.onnx_models import HEADS_OF_16, make_model, make_pictures
 
-from llavakit import Exporter, LlavaModel, Registry
+from llavakit import Exporter, LlavaModel, ModelError, Registry
 from llavakit.contracts.model import Sampling
 from llavakit.contracts.networks import LanguageModel
 from llavakit.testing import ExporterContract
@@ -22,6 +22,7 @@ pytest.importorskip("onnxruntime")
 
 import onnx_ir as ir
 
+from llavakit_plugins.connectors.mlp import Linear
 from llavakit_plugins.onnx.exporter import graphs as tracing
 from llavakit_plugins.onnx.exporter.exporter import Onnx, OnnxOptions
 from llavakit_plugins.onnx.runtime import load
@@ -131,6 +132,27 @@ def test_half_precision_weights_are_exported_from_float32(tmp_path: Path) -> Non
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     exact = model.float().logits(QUESTION, [picture]).numpy()
     assert np.abs(load(tmp_path / "out").logits(QUESTION, [picture]) - exact).max() < 1e-4
+
+
+@pytest.mark.parametrize("way", ["view", "loop"])
+def test_a_connector_that_fixes_the_number_of_images_is_named(tmp_path: Path, way: str) -> None:
+    class Fixed(Linear):
+        name = "fixed"
+
+        def forward(self, features_BPD: torch.Tensor) -> torch.Tensor:
+            found = super().forward(features_BPD)
+            if way == "view":
+                return found.flatten().view(2, features_BPD.shape[1], -1)
+            return torch.cat([image[None] for image in found])
+
+    model = make_model(connector="linear")
+    fixed = Fixed(
+        Linear.Options(), vision_width=model.vision.width, language_width=model.language.width
+    )
+    model.connector = fixed.eval()
+    with pytest.raises(ModelError, match="connector `fixed`"):
+        Onnx(OnnxOptions()).export(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 class TestOnnx(ExporterContract):

@@ -54,7 +54,7 @@ class TestPrompted(GeneratorContract):
             yield
 
     @property
-    def options(self) -> Any:
+    def options(self) -> Any:  # type: ignore[override]
         return {"chat": {"use": "openai", "model": "gpt-4o"}}
 
     def build(self) -> Generator:

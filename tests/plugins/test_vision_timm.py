@@ -59,7 +59,7 @@ class TestDinoV2WithRegisters(VisionEncoderContract):
     name = "vit_small_patch14_reg4_dinov2.lvd142m"
 
     @property
-    def options(self) -> Mapping[str, Any]:
+    def options(self) -> Mapping[str, Any]:  # type: ignore[override]
         return options(self.name).model_dump(exclude_defaults=True)
 
     def build(self) -> VisionEncoder:
@@ -71,7 +71,7 @@ class TestSiglipNormalised(TestDinoV2WithRegisters):
     name = "vit_base_patch16_siglip_224.webli"
 
     @property
-    def options(self) -> Mapping[str, Any]:
+    def options(self) -> Mapping[str, Any]:  # type: ignore[override]
         changes: dict[str, Any] = {"layer": -1, "norm": True, "aspect": "pad", "fast": True}
         return options(self.name, **changes).model_dump(exclude_defaults=True)
 

@@ -73,7 +73,7 @@ class PromptTemplateContract(Contract[PromptTemplate]):
         tokenizer = self.tokenizer()
         segments = self._segments(ONE)
         ids, supervised = tokenise(segments, tokenizer, begin=self.build().adds_bos)
-        learned = tokenizer.decode([int(i) for i in ids[supervised]])
+        learned = str(tokenizer.decode([int(i) for i in ids[supervised]]))
         front = learned.partition(ANSWER)[0]
         hold(
             ANSWER in learned and not front.strip(),
@@ -112,7 +112,7 @@ class PromptTemplateContract(Contract[PromptTemplate]):
         hold(SECOND not in supervised, "no question is learned", f"{supervised!r}", change)
 
     def test_every_turn_is_shown_in_order(self) -> None:
-        turns = [ONE]
+        turns: list[tuple[Turn, ...]] = [ONE]
         if self.several_turns:
             turns += [TWO, (*TWO, Turn("human", "And last?")), TWO[:3]]
         for case in turns:

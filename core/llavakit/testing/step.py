@@ -219,14 +219,14 @@ class StepContract(Contract[Step]):
         for file in sorted(one.glob("*/**/*.safetensors")):
             if not any(is_model(folder) for folder in file.parents):
                 continue  # a checkpoint is the step's own affair
-            name = file.relative_to(one)
-            if not (two / name).is_file():
-                hold(False, promise, f"{name} is missing", change)
-            mine, theirs = load_file(file), load_file(two / name)
+            part = file.relative_to(one)
+            if not (two / part).is_file():
+                hold(False, promise, f"{part} is missing", change)
+            mine, theirs = load_file(file), load_file(two / part)
             for key, weight in mine.items():
                 apart = (weight.double() - theirs[key].double()).abs().max().item()
                 hold(
-                    apart <= self.close, promise, f"{key} of {name} differs by {apart:.3g}", change
+                    apart <= self.close, promise, f"{key} of {part} differs by {apart:.3g}", change
                 )
 
 

@@ -152,7 +152,7 @@ class Hf(Exporter):
             remedy = (
                 f"`--format original` writes it, as mlp{len(layers)}x_gelu"
                 if layers
-                else "`--format onnx` writes any that torch can trace, and the model folder keeps it"
+                else "`--format onnx` writes any that torch can trace; the model folder keeps it"
             )
             raise ModelError(
                 f"{what} does not fit transformers' LLaVA, whose projector is two linear layers "
@@ -200,8 +200,8 @@ def _vision(model: LlavaModel, options: Any) -> TransformersEncoder:
     if found is None:
         raise ModelError(
             f"vision encoder `{name}` is none of transformers' own, which alone fit into "
-            "transformers' LLaVA; the model folder keeps it, and `--format onnx` writes one that torch "
-            "can trace and that prepares images by cropping, padding or squashing"
+            "transformers' LLaVA; the model folder keeps it, and `--format onnx` writes one that "
+            "torch can trace and that prepares images by cropping, padding or squashing"
         )
     if options.norm:
         raise ModelError(

@@ -74,15 +74,15 @@ def _look() -> tuple[dict[str, list[dict[str, Any]]], list[dict[str, Any]]]:
             if name in usable
         ]
     broken = []
-    for plugin, error in {**registry.broken, **faults}.items():
+    for plugin, fault in {**registry.broken, **faults}.items():
         package, _, name = plugin.rpartition(":")
         broken.append(
             {
                 "name": name,
                 "package": package,
                 "version": _version(package),
-                "error": str(error),
-                "traceback": _traceback(error),
+                "error": str(fault),
+                "traceback": _traceback(fault),
             }
         )
     return found, broken

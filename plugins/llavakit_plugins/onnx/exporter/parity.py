@@ -144,7 +144,26 @@ def prove(
     """
     found = {}
     for precision, candidate in exported.items():
-        figures = compare(candidate, tried)
+        try:
+            for images in (1, 3):  # it was traced with two
+                pixels = np.zeros((images, 3, *(model.vision.image_size,) * 2), np.float32)
+                if (found_images := len(candidate.features(pixels))) != images:
+                    raise ModelError(
+                        f"connector `{model.connector.name}` gives embeddings of {found_images} "
+                        f"images for {images}: it took their number for a constant while it was "
+                        "traced; take it from the input (`x.shape[0]`, -1) in its `forward`"
+                    )
+            figures = compare(candidate, tried)
+        except Exception as error:
+            if not type(error).__module__.startswith("onnxruntime"):
+                raise
+            line = str(error).strip().partition("\n")[0]
+            raise ModelError(
+                f"the ONNX graphs of {precision} do not run ({line:.300}): connector "
+                f"`{model.connector.name}`, or vision encoder `{model.vision.name}`, took a size "
+                "for a constant while it was traced; take the number of images from the input "
+                "(`x.shape[0]`, -1) in its `forward`; nothing was written"
+            ) from error
         if precision == "fp32" and (figures.largest > tolerance or figures.tokens < 1.0):
             worst = max(
                 tried,
