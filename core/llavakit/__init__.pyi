@@ -66,9 +66,11 @@ from .contracts.sections import (
     Section as Section,
     Table as Table,
 )
+from .engine.plan import Plan as Plan
 from .engine.progress import (
-    aligned as aligned,
+    count as count,
     duration as duration,
+    one_line as one_line,
     say as say,
     show_progress as show_progress,
 )
@@ -96,9 +98,6 @@ from .model.answer import (
 from .model.detokenise import (
     Unfinished as Unfinished,
     special_stops as special_stops,
-)
-from .model.devices import (
-    explain_memory as explain_memory,
 )
 from .model.folder import (
     cast_weights as cast_weights,
@@ -133,10 +132,7 @@ from .recipe.model_choice import (
 from .recipe.overrides import (
     set_key as set_key,
 )
-from .recipe.recipe import (
-    Published as Published,
-    Recipe as Recipe,
-)
+from .recipe.recipe import Published as Published, Recipe as Recipe, recipe_folder as recipe_folder
 from .recipe.redaction import (
     hide as hide,
     is_key as is_key,
@@ -146,14 +142,12 @@ from .recipe.redaction import (
     redacted as redacted,
     shown as shown,
 )
-from .registry import Registry as Registry, kind_of as kind_of
+from .registry import Registry as Registry, all_kinds as all_kinds, kind_of as kind_of
 from .stream.attention import (
     packed_attention as packed_attention,
-    rows_attention as rows_attention,
 )
 from .stream.batch import (
     PackedBatch as PackedBatch,
-    best_fit as best_fit,
     pack as pack,
 )
 from .stream.encode import (

@@ -9,7 +9,7 @@ import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from hashlib import sha256
+from hashlib import file_digest
 from itertools import accumulate
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
@@ -92,10 +92,9 @@ def new_folder(path: Path) -> Iterator[Path]:
                     sync(file)
             if path.exists():
                 path.rename(old)
-                partial.rename(path)
+            partial.rename(path)
+            if old.exists():
                 shutil.rmtree(old)
-            else:
-                partial.rename(path)
             sync(path.parent)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
@@ -121,11 +120,10 @@ class JsonLines:
         self.path = path
         with explain_write(path):
             with path.open("ab+") as file:
-                if size := file.tell():
+                self._end = size = file.tell()
+                if size:  # what is empty cannot be mapped
                     with mmap(file.fileno(), 0, access=ACCESS_READ) as data:
                         self._end = data.rfind(b"\n") + 1
-                else:
-                    self._end = 0
                 if self._end < size:
                     file.truncate(self._end)
             sync(path.parent)
@@ -135,9 +133,8 @@ class JsonLines:
 
         They are on the disk then, where they are to be `durable`: it waits for that.
         """
-        lines = [
-            printable_json(json.dumps(row, ensure_ascii=False)).encode() + b"\n" for row in rows
-        ]
+        texts = (printable_json(json.dumps(row, ensure_ascii=False)) for row in rows)
+        lines = [f"{text}\n".encode() for text in texts]
         starts = [*accumulate(map(len, lines), initial=self._end)]
         left = memoryview(b"".join(lines))
         # no buffer: what a full disk refuses must not come later, between other lines
@@ -236,18 +233,15 @@ def listed_file(folder: Path, name: str) -> Path:
 
 def digest(path: Path) -> str:
     """Return the SHA-256 of a file, as hex."""
-    total = sha256()
     with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            total.update(block)
-    return total.hexdigest()
+        return file_digest(file, "sha256").hexdigest()
 
 
 def peek_json(path: Path) -> dict[str, Any]:
     """Return the table in a JSON file, empty where there is none that can be read."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
 

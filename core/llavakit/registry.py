@@ -116,10 +116,6 @@ class Registry:
         """Return the component that a recipe chose."""
         return self.get(cast("type[KindT]", kind_of(use)), use.use)
 
-    def has(self, kind: type[Component], name: str) -> bool:
-        """Say whether there is a component of this kind and name, without importing it."""
-        return name in self._offers(kind)
-
     def all(self, kind: type[KindT]) -> dict[str, type[KindT]]:
         """Return every component of a kind, by name. Imports all of them."""
         return {name: offer.load(kind) for name, offer in self._offers(kind).items()}

@@ -22,10 +22,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from llavakit import LlavaModel
-from llavakit.stream.batch import PackedBatch, best_fit, pack
+from llavakit.stream.batch import PackedBatch, pack
 from llavakit.stream.encode import Encoded
 from llavakit_plugins.connectors.mlp import Mlp, MlpOptions
 from llavakit_plugins.language.vicuna import Vicuna, VicunaOptions
+from llavakit_plugins.training.best_fit import best_fit
 from llavakit_plugins.training.optimiser import Group, Optimiser, Schedule
 from llavakit_plugins.vision.clip import Clip, ClipOptions
 

@@ -115,7 +115,7 @@ _MEMORY = """\
 import sys
 import numpy, onnxruntime
 from PIL import Image
-from llavakit_plugins.onnx_runtime import load
+from llavakit_plugins.onnx.runtime import load
 def held():
     lines = dict(line.split(":") for line in open("/proc/self/status") if line.startswith("Vm"))
     return int(lines["VmRSS"].split()[0]) * 1024

@@ -28,8 +28,9 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from tests.core.peer import IMAGE_TOKEN, make_pair
 
 from llavakit import LlavaModel
-from llavakit.stream.batch import best_fit, pack
+from llavakit.stream.batch import pack
 from llavakit.stream.encode import IMAGE_ID, Encoded
+from llavakit_plugins.training.best_fit import best_fit
 
 VISION = {
     "hidden_size": 96, "intermediate_size": 192, "num_hidden_layers": 3, "num_attention_heads": 4,

@@ -40,16 +40,19 @@ _SERVER.set_forkserver_preload(
 )
 
 
-def start(folder: Path, *arguments: object, kill_at: int | None = None) -> BaseProcess:
+def start(
+    folder: Path, *arguments: object, kill_at: int | None = None, below: str = ""
+) -> BaseProcess:
     """Start `llava-run` with these arguments; its output goes to `folder/terminal.txt`.
 
-    With `kill_at` the process kills itself (SIGKILL) right before its so-many-th write.
+    With `kill_at` the process kills itself (SIGKILL) right before its so-many-th write, of those
+    to paths that hold `below`.
     """
     texts = [str(argument) for argument in arguments]
     # the server's environment is that of whichever test was the first to start a process
     environment = dict(os.environ)
     process = _SERVER.Process(
-        target=_run, args=(folder / "terminal.txt", texts, environment, kill_at)
+        target=_run, args=(folder / "terminal.txt", texts, environment, kill_at, below)
     )
     process.start()
     return process
@@ -64,13 +67,17 @@ def finish(process: BaseProcess, seconds: float = 120) -> int:
     return process.exitcode
 
 
-def run(folder: Path, *arguments: object, kill_at: int | None = None) -> int:
+def run(folder: Path, *arguments: object, kill_at: int | None = None, below: str = "") -> int:
     """Run to the end; return the exit code."""
-    return finish(start(folder, *arguments, kill_at=kill_at))
+    return finish(start(folder, *arguments, kill_at=kill_at, below=below))
 
 
 def _run(
-    output: Path, arguments: list[str], environment: dict[str, str], kill_at: int | None
+    output: Path,
+    arguments: list[str],
+    environment: dict[str, str],
+    kill_at: int | None,
+    below: str,
 ) -> None:
     os.environ.clear()
     os.environ.update(environment)
@@ -83,7 +90,7 @@ def _run(
 
     torch.set_num_threads(1)
     if kill_at is not None:
-        _kill_before_write(kill_at)
+        _kill_before_write(kill_at, below)
     try:
         code = main(arguments)
     except BaseException:
@@ -94,13 +101,13 @@ def _run(
     os._exit(code)
 
 
-def _kill_before_write(number: int) -> None:
+def _kill_before_write(number: int, below: str) -> None:
     count = 0
 
     def hook(event: str, arguments: tuple[object, ...]) -> None:
         nonlocal count
         opened = event == "open" and isinstance(arguments[1], str) and arguments[1][:1] in "wax"
-        if opened or event in WRITES:
+        if (opened or event in WRITES) and below in " ".join(map(str, arguments)):
             count += 1
             if count == number:
                 os.kill(os.getpid(), signal.SIGKILL)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from llavakit.contracts.packing import KVCache, Packing, Scoring
-from llavakit.stream import varlen
 from llavakit.stream.attention import packed_attention
+from llavakit_plugins.language import varlen
 
 LENGTHS = (5, 1, 9)
 HEADS, GROUPS, WIDTH = 4, 2, 8

@@ -58,7 +58,7 @@ def test_a_terminal_without_a_letter_gets_it_spelt_out(
 ) -> None:
     terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stdout", terminal)
-    monkeypatch.setattr("llavakit.cli.plan.render", lambda plan: "1 – 2")
+    monkeypatch.setattr("llavakit_plugins.reporting.plan.render", lambda plan: "1 – 2")
     assert llava_run("llava7b", "--plan").code == 0
     terminal.flush()
     assert terminal.buffer.getvalue() == b"1 \\u2013 2\n"

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,8 +20,8 @@ from torch import Tensor
 
 from llavakit_plugins.training.parallel import deal
 
-KILLED = 66
-"""Which write of a run is its last: one between two checkpoints of stage 2."""
+KILLED: dict[str, Any] = {"kill_at": 13, "below": "02-finetune"}
+"""The write that a run dies before: one between two checkpoints of stage 2."""
 GENTLE = ("--set", "steps.finetune.train={ connector = 1e-4, language = 1e-4 }")
 
 
@@ -42,7 +43,9 @@ def outcome(folder: Path) -> tuple[list[float], dict[str, Tensor]]:
     return [line["loss"] for line in lines if line["event"] == "train"], weights
 
 
-def test_a_team_arrives_where_one_process_does(write_recipe: RecipeWriter, tmp_path: Path) -> None:
+def test_several_processes_arrive_where_one_does(
+    write_recipe: RecipeWriter, tmp_path: Path
+) -> None:
     """24 samples, some without an image: with whole weights on both, then with divided ones."""
     arguments = (write_recipe(), *GENTLE)
     assert processes.run(tmp_path, *arguments, "--out", tmp_path / "one") == 0
@@ -53,7 +56,7 @@ def test_a_team_arrives_where_one_process_does(write_recipe: RecipeWriter, tmp_p
 
     # stage 2 divides the weights by default; one process began it and was killed
     divided = (*arguments, "--out", tmp_path / "divided")
-    assert processes.run(tmp_path, *divided, kill_at=KILLED) == -signal.SIGKILL
+    assert processes.run(tmp_path, *divided, **KILLED) == -signal.SIGKILL
     assert "02-finetune" in {folder.name for folder in (tmp_path / "divided").iterdir()}
     second = llava_run(2, *divided, "--resume")
 

@@ -88,7 +88,7 @@ def test_a_changed_recipe_goes_on_from_the_first_changed_step(
     code, _, err = llava_run(path, "--out", run, "--set", "steps.finetune.epochs=1")
     assert code == 0
     assert "01-pretrain: done before" in err
-    assert "02-finetune: the recipe changed, so it is done again" in err
+    assert "02-finetune: the recipe changed (steps.finetune.epochs), so it is done again" in err
     assert stamps(run / "01-pretrain") == before
     aside = run / "superseded" / "02-finetune.1"
     assert str(aside) in err
@@ -173,7 +173,7 @@ def test_two_runs_in_one_folder_are_refused(
         assert "another llava-run is writing to" in refused(path, "--out", run)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", "\udcff"])
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", "\udcff", "[" * 9999, '{"record": 1}'])
 def test_a_damaged_record_is_named(
     done: tuple[Path, Path], refused: Callable[..., str], text: str
 ) -> None:

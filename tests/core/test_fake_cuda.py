@@ -20,10 +20,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from llavakit import LanguageModel, LlavaModel
 from llavakit.model.folder import cast_weights
-from llavakit.stream import varlen
 from llavakit.stream.batch import PackedBatch, pack
 from llavakit.stream.encode import Encoded
 from llavakit_plugins.connectors.mlp import Mlp, MlpOptions
+from llavakit_plugins.language import varlen
 from llavakit_plugins.language.causal_lm import CausalLM, CausalLMOptions
 from llavakit_plugins.language.vicuna import Vicuna, VicunaOptions
 from llavakit_plugins.training.optimiser import Group, Optimiser, Schedule
@@ -80,7 +80,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         chosen.append(choose(*args))
         return chosen[-1]
 
-    monkeypatch.setattr(varlen, "choose", note)
+    monkeypatch.setattr("llavakit.stream.attention._CHOOSERS", (note,))
     return chosen
 
 

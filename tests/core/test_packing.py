@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from llavakit.stream.batch import best_fit, pack
+from llavakit.stream.batch import pack
 from llavakit.stream.encode import IMAGE_ID, Encoded
+from llavakit_plugins.training.best_fit import best_fit
 
 lengths_and_capacity = st.integers(1, 60).flatmap(
     lambda capacity: st.tuples(st.lists(st.integers(1, 80), max_size=40), st.just(capacity))

@@ -153,6 +153,9 @@ def stopped(recipe: tuple[Path, dict[str, bytes]], whole: Path, tmp_path: Path) 
         ("state.json", lambda data: data[: len(data) // 2]),
         ("state.json", lambda data: b"{}"),
         ("state.json", lambda data: b"[]"),
+        ("state.json", lambda data: b"[" * 9999),
+        ("state.json", lambda data: data.replace(b'"tokens": ', b'"tokens": 1')),
+        ("state.json", lambda data: data.replace(b'"epoch": ', b'"epoch": "x", "y": ')),
         ("state.json", None),
         ("state.safetensors", lambda data: data[:-9] + bytes([data[-9] ^ 1]) + data[-8:]),
     ],
@@ -175,6 +178,36 @@ def test_a_damaged_checkpoint_is_named(
     shutil.rmtree(place.parent)
     assert processes.run(stopped.parent, recipe[0], "--out", stopped, "--resume") == 0
     assert weights(stopped) == recipe[1]
+
+
+def test_copies_beside_checkpoints_are_left_alone(
+    recipe: tuple[Path, dict[str, bytes]], stopped: Path
+) -> None:
+    folder = stopped / "02-finetune" / "checkpoints"
+    names = [
+        "step-000006-bak",
+        "step-000006 (copy)",
+        "step-x",
+        "step-",
+        "best-000006-bak",
+        "step-٣",
+    ]
+    for name in names:
+        shutil.copytree(folder / "step-000006", folder / name)
+    (folder / "step-000099").write_text("a file")
+    (stopped / "02-finetune" / "artifact.json").unlink(missing_ok=True)
+    assert processes.run(stopped.parent, recipe[0], "--out", stopped, "--resume") == 0
+    assert weights(stopped) == recipe[1]
+    assert all((folder / name / "state.json").is_file() for name in names)
+
+
+def test_a_copy_under_another_step_s_name_is_named(
+    recipe: tuple[Path, dict[str, bytes]], stopped: Path, refused: Callable[..., str]
+) -> None:
+    folder = stopped / "02-finetune" / "checkpoints"
+    shutil.copytree(folder / "step-000006", folder / "step-000009")
+    text = refused(recipe[0], "--out", stopped, "--resume")
+    assert f"{folder / 'step-000009'} is damaged (it is that of step 6)" in text
 
 
 def test_a_torn_last_line_of_events_is_dropped(

@@ -71,6 +71,45 @@ def test_another_seed_or_model_is_not_the_same(
     code, _, err = llava_run(write_recipe(), "--out", tmp_path / "x", "--reuse", first, *setting)
     assert code == 0, err
     assert events(tmp_path / "x") == [("01-pretrain", "done")]
+    differs = "seed" if change == "seed=1" else "model.connector.use"
+    assert f"01-pretrain: not taken: {first / '01-pretrain'} differs in {differs}\n" in err
+
+
+def test_why_a_step_is_not_taken_is_said(
+    first: Path, write_recipe: RecipeWriter, llava_run: Command, tmp_path: Path
+) -> None:
+    pretrain = tmp_path / "pretrain.json"
+    sets = ("--set", "steps.2.skip=true", "--set", "steps.pretrain.batch_size=4")
+    recipe = write_recipe()
+    pretrain.write_text(pretrain.read_text() + "\n")
+    _, _, err = llava_run(recipe, "--out", tmp_path / "x", "--reuse", first, *sets)
+    said = f"differs in steps.pretrain.batch_size, files.{pretrain}\n"
+    assert f"01-pretrain: not taken: {first / '01-pretrain'} {said}" in err
+    (first / "01-pretrain" / "artifact.json").unlink()
+    _, _, err = llava_run(write_recipe(), "--out", tmp_path / "y", "--reuse", first, *sets)
+    assert f"01-pretrain: not taken: {first} did not finish it" in err
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"contents": []}, {"contents": {"a": []}}, {"contents": {"model/connector.safetensors": 3}},
+        {"record": []}, {"record": {"steps": {}}}, {"record": {"steps": [1, 2]}}, {"record": None},
+        {"packages": []}, {"packages": {"llavakit": {}}},
+    ],
+)  # fmt: skip
+def test_facts_of_other_shapes_are_a_reason_not_to_take_it(
+    first: Path, write_recipe: RecipeWriter, llava_run: Command, tmp_path: Path, damage: object
+) -> None:
+    assert isinstance(damage, dict)
+    for file in (first / "01-pretrain" / "artifact.json", first / "environment.json"):
+        facts = json.loads(file.read_text())
+        file.write_text(json.dumps(facts | {k: v for k, v in damage.items() if k in facts}))
+    setting = ("--set", "steps.2.skip=true")
+    code, _, err = llava_run(write_recipe(), "--out", tmp_path / "x", "--reuse", first, *setting)
+    assert code == 0, err
+    assert f"01-pretrain: not taken: {first / '01-pretrain'} " in err
+    assert events(tmp_path / "x") == [("01-pretrain", "done")]
 
 
 def test_what_was_changed_since_is_not_taken(

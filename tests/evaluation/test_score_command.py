@@ -13,9 +13,9 @@ from tests.core.conftest import Command
 from tests.evaluation.conftest import PROBLEMS
 
 from llavakit import Benchmark, InputPath, Options, Question, Registry, Score, hookimpl
-from llavakit.contracts.interfaces import FileScore, FileScorer
 from llavakit.contracts.sections import Table
 from llavakit_plugins.commands.scoring import score_command
+from llavakit_plugins.evaluation.file_scores import FileScore, FileScorer
 
 
 def scored(run: Command, *arguments: object) -> Mapping[str, Any]:

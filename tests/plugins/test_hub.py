@@ -27,7 +27,7 @@ import json, sys
 import torch
 import llavakit
 from huggingface_hub.utils import disable_progress_bars
-from llavakit.packing import Packing
+from llavakit.contracts.packing import Packing
 from llavakit_plugins.language.causal_lm import CausalLM
 from llavakit_plugins.vision.clip import Clip
 from tests.plugins.checkpoints import PROMPTS, pictures

@@ -488,6 +488,7 @@ def processor(**changes: Any) -> Callable[[Path], None]:
      r"lm_head.weight \[64, 48\] for \[32000, 2048\].* 157,\d+,\d+ parameters are asked for"),
     (config(vision_config={"num_attention_heads": 5}), "makes no vision tower"),
     (config(vision_config={"num_attention_heads": 0}), "`num_attention_heads` is 0; it must be a"),
+    (config(vision_config={"image_size": [32, 16]}), r"`image_size` is \[32, 16\], which is no sq"),
     (config(vision_config={"image_size": "x"}), "`vision_config`: `image_size` is \"x\"; it must"),
     (config(text_config={"hidden_size": [1]}), r"`text_config`: `hidden_size` is \[1\]; it must"),
     (config(text_config={"mlp_bias": [1]}), "makes no language model .*'mlp_bias'"),

@@ -373,7 +373,7 @@ _BLOCKED = """\
 import json, sys
 for name in ("torch", "transformers", "onnx"):
     sys.modules[name] = None
-from llavakit_plugins.onnx_runtime import OnnxModel, load
+from llavakit_plugins.onnx.runtime import OnnxModel, load
 folder, picture, question = sys.argv[1:]
 model = load(folder)
 ids = model.generate_ids(question, [picture], max_new_tokens=8)
@@ -448,7 +448,7 @@ def test_graphs_that_differ_are_refused_with_the_layer(
 _CONVERTED = """\
 import logging, sys
 import onnx
-from llavakit_plugins.exporters.onnx.precision import convert
+from llavakit_plugins.onnx.exporter.precision import convert
 for precision in ("int8", "q8", "q4"):
     convert("decoder_model_merged", onnx.load(sys.argv[1]), precision, None)
 logging.getLogger("onnx_ir").info("heard")
@@ -510,7 +510,7 @@ def _newer(content: bytes) -> bytes:
         ("onnx/embed_tokens.onnx", None, "lacks onnx/embed_tokens.onnx; copy"),
         ("tokenizer.json", None, "lacks tokenizer.json; copy"),
         ("export.json", None, "lacks export.json; copy"),
-        ("export.json", lambda _: b"{", "export.json cannot be read"),
+        ("export.json", lambda _: b"{", "export.json is not valid JSON"),
         ("export.json", lambda c: c.replace(b'"format": 1', b'"format": 9'), "has format 9"),
         ("onnx/vision_encoder.onnx", lambda c: c + b"\0", "differs from what export.json says"),
     ],
@@ -565,7 +565,7 @@ for name in ("onnx", "onnxruntime", "onnxscript", "onnx_ir"):
 from pathlib import Path
 import llavakit
 from llavakit import LlavaError
-from llavakit.interfaces import Exporter
+from llavakit.contracts.interfaces import Exporter
 exporter = llavakit.Registry.installed().get(Exporter, "onnx")
 model = llavakit.load(sys.argv[1], device="cpu")
 for attempt in (

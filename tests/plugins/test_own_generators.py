@@ -477,8 +477,8 @@ def test_the_batch_service_is_not_for_it(service: Service, tmp_path: Path) -> No
 
 
 def test_a_plan_says_that_its_price_is_not_known(service: Service, tmp_path: Path) -> None:
-    from llavakit.cli.plan import render
     from llavakit.engine.plan import make_plan
+    from llavakit_plugins.reporting.plan import render
 
     job = Job(tmp_path, service, ASKING[0])
     recipe = Recipe.load(job.recipe, job.registry)

@@ -1,6 +1,6 @@
 """The `llava-run` command: finds the commands, and runs one.
 
-The core's own are `run`, `recipes` and `plugins`. All others, ours too, come from entry points of
+`run` is the core's own. All others, ours too, come from entry points of
 the group `llavakit.commands` (see `llavakit.contracts.commands`), imported when they are used or
 listed. What a command needs is imported when it runs.
 """
@@ -15,12 +15,11 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint, EntryPoints, entry_points
 
-from llavakit.cli import plugins, recipes, run
-from llavakit.contracts.commands import GROUP, Add, Commands
+from llavakit.cli import run
+from llavakit.contracts.commands import GROUP, Add
 from llavakit.contracts.errors import LlavaError, PluginError
-from llavakit.recipe.redaction import shown
 
 _USAGE = """\
 llava-run RECIPE [--out DIR] [--set a.b.c=value ...] [--plan] [--resume]
@@ -28,7 +27,7 @@ llava-run RECIPE [--out DIR] [--set a.b.c=value ...] [--plan] [--resume]
 
 RECIPE is a TOML file or the name of a built-in recipe (llava-run recipes lists them).
 """
-_OWN: dict[str, Add] = {"run": run.add, "recipes": recipes.add, "plugins": plugins.add}
+_OWN: dict[str, Add] = {"run": run.add}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -61,8 +60,10 @@ def _main(argv: Sequence[str] | None) -> int:
     try:
         return _run(arguments, program=argv is None)
     except LlavaError as error:
+        from llavakit.recipe.redaction import brief, shown  # not for --help
+
         _let_the_leader_speak()
-        print(f"error: {shown(str(error))}", file=sys.stderr)
+        print(f"error: {brief(shown(str(error)))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -84,12 +85,13 @@ def _run(arguments: list[str], *, program: bool) -> int:
     if arguments and arguments[0] not in ("-h", "--help", "--version"):
         if arguments[0] not in {*_OWN, *installed.names}:
             arguments.insert(0, "run")
-        _find(arguments[0])(commands)
+        _find(arguments[0], installed)(commands)
     else:
-        for add in _OWN.values():
-            add(commands)
-        for name in sorted(installed.names - _OWN.keys()):
-            _list(name, commands)
+        for name in (*_OWN, *sorted(installed.names - _OWN.keys())):
+            try:
+                _find(name, installed)(commands)
+            except PluginError as error:  # listed with the reason: it stops no other
+                commands.add_parser(name, help=str(error).replace("%", "%%"))
     parsed, rest = parser.parse_known_args(arguments, argparse.Namespace(program=program))
     if not hasattr(parsed, "command"):
         parser.print_help()
@@ -101,11 +103,11 @@ def _run(arguments: list[str], *, program: bool) -> int:
     return command(parsed)
 
 
-def _find(name: str) -> Add:
+def _find(name: str, installed: EntryPoints) -> Add:
     """Return what adds the command. Raises PluginError where it cannot be imported, or is two."""
     if name in _OWN:
         return _OWN[name]
-    found = list(entry_points(group=GROUP, name=name))
+    found = list(installed.select(name=name))
     if len(found) > 1:
         packages = " and ".join(sorted(map(_package, found)))
         raise PluginError(f"{packages} both have a command `{name}`; uninstall one of them")
@@ -117,14 +119,6 @@ def _find(name: str) -> Add:
             f"uninstall it (pip uninstall {_package(found[0])})"
         ) from error
     return add
-
-
-def _list(name: str, commands: Commands) -> None:
-    """Add a command for `--help`; one that is broken is listed with the reason."""
-    try:
-        _find(name)(commands)
-    except PluginError as error:
-        commands.add_parser(name, help=str(error))
 
 
 def _package(entry_point: EntryPoint) -> str:
@@ -144,6 +138,8 @@ class _Shown(logging.Formatter):
     """Lets through what may be shown."""
 
     def format(self, record: logging.LogRecord) -> str:
+        from llavakit.recipe.redaction import shown
+
         return shown(super().format(record))
 
 

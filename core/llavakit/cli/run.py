@@ -5,10 +5,14 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
+from importlib.metadata import entry_points
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from llavakit.contracts.commands import Commands
-from llavakit.recipe.redaction import shown
+
+if TYPE_CHECKING:
+    from llavakit.engine.plan import Plan
 
 
 def add(commands: Commands) -> None:
@@ -45,17 +49,17 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _plan_or_run(arguments: argparse.Namespace) -> int:
-    from llavakit.cli.plan import render
     from llavakit.contracts.run import Stopped
     from llavakit.engine.plan import make_plan
     from llavakit.recipe.recipe import Recipe, find_recipe
+    from llavakit.recipe.redaction import shown
     from llavakit.registry import Registry
 
     registry = Registry.installed()
     path = find_recipe(arguments.recipe)
     recipe = Recipe.load(path, registry, arguments.set, inputs=not arguments.plan)
     if arguments.plan:
-        print(shown(render(make_plan(recipe, registry))))
+        print(shown(_as_text(make_plan(recipe, registry))))
         return 0
     from llavakit.engine.reuse import runs_below
     from llavakit.engine.runner import run
@@ -81,3 +85,10 @@ def _plan_or_run(arguments: argparse.Namespace) -> int:
         seen = report if report.is_file() else result.directory
         print(shown(f"{recipe.name}: done, see {seen}"))
     return 0
+
+
+def _as_text(plan: Plan) -> str:
+    """Return the plan as the display `plan` of `llavakit.displays` writes it, else as JSON."""
+    for display in entry_points(group="llavakit.displays", name="plan"):
+        return str(display.load()(plan))
+    return plan.model_dump_json(indent=2)

@@ -65,13 +65,16 @@ class SkippableUse(Use[KindT_co], Generic[KindT_co]):
     skip: bool = False
 
 
-StepFolders = Mapping[str, Path]
-"""Folders of earlier steps, by the names that a recipe has for them."""
+StepFolders = Mapping[str, Path]  #: Folders of earlier steps, by their names in a recipe.
 
 
 def _resolve(value: object, info: ValidationInfo) -> object:
     """Turn `@step/file` into a path below the folder of that earlier step."""
-    if not isinstance(value, str) or not value.startswith("@"):
+    if not isinstance(value, str):
+        return value
+    if "\0" in value or len(value) > 4000 or max(map(len, value.encode().split(b"/"))) > 255:
+        raise ValueError("no file can have this name")
+    if not value.startswith("@"):
         return value
     folders: StepFolders | None = (info.context or {}).get("steps")
     if folders is None:  # no recipe around it: a component checked on its own
@@ -85,28 +88,18 @@ def _resolve(value: object, info: ValidationInfo) -> object:
     return value if folders[name] is LATER else folders[name] / rest
 
 
-_INPUT = BeforeValidator(_resolve)
-InputPath = Annotated[Path, _INPUT]
+INPUT_MARK = BeforeValidator(_resolve)
+InputPath = Annotated[Path, INPUT_MARK]
 """A file or folder to read: from the working directory, or `@step/file` of an earlier step."""
 
-_MODEL = "a model"
-ModelPath = Annotated[Path, _INPUT, _MODEL]
+MODEL_MARK = "a model"
+ModelPath = Annotated[Path, INPUT_MARK, MODEL_MARK]
 """An `InputPath` of a model folder, of any layout; or a model's name in a public collection."""
 
 LATER = Path("@")  #: Stands for the folder of a step that has not run, while a recipe is checked.
 
 
-def is_input(field: FieldInfo) -> bool:
-    """Say whether an option is an InputPath."""
-    return _INPUT in _marks(field)
-
-
-def is_model_path(field: FieldInfo) -> bool:
-    """Say whether an option is a ModelPath."""
-    return _MODEL in _marks(field)
-
-
-def _marks(field: FieldInfo) -> list[object]:
-    """Return what an option's type is annotated with, that of an optional one, too."""
+def marks_of(field: FieldInfo) -> list[object]:
+    """Return the marks of an option's type, an optional one's, too: INPUT_MARK, MODEL_MARK."""
     optional = (getattr(part, "__metadata__", ()) for part in get_args(field.annotation))
     return [*field.metadata, *(mark for metadata in optional for mark in metadata)]

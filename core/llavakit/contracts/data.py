@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -64,24 +65,17 @@ class Sample:
             raise DataError(
                 f"{place}: an answer contains `{IMAGE}`, which only a question may; remove it"
             )
-        if marks != len(self.images):
+        images = len(self.images)
+        if marks != images:
             raise DataError(
-                f"{place} has {_count(len(self.images), 'image')} for "
-                f"{_count(marks, f'`{IMAGE}` placeholder')}; each image needs exactly one"
+                f"{place} has {images} image{'s' * (images != 1)} for {marks} `{IMAGE}` "
+                f"placeholder{'s' * (marks != 1)}; each image needs exactly one"
             )
 
 
 def is_cut(text: str) -> bool:
     """Say whether a text has a lone surrogate, as JSON may, which no tokenizer or service takes."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return True
-    return False
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
+    return re.search("[\ud800-\udfff]", text) is not None
 
 
 @dataclass(frozen=True)
@@ -120,8 +114,7 @@ class ImageContext:
     image: str
     captions: tuple[str, ...]
     boxes: tuple[Box, ...] = ()
-    facts: Mapping[str, Any] = field(default_factory=dict)
-    """What else is known, as for a rule-based teacher."""
+    facts: Mapping[str, Any] = field(default_factory=dict)  #: What else is known of the image.
 
 
 ResponseKind = Literal["conversation", "detail", "reasoning"]
@@ -141,8 +134,7 @@ class Reply:
     """What a chat model answered, and what is known of it."""
 
     text: str
-    finish: str = "stop"
-    """Why it ends: `stop`, `length` (cut), `refusal`, `content_filter` (withheld)."""
+    finish: str = "stop"  #: Or `length` (cut), `refusal`, `content_filter` (withheld).
     model: str = ""  #: Which model answered, as the service names it.
     input_tokens: int | None = None
     output_tokens: int | None = None
@@ -159,8 +151,7 @@ class Question:
     truth: str = ""
     category: str = ""
     then: str = ""
-    """What an answer must hold: where it ends without, the model is given its answer and this, and
-    goes on. LLaVA's first version is so asked for a letter behind its reasons."""
+    """What an answer must hold; where it does not, the model goes on from its answer and this."""
 
 
 @dataclass(frozen=True)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable
+from difflib import get_close_matches
 from itertools import islice
-from typing import TypeVar
-
-ItemT = TypeVar("ItemT")
+from typing import Any
 
 
 class LlavaError(Exception):
@@ -49,15 +48,11 @@ def did_you_mean(
     name: str, known: Iterable[str], otherwise: str = "", spell: Callable[[str], object] = str
 ) -> str:
     """Return a hint: the known name close to `name`, as `spell` spells it, or else `otherwise`."""
-    from difflib import get_close_matches
-
     close = get_close_matches(name, known, n=1)
     return f"did you mean `{spell(close[0])}`?" if close else otherwise
 
 
-def and_more(
-    items: Collection[ItemT], shown: int = 3, spell: Callable[[ItemT], object] = str
-) -> str:
+def and_more(items: Collection[Any], shown: int = 3, spell: Callable[[Any], object] = str) -> str:
     """Return the first items as `spell` spells them, for an error, and how many more there are."""
     more = f" and {len(items) - shown} more" if len(items) > shown else ""
     return ", ".join(str(spell(item)) for item in islice(items, shown)) + more

@@ -27,7 +27,6 @@ from llavakit.contracts.data import (
 )
 from llavakit.contracts.model import LlavaModel, Model
 from llavakit.contracts.run import Run
-from llavakit.contracts.sections import Table
 
 if TYPE_CHECKING:
     import torch
@@ -134,8 +133,7 @@ class PromptTemplate(Component):
     """Renders turns as the text a language model was, or will be, tuned on."""
 
     hook = "llava_prompt_templates"
-    adds_bos: ClassVar[bool] = True
-    """Whether the tokenizer's own first token goes in front; False where the template writes it."""
+    adds_bos: ClassVar[bool] = True  #: Whether BOS goes in front; False: the template writes it.
 
     @abstractmethod
     def segments(
@@ -148,34 +146,11 @@ class PromptTemplate(Component):
         return ()
 
 
-@dataclass(frozen=True)
-class FileScore:
-    """What came of scoring files."""
-
-    data: Mapping[str, Any]  #: Everything, for programs: what `--json` prints. No NaN, no infinity.
-    tables: Sequence[Table]  #: The same for people.
-    notes: Sequence[str] = ()  #: What was left out or could not be read, in sentences.
-
-
-class FileScorer(Component):
-    """Scores files without a model: `llava-run score NAME`.
-
-    A `Benchmark` names its scorers in `scorers`. The fields of `Options` are the command's flags:
-    `max_words` is `--max-words`; a `Use[Kind]` takes a component's name, its options by `--set`.
-    """
-
-    positional: ClassVar[tuple[str, ...]] = ()  #: Required options without a flag, in order.
-
-    @abstractmethod
-    def score(self) -> FileScore:
-        """Read the files and score them. Raises DataError where they cannot be scored."""
-
-
 class Benchmark(Component):
     """Questions with images, and what makes an answer a good one."""
 
     hook = "llava_benchmarks"
-    scorers: ClassVar[Sequence[type[FileScorer]]] = ()  #: For `llava-run score`, without a model.
+    scorers: ClassVar[Sequence[type[Component]]] = ()  #: For `llava-run score`, without a model.
 
     @abstractmethod
     def questions(self) -> Sequence[Question]:

@@ -66,8 +66,7 @@ class Model(Protocol):
         """Return the answer to a prompt, greedy by default.
 
         A prompt without `<image>` gets one for each image in front; a `raw` one is read as it is,
-        without the template. It ends before the first of the `stop` texts, besides where the model
-        itself ends it.
+        without the template. The answer ends before any of the `stop` texts, or where it ends.
         """
 
     def generate_ids(

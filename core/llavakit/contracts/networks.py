@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from PIL.Image import Image
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -29,8 +30,7 @@ class Network(nn.Module, Component):
     """A component with weights. Its options alone determine the shape of every weight.
 
     Construction never reads weights: it may run on the meta device, where a plan counts
-    parameters. Override `create`, `save` and `load` together where weights have a layout of
-    their own, such as a Hugging Face folder.
+    parameters. Override `create`, `save` and `load` together for a layout of weights of its own.
     """
 
     weights_file: ClassVar[str] = "model.safetensors"
@@ -57,16 +57,12 @@ class Network(nn.Module, Component):
 
     def save(self, folder: Path) -> None:
         """Write the weights to `folder`, which exists, as safetensors."""
-        from safetensors.torch import save_file
-
         tensors = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
         save_file(tensors, folder / self.weights_file)
 
     @classmethod
     def load(cls, options: Any, folder: Path, **context: Any) -> Self:
         """Return the component that `save` wrote to `folder`."""
-        from safetensors.torch import load_file
-
         network = cls(options, **context)
         # assigned, not copied: weights keep the precision they were saved in
         network.load_state_dict(load_file(folder / cls.weights_file), assign=True)

@@ -97,8 +97,7 @@ class Scoring:
     scale: float | None = None  #: Factor of the products; 1/sqrt(K) where absent.
     window: int | None = None  #: How far back a row sees, itself included.
     softcap: float | None = None  #: Scores become `softcap * tanh(score / softcap)` (Gemma 2).
-    sinks_H: Tensor | None = None
-    """A score of each head that takes weight, gives nothing (gpt-oss)."""
+    sinks_H: Tensor | None = None  #: A score a head that takes weight, gives nothing (gpt-oss).
 
     @property
     def plain(self) -> bool:
@@ -137,11 +136,9 @@ class KVCache:
 
     def select(self, sequences: Sequence[int]) -> None:
         """Keep only these sequences, in this order."""
+        kept = list(sequences)
         for store in (self.keys, self.values):
-            for layer, tensor in enumerate(store):
-                if tensor is not None:
-                    rows = torch.tensor(list(sequences), device=tensor.device)
-                    store[layer] = tensor.index_select(0, rows)
+            store[:] = [None if tensor is None else tensor[kept] for tensor in store]
         self.lengths = [self.lengths[s] for s in sequences]
 
 

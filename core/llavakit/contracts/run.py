@@ -6,7 +6,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeAlias, TypeVar
 
 from pydantic import BaseModel
 
@@ -17,11 +17,11 @@ from llavakit.contracts.sections import Section
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
-    from torch.distributed.device_mesh import DeviceMesh
 
     from llavakit.contracts.networks import LanguageModel, VisionEncoder
 
 T = TypeVar("T")
+Stopping: TypeAlias = Callable[[], bool]  #: Says whether the user asked to stop.
 
 
 class ProcessGroup:
@@ -47,12 +47,6 @@ class ProcessGroup:
         """Return the sum of `tensor` over the processes, in its place."""
         return tensor
 
-    def mesh(self, kind: str) -> DeviceMesh:
-        """Return all devices in one row, for sharding; `kind` is `cpu` or `cuda`."""
-        from torch.distributed.device_mesh import init_device_mesh
-
-        return init_device_mesh(kind, (self.size,))
-
 
 class Build(Protocol):
     """Builds what a recipe chose: `build(self.options.data)` is a `Dataset`."""
@@ -63,8 +57,7 @@ class Build(Protocol):
 class Progress(Protocol):
     """Shows how far a step is, with the time left; call it as often as you like.
 
-    Another total, or a smaller `done`, begins another phase, with a time left of its own. A total
-    of 0 or less is unknown.
+    A total of 0 or less is unknown; another total, or a smaller `done`, begins another phase.
     """
 
     def __call__(self, done: int, total: int, note: str = "") -> None: ...
@@ -96,10 +89,6 @@ class Event(Protocol):
     """Appends an event to events.jsonl and shows it to the trackers."""
 
     def __call__(self, name: str, /, **values: Any) -> None: ...
-
-
-class Stopping(Protocol):
-    def __call__(self) -> bool: ...
 
 
 class ModelSource(Protocol):
@@ -142,11 +131,9 @@ class Step(Component):
 
     hook = "llava_steps"
     needs_model: ClassVar[bool] = False
-    """Whether it starts from the recipe's model, so that missing weights, and a device that is not
-    there, are found at once."""
+    """Whether it starts from the recipe's model: missing weights, or a device, are told at once."""
     together: ClassVar[bool] = False
-    """Whether every process of a torchrun takes part in it, not the first alone. Then
-    `run.process_group` says which is which, and only the main one writes to `run.directory`."""
+    """Whether all of `run.process_group` take part; only its main one writes to the folder."""
 
     @classmethod
     def leaves(cls, options: Any) -> Mapping[str, bool] | None:

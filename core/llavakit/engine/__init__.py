@@ -5,6 +5,6 @@ checked_data   data sets, built before the first step
 step_folders   what a step's folder says: begun, done, of which recipe
 step_models    the model that a step is given
 reuse          finished steps taken from another run
-facts          recipe.toml and environment.json
+environment    recipe.toml and environment.json
 interrupts     Ctrl-C and SIGTERM
 """

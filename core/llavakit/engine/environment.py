@@ -38,7 +38,7 @@ def write_environment(device: torch.device | None, directory: Path) -> None:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": packages,
-        "device": None if device is None else str(device),
+        "device": None if device is None else str(device),  # None: no step asked for one
         "device_name": "no device",
         "cpu_count": os.cpu_count(),
     }

@@ -25,18 +25,14 @@ class EventLog:
 
     def __init__(self, folder: Path, trackers: Sequence[Tracker] = ()) -> None:
         self._lines = JsonLines(folder / FILE)
-        self._trackers = list(trackers)
-        self._step = ""
+        self._trackers = list(trackers)  # those that have not failed
+        self.step = ""  #: The step that the next events belong to.
         for tracker in trackers:
             with self._watching(tracker):
                 tracker.begin(folder)
 
-    def enter(self, step: str) -> None:
-        """Name the step that the next events belong to."""
-        self._step = step
-
     def __call__(self, name: str, /, **values: Any) -> None:
-        facts = {"time": round(time.time(), 3), "step": self._step, "event": name, **values}
+        facts = {"time": round(time.time(), 3), "step": self.step, "event": name, **values}
         event = redacted(facts)
         self._lines.append([_plain(event)], durable=False)  # a training does not wait for the disk
         for tracker in list(self._trackers):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from functools import cache, cached_property
@@ -92,7 +93,7 @@ class RecipePlanner:
             known = f": it leaves {', '.join(folders)}" if folders else ""
             raise RecipeError(f"`init`: step `{name[1:]}` leaves no model `{folder}`{known}")
 
-        @cache
+        @cache  # a step asks often, and a sketch takes seconds
         def found() -> LlavaModel | None:
             from llavakit.model.load import sketch_any
 
@@ -186,13 +187,14 @@ def _parts(model: LlavaModel) -> dict[str, PartPlan]:
 def _measure_tflops(name: str) -> float:
     """Return the rate of a recipe's `device`, sustained: in float32 on a CPU, bfloat16 on CUDA."""
     import torch
-    from torch.utils.benchmark import Timer  # waits for a GPU by itself
 
     cuda = name != "cpu" and torch.cuda.is_available()
     size, kind, dtype = (8192, "cuda", torch.bfloat16) if cuda else (768, "cpu", torch.float32)
     left, right = (torch.randn(size, size, device=kind, dtype=dtype) for _ in range(2))
-    factors = {"left": left, "right": right}
-    timer = Timer("left @ right", globals=factors, num_threads=torch.get_num_threads())
-    seconds = min(timer.timeit(1).mean for _ in range(4))
+    seconds = []
+    for _ in range(4):
+        begun = time.perf_counter()
+        (left @ right)[0, 0].item()  # waits for a GPU
+        seconds.append(time.perf_counter() - begun)
     share = 0.5  # what training reaches of a bare matrix product, roughly
-    return share * 2 * size**3 / seconds / 1e12
+    return share * 2 * size**3 / min(seconds) / 1e12

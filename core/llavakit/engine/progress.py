@@ -1,17 +1,18 @@
-"""How far a step is, with the time left: a bar on a terminal, plain lines elsewhere."""
+"""How far a step is, with the time left: plain lines, or what a plugin shows on a terminal.
+
+A display for terminals is what the entry point `terminal` of the group `llavakit.displays` names:
+it is called with the label, the stream and the clock, and returns a context manager that yields a
+`Progress`, or None for a terminal that it cannot serve.
+"""
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from importlib.metadata import entry_points
 from typing import TextIO
-
-from rich.console import Console
-from rich.progress import BarColumn, Progress as Bars, ProgressColumn, Task, TaskID, TextColumn
-from rich.table import Column
-from rich.text import Text
 
 from llavakit.contracts.run import Progress
 from llavakit.recipe.redaction import redact, shown
@@ -29,15 +30,20 @@ def show_progress(
 ) -> Iterator[Progress]:
     """Yield the display of one step, by default on stderr; it ends with the block."""
     stream = stream or sys.stderr
-    if stream.isatty() and (console := Console(file=stream)).is_interactive:
-        with _bars(console, clock) as bars:
-            yield _Bar(label, bars)
-    else:
-        lines = _Lines(label, stream, clock)
-        try:
+    with ExitStack() as stack:
+        display = _terminal(one_line(label), stream, clock)
+        if display is not None:
+            yield stack.enter_context(display)
+        else:
+            lines = _Lines(label, stream, clock)
+            stack.callback(lines.close)
             yield lines
-        finally:
-            lines.close()
+
+
+def _terminal(label: str, stream: TextIO, clock: Clock) -> AbstractContextManager[Progress] | None:
+    displays = entry_points(group="llavakit.displays", name="terminal") if stream.isatty() else ()
+    shown = (display.load()(label, stream, clock) for display in displays)
+    return next((display for display in shown if display is not None), None)
 
 
 @contextmanager
@@ -58,63 +64,11 @@ def show_if_slow(
         yield progress
 
 
-# -- on a terminal ---------------------------------------------------------------------------------
-
-
-class _Bar:
-    def __init__(self, label: str, bars: Bars) -> None:
-        self._label, self._bars = _printable(label), bars
-        self._done, self._total = 0, 0
-        self._task = self._begin(done=0, total=0)
-
-    def __call__(self, done: int, total: int, note: str = "") -> None:
-        if total != self._total or done < self._done:
-            self._bars.remove_task(self._task)
-            self._task = self._begin(done, total)
-        self._done, self._total = done, total
-        count = _count(done, total)
-        self._bars.update(self._task, completed=done, count=count, note=_printable(note))
-
-    def _begin(self, done: int, total: int) -> TaskID:
-        known = total if total > 0 else None
-        return self._bars.add_task(self._label, total=known, completed=done, count="0", note="")
-
-
-class _Left(ProgressColumn):
-    """The time left; once done, the time it took; before either is known, the time so far."""
-
-    def render(self, task: Task) -> Text:
-        if task.finished:
-            return Text(duration(task.finished_time or 0.0), "green")
-        if task.time_remaining is not None:
-            return Text(f"{duration(task.time_remaining)} left", "cyan")
-        return Text(duration(int(task.elapsed or 0)), "dim")
-
-
-def _bars(console: Console, clock: Clock) -> Bars:
-    # the note takes the room that is left over; where there is none, the bar gives way
-    note = Column(no_wrap=True, overflow="ellipsis", ratio=1)
-    return Bars(
-        TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True)),
-        BarColumn(bar_width=24, table_column=Column(min_width=4)),
-        TextColumn("{task.fields[count]}", style="", table_column=Column(no_wrap=True)),
-        _Left(table_column=Column(no_wrap=True)),
-        TextColumn("{task.fields[note]}", style="dim", markup=False, table_column=note),
-        console=console,
-        get_time=clock,
-        refresh_per_second=5,
-        expand=True,
-    )
-
-
-# -- elsewhere -------------------------------------------------------------------------------------
-
-
 class _Lines:
     """Says something at the first call, then now and then, and what was said last at the end."""
 
     def __init__(self, label: str, stream: TextIO, clock: Clock) -> None:
-        self._label, self._stream, self._clock = _printable(label), stream, clock
+        self._label, self._stream, self._clock = one_line(label), stream, clock
         self._total, self._done, self._note = -1, -1, ""
         self._first, self._begun = 0, clock()  # of a phase
         self._shown: float | None = None  # when the last line was written
@@ -141,14 +95,14 @@ class _Lines:
         time_left = ""
         if left > 0 and fresh > 0:
             time_left = f", {duration((now - self._begun) / fresh * left)} left"
-        count = _count(self._done, self._total)
-        line = f"{self._label}: {count}{time_left}  {_printable(self._note)}".rstrip()
+        at = count(self._done, self._total)
+        line = f"{self._label}: {at}{time_left}  {one_line(self._note)}".rstrip()
         encoding = getattr(self._stream, "encoding", None) or "utf-8"
         print(line.encode(encoding, "replace").decode(encoding), file=self._stream, flush=True)
         self._shown, self._news = now, False
 
 
-def _count(done: int, total: int) -> str:
+def count(done: int, total: int) -> str:
     return f"{done}/{total}" if total > 0 else f"{done}"
 
 
@@ -157,7 +111,7 @@ def say(text: str) -> None:
     print(shown(text), file=sys.stderr, flush=True)
 
 
-def _printable(text: str) -> str:
+def one_line(text: str) -> str:
     """Return a text as one line without control codes."""
     return " ".join("".join(c if c.isprintable() else " " for c in redact(text)).split())
 
@@ -174,18 +128,3 @@ def duration(seconds: float) -> str:
     if whole < 48 * 3600:
         return f"{seconds / 3600:.1f} h"
     return f"{seconds / 86400:.1f} days"
-
-
-def aligned(rows: Sequence[Sequence[str]], right: Sequence[bool]) -> list[str]:
-    """Return the rows as lines, their columns two spaces apart; `right` says how each is aligned.
-
-    A row may be shorter than others.
-    """
-    widths = [max(len(row[i]) for row in rows if i < len(row)) for i in range(len(right))]
-    return [
-        "  ".join(
-            cell.rjust(width) if is_right else cell.ljust(width)
-            for cell, width, is_right in zip(row, widths, right, strict=False)
-        ).rstrip()
-        for row in rows
-    ]

@@ -14,10 +14,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from llavakit.contracts.errors import RecipeError
+from llavakit.contracts.errors import RecipeError, and_more
 from llavakit.files import fingerprint, new_folder, peek_json
 
-DONE = "artifact.json"
+DONE = "artifact.json"  # written last: it says that the step finished
 
 Contents = Mapping[str, str | int]
 
@@ -58,21 +58,43 @@ def find_step(
     for run in runs:
         folder = run / name
         done = peek_json(folder / DONE)
-        if done.get("record") != record:
+        known = done.get("contents")
+        if not done:
             continue
-        if (made_by := _version(run)) != version("llavakit"):
+        if done.get("record") != record:
+            others = changes(done.get("record"), record)
+            problems.append(f"{folder} differs in {and_more(others)}")
+        elif (made_by := _version(run)) != version("llavakit"):  # it may do it otherwise
             problems.append(f"{folder} was made by llavakit {made_by}")
-        elif "contents" not in done:
+        elif not isinstance(known, dict):
             problems.append(f"{folder} does not list its files")
-        elif changed := sorted(dict(done["contents"].items() - contents(folder).items())):
-            problems.append(f"{folder} was changed since: {', '.join(changed[:3])}")
+        elif changed := _changed(known, contents(folder)):
+            problems.append(f"{folder} was changed since: {and_more(changed)}")
         else:
             return folder, problems
-    return None, problems
+    return None, problems or ([f"{and_more(runs)} did not finish it"] if runs else [])
+
+
+def changes(before: object, now: object, key: str = "") -> list[str]:
+    """Return what differs in tables and lists, as recipes call it: `steps.finetune.epochs`."""
+    if isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+        uses = [item.get("use") if isinstance(item, dict) else None for item in now]
+        names = [use if uses.count(use) == 1 else str(at) for at, use in enumerate(uses, start=1)]
+        before, now = (dict(zip(names, items, strict=True)) for items in (before, now))
+    if isinstance(before, dict) and isinstance(now, dict):
+        places = [(name, f"{key}.{name}" if key else str(name)) for name in {**before, **now}]
+        pairs = ((before.get(name), now.get(name), place) for name, place in places)
+        return [found for pair in pairs for found in changes(*pair)]
+    return [] if before == now else [key or "its record"]
+
+
+def _changed(known: Contents, found: Contents) -> list[str]:
+    return sorted(file for file in known if known[file] != found.get(file))
 
 
 def _version(run: Path) -> str:
-    return str(peek_json(run / "environment.json").get("packages", {}).get("llavakit", "unknown"))
+    packages = peek_json(run / "environment.json").get("packages")
+    return str(packages.get("llavakit")) if isinstance(packages, dict) else "unknown"
 
 
 def take_step(source: Path, target: Path) -> None:

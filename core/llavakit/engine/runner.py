@@ -42,6 +42,8 @@ from llavakit.files import explain_write, one_writer, write_text
 from llavakit.recipe.recipe import Recipe, StepUse
 from llavakit.registry import Registry
 
+_SHOWN = 3  # reasons why a step of another run is not the same
+
 
 @dataclass(frozen=True)
 class Result:
@@ -100,7 +102,7 @@ def _lead(work: _Work, *, resume: bool, reuse: Sequence[Path]) -> None:
     with one_writer(directory), interrupts(work.process_group) as stopping:
         write_recipe(recipe, directory)
         write_environment(work.device.known, directory)
-        write_text(directory / "plan.json", plan.model_dump_json(indent=2))
+        write_text(directory / "plan.json", plan.model_dump_json(indent=2))  # as it was promised
         log = EventLog(directory, [work.registry.build(use) for use in recipe.trackers])
         work.log = log
         try:
@@ -108,7 +110,7 @@ def _lead(work: _Work, *, resume: bool, reuse: Sequence[Path]) -> None:
             for name, use in recipe.active_steps():
                 if stopping():
                     raise Stopped
-                log.enter(name)
+                log.step = name
                 record = record_of(recipe, name)  # hashes the data: once a step
                 if not _done_before(work, name, record, reuse):
                     _one_step(work, name, use, record, stopping, resume=resume)
@@ -164,8 +166,10 @@ def _done_before(work: _Work, name: str, record: Record, reuse: Sequence[Path]) 
         return True
     others = [run for run in reuse if run.resolve() != work.directory.resolve()]
     found, problems = find_step(name, record, others)
-    for problem in problems:
+    for problem in problems[:_SHOWN]:
         say(f"{name}: not taken: {problem}")
+    if len(problems) > _SHOWN:
+        say(f"{name}: nor are {len(problems) - _SHOWN} others")
     if found is None:
         return False
     if folder.exists():
@@ -186,8 +190,8 @@ def _one_step(
     with nothing_half_begun(folder), show_progress(name) as progress:
         if work.registry.get(Step, use.use).together:
             work.process_group.broadcast(_Order(name, again, dict(work.folders)))
-            work.together = work.process_group.size > 1
-            stopping = _agreed(work.process_group, stopping)
+            work.together = work.process_group.size > 1  # an error now is for torchrun to end
+            stopping = _agreed(work.process_group, stopping)  # else some would stop, others wait
         outcome = work.do(name, use, progress, stopping, again=again)
         work.together = False
     seconds = time.monotonic() - begun

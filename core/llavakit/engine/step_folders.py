@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
@@ -11,16 +12,16 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from llavakit.contracts.errors import RecipeError
+from llavakit.contracts.errors import RecipeError, and_more
 from llavakit.engine.progress import say
-from llavakit.engine.reuse import DONE
+from llavakit.engine.reuse import DONE, changes
 from llavakit.files import explain_write, fingerprint, write_text
 from llavakit.recipe.recipe import Recipe
 from llavakit.recipe.redaction import redacted
 from llavakit.registry import texts_in
 
-_BEGUN = "begun.json"
-_LONGEST_PATH = 1024
+_BEGUN = "begun.json"  # there before the step does anything, with what it is to do
+_LONGEST_PATH = 1024  # longer texts are prompts and the like, and asking the system for them fails
 
 Record = Mapping[str, Any]
 
@@ -33,7 +34,7 @@ def record_of(recipe: Recipe, until: str) -> Record:
         steps.append(use.model_dump(mode="json"))
         for text in texts_in(use.options):
             path = Path(text)
-            if text not in files and len(text) < _LONGEST_PATH and path.is_file():
+            if text not in files and os.path.isfile(path):  # False for what no path can be, too
                 state = path.stat()
                 files[text] = _fingerprint(path, state.st_size, state.st_mtime_ns)
         if name == until:
@@ -69,16 +70,14 @@ def prepare(folder: Path, record: Record, *, resume: bool) -> bool:
         say(f"{folder.name}: starts over; the interrupted attempt is in {aside} (--resume goes on)")
     elif folder.exists():
         aside = set_aside(folder)
-        what = "its data" if begun and _same_but_files(begun["record"], record) else "the recipe"
-        say(f"{folder.name}: {what} changed, so it is done again; the old one is in {aside}")
+        what = f" ({and_more(changes(begun['record'], record))})" if begun else ""
+        same = begun and {**begun["record"], "files": {}} == {**record, "files": {}}
+        whose = "its data" if same else "the recipe"
+        say(f"{folder.name}: {whose} changed{what}, so it is done again; the old one is in {aside}")
     with explain_write(folder):
         folder.mkdir(parents=True)
     write_text(folder / _BEGUN, json.dumps({"record": record}))
     return False
-
-
-def _same_but_files(before: Record, now: Record) -> bool:
-    return {**before, "files": {}} == {**now, "files": {}}
 
 
 def set_aside(folder: Path) -> Path:
@@ -106,11 +105,11 @@ def nothing_half_begun(folder: Path) -> Iterator[None]:
 def _read(path: Path) -> dict[str, Any] | None:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(value, dict) or "record" not in value:
+        if not isinstance(value, dict) or not isinstance(value.get("record"), dict):
             raise ValueError("it holds no record")
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise RecipeError(
             f"{path} is damaged ({error}); move its folder away and run again"
         ) from error

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 def newest_model(folders: Mapping[str, Path]) -> Path | None:
     """Return the model folder that the latest of the steps left, if any did."""
     found = [folder / "model" for folder in folders.values() if is_model(folder / "model")]
-    return max(found, key=lambda path: path.parent.name, default=None)
+    return max(found, key=lambda path: path.parent.name, default=None)  # begins with its number
 
 
 def link_newest(directory: Path, folders: Mapping[str, Path]) -> None:
@@ -32,7 +32,7 @@ def link_newest(directory: Path, folders: Mapping[str, Path]) -> None:
     if newest is None:
         return
     link = directory / "model"
-    if link.exists() and not link.is_symlink():
+    if link.exists() and not link.is_symlink():  # a folder of the user's own
         set_aside(link)
     link_folder(link, newest)
 

@@ -47,7 +47,7 @@ def own_device(name: str) -> str:
                 f"torchrun started more processes than the {torch.cuda.device_count()} devices of "
                 "this machine; lower --nproc-per-node"
             )
-        torch.cuda.set_device(local)
+        torch.cuda.set_device(local)  # else each process opens a context on the first one, too
         return f"cuda:{local}"
     if name not in ("auto", "cpu"):
         raise RecipeError(f"torchrun gives every process a device, so `device = {name}` cannot be")

@@ -72,11 +72,12 @@ class Answering(ABC, Generic[Pixels]):
             encoded = self._read_raw(prompt)
         else:
             if IMAGE not in prompt:
-                prompt = f"{IMAGE}\n" * len(images) + prompt
+                prompt = f"{IMAGE}\n" * len(images) + prompt  # where the original puts them
             question = Sample("prompt", (Turn("human", prompt),), tuple(images))
             question.check()
             encoded = self._render(question)
         if begun:
+            # the tokenizer's own beginning is there already
             ids, supervised = tokenise([Segment(begun)], self.tokenizer, begin=False)
             encoded = Encoded(
                 np.concatenate((encoded.ids, ids)), np.concatenate((encoded.supervised, supervised))
@@ -161,7 +162,7 @@ class Answering(ABC, Generic[Pixels]):
 
     def _stopping(self, sampling: Sampling, *, raw: bool) -> Sampling:
         """Return `sampling` with the template's stop texts, but for a raw prompt."""
-        own = () if raw else self.stops
+        own = () if raw else self.stops  # a raw prompt may be of another template
         return replace(sampling, stop=tuple(dict.fromkeys((*sampling.stop, *own))))
 
     def _steps(

@@ -57,7 +57,7 @@ class AnswerText:
         # behind a token without text, such as a lone space, the next might lose its space
         if own and not text.endswith(_UNKNOWN) and not self._is_byte(token):
             self._text += text[self._settled :]
-            self._ids, self._settled = [token], len(own)
+            self._ids, self._settled = [token], len(own)  # the next needs none but it in front
         return self._piece(ended=False)
 
     def finish(self) -> str:
@@ -115,7 +115,7 @@ class Unfinished:
         """Add a token to each active answer; return the places of those that go on."""
         going = []
         for place, (index, token) in enumerate(zip(self.active, tokens, strict=True)):
-            self._room[index] -= 1
+            self._room[index] -= 1  # the end token takes room, too
             ended = token in self._ends or not self._room[index]
             if self._texts is not None and not ended:
                 self._texts[index].add(token)

@@ -1,9 +1,6 @@
-"""Where networks run: the device that a recipe or a user names, and what it has no room for."""
+"""Where networks run: the device that a recipe or a user names."""
 
 from __future__ import annotations
-
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 
@@ -14,33 +11,18 @@ def pick_device(name: str | torch.device) -> torch.device:
     """Return a device; `auto` is CUDA where there is one, else the CPU."""
     if isinstance(name, torch.device):
         return name
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device(_automatic() if name == "auto" else name)
+        device = torch.device(name)
     except RuntimeError as error:
         raise ModelError(
             f"device `{name}` is not one torch knows; use auto, cpu or cuda"
         ) from error
     try:
-        torch.zeros(1, device=device).sum().item()
+        torch.zeros(1, device=device).sum().item()  # a name may be known, and its driver absent
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ModelError(
             f"device `{name}` is not available on this machine; use cpu or auto"
         ) from error
     return device
-
-
-def _automatic() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-@contextmanager
-def explain_memory(remedy: str) -> Iterator[None]:
-    """Turn a device that is full into a sentence; `remedy` says what needs less."""
-    try:
-        yield
-    except RuntimeError as error:  # torch's own on CUDA; on a CPU it raises nothing narrower
-        full = isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-        if not full:
-            raise
-        reason = str(error).partition("\n")[0].partition(". GPU ")[0].rstrip(".")
-        raise ModelError(f"out of memory ({reason}); {remedy}") from error

@@ -45,7 +45,7 @@ def create_model(
     New weights depend on `seed` and the part alone. Parts that are given are taken as they are.
     """
     given = {"vision": vision, "language": language}
-    seeds = {"vision": seed, "language": seed + 1, "connector": seed + 2}
+    seeds = {"vision": seed, "language": seed + 1, "connector": seed + 2}  # none hangs on another
 
     def make(name: str, use: Use[Any], **context: Any) -> Any:
         torch.manual_seed(seeds[name])
@@ -185,14 +185,13 @@ def _change(
     if part not in PARTS:
         raise ModelError(f"a model has no part `{part}`; there are: {', '.join(PARTS)}")
     use: Use[Any] = getattr(recipe, part)
-    component: Any = registry.chosen(use)
-    table = {**use.options, **changes}
+    changed = type(use).model_validate({"use": use.use, **use.options, **changes})
     try:
-        component.Options.model_validate(table)
+        registry.options(changed)
     except ValidationError as error:
-        problem = next(problems_in(error, component.Options, (part,), f" of `{use.use}`"))
+        known = registry.chosen(use).Options
+        problem = next(problems_in(error, known, (part,), f" of `{use.use}`"))
         raise ModelError("; ".join(filter(None, (problem.message, problem.hint)))) from error
-    changed = type(use).model_validate({"use": use.use, **table})
     return recipe.model_copy(update={part: changed})
 
 

@@ -31,7 +31,7 @@ def generate_stream(
     device = embeds_TE.device
     draw = torch.Generator(device=device)
     if sampling.seed is None:
-        draw.seed()
+        draw.seed()  # from entropy
     else:
         draw.manual_seed(sampling.seed)
     room = [min(sampling.max_new_tokens, language.max_length - n) for n in packing.lengths]
@@ -41,14 +41,15 @@ def generate_stream(
             f"reads at most {language.max_length}: shorten it"
         )
     layers, _, _ = language.cache_shape()
+    # as long as the answers may become: a cache that grows is copied at every step
     cache = KVCache(layers, [n + m for n, m in zip(packing.lengths, room, strict=True)])
     prompt = Packing(packing.starts, packing.position_ids_T, cache)
-    last = Rows(packing.last_rows_S, (1,) * len(packing.lengths))
+    last = Rows(packing.last_rows_S, (1,) * len(packing.lengths))  # only they choose a token
     hidden_SE = language.hidden(embeds_TE, prompt, last)
     cache.advance(prompt)
 
-    ends = language.end_ids | special_stops(language.tokenizer, sampling.stop)
-    unfinished = Unfinished(language.tokenizer, ends, sampling.stop, room)
+    ends = language.end_ids | special_stops(language.tokenizer, sampling.stop)  # by their ids
+    unfinished = Unfinished(language.tokenizer, ends, sampling.stop, room)  # by id and by text
     positions_S = torch.tensor(cache.lengths, device=device)
     while True:
         tokens_S = _choose(language.logits(hidden_SE).float(), sampling, draw)
@@ -58,7 +59,7 @@ def generate_stream(
         if not going:
             return
         if len(going) < len(chosen):
-            cache.select(going)
+            cache.select(going)  # what has ended costs nothing more
             tokens_S, positions_S = tokens_S[going], positions_S[going]
         step = Packing(tuple(range(len(going) + 1)), positions_S, cache)
         hidden_SE = language.hidden(language.embed(tokens_S), step)

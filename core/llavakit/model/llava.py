@@ -74,7 +74,7 @@ class LlavaModel(nn.Module, Answering[Tensor]):
                 f"vision encoder `{self.vision.name}` gave features of width "
                 f"{features_IPD.shape[2]}, but says {self.vision.width}; fix `width`"
             )
-        return features_IPD[:, self.vision.prefix_tokens :]
+        return features_IPD[:, self.vision.prefix_tokens :]  # class tokens stand for no patch
 
     def embed(self, batch: PackedBatch, features_IPD: Tensor | None) -> Tensor:
         """Return the stream's embeddings `[T, E]`, text and visual rows."""
@@ -110,7 +110,7 @@ class LlavaModel(nn.Module, Answering[Tensor]):
         own = {"use": language.name, **language.options.model_dump(mode="json")}
         choices = {**self.choices, "language": own}
         merged = LlavaModel(self.vision, self.connector, language, self.template, choices=choices)
-        return merged.train(self.training)
+        return merged.train(self.training)  # a new module is in training mode
 
     # -- trying it -----------------------------------------------------------------------------
 
@@ -118,7 +118,7 @@ class LlavaModel(nn.Module, Answering[Tensor]):
         """Return the pixels `[I, 3, H, W]` of images, or None for none."""
         if not images:
             return None
-        dtype = next(self.vision.parameters(), torch.empty(0)).dtype
+        dtype = next(self.vision.parameters(), torch.empty(0)).dtype  # it may have no weights
         pixels = [read_pixels(self.vision, image, where) for image in images]
         return torch.stack(pixels).to(self.device, dtype)
 

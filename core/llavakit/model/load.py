@@ -61,7 +61,7 @@ def load(
         model = load_model(
             path, registry, device=place, dtype=dtype, template=template, options=options
         )
-        return model.eval()
+        return model.eval()  # a new module is in training mode, with dropout
     for name, exporter in layouts.items():
         if exporter.recognises(path):
             if options:
@@ -117,7 +117,7 @@ def _described(folder: Path) -> ModelRecipe:
         use: Use[Any] = getattr(recipe, name)
         if (folder / name / "config.json").is_file() and "source" in use.options:
             parts[name] = {**parts[name], "source": str(folder / name)}
-            parts[name].pop("revision", None)
+            parts[name].pop("revision", None)  # of the hub, not of a folder
     return ModelRecipe.model_validate(parts)
 
 

@@ -7,25 +7,27 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any, cast, get_args, get_origin
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from llavakit.contracts.component import (
+    INPUT_MARK,
     LATER,
+    MODEL_MARK,
     Component,
     Options,
     SkippableUse,
+    StepFolders,
     Use,
-    is_input,
-    is_model_path,
+    marks_of,
 )
 from llavakit.contracts.errors import RecipeError, did_you_mean
 from llavakit.contracts.interfaces import Exporter
 from llavakit.contracts.run import Step
 from llavakit.recipe.lines import Key, Span
 from llavakit.recipe.overrides import Source, set_key, stated
-from llavakit.recipe.redaction import redact
+from llavakit.recipe.redaction import brief, redact
 from llavakit.registry import ComponentT, Registry, kind_of
 
 
@@ -60,11 +62,16 @@ def state_options(
     for setting in settings:
         set_key(table, setting)
     read = partial(component.Options.model_validate, table, context={"steps": {}})
-    problems = list(_check_options(component, table, read, registry, (), {}, inputs=True))
+    problems = list(boundless(table)) or list(
+        Checker(registry, inputs=True).check_options(component, table, read, (), {})
+    )
     if problems:
         sources.append(Source(said=component.name))
         raise RecipeError("\n\n".join(problem.render(sources, []) for problem in problems))
     return table
+
+
+_DEEPEST = 50
 
 
 @dataclass(frozen=True)
@@ -80,15 +87,17 @@ class Problem:
 
         `steps` are the steps' names, by which a recipe with a `base` may address them.
         """
-        return redact(self._render(sources, steps))
+        return brief(redact(self._render(sources, steps)))
 
     def _render(self, sources: Sequence[Source], steps: Sequence[str | None]) -> str:
         source, span = self._locate(sources, steps)
         if source.said:
-            lines = [f"{source.said}: {self.message}"]
+            lines = [f"{brief(redact(source.said), 200)}: {self.message}"]
             return "\n".join([*lines, f" = help: {self.hint}"] if self.hint else lines)
         number = str(span.line)
         line = source.text.splitlines()[span.line - 1] if source.text else ""
+        begin = max(0, span.start - 100)  # of a line without end, what is around the key
+        line, span = line[begin:][:500], Span(span.line, span.start - begin, span.end - begin)
         gutter = " " * len(number)
         lines = [
             f"{source.path}:{span.line}: {self.message}",
@@ -127,11 +136,23 @@ def sound(
             if isinstance(annotation, type) and issubclass(annotation, BaseModel):
                 if isinstance(value, Mapping):
                     yield from sound(annotation, value, (*key, name))
-            elif isinstance(value, list):
+            elif isinstance(value, list) and get_origin(annotation) is tuple:
                 adapter = TypeAdapter[object](get_args(annotation)[0])
                 for index, item in enumerate(value):
                     with suppress(ValidationError):
                         yield (*key, name, index), adapter.validate_python(item)
+
+
+def boundless(node: object, key: Key = ()) -> Iterator[Problem]:
+    """Yield values that no option holds: of more than 64 bits, or nested without end."""
+    if len(key) > _DEEPEST:
+        yield Problem(key[:3], "it is nested too deeply", f"{_DEEPEST} tables in tables are enough")
+    elif isinstance(node, int) and not -(2**63) <= node < 2**63:
+        message = f"option `{key[-1]}`: an integer of TOML has 64 bits at most"
+        yield Problem(key, message, "write a smaller one")
+    elif isinstance(node, dict | list):
+        for name, item in node.items() if isinstance(node, dict) else enumerate(node):
+            yield from boundless(item, (*key, name))
 
 
 def parts(node: object) -> Iterator[tuple[str | int, Any]]:
@@ -146,71 +167,66 @@ def parts(node: object) -> Iterator[tuple[str | int, Any]]:
     yield from ((k, v) for k, v in items if not (isinstance(v, SkippableUse) and v.skip))
 
 
-def check(
-    node: object, registry: Registry, key: Key, steps: Mapping[str, Path], inputs: bool
-) -> Iterator[Problem]:
-    """Yield the problems of a choice, or of every one below a model, table or list, in order.
+@dataclass(frozen=True)
+class Checker:
+    """Finds what is wrong with choices and their options."""
 
-    `steps` are those before it; with `inputs` the files that options name must be there.
-    """
-    if isinstance(node, Use):
-        yield from _check_use(node, registry, key, steps, inputs)
-        return
-    fields = type(node).model_fields if isinstance(node, BaseModel) else {}
-    earlier = dict(steps)
-    for name, value in parts(node):
-        if inputs and name in fields and is_input(fields[name]):
-            for path in value if isinstance(value, tuple | list) else (value,):
-                may_be_named = is_model_path(fields[name])
-                if _is_absent(path) and not (may_be_named and _is_named(path, registry)):
-                    message = f"`{name}`: {path} does not exist"
-                    yield Problem((*key, name), message, _path_hint(path))
-            continue
-        yield from check(value, registry, (*key, name), earlier, inputs)
-        if isinstance(value, SkippableUse) and issubclass(kind_of(value), Step):
-            earlier |= dict.fromkeys((value.use, f"{int(name) + 1:02}-{value.use}"), LATER)
+    registry: Registry
+    inputs: bool  #: Whether files and weights that options name must be there.
 
+    def check(self, node: object, key: Key, steps: StepFolders) -> Iterator[Problem]:
+        """Yield the problems of a choice, or of all below a model, table or list, in file order.
 
-def _check_use(
-    use: Use[Any], registry: Registry, key: Key, steps: Mapping[str, Path], inputs: bool
-) -> Iterator[Problem]:
-    try:
-        component = registry.chosen(use)
-    except RecipeError as error:
-        yield Problem((*key, "use"), str(error))
-        return
-    read = partial(registry.options, use, steps)
-    yield from _check_options(component, use.options, read, registry, key, steps, inputs)
+        `steps` are the folders of the steps before it.
+        """
+        if isinstance(node, Use):
+            try:
+                component = self.registry.chosen(node)
+            except RecipeError as error:
+                yield Problem((*key, "use"), str(error))
+                return
+            read = partial(self.registry.options, node, steps)
+            yield from self.check_options(component, node.options, read, key, steps)
+            return
+        fields = type(node).model_fields if isinstance(node, BaseModel) else {}
+        earlier = dict(steps)
+        for name, value in parts(node):
+            marks = marks_of(fields[name]) if self.inputs and name in fields else ()
+            if INPUT_MARK in marks:
+                yield from self._absent(value, (*key, name), MODEL_MARK in marks)
+                continue
+            yield from self.check(value, (*key, name), earlier)
+            if isinstance(value, SkippableUse) and issubclass(kind_of(value), Step):
+                earlier |= dict.fromkeys((value.use, f"{int(name) + 1:02}-{value.use}"), LATER)
 
+    def check_options(
+        self,
+        component: type[Component],
+        table: Mapping[str, Any],
+        read: Callable[[], Options],
+        key: Key,
+        steps: StepFolders,
+    ) -> Iterator[Problem]:
+        """Yield the problems of a component's options: `read` validates what `table` states."""
+        try:
+            options = read()
+        except ValidationError as error:
+            yield from problems_in(error, component.Options, key, f" of `{component.name}`")
+            for inner, value in sound(component.Options, table, key):
+                yield from self.check(value, inner, steps)
+            return
+        if self.inputs and (sentence := component.missing(options)):
+            yield Problem((*key, "use"), sentence)
+        yield from self.check(options, key, steps)
 
-def _check_options(
-    component: type[Component],
-    table: Mapping[str, Any],
-    read: Callable[[], Options],
-    registry: Registry,
-    key: Key,
-    steps: Mapping[str, Path],
-    inputs: bool,
-) -> Iterator[Problem]:
-    try:
-        options = read()
-    except ValidationError as error:
-        yield from problems_in(error, component.Options, key, f" of `{component.name}`")
-        for inner, value in sound(component.Options, table, key):
-            yield from check(value, registry, inner, steps, inputs)
-        return
-    if inputs and (sentence := component.missing(options)):
-        yield Problem((*key, "use"), sentence)
-    yield from check(options, registry, key, steps, inputs)
-
-
-def _is_absent(value: object) -> bool:
-    return isinstance(value, Path) and not str(value).startswith("@") and not value.exists()
-
-
-def _is_named(path: Path, registry: Registry) -> bool:
-    """Say whether it may be a model's name in a public collection."""
-    return any(layout.names(path.as_posix()) for layout in registry.all(Exporter).values())
+    def _absent(self, value: object, key: Key, a_model: bool) -> Iterator[Problem]:
+        for path in value if isinstance(value, tuple | list) else (value,):
+            if not isinstance(path, Path) or str(path).startswith("@") or path.exists():
+                continue
+            layouts = self.registry.all(Exporter).values() if a_model else ()
+            # a model may have a name in a public collection instead
+            if not any(layout.names(path.as_posix()) for layout in layouts):
+                yield Problem(key, f"`{key[-1]}`: {path} does not exist", _path_hint(path))
 
 
 def _path_hint(path: Path) -> str:

@@ -45,7 +45,7 @@ def set_key(table: dict[str, Any], override: str) -> None:
         raise RecipeError(f"--set {override}: write it as a.b.c=value")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):  # numbers and lists without end, too
         value = text.strip()
     node: Any = table
     for depth, part in enumerate(path):

@@ -11,19 +11,13 @@ from pathlib import Path
 from typing import Any, cast
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
-from pydantic_settings import (
-    BaseSettings,
-    EnvSettingsSource,
-    PydanticBaseSettingsSource,
-    SettingsConfigDict,
-    SettingsError,
-)
+from pydantic_settings import EnvSettingsSource, SettingsError
 
 from llavakit.contracts.component import LATER, SkippableUse, Use
 from llavakit.contracts.errors import RecipeError, did_you_mean
 from llavakit.contracts.interfaces import Tracker
 from llavakit.contracts.run import Step
-from llavakit.recipe.check import Problem, check, problems_in, sound
+from llavakit.recipe.check import Checker, Problem, boundless, problems_in, sound
 from llavakit.recipe.lines import Key
 from llavakit.recipe.model_choice import ModelRecipe
 from llavakit.recipe.overrides import Source, set_key, stated, step_index
@@ -56,18 +50,16 @@ class Published(BaseModel):
     value: float
 
 
-class Recipe(BaseSettings):
+class Recipe(BaseModel):
     """One run, from start to end. The environment, `LLAVA_SEED=1`, overrides the file."""
 
-    model_config = SettingsConfigDict(
-        extra="forbid", frozen=True, env_prefix="LLAVA_", env_nested_delimiter="__"
-    )
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str
     seed: int = Field(default=0, ge=0, lt=2**63)
     device: str = "auto"  #: `auto` is CUDA where there is one, else the CPU.
     # not an optional type: pydantic would tell of a wrong part that all of it is wrong
-    model: ModelRecipe = Field(default=cast("ModelRecipe", None), validate_default=False)
+    model: ModelRecipe = cast("ModelRecipe", None)
     """None where it is left out, as it may be where no step needs one; `parts` refuses that."""
     steps: tuple[StepUse, ...] = Field(min_length=1)
     trackers: tuple[Use[Tracker], ...] = (Use[Tracker](use="report"),)
@@ -77,10 +69,10 @@ class Recipe(BaseSettings):
     @field_validator("name")
     @classmethod
     def _names_a_folder(cls, name: str) -> str:
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}", name):
             raise ValueError(
                 "it names the run's folder, so it begins with a letter or digit of ASCII and holds "
-                "only these, `.`, `_` and `-`"
+                "only these, `.`, `_` and `-`, 200 at most"
             )
         return name
 
@@ -109,40 +101,33 @@ class Recipe(BaseSettings):
         Raises RecipeError with every problem at once, each at its line.
         """
         files, table = read_tables(path)
-        table = _merge(table, _from_environment(cls), ())
+        table = _merge(table, _from_environment(), ())
         for override in overrides:
             set_key(table, override)
         if own := re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).strip("-._"):
-            table.setdefault("name", own)
-        names = [step.get("use") for step in _steps(table)]
+            table.setdefault("name", own[:200])
+        uses = [step.get("use") for step in _steps(table)]
+        names = [use if isinstance(use, str) else None for use in uses]
         sources = [*(stated(override) for override in overrides[::-1]), *_environment(), *files]
+        checker = Checker(registry, inputs)
+        if problems := list(boundless(table)):
+            raise RecipeError("\n\n".join(problem.render(sources, names) for problem in problems))
         try:
             recipe = cls(**table)
         except ValidationError as error:
             later = dict.fromkeys(filter(None, names), LATER)
             problems = list(problems_in(error, cls))
             for key, value in sound(cls, table):
-                problems += check(value, registry, key, later, inputs)
+                problems += checker.check(value, key, later)
             if "model" not in table and not names:
                 problems += missing_model((), registry)
         else:
-            problems = list(check(recipe, registry, (), {}, inputs))
+            problems = list(checker.check(recipe, (), {}))
             if recipe.model is None and inputs:
                 problems += missing_model(recipe.steps, registry)
             if not problems:
                 return recipe
         raise RecipeError("\n\n".join(problem.render(sources, names) for problem in problems))
-
-    @classmethod
-    def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],
-        init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,
-        file_secret_settings: PydanticBaseSettingsSource,
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        return (init_settings,)  # `load` puts the environment between the file and --set
 
     def parts(self) -> ModelRecipe:
         """Return the model's parts. Raises RecipeError where the recipe names none."""
@@ -170,10 +155,11 @@ def _environment() -> Iterator[Source]:
             yield Source(said=f"environment variable {name}={value}", key=key)
 
 
-def _from_environment(model: type[Recipe]) -> dict[str, Any]:
+def _from_environment() -> dict[str, Any]:
     """Return the table that the environment states. Raises RecipeError where it is none."""
+    recipe = cast("Any", Recipe)  # no BaseSettings, which would read the environment by itself
     try:
-        return EnvSettingsSource(model)()
+        return EnvSettingsSource(recipe, env_prefix="LLAVA_", env_nested_delimiter="__")()
     except SettingsError as error:
         raise RecipeError(
             f"the environment sets a table by LLAVA_…, but not as JSON: {error} "
@@ -194,7 +180,7 @@ def find_recipe(name: str, beside: Path | None = None) -> Path:
     if path.suffix == ".toml":
         return path if beside is None else beside / path
     for folder in (beside, recipe_folder()):
-        if folder is not None and (file := folder / f"{name}.toml").is_file():
+        if folder is not None and os.path.isfile(file := folder / f"{name}.toml"):
             return file
     folder = recipe_folder()
     known = sorted(
@@ -219,7 +205,7 @@ def read_tables(path: Path) -> tuple[list[Source], dict[str, Any]]:
             raise RecipeError(f"cannot read recipe {current}: {error.strerror}") from error
         except UnicodeDecodeError as error:
             raise RecipeError(f"{current} is not UTF-8 text: {error.reason}") from error
-        except tomllib.TOMLDecodeError as error:
+        except (ValueError, RecursionError) as error:  # numbers and lists without end, too
             raise RecipeError(f"{current} is not valid TOML: {error}") from error
         if tables:
             table.pop("name", None)  # of another run, in a folder of its own
@@ -228,6 +214,10 @@ def read_tables(path: Path) -> tuple[list[Source], dict[str, Any]]:
         base = table.pop("base", None)
         if base is not None and not isinstance(base, str):
             raise RecipeError(f'{current}: `base` names one recipe, for example base = "tiny"')
+        if base is not None and isinstance(table.get("steps"), list):
+            hint = "change one in [steps.NAME]; for other steps leave out `base`, and copy [model]"
+            problem = Problem(("steps",), "[[steps]] would replace all steps of `base`", hint)
+            raise RecipeError(problem.render(sources[-1:], []))
         current = None if base is None else find_recipe(base, current.parent)
     merged = tables.pop()
     while tables:
@@ -265,14 +255,13 @@ def missing_model(steps: Sequence[StepUse], registry: Registry) -> Iterator[Prob
     """
     needing, left = None, False
     for use in steps:
-        if use.skip or not registry.has(Step, use.use):
+        if use.skip:
             continue
-        step = registry.get(Step, use.use)
-        if step.needs_model and not left and use.options.get("init") is None:
-            needing = needing or use.use
-        with suppress(ValidationError):  # which is said elsewhere
-            folders = step.leaves(registry.options(use))
-            left = left or "model" in (folders or {})
+        with suppress(RecipeError, ValidationError):  # which is said elsewhere
+            step = registry.chosen(use)
+            if step.needs_model and not left and use.options.get("init") is None:
+                needing = needing or use.use
+            left = left or "model" in (step.leaves(registry.options(use)) or {})
     if needing or not steps:
         hint = f"`{needing}` needs one: add [model], or state `init`" if needing else "add it"
         yield Problem((), "missing option `model`", hint)

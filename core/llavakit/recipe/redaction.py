@@ -32,7 +32,7 @@ _STATED = re.compile(  # `token = "..."` in a recipe, `key=...` behind --set, `"
     r"(\"(?:[^\"\\]|\\.)*\"|'[^']*'|(?!\[hidden\])[^\s\"',;}\])]+)",
     re.IGNORECASE,
 )
-_URL = re.compile(r"[a-z][a-z0-9+.-]*://[^\s\"'`<>]+", re.IGNORECASE)
+_URL = re.compile(r"[a-z][a-z0-9+.-]{0,30}://[^\s\"'`<>]+", re.IGNORECASE)
 _USER = re.compile(r"(?<=://)(?:[^/?#@]*@)+|(?<=://)[^/?#@:]*:(?!\d+(?:[/?#]|$))[^@]*@")
 _IN_PATH = re.compile(
     rf"(?<=/)(?:{_KEY}|(?=\w*\d)(?=\w*[a-z])[a-z0-9]{{20,}})(?=[/?#]|$)", re.IGNORECASE
@@ -94,6 +94,11 @@ def redacted(value: Any) -> Any:
 def printable(text: str) -> str:
     r"""Return a text whose control characters are spelt out, `\x1b`; tabs and line ends stay."""
     return CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
+
+
+def brief(text: str, most: int = 1000) -> str:
+    """Return a text whose very long lines are cut: some value in it has no end."""
+    return re.sub(rf"(.{{{most}}}).+", r"\1 ...", text)
 
 
 def shown(text: str) -> str:

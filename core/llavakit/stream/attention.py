@@ -6,13 +6,23 @@ sample Q rows that look and C columns that are looked at..
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from importlib.metadata import entry_points
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from llavakit.contracts.packing import Packing, Rows, Scoring
+from llavakit.contracts.packing import Packing, Scoring
+
+# found once, at import: torch.compile cannot trace a look-up of entry points
+_CHOOSERS: tuple[Callable[..., Any], ...] = tuple(
+    found.load() for found in entry_points(group="llavakit.attention")
+)
+"""What entry points of the group `llavakit.attention` name: called with the scoring, the widths of
+keys and values and the device, each returns a kernel `(q, k, v, packing, scoring)`, or None."""
 
 
 def packed_attention(
@@ -30,8 +40,8 @@ def packed_attention(
     """Return causal attention `[T, H, K]`; no row sees another sample's.
 
     The options are those of `Scoring`. In half precision on CUDA, which autocast counts as, the
-    first kernel that honours them is used: FlashAttention, torch's own, FlexAttention; else each
-    sample is read by itself.
+    first kernel of a plugin that honours them reads the whole stream; else each sample is read by
+    itself.
     """
     scoring = Scoring(scale, window, softcap, sinks_H)
     kind = q_THK.device.type
@@ -43,14 +53,14 @@ def packed_attention(
         packing.watch.see(layer, q_THK, k_TGK, packing, scoring)
     if packing.cache is not None:
         packing.cache.append(layer, k_TGK, v_TGK, packing)
-        if any(packing.cache.lengths):
+        if any(packing.cache.lengths):  # else it is a prompt, read as in training
             return _decode(q_THK, packing, layer, scoring)
     if q_THK.is_cuda and q_THK.dtype in (torch.bfloat16, torch.float16):
-        from llavakit.stream.varlen import choose
-
-        kernel = choose(scoring, q_THK.shape[-1], v_TGK.shape[-1], q_THK.device)
-        if kernel is not None:
-            return kernel(q_THK, k_TGK, v_TGK, packing, scoring)
+        for choose in _CHOOSERS:
+            kernel = choose(scoring, q_THK.shape[-1], v_TGK.shape[-1], q_THK.device)
+            if kernel is not None:
+                attended_THK: Tensor = kernel(q_THK, k_TGK, v_TGK, packing, scoring)
+                return attended_THK
     outputs = []
     lengths = packing.lengths
     # split, not slices: the gradient of each slice would be as long as the whole stream
@@ -62,31 +72,6 @@ def packed_attention(
             mask = _band(places, places, window)
         outputs.append(_attend(q, k, v, mask, scoring))
     return torch.cat(outputs)
-
-
-def rows_attention(
-    q_MHK: Tensor,
-    k_TGK: Tensor,
-    v_TGK: Tensor,
-    packing: Packing,
-    rows: Rows,
-    *,
-    scale: float | None = None,
-) -> Tensor:
-    """Return the attention `[M, H, K]` of selected rows only, as `packed_attention` has it.
-
-    For the last block, where only supervised rows go on.
-    """
-    outputs = []
-    lengths = packing.lengths
-    places = packing.position_ids_T.index_select(0, rows.index_M).split(rows.counts)
-    columns = torch.arange(max(lengths), device=q_MHK.device)
-    parts = zip(q_MHK.split(rows.counts), k_TGK.split(lengths), v_TGK.split(lengths), strict=True)
-    for (q, k, v), place in zip(parts, places, strict=True):
-        if len(q):
-            mask = _band(place, columns[: len(k)], None)
-            outputs.append(_attend(q, k, v, mask, Scoring(scale)))
-    return torch.cat(outputs) if outputs else q_MHK
 
 
 def _band(rows_Q: Tensor, columns_C: Tensor, window: int | None) -> Tensor:
@@ -140,7 +125,7 @@ def _decode(q_THK: Tensor, packing: Packing, layer: int, scoring: Scoring) -> Te
     columns = torch.arange(longest, device=q_THK.device)
     if packing.starts[-1] == len(store.lengths):  # one row a sequence: all at once
         mask_S11L = _band(packing.position_ids_T, columns, scoring.window)[:, None, None]
-        held = keys[:, :, :longest], values[:, :, :longest]
+        held = keys[:, :, :longest], values[:, :, :longest]  # behind it the cache is empty
         return _weigh(q_THK[:, :, None], *held, mask_S11L, scoring)[:, :, 0]
     outputs = []
     for s, (start, end) in enumerate(pairwise(packing.starts)):

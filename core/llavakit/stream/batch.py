@@ -1,11 +1,10 @@
-"""Lays samples end to end in micro-batches, and chooses which lie together.
+"""Lays samples end to end in micro-batches.
 
 T rows of the stream, S samples in it, N visual rows, M supervised rows, I images.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -83,27 +82,3 @@ def pack(encoded: Sequence[Encoded], samples: Sequence[int], visual_tokens: int)
         samples=tuple(samples),
         images=tuple(images),
     )
-
-
-def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Distribute items over bins of `capacity` by best fit, longest first.
-
-    Returns the indices in each bin. An item longer than `capacity` gets a bin of its own.
-    Deterministic: ties keep the order of `lengths`.
-    """
-    order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
-    bins: list[list[int]] = []
-    open_bins: list[tuple[int, int, int]] = []  # space left, the newest first of one space, bin
-    for number, index in enumerate(order):
-        length = lengths[index]
-        place = bisect_left(open_bins, (length,))
-        if place == len(open_bins):
-            bins.append([index])
-            chosen, space = len(bins) - 1, capacity - length
-        else:
-            room, _, chosen = open_bins.pop(place)
-            bins[chosen].append(index)
-            space = room - length
-        if space > 0:
-            insort(open_bins, (space, -number, chosen))
-    return [sorted(items) for items in bins]

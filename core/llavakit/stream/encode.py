@@ -6,7 +6,8 @@ itself, and IMAGE_ID stands between. Where this differs from the original, it do
 - The mask comes from the characters each token stands for. The original tokenises every turn a
   second time, compares lengths, and leaves a sample unlearned, with one printed line, where they
   differ: separators inside answers, a question at the end, an empty answer. No sample is left out
-  here. One whose answers lie behind `max_length` has `learned_count` 0, for the caller to report.
+  here. One whose answers lie behind `max_length` has a `supervised_count` of 0, for the caller to
+  report.
 - A special token spelt out in a turn, such as `</s>` in a question about HTML, is ordinary text:
   only what the template writes (`Segment.markup`) is special. `<image>` in an answer is text too.
 - Of what a tokenizer puts around a text by itself only the beginning (BOS) is taken, never an end
@@ -65,6 +66,7 @@ class Encoded:
 
     def supervised_count(self, visual_tokens: int) -> int:
         """Return how many learned tokens are left after truncation."""
+        # nothing predicts the first token
         return int(self.expand(visual_tokens).supervised[1:].sum())
 
     def expand(self, visual_tokens: int) -> Rows:

@@ -66,7 +66,7 @@ class Reader:
             found = cls(backend, size, SpecialTokens.of(backend), _scheme(backend))
             if make := getattr(tokenizer, "quick_reader", None):
                 found.quick = make(found)
-            _readers[tokenizer] = found
+            _readers[tokenizer] = found  # a vocabulary takes a while to look through
         return found
 
     def beginning(self) -> list[int]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from llavakit import ModelError
+from llavakit import ModelError, write_text
 from llavakit_plugins.huggingface.hub import load_tokenizer
 from llavakit_plugins.huggingface.json_files import read_json, refuse_devices
 
@@ -46,7 +46,7 @@ def read_tokenizer(folder: Path, model_type: str) -> PreTrainedTokenizerBase:
         config = {"model_type": model_type} if _is_bare(folder) else {}
         tables = {"config.json": config, _SETTINGS: _settings(folder)}
         for name, table in tables.items():
-            (Path(place) / name).write_text(json.dumps(table), encoding="utf-8")
+            write_text(Path(place) / name, json.dumps(table))
         tokenizer = load_tokenizer(place, where=folder)
     tokenizer.name_or_path = str(folder)
     return tokenizer

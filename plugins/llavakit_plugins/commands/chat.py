@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from llavakit import shown
+from llavakit import printable, shown
 from llavakit.contracts.commands import Commands
 from llavakit.contracts.errors import LlavaError, ModelError
 from llavakit_plugins.commands.flags import add_model, add_settings, load_model
@@ -45,7 +45,7 @@ def _chat(arguments: argparse.Namespace) -> int:
         _chat_with_heatmap(arguments, model)
         return 0
     if arguments.prompt is not None:
-        print(model.generate(arguments.prompt, images=arguments.image, **settings))
+        print(printable(model.generate(arguments.prompt, images=arguments.image, **settings)))
         return 0
     while True:
         try:
@@ -57,7 +57,7 @@ def _chat(arguments: argparse.Namespace) -> int:
             continue
         try:
             for piece in model.stream(question, images=arguments.image, **settings):
-                print(piece, end="", flush=True)
+                print(printable(piece), end="", flush=True)
             print()
         except LlavaError as error:  # of this question; the next may do
             print(f"error: {shown(str(error))}", file=sys.stderr)
@@ -91,5 +91,7 @@ def _chat_with_heatmap(arguments: argparse.Namespace, model: object) -> None:
         arguments.max_new_tokens, arguments.temperature, arguments.top_p, arguments.seed
     )
     maps = map_attention(model, arguments.prompt, arguments.image, sampling)
-    print(maps.answer, flush=True)  # first: it is not lost where the picture cannot be written
+    print(
+        printable(maps.answer), flush=True
+    )  # first: it is not lost where the picture cannot be written
     save_image(draw_attention_maps(maps, arguments.image, model.vision), arguments.heatmap)

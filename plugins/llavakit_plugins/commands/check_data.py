@@ -53,7 +53,7 @@ def add(commands: Commands) -> None:
 def _check_data(arguments: argparse.Namespace) -> int:
     import json
 
-    from llavakit import Registry, build_from, show_progress, state_options
+    from llavakit import Registry, build_from, printable_json, show_progress, state_options
     from llavakit.contracts.component import Use
     from llavakit.contracts.interfaces import Dataset, PromptTemplate
     from llavakit_plugins.datasets.inspection import Lengths, inspect_data
@@ -93,7 +93,7 @@ def _check_data(arguments: argparse.Namespace) -> int:
     with show_progress("check-data") as progress:
         report = inspect_data(use, registry, lengths, progress, thorough=arguments.thorough)
     if arguments.json:
-        print(json.dumps(report.model_dump(), indent=2))
+        print(printable_json(json.dumps(report.model_dump(), indent=2)))
     else:
         from rich.console import Console
 
@@ -114,9 +114,10 @@ def _render(report: Report) -> Iterator[object]:
     from rich.table import Table
     from rich.text import Text
 
+    from llavakit import shown
     from llavakit_plugins.datasets.inspection import KEPT
 
-    facts = Table(show_header=False, title=report.data, title_justify="left")
+    facts = Table(show_header=False, title=Text(shown(report.data)), title_justify="left")
     facts.add_column()
     facts.add_column(justify="right")
     facts.add_column()
@@ -141,8 +142,8 @@ def _render(report: Report) -> Iterator[object]:
             yield _histogram(title, tokens, report)
     for sort in report.findings:
         what = "stops a training" if sort.stops else "does not stop a training"
-        yield Text(f"{sort.sort}: {sort.count:,} ({what})", "bold")
-        yield from (Text(f"  {message}") for message in sort.messages[:_SHOWN])
+        yield Text(shown(f"{sort.sort}: {sort.count:,} ({what})"), "bold")
+        yield from (Text(shown(f"  {message}")) for message in sort.messages[:_SHOWN])
         if sort.count > _SHOWN:
             yield Text(f"  and {sort.count - _SHOWN:,} more; --json lists {KEPT} of each sort")
     yield Text(f"{report.rows:,} rows in {report.seconds:,.1f} s")

@@ -25,7 +25,7 @@ def add(commands: Commands) -> None:
 
 
 def _compare(arguments: argparse.Namespace) -> int:
-    from llavakit import write_text
+    from llavakit import printable_json, shown, write_text
     from llavakit_plugins.comparing.table import compare
     from llavakit_plugins.reporting.page import comparison_page
 
@@ -37,5 +37,5 @@ def _compare(arguments: argparse.Namespace) -> int:
         sections = [found.table(), *([found.order_table()] if found.orders else [])]
         page = comparison_page("Runs side by side", facts, sections, found.left_out)
         write_text(arguments.html, page)
-    print(found.json() if arguments.json else found.text())
+    print(printable_json(found.json()) if arguments.json else shown(found.text()))
     return 0

@@ -20,7 +20,7 @@ def add(commands: Commands) -> None:
 
 
 def _export(arguments: argparse.Namespace) -> int:
-    from llavakit import LlavaModel, Registry, build_from
+    from llavakit import LlavaModel, Registry, build_from, shown
     from llavakit.contracts.interfaces import Exporter
 
     registry = Registry.installed()
@@ -33,5 +33,5 @@ def _export(arguments: argparse.Namespace) -> int:
             "folder that it was made of"
         )
     for name, value in exporter.export(model.merged(), arguments.out).items():
-        print(f"{name}: {value}")
+        print(shown(f"{name}: {value}"))
     return 0

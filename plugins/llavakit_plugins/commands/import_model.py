@@ -18,7 +18,7 @@ def add(commands: Commands) -> None:
 
 
 def _import(arguments: argparse.Namespace) -> int:
-    from llavakit import LlavaModel, save_model
+    from llavakit import LlavaModel, save_model, shown
 
     refuse_to_replace(arguments.out)
     model = load_model(arguments.source, arguments)
@@ -28,5 +28,5 @@ def _import(arguments: argparse.Namespace) -> int:
             "no weights that training could go on from"
         )
     save_model(model, arguments.out)
-    print(f"wrote {arguments.out}")
+    print(shown(f"wrote {arguments.out}"))
     return 0

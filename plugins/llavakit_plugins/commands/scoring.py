@@ -15,19 +15,19 @@ from pydantic.fields import FieldInfo
 from llavakit import Registry
 from llavakit.contracts.component import Component, Use
 from llavakit.contracts.errors import PluginError, RecipeError
-from llavakit.contracts.interfaces import FileScorer
+from llavakit_plugins.evaluation.file_scores import FileScorer
 
 
 def score_command(arguments: Sequence[str], registry: Registry) -> int:
     """Run `llava-run score` with what stands behind it."""
-    from llavakit import build_from, did_you_mean
+    from llavakit import build_from, did_you_mean, printable_json, shown
     from llavakit_plugins.reporting.plain import plain
 
     scorers = find_scorers(registry)
     if not arguments or arguments[0] in ("-h", "--help"):
         print("usage: llava-run score NAME ...\n")
         for name, scorer in scorers.items():
-            print(f"  {name:20}{_sentence(scorer)}")
+            print(shown(f"  {name:20}{_sentence(scorer)}"))
         print("\nllava-run score NAME --help lists its flags.")
         return 0
     name = arguments[0]
@@ -44,11 +44,11 @@ def score_command(arguments: Sequence[str], registry: Registry) -> int:
     }
     result = build_from(scorer, settings, registry, flags).score()
     for note in result.notes:
-        print(f"note: {note}", file=sys.stderr)
+        print(shown(f"note: {note}"), file=sys.stderr)
     if as_json:
-        print(json.dumps(result.data, indent=2, allow_nan=False))
+        print(printable_json(json.dumps(result.data, indent=2, allow_nan=False)))
     else:
-        print("\n\n".join(plain(table) for table in result.tables))
+        print(shown("\n\n".join(plain(table) for table in result.tables)))
     return 0
 
 
@@ -59,6 +59,11 @@ def find_scorers(registry: Registry) -> dict[str, type[FileScorer]]:
     found: dict[str, type[FileScorer]] = {}
     for benchmark in registry.all(Benchmark).values():
         for scorer in benchmark.scorers:
+            if not issubclass(scorer, FileScorer):
+                raise PluginError(
+                    f"`scorers` of benchmark `{benchmark.name}` holds {scorer.__qualname__}; it must "
+                    "derive from llavakit_plugins.evaluation.file_scores.FileScorer"
+                )
             other = found.setdefault(scorer.name, scorer)
             if other is not scorer:
                 raise PluginError(

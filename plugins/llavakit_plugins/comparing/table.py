@@ -14,10 +14,10 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from llavakit import aligned
 from llavakit.contracts.errors import RecipeError
 from llavakit.contracts.sections import Table
 from llavakit_plugins.comparing.runs import Group, group_runs, read_runs
+from llavakit_plugins.reporting.plain import aligned
 
 _NOISE = 2.0  # standard errors of a difference
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from array import array
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -134,17 +134,26 @@ def inspect_data(
     """
     seen = _Seen(lengths, thorough)
     begun = time.monotonic()
+    # what a training leaves out stops none: what is left is read again, as it reads it
+    seen.leaves_out = use.options.get("unusable") == "skip"
     try:
         for row in _rows(use, registry):
-            seen.add(row)
+            seen.add(replace(row, sample=None) if seen.leaves_out else row)
             if seen.rows % 512 == 0:
                 rate = seen.rows / (time.monotonic() - begun)
                 missing = seen.count("missing images")
                 note = f", {missing:,} images missing" if missing else ""
                 progress(round(1000 * row.read), 1000, f"{seen.rows:,} rows, {rate:,.0f}/s{note}")
+        seen.look_at_images()
+        if seen.leaves_out:
+            seen.leaves_out = False
+            data = registry.build(use)
+            for index in range(len(data)):
+                seen.measure(data[index])
     except DataError as error:  # nothing behind it can be read
+        seen.leaves_out = False
         seen.find(Finding("file", str(error)))
-    seen.look_at_images()
+        seen.look_at_images()
     progress(1000, 1000, f"{seen.rows:,} rows")
     return seen.report(str(use.options.get("path", use.use)), time.monotonic() - begun)
 
@@ -177,6 +186,7 @@ class _Seen:
 
     def __init__(self, lengths: Lengths, thorough: bool) -> None:
         self.rows = 0
+        self.leaves_out = False  # whether what is found is left out of a training
         self._lengths, self._thorough = lengths, thorough
         self._findings: dict[str, Sort] = {}
         self._ids: set[int] = set()  # hashes take a third of the texts' room
@@ -188,8 +198,9 @@ class _Seen:
 
     def find(self, finding: Finding) -> None:
         """Count a finding."""
+        stops = finding.stops and not self.leaves_out
         sort = self._findings.setdefault(
-            finding.sort, Sort(sort=finding.sort, count=0, stops=finding.stops, messages=[])
+            finding.sort, Sort(sort=finding.sort, count=0, stops=stops, messages=[])
         )
         sort.count += 1
         if len(sort.messages) < KEPT:
@@ -217,7 +228,7 @@ class _Seen:
         if len(self._waiting) >= _AT_ONCE:
             self.look_at_images()
         if row.sample is not None:
-            self._measure(row.sample)
+            self.measure(row.sample)
 
     def look_at_images(self) -> None:
         """Look at the images that wait for it."""
@@ -236,7 +247,8 @@ class _Seen:
         except DataError as error:
             self.find(Finding("broken images", str(error)))
 
-    def _measure(self, sample: Sample) -> None:
+    def measure(self, sample: Sample) -> None:
+        """Count a sample's turns and tokens."""
         try:
             tokens, supervised = self._count(sample)
         except DataError as error:

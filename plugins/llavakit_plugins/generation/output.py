@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from llavakit import Outcome, Run, new_file
+from llavakit import Outcome, Run, explain_write, new_file
 from llavakit_plugins.generation.contexts import Contexts
 from llavakit_plugins.generation.items import Item, Items
 from llavakit_plugins.generation.requests.ledger import Ledger
@@ -42,7 +42,8 @@ def write_output(
     summary = Summary()
     for name, contexts, items in jobs:
         folder = run.directory / name
-        folder.mkdir(exist_ok=True)
+        with explain_write(folder):
+            folder.mkdir(exist_ok=True)
         with ExitStack() as stack:
             samples = {
                 label: stack.enter_context(json_list(folder / f"{label}.json"))

@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llavakit import write_text
 from llavakit.contracts.errors import ModelError
 from llavakit_plugins.huggingface.words import by_words
 
@@ -78,7 +79,7 @@ def _from_file(path: Path) -> PreTrainedTokenizerBase:
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "tokenizer.model").symlink_to(path.resolve())
         settings = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "legacy": True}
-        (Path(folder) / "tokenizer_config.json").write_text(json.dumps(settings))
+        write_text(Path(folder) / "tokenizer_config.json", json.dumps(settings))
         return fast_tokenizer(folder)
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from llavakit import ModelError
 
+_INPUTS = 64  # weights that share a scale, as bitsandbytes divides them
 _BLOCK = 32  # number of outputs that are packed together
 _PACKS = "support_avx512bf16_for_cpu"  # bitsandbytes' attribute that says whether a layer packs
 _log = logging.getLogger("llavakit")
@@ -36,11 +37,7 @@ def prepare(model: Any, source: object, dtype: torch.dtype) -> None:
             setattr(layer, _PACKS, False)  # in case it is moved to the CPU later
             continue
         block = layer.weight.quant_state.blocksize
-        if layer.in_features % block:  # bitsandbytes gives wrong results if a block crosses rows
-            raise ModelError(
-                f"{source}: `{name}` has {layer.in_features} inputs, and in 4 bits a CPU computes "
-                f'whole blocks of {block} only; leave `quantize = "nf4"` out, or use CUDA'
-            )
+        _refuse_part(source, name, layer, block)
         fast = getattr(layer, _PACKS, False) and dtype == torch.bfloat16
         whole = layer.out_features % _BLOCK == 0
         if fast and not whole:
@@ -55,6 +52,25 @@ def prepare(model: Any, source: object, dtype: torch.dtype) -> None:
             "in multiples of %d, and %s",
             source, len(slow), _BLOCK, slow[0],
         )  # fmt: skip
+
+
+def refuse_widths(model: Any, source: object, device: str) -> None:
+    """Refuse, before any weights are read, what `prepare` would refuse of them.
+
+    Raises ModelError as `prepare` does.
+    """
+    head = model.get_output_embeddings()
+    for name, layer in model.named_modules():
+        if device == "cpu" and isinstance(layer, torch.nn.Linear) and layer is not head:
+            _refuse_part(source, name, layer, _INPUTS)
+
+
+def _refuse_part(source: object, name: str, layer: Any, block: int) -> None:
+    if layer.in_features % block:  # bitsandbytes reads blocks that cross rows wrongly
+        raise ModelError(
+            f"{source}: `{name}` has {layer.in_features} inputs, and in 4 bits a CPU computes "
+            f'whole blocks of {block} only; leave `quantize = "nf4"` out, or use CUDA'
+        )
 
 
 def unpack(model: Any) -> None:

@@ -22,6 +22,7 @@ from llavakit_plugins.huggingface.hub import (
 )
 from llavakit_plugins.huggingface.tokenizer_writing import write_tokenizer
 from llavakit_plugins.huggingface.vocabulary import fit_tokenizer
+from llavakit_plugins.language.four_bits import refuse_widths
 from llavakit_plugins.language.lora import (
     FOLDER as ADAPTERS,
     add_adapters,
@@ -38,6 +39,7 @@ from llavakit_plugins.language.weights import (
     missing_bitsandbytes,
     read_weights,
     save_quantized,
+    small_device,
 )
 
 _NOTHING_TO_QUANTIZE = "`quantize` is for weights that are there: give `source`"
@@ -59,6 +61,8 @@ class PretrainedLanguage(LanguageModel):
             with explain_config(network.__name__):
                 model = network(config)
             cast_weights(model, getattr(torch, options.dtype))
+            if options.quantize is not None:  # a plan's: weights are read elsewhere
+                refuse_widths(model, options.source, small_device(options))
         if options.lora is not None:
             add_adapters(model, options.lora)
         self.options = options

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from llavakit import ModelError, packed_attention, rows_attention
+from llavakit import ModelError, packed_attention
 from llavakit.contracts.packing import Packing, Rows
 from llavakit_kernels.linear_cross_entropy import linear_cross_entropy
 from llavakit_plugins.huggingface.hub import explain_config
@@ -106,7 +106,7 @@ def _block(
     if rows is not None and few:
         normed_ME, rotary = _rows(normed_TE, rows), (_rows(rotary[0], rows), _rows(rotary[1], rows))
         q_MHK = _rotate(attention.q_proj(normed_ME).unflatten(-1, shape), rotary)
-        attended = rows_attention(q_MHK, k_TGK, v_TGK, packing, rows, scale=attention.scaling)
+        attended = _rows_attention(q_MHK, k_TGK, v_TGK, packing, rows, attention.scaling)
     else:
         q_THK = _rotate(attention.q_proj(normed_TE).unflatten(-1, shape), rotary)
         attended = packed_attention(
@@ -139,3 +139,28 @@ def _rotate(x_THK: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
     cos_T1K, sin_T1K = rotary
     left, right = x_THK.chunk(2, dim=-1)
     return x_THK * cos_T1K + torch.cat((-right, left), dim=-1) * sin_T1K
+
+
+def _rows_attention(
+    q_MHK: Tensor, k_TGK: Tensor, v_TGK: Tensor, packing: Packing, rows: Rows, scale: float
+) -> Tensor:
+    """Return the attention `[M, H, K]` of selected rows only, as `packed_attention` has it.
+
+    For the last block, where only supervised rows go on.
+    """
+    outputs = []
+    lengths = packing.lengths
+    places = packing.position_ids_T.index_select(0, rows.index_M).split(rows.counts)
+    columns = torch.arange(max(lengths), device=q_MHK.device)
+    parts = zip(q_MHK.split(rows.counts), k_TGK.split(lengths), v_TGK.split(lengths), strict=True)
+    for part, place in zip(parts, places, strict=True):
+        q_1HQK, k_1GCK, v_1GCK = (x.transpose(0, 1)[None] for x in part)
+        if len(place):  # a sample may have no supervised row
+            attended_1HQK = F.scaled_dot_product_attention(
+                q_1HQK, k_1GCK, v_1GCK,
+                attn_mask=place[:, None] >= columns[None, : k_1GCK.shape[2]],
+                scale=scale,
+                enable_gqa=q_1HQK.shape[1] != k_1GCK.shape[1],
+            )  # fmt: skip
+            outputs.append(attended_1HQK[0].transpose(0, 1))
+    return torch.cat(outputs) if outputs else q_MHK

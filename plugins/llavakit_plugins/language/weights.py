@@ -114,6 +114,11 @@ def save_quantized(model: Any, folder: Path) -> None:
     model.generation_config.save_pretrained(folder)
 
 
+def small_device(options: LanguageOptions) -> str:
+    """Return where weights of 4 bits are read to."""
+    return options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def missing_bitsandbytes() -> str | None:
     """Return a sentence on what must be installed for 4-bit weights, or None."""
     if find_spec("bitsandbytes") is not None:
@@ -131,9 +136,7 @@ def _quantized(options: LanguageOptions, small: bool) -> dict[str, Any]:
         raise ModelError(reason)
     from transformers import BitsAndBytesConfig
 
-    placed_on = {
-        "device_map": {"": options.device or ("cuda" if torch.cuda.is_available() else "cpu")}
-    }
+    placed_on = {"device_map": {"": small_device(options)}}
     if small:
         return placed_on
     how = BitsAndBytesConfig(

@@ -24,6 +24,7 @@ from llavakit import (
     Score,
     Step,
     Use,
+    explain_write,
     write_text,
 )
 from llavakit.contracts.component import SkippableUse
@@ -155,7 +156,8 @@ class Evaluate(Step):
             note=name,
         )
         folder = run.directory / f"{name}-scoring"
-        folder.mkdir(exist_ok=True)
+        with explain_write(folder):
+            folder.mkdir(exist_ok=True)
         score = benchmark.score_in(replace(run, directory=folder), questions, answers)
         if not any(folder.iterdir()):
             folder.rmdir()

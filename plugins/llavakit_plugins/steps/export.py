@@ -18,6 +18,7 @@ from llavakit import (
     Run,
     Step,
     Use,
+    explain_write,
     save_model,
 )
 from llavakit.contracts.data import IMAGE, ImageSource
@@ -130,7 +131,8 @@ class Export(Step):
         """Draw where the model looks; return the picture's name in the step's folder."""
         maps = map_attention(model, question, images, Sampling(self.options.max_new_tokens))
         path = run.directory / "heatmaps" / f"{name}.png"
-        path.parent.mkdir(exist_ok=True)
+        with explain_write(path):
+            path.parent.mkdir(exist_ok=True)
         save_image(draw_attention_maps(maps, images, model.vision), path)
         return f"{path.parent.name}/{path.name}"
 

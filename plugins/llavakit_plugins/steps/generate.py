@@ -19,6 +19,7 @@ from llavakit import (
     Step,
     Stopped,
     Use,
+    explain_write,
     kind_of,
     write_text,
 )
@@ -99,7 +100,8 @@ class Generate(Step):
                 for kind in self.options.kinds:
                     content[kind] = [row for _, own, row in made if own == kind]
                 folder = run.directory / name
-                folder.mkdir(exist_ok=True)
+                with explain_write(folder):
+                    folder.mkdir(exist_ok=True)
                 for label, rows in content.items():
                     _write(folder / f"{label}.json", rows)
                     counts[f"{name}/{label}".lstrip("/")] = len(rows)

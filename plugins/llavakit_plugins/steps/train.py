@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
+import torch
+
 from llavakit import (
+    ModelError,
     Outcome,
     Run,
     Sample,
     Step,
-    explain_memory,
     link_folder,
     save_model,
 )
@@ -66,7 +69,7 @@ class _Train(Step):
         if options.held_out is not None:
             held_out = Corpus(run.build(options.held_out), model, template, options.max_length)
         run.event("corpus", samples=len(corpus), tokens=sum(corpus.lengths), cut=corpus.cut)
-        with explain_memory(_less_memory(options)):
+        with _explain_memory(_less_memory(options)):
             trainer = Trainer(model, corpus, options, run, held_out, template)
             progress = trainer.train()
         if not run.process_group.is_main:
@@ -248,3 +251,16 @@ class Finetune(_Train):
     """Stage 2, instruction tuning: as a rule the connector and the language model learn."""
 
     name = "finetune"
+
+
+@contextmanager
+def _explain_memory(remedy: str) -> Iterator[None]:
+    """Turn a device that is full into a sentence; `remedy` says what needs less."""
+    try:
+        yield
+    except RuntimeError as error:  # torch's own on CUDA; on a CPU it raises nothing narrower
+        full = isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+        if not full:
+            raise
+        reason = str(error).partition("\n")[0].partition(". GPU ")[0].rstrip(".")
+        raise ModelError(f"out of memory ({reason}); {remedy}") from error

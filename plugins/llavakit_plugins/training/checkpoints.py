@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Mapping
+from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from pydantic import TypeAdapter
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -16,6 +19,9 @@ from llavakit import HASHED_BYTES, TrainingError, digest, new_folder
 
 _TENSORS = "state.safetensors"
 _STATE = "state.json"
+_DAMAGES = (OSError, ValueError, LookupError, TypeError, RecursionError, SafetensorError)
+
+StateT = TypeVar("StateT")
 
 
 class Checkpoints:
@@ -30,13 +36,14 @@ class Checkpoints:
         whole = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
         with new_folder(self.folder / f"step-{step:06}") as partial:
             save_file(whole, partial / _TENSORS)
-            found = {"step": step, "check": _fingerprint(partial / _TENSORS), "state": dict(state)}
+            check = f"{_fingerprint(partial / _TENSORS)} {_sum(state)}"
+            found = {"step": step, "check": check, "state": dict(state)}
             (partial / _STATE).write_text(json.dumps(found), encoding="utf-8")
         for old in self._all()[: -self.keep]:
             shutil.rmtree(old)
 
-    def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """Return the newest checkpoint's tensors and state; None where there is none.
+    def load(self, kind: type[StateT]) -> tuple[dict[str, Tensor], StateT] | None:
+        """Return the newest checkpoint's tensors and its state as `kind`; None where there is none.
 
         Raises TrainingError where the newest checkpoint is damaged.
         """
@@ -46,11 +53,13 @@ class Checkpoints:
         newest = found[-1]
         try:
             saved = json.loads((newest / _STATE).read_text(encoding="utf-8"))
-            if saved["check"] != _fingerprint(newest / _TENSORS):
-                raise ValueError(f"{_TENSORS} is not what was written")
+            if saved["step"] != _number(newest):
+                raise ValueError(f"it is that of step {saved['step']!r:.20}")
+            if saved["check"] != f"{_fingerprint(newest / _TENSORS)} {_sum(saved['state'])}":
+                raise ValueError(f"{_TENSORS} or {_STATE} is not what was written")
             tensors = load_file(newest / _TENSORS)
-            state: dict[str, Any] = saved["state"]
-        except (OSError, ValueError, LookupError, TypeError, SafetensorError) as error:
+            state = TypeAdapter(kind).validate_python(saved["state"])
+        except _DAMAGES as error:
             raise TrainingError(
                 f"checkpoint {newest} is damaged ({error}); remove it to go on from the one "
                 "before, or from the step's start"
@@ -58,7 +67,7 @@ class Checkpoints:
         return tensors, state
 
     def _all(self) -> list[Path]:
-        return sorted(self.folder.glob("step-*"), key=lambda path: int(path.name[5:]))
+        return sorted(_numbered(self.folder, "step"), key=_number)
 
 
 class Best:
@@ -72,13 +81,18 @@ class Best:
         with new_folder(self._place(step)) as partial:
             whole = {name: weight.cpu().contiguous() for name, weight in weights.items()}
             save_file(whole, partial / _TENSORS)
+            check = {"step": step, "check": _fingerprint(partial / _TENSORS)}
+            (partial / _STATE).write_text(json.dumps(check), encoding="utf-8")
 
     def recall(self, step: int) -> dict[str, Tensor]:
         """Return the weights of `step`. Raises TrainingError where they are damaged."""
         path = self._place(step) / _TENSORS
         try:
+            saved = json.loads(path.with_name(_STATE).read_text(encoding="utf-8"))
+            if saved["check"] != _fingerprint(path):
+                raise ValueError("it is not what was written")
             return load_file(path)
-        except (OSError, SafetensorError) as error:
+        except _DAMAGES as error:
             raise TrainingError(
                 f"{path}, the best weights of this step, is damaged ({error}); remove the "
                 "step's folder and run again"
@@ -86,12 +100,26 @@ class Best:
 
     def drop_all_but(self, step: int) -> None:
         """Remove what was the best before `step`."""
-        for old in self.folder.glob("best-*"):
+        for old in _numbered(self.folder, "best"):
             if old != self._place(step):
                 shutil.rmtree(old)
 
     def _place(self, step: int) -> Path:
         return self.folder / f"best-{step:06}"
+
+
+def _numbered(folder: Path, what: str) -> list[Path]:
+    """Return the folders that we wrote; a copy that somebody made beside them is not ours."""
+    return [path for path in folder.glob(f"{what}-*") if _number(path) >= 0 and path.is_dir()]
+
+
+def _number(path: Path) -> int:
+    found = re.fullmatch(r"[a-z]+-([0-9]{6,18})", path.name)
+    return int(found[1]) if found else -1
+
+
+def _sum(state: Any) -> str:
+    return sha256(json.dumps(state).encode()).hexdigest()
 
 
 def _fingerprint(path: Path) -> str:

@@ -17,10 +17,10 @@ from llavakit import (
     PackedBatch,
     PromptTemplate,
     and_more,
-    best_fit,
     encode,
     pack,
 )
+from llavakit_plugins.training.best_fit import best_fit
 
 _NAMED = 5  # samples that an error lists
 

@@ -375,11 +375,10 @@ class Trainer:
                 self.best.drop_all_but(self.progress.best.step)
 
     def _restore(self) -> None:
-        found = self.checkpoints.load()
+        found = self.checkpoints.load(Progress)
         if found is not None:
-            tensors, state = found
+            tensors, self.progress = found
             self.optimiser.restore(tensors)
-            self.progress = Progress(**state)
             self.run.event("resumed", at=self.progress.step)
 
     def _gather(self) -> None:

@@ -89,6 +89,7 @@ def shard(model: LlavaModel, process_group: ProcessGroup, *, half: bool) -> None
     With `half`, weights are gathered as bfloat16. Gradients are always summed in float32: in
     bfloat16 a sum over many devices loses small terms.
     """
+    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import (
         FSDPModule,
         MixedPrecisionPolicy,
@@ -96,7 +97,7 @@ def shard(model: LlavaModel, process_group: ProcessGroup, *, half: bool) -> None
         register_fsdp_forward_method,
     )
 
-    mesh = process_group.mesh(model.device.type)
+    mesh = init_device_mesh(model.device.type, (process_group.size,))  # all devices in one row
     policy = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if half else None,
         reduce_dtype=torch.float32,

@@ -41,8 +41,8 @@ def usual_pixels(model_type: str) -> Pixels:
     return Pixels("crop", MEAN, STD)
 
 
-def read_pixels(folder: Path, edge: int, usual: Pixels) -> Pixels | None:
-    """Return a folder's preprocessing for squares of `edge` pixels; None if it states none.
+def read_pixels(folder: Path, edge: int | list[int], usual: Pixels) -> Pixels | None:
+    """Return a folder's preprocessing for squares of `edge`; None where it states none.
 
     Keys that the folder leaves out are taken from `usual`. Raises ModelError for preprocessing that
     no built-in encoder does.
@@ -55,6 +55,12 @@ def read_pixels(folder: Path, edge: int, usual: Pixels) -> Pixels | None:
             return None
         table = read_json(path)
     _refuse_others(path, table)
+    if isinstance(edge, list):
+        if len(set(edge)) != 1:
+            raise ModelError(
+                f"{folder}: the vision tower's `image_size` is {edge}, which is no square"
+            )
+        edge = edge[0]
     kind = str(table.get("image_processor_type") or table.get("feature_extractor_type") or "")
     # a missing key means the default of the named processor: CLIP's and LLaVA's crop
     crops = table.get("do_center_crop", kind.startswith(("CLIP", "Llava")))

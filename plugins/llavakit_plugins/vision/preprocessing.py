@@ -7,7 +7,6 @@ used themselves, because they are slower (tests/benchmarks/images_cpu.py measure
 from __future__ import annotations
 
 from functools import lru_cache
-from math import isqrt
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -16,18 +15,18 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from llavakit import MAX_PIXELS
+from llavakit_plugins.vision.thin_images import (
+    RGB as RGB,
+    pad_to_square as pad_to_square,
+    without_ends as without_ends,
+)
 
 Aspect = Literal["crop", "pad", "squash"]
 Interpolation = Literal["nearest", "lanczos", "bilinear", "bicubic", "box", "hamming"]
-RGB = tuple[float, float, float]
 
 MEAN: RGB = (0.48145466, 0.4578275, 0.40821073)
 """Mean of each colour over CLIP's training images; values are 0..1."""
 STD: RGB = (0.26862954, 0.26130258, 0.27577711)
-"""Standard deviation of each colour over the same images."""
-_THIN = 64  # ratio of the sides above which an image, once resized or padded, would be huge
-_LONGEST_THIN = 4096  # longest side, in pixels, of a thin image that is padded to a square
 
 
 class Square(NamedTuple):
@@ -66,38 +65,6 @@ def to_square(image: Image.Image, square: Square) -> Tensor:
     left, top = (width - size) // 2, (height - size) // 2
     image = image.crop((left, top, left + size, top + size))
     return normalise(np.asarray(image), square.mean, square.std)
-
-
-def _is_thin(image: Image.Image) -> bool:
-    return max(image.size) > _THIN * min(image.size)
-
-
-def without_ends(image: Image.Image) -> Image.Image:
-    """Return the middle part of a thin image, much more than a square crop needs."""
-    if not _is_thin(image):
-        return image
-    most = _THIN * min(image.size)
-    # an even number of pixels is cut off, so that the middle does not move by half a pixel
-    width, height = (min(edge, most + (edge - most) % 2) for edge in image.size)
-    left, top = (image.width - width) // 2, (image.height - height) // 2
-    return image.crop((left, top, left + width, top + height))
-
-
-def pad_to_square(image: Image.Image, mean: RGB) -> Image.Image:
-    """Return the image in the middle of a square of the mean colour; the edge is its longer side.
-
-    If the square would have more pixels than is safe, the image is first averaged over blocks.
-    """
-    if image.width == image.height:
-        return image
-    most = _LONGEST_THIN if _is_thin(image) else isqrt(MAX_PIXELS)
-    if max(image.size) > most:
-        image = image.reduce(-(-max(image.size) // most))
-    edge = max(image.size)
-    # the colour is rounded down, as in the original LLaVA's `expand2square`
-    canvas = Image.new("RGB", (edge, edge), tuple(int(255 * value) for value in mean))
-    canvas.paste(image, ((edge - image.width) // 2, (edge - image.height) // 2))
-    return canvas
 
 
 def shrink(image: Image.Image, size: int) -> Image.Image:

@@ -9,9 +9,9 @@ from typing import Any
 from pydantic import Field
 
 from llavakit import DataError, InputPath, Options
-from llavakit.contracts.interfaces import FileScore, FileScorer
 from llavakit.contracts.sections import Table
 from llavakit_plugins.datasets.rows import Row, id_of, listed, read_rows
+from llavakit_plugins.evaluation.file_scores import FileScore, FileScorer
 from llavakit_plugins.evaluation.reviews import (
     HIGHEST,
     RELATIVE_COLUMNS,

@@ -9,7 +9,6 @@ from typing import Any, Self
 from pydantic import Field, model_validator
 
 from llavakit import Build, ChatModel, DataError, InputPath, Options, Use
-from llavakit.contracts.interfaces import FileScore, FileScorer
 from llavakit_plugins.datasets.rows import listed
 from llavakit_plugins.datasets.scienceqa_problems import (
     Problem,
@@ -28,6 +27,7 @@ from llavakit_plugins.evaluation.benchmarks.ensembles import (
     upper_bound,
 )
 from llavakit_plugins.evaluation.benchmarks.science_table import Result, table
+from llavakit_plugins.evaluation.file_scores import FileScore, FileScorer
 from llavakit_plugins.evaluation.judging import JudgeSettings, replies
 
 

@@ -1,6 +1,6 @@
 """Runs an exported ONNX folder with numpy, onnxruntime, tokenizers and Pillow; without torch.
 
-    from llavakit_plugins.onnx_runtime import load
+    from llavakit_plugins.onnx.runtime import load
 
     model = load("exported")
     model.generate("What is in the image?", images=["photo.jpg"])

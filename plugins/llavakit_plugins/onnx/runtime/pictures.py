@@ -9,6 +9,8 @@ import numpy.typing as npt
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt
 
+from llavakit_plugins.vision.thin_images import pad_to_square, without_ends
+
 FloatArray = npt.NDArray[np.float32]
 Resample = Literal["bicubic", "bilinear", "lanczos", "nearest", "box", "hamming"]
 RESAMPLES = {name: Image.Resampling[name.upper()] for name in get_args(Resample)}
@@ -31,12 +33,10 @@ class Preparation(BaseModel):
     def prepare(self, image: Image.Image) -> FloatArray:
         """Return normalised pixels `[3, size, size]` of an RGB image."""
         how = RESAMPLES[self.resample]
-        if self.aspect == "pad" and image.width != image.height:
-            edge = max(image.size)
-            colour = tuple(int(255 * value) for value in self.mean)
-            canvas = Image.new("RGB", (edge, edge), colour)
-            canvas.paste(image, ((edge - image.width) // 2, (edge - image.height) // 2))
-            image = canvas
+        if self.aspect == "pad":
+            image = pad_to_square(image, self.mean)
+        if self.aspect == "crop":
+            image = without_ends(image)
         if self.aspect == "squash":
             if image.size != (self.size, self.size):
                 image = image.resize((self.size, self.size), how)

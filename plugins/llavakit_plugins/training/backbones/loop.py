@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -18,6 +19,11 @@ _CHECKPOINT_EVERY = 200
 _LOG_EVERY = 20
 
 
+@dataclass(frozen=True)
+class _State:
+    losses: list[tuple[int, float]]
+
+
 def optimise(
     run: Run, name: str, optimiser: Optimiser, loss_of: Callable[[int], Tensor]
 ) -> list[tuple[int, float]]:
@@ -30,10 +36,10 @@ def optimise(
     checkpoints = Checkpoints(run.directory / f"{name}-checkpoints", keep=1)
     steps = optimiser.schedule.steps
     losses: list[tuple[int, float]] = []
-    if run.resume and (found := checkpoints.load()) is not None:
+    if run.resume and (found := checkpoints.load(_State)) is not None:
         tensors, state = found
         optimiser.restore(tensors)
-        losses = [(at, loss) for at, loss in state["losses"]]
+        losses = state.losses
     for step in range(len(losses), steps):
         loss = loss_of(step)
         loss.backward()

@@ -13,7 +13,7 @@ def add(commands: Commands) -> None:
 
 
 def _recipes(arguments: argparse.Namespace) -> int:
-    from llavakit.recipe.recipe import recipe_folder
+    from llavakit import recipe_folder, shown
 
     folder = recipe_folder()
     recipes = {
@@ -23,5 +23,5 @@ def _recipes(arguments: argparse.Namespace) -> int:
     width = max(map(len, recipes)) + 2
     for name, text in recipes.items():
         comment = text.partition("\n")[0].removeprefix("#").strip()
-        print(f"{name:{width}}{comment}")
+        print(shown(f"{name:{width}}{comment}"))
     return 0

@@ -1,9 +1,9 @@
-"""A plan as `llava-run RECIPE --plan` prints it."""
+"""A plan as `llava-run RECIPE --plan` prints it: the display `plan` of `llavakit.displays`."""
 
 from __future__ import annotations
 
-from llavakit.engine.plan import Plan
-from llavakit.engine.progress import aligned, duration
+from llavakit import Plan, duration
+from llavakit_plugins.reporting.plain import aligned
 
 
 def render(plan: Plan) -> str:

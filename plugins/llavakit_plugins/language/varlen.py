@@ -28,7 +28,7 @@ def choose(
     if key_width != value_width or not _is_recent(device):
         return None
     if key_width <= _FLASH_WIDEST and scoring.sinks_H is None:
-        if _has_flash_attn():
+        if _has_flash_attn():  # honours a soft cap, too
             return flash_attention
         if scoring.softcap is None and key_width % _FLASH_MULTIPLE == 0:
             return torch_attention
@@ -70,7 +70,7 @@ def torch_attention(
     bounds, longest = packing.bounds_S, max(packing.lengths)
     reach = -1 if scoring.window is None else scoring.window - 1
     repeat = q_THK.shape[1] // k_TGK.shape[1]
-    if repeat > 1:
+    if repeat > 1:  # it has no grouped queries
         k_TGK, v_TGK = (x.repeat_interleave(repeat, dim=1) for x in (k_TGK, v_TGK))
     attended_THK = varlen_attn(
         q_THK, k_TGK, v_TGK, bounds, bounds, longest, longest,

@@ -16,7 +16,7 @@ def add(commands: Commands) -> None:
 def _plugins(arguments: argparse.Namespace) -> int:
     import json
 
-    from llavakit.registry import Registry, all_kinds
+    from llavakit import Registry, all_kinds, printable_json, shown
 
     registry = Registry.installed()
     for kind in all_kinds():
@@ -29,10 +29,10 @@ def _plugins(arguments: argparse.Namespace) -> int:
         for kind in all_kinds()
     }
     if arguments.json:
-        print(json.dumps(found, indent=2))
+        print(printable_json(json.dumps(found, indent=2)))
         return 0
     for kind_name, components in found.items():
         print(kind_name)
         for item in components:
-            print(f"  {item['name']:20}{item['package']} {item['version']}")
+            print(shown(f"  {item['name']:20}{item['package']} {item['version']}"))
     return 0
