@@ -120,17 +120,20 @@ from .model.load import (
     sketch_any as sketch_any,
 )
 from .recipe.check import (
-    build_from as build_from,
+    Checker as Checker,
+    boundless as boundless,
     problems_in as problems_in,
-    state_options as state_options,
 )
+from .recipe.lines import Key as Key, Span as Span
 from .recipe.model_choice import (
     PARTS as PARTS,
     ModelRecipe as ModelRecipe,
     is_model as is_model,
 )
 from .recipe.overrides import (
+    Source as Source,
     set_key as set_key,
+    stated as stated,
 )
 from .recipe.recipe import Published as Published, Recipe as Recipe, recipe_folder as recipe_folder
 from .recipe.redaction import (

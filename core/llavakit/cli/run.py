@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
+import signal
 import sys
 from importlib.metadata import entry_points
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING
 
 from llavakit.contracts.commands import Commands
@@ -40,12 +43,16 @@ def add(commands: Commands) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    if not arguments.program:
-        return _plan_or_run(arguments)
-    from llavakit.engine.interrupts import ended_at_once
+    if arguments.program:  # until the engine says otherwise: nothing is at stake yet
+        # as an exception it may come within the import of a library that catches everything
+        signal.signal(signal.SIGINT, _end_at_once)
+    return _plan_or_run(arguments)
 
-    with ended_at_once():  # until the engine says otherwise
-        return _plan_or_run(arguments)
+
+def _end_at_once(number: int, frame: FrameType | None) -> None:
+    sys.stderr.write("interrupted\n")
+    sys.stderr.flush()
+    os._exit(130)
 
 
 def _plan_or_run(arguments: argparse.Namespace) -> int:

@@ -1,11 +1,9 @@
-"""Ctrl-C and SIGTERM: a run stops where it can go on from, at once before it has begun."""
+"""Ctrl-C and SIGTERM: a run stops where it can go on from."""
 
 from __future__ import annotations
 
-import os
 import signal
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -29,34 +27,12 @@ def interrupts(process_group: ProcessGroup) -> Iterator[Stopping]:
             say(f"stopping at the next safe point{again}")
         asked.append(number)
 
-    with _handled(ask, signal.SIGINT, signal.SIGTERM):
-        yield lambda: bool(asked)
-
-
-@contextmanager
-def ended_at_once() -> Iterator[None]:
-    """Let Ctrl-C end the process on the spot, with exit code 130, while nothing is at stake.
-
-    Raised as an exception it may come within the import of a library that catches everything.
-    """
-
-    def end(number: int, frame: FrameType | None) -> None:
-        sys.stderr.write("interrupted\n")
-        sys.stderr.flush()
-        os._exit(130)
-
-    with _handled(end, signal.SIGINT):
-        yield
-
-
-@contextmanager
-def _handled(by: Callable[[int, FrameType | None], None], *numbers: int) -> Iterator[None]:
     try:
-        before = {number: signal.signal(number, by) for number in numbers}
+        before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     except ValueError:  # not in the main thread: whoever runs us handles signals
         before = {}
     try:
-        yield
+        yield lambda: bool(asked)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from functools import cache, cached_property
@@ -162,7 +161,9 @@ def make_plan(recipe: Recipe, registry: Registry) -> Plan:
     machine = recipe.machine
     rate, measured = machine.tflops, False
     if rate is None and any(step.tflop is not None for step in planner.steps.values()):
-        rate, measured = _measure_tflops(recipe.device), True
+        from llavakit.model.devices import measure_tflops
+
+        rate, measured = measure_tflops(recipe.device), True
     return Plan(
         recipe=recipe.name,
         own_model=recipe.model is not None,
@@ -182,19 +183,3 @@ def _parts(model: LlavaModel) -> dict[str, PartPlan]:
         width = (model.language if name == "connector" else part).width
         found[name] = PartPlan(component=part.name, parameters=count_parameters(part), width=width)
     return found
-
-
-def _measure_tflops(name: str) -> float:
-    """Return the rate of a recipe's `device`, sustained: in float32 on a CPU, bfloat16 on CUDA."""
-    import torch
-
-    cuda = name != "cpu" and torch.cuda.is_available()
-    size, kind, dtype = (8192, "cuda", torch.bfloat16) if cuda else (768, "cpu", torch.float32)
-    left, right = (torch.randn(size, size, device=kind, dtype=dtype) for _ in range(2))
-    seconds = []
-    for _ in range(4):
-        begun = time.perf_counter()
-        (left @ right)[0, 0].item()  # waits for a GPU
-        seconds.append(time.perf_counter() - begun)
-    share = 0.5  # what training reaches of a bare matrix product, roughly
-    return share * 2 * size**3 / min(seconds) / 1e12

@@ -53,9 +53,10 @@ def add(commands: Commands) -> None:
 def _check_data(arguments: argparse.Namespace) -> int:
     import json
 
-    from llavakit import Registry, build_from, printable_json, show_progress, state_options
+    from llavakit import Registry, printable_json, show_progress
     from llavakit.contracts.component import Use
     from llavakit.contracts.interfaces import Dataset, PromptTemplate
+    from llavakit_plugins.commands.options import build_from, state_options
     from llavakit_plugins.datasets.inspection import Lengths, inspect_data
 
     places = {"path": arguments.file, "images": arguments.images}

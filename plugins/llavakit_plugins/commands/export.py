@@ -20,8 +20,9 @@ def add(commands: Commands) -> None:
 
 
 def _export(arguments: argparse.Namespace) -> int:
-    from llavakit import LlavaModel, Registry, build_from, shown
+    from llavakit import LlavaModel, Registry, shown
     from llavakit.contracts.interfaces import Exporter
+    from llavakit_plugins.commands.options import build_from
 
     registry = Registry.installed()
     exporter = build_from(registry.get(Exporter, arguments.format), arguments.set, registry)

@@ -20,7 +20,8 @@ from llavakit_plugins.evaluation.file_scores import FileScorer
 
 def score_command(arguments: Sequence[str], registry: Registry) -> int:
     """Run `llava-run score` with what stands behind it."""
-    from llavakit import build_from, did_you_mean, printable_json, shown
+    from llavakit import did_you_mean, printable_json, shown
+    from llavakit_plugins.commands.options import build_from
     from llavakit_plugins.reporting.plain import plain
 
     scorers = find_scorers(registry)
@@ -61,8 +62,8 @@ def find_scorers(registry: Registry) -> dict[str, type[FileScorer]]:
         for scorer in benchmark.scorers:
             if not issubclass(scorer, FileScorer):
                 raise PluginError(
-                    f"`scorers` of benchmark `{benchmark.name}` holds {scorer.__qualname__}; it must "
-                    "derive from llavakit_plugins.evaluation.file_scores.FileScorer"
+                    f"`scorers` of benchmark `{benchmark.name}` holds {scorer.__qualname__}; it "
+                    "must derive from llavakit_plugins.evaluation.file_scores.FileScorer"
                 )
             other = found.setdefault(scorer.name, scorer)
             if other is not scorer:

@@ -26,8 +26,8 @@ def read_captions(path: Path) -> Iterator[CaptionRow]:
     """Yield the rows of a file; its format is recognised by its content.
 
     A JSON list has LLaVA's samples, whose last answer is the caption. JSON Lines have `caption`
-    and usually `id` and `image`. CC3M's lines are a caption, a tab and a URL. Raises DataError that
-    names the row, for a row that cannot be used.
+    and usually `id` and `image`. CC3M's lines are a caption, a tab and a URL. Raises DataError,
+    which names the row, for a row that cannot be used.
     """
     with open_text(path) as file:
         begin = file.read(_FIRST).lstrip()[:1]
