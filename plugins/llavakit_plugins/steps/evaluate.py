@@ -180,8 +180,8 @@ class Evaluate(Step):
             right = result.score.right[index]
             shown = None
             if question.images:
-                index = run.directory / "images"
-                shown = save_thumbnail(question.images[0], index, f"{name}-{len(cards):03}")
+                folder = run.directory / "images"
+                shown = save_thumbnail(question.images[0], folder, f"{name}-{len(cards):03}")
             prompt = question.prompt.replace(IMAGE, "").strip()
             lines = [("question", prompt), ("answer", answer)]
             if question.truth and question.truth != answer:
