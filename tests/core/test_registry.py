@@ -11,7 +11,16 @@ from typing import Any
 import pytest
 from tests.core.conftest import Command
 
-from llavakit import Component, Connector, Options, PluginError, RecipeError, Registry, hookimpl
+from llavakit import (
+    Component,
+    Connector,
+    Exporter,
+    Options,
+    PluginError,
+    RecipeError,
+    Registry,
+    hookimpl,
+)
 from llavakit.registry import all_kinds
 from llavakit_plugins.connectors.mlp import Linear
 
@@ -242,10 +251,126 @@ def test_a_broken_package_is_named(
     module = f"llava_bad_{abs(hash(text))}"
     distribution(site, "llava-bad", module, text)
     request.addfinalizer(lambda: sys.modules.pop(module, None))
+    code, out, err = llava_run("plugins")
+    assert code == 0
+    assert sentence in out.partition("\nbroken\n")[2]
+    assert "clip" in out
+    assert "Traceback" not in out + err
+    code, out, _ = llava_run("plugins", "--json")
+    (broken,) = json.loads(out)["broken"]
+    assert sentence in broken["error"]
+    assert "Traceback" in llava_run("plugins", "--traceback").out
+
+
+def test_a_broken_package_stops_no_recipe_that_is_not_made_of_it(
+    site: Path, llava_run: Command, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    text = "from llavakit import hookimpl\n\nimport math\nmath.sqrt(-1)\n"
+    distribution(site, "llava-bad", "llava_bad_import", text)
+    recipe = tmp_path / "r.toml"
+    recipe.write_text('steps = [{ use = "scenes", train = 8, single = 0, test = 8 }]')
+    code, _, err = llava_run(recipe, "--out", tmp_path / "run")
+    assert code == 0, err
+    (said,) = {record.message for record in caplog.records if "llava-bad" in record.message}
+    assert f"math domain error ({site / 'llava_bad_import.py'}, line 4)" in said
+    recipe.write_text('steps = [{ use = "of-the-broken-one" }]')
+    code, _, err = llava_run(recipe, "--out", tmp_path / "run")
+    assert code == 2
+    assert "no Step is called `of-the-broken-one`" in err
+    assert "plugin `mine` of llava-bad failed to import" in err
+
+
+HOOK = """\
+from llavakit import hookimpl
+
+@hookimpl
+def llava_exporters():
+    import nothing_of_the_kind
+"""
+
+
+def test_an_exception_within_a_hook_leaves_the_other_plugins_usable(site: Path) -> None:
+    distribution(site, "llava-bad", "llava_bad_hook", HOOK)
+    registry = Registry.installed()
+    assert "onnx" in registry.all(Exporter)
+    (error,) = registry.broken.values()
+    assert f"{site / 'llava_bad_hook.py'}, line 5" in str(error)
+    assert isinstance(error.__cause__, ModuleNotFoundError)
+
+
+def test_a_component_that_cannot_be_imported_is_left_out_alone(site: Path) -> None:
+    text = HOOK.replace(
+        "import nothing_of_the_kind", "return {'bad': 'llava_bad_lazy_none:Bad', 'my': 'x:Y'}"
+    )
+    distribution(site, "llava-bad", "llava_bad_lazy", text)
+    registry = Registry.installed()
+    assert {"onnx", "hf"} <= set(registry.all(Exporter))
+    assert "bad" not in registry.all(Exporter)
+    with pytest.raises(PluginError, match="cannot load its Exporter `bad`: No module named"):
+        registry.get(Exporter, "bad")
+
+
+@pytest.mark.parametrize(
+    ("stated", "there"),
+    [
+        (None, {"one", "two"}),
+        ("", set()),
+        (" , ", set()),
+        ("llava-one", {"one"}),
+        ("llava-two, llava-one", {"one", "two"}),
+        ("mine", {"one", "two"}),  # the name of both entry points
+    ],
+)
+def test_the_environment_names_the_plugins_that_are_loaded(
+    site: Path, monkeypatch: pytest.MonkeyPatch, stated: str | None, there: set[str]
+) -> None:
+    for name in ("one", "two"):
+        text = MINE.format(name=name, hook="llava_connectors")
+        distribution(site, f"llava-{name}", f"llava_wanted_{name}", text)
+        monkeypatch.delitem(sys.modules, f"llava_wanted_{name}", raising=False)
+    if stated is not None:
+        monkeypatch.setenv("LLAVA_PLUGINS", stated)
+    found = set(Registry.installed().all(Connector))
+    assert found & {"one", "two"} == there
+    assert {"linear", "mlp"} <= found
+    imported = {name for name in ("one", "two") if f"llava_wanted_{name}" in sys.modules}
+    assert imported == there, "what is not named is not imported"
+
+
+def test_a_plugin_that_is_named_and_not_installed(
+    site: Path, monkeypatch: pytest.MonkeyPatch, llava_run: Command
+) -> None:
+    distribution(
+        site, "llava-one", "llava_named_one", MINE.format(name="one", hook="llava_connectors")
+    )
+    monkeypatch.setenv("LLAVA_PLUGINS", "llava-on")
     code, _, err = llava_run("plugins")
     assert code == 2
-    assert sentence in err
-    assert "Traceback" not in err
+    assert "LLAVA_PLUGINS names `llava-on`" in err
+    assert "did you mean `llava-one`?" in err
+
+
+def test_a_misspelt_hook_gets_a_suggestion_with_its_mark_or_without(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def llava_conectors() -> list[Any]:
+        return []
+
+    plugin = type("Plugin", (), {"llava_conectors": staticmethod(hookimpl(llava_conectors))})
+    with pytest.raises(PluginError, match="did you mean `llava_connectors`"):
+        Registry.empty().register(plugin())
+    prefixed = type("Plugin", (), {"lava_steps": staticmethod(hookimpl(llava_conectors))})
+    with pytest.raises(PluginError, match=r"unknown hook 'lava_steps'; did you mean `llava_steps`"):
+        Registry.empty().register(prefixed())
+
+    def llava_exporter() -> list[Any]:
+        return []
+
+    plain = type("Plugin", (), {"llava_exporter": staticmethod(llava_exporter)})
+    Registry.empty().register(plain(), name="mine")
+    assert "plugin mine has a function `llava_exporter`; did you mean `llava_exporters`" in (
+        caplog.text
+    )
 
 
 def test_every_component_has_options_that_are_frozen_and_forbid_others() -> None:

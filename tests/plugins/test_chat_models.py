@@ -81,6 +81,12 @@ class TestOpenAI(ChatModelContract):
     def build(self) -> ChatModel:
         return model(self.service)
 
+    def sent(self, model: ChatModel) -> str:
+        return json.dumps(self.service.asked[-1])
+
+    def failing(self) -> ChatModel:
+        return model(Service(url="http://127.0.0.1:9/v1"), retries=0)
+
 
 class TestReplay(ChatModelContract):
     @pytest.fixture(autouse=True)
@@ -95,6 +101,12 @@ class TestReplay(ChatModelContract):
         use = {"use": "openai", "model": "gpt-4o", "base_url": self.service.url}
         options = ReplayOptions(path=self.folder / "x.jsonl", record=Use[ChatModel](**use))
         return Replay(options, build=Registry.installed().build)
+
+    def sent(self, model: ChatModel) -> None:
+        return None  # what was asked before is not asked again
+
+    def failing(self) -> ChatModel:
+        return Replay(ReplayOptions(path=self.folder / "y.jsonl"), build=Registry.installed().build)
 
 
 def test_a_reply_says_what_is_known_of_it(service: Service) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
@@ -32,6 +33,7 @@ def example() -> str:
 def plugin() -> ModuleType:
     module = ModuleType("llava_dinov2")
     exec(compile(example(), "llava_dinov2.py", "exec"), module.__dict__)
+    sys.modules["llava_dinov2"] = module  # as an installed one is: pickle looks there
     return module
 
 

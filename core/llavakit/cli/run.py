@@ -88,8 +88,8 @@ def _plan_or_run(arguments: argparse.Namespace) -> int:
         )
         return 130
     if result is not None:  # None: another process leads
-        report = result.directory / "report.html"
-        seen = report if report.is_file() else result.directory
+        report = directory / "report.html"
+        seen = report if report.is_file() else directory
         print(shown(f"{recipe.name}: done, see {seen}"))
     return 0
 

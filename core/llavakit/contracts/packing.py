@@ -106,13 +106,18 @@ class Scoring:
 
 
 class KVCache:
-    """Keys and values of S sequences, right-padded to the longest, one pair for each layer."""
+    """Keys and values of S sequences, right-padded to the longest, one pair for each layer.
+
+    A recurrent layer keeps its state in `states[layer]`, by names of its own: tensors `[S, ...]`,
+    which it reads and replaces at each call, and of which `select` keeps the rows.
+    """
 
     def __init__(self, layers: int, capacities: Sequence[int]) -> None:
         self.lengths = [0] * len(capacities)  #: Tokens of each sequence, in every layer.
         self.capacity = max(capacities)
         self.keys: list[Tensor | None] = [None] * layers
         self.values: list[Tensor | None] = [None] * layers
+        self.states: list[dict[str, Tensor]] = [{} for _ in range(layers)]
 
     def append(self, layer: int, k_TGK: Tensor, v_TGK: Tensor, packing: Packing) -> None:
         """Store the rows of a packed stream behind what each sequence already holds."""
@@ -139,6 +144,7 @@ class KVCache:
         kept = list(sequences)
         for store in (self.keys, self.values):
             store[:] = [None if tensor is None else tensor[kept] for tensor in store]
+        self.states = [{name: state[kept] for name, state in of.items()} for of in self.states]
         self.lengths = [self.lengths[s] for s in sequences]
 
 

@@ -45,14 +45,6 @@ from llavakit.registry import Registry
 _SHOWN = 3  # reasons why a step of another run is not the same
 
 
-@dataclass(frozen=True)
-class Result:
-    """What a run left."""
-
-    folders: Mapping[str, Path]  #: The folder of each step, by name.
-    directory: Path
-
-
 def run(
     recipe: Recipe,
     registry: Registry,
@@ -60,7 +52,7 @@ def run(
     *,
     resume: bool = False,
     reuse: Sequence[Path] = (),
-) -> Result | None:
+) -> dict[str, Path] | None:
     """Run every step; return the folder of each, by name.
 
     A step is skipped when its folder holds the record of the same model and the same steps up to
@@ -83,7 +75,7 @@ def run(
         finally:
             if not work.together:  # within a step the others stop as it did, or torchrun acts
                 process_group.broadcast(_Order(None))
-    return Result({name: directory / name for name, _ in recipe.active_steps()}, directory)
+    return {name: directory / name for name, _ in recipe.active_steps()}
 
 
 def _has_networks(recipe: Recipe, registry: Registry) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tomllib
 from collections.abc import Container, Iterable, Mapping
 from contextlib import suppress
@@ -15,6 +14,7 @@ import torch
 from llavakit.contracts.component import Use
 from llavakit.contracts.errors import ModelError
 from llavakit.contracts.interfaces import Exporter, PromptTemplate
+from llavakit.files import peek_json
 from llavakit.model.devices import pick_device
 from llavakit.model.folder import load_model, sketch_model
 from llavakit.model.llava import LlavaModel
@@ -71,7 +71,9 @@ def load(
                 )
             _refuse_others(path, name, given, signature(exporter.load).parameters)
             return exporter.load(path, device=place, dtype=dtype, **given)
-    broken = [file.name for file in sorted(path.glob("*.json")) if not _is_json(file)]
+    broken = [
+        file.name for file in sorted(path.glob("*.json")) if file.is_file() and not peek_json(file)
+    ]
     raise ModelError(
         f"{path} holds no model that is recognised; known layouts: "
         f"{', '.join(('llavakit (model.toml)', *layouts))}"
@@ -119,16 +121,6 @@ def _described(folder: Path) -> ModelRecipe:
             parts[name] = {**parts[name], "source": str(folder / name)}
             parts[name].pop("revision", None)  # of the hub, not of a folder
     return ModelRecipe.model_validate(parts)
-
-
-def _is_json(file: Path) -> bool:
-    try:
-        if not file.is_file():  # a pipe or a device
-            return False
-        json.loads(file.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError, RecursionError):
-        return False
-    return True
 
 
 def _find(path: Path, layouts: Iterable[type[Exporter]], remedy: str) -> Path:

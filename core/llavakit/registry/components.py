@@ -16,6 +16,14 @@ import pluggy
 from llavakit.contracts import hooks
 from llavakit.contracts.component import Component, Options, StepFolders, Use
 from llavakit.contracts.errors import PluginError, RecipeError, did_you_mean
+from llavakit.registry.installed import (
+    check_hooks,
+    imported,
+    package_of,
+    told,
+    wanted,
+    warn_once,
+)
 
 KindT = TypeVar("KindT", bound=Component)
 ComponentT = TypeVar("ComponentT", bound=Component)
@@ -63,24 +71,32 @@ class Registry:
         self._manager = manager
         self._found: dict[str, dict[str, _Offer]] = {}
         self._origins: dict[str, tuple[str, str]] = {}
+        self._spares = False
+        self.broken: dict[str, PluginError] = {}  #: Of installed plugins; the cause has its trace.
 
     @classmethod
     def installed(cls) -> Registry:
-        """Return a registry of every plugin installed in this environment."""
+        """Return one of the installed plugins, or of those that LLAVA_PLUGINS names."""
         registry = cls.empty()
-        for entry_point in entry_points(group=hooks.PROJECT):
-            origin = entry_point.dist.name if entry_point.dist else "unknown package"
-            try:
-                plugin = entry_point.load()
-            except Exception as error:
-                raise PluginError(
-                    f"plugin `{entry_point.name}` of {origin} failed to import: {error}; fix it, "
-                    f"or uninstall it (pip uninstall {origin})"
-                ) from error
-            name = f"{origin}:{entry_point.name}"
-            registry.register(plugin, name=name)
-            registry._origins[name] = (origin, entry_point.dist.version if entry_point.dist else "")
+        registry._spares = True
+        for point in wanted(entry_points(group=hooks.PROJECT)):
+            origin = package_of(point)
+            name = f"{origin}:{point.name}"
+            registry._origins[name] = (origin, point.dist.version if point.dist else "")
+            with registry._sparing(name):
+                registry.register(imported(point), name=name)
         return registry
+
+    @contextmanager
+    def _sparing(self, plugin: str) -> Iterator[None]:
+        """Go on without what is broken of an installed plugin; raise it for one given by hand."""
+        try:
+            yield
+        except PluginError as error:
+            if not self._spares:
+                raise
+            self.broken.setdefault(plugin, error)
+            warn_once(str(error))
 
     @classmethod
     def empty(cls) -> Registry:
@@ -90,18 +106,11 @@ class Registry:
 
     def register(self, plugin: object, *, name: str | None = None) -> None:
         """Add a plugin: a module or object with `@hookimpl` functions."""
+        check_hooks(plugin, str(name or plugin))
         try:
             self._manager.register(plugin, name)
-            self._manager.check_pending()
         except (pluggy.PluginValidationError, ValueError) as error:
             raise PluginError(f"plugin {name or plugin} cannot be registered: {error}") from error
-        for hook in filter(lambda name: name.startswith("llava_"), vars(hooks)):
-            found = getattr(plugin, hook, None)
-            if callable(found) and not hasattr(found, f"{hooks.PROJECT}_impl"):
-                raise PluginError(
-                    f"plugin {name or plugin} has a function `{hook}` that is no hook; write "
-                    "@hookimpl above it"
-                )
         self._found.clear()
 
     def get(self, kind: type[KindT], name: str) -> type[KindT]:
@@ -109,7 +118,8 @@ class Registry:
         found = self._offers(kind)
         if name not in found:
             hint = did_you_mean(name, found, f"installed: {', '.join(found)}")
-            raise RecipeError(f"no {kind.__name__} is called `{name}`; {hint}")
+            broken = "".join(f"; {error}" for error in self.broken.values())
+            raise RecipeError(f"no {kind.__name__} is called `{name}`; {hint}{broken}")
         return found[name].load(kind)
 
     def chosen(self, use: Use[KindT]) -> type[KindT]:
@@ -117,8 +127,12 @@ class Registry:
         return self.get(cast("type[KindT]", kind_of(use)), use.use)
 
     def all(self, kind: type[KindT]) -> dict[str, type[KindT]]:
-        """Return every component of a kind, by name. Imports all of them."""
-        return {name: offer.load(kind) for name, offer in self._offers(kind).items()}
+        """Return every component of a kind that can be used, by name. Imports all of them."""
+        found = {}
+        for name, offer in self._offers(kind).items():
+            with self._sparing(offer.plugin):
+                found[name] = offer.load(kind)
+        return found
 
     def options(self, use: Use[Any], steps: StepFolders | None = None) -> Any:
         """Return the options of a choice, checked. Raises pydantic's ValidationError.
@@ -185,7 +199,8 @@ class Registry:
         found: dict[str, _Offer] = {}
         for implementation in getattr(self._manager.hook, kind.hook).get_hookimpls():
             plugin = implementation.plugin_name
-            with _explained(plugin, f"its {kind.__name__} components"):
+            offers: tuple[_Offer, ...] = ()
+            with self._sparing(plugin), _explained(plugin, f"its {kind.__name__} components"):
                 offers = tuple(_offers_of(plugin, implementation.function(), kind))
             for offer in offers:
                 other = found.setdefault(offer.name, offer)
@@ -195,9 +210,6 @@ class Registry:
                         "one of them"
                     )
         return dict(sorted(found.items()))
-
-
-# -- what a hook returns ---------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -284,7 +296,8 @@ def _explained(plugin: str, what: str) -> Iterator[None]:
         raise
     except Exception as error:
         raise PluginError(
-            f"plugin {plugin} cannot load {what}: {error}; install what it needs, or uninstall it"
+            f"plugin {plugin} cannot load {what}: {told(error)}; "
+            "install what it needs, or uninstall it"
         ) from error
 
 

@@ -1,0 +1,77 @@
+"""Installed plugins: which are used, and what is wrong with one."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterable
+from functools import cache
+from importlib.metadata import EntryPoint
+from inspect import isfunction
+from traceback import extract_tb
+
+from llavakit.contracts import hooks
+from llavakit.contracts.errors import PluginError, did_you_mean
+
+
+def check_hooks(plugin: object, name: str) -> None:
+    """Raise PluginError for hooks that are misspelt or lack their mark; warn of what looks so."""
+    known = [hook for hook in vars(hooks) if hook.startswith("llava_")]
+    for found in dir(plugin):
+        function = getattr(plugin, found, None)
+        marked = hasattr(function, f"{hooks.PROJECT}_impl")
+        if found in known and callable(function) and not marked:
+            raise PluginError(
+                f"plugin {name} has a function `{found}` that is no hook; write @hookimpl above it"
+            )
+        if found not in known and marked:
+            hint = did_you_mean(found, known, f"there are: {', '.join(known)}")
+            raise PluginError(f"plugin {name} has an unknown hook '{found}'; {hint}")
+        if found.startswith("llava_") and found not in known and isfunction(function):
+            hint = did_you_mean(found, known)
+            warn_once(f"plugin {name} has a function `{found}`; {hint}") if hint else None
+
+
+def wanted(points: Iterable[EntryPoint]) -> list[EntryPoint]:
+    """Return the built-in plugins, and of the others those that LLAVA_PLUGINS names, or all."""
+    names = {part.strip() for part in os.environ.get("LLAVA_PLUGINS", "").split(",")} - {""}
+    known = {point: {point.name, package_of(point)} for point in points}
+    others = [point for point in known if package_of(point) != hooks.PROJECT]
+    there = {name for point in others for name in known[point]}
+    for name in sorted(names - there):
+        hint = did_you_mean(name, there, f"there are: {', '.join(sorted(there)) or 'none'}")
+        raise PluginError(f"LLAVA_PLUGINS names `{name}`, but no plugin is called so; {hint}")
+    every = "LLAVA_PLUGINS" not in os.environ
+    return [p for p in known if p not in others or every or known[p] & names]
+
+
+def imported(point: EntryPoint) -> object:
+    """Return a plugin's module. Raises PluginError where that cannot be imported."""
+    try:
+        return point.load()
+    except Exception as error:
+        package = package_of(point)
+        raise PluginError(
+            f"plugin `{point.name}` of {package} failed to import: {told(error)}; fix it, or "
+            f"uninstall it (pip uninstall {package})"
+        ) from error
+
+
+def package_of(point: EntryPoint) -> str:
+    """Return the name of the package that a plugin is from."""
+    return point.dist.name if point.dist else "unknown package"
+
+
+@cache  # once in a process, however often the registry is made
+def warn_once(text: str) -> None:
+    """Say something that stops nothing."""
+    logging.getLogger("llavakit").warning("%s", text)
+
+
+def told(error: Exception) -> str:
+    """Return what an error says, and the file and line where it was raised."""
+    if isinstance(error, SyntaxError):
+        return f"{error.msg} ({error.filename}, line {error.lineno})"
+    frames = [f for f in extract_tb(error.__traceback__) if "importlib" not in f.filename]
+    where = f" ({frames[-1].filename}, line {frames[-1].lineno})" if len(frames) > 1 else ""
+    return f"{error or type(error).__name__}{where}"
