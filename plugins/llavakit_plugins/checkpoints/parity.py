@@ -61,13 +61,13 @@ def prove(model: LlavaModel, reader: Reader, folder: Path) -> dict[str, Any]:
     dtypes = {parameter.dtype for parameter in model.parameters()}
     limit = max(_LIMITS.get(dtype, 0.0) for dtype in dtypes)
     exact = dtypes == {torch.float32}
-    asked = [item for item in prompts() if _fits(model, *item)]
-    if not asked:
+    cases = [item for item in prompts() if _fits(model, *item)]
+    if not cases:
         raise ModelError(
             f"the model reads {model.language.max_length} tokens, too few to ask it anything, so "
             "nothing can be proven of an export"
         )
-    for prompt, images in asked:
+    for prompt, images in cases:
         expected = model.logits(prompt, images)
         found = reader.logits(prompt, images)[:, : expected.shape[1]]
         away = (found - expected).abs().max().item() if found.shape == expected.shape else torch.nan
@@ -88,7 +88,7 @@ def prove(model: LlavaModel, reader: Reader, folder: Path) -> dict[str, Any]:
                 "nothing is left there; report this, with the model.toml"
             )
     return {
-        "prompts": len(asked),
+        "prompts": len(cases),
         "largest_logit_difference": furthest,
         "greedy_tokens_equal": f"{same} of {total}",
     }

@@ -1,7 +1,7 @@
 """Reads JSON one value at a time: lists, a list within an object, and JSON Lines.
 
 Files may be larger than the memory. Each value comes with its byte offset in the file. Python's
-`json` reads whole documents only, and its errors have no place for files of many gigabytes.
+`json` reads whole documents only.
 """
 
 from __future__ import annotations

@@ -78,10 +78,12 @@ def replies(
     with ExitStack() as stack:
         path = settings.ledger
         if path is None:
+            # without a ledger of the user's, replies still pass one, for retries and budgets
             path = Path(stack.enter_context(TemporaryDirectory())) / _LEDGER
         ledger = stack.enter_context(
             Ledger(path, identity=judge.identity, earlier=settings.earlier)
         )
+        # equal questions have equal keys: they are sent once, and share the reply
         keys = [record_of(judge.identity, request).key for request in requests]
         wanted = set(keys)
         done = sum(key in ledger for key in wanted)

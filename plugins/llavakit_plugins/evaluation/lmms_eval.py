@@ -54,6 +54,7 @@ class Llavakit(lmms):  # type: ignore[misc]
     def generate_until(self, requests: Sequence[Instance]) -> list[str]:
         """Return the answer to each request; requests with the same settings are batched."""
         answers = [""] * len(requests)
+        # sorted, because groupby joins neighbours only; answers return in the order of requests
         order = sorted(range(len(requests)), key=lambda index: self._settings(requests[index]))
         with tqdm(total=len(requests), disable=self.rank != 0, desc="llavakit") as bar:
             for settings, indices in groupby(order, lambda index: self._settings(requests[index])):

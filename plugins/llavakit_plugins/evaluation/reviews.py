@@ -71,8 +71,10 @@ class Relative:
         if not len(scores_Q2) or reference == 0:
             return None
         draw = np.random.default_rng(seed)
+        # questions are resampled with replacement, both scores of a question together
         chosen_RQ = draw.integers(0, len(scores_Q2), (_RESAMPLES, len(scores_Q2)))
         means_R2 = scores_Q2[chosen_RQ].mean(axis=1)
+        # a resample whose reference scores are all 0 has no ratio
         kept_R2 = means_R2[means_R2[:, 0] > 0]
         low, high = np.percentile(100 * kept_R2[:, 1] / kept_R2[:, 0], (2.5, 97.5))
         relative = 100 * candidate / reference

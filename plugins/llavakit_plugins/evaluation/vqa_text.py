@@ -53,6 +53,7 @@ def normalise(text: str) -> str:
     As in the original, a punctuation mark is removed if one of its kind stands beside a space, or
     if the text has a number with a comma; otherwise it becomes a space.
     """
+    # M4C's `word_tokenize`, which LLaVA's TextVQA script runs before VQA's own steps
     text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
     text = text.replace("\n", " ").replace("\t", " ").strip()
     plain = text
@@ -60,6 +61,7 @@ def normalise(text: str) -> str:
         beside_space = f"{mark} " in text or f" {mark}" in text
         dropped = beside_space or _COMMA_IN_NUMBER.search(text) is not None
         plain = plain.replace(mark, "" if dropped else " ")
+    # periods within numbers stay: 3.5 is not 35
     plain = _PERIOD.sub("", plain, _PERIODS)
     words = (_NUMBERS.get(word, word) for word in plain.lower().split())
     return " ".join(_CONTRACTIONS.get(word, word) for word in words if word not in _ARTICLES)

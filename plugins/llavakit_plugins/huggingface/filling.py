@@ -74,17 +74,17 @@ def _refuse_another_size(
     if layers > len(state):  # so many that even their names would fill it
         raise _misfit(network, where, {}, [f"it has {len(state)} tensors for {layers:,} layers"])
     with torch.device("meta"), quietly(report=False):
-        asked = dict(network(config).named_parameters())
-    count = sum(parameter.numel() for parameter in asked.values())
+        expected = dict(network(config).named_parameters())
+    count = sum(parameter.numel() for parameter in expected.values())
     if count <= _AT_MOST * sum(tensor.numel() for tensor in state.values()):
         return
-    both = asked.keys() & state.keys()
+    both = expected.keys() & state.keys()
     wrong = {
-        "lacks": asked.keys() - both,
+        "lacks": expected.keys() - both,
         "has, in another shape,": [
-            f"{name} {list(state[name].shape)} for {list(asked[name].shape)}"
+            f"{name} {list(state[name].shape)} for {list(expected[name].shape)}"
             for name in both
-            if state[name].shape != asked[name].shape
+            if state[name].shape != expected[name].shape
         ],
     }
     raise _misfit(network, where, wrong, [f"{count:,} parameters are asked for"])

@@ -75,6 +75,7 @@ def _facts(sentence: str) -> Iterator[Fact]:
 
 def scene_facts(context: ImageContext) -> frozenset[Fact]:
     """Return all true facts of a scene: those of its captions, and which positions are empty."""
+    # a position that no caption names holds nothing: captions of scenes name every digit
     told = frozenset(fact for caption in context.captions for fact in facts_in(caption))
     taken = {subject.split()[0] for subject, _ in told}
     empty = ((f"{place} holds", "empty") for place in _PLACES if place not in taken)
@@ -161,6 +162,7 @@ class Facts(Benchmark):
             sorts.append(question.category)
             if results := _conclusions(asked):
                 concluded.append(_conclusions(said) == results)
+        # a ratio of means and not a mean of ratios, as in LLaVA-Bench
         metrics = {"relative": _relative(marks, best)}
         for sort in dict.fromkeys(filter(None, sorts)):
             own = [index for index, other in enumerate(sorts) if other == sort]

@@ -164,6 +164,7 @@ class LlavaBench(Benchmark):
         ], said
 
     def _messages(self, question: Question, answer: str, swapped: bool) -> tuple[Message, ...]:
+        # judges tend to prefer one position, which `swap` balances
         first, second = (answer, question.truth) if swapped else (question.truth, answer)
         parts = [
             f"[Context]\n{self.context_of[str(question.id)]}",

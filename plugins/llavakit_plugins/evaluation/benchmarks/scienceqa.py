@@ -128,6 +128,7 @@ class ScienceQA(Benchmark):
             if count.count and name != "Avg"
         }
         if self.second is not None:
+            # letters, not choices: the original's ensemble also keeps letters beyond the choices
             first = [read_letter(text) for text in answers]
             second = [read_letter(self.second.get(p.id, "")) for p in problems]
             if self.judge is None:

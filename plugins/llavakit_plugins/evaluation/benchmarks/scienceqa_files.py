@@ -107,6 +107,7 @@ class ScienceQAFiles(FileScorer):
         known = {problem.id for problem in problems}
         strange = [name for name in answers.texts if name not in known]
         missing = [problem.id for problem in problems if problem.id not in answers.texts]
+        # joined by id, a file of another data set would otherwise score 0 without an error
         if len(missing) == len(problems):
             raise DataError(
                 f"{path} answers no problem of {self.options.problems} (it has "

@@ -93,4 +93,5 @@ def _truths(row: Row, where: str) -> list[str]:
 
 
 def _commonest(truths: Sequence[str]) -> str:
+    # for display only; ties go to the first, so that the result does not depend on hashes
     return max(dict.fromkeys(truths), key=list(truths).count)
