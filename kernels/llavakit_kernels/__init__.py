@@ -1,7 +1,7 @@
-"""Triton kernels on plain tensors, each beside its eager reference.
+"""Triton kernels on plain tensors, each with an eager reference in PyTorch.
 
-Letters: N visual tokens, T rows of the packed stream, D width of the features, H width of a
-hidden layer, E width of the language model, V vocabulary, M supervised rows.
+Shapes: N visual tokens, T rows of the packed stream, D width of the features, H width of a hidden
+layer, E width of the language model, V vocabulary, M supervised rows.
 
     stream = project_splice(features, weight, bias, token_ids, embedding, visual_rows)     # linear
 
@@ -10,8 +10,8 @@ hidden layer, E width of the language model, V vocabulary, M supervised rows.
 
     loss = linear_cross_entropy(hidden, head_weight, targets, reduction="sum")
 
-Every function is one torch.library operator to torch.compile, FSDP2, autocast and export, and takes
-`impl="auto" | "reference" | "triton"` (the loss: "liger" in place of "triton").
+For torch.compile, FSDP2, autocast and export each function is a single torch.library operator. Each
+takes `impl="auto" | "reference" | "triton"`; the loss has "liger" instead of "triton".
 """
 
 from llavakit_kernels.linear_cross_entropy import linear_cross_entropy

@@ -1,4 +1,4 @@
-"""What the operators ask of their arguments, and which implementation serves them."""
+"""Checks of the operators' arguments, and the choice of an implementation."""
 
 from __future__ import annotations
 
@@ -16,13 +16,16 @@ KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def require(condition: bool, sentence: str) -> None:
-    """Raise ValueError with a sentence that names the argument and the remedy."""
+    """Raise ValueError with `sentence`, which names argument and remedy, unless `condition`."""
     if not condition:
         raise ValueError(sentence)
 
 
 def require_shape(name: str, tensor: Tensor, letters: str, *sizes: int | None) -> None:
-    """Refuse a tensor that is not [*letters]; None stands for a size that may be anything."""
+    """Raise ValueError unless `tensor` has these sizes; None allows any size.
+
+    `letters` names the dimensions in the message.
+    """
     fits = tensor.dim() == len(sizes) and all(
         size is None or have == size for have, size in zip(tensor.shape, sizes, strict=False)
     )
@@ -35,6 +38,7 @@ def require_shape(name: str, tensor: Tensor, letters: str, *sizes: int | None) -
 
 
 def require_indices(name: str, tensor: Tensor) -> None:
+    """Raise ValueError unless `tensor` holds int64 or int32."""
     require(
         tensor.dtype in (torch.int64, torch.int32),
         f"`{name}` must hold int64 or int32 indices, but is {tensor.dtype}: call .long() on it",
@@ -42,6 +46,7 @@ def require_indices(name: str, tensor: Tensor) -> None:
 
 
 def require_same_device(**tensors: Tensor | None) -> None:
+    """Raise ValueError unless all tensors are on the device of the first one."""
     given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     (first, anchor), *others = given.items()
     for name, tensor in others:
@@ -52,6 +57,7 @@ def require_same_device(**tensors: Tensor | None) -> None:
 
 
 def require_same_dtype(**tensors: Tensor | None) -> None:
+    """Raise ValueError unless all tensors have the floating dtype of the first one."""
     given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     (first, anchor), *others = given.items()
     require(
@@ -67,23 +73,24 @@ def require_same_dtype(**tensors: Tensor | None) -> None:
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """The dtype that matrix products take under the caller's torch.autocast; None outside of it."""
+    """Return the dtype of matrix products under the caller's torch.autocast; None without it."""
     if torch.is_autocast_enabled(device.type):
         return torch.get_autocast_dtype(device.type)
     return None
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """Keeps autocast out of an operator's own products, whose dtypes are settled by then."""
+    """Return a context without autocast for an operator's own products: their dtypes are decided
+    before."""
     if torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
 
 
 def choose(impl: str, *tensors: Tensor) -> Literal["reference", "triton"]:
-    """The implementation for these tensors: `impl`, or for "auto" the kernels wherever they fit.
+    """Return the implementation for these tensors: `impl`, or for "auto" the kernels if they fit.
 
-    Raises ValueError where impl="triton" cannot serve the tensors.
+    Raises ValueError if impl="triton" cannot serve the tensors.
     """
     require(
         impl in ("auto", "reference", "triton"),
@@ -93,13 +100,14 @@ def choose(impl: str, *tensors: Tensor) -> Literal["reference", "triton"]:
         return "reference"
     reason = _no_triton(tensors)
     if reason is None:
-        # In the interpreter a kernel is thousands of times slower: only on express demand.
+        # In Triton's interpreter a kernel is thousands of times slower: only on request.
         return "triton" if impl == "triton" or tensors[0].is_cuda else "reference"
     require(impl == "auto", f'impl="triton" cannot serve here: {reason}; use impl="auto"')
     return "reference"
 
 
 def _no_triton(tensors: tuple[Tensor, ...]) -> str | None:
+    """Return the reason why the kernels cannot serve these tensors, or None if they can."""
     device = tensors[0].device
     if not _triton_installed():
         return "triton is not installed"

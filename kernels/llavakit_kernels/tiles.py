@@ -1,5 +1,5 @@
 # mypy: disable-error-code="untyped-decorator, no-untyped-def, no-untyped-call"
-"""Pieces that the matrix kernels share: tile order, tile loads, and the erf form of GELU."""
+"""Functions that the matrix kernels share: order of tiles, loads of tiles and rows, products."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ import os
 import triton
 import triton.language as tl
 
-# Triton's interpreter holds bfloat16 as integers, and its dot multiplies those.
+# Triton's interpreter stores bfloat16 as integers, and its dot would multiply these integers.
 _UPCAST = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 
 @triton.jit
 def tile_at(tile, tiles_m, tiles_n, GROUP_M: tl.constexpr):
-    """The tile's row and column when GROUP_M rows of tiles are walked column by column.
+    """Return the row and column of a tile, where groups of GROUP_M rows are walked by columns.
 
-    The programs that run at one time then share few rows and few columns, which stay in L2.
+    Programs that run at the same time then share few rows and few columns, which stay in L2.
     """
     per_group = GROUP_M * tiles_n
     group = tile // per_group
@@ -39,9 +39,9 @@ def load_tile(
     WIDTH: tl.constexpr,
     TMA: tl.constexpr,
 ):
-    """source[row : row + HEIGHT, column : column + WIDTH], zero outside of [rows, columns].
+    """Return source[row : row + HEIGHT, column : column + WIDTH], zero outside of [rows, columns].
 
-    `source` is a tensor descriptor where TMA is true, else a pointer to rows `stride` apart.
+    With TMA, `source` is a tensor descriptor; without, a pointer to rows `stride` elements apart.
     """
     if TMA:
         tile = source.load([row, column])
@@ -58,7 +58,10 @@ def load_tile(
 
 @triton.jit
 def load_rows(source, index, valid, column, columns, stride, WIDTH: tl.constexpr):
-    """source[index, column : column + WIDTH], zero where `valid` is false; index is int64."""
+    """Return source[index, column : column + WIDTH], zero where `valid` is false.
+
+    `index` must be int64: a row number times the stride can exceed 2^31.
+    """
     at_column = column + tl.arange(0, WIDTH)
     return tl.load(
         source + index[:, None] * stride + at_column[None, :],
@@ -69,7 +72,7 @@ def load_rows(source, index, valid, column, columns, stride, WIDTH: tl.constexpr
 
 @triton.jit
 def multiply(a, b, sums, PRECISION: tl.constexpr):
-    """sums + a @ b in float32, with `a` in the dtype of `b`."""
+    """Return sums + a @ b in float32; `a` is cast to the dtype of `b`."""
     a = a.to(b.dtype)
     if _UPCAST:
         a, b = a.to(tl.float32), b.to(tl.float32)
@@ -78,5 +81,5 @@ def multiply(a, b, sums, PRECISION: tl.constexpr):
 
 @triton.jit
 def halves(tile, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
-    """The left and the right half of a tile [HEIGHT, WIDTH]."""
+    """Return the left and the right half of a tile [HEIGHT, WIDTH]."""
     return tl.split(tl.permute(tl.reshape(tile, (HEIGHT, 2, WIDTH // 2)), (0, 2, 1)))

@@ -29,7 +29,7 @@ from llavakit import Exporter, LlavaError, LlavaModel, ModelError, Registry
 from llavakit.model.folder import load_model, save_model
 from llavakit.testing import ExporterContract
 from llavakit_plugins.checkpoints.hf import Hf, HfOptions
-from llavakit_plugins.checkpoints.parity import picture
+from llavakit_plugins.checkpoints.parity import sample_image
 
 KINDS = [("clip", "llama"), ("siglip", "qwen2")]
 
@@ -215,7 +215,7 @@ def test_transformers_reads_what_we_write(
     assert figures["processor_ids_equal"] is True
     assert figures["processor_pixel_difference"] < 1e-6
     if importlib.util.find_spec("torchvision"):
-        image = picture()
+        image = sample_image()
         default = AutoProcessor.from_pretrained(tmp_path / "out", backend="torchvision")
         found = default.image_processor(image, return_tensors="pt")["pixel_values"]
         away = (found - ours.prepare([image])).abs().max().item()

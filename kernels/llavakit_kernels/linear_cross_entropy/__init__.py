@@ -1,7 +1,8 @@
-"""The language model's head and its cross-entropy, without the logits of all rows at once.
+"""The language model's head and its cross-entropy, without all logits in memory at once.
 
-For M supervised rows and a vocabulary V the logits, their softmax and their gradient are M x V
-each, gigabytes where hidden states are megabytes. Here they exist for one chunk of rows at a time.
+For M supervised rows and a vocabulary V, the logits, their softmax and their gradient have M x V
+elements each: gigabytes, while hidden states take megabytes. Here they exist for one chunk of rows
+at a time. Liger-Kernel (arXiv 2410.10989) does the same on GPUs.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from llavakit_kernels.linear_cross_entropy import liger, reference
 
 __all__ = ["linear_cross_entropy"]
 
-# Below this many logits an operator's own overhead is more than it saves (measured on a CPU).
+# Below this number of logits the operator's overhead exceeds its gain (measured on a CPU).
 SMALL = 2**21
 
 
@@ -34,24 +35,26 @@ def linear_cross_entropy(
     chunk_rows: int | None = None,
     impl: Literal["auto", "reference", "liger"] = "auto",
 ) -> Tensor:
-    """cross_entropy(hidden @ weight.T + bias, targets), a scalar in float32 (float64 for float64).
+    """Return cross_entropy(hidden @ weight.T + bias, targets), a scalar in float32 (float64 for
+    float64).
 
-    hidden: [M, E]; weight: [V, E]; bias: [V] or None; one floating dtype (under torch.autocast they
-    are cast to its dtype).
-    targets: [M] int; rows that hold ignore_index count nothing.
+    hidden: [M, E]; weight: [V, E]; bias: [V] or None; all of one floating dtype (under
+    torch.autocast they are cast to its dtype).
+    targets: [M] int; rows with ignore_index do not count.
     weights: [M] floating or None, a factor for each row's loss.
-    reduction: "sum", for callers that add micro-batches up and divide once, or "mean", the sum over
-    the weights of the rows that count (NaN where none does, as in torch).
-    chunk_rows: rows whose logits exist at one time; by default as many as make 2^26 logits on a CPU
-    and 2^27 on a GPU, and a case of at most 2^21 logits is left to torch's own functions.
-    impl: chunks of eager PyTorch ("reference", and "auto"), or liger-kernel's kernels ("liger"),
-    which count the targets on the host: each call waits for the device.
+    reduction: "sum", for callers that add micro-batches up and divide once; or "mean", the sum
+    divided by the weights of the rows that count (NaN if there are none, as in torch).
+    chunk_rows: number of rows whose logits exist at one time; by default 2^26 logits on a CPU and
+    2^27 on a GPU. Without it, at most 2^21 logits are left to torch's own functions.
+    impl: chunks in eager PyTorch ("reference", and "auto"), or liger-kernel's kernels ("liger"),
+    which count the targets on the host, so that each call waits for the device.
 
-    The gradients are computed in the forward, chunk by chunk and never twice, and only those that
-    are needed: a frozen head costs no product for its weight. (With a single chunk the logits'
-    gradient is kept and its products wait for the backward, which folds the loss's own gradient
-    into [M, E] where it would else rescale [V, E].)
-    Raises ValueError where a shape, dtype or device does not fit.
+    Gradients are computed in the forward pass, chunk by chunk, so that no logits are computed
+    twice; and only those that are needed, so that a frozen head costs no product for its weight.
+    With a single chunk, the logits' gradient is kept instead, and its products run in the backward
+    pass: the factor from the loss is then applied to [M, E] and not to [V, E].
+
+    Raises ValueError if a shape, dtype or device does not fit.
     """
     arguments.require_shape("hidden", hidden, "ME", None, None)
     M, E = hidden.shape
@@ -83,6 +86,7 @@ def linear_cross_entropy(
         bias = None if bias is None else bias.to(dtype)
     arguments.require_same_dtype(hidden=hidden, weight=weight, bias=bias)
 
+    # the losses and their sum: in 16 bits a sum over thousands of rows would lose small terms
     kept = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     if chunk_rows is None and weights is None and impl != "liger" and M * weight.shape[0] <= SMALL:
         with arguments.without_autocast(hidden.device):
@@ -169,6 +173,7 @@ def _(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     hidden, weight, _, _, row_weights, chunk_rows, *_ = inputs
+    # only the loss has a gradient; the other outputs are the gradients computed in the forward
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
     ctx.one_chunk = hidden.shape[0] <= chunk_rows

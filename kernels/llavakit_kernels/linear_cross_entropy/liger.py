@@ -1,4 +1,4 @@
-"""linear_cross_entropy through liger-kernel, where it is installed and fits."""
+"""linear_cross_entropy with liger-kernel (arXiv 2410.10989), if it is installed and fits."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ INSTALLED = importlib.util.find_spec("liger_kernel") is not None
 
 
 def misfit(hidden: Tensor, weight: Tensor, bias: Tensor | None, weighted: bool) -> str | None:
-    """Why liger-kernel cannot serve, or None where it can."""
+    """Return the reason why liger-kernel cannot serve these tensors, or None if it can."""
     if not INSTALLED:
         return "liger-kernel is not installed (pip install liger-kernel)"
     if not hidden.is_cuda:
@@ -32,6 +32,7 @@ def misfit(hidden: Tensor, weight: Tensor, bias: Tensor | None, weighted: bool) 
 def loss_sum(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, ignore_index: int
 ) -> Tensor:
+    """Return the sum of the rows' losses, a scalar; shapes as in linear_cross_entropy."""
     from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
     loss: Tensor = liger_fused_linear_cross_entropy(
@@ -41,6 +42,6 @@ def loss_sum(
         bias,
         ignore_index=ignore_index,
         reduction="sum",
-        accum_dtype=torch.float32,
+        accum_dtype=torch.float32,  # its default adds the weight's gradient up in 16 bits
     )
     return loss

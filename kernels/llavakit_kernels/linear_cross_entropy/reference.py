@@ -1,8 +1,8 @@
-"""linear_cross_entropy chunk by chunk in eager PyTorch, gradients included.
+"""linear_cross_entropy chunk by chunk in eager PyTorch, with gradients.
 
-With p the softmax of a row's logits, the row's loss has the gradient p - onehot(target) for the
-logits. A chunk's logits turn into that in place and serve both products before the next chunk
-takes their memory, so that nothing is computed twice.
+Let p be the softmax of a row's logits. The gradient of the row's loss by the logits is
+p - onehot(target). A chunk's logits are turned into it in place and used for both products (those
+of hidden states and weight) before the next chunk takes their memory. So nothing is computed twice.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# Elements of a chunk's logits: a few hundred megabytes, with rows enough for a fast product.
+# Number of logits in a chunk: a few hundred megabytes, with enough rows for a fast product.
 LOGITS = {"cpu": 2**26, "cuda": 2**27}
 
 
 def chunk_rows(rows: int, vocabulary: int, device: str) -> int:
-    """Rows of a chunk: as many as LOGITS allows, in chunks of equal size."""
+    """Return the rows of a chunk: as many as LOGITS allows, in chunks of nearly equal size."""
     most = max(1, LOGITS.get(device, LOGITS["cuda"]) // max(1, vocabulary))
     chunks = max(1, -(-rows // most))
     return -(-rows // chunks)
@@ -45,11 +45,11 @@ def forward(
     needs: Needs,
     rows: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The weighted sum of the rows' losses, and gradients or what they follow from.
+    """Return the weighted sum of the rows' losses, and the gradients or what gives them.
 
-    row_weights: [M], zero at rows that do not count; targets: [M], valid at every row.
-    Where one chunk of `rows` holds all: (loss, [0], [0], [0], the logits' gradient [M, V]).
-    Else: (loss, hidden's gradient [M, E], weight's [V, E], bias's [V], [0]).
+    row_weights: [M], zero for rows that do not count; targets: [M], valid in every row.
+    If one chunk of `rows` holds all: (loss, [0], [0], [0], the logits' gradient [M, V]).
+    Otherwise: (loss, hidden's gradient [M, E], weight's [V, E], bias's [V], [0]).
     """
     M = hidden.shape[0]
     kept = row_weights.dtype
@@ -81,7 +81,7 @@ def forward(
                 weight_grad += logits_grad.t() @ scaled
         if needs.bias:
             bias_grad += scale @ logits_grad
-        del logits_grad  # before the next chunk's logits
+        del logits_grad  # free it before the next chunk's logits are allocated
     return (
         loss,
         hidden_grad,
@@ -99,12 +99,15 @@ def _chunk(
     row_weights: Tensor,
     gradient: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The chunk's loss, and p - onehot(target) in the hidden states' dtype (else [0])."""
+    """Return the chunk's loss, and p - onehot(target) in the hidden states' dtype.
+
+    Without `gradient` the second tensor is empty.
+    """
     log_p = torch.log_softmax(F.linear(hidden, weight, bias), -1, dtype=row_weights.dtype)
     at_target = targets[:, None]
     loss = -(log_p.gather(1, at_target).squeeze(1) * row_weights).sum()
     if not gradient:
         return loss, hidden.new_empty(0)
-    p = log_p.exp_()
+    p = log_p.exp_()  # in place: a second tensor of this size would double the memory
     p.scatter_add_(1, at_target, p.new_full((1, 1), -1.0).expand_as(at_target))
     return loss, p.to(hidden.dtype)

@@ -1,6 +1,6 @@
-"""A linear layer and GELU in one launch: the hidden layers of the `mlp` connector.
+"""A linear layer and GELU in one launch, for the hidden layers of the connector `mlp`.
 
-LLaVA-1.5, arXiv 2310.03744, section 3.2: a two-layer MLP in the linear projection's place.
+LLaVA-1.5 (arXiv 2310.03744, section 3.2) has a two-layer MLP instead of a linear projection.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ def linear_gelu(
     impl: Impl = "auto",
     recompute: bool = False,
 ) -> Tensor:
-    """gelu(features @ weight.T + bias) [N, H], with GELU in its exact erf form.
+    """Return gelu(features @ weight.T + bias), [N, H], with GELU in its exact erf form.
 
-    features: [N, D]; weight: [H, D]; bias: [H] or None; one floating dtype, which is the result's
-    too (under torch.autocast they are cast to its dtype).
+    features: [N, D]; weight: [H, D]; bias: [H] or None; all of one floating dtype, which is also
+    the result's (under torch.autocast they are cast to its dtype).
     impl: as in project_splice.
-    recompute: compute GELU's argument once more in the backward and do not keep it: [N, H] less
+    recompute: compute GELU's argument [N, H] again in the backward pass instead of keeping it: less
     memory for one more product.
 
-    Raises ValueError where a shape, dtype or device does not fit.
+    Raises ValueError if a shape, dtype or device does not fit.
     """
     arguments.require_shape("features", features, "ND", None, None)
     arguments.require_shape("weight", weight, "HD", None, features.shape[1])
@@ -111,7 +111,7 @@ def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         before_grad = torch.ops.llavakit.linear_gelu_before_grad(
             grad, features, weight, bias, ctx.impl
         )
-    # Nothing is gathered or scattered here, and the vendor's library is the fastest at that.
+    # Plain products, without gather or scatter: the vendor's library is the fastest for these.
     return (
         before_grad @ weight if for_features else None,
         before_grad.t() @ features if for_weight else None,

@@ -1,5 +1,5 @@
 # mypy: disable-error-code="untyped-decorator, no-untyped-def, no-untyped-call"
-"""linear_gelu in one launch: product, bias and GELU, forward and recomputed backward."""
+"""linear_gelu in one launch: product, bias and GELU; forward, and backward with recomputation."""
 
 from __future__ import annotations
 
@@ -49,6 +49,8 @@ def _store_gelu(
     columns = at_column[None, :]
     if HAS_BIAS:
         values += tl.load(bias + at_column, mask=inside, other=0.0).to(tl.float32)[None, :]
+    # gelu(x) = x * share with share = (1 + erf(x / sqrt 2)) / 2; its slope is
+    # share + x * exp(-x^2 / 2) / sqrt(2 pi)
     share = 0.5 + 0.5 * tl.erf(values * 0.7071067811865476)
     if MODE == 2:
         slope = share + values * 0.3989422804014327 * tl.exp(-0.5 * values * values)
@@ -127,8 +129,8 @@ def gelu_kernel(
     PIECES: tl.constexpr,
     PER_SM: tl.constexpr,
 ):
-    """MODE 0: out = gelu(left @ right.T + bias); 1: `before` takes gelu's argument as well;
-    2: out = grad times gelu's slope there. E is the layer's width, H in the public function."""
+    """MODE 0: out = gelu(left @ right.T + bias). MODE 1: also stores gelu's argument in `before`.
+    MODE 2: out = grad * gelu's slope. E is the layer's width, called H in the public function."""
     program = tl.program_id(0)
     programs = tl.num_programs(0)
     tiles_m = tl.cdiv(N, BLOCK_M)
@@ -143,6 +145,7 @@ def gelu_kernel(
             b = load_tile(right, n * BLOCK_N, k, E, D, right_stride, BLOCK_N, BLOCK_K, TMA)
             sums = multiply(a, b.T, sums, PRECISION)
 
+        # counted apart from the loop's number, or FLATTEN has no effect (see project_splice)
         stored += programs
         m, n = tile_at(stored, tiles_m, tiles_n, GROUP_M)
         row, column = m * BLOCK_M, n * BLOCK_N
@@ -162,7 +165,7 @@ def forward(
     config: triton.Config | None = None,
     tma: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """The activations [N, H], and what went into GELU: [N, H] with save, else [0]."""
+    """Return the activations [N, H], and GELU's argument: [N, H] with save, else [0]."""
     N, H = features.shape[0], weight.shape[0]
     before = features.new_empty((N, H) if save else (0,))
     mode = FORWARD_AND_SAVE if save else FORWARD
@@ -179,7 +182,7 @@ def before_grad(
     config: triton.Config | None = None,
     tma: bool = True,
 ) -> Tensor:
-    """The gradient before GELU [N, H], with the product computed once more."""
+    """Return the gradient by GELU's argument, [N, H]; the product is computed again."""
     return _run(features, weight, bias, rows_contiguous(grad), None, BACKWARD, out, config, tma)
 
 

@@ -1,11 +1,11 @@
-"""Project visual features and write them to their rows of the packed stream, beside the text.
+"""Projects visual features and writes them to their rows of the packed stream, beside the text.
 
     out[r] = features[i] @ weight.T + bias     where visual_rows[i] == r
            = embedding[token_ids[r]]           elsewhere
 
-In eager PyTorch this is a product, a gather and a scatter through memory (transformers fills zeros
-and calls masked_scatter besides); on a GPU it is one launch that writes each element once.
-LLaVA, arXiv 2304.08485, section 4.1: H_v = W Z_v, spliced into the embedded instruction.
+In eager PyTorch this is a product, a gather and a scatter, each through memory; transformers also
+fills zeros and calls masked_scatter. On a GPU it is one launch that writes each element once.
+LLaVA (arXiv 2304.08485, section 4.1): H_v = W Z_v, placed within the embedded instruction.
 """
 
 from __future__ import annotations
@@ -35,25 +35,26 @@ def project_splice(
     check: bool = False,
     deterministic: bool = True,
 ) -> Tensor:
-    """The embedded stream [T, E] of text rows and projected visual rows, in the embedding's dtype.
+    """Return the embedded stream [T, E] of text rows and projected visual rows.
 
     features: [N, D]; weight: [E, D]; bias: [E] or None; one floating dtype for these three (under
     torch.autocast they are cast to its dtype).
-    token_ids: [T] int; what stands at visual rows is never read as an id and may be anything.
-    embedding: [V, E], any floating dtype.
+    token_ids: [T] int; values at visual rows are not used as ids and may be anything.
+    embedding: [V, E], any floating dtype, which is also the result's.
     visual_rows: [N] int, the row of each visual token, in any order, no row twice.
     sources: [T] int32 from `row_sources(visual_rows, T)`, for callers that splice several times
-    into rows laid out alike; computed here if None.
+    with the same rows; computed here if None.
     impl: the kernels ("triton"), eager PyTorch ("reference"), or the kernels on an NVIDIA GPU of
     compute capability 8.0 or newer in bfloat16, float16 or float32 ("auto"). float32 products are
     exact unless torch.set_float32_matmul_precision allows tf32.
     check: also refuse visual rows that repeat or lie outside of [0, T), and text ids outside of
     [0, V). This waits for the device. Without it such input gives wrong rows.
-    deterministic: the embedding's gradient adds rows in a fixed order; else by atomics.
+    deterministic: the embedding's gradient adds rows in a fixed order; otherwise by atomics.
 
-    Rows of any stride are read in place; a last dimension that is not contiguous is copied first.
-    Gradients flow to features, weight, bias and embedding, and only those needed are computed.
-    Raises ValueError where a shape, dtype, device or (with check) index does not fit.
+    Rows may have any stride; a last dimension that is not contiguous is copied first. Features,
+    weight, bias and embedding get gradients; only those that are needed are computed.
+
+    Raises ValueError if a shape, dtype, device or (with check) index does not fit.
     """
     N, T = visual_rows.shape[0], token_ids.shape[0]
     _require_fit(features, weight, bias, token_ids, embedding, visual_rows, sources)
@@ -84,10 +85,10 @@ def project_splice(
 
 
 def row_sources(visual_rows: Tensor, rows: int) -> Tensor:
-    """For each of the stream's rows the visual token that lands there, -1 at text: [rows] int32.
+    """Return for each row of the stream its visual token, or -1 for text: [rows] int32.
 
-    visual_rows: [N] int. The inverse of visual_rows, computed without waiting for the device; one
-    serves every splice of a micro-batch and its backward.
+    visual_rows: [N] int. The result is its inverse, computed without waiting for the device. One
+    result serves all splices of a micro-batch and their backward passes.
     """
     numbers = torch.arange(visual_rows.shape[0], dtype=torch.int32, device=visual_rows.device)
     sources = torch.full((rows,), -1, dtype=torch.int32, device=visual_rows.device)
@@ -111,7 +112,9 @@ def _require_fit(
     arguments.require_shape("embedding", embedding, "VE", None, E)
     arguments.require_shape("visual_rows", visual_rows, "N", N)
     T = token_ids.shape[0]
-    if N > T:  # a sentence made in advance would tie a compiled graph to these sizes
+    # not `require`: its message would be formatted in any case, which under torch.compile ties the
+    # graph to these sizes
+    if N > T:
         raise ValueError(
             f"`visual_rows` names {N} rows, but `token_ids` makes a stream of only {T}"
         )
@@ -272,7 +275,7 @@ def _(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     features, weight, _, token_ids, embedding, visual_rows, sources, impl, deterministic = inputs
     for_features, for_weight, for_bias, _, for_embedding, *_ = ctx.needs_input_grad
-    # Only what the gradients asked for read: a frozen encoder's weight need not be kept alive.
+    # Save only what the needed gradients read: the rest may be freed after the forward pass.
     ctx.save_for_backward(
         features if for_weight or for_bias else None,
         weight if for_features else None,

@@ -1,6 +1,6 @@
-"""project_splice in eager PyTorch: what the kernels must equal, and the way on a CPU.
+"""project_splice in eager PyTorch: the reference of the kernels, and the implementation on a CPU.
 
-It writes every row of the stream once, as they do, and never reads the device back to the host.
+Like them it writes each row of the stream once, and never waits for the device.
 """
 
 from __future__ import annotations
@@ -21,7 +21,10 @@ def forward(
     *,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Shapes and dtypes as in project_splice, already checked; out: write here."""
+    """Return the stream [T, E]; arguments as in project_splice, already checked.
+
+    out: write to this tensor.
+    """
     T, N = token_ids.shape[0], features.shape[0]
     if out is None:
         out = torch.empty(T, embedding.shape[1], dtype=embedding.dtype, device=embedding.device)
@@ -33,20 +36,23 @@ def forward(
 
 
 def features_grad(grad: Tensor, weight: Tensor, visual_rows: Tensor) -> Tensor:
+    """Return the features' gradient [N, D] from the stream's gradient [T, E]."""
     return grad.index_select(0, visual_rows).to(weight.dtype) @ weight
 
 
 def weight_grad(
     grad: Tensor, features: Tensor, visual_rows: Tensor, with_bias: bool
 ) -> tuple[Tensor, Tensor]:
+    """Return the gradients of weight [E, D] and bias [E], or [0] without a bias."""
     rows = grad.index_select(0, visual_rows).to(features.dtype)
     return rows.t() @ features, rows.sum(0) if with_bias else rows.new_empty(0)
 
 
 def embedding_grad(grad: Tensor, token_ids: Tensor, sources: Tensor, V: int, N: int) -> Tensor:
+    """Return the embedding's gradient [V, E]: text rows summed by token id."""
     text_rows = _text_rows(sources, N)
     rows = grad.index_select(0, text_rows)
-    # In 16 bits torch rounds after each row that it adds.
+    # In 16 bits torch rounds after each row that it adds, so sums are made in float32.
     exact = rows if rows.element_size() >= 4 else rows.float()
     ids = token_ids.index_select(0, text_rows).long()
     summed: Tensor = torch.ops.aten.embedding_dense_backward(exact, ids, V, -1, False)
@@ -54,5 +60,5 @@ def embedding_grad(grad: Tensor, token_ids: Tensor, sources: Tensor, V: int, N: 
 
 
 def _text_rows(sources: Tensor, visual: int) -> Tensor:
-    # How many there are is known without a look at the device: a plain nonzero would wait for it.
+    # The number of text rows is known on the host; a plain `nonzero` would wait for the device.
     return torch.nonzero_static(sources < 0, size=sources.shape[0] - visual).squeeze(1)

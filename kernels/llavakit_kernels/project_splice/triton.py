@@ -1,8 +1,8 @@
 # mypy: disable-error-code="untyped-decorator, no-untyped-def, no-untyped-call"
-"""Forward of project_splice in one launch: product, scatter of its rows, gather of the text's.
+"""The forward pass of project_splice in one launch: product, scatter of its rows, gather of text.
 
-A persistent grid walks the tiles of the product first; the programs that run out of tiles one
-round before the others begin with the text rows, so that both ends meet.
+A persistent grid first works on the tiles of the product. In the last round some programs get no
+tile; these begin with the text rows, so that all programs end at about the same time.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from llavakit_kernels.launch import (
 )
 from llavakit_kernels.tiles import halves, load_tile, multiply, tile_at
 
-# 16 rows of 1024 columns are 32 KB in flight for a program, enough to cover the memory's latency.
+# 16 rows of 1024 columns are 32 KB in flight per program, enough to hide the memory's latency.
 TEXT_ROWS, TEXT_COLUMNS = 16, 1024
 
 
@@ -72,7 +72,7 @@ def _copy_text(
     text = tl.load(sources + at, mask=at < T, other=0) < 0
     if tl.max(text.to(tl.int32), 0) > 0:
         ids = tl.load(token_ids + at, mask=text, other=0).to(tl.int64)
-        # An id outside of the vocabulary reads no memory and shows as NaN.
+        # An id outside of the vocabulary reads no memory, and its row becomes NaN, which is seen.
         known = text & (ids >= 0) & (ids < V)
         rows = at.to(tl.int64)
         for column in tl.range(0, E, COLUMNS):
@@ -128,8 +128,8 @@ def forward_kernel(
     tiles_m = tl.cdiv(N, BLOCK_M)
     tiles_n = tl.cdiv(E, BLOCK_N)
     tiles = tiles_m * tiles_n
-    # The epilogue counts tiles for itself: sharing the loop's own number would tie the store of
-    # one tile to the loads of the next and undo the flattening.
+    # The epilogue counts tiles by itself. If it used the loop's number, the store of one tile would
+    # depend on the loads of the next, and the flattening would have no effect.
     stored = program - programs
     for tile in tl.range(program, tiles, programs, flatten=FLATTEN):
         m, n = tile_at(tile, tiles_m, tiles_n, GROUP_M)
@@ -155,6 +155,7 @@ def forward_kernel(
         else:
             _store_visual(out, sums, bias, rows, valid, column, E, out_stride, BLOCK_N, HAS_BIAS)
 
+    # text blocks begin at the program behind the one with the last tile
     first = (program - tiles % programs + programs) % programs
     for block in range(first, tl.cdiv(T, ROWS), programs):
         _copy_text(
@@ -186,9 +187,9 @@ def forward(
     config: triton.Config | None = None,
     tma: bool = True,
 ) -> Tensor:
-    """The kernel's launch; shapes and dtypes as in project_splice, already checked.
+    """Return the stream [T, E]; arguments as in project_splice, already checked.
 
-    out: write here; config, tma: run with these and not with what would be chosen.
+    out: write to this tensor; config, tma: use these instead of what would be chosen.
     """
     (N, D), (V, E), T = features.shape, embedding.shape, token_ids.shape[0]
     if out is None:

@@ -1,8 +1,8 @@
 # mypy: disable-error-code="untyped-decorator, no-untyped-def, no-untyped-call"
-"""Backward of project_splice for the features and the weight.
+"""The backward pass of project_splice for the features and the weight.
 
-Both products read the rows of the incoming gradient where they lie in the stream: the gather is
-the product's prologue, and the rows are never copied together.
+Both products read the rows of the incoming gradient directly from the stream: the gather is part of
+the product's loads, and the rows are never copied.
 """
 
 from __future__ import annotations
@@ -91,8 +91,8 @@ def _weight_grad_sums(
     COLUMN_SUMS: tl.constexpr,
 ):
     sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    # In 16 bits a product with ones adds the columns up: a reduction between the tensor cores'
-    # asynchronous products would make the compiler run these one after another.
+    # In 16 bits the columns are summed by a product with ones: a reduction between the tensor
+    # cores' asynchronous products would make the compiler run these one after another.
     BY_PRODUCT: tl.constexpr = COLUMN_SUMS and grad.dtype.element_ty.primitive_bitwidth == 16
     ones = tl.full((BLOCK_K, 16), 1.0, tl.float32).to(grad.dtype.element_ty)
     products = tl.zeros((BLOCK_M, 16), tl.float32)
@@ -108,7 +108,7 @@ def _weight_grad_sums(
         elif COLUMN_SUMS:
             column_sums += tl.sum(a.to(tl.float32), 0)
         sums = multiply(a.T, b, sums, PRECISION)
-    if BY_PRODUCT:  # every column holds the sums
+    if BY_PRODUCT:  # all 16 columns hold the same sums: take the first
         column_sums = tl.sum(tl.where(tl.arange(0, 16)[None, :] == 0, products, 0.0), 1)
     return sums, column_sums
 
@@ -135,8 +135,8 @@ def weight_grad_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    """weight_grad[part] = grad[visual_rows].T @ right_inner, and bias_grad[part] = the rows' sum,
-    over the part's `rows_each` visual tokens."""
+    """weight_grad[part] = grad[visual_rows].T @ right_inner and bias_grad[part] = sum of the rows,
+    both over the `rows_each` visual tokens of the part."""
     tiles_m = tl.cdiv(E, BLOCK_M)
     tiles_n = tl.cdiv(D, BLOCK_N)
     m, n = tile_at(tl.program_id(0), tiles_m, tiles_n, GROUP_M)
@@ -145,8 +145,8 @@ def weight_grad_kernel(
     rows_end = min(row + rows_each, N)
     e, d = m * BLOCK_M, n * BLOCK_N
     at_row = e + tl.arange(0, BLOCK_M)
-    # Two loops, since only the first column of tiles sums the rows, and a branch inside of one
-    # would cost all of them.
+    # Two loops, because only the first column of tiles sums the rows; a branch within one loop
+    # would slow down all tiles.
     if HAS_BIAS and n == 0:
         sums, column_sums = _weight_grad_sums(
             grad,
@@ -208,7 +208,7 @@ def features_grad(
     config: triton.Config | None = None,
     tma: bool = True,
 ) -> Tensor:
-    """grad [T, E] at the visual rows, times weight [E, D]: [N, D] in the weight's dtype."""
+    """Return grad [T, E] at the visual rows times weight [E, D]: [N, D] in the weight's dtype."""
     N, T, (E, D) = visual_rows.shape[0], grad.shape[0], weight.shape
     if out is None:
         out = torch.empty(N, D, dtype=weight.dtype, device=weight.device)
@@ -249,16 +249,17 @@ def weight_grad(
     config: triton.Config | None = None,
     tma: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of weight [E, D] and bias [E] (or [0]) from grad [T, E], in the features' dtype.
+    """Return the gradients of weight [E, D] and bias [E] (or [0]), in the features' dtype.
 
-    The sums over visual tokens are cut into parts where the tiles alone would leave
-    multiprocessors idle; parts are added in order, so that equal inputs give equal bits.
+    If the tiles alone would leave multiprocessors idle, the sums over visual tokens are split into
+    parts. Parts are added in a fixed order, so that equal inputs give equal bits.
     """
     (N, D), (T, E) = features.shape, grad.shape
     config = weight_grad_tile(features) if config is None else config
     tiles = triton.cdiv(E, config.kwargs["BLOCK_M"]) * triton.cdiv(D, config.kwargs["BLOCK_N"])
     parts = _parts(tiles, N, processors(features.device))
-    # A part ends with a whole step of every configuration: a descriptor knows only the last end.
+    # Every part but the last is a multiple of 64 rows, the largest inner step: a descriptor masks
+    # rows behind the end of the matrix, but not behind the end of a part.
     rows_each = triton.cdiv(triton.cdiv(N, parts), 64) * 64
     parts = max(1, triton.cdiv(N, rows_each)) if N else 1
     kept = torch.float32 if parts > 1 else features.dtype
@@ -292,7 +293,7 @@ def weight_grad(
 
 
 def _parts(tiles: int, rows: int, units: int) -> int:
-    """The fewest parts that keep nine tenths of the multiprocessors busy, or the busiest choice."""
+    """Return the fewest parts that keep 90 % of the multiprocessors busy, or the best choice."""
 
     def busy(parts: int) -> float:
         rounds: int = triton.cdiv(tiles * parts, units)

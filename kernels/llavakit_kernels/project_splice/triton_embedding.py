@@ -1,5 +1,5 @@
 # mypy: disable-error-code="untyped-decorator, no-untyped-def, no-untyped-call"
-"""Gradient of the embedding table from the text rows of the stream's gradient."""
+"""The gradient of the embedding table, from the text rows of the stream's gradient."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ def segments_kernel(
     COLUMNS: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """One program for each place in the sorted ids; the first place of an id sums all its rows."""
+    """One program for each position in the sorted ids. The program at the first position of an id
+    sums all rows of this id, in order; the others end at once."""
     position = tl.program_id(0)
     at_column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     inside = at_column < E
@@ -67,6 +68,7 @@ def atomics_kernel(
     COLUMNS: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
+    """Adds each text row to the row of its id, by atomics, in no fixed order."""
     at = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
     at_column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     text = tl.load(sources + at, mask=at < T, other=0) < 0
@@ -86,10 +88,10 @@ def atomics_kernel(
 def embedding_grad(
     grad: Tensor, token_ids: Tensor, sources: Tensor, V: int, deterministic: bool
 ) -> Tensor:
-    """grad [T, E] summed by token id over the text rows: [V, E] in the gradient's dtype.
+    """Return grad [T, E] summed by token id over the text rows: [V, E] in the gradient's dtype.
 
-    deterministic: the rows of one id are added in their order, after a sort; else by atomics in
-    float32, in whatever order they come.
+    deterministic: after a sort, the rows of one id are added in their order; otherwise by atomics
+    in float32, in no fixed order.
     """
     T, E = grad.shape
     # Atomics in 16 bits would round after each addition.
@@ -102,6 +104,7 @@ def embedding_grad(
     columns = triton.cdiv(E, shape["COLUMNS"])
     with torch.cuda.device(grad.device) if grad.is_cuda else contextlib.nullcontext():
         if deterministic:
+            # visual rows get the id V, which the kernel skips; a stable sort keeps the rows' order
             ids = torch.where(sources < 0, token_ids, V)
             ids, order = torch.sort(ids, stable=True)
             segments_kernel[(T, columns)](

@@ -1,4 +1,4 @@
-"""Chat models: who writes instruction data, and who judges answers."""
+"""The built-in chat models, which write instruction data and judge answers."""
 
 from collections.abc import Mapping
 

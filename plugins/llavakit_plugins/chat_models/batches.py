@@ -1,4 +1,4 @@
-"""OpenAI's batch service: a file of requests is handed in, polled, and collected within a day."""
+"""OpenAI's batch service: a file of requests is submitted, polled, and collected within a day."""
 
 from __future__ import annotations
 
@@ -130,9 +130,9 @@ class OpenAIBatches(BatchService):
         return _table(await self._call(lambda: client.get(path, cast_to=object)))
 
     def _parse(self, line: bytes) -> tuple[str, Reply | ReplyError]:
-        """Return a request's key with its reply, or with why there is none.
+        """Return a request's key with its reply, or with the error that explains why there is none.
 
-        Raises Fault where the line does not say which request it is about.
+        Raises Fault if the line does not say which request it belongs to.
         """
         row = self._service.table(line)
         key = row.get("custom_id") if isinstance(row, dict) else None
@@ -157,7 +157,7 @@ class OpenAIBatches(BatchService):
         return key, ReplyError(said, lasting=isinstance(verdict, Refused))
 
     async def _call(self, ask: Callable[[], Awaitable[T]]) -> T:
-        """Return what a call to the service gives, after pauses where it fails for a while."""
+        """Return the result of a call to the service; try again, after pauses, while it fails."""
         options = self._service.options
         failures = 0
         while True:
@@ -177,7 +177,7 @@ class OpenAIBatches(BatchService):
 
 
 def _table(value: object) -> dict[str, Any]:
-    """Return what is a table. Raises ChatError for an answer that is none."""
+    """Return an answer that is a JSON table. Raises ChatError for any other answer."""
     if not isinstance(value, dict):
         raise ChatError(f"the batch service gives no table but {type(value).__name__}; run again")
     return value

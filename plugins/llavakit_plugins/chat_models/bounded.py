@@ -1,6 +1,6 @@
-"""The official client within bounds: no answer without end, and none from another address.
+"""Puts limits on the official client: no endless answer, and none from another address.
 
-All that HTTP brings is read here, whole, and whatever is wrong with it becomes a Fault.
+All HTTP responses are read here completely, and any error in one becomes a Fault.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class BoundedClient(_base):  # type: ignore[misc]
 
 
 def _stay(here: Any, there: Any) -> None:
-    """Raise ChatError where a redirect leads to another origin: what is asked is not for it."""
+    """Raise ChatError if a redirect leads to another origin: the request is not meant for it."""
     if (here.scheme, here.host, here.port) != (there.scheme, there.host, there.port):
         raise ChatError(
             f"{here.scheme}://{here.netloc.decode()} sends requests on to "
@@ -95,8 +95,8 @@ async def _unpacked(chunks: AsyncIterator[bytes], most: int) -> AsyncIterator[by
 
 
 def _reason(error: BaseException) -> str:
-    """Return what failed, in the words of whoever knows most: the adapter for aiohttp calls every
-    failed connection a time-out."""
+    """Return what failed, from the innermost error: the adapter for aiohttp calls every failed
+    connection a timeout."""
     chain = [error]
     while (behind := chain[-1].__cause__ or chain[-1].__context__) is not None:
         chain.append(behind)

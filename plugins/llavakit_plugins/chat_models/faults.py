@@ -1,4 +1,4 @@
-"""What may come of one attempt to ask a service, besides a reply."""
+"""The results of one request to a service other than a reply."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Fault(Exception):
 
 @dataclass(frozen=True)
 class Complaint:
-    """What a service says is wrong."""
+    """An error message of a service."""
 
     code: str
     said: str
@@ -30,16 +30,16 @@ class Complaint:
 
     @property
     def filtered(self) -> bool:
-        """Whether a content filter speaks."""
+        """Whether the error comes from a content filter."""
         return "content_filter" in self.code or "content_policy" in self.code
 
 
 class Withheld(ReplyError):
-    """The service's content filter keeps the answer back."""
+    """The service's content filter withholds the answer."""
 
 
 class Refused(ReplyError):
-    """The service does not take one request as it is."""
+    """The service refuses this one request in its present form."""
 
     def __init__(self, message: str, complaint: Complaint) -> None:
         super().__init__(message, lasting=True)

@@ -1,7 +1,7 @@
-"""Any service that speaks OpenAI's chat completions: OpenAI, Azure, vLLM, Ollama and others.
+"""Chat models of services with OpenAI's chat completions: OpenAI, Azure, vLLM, Ollama and others.
 
-The official client sends the requests; pauses, rates and retries are ours, since they concern all
-requests together: when the service asks for a pause, every request waits.
+The official client sends the requests. Pauses, rates and retries are our own, because they concern
+all requests together: when the service asks for a pause, every request waits.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ class OpenAI(ChatModel):
                 await pace.rest(pause)
 
     def _say(self, fault: Fault, tries: int, pause: float) -> None:
-        """Log that a request is sent again; so that nobody wonders, where that takes long."""
+        """Log that a request is sent again, if the user would otherwise wonder about the time."""
         long = (tries >= _PATIENT_TRIES or pause >= _PATIENT_SECONDS) and not self._said
         self._said |= long
         _log.log(

@@ -1,6 +1,6 @@
-"""When a request may go: rates that a service allows, pauses that it asks for, back-off.
+"""Decides when a request may be sent: the service's rates, the pauses it asks for, back-off.
 
-All by a clock that never jumps; the wall clock is not looked at.
+All times are of a monotonic clock, since the wall clock may jump.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _LONGEST_PAUSE = 60.0
 
 
 class Halted(Exception):
-    """Nothing more is to be sent."""
+    """No further request may be sent."""
 
 
 class Pace:
@@ -51,7 +51,7 @@ class Pace:
                     self._due[index] = max(self._due[index], now - _BURST) + cost / rate
 
     def hold(self, seconds: float) -> None:
-        """Let nothing go for so long."""
+        """Hold all requests for so many seconds."""
         self._held_until = max(self._held_until, self._clock() + seconds)
 
     async def rest(self, seconds: float) -> None:
@@ -61,7 +61,7 @@ class Pace:
             raise Halted
 
     def halt(self) -> None:
-        """Let nothing go any more; who waits is told."""
+        """Send no further request; all that wait raise Halted."""
         self._halted.set()
 
     def _wait(self) -> float:
@@ -70,7 +70,8 @@ class Pace:
 
 
 def backoff(failures: int, first: float) -> float:
-    """Return the pause after so many failures: twice as long each time, shortened by chance."""
+    """Return the pause after so many failures: twice as long each time, and shortened at random, so
+    that requests that failed together are not sent again together."""
     longest = min(_LONGEST_PAUSE, first * 2.0 ** (failures - 1))
     return longest * random.uniform(0.5, 1)
 

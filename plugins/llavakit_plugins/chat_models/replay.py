@@ -1,6 +1,6 @@
-"""Replies from a file, so that nothing is paid for twice; what is not there can be asked and kept.
+"""Replies from a file, so that nothing is paid for twice; missing replies can be requested.
 
-The file is a ledger: that of an earlier run will do.
+The file is a ledger, such as that of an earlier run.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ class ReplayOptions(Options):
     path: Path
     """A file of replies, as `generate` leaves in `ledger.jsonl`."""
     record: Use[ChatModel] | None = None
-    """Whom to ask for replies that the file has not; they are added to it."""
+    """The chat model for replies that the file lacks; they are added to the file."""
 
 
 class Replay(ChatModel):
-    """Gives the replies of a file, by messages and draw, whichever model they are from."""
+    """Returns the replies of a file by messages and draw, of any model."""
 
     name = "replay"
     Options = ReplayOptions

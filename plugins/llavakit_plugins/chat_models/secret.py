@@ -1,4 +1,4 @@
-"""The key of a service: from the environment or a file, and out of everything that is written."""
+"""The key of a service: read from the environment or a file, and removed from all output."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _SHORTEST = 8  # of what can be told from an ordinary word, and so be taken out 
 
 
 def read_key(variable: str, file: Path | None) -> str:
-    """Return the key. Raises ChatError, which names the place and never the key."""
+    """Return the key. Raises ChatError, which names the file or variable and never the key."""
     if file is not None:
         try:
             key_file = Path(os.path.expanduser(file))

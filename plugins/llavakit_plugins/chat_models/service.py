@@ -1,4 +1,4 @@
-"""One account at a service that speaks OpenAI's protocol: its client, and what its answers say."""
+"""One account at a service with OpenAI's protocol: its client, and the meaning of its answers."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ T = TypeVar("T")
 
 
 class Service:
-    """Sends what it is given, once; who calls decides whether to try again."""
+    """Sends each request once; the caller decides whether to try again."""
 
     def __init__(self, options: OpenAIOptions) -> None:
         self.options = options
@@ -142,7 +142,7 @@ class Service:
             raise Fault(f"no answer within {self.options.timeout:g} s") from None
         except openai.APIStatusError as error:
             raise await self._explained(error) from None
-        except Exception as error:  # whatever a client makes of an answer that is none
+        except Exception as error:  # clients raise errors of many kinds for a broken answer
             known: BaseException = error
             while not isinstance(known, ChatError | Fault) and known.__cause__ is not None:
                 known = known.__cause__  # the official client may have wrapped it

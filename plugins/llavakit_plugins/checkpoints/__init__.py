@@ -1,4 +1,4 @@
-"""Checkpoints in the layouts of Hugging Face and of the original LLaVA."""
+"""Reads and writes checkpoints in the layouts of Hugging Face and of the original LLaVA."""
 
 from collections.abc import Mapping
 

@@ -80,12 +80,12 @@ class Hf(Exporter):
 
     @classmethod
     def fetch(cls, name: str) -> Path | None:
-        """Return the folder of a model on the hub, of whatever layout it turns out to be."""
+        """Return the folder of a model on the hub; its layout is recognised later."""
         return fetch_folder(name) if cls.names(name) else None
 
     @classmethod
     def names(cls, name: str) -> bool:
-        """Say whether `name` is of the form that models have on the hub."""
+        """Return whether `name` has the form of a model name on the hub."""
         return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None
 
     @classmethod
@@ -194,7 +194,7 @@ class Hf(Exporter):
 
 
 def _vision(model: LlavaModel, options: Any) -> TransformersEncoder:
-    """Return the vision encoder. Raises ModelError where the layout has no place for it."""
+    """Return the vision encoder. Raises ModelError if the layout cannot hold it."""
     name = model.vision.name
     found = plain_encoder(model.vision)
     if found is None:
@@ -221,7 +221,7 @@ def _strategy(vision: TransformersEncoder) -> str:
 
 
 def _widest(tensors: Mapping[str, Tensor]) -> str:
-    """Return the precision that holds every tensor exactly: transformers has one for them all."""
+    """Return the dtype that holds every tensor exactly; transformers has only one for a model."""
     widest = reduce(torch.promote_types, (tensor.dtype for tensor in tensors.values()))
     return str(widest).removeprefix("torch.")
 

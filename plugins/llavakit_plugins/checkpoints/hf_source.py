@@ -33,7 +33,7 @@ from llavakit_plugins.vision.pixels import read_pixels, usual_pixels
 
 _log = logging.getLogger("llavakit")
 
-_PLACES = (
+_PREFIXES = (
     # the names of version 4.36 to 4.51, which 5 writes again; those of 4.52 on; the rest of both
     (r"^language_model\.model\.", "language", "model."),
     (r"^language_model\.lm_head\.", "language", "lm_head."),
@@ -45,9 +45,9 @@ _PLACES = (
 
 
 def is_hf(folder: Path) -> bool:
-    """Say whether a folder's config.json describes a vision model and a language model.
+    """Return whether a folder's config.json describes a vision model and a language model.
 
-    ONNX folders have such a one, too, with a note for transformers.js in it.
+    ONNX folders have such a file, too, but theirs contains settings for transformers.js.
     """
     config = peek_json(folder / "config.json")
     return "transformers.js_config" not in config and all(
@@ -111,7 +111,7 @@ def _sort(weights: Weights) -> dict[str, dict[str, torch.Tensor]]:
     """Return the tensors of each part, by the names that the part itself has for them."""
     states: dict[str, dict[str, torch.Tensor]] = {"language": {}, "vision": {}, "projector": {}}
     for name in weights:
-        for pattern, part, prefix in _PLACES:
+        for pattern, part, prefix in _PREFIXES:
             match = re.match(pattern, name)
             if match:
                 states[part][prefix + name[match.end() :]] = weights[name]
@@ -138,7 +138,7 @@ _USUAL_CLIP = {
     "num_attention_heads": 16, "image_size": 336, "patch_size": 14, "projection_dim": 768,
     "vocab_size": 32000,
 }  # fmt: skip
-"""What LlavaConfig takes for granted of a vision tower: CLIP ViT-L/14 at 336 pixels."""
+"""LlavaConfig's defaults for a vision tower: CLIP ViT-L/14 at 336 pixels."""
 
 
 def _layer(config: Mapping[str, Any], folder: Path) -> int:
@@ -216,7 +216,10 @@ def _is_identity(layer: Layer) -> bool:
 
 
 def _halves(first: Layer, second: Layer) -> Layer | None:
-    """Return W of [W; -W], GELU, [I, -I]; None for any other two layers."""
+    """Return W of the layers [W; -W], GELU, [I, -I]; None for any other two layers.
+
+    They are linear, because GELU(x) - GELU(-x) = x.
+    """
     width, inner = second.weight.shape
     if inner != 2 * width or second.bias.any():
         return None

@@ -1,4 +1,4 @@
-"""What LLaVA's layouts call the tensors of a language model, whatever its family calls them.
+"""Maps the tensor names of a language model's family to those of LLaVA's layouts, and back.
 
 transformers' LLaVA calls every decoder `model`, and its own head `lm_head`. That head has no bias,
 and no factor or cap on its logits, which some families have.
@@ -32,7 +32,7 @@ def family_names(state: Mapping[str, Tensor], network: Any, config: Any) -> Mapp
 def layout_names(model: Any) -> dict[str, Tensor]:
     """Return the tensors of a family's own class by LLaVA's names.
 
-    A head that is the embedding is left out, and a bias that is zero everywhere.
+    A head that is tied to the embedding is left out, and so is a bias of zeros.
     """
     head = _name_in(model, model.get_output_embeddings())
     own = {f"{model.base_model_prefix}.": "model.", f"{head}.": "lm_head."}

@@ -38,9 +38,9 @@ _TYPES = {
 
 class OriginalOptions(Options):
     vision_tower: str | None = None
-    """What config.json calls the vision tower. The original looks a path up from its working
-    directory, so give an absolute one; by default the name on the hub where the model was made
-    of it, else the folder `vision_tower` within the export."""
+    """The vision tower's name in config.json. The original resolves a path from its working
+    directory, so give an absolute path. By default the name on the hub, if the tower is that of the
+    hub; else the folder `vision_tower` within the export."""
     max_shard_size: ShardSize = "5GB"
 
 
@@ -144,7 +144,7 @@ class Original(Exporter):
 
 
 def _is_tuned(model: LlavaModel) -> bool:
-    """Say whether the tower is another than the hub's of its name, as far as this machine knows."""
+    """Return whether the tower differs from the hub's of its name, as far as this machine knows."""
     choice = model.choices["vision"]
     named = PretrainedOptions(source=choice["source"], revision=choice.get("revision"))
     found = find_file(named, "model.safetensors") or find_file(named, "pytorch_model.bin")
@@ -160,7 +160,7 @@ def _is_tuned(model: LlavaModel) -> bool:
 
 
 def _type_of(text: Any) -> tuple[str, str]:
-    """Return what the layout calls a language model. Raises ModelError where it has none such."""
+    """Return the layout's name of a language model. Raises ModelError if it has no such model."""
     if text.model_type not in _TYPES:
         raise ModelError(
             f"the original LLaVA has no language model of type `{text.model_type}`, but "
@@ -171,7 +171,7 @@ def _type_of(text: Any) -> tuple[str, str]:
 
 
 def _check_vision(model: LlavaModel, options: Any) -> None:
-    """Raise ModelError where the layout has no place for the vision encoder."""
+    """Raise ModelError if the layout cannot hold the vision encoder."""
     found = plain_encoder(model.vision)
     name = model.vision.name
     if found is None or found.model.config.model_type != "clip_vision_model":
@@ -188,7 +188,7 @@ def _check_vision(model: LlavaModel, options: Any) -> None:
 
 
 def _check_text(text: Any) -> None:
-    """Raise ModelError for what the original's transformers, 4.37, would drop without a word."""
+    """Raise ModelError for settings that the original's transformers, 4.37, would ignore."""
     rope = getattr(text, "rope_parameters", None) or {}
     kind = rope.get("rope_type", "default")
     known = ("default", "linear", "dynamic") if text.model_type == "llama" else ("default",)

@@ -1,4 +1,4 @@
-"""Merges a LoRA adapter into the language model it was trained on."""
+"""Merges a LoRA adapter into the language model that it was trained on."""
 
 from __future__ import annotations
 

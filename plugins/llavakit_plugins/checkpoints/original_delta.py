@@ -1,4 +1,4 @@
-"""Deltas: the first releases hold only what LLaVA's weights add to those of a LLaMA."""
+"""Deltas: the first releases hold only the differences between LLaVA's weights and a LLaMA's."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _GROWN = ("model.embed_tokens.weight", "lm_head.weight")
 
 
 def is_delta(state: Mapping[str, Tensor]) -> bool:
-    """Say whether a language model's tensors are differences: its weights alone tell."""
+    """Return whether a language model's tensors are differences; only the weights show it."""
     norm_E = state.get(_NORM)
     return norm_E is not None and bool(norm_E.float().abs().mean() < _SMALL)
 

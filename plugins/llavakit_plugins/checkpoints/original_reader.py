@@ -1,7 +1,8 @@
-"""What the original LLaVA makes of a folder in its layout, composed of transformers' own classes.
+"""Runs an exported folder as the original LLaVA would, with transformers' own classes.
 
-Our own reader finds a tensor by any name that it ever had. Other readers do not, and leave at
-random what they do not find; so here every tensor must be found by the classes that will read it.
+It serves the proof of an export. Our own reader accepts all names that a tensor ever had. Other
+readers do not, and leave a tensor that they do not find at random values. So here the classes that
+others use must find every tensor.
 """
 
 from __future__ import annotations

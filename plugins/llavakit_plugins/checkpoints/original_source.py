@@ -69,7 +69,7 @@ _OURS = re.compile(
 
 
 def is_original(folder: Path) -> bool:
-    """Say by its content whether a folder is in the original's layout, or part of such a model."""
+    """Return whether a folder has the original's layout, or holds part of such a model."""
     config = peek_json(folder / "config.json")
     if "vision_config" in config:
         return False
@@ -240,7 +240,7 @@ class _Pieces:
             part[rest] = weights[name]
 
     def _override(self, path: Path) -> None:
-        """Take what was trained in place of the base's."""
+        """Replace the base's tensors by those that were trained."""
         if not path.is_file():
             raise ModelError(
                 f"{path.parent} lacks {path.name}, which holds the projector: the original writes "
@@ -350,7 +350,7 @@ def _added(config: Mapping[str, Any]) -> list[str]:
 def _betrayed(
     config: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase
 ) -> tuple[str, str] | None:
-    """Return the prompt template that tokenizer and configuration betray, and how."""
+    """Return the prompt template that tokenizer and configuration suggest, and the reason."""
     chat = tokenizer.chat_template
     if _TEXT_TYPES.get(str(config.get("model_type"))) == "mistral":
         return "mistral_instruct", "the original asks its Mistral models so"

@@ -39,27 +39,28 @@ def find_tower(
     inside: Mapping[str, Tensor],
     dtype: torch.dtype | None,
 ) -> Tower:
-    """Return the vision tower: what the user gives, what config.json names, or what is inside.
+    """Return the vision tower: the one that the user gives, that config.json names, or that is
+    inside the checkpoint.
 
-    Raises ModelError where it is nowhere on this machine.
+    Raises ModelError if it is not on this machine.
     """
     name = config.get("mm_vision_tower") or config.get("vision_tower")
     name = name[0] if isinstance(name, list) and name else name
-    place = given or _place(folder, name, weights=not inside)
+    tower_folder = given or _find_folder(folder, name, weights=not inside)
     if inside:
         state, where = dict(inside), folder
-    elif place is not None:
-        state, where = vision_state(place, dtype), place
+    elif tower_folder is not None:
+        state, where = vision_state(tower_folder, dtype), tower_folder
     else:
         raise ModelError(
             f"{folder} names the vision tower `{name}` and does not hold its weights; fetch it "
             f"(`hf download {name} --local-dir DIR`) and give its folder as --vision DIR"
         )
-    table = _table(place, name, folder)
-    check_shape(table, f"{place or folder}: config.json of the vision tower")
+    table = _table(tower_folder, name, folder)
+    check_shape(table, f"{tower_folder or folder}: config.json of the vision tower")
     edge = table.get("image_size", 224)
     usual = usual_pixels(str(table["model_type"]))
-    pixels = (place and read_pixels(place, edge, usual)) or usual
+    pixels = (tower_folder and read_pixels(tower_folder, edge, usual)) or usual
     return Tower(
         where,
         table,
@@ -70,21 +71,21 @@ def find_tower(
     )
 
 
-def _place(folder: Path, name: Any, *, weights: bool) -> Path | None:
-    """Return the folder of a vision tower: beside the checkpoint, in it, or of the hub."""
+def _find_folder(folder: Path, name: Any, *, weights: bool) -> Path | None:
+    """Return the folder of a vision tower: beside the checkpoint, within it, or from the hub."""
     names = [Path(name)] if isinstance(name, str) and name else []
-    for place in (*(folder / path for path in names), folder / FOLDER):
-        if (place / "config.json").is_file() and place != folder:
-            return place
+    for tower_folder in (*(folder / path for path in names), folder / FOLDER):
+        if (tower_folder / "config.json").is_file() and tower_folder != folder:
+            return tower_folder
     try:
         return fetch_folder(str(name), weights=weights) if names else None
     except ModelError:
         return None
 
 
-def _table(place: Path | None, name: Any, folder: Path) -> dict[str, Any]:
-    if place is not None:
-        table = read_json(place / "config.json")
+def _table(tower_folder: Path | None, name: Any, folder: Path) -> dict[str, Any]:
+    if tower_folder is not None:
+        table = read_json(tower_folder / "config.json")
         inner = table.get("vision_config")  # of a CLIP, or of a LLaVA, as a whole
         table = dict(inner) if isinstance(inner, dict) else table
     elif name in KNOWN:

@@ -1,4 +1,4 @@
-"""Proof that what was written is the same model: the same logits and the same greedy tokens."""
+"""Proves that an exported folder is the same model: the same logits and the same greedy tokens."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from llavakit.contracts.data import IMAGE, ImageSource
 
 _TOKENS = 8
 _LIMITS = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-"""How far logits may be apart, as a share of the largest where that is above 1."""
+"""Largest allowed difference of logits; relative to the largest logit if that is above 1."""
 
 
 class Reader(Protocol):
-    """What was written, read back."""
+    """A model that was written and is read back by other code."""
 
     def logits(
         self, prompt: str, images: Sequence[ImageSource] = (), *, raw: bool = False
@@ -37,34 +37,37 @@ class Reader(Protocol):
         """Return the new tokens of a greedy answer."""
 
 
-def picture() -> Image.Image:
-    """Return a picture that is no square and nowhere symmetric."""
+def sample_image() -> Image.Image:
+    """Return an image that is not square and has no symmetry, so that flips and crops show."""
     across = Image.linear_gradient("L").resize((52, 40)).rotate(30)
     return Image.merge("RGB", (across, across.transpose(Image.Transpose.ROTATE_180), across))
 
 
 def prompts() -> list[tuple[str, list[ImageSource]]]:
-    """Return what the proof asks: without an image, with one, with two."""
+    """Return the prompts of the proof: without an image, with one, and with two."""
     return [
         ("What is the answer?", []),
-        (f"{IMAGE}\nWhat is in the picture?", [picture()]),
-        (f"{IMAGE}{IMAGE}\nWhich is larger?", [picture(), picture().rotate(90, expand=True)]),
+        (f"{IMAGE}\nWhat is in the picture?", [sample_image()]),
+        (
+            f"{IMAGE}{IMAGE}\nWhich is larger?",
+            [sample_image(), sample_image().rotate(90, expand=True)],
+        ),
     ]
 
 
 def prove(model: LlavaModel, reader: Reader, folder: Path) -> dict[str, Any]:
-    """Return how far the two are apart. Raises ModelError where that is more than rounding."""
+    """Return how much the two differ. Raises ModelError if it is more than rounding explains."""
     furthest, same, total = 0.0, 0, 0
     dtypes = {parameter.dtype for parameter in model.parameters()}
     limit = max(_LIMITS.get(dtype, 0.0) for dtype in dtypes)
     exact = dtypes == {torch.float32}
-    asked = [item for item in prompts() if _fits(model, *item)]
-    if not asked:
+    cases = [item for item in prompts() if _fits(model, *item)]
+    if not cases:
         raise ModelError(
             f"the model reads {model.language.max_length} tokens, too few to ask it anything, so "
             "nothing can be proven of an export"
         )
-    for prompt, images in asked:
+    for prompt, images in cases:
         expected = model.logits(prompt, images)
         found = reader.logits(prompt, images)[:, : expected.shape[1]]
         away = (found - expected).abs().max().item() if found.shape == expected.shape else torch.nan
@@ -85,7 +88,7 @@ def prove(model: LlavaModel, reader: Reader, folder: Path) -> dict[str, Any]:
                 "nothing is left there; report this, with the model.toml"
             )
     return {
-        "prompts": len(asked),
+        "prompts": len(cases),
         "largest_logit_difference": furthest,
         "greedy_tokens_equal": f"{same} of {total}",
     }

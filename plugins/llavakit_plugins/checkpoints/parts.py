@@ -1,6 +1,6 @@
-"""Between a checkpoint's parts and ours: a configuration and tensors become components, and back.
+"""Converts configurations and tensors of a checkpoint to our components, and back.
 
-Tensors are taken as they are, never copied: a mapped file stays a mapped file.
+Tensors are used as they are and never copied: a memory-mapped file stays mapped.
 """
 
 from __future__ import annotations
@@ -259,7 +259,7 @@ def _type_of(table: Mapping[str, Any], what: str, where: object) -> str:
 
 @contextmanager
 def _sensible(what: str, where: object) -> Iterator[None]:
-    """Turn what transformers raises for a configuration into a sentence."""
+    """Turn errors of transformers about a configuration into a ModelError."""
     try:
         yield
     except (*_MALFORMED, UnfitConfig) as error:
@@ -355,8 +355,8 @@ def plain_encoder(vision: VisionEncoder) -> TransformersEncoder | None:
 def language_state(language: LanguageModel, layout: str) -> tuple[Any, dict[str, Tensor]]:
     """Return transformers' configuration and tensors of a language model.
 
-    Names begin with `model.` or are `lm_head.weight`; a head that is the embedding is left out.
-    Raises ModelError where `layout` has no place for it.
+    Names begin with `model.` or are `lm_head.weight`; a head that is tied to the embedding is left
+    out. Raises ModelError if `layout` cannot hold the model.
     """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 

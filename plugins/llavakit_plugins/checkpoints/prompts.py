@@ -1,7 +1,8 @@
-"""Which prompt template a checkpoint was tuned on, which no layout says, and saying it to others.
+"""Finds the prompt template that a checkpoint was trained with, and writes it for other readers.
 
-What is looked at, in this order: what the user says; what an export of ours noted in config.json;
-the chat template in the folder; what the configuration and tokenizer betray. Never a folder's name.
+No layout states it. These are used, in this order: the user's option; a note in config.json by an
+export of ours; the chat template in the folder; hints in configuration and tokenizer. A folder's
+name is never used.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ _log = logging.getLogger("llavakit")
 _QUESTION = "Which of them is it?"
 _TURNS = (Turn("human", f"{IMAGE}\n{_QUESTION}"), Turn("gpt", "The second."), Turn("human", "Why?"))
 _USUAL = "vicuna_v1"
-"""LLaVA-1.5 was tuned on it, and its benchmarks ask with it."""
+"""LLaVA-1.5 was trained with it, and its benchmarks use it."""
 
 
 def choose_template(

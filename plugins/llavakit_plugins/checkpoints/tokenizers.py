@@ -1,4 +1,4 @@
-"""Reads a checkpoint's tokenizer as that of its language model, whatever config.json says."""
+"""Reads a checkpoint's tokenizer as the one of its language model; config.json may name another."""
 
 from __future__ import annotations
 
@@ -22,32 +22,33 @@ _CHATS = ("chat_template.jinja", "chat_template.json")
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Say whether a tokenizer's files lie in a folder."""
+    """Return whether a folder holds a tokenizer's files."""
     return any((folder / name).is_file() for name in _VOCABULARIES)
 
 
 def read_tokenizer(folder: Path, model_type: str) -> PreTrainedTokenizerBase:
     """Return the tokenizer in a checkpoint's folder, for a language model of this type.
 
-    Where config.json says `llava`, or tokenizer_config.json names no class it knows, as in the
-    first releases, transformers 5.23 reads a bare tokenizer.model otherwise than LLaMA's: "a"
-    without the space in front of it. So it is shown the files in a folder that says what they are.
+    If config.json says `llava`, or if tokenizer_config.json names no known class (as in the first
+    releases), transformers 5.23 reads a bare tokenizer.model in another way than LLaMA's: "a"
+    without the space before it. So transformers gets the files in a temporary folder with a right
+    config.json.
 
-    Raises ModelError where there is none, or it cannot be read.
+    Raises ModelError if there is no tokenizer, or if it cannot be read.
     """
     if not has_tokenizer(folder):
         raise ModelError(f"{folder} holds no tokenizer ({', '.join(_VOCABULARIES)}); copy it there")
     refuse_devices(folder)
-    with TemporaryDirectory() as place:
+    with TemporaryDirectory() as temporary:
         for name in (*_VOCABULARIES, *_OTHERS, *_CHATS):
             if (folder / name).is_file():
-                (Path(place) / name).symlink_to((folder / name).resolve())
+                (Path(temporary) / name).symlink_to((folder / name).resolve())
         # a tokenizer.json is whole: knowing the model, transformers would build it another way
         config = {"model_type": model_type} if _is_bare(folder) else {}
         tables = {"config.json": config, _SETTINGS: _settings(folder)}
         for name, table in tables.items():
-            write_text(Path(place) / name, json.dumps(table))
-        tokenizer = load_tokenizer(place, where=folder)
+            write_text(Path(temporary) / name, json.dumps(table))
+        tokenizer = load_tokenizer(temporary, where=folder)
     tokenizer.name_or_path = str(folder)
     return tokenizer
 

@@ -1,4 +1,4 @@
-"""Reads the folders of runs and puts those of one recipe, with different seeds, together."""
+"""Reads the folders of runs and groups the runs of one recipe with different seeds."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from llavakit_plugins.reporting.summary import flat
 from llavakit_plugins.reporting.values import show
 
 _SAME_EXPERIMENT = ("name", "seed", "device", "machine", "trackers", "paper")
-"""Keys of a recipe that do not make it another experiment."""
+"""Keys of a recipe that may differ within one experiment."""
 _SHOWN = 3  # of the keys in which two recipes of one name differ
 
 

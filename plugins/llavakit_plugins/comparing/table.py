@@ -1,4 +1,4 @@
-"""The comparison of groups of runs as numbers, and as text, CSV, JSON and sections of a page."""
+"""Compares groups of runs: as numbers, and as text, CSV, JSON and sections of a page."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Data sets."""
+"""The built-in data sets, by name."""
 
 from collections.abc import Mapping
 

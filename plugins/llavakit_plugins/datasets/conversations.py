@@ -1,4 +1,4 @@
-"""The JSON of the LLaVA papers: a list of `{id, image, conversations}`."""
+"""Reads the JSON of the LLaVA papers: a list of `{id, image, conversations}`."""
 
 from __future__ import annotations
 
@@ -46,27 +46,27 @@ _SHOWN_EVERY = 256  # rows or images
 
 class ConversationsOptions(Options):
     path: InputPath
-    """One JSON list, or JSON lines (`.jsonl`)."""
+    """One JSON list, or JSON Lines (`.jsonl`)."""
     images: InputPath | None = None
-    """The folder that `image` is relative to; the file's own where absent."""
+    """The folder of the images; by default the folder of the file."""
     kind: str = ""
-    """What sort of response the file teaches, for losses by sort."""
+    """The kind of responses in the file, for losses by kind."""
     limit: int | None = Field(default=None, ge=1)
-    """Use only so many samples from the start."""
+    """Use only this many samples from the start."""
     unusable: Literal["refuse", "skip"] = "refuse"
-    """What to do about samples that cannot be used, and images that are missing or broken: refuse
-    the file, or leave those samples out and say which."""
+    """What to do with samples that cannot be used, and with missing or broken images: refuse the
+    file, or skip these samples and name them."""
     expect: Expected | None = None
 
 
 class Conversations(Dataset):
     """LLaVA's training JSON, as it is.
 
-    A first turn from `gpt` is dropped, as in the original with every template but v0's. A row may
+    A first turn from `gpt` is dropped, as in the original with every template except v0. A row may
     have several images: then `image` is a list, in the order of the placeholders. The rows stay in
-    the file: memory holds where each begins.
+    the file; memory holds only the offset of each.
 
-    Raises DataError where the file, a row, or an image's path cannot be used.
+    Raises DataError if the file, a row, or an image's path cannot be used.
     """
 
     name = "conversations"
@@ -227,7 +227,7 @@ def _attempt(read: Callable[[], T], sort: str) -> T | Finding:
 def read_sample(
     row: Mapping[str, Any], number: int, options: ConversationsOptions, folder: Path
 ) -> Sample:
-    """Return the sample of a row, counted from 0. Raises DataError where it cannot be used."""
+    """Return the sample of a row; `index` counts from 0. Raises DataError if it cannot be used."""
     identity, where = _name(row, number, options)
     _refuse_media(row, where)
     sample = Sample(identity, _turns(row, where), _images(row, where, folder), options.kind)

@@ -1,4 +1,4 @@
-"""What a plan reckons with while a data file is not there."""
+"""The size of a data set that a plan assumes while its file does not exist yet."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class Expected(BaseModel):
 
     samples: int = Field(ge=0)
     tokens: int = Field(ge=0)
-    """Mean text tokens a sample."""
+    """Mean number of text tokens in a sample."""
 
     def upto(self, limit: int | None) -> tuple[int, int]:
         """Return (samples, mean text tokens) where only `limit` samples are used."""

@@ -1,6 +1,6 @@
-"""Looks at image files without decoding them: their headers, and whether they are whole.
+"""Checks image files without decoding them: their headers, and whether they are complete.
 
-A file whose beginning or end is anything but usual is decoded: then Pillow judges it.
+A file with an unusual beginning or end is decoded, and Pillow decides.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ _PNG_DEPTHS = {0: (1, 2, 4, 8, 16), 2: (8, 16), 3: (1, 2, 4, 8), 4: (8, 16), 6: 
 
 
 def inside(folder: Path, name: str, where: str) -> Path:
-    """Return `folder/name`; raise DataError where `name` leaves the folder.
+    """Return `folder/name`. Raises DataError if `name` leaves the folder.
 
-    Links within the folder are its owner's, and may lead elsewhere.
+    Symbolic links within the folder may lead elsewhere: its owner made them.
     """
     if os.path.isabs(name) or os.path.normpath(name).split(os.sep)[0] == os.pardir:
         raise DataError(
@@ -44,9 +44,9 @@ def inside(folder: Path, name: str, where: str) -> Path:
 
 
 def check_image(path: ImagePath, where: str) -> None:
-    """Raise DataError where an image is missing, cut short, of an unusable size or no image.
+    """Raise DataError if an image is missing, cut short, too large, or no image.
 
-    Takes microseconds: a file with the right beginning and end is taken for whole, any other is
+    Takes microseconds: a file with the right beginning and end counts as complete; any other is
     decoded.
     """
     if not _seems_whole(path):
@@ -54,11 +54,11 @@ def check_image(path: ImagePath, where: str) -> None:
 
 
 def whole_images(paths: Iterable[ImagePath], *, thorough: bool = False) -> Iterator[bool]:
-    """Yield for each file, in order, whether it looks whole; `check_image` judges the others.
+    """Yield for each file, in order, whether it looks complete; `check_image` decides the others.
 
-    Reads many at once: a disk or a file server that takes milliseconds for one file takes hardly
-    longer for sixteen. Holds a few thousand paths at a time. With `thorough`, every file is decoded
-    to its last pixel, on all cores, and `open_image` judges the others.
+    Reads many files at once: a disk or a file server that takes milliseconds for one file takes
+    hardly longer for sixteen. Holds a few thousand paths at a time. With `thorough`, every file is
+    decoded to its last pixel, on all cores.
     """
     remaining = iter(paths)
     readers = (os.cpu_count() or 1) if thorough else _READERS
@@ -86,9 +86,9 @@ def _can_be_decoded(path: ImagePath) -> bool:
 
 
 def _seems_whole(path: ImagePath) -> bool:
-    """Return whether beginning and end of a file are those of an image that can be used.
+    """Return whether the beginning and the end of a file are those of a usable image.
 
-    Calls the system itself: a file object takes five times as long.
+    Uses system calls, because a Python file object takes five times as long.
     """
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe would keep us waiting

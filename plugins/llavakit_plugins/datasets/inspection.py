@@ -1,7 +1,7 @@
-"""Looks at every sample of a data set before any training, and reports all that is wrong with it.
+"""Checks every sample of a data set before training, and reports all faults.
 
-`llava-run check-data` prints the report. Rows pass one at a time; what grows with the data are a
-few numbers a sample.
+`llava-run check-data` prints the report. Rows are read one at a time; only a few numbers per sample
+stay in memory.
 """
 
 from __future__ import annotations
@@ -46,14 +46,14 @@ _EDGES = (0, 32, 64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 8192
 
 @dataclass(frozen=True)
 class Lengths:
-    """How long a sample is counted to be."""
+    """How the length of a sample is computed."""
 
     max_length: int = 2048
-    """Where a training would cut it."""
+    """The length in tokens at which training would cut a sample."""
     visual_tokens: int = 256
-    """Rows that one image takes."""
+    """Stream rows of one image."""
     tokenizer: PreTrainedTokenizerBase | None = None
-    """Without one, lengths are estimated from characters."""
+    """Without a tokenizer, lengths are estimated from the number of characters."""
     template: PromptTemplate | None = None
     """Needed beside a tokenizer."""
 
@@ -77,17 +77,17 @@ class Sort(BaseModel):
     sort: str
     count: int
     stops: bool
-    """Whether a training would stop at them."""
+    """Whether training would refuse the data because of them."""
     messages: list[str]
     """The first of them."""
 
 
 class Report(BaseModel):
-    """What there is in a data set, and what is wrong with it."""
+    """The content of a data set, and its faults."""
 
     data: str
     usable: bool
-    """Whether a training would begin."""
+    """Whether training would start."""
     rows: int
     samples: int
     """Rows that can be used."""
@@ -98,23 +98,23 @@ class Report(BaseModel):
     turns: int
     most_turns: int
     images: int
-    """Mentions of an image."""
+    """Uses of images in samples."""
     distinct_images: int
     missing_images: int
     broken_images: int
     duplicate_ids: int
-    """Rows whose id an earlier row has."""
+    """Rows with the id of an earlier row."""
     max_length: int
     visual_tokens: int
     counted_with: Literal["the tokenizer", "characters (an estimate)"]
     tokens: Tokens | None
-    """Rows of the stream a sample takes, images included, before it is cut."""
+    """Stream rows of a sample, images included, before it is cut."""
     learned_tokens: Tokens | None
-    """Those that the loss covers, after the cut."""
+    """Supervised rows of a sample, after it is cut."""
     cut: int
     """Samples longer than `max_length`."""
     nothing_learned: int
-    """Samples in which no learned token is left."""
+    """Samples without a supervised token after the cut."""
     findings: list[Sort]
     seconds: float
     rows_per_second: float
@@ -128,9 +128,9 @@ def inspect_data(
     *,
     thorough: bool = False,
 ) -> Report:
-    """Return what there is in a data set, read from the beginning to the end.
+    """Return the report of a data set, which is read from its beginning to its end.
 
-    With `thorough`, every image file is decoded; otherwise its beginning and end are looked at.
+    With `thorough`, every image file is decoded; otherwise only its beginning and end are checked.
     """
     seen = _Seen(lengths, thorough)
     begun = time.monotonic()
@@ -282,7 +282,7 @@ class _Seen:
             )
 
     def _count(self, sample: Sample) -> tuple[int, int]:
-        """Return a sample's tokens, and how many of them are learned after the cut."""
+        """Return the number of tokens of a sample, and of its supervised ones after the cut."""
         visual, longest = self._lengths.visual_tokens, self._lengths.max_length
         template, tokenizer = self._lengths.template, self._lengths.tokenizer
         if tokenizer is not None and template is not None:
@@ -294,7 +294,7 @@ class _Seen:
             text = turn.text.replace(IMAGE, "") if turn.role == "human" else turn.text
             length = round(len(text) / CHARACTERS_A_TOKEN)
             position += _TURN_TOKENS + turn.text.count(IMAGE) * visual * (turn.role == "human")
-            if turn.role == "gpt":  # its end is learned even where it says nothing
+            if turn.role == "gpt":  # even an empty answer has a supervised end token
                 supervised += max(0, min(max(1, length), longest - position))
             position += length
         return position, supervised

@@ -1,6 +1,7 @@
-"""Reads JSON one value at a time: lists, a list within an object, and JSON lines.
+"""Reads JSON one value at a time: lists, a list within an object, and JSON Lines.
 
-Files may exceed the memory. Each value comes with its place in the file.
+Files may be larger than the memory. Each value comes with its byte offset in the file. Python's
+`json` reads whole documents only.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ _SPACE = re.compile(r"[ \t\n\r]*")
 
 
 class Row(NamedTuple):
-    """One value of a file, and where it lies there."""
+    """One value of a file, and its position in the file."""
 
     value: Any
     start: int
@@ -140,7 +141,7 @@ class _Window:
         self._read = file.tell()  # bytes
         self.at = 0
         """Where in the window we are."""
-        self._byte = self._read  # of the file, at that place
+        self._byte = self._read  # the file's byte at that offset
         self._line, self._column = 1, 0  # of the window's first character
 
     def next_character(self) -> str:
@@ -187,13 +188,13 @@ class _Window:
             return Row(value, start, self._byte - start, self._doubled.key)
 
     def advance(self, end: int) -> None:
-        """Go on to this place of the window."""
+        """Move to this offset of the window."""
         piece = self._text[self.at : end]
         self._byte += len(piece) if piece.isascii() else len(piece.encode())
         self.at = end
 
     def error(self, message: str, offset: int | None = None) -> DataError:
-        """Return the error of a place, by default of this one."""
+        """Return an error that names line and column of an offset; by default the current one."""
         line, column = self._position(self.at if offset is None else offset)
         return DataError(
             f"{self._path}:{line}:{column + 1}: not valid JSON: {message}; fix the file"
@@ -225,7 +226,7 @@ class _Window:
         return True
 
     def _position(self, offset: int) -> tuple[int, int]:
-        """Return the line, from 1, and column, from 0, of a place in the window."""
+        """Return the line, from 1, and the column, from 0, of an offset in the window."""
         newlines = self._text.count("\n", 0, offset)
         if not newlines:
             return self._line, self._column + offset

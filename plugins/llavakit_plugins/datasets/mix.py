@@ -1,4 +1,5 @@
-"""Several data sets as one, end to end; training shuffles them together (paper, section 4.2)."""
+"""Several data sets as one, end to end; training shuffles them together (arXiv 2304.08485, section
+4.2)."""
 
 from __future__ import annotations
 
@@ -16,8 +17,8 @@ from llavakit import Build, Dataset, Options, Sample, Use
 class MixOptions(Options):
     parts: tuple[Use[Dataset], ...] = Field(min_length=1)
     weights: tuple[float, ...] | None = None
-    """How often each part is used in an epoch: 2 is twice, 0.5 a half of it drawn by `seed`; once
-    each where absent."""
+    """How often each part is used in an epoch: 2 means twice, 0.5 means half of it, drawn with
+    `seed`; by default once."""
     seed: int = Field(default=0, ge=0)
 
     @model_validator(mode="after")
@@ -31,7 +32,7 @@ class MixOptions(Options):
 
 
 class Mix(Dataset):
-    """The parts' samples, one part behind the other, each as often as its weight says."""
+    """The samples of all parts, one part after the other, each as often as its weight says."""
 
     name = "mix"
     Options = MixOptions
@@ -60,7 +61,8 @@ class Mix(Dataset):
 
 
 def _choose(samples: int, weight: float, seed: int) -> Any:
-    """Return the samples of one epoch: all of them as often as whole, and a draw of the rest."""
+    """Return the indices of one epoch: all samples for each whole repetition, and a random draw for
+    the fraction."""
     times = int(weight)
     rest = round((weight - times) * samples)
     if not rest:

@@ -1,4 +1,4 @@
-"""Reads files of JSON rows, and joins them by id: a broken line or a doubled id is named."""
+"""Reads files of JSON rows and joins them by id; errors name broken lines and repeated ids."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def read_json(path: Path) -> Any:
 
 
 def read_lines(path: Path) -> Iterator[tuple[str, Row]]:
-    """Yield the place (`file:line`) and the object of every line of a JSON Lines file.
+    """Yield the location (`file:line`) and the object of every line of a JSON Lines file.
 
-    Raises DataError naming the line that is no JSON object.
+    Raises DataError, which names the line, for a line that is no JSON object.
     """
     for number, line in enumerate(read_text(path).split("\n"), start=1):
         if line.strip():
@@ -39,7 +39,7 @@ def read_lines(path: Path) -> Iterator[tuple[str, Row]]:
 
 
 def read_rows(path: Path) -> list[tuple[str, Row]]:
-    """Return place and object of every row of a file: one JSON list, or one object a line."""
+    """Return location and object of every row of a file: a JSON list, or one object per line."""
     text = read_text(path).lstrip()
     if not text.startswith("["):
         return list(read_lines(path))

@@ -1,4 +1,5 @@
-"""ScienceQA as training data: one turn each, reasoning and then the answer (paper, section 5.2)."""
+"""ScienceQA as training data: one turn each, reasoning and then the answer (arXiv 2304.08485,
+section 5.2)."""
 
 from __future__ import annotations
 
@@ -23,10 +24,10 @@ class ScienceQAOptions(Options):
     problems: InputPath
     """ScienceQA's `problems.json`."""
     images: InputPath | None = None
-    """The folder with `SPLIT/ID/image.png` or `ID/image.png`; beside the problems where absent."""
+    """The folder with `SPLIT/ID/image.png` or `ID/image.png`; by default that of the problems."""
     split: str = "train"
     format: Format = "QCM-LEPA"
-    """What is asked and what is learned; see docs/evaluate.md."""
+    """What is asked and what is supervised; see docs/evaluate.md."""
     limit: int | None = Field(default=None, ge=1)
     """Use only so many problems from the start."""
     expect: Expected | None = None

@@ -1,4 +1,4 @@
-"""ScienceQA (Lu et al., 2022): its problems, how LLaVA is asked them, and what an answer says.
+"""ScienceQA (arXiv 2209.09513): its problems, how LLaVA asks them, and how answers are read.
 
 A format is `INPUT-OUTPUT` in letters: Q question, C context, M options, L lecture, E solution,
 A answer. `QCM-LEA` asks question, context and options, and expects lecture, solution and answer.
@@ -38,7 +38,7 @@ class Problem:
     question: str
     choices: tuple[str, ...]
     answer: int
-    """Place of the right choice, from 0."""
+    """Index of the right choice, from 0."""
     hint: str
     """Context in words; often empty."""
     image: str | None
@@ -149,7 +149,7 @@ Format = Annotated[str, AfterValidator(_check_format)]
 
 
 def question_text(problem: Problem, form: str) -> str:
-    """Return what the human asks, `<image>` in the last line where there is an image."""
+    """Return the text of the question; if there is an image, `<image>` is the last line."""
     lines = {
         "Q": f"{_QUESTION}{problem.question}",
         "C": f"Context: {problem.hint.strip() or 'N/A'}",
@@ -163,7 +163,7 @@ def question_text(problem: Problem, form: str) -> str:
 
 
 def answer_text(problem: Problem, form: str) -> str:
-    """Return what the model learns to answer.
+    """Return the answer that the model is trained on.
 
     `AL` gives the lecture and `AE` the solution; the original's converter has them swapped.
     """
@@ -200,11 +200,11 @@ def _lines(text: str) -> str:
 
 
 def _converted(text: str, label: str) -> str:
-    """Return the text as the original's converter leaves it, down to its oddities.
+    """Return exactly the text that the original's converter writes, with its oddities.
 
-    Double spaces are halved once, in front of the label's removal: where lecture and solution are
-    empty, a space stays in front of the answer. A label goes wherever it stands, and so does
-    `BECAUSE:` where no reason follows the last one.
+    Double spaces are halved once, before the labels are removed; so if lecture and solution are
+    empty, a space stays before the answer. Labels are removed at any position, and so is
+    `BECAUSE:` if no reason follows the last one.
     """
     text = text.replace("  ", " ").strip()
     if text.endswith(_BECAUSE):
@@ -216,10 +216,10 @@ def _converted(text: str, label: str) -> str:
 
 
 def stated_letter(text: str) -> str | None:
-    """Return the letter that an answer states, or None where it states none, or several.
+    """Return the letter that an answer states; None if it states none, or several.
 
-    A bare letter counts, `X. ` in front, `The answer is X.` exactly once, or `ANSWER: X` behind the
-    `###` of the format LEPA.
+    Accepted are a bare letter, `X. ` at the beginning, `The answer is X.` exactly once, and
+    `ANSWER: X` behind the `###` of the format LEPA.
     """
     if text in tuple(LETTERS):
         return text
@@ -233,19 +233,19 @@ def stated_letter(text: str) -> str | None:
 
 
 def read_letter(text: str) -> int | None:
-    """Return the place in the alphabet, from 0, of the letter that an answer states; or None.
+    """Return the index in the alphabet, from 0, of the letter that an answer states; or None.
 
-    It may be none of the choices: then it is an answer, and wrong.
+    The letter may not be one of the choices: then it counts as a wrong answer.
     """
     letter = stated_letter(text)
     return None if letter is None else ord(letter) - ord("A")
 
 
 def read_choice(text: str, problem: Problem) -> int | None:
-    """Return the place of the choice that an answer states, None where it states no choice."""
+    """Return the index of the choice that an answer states; None if it states no choice."""
     return within(read_letter(text), problem)
 
 
 def within(index: int | None, problem: Problem) -> int | None:
-    """Return the place where it is that of a choice, else None."""
+    """Return the index if it is that of a choice, else None."""
     return index if index is not None and index < len(problem.choices) else None

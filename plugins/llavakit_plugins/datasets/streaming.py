@@ -1,6 +1,6 @@
-"""Reads the rows of a JSON list, or of JSON lines, one at a time: the file may exceed the memory.
+"""Reads the rows of a JSON list or of JSON Lines one at a time; files may exceed the memory.
 
-Each row comes with its place in the file, so that it can be read again by itself.
+Each row comes with its offset in the file, so that it can be read again alone.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def count_rows(path: Path, key: str) -> int:
 
 
 class StoredRows:
-    """Rows that stay in their file, where each is read when it is asked for. Can be pickled."""
+    """Rows that stay in their file; each is read on access. Can be pickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

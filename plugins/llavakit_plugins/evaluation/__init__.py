@@ -1,1 +1,1 @@
-"""What the benchmarks share: questions, answers, judges, and the files that hold them."""
+"""Parts that the benchmarks share: questions, answers, judges, and their files."""

@@ -1,4 +1,4 @@
-"""Asks a model many questions: in batches of like length, every answer kept as it comes."""
+"""Answers many questions with a model, in batches of similar length; answers are saved at once."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ from llavakit.contracts.run import Progress
 from llavakit_plugins.datasets.rows import listed, read_lines
 
 Row = dict[str, Any]
-_MORE_TOKENS = 64  # of a second step, as in the original
+_MORE_TOKENS = 64  # length of a second answer step, as in the original LLaVA's code
 
 
 @dataclass(frozen=True)
 class Pace:
-    """How many questions at a time, and who prepares their images."""
+    """The size of a batch, and the threads that prepare images."""
 
     batch_size: int
     workers: int
-    """Threads that read and prepare the images of the next batches; 0: none beside the model's."""
+    """Threads that read and prepare images of the next batches; 0 means in the model's thread."""
 
 
 class AnswerFile:
-    """Answers in LLaVA's format, one JSON object a line, on the disk as soon as they are given.
+    """A file of answers in LLaVA's format, one JSON object per line, written as they come.
 
-    With `resume`, what an interrupted attempt left is read back; a line that a killed process left
-    half written is dropped.
+    With `resume`, the answers of an interrupted attempt are read; half a line that a killed process
+    left is dropped. Raises DataError for a line that is not an answer of this run.
     """
 
     def __init__(self, path: Path, model_id: str, *, resume: bool) -> None:
@@ -58,16 +58,16 @@ class AnswerFile:
                 self._known[str(row.get("question_id")), texts[0], tuple(images)] = texts[1]
 
     def get(self, question: Question) -> str | None:
-        """Return the answer to a question with these very words and images, if there is one."""
+        """Return the answer to a question with the same id, prompt and images, or None."""
         return self._known.get(_key(question))
 
     def append(self, questions: Sequence[Question], answers: Sequence[str]) -> None:
-        """Put answers on the disk; when this returns, they are there."""
+        """Append answers and wait until they are on disk."""
         self._lines.append(self.row(q, a) for q, a in zip(questions, answers, strict=True))
         self._known |= {_key(q): a for q, a in zip(questions, answers, strict=True)}
 
     def row(self, question: Question, answer: str, **metadata: Any) -> Row:
-        """Return one line: the original's keys, and what else is known of the question."""
+        """Return one line: the keys of the original LLaVA, and further facts about the question."""
         names = list(_names(question.images))
         facts = json.dumps([self._model_id, question.id, question.prompt, names, answer])
         return {
@@ -95,11 +95,12 @@ def ask(
     stopping: Callable[[], bool],
     note: str = "",
 ) -> list[str]:
-    """Return the greedy answers, one a question; those that `file` has are not asked again.
+    """Return the greedy answer to each question; answers that `file` holds are not computed again.
 
-    A LlavaModel answers in batches of questions of like length, which gives what one at a time
-    gives; any other layout that has `generate` answers one by one.
-    Raises Stopped where the user asked to stop; what was answered until then is in the file.
+    A LlavaModel answers in batches of questions with similar length; the answers are those of one
+    question at a time. Any other model with `generate` answers one by one. Raises DataError for a
+    question that leaves no room for an answer, and Stopped if the user asked to stop; the answers
+    until then are in the file.
     """
     found = [file.get(question) for question in questions]
     todo = [index for index, answer in enumerate(found) if answer is None]
@@ -135,6 +136,7 @@ def _batched(
             f"with its images, question {listed(long)} leaves no room for an answer: the language "
             f"model reads at most {most} tokens; shorten it or leave it out"
         )
+    # similar lengths in one batch: little padding, and the answers end at about the same time
     order = sorted(range(len(questions)), key=lambda index: lengths[index])
     batches = [
         order[begin : begin + pace.batch_size] for begin in range(0, len(order), pace.batch_size)
@@ -147,7 +149,11 @@ def _batched(
 
 
 def _gone_on(model: LlavaModel, questions: Sequence[Question], answers: Sequence[str]) -> list[str]:
-    """Return the answers; those that ended before what they must hold are gone on with."""
+    """Return the answers; continue those that lack the text `then` of their question.
+
+    ScienceQA's answers with reasons first need it: the model writes reasons, and then the second
+    step asks for the letter.
+    """
     whole = list(answers)
     begun: dict[int, str] = {}
     for number, (question, answer) in enumerate(zip(questions, answers, strict=True)):
@@ -167,7 +173,10 @@ def _gone_on(model: LlavaModel, questions: Sequence[Question], answers: Sequence
 def _prepared(
     model: LlavaModel, questions: Sequence[Question], batches: Sequence[list[int]], workers: int
 ) -> Iterator[tuple[list[int], Tensor | None]]:
-    """Yield every batch with its pixels, prepared ahead in threads (Pillow leaves them run)."""
+    """Yield every batch with its pixels, prepared ahead in threads.
+
+    Threads are enough, because Pillow releases the GIL while it decodes and resizes.
+    """
 
     def prepare(indices: Sequence[int]) -> Tensor | None:
         images: list[ImageSource] = [i for index in indices for i in questions[index].images]
@@ -182,6 +191,7 @@ def _prepared(
         try:
             for indices in batches:
                 waiting.append((indices, pool.submit(prepare, indices)))
+                # at most one batch for each worker is ahead: pixels of all batches would not fit
                 if len(waiting) > workers:
                     ready, pixels = waiting.popleft()
                     yield ready, pixels.result()
@@ -206,5 +216,5 @@ def _key(question: Question) -> tuple[str, str, tuple[str, ...]]:
 
 
 def _names(images: Sequence[ImageSource]) -> Iterator[str]:
-    """Yield the images' paths; one that was never a file has no name that lasts."""
+    """Yield the images' paths; an image that is not a file has no lasting name and gives ""."""
     return (str(image) if isinstance(image, Path) else "" for image in images)

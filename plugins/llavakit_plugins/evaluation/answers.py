@@ -1,4 +1,4 @@
-"""Reads files of answers: LLaVA's own, one row an answer, or maps from id to text."""
+"""Reads files of answers: LLaVA's own with a row per answer, or objects of id and text."""
 
 from __future__ import annotations
 
@@ -21,16 +21,15 @@ class Answers:
 
     texts: Mapping[str, str]
     stored: Mapping[str, int] | None = None
-    """The choices that the file's writer took them for, where the file keeps them."""
+    """The choices that the file's author read from the answers, if the file stores them."""
 
 
 def read_answers(path: Path) -> Answers:
-    """Return the answers of a file, joined by id and never by line.
+    """Return the answers of a file by their ids; the order of lines does not matter.
 
-    Read are JSON Lines or a JSON list of `{"question_id", "text"}`, and a JSON object: `{"outputs":
-    {id: text}}`, perhaps with choices under `predicted` or `results`, or `{id: text}` alone.
-
-    Raises DataError naming a doubled id and a row that is no answer.
+    Accepted are JSON Lines or a JSON list of `{"question_id", "text"}`, and a JSON object: either
+    `{"outputs": {id: text}}`, with or without choices under `predicted` or `results`, or `{id:
+    text}` alone. Raises DataError for an id that occurs twice and for a row that is no answer.
     """
     head = first_line(path)
     if head.startswith("{") and not _is_row(head):
@@ -42,7 +41,7 @@ def read_answers(path: Path) -> Answers:
 
 
 def _is_row(line: str) -> bool:
-    with suppress(ValueError, RecursionError):  # whoever reads it says what is wrong
+    with suppress(ValueError, RecursionError):  # the reader of the whole file reports the fault
         row = json.loads(line)
         return isinstance(row, dict) and bool(_ROW_IDS & set(row))
     return False

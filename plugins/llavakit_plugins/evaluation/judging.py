@@ -1,4 +1,4 @@
-"""Asks a judge many things: many at a time, each once, every reply kept."""
+"""Sends many requests to a judge, several at a time and each only once; every reply is kept."""
 
 from __future__ import annotations
 
@@ -25,19 +25,20 @@ def _silent(done: int, total: int, note: str = "") -> None:
 
 @dataclass(frozen=True)
 class JudgeSettings:
-    """How a judge is asked."""
+    """How requests are sent to a judge."""
 
     concurrency: int = 8
+    """Requests in flight at once."""
     ledger: Path | None = None
-    """Where replies are kept, and found again; nowhere where it is None."""
+    """File that keeps the replies; with None they are not kept."""
     earlier: Sequence[Path] = ()
-    """Ledgers of attempts that were set aside: what they hold is not asked again."""
+    """Ledgers of attempts that were set aside; their replies are used again."""
     progress: Progress = _silent
     stopping: Callable[[], bool] = lambda: False
 
     @classmethod
     def within(cls, run: Run, concurrency: int) -> Self:
-        """Return how it is done in a folder within a step's: replies stay in it."""
+        """Return the settings for `run`, whose folder (below a step's) keeps the replies."""
         folder, step = run.directory, run.directory.parent
         found = (step.parent / "superseded").glob(f"{step.name}.*/{folder.name}/{_LEDGER}")
         return cls(concurrency, folder / _LEDGER, sorted(found), run.progress, run.stopping)
@@ -45,16 +46,16 @@ class JudgeSettings:
 
 @dataclass(frozen=True)
 class Replies:
-    """What the judge said."""
+    """The judge's replies."""
 
     texts: Sequence[str | None]
-    """One a question, without the judge's thinking; None where the service refuses that one, or
-    where it is not clear what is thinking and what is the reply."""
+    """One for each question, without the judge's thinking. None if the service refuses the request,
+    or if it is not clear where the thinking ends."""
     usd: float | None
-    """What they cost, whenever they were asked for; None where no price is known."""
+    """What they cost, in this attempt or an earlier one; None if no price is known."""
 
     def metrics(self) -> dict[str, float]:
-        """Return the price as a figure of a benchmark, where it is known."""
+        """Return the price as a metric of a benchmark, if it is known."""
         return {} if self.usd is None else {"judge_usd": self.usd}
 
 
@@ -64,11 +65,11 @@ def replies(
     labels: Sequence[str],
     settings: JudgeSettings,
 ) -> Replies:
-    """Return the judge's reply to each question.
+    """Return the judge's reply to each question; `labels` name the questions in the ledger.
 
-    Raises ChatError where the service cannot be used, or did not answer some questions for now: a
-    score without them would stand for all. Raises Stopped where the user asked to stop. What was
-    replied until then is kept.
+    Raises ChatError if the service cannot be used, or if some questions have no answer yet, because
+    a score without them would look like a score of all. Raises Stopped if the user asked to stop.
+    The replies so far are kept.
     """
     requests = [
         Request(tuple(messages), label=label)
@@ -77,10 +78,12 @@ def replies(
     with ExitStack() as stack:
         path = settings.ledger
         if path is None:
+            # without a ledger of the user's, replies still pass one, for retries and budgets
             path = Path(stack.enter_context(TemporaryDirectory())) / _LEDGER
         ledger = stack.enter_context(
             Ledger(path, identity=judge.identity, earlier=settings.earlier)
         )
+        # equal questions have equal keys: they are sent once, and share the reply
         keys = [record_of(judge.identity, request).key for request in requests]
         wanted = set(keys)
         done = sum(key in ledger for key in wanted)

@@ -1,4 +1,4 @@
-"""llavakit's models as a model of lmms-eval, which finds them by its entry points.
+"""Makes llavakit's models available in lmms-eval, which finds this module by an entry point.
 
 python -m lmms_eval --model llavakit --model_args pretrained=MODEL --tasks mme
 """
@@ -25,13 +25,13 @@ _MAX_NEW_TOKENS = 1024
 manifest = ModelManifest(
     model_id="llavakit", simple_class_path="llavakit_plugins.evaluation.lmms_eval.Llavakit"
 )
-"""What lmms-eval's registry reads."""
+"""The entry that lmms-eval's registry reads."""
 
 
 class Llavakit(lmms):  # type: ignore[misc]
-    """A model folder of any layout that llavakit reads.
+    """A model in a folder of any layout that llavakit reads.
 
-    `pretrained` is the folder. Raises ModelError for what this kind of model cannot do: videos,
+    `pretrained` is the folder. Raises ModelError for what these models cannot do: videos,
     likelihoods, several rounds.
     """
 
@@ -52,8 +52,9 @@ class Llavakit(lmms):  # type: ignore[misc]
         self.batch_size = int(batch_size)
 
     def generate_until(self, requests: Sequence[Instance]) -> list[str]:
-        """Return the answer to each request, those with the same settings in batches."""
+        """Return the answer to each request; requests with the same settings are batched."""
         answers = [""] * len(requests)
+        # sorted, because groupby joins neighbours only; answers return in the order of requests
         order = sorted(range(len(requests)), key=lambda index: self._settings(requests[index]))
         with tqdm(total=len(requests), disable=self.rank != 0, desc="llavakit") as bar:
             for settings, indices in groupby(order, lambda index: self._settings(requests[index])):
@@ -74,7 +75,7 @@ class Llavakit(lmms):  # type: ignore[misc]
         raise ModelError("llavakit's adapter answers one round; choose other tasks")
 
     def _settings(self, request: Instance) -> tuple[int, float, float]:
-        """Return length, temperature and top-p, as the task asks for them."""
+        """Return the number of new tokens, temperature and top-p that the task states."""
         arguments: Mapping[str, Any] = request.args[1]
         samples = arguments.get("do_sample", True)
         temperature = float(arguments.get("temperature") or 0.0) if samples else 0.0
@@ -92,6 +93,7 @@ class Llavakit(lmms):  # type: ignore[misc]
                 raise ModelError(
                     f"task {task} shows a {type(image).__name__}; llavakit's models see images only"
                 )
+        # a text whose marks do not fit the images: drop the marks, and all images go to the front
         if context.count(IMAGE) not in (0, len(images)):
             context = context.replace(IMAGE, "").strip()
         return context, images
@@ -109,6 +111,6 @@ class Llavakit(lmms):  # type: ignore[misc]
 
 
 def _cut(text: str, until: Sequence[str]) -> str:
-    """Return the text before the first of the texts that end an answer."""
+    """Return the text up to the first of the texts that end an answer."""
     ends = [text.find(end) for end in until if end and end in text]
     return text[: min(ends)] if ends else text

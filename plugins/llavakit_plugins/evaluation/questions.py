@@ -1,4 +1,4 @@
-"""Reads LLaVA's question files: one `{"question_id", "image", "text", "category"}` a line."""
+"""Reads LLaVA's question files: one `{"question_id", "image", "text", "category"}` per line."""
 
 from __future__ import annotations
 
@@ -14,19 +14,20 @@ from llavakit_plugins.datasets.rows import Row, by_id, id_of, listed, read_rows,
 
 @dataclass(frozen=True)
 class QuestionRow:
-    """One row of a question file."""
+    """One row of a question file, and the question made from it."""
 
     question: Question
     row: Row
     where: str
+    """File and line, for errors."""
 
 
 def read_questions(path: Path, images: Path | None, limit: int | None = None) -> list[QuestionRow]:
-    """Return the questions of a file, in its order, the first `limit` of them.
+    """Return the first `limit` questions of a file, or all, in the file's order.
 
-    `image` is a file's name below `images` (the file's own folder where that is None), or a list of
-    names, or absent. Raises DataError naming rows that are no questions, doubled ids, and images
-    that are missing.
+    `image` is a file's name below `images` (by default the folder of the question file), a list of
+    names, or absent. Raises DataError for rows that are no questions, ids that occur twice, and
+    missing images.
     """
     rows = read_rows(path)
     by_id(rows, path)
@@ -49,14 +50,14 @@ def read_questions(path: Path, images: Path | None, limit: int | None = None) ->
 
 
 def with_suffix(items: Sequence[QuestionRow], suffix: str) -> list[Question]:
-    """Return the questions, each with a last line that says how to answer."""
+    """Return the questions, each with `suffix` as a last line that says how to answer."""
     if not suffix:
         return [item.question for item in items]
     return [replace(q.question, prompt=f"{q.question.prompt}\n{suffix}") for q in items]
 
 
 def join(items: Sequence[QuestionRow], found: dict[str, tuple[str, Row]], path: Path) -> list[Row]:
-    """Return the row of `path` for each question. Raises DataError naming those without."""
+    """Return the row of `path` for each question. Raises DataError, naming questions without."""
     missing = [item.question.id for item in items if str(item.question.id) not in found]
     if missing:
         raise DataError(f"{path} has no row for question {listed(missing)}; add it")

@@ -1,4 +1,4 @@
-"""A judge's reviews of two answers: their scores, and what they come to (paper, section 5.1)."""
+"""Scores in a judge's reviews of two answers, and their statistics (arXiv 2304.08485, 5.1)."""
 
 from __future__ import annotations
 
@@ -10,30 +10,30 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-_NUMBER = r"(\d+\.?\d*|\.\d+)"  # `8.` too, which the original reads
+_NUMBER = r"(\d+\.?\d*|\.\d+)"  # also `8.`, which the original's `float` reads
 _BETWEEN = r"(?:\s*,\s*|\s+)"
 _SCORES = re.compile(rf"\s*{_NUMBER}{_BETWEEN}{_NUMBER}\s*", re.ASCII)
 _OF_TEN = re.compile(rf"\s*{_NUMBER}\s*/\s*10{_BETWEEN}{_NUMBER}\s*/\s*10\s*", re.ASCII)
 _EMPHASIS = re.compile(r"(?<!\w)([*_`]{1,3})(?=\S)([^*_`\n]+?)(?<=\S)\1(?!\w)")
 HIGHEST = 10.0
 """The best score that a judge gives."""
-_RESAMPLES = 1000
+_RESAMPLES = 1000  # of the bootstrap
 
 Pair = tuple[float, float]
 """Scores of the reference and of the candidate."""
 Scores = Mapping[str, Pair | None]
-"""By question; None where a review has none."""
+"""Scores by question; None if a review has no scores."""
 Reading = Literal["first-line", "tolerant"]
 """How a review's scores are found; see `read_scores`."""
 RELATIVE_COLUMNS = ["category", "questions", "relative, %", "from", "to", "reference", "candidate"]
 
 
 def read_scores(text: str, reading: Reading = "first-line") -> Pair | None:
-    """Return the two scores on a review's first line, or None where it is anything else.
+    """Return the two scores on a review's first line, or None if it holds anything else.
 
-    Two numbers from 0 to 10, with a space or a comma between them, and nothing besides. A
-    `tolerant` reading also takes what is meant beyond doubt: it skips empty lines, sees through
-    markdown's emphasis, and reads `8/10 9/10`.
+    The line must be two numbers from 0 to 10 with a space or a comma between them. The `tolerant`
+    reading also accepts what is clearly meant: it skips empty lines, ignores Markdown's emphasis,
+    and reads `8/10 9/10`.
     """
     line = text.partition("\n")[0]
     found = _SCORES.fullmatch(line)
@@ -49,28 +49,32 @@ def read_scores(text: str, reading: Reading = "first-line") -> Pair | None:
 
 @dataclass(frozen=True)
 class Relative:
-    """What the scores of some questions come to."""
+    """The statistics of the scores of some questions."""
 
     questions: int
     reference: float
     """Mean score of the reference, 0 to 10."""
     candidate: float
     relative: float
-    """The candidate's mean in percent of the reference's: a ratio of means, as published."""
+    """The candidate's mean in percent of the reference's mean. A ratio of means, as published, and
+    not a mean of ratios."""
     low: float
-    """Lower and upper end of the 95 % bootstrap interval of `relative`, over questions."""
+    """Lower end of the 95 % bootstrap interval of `relative`, over questions."""
     high: float
+    """Upper end of it."""
 
     @classmethod
     def of(cls, pairs: Sequence[Pair], seed: int = 0) -> Relative | None:
-        """Return it for at least one pair; None where the reference's scores are all 0."""
+        """Return the statistics; None without pairs, and if the reference's scores are all 0."""
         scores_Q2 = np.asarray(pairs, dtype=np.float64).reshape(-1, 2)
         reference, candidate = _means(scores_Q2)
         if not len(scores_Q2) or reference == 0:
             return None
         draw = np.random.default_rng(seed)
+        # questions are resampled with replacement, both scores of a question together
         chosen_RQ = draw.integers(0, len(scores_Q2), (_RESAMPLES, len(scores_Q2)))
         means_R2 = scores_Q2[chosen_RQ].mean(axis=1)
+        # a resample whose reference scores are all 0 has no ratio
         kept_R2 = means_R2[means_R2[:, 0] > 0]
         low, high = np.percentile(100 * kept_R2[:, 1] / kept_R2[:, 0], (2.5, 97.5))
         relative = 100 * candidate / reference
@@ -87,7 +91,8 @@ def _means(scores_Q2: npt.NDArray[np.float64]) -> Pair:
 def by_category(
     pairs: Mapping[str, Pair], categories: Mapping[str, str], seed: int = 0
 ) -> dict[str, Relative]:
-    """Return the result of each category, then of `all`: over questions, not over categories."""
+    """Return the result of each category, and of `all`: over all questions, so that categories
+    count by their size."""
     names = dict.fromkeys(category for name in pairs if (category := categories.get(name)))
     groups = {c: [pair for name, pair in pairs.items() if categories.get(name) == c] for c in names}
     found = {name: Relative.of(group, seed) for name, group in groups.items()}
@@ -96,12 +101,15 @@ def by_category(
 
 
 def unswapped(pair: Pair | None, row: Mapping[str, Any]) -> Pair | None:
-    """Return (reference, candidate) of a review that may have shown the candidate first."""
+    """Return (reference, candidate) scores of a review that may have shown the candidate first."""
     return pair[::-1] if pair and row.get("swapped") is True else pair
 
 
 def mean_pair(pairs: Iterable[Pair | None]) -> Pair | None:
-    """Return the mean of a question's reviews; None where one of them has no scores."""
+    """Return the mean scores of a question's reviews; None if one of them has no scores.
+
+    The judge prefers one position, so half of two orders would not be comparable with a mean.
+    """
     found = list(pairs)
     whole = [pair for pair in found if pair is not None]
     return _means(np.asarray(whole)) if whole and len(whole) == len(found) else None
@@ -123,7 +131,10 @@ def relative_rows(results: Mapping[str, Relative]) -> list[list[str | float | in
 def summarise(
     scores: Scores, categories: Mapping[str, str], seed: int = 0
 ) -> tuple[dict[str, Relative], list[str]]:
-    """Return the results by category and `all`, and the questions without scores, left out."""
+    """Return the results by category and `all`, and the questions without scores.
+
+    These questions are left out of the results.
+    """
     pairs = {name: pair for name, pair in scores.items() if pair is not None}
     unparsed = [name for name, pair in scores.items() if pair is None]
     return by_category(pairs, categories, seed), unparsed

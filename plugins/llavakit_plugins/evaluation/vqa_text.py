@@ -1,6 +1,7 @@
-"""The normaliser of answers that VQA's evaluation server and its successors use.
+"""The answer normaliser and the accuracy of VQA's evaluation server.
 
-https://visualqa.org/evaluation.html; TextVQA, VizWiz and LLaVA's scripts share it.
+Source: https://visualqa.org/evaluation.html. TextVQA, VizWiz and LLaVA's scripts use the same one.
+Its slips are kept, because published figures were computed with them.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ you'd've you'll you're you've 'twas he'd've she'd've we'd've somebody'd've y'all
 
 
 def _contractions() -> dict[str, str]:
-    """Return the proper form of each contraction that lacks one apostrophe."""
+    """Return the correct form of each contraction with one apostrophe missing."""
     return {
         word[:index] + word[index + 1 :]: word
         for word in _PROPER.split()
@@ -46,11 +47,13 @@ _CONTRACTIONS = _contractions() | {"somebody'd": "somebodyd"}  # a slip of the o
 
 
 def normalise(text: str) -> str:
-    """Return an answer as it is compared: lower case, without articles and punctuation, digits.
+    """Return an answer in the form that is compared: lower case, no articles, no punctuation, and
+    number words as digits.
 
-    As in the original, a punctuation mark is dropped where one stands at a space (or where the text
-    has a number with a comma), and becomes a space elsewhere.
+    As in the original, a punctuation mark is removed if one of its kind stands beside a space, or
+    if the text has a number with a comma; otherwise it becomes a space.
     """
+    # M4C's `word_tokenize`, which LLaVA's TextVQA script runs before VQA's own steps
     text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
     text = text.replace("\n", " ").replace("\t", " ").strip()
     plain = text
@@ -58,16 +61,17 @@ def normalise(text: str) -> str:
         beside_space = f"{mark} " in text or f" {mark}" in text
         dropped = beside_space or _COMMA_IN_NUMBER.search(text) is not None
         plain = plain.replace(mark, "" if dropped else " ")
+    # periods within numbers stay: 3.5 is not 35
     plain = _PERIOD.sub("", plain, _PERIODS)
     words = (_NUMBERS.get(word, word) for word in plain.lower().split())
     return " ".join(_CONTRACTIONS.get(word, word) for word in words if word not in _ARTICLES)
 
 
 def vqa_accuracy(answer: str, truths: Sequence[str]) -> float:
-    """Return the VQA accuracy, 0 to 1: three of the other people who say the same make it whole.
+    """Return the VQA accuracy of an answer, 0 to 1.
 
-    The mean, over every person left out, of min(1, agreeing others / 3). A single truth has to be
-    met exactly.
+    It is the mean, over each person left out in turn, of min(1, agreeing others / 3). A single
+    truth has to be met exactly.
     """
     said = normalise(answer)
     agreeing = [normalise(truth) == said for truth in truths]

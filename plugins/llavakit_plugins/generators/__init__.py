@@ -1,4 +1,4 @@
-"""Generators of instruction data."""
+"""The built-in generators of instruction data, by name."""
 
 from collections.abc import Mapping
 

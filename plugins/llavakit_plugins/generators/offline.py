@@ -1,8 +1,8 @@
-"""A teacher without a network: reads captions and boxes by rule and writes the paper's three
-response types (section 3). It never sees a picture.
+"""A teacher that needs no network: it reads captions and boxes by rules and writes the three
+response types of the paper (arXiv 2304.08485, section 3). It never sees an image.
 
-From boxes it takes what there is, how many and where; from captions the colour in front of a
-category's name (`a red bus`) and the ground things stand `on a … canvas`.
+From boxes it takes the things, their number and their positions; from captions the colour before a
+category's name (`a red bus`), and the background (`on a … canvas`).
 """
 
 from __future__ import annotations
@@ -159,7 +159,7 @@ def _number(count: int) -> str:
 
 
 def _shows(thing: Thing) -> str:
-    """Say what is at a place, the same way everywhere: short trainings learn one way."""
+    """Say what is at a position, always in the same words: a short training learns only one way."""
     named = f"{thing.colour} {thing.category}" if thing.colour else thing.category
     return f"the {thing.place} shows {_article(named)}"
 
@@ -201,7 +201,7 @@ def _count(view: View, draw: np.random.Generator) -> Pair | None:
 
 
 def _exists(view: View, draw: np.random.Generator) -> Pair | None:
-    """Ask for a place that is taken and one that is free equally often."""
+    """Ask about a taken and about a free position equally often."""
     taken = _alone(view, lambda thing: thing.place)
     free = [place for place in _PLACES if all(thing.place != place for thing in view.things)]
     if len(view.things) == 1 or not taken or not free:

@@ -1,6 +1,6 @@
-"""Reads a teacher's reply: what can be used as it is, what with a repair, and what not.
+"""Reads a teacher's reply, and decides whether it can be used, with or without a repair.
 
-The layout that is asked for is `Question:`, text, `===`, `Answer:`, text, `===`, again and again.
+The requested layout is `Question:`, text, `===`, `Answer:`, text, `===`, repeated.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""The paper's generator (section 3): a text-only chat model that is told captions and boxes."""
+"""The paper's generator (arXiv 2304.08485, section 3): a text-only chat model reads captions and
+boxes."""
 
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ class PromptedOptions(Options):
     prompts: InputPath | None = None
     """A folder with prompts of its own for one or more kinds."""
     boxes: tuple[ResponseKind, ...] = ("detail", "reasoning")
-    """Kinds that are told of boxes, too; the authors made conversations from captions alone."""
+    """Kinds whose context includes boxes; the authors made conversations from captions alone."""
     seed: int = Field(default=0, ge=0)
     """Draws questions, and whether the image stands before or after them."""
 

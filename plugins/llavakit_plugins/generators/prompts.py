@@ -15,13 +15,13 @@ _PACKAGED = files("llavakit_plugins.generators").joinpath("prompts")
 
 @dataclass(frozen=True)
 class Prompt:
-    """What stands in front of every context of a kind."""
+    """The texts before every context of a kind."""
 
     system: str
     examples: tuple[tuple[str, str], ...]
     """Pairs of a context and its reply, in the order of their files' names."""
     questions: tuple[str, ...]
-    """What a person may ask, where the reply is the answer alone."""
+    """Questions to draw from, for kinds whose reply is the answer alone."""
 
     def messages(self, context: str) -> tuple[Message, ...]:
         """Return the request for a context, as the paper's table 13 orders it."""

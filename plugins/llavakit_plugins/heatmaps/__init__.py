@@ -1,1 +1,1 @@
-"""Where a model looks while it answers."""
+"""Attention maps: where a model looks while it answers."""

@@ -1,7 +1,7 @@
-"""Where a model looks while it answers: attention from the answer's tokens to image patches.
+"""Attention maps: the attention from the tokens of an answer to the patches of the images.
 
-A tokens of the answer, I images, G edge of an image's grid of visual tokens, T rows of the stream,
-L layers.
+Shapes: A tokens of the answer, I images, G edge of an image's grid of visual tokens, T rows of the
+stream, L layers, H heads, R chosen rows.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from llavakit.contracts.packing import Packing, Scoring
 
 @dataclass(frozen=True)
 class AttentionMaps:
-    """An answer, and how much of its attention went where."""
+    """An answer, and the attention of its tokens to the images."""
 
     answer: str
     pieces: tuple[str, ...]
     """The text of each token."""
     weights_AIGG: Tensor
-    """Share of a token's attention that went to each visual token, float32 on the CPU: the mean
-    over layers and heads of the row that the token was chosen from."""
+    """Share of a token's attention on each visual token, float32, on the CPU: the mean over layers
+    and heads, for the row that predicted the token."""
 
     @property
     def words(self) -> list[tuple[str, Tensor]]:
@@ -51,7 +51,7 @@ class AttentionMaps:
 class WatchedRows:
     """Keeps the attention weights of chosen rows of a stream, layer by layer.
 
-    The weights of all rows are never computed otherwise: the fused attention has none to show.
+    They are computed here, because fused attention does not return weights.
     """
 
     def __init__(self, rows_R: Tensor) -> None:
@@ -96,10 +96,10 @@ def map_attention(
     *,
     raw: bool = False,
 ) -> AttentionMaps:
-    """Answer a prompt, and say where each token of the answer looked.
+    """Answer a prompt, and return the attention maps of the answer's tokens.
 
-    Raises ModelError where the visual tokens are no grid, or the language model keeps its attention
-    to itself.
+    Raises ModelError if the visual tokens form no grid, or if the language model's attention cannot
+    be observed.
     """
     if not images:
         raise ModelError("there is no image to look at; give one with --image")
@@ -116,9 +116,9 @@ def map_attention(
 
 
 def grid_edge(model: LlavaModel) -> int:
-    """Return how many visual tokens an image has across, and down.
+    """Return the edge of an image's grid of visual tokens.
 
-    Raises ModelError where they are no square that divides the patches into equal parts.
+    Raises ModelError if they form no square that divides the patches into equal parts.
     """
     tokens = model.visual_tokens
     patches = model.vision.tokens(model.vision.image_size)
@@ -135,9 +135,9 @@ def grid_edge(model: LlavaModel) -> int:
 def _attention(
     model: LlavaModel, encoded: Encoded, images: Sequence[ImageSource], ids: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
-    """Return the attention `[A, T]` of the rows that `ids` were chosen from, and the visual rows.
+    """Return the attention `[A, T]` of the rows that predicted `ids`, and the visual rows.
 
-    The answer is read again in one pass. Its last token is left out: nothing was chosen from it.
+    The answer is read again in one pass, without its last token, which predicted nothing.
     """
     read = np.asarray(ids[:-1], dtype=np.int64)
     whole = Encoded(

@@ -1,4 +1,4 @@
-"""Draws where a model looks: a heat map over the image, and a sheet with one for each word."""
+"""Draws attention maps: a heat map over an image, and a sheet with one for each word."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ _SMALLEST = 4  # edge of an image, in pixels
 
 
 def seen_region(vision: VisionEncoder, size: tuple[int, int]) -> Region:
-    """Return the part of an image that an encoder sees: left, top, right, bottom in its pixels.
+    """Return the region of an image that an encoder sees: left, top, right, bottom in its pixels.
 
-    Found by showing it ramps of that size, so it holds for whatever `prepare` does: where it cuts,
-    the region is smaller than the image; where it pads, it reaches beyond. Raises DataError where
-    `prepare` does something else, or the image is too small to tell.
+    It is found by preparing ramps of the same size, so it works with any `prepare`. If images are
+    cut, the region is smaller than the image; if they are padded, it is larger. Raises DataError if
+    `prepare` does something else, or if the image is too small.
     """
     if min(size) < _SMALLEST:
         raise DataError(
@@ -71,10 +71,10 @@ def _extent(values: Floats, whole: npt.NDArray[np.bool_], length: int) -> tuple[
 
 
 def draw_heat(image: ImageSource, weights_GG: Floats, region: Region) -> Image.Image:
-    """Return the image under its heat, hottest where the weight is largest.
+    """Return the image with its heat map; the hottest colour is at the largest weight.
 
-    `region` is where the grid lies, in pixels of the image. What lies outside of it, which the
-    model never saw, is dark.
+    `region` is the position of the grid in pixels of the image. The rest of the image, which the
+    model did not see, is drawn dark.
     """
     photo = open_image(image, "the heat map")
     edge = max(photo.size)

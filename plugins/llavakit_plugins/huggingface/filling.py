@@ -1,4 +1,4 @@
-"""Puts tensors into a model of transformers', each into its place and none twice in memory."""
+"""Loads tensors into a transformers model by name; no tensor is in memory twice."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _AT_MOST = 2  # times what the files hold: a network that is larger is not even 
 
 
 def needed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors without those that any version of transformers computes by itself."""
+    """Return the tensors without those that every version of transformers computes itself."""
     return {name: tensor for name, tensor in state.items() if not name.endswith(_RECOMPUTED)}
 
 
@@ -33,9 +33,9 @@ def fill(
 ) -> Any:
     """Return a model of class `network`, made of `config`, that holds the tensors in `state`.
 
-    A tensor that has `dtype` already is taken as it is, not copied. `how` are further options of
+    A tensor with the right `dtype` is used without a copy. `how` are further options of
     transformers' `from_pretrained`. Raises ModelError, which begins with `where`, for tensors that
-    are missing, left over or of another shape.
+    are missing, unused or of another shape.
     """
     state = needed(state)
     _refuse_another_size(network, config, state, where)
@@ -65,26 +65,26 @@ def fill(
 def _refuse_another_size(
     network: type[Any], config: Any, state: Mapping[str, Tensor], where: object
 ) -> None:
-    """Raise ModelError where the network is far larger than its weights.
+    """Raise ModelError if the network is far larger than its weights.
 
-    transformers makes what is missing, which would fill the memory before anything is said: a
-    config.json that lost its fields describes a model of billions of parameters.
+    transformers creates missing tensors. A config.json without its fields describes a model of
+    billions of parameters, which would fill the memory before any error.
     """
     layers = getattr(config, "num_hidden_layers", 0)
     if layers > len(state):  # so many that even their names would fill it
         raise _misfit(network, where, {}, [f"it has {len(state)} tensors for {layers:,} layers"])
     with torch.device("meta"), quietly(report=False):
-        asked = dict(network(config).named_parameters())
-    count = sum(parameter.numel() for parameter in asked.values())
+        expected = dict(network(config).named_parameters())
+    count = sum(parameter.numel() for parameter in expected.values())
     if count <= _AT_MOST * sum(tensor.numel() for tensor in state.values()):
         return
-    both = asked.keys() & state.keys()
+    both = expected.keys() & state.keys()
     wrong = {
-        "lacks": asked.keys() - both,
+        "lacks": expected.keys() - both,
         "has, in another shape,": [
-            f"{name} {list(state[name].shape)} for {list(asked[name].shape)}"
+            f"{name} {list(state[name].shape)} for {list(expected[name].shape)}"
             for name in both
-            if state[name].shape != asked[name].shape
+            if state[name].shape != expected[name].shape
         ],
     }
     raise _misfit(network, where, wrong, [f"{count:,} parameters are asked for"])

@@ -1,4 +1,4 @@
-"""Where a Hugging Face model comes from: a folder, a hub name, or a configuration alone."""
+"""Finds the files of a Hugging Face model: in a folder, on the hub, or a configuration alone."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ class PretrainedOptions(Options):
 def read_config(options: PretrainedOptions, part: str = "vision_config") -> dict[str, Any]:
     """Return the configuration: the source's, changed by `config`. Nothing is downloaded.
 
-    Of a whole that has such a `part`, a CLIP or a LLaVA, it is the part's. Raises ModelError where
-    the source's configuration is not on this machine.
+    If the source is a whole model with such a `part` (a CLIP or a LLaVA), it is the part's. Raises
+    ModelError if the source's configuration is not on this machine.
     """
     if options.source is None:
         return _bounded(dict(options.config))  # its own: who is given it may take things out
@@ -80,12 +80,12 @@ def _bounded(table: dict[str, Any]) -> dict[str, Any]:
 
 
 class UnfitConfig(ModelError):
-    """A configuration that transformers cannot build; the cause is what it said of it."""
+    """A configuration that transformers cannot build; `__cause__` is transformers' error."""
 
 
 @contextmanager
 def explain_config(kind: str) -> Iterator[None]:
-    """Turn what transformers says of a configuration that it cannot build into UnfitConfig."""
+    """Turn errors of transformers about a configuration that it cannot build into UnfitConfig."""
     from huggingface_hub.errors import StrictDataclassError
 
     faults = (AttributeError, LookupError, RuntimeError, TypeError, ValueError)
@@ -118,7 +118,7 @@ _BESIDE = (
     "*.json", "*.jinja", "*.model", "*.txt",  # configuration, tokenizer and preprocessing
     "adapter_model.*", "mm_projector.bin", "non_lora_trainables.bin",
 )  # fmt: skip
-"""What stands beside a model's weights, or in place of them."""
+"""Files that stand beside a model's weights, or instead of them."""
 
 
 def fetch_folder(source: str, revision: str | None = None, *, weights: bool = True) -> Path:
@@ -169,7 +169,7 @@ def find_file(options: PretrainedOptions, name: str) -> Path | None:
 
 
 def missing_source(what: str, options: PretrainedOptions) -> str | None:
-    """Return a sentence on what is missing and how to get it, or None where weights are here."""
+    """Return a sentence on what is missing and how to get it, or None if the weights are here."""
     if options.source is None:
         return None
     names = (
@@ -191,7 +191,7 @@ def missing_source(what: str, options: PretrainedOptions) -> str | None:
 
 
 def online() -> bool:
-    """Say whether the hub answers, so that a run can fetch what it lacks by itself."""
+    """Return whether the hub can be reached, so that a run can download missing files itself."""
     from urllib.error import HTTPError, URLError
     from urllib.request import Request, urlopen
 
@@ -208,10 +208,10 @@ def online() -> bool:
 
 @contextmanager
 def quietly(*, report: bool = True) -> Iterator[None]:
-    """Keep transformers' own progress bars off the terminal: a step shows one already.
+    """Suppress transformers' own progress bars: a step already shows one.
 
-    Without `report` its list of missing and unused weights is dropped too, for callers that look
-    at the missing ones themselves.
+    Without `report`, transformers' list of missing and unused weights is suppressed, too, for
+    callers that check missing weights themselves.
     """
     from transformers.utils import logging
 
@@ -265,9 +265,9 @@ def load_tokenizer(
 
 
 def _put_spaces(tokenizer: Any, source: str, scheme: Literal["always", "first"]) -> None:
-    """Have a space put in front of every stretch of text, or of the first only.
+    """Make a tokenizer put a space before every stretch of text, or only before the first.
 
-    A tokenizer.json has its own mind of this, whatever `legacy` is.
+    transformers ignores `legacy` for a tokenizer.json, which states the spaces itself.
     """
     from tokenizers import normalizers, pre_tokenizers
 

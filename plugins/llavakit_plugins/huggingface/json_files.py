@@ -1,6 +1,6 @@
-"""The one reader of model folders' JSON: what it returns has the shape that its users take.
+"""The only reader of JSON in model folders; code behind it need not check the types again.
 
-Raises ModelError that names the file, and the key where it is one.
+Raises ModelError, which names the file, and the key if one is wrong.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ def peek_json(path: Path) -> dict[str, Any]:
 
 
 def refuse_devices(folder: Path) -> None:
-    """Raise ModelError where a pipe or a device stands among a folder's files.
+    """Raise ModelError if one of a folder's files is a pipe or a device.
 
-    Whoever opens one waits for ever, or fills the memory.
+    Reading one could wait for ever, or fill the memory.
     """
     for path in sorted(folder.glob("*")):
         if path.exists() and not (path.is_file() or path.is_dir()):
@@ -54,9 +54,9 @@ Check = Callable[[Any], bool]
 
 
 def check(table: Mapping[str, Any], where: object, checks: Mapping[str, tuple[Check, str]]) -> None:
-    """Raise ModelError for the first of these keys whose value is not what it must be.
+    """Raise ModelError for the first of these keys that has a wrong value.
 
-    A key that is absent or null is as good as its default.
+    A key that is absent or null means its default.
     """
     for key, (fits, wanted) in checks.items():
         value = table.get(key)

@@ -1,4 +1,4 @@
-"""Shapes of usual models as their config.json files give them: a plan needs no network."""
+"""The configurations of well-known models, with which a plan needs no network."""
 
 from __future__ import annotations
 

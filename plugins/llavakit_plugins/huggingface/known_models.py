@@ -1,4 +1,4 @@
-"""What a plan knows of a model on the hub: from the hub's cache, or of the usual ones by heart."""
+"""What a plan knows about a model on the hub: from the hub's cache, or from a packaged list."""
 
 from __future__ import annotations
 

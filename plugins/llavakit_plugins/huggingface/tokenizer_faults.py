@@ -1,4 +1,4 @@
-"""Says which file of a tokenizer is at fault, and which key, when the tokenizer cannot be read."""
+"""Finds the file and the key that is wrong when a tokenizer cannot be read."""
 
 from __future__ import annotations
 
@@ -41,7 +41,10 @@ def blame_file(find: Find) -> None:
 
 
 def is_fault(error: BaseException) -> bool:
-    """Say whether an exception comes of a damaged tokenizer: Rust's panics are no Exception."""
+    """Return whether an exception comes from a damaged tokenizer.
+
+    A panic in Rust is a BaseException and no Exception.
+    """
     return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 

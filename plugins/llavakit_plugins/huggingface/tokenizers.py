@@ -1,4 +1,4 @@
-"""Loads a tokenizer from whatever holds one: a folder, a file, the hub."""
+"""Loads a tokenizer from a folder, a file, or the hub."""
 
 from __future__ import annotations
 

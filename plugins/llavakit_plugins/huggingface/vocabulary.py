@@ -1,4 +1,4 @@
-"""Rows of the vocabulary that a layout needs and a language model does not have."""
+"""Adds rows to a vocabulary that a layout needs and a language model lacks."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ def with_image_token(
 
 
 def fit_tokenizer(tokenizer: PreTrainedTokenizerBase, rows: int, where: object) -> None:
-    """Take from a tokenizer the tokens that a model has no rows for, where nothing writes them.
+    """Remove tokens that have no row in the model's embedding, if no text needs them.
 
-    These are the one that batches are padded with, which the first LLaVAs' tokenizers have and
-    their weights have not, and `<image>`, which stands for an image's rows. Raises ModelError,
-    which begins with `where`, for any other.
+    These are the padding token, which the first LLaVAs have in the tokenizer but not in the
+    weights, and `<image>`, which stands for an image's rows. Raises ModelError, which begins with
+    `where`, for any other token without a row.
     """
     from tokenizers import Tokenizer
 

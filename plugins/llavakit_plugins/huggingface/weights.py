@@ -1,7 +1,7 @@
-"""Weight files of other projects: safetensors and pickles, whole or in shards, read when asked for.
+"""Reads weight files of other projects: safetensors and pickles, whole or in shards, on access.
 
-Nothing is trusted: a pickle is read as tensors only, a shard lies in the folder itself, and what is
-damaged or missing is named before a model is made of it.
+Nothing is trusted: a pickle is read as tensors only, a shard must lie in the folder itself, and
+damaged or missing files are named before a model is made from them.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ _GARBLED = ("Unsupported operand", "invalid load key", "truncated", "Ran out of 
 
 @dataclass(frozen=True)
 class Weights(Mapping[str, Tensor]):
-    """Tensors by name. A file is mapped, so a tensor costs memory when it is used.
+    """Tensors by name. Files are memory-mapped, so a tensor costs memory only when it is used.
 
-    With a `dtype` each is turned to it as it is read, by itself: a mapped file would stay in memory
-    beside all that was made of it.
+    With a `dtype`, each tensor is read and converted separately: a mapped file would stay in memory
+    beside all converted tensors.
     """
 
     home: Path

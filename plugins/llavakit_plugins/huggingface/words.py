@@ -1,7 +1,7 @@
-"""LLaMA's tokenizers, read word by word with a memory: the same ids, several times as fast.
+"""Tokenises word by word with a cache, for LLaMA's tokenizers: the same ids, several times faster.
 
-No token of theirs reaches into the next word or line: spaces stand in front of words only, and a
-newline is a byte. So a word that was read once need not be read again.
+In these tokenizers no token crosses into the next word or line: spaces stand only before words, and
+a newline is a byte. So the ids of a word are always the same and can be cached.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _LONGEST, _MOST = 32, 200_000  # words to remember: their characters, and how ma
 
 
 def by_words(tokenizer: TokenizerT) -> TokenizerT:
-    """Have a tokenizer read by words wherever it can be; return it."""
+    """Make a tokenizer read word by word where this is possible; return it."""
     tokenizer_: Any = tokenizer
     tokenizer_.quick_reader = words_of
     return tokenizer
@@ -69,7 +69,7 @@ class Words:
     memory: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
     def read(self, parts: Sequence[Part]) -> tuple[list[int], BoolArray] | None:
-        """Return ids and mask, or None where learning begins or ends within a word."""
+        """Return ids and loss mask; None if supervision begins or ends within a word."""
         ids: list[int] = []
         flags: list[bool] = []
         counts: list[int] = []

@@ -150,15 +150,15 @@ def _rows_attention(
     """
     outputs = []
     lengths = packing.lengths
-    places = packing.position_ids_T.index_select(0, rows.index_M).split(rows.counts)
+    positions = packing.position_ids_T.index_select(0, rows.index_M).split(rows.counts)
     columns = torch.arange(max(lengths), device=q_MHK.device)
     parts = zip(q_MHK.split(rows.counts), k_TGK.split(lengths), v_TGK.split(lengths), strict=True)
-    for part, place in zip(parts, places, strict=True):
+    for part, own in zip(parts, positions, strict=True):
         q_1HQK, k_1GCK, v_1GCK = (x.transpose(0, 1)[None] for x in part)
-        if len(place):  # a sample may have no supervised row
+        if len(own):  # a sample may have no supervised row
             attended_1HQK = F.scaled_dot_product_attention(
                 q_1HQK, k_1GCK, v_1GCK,
-                attn_mask=place[:, None] >= columns[None, : k_1GCK.shape[2]],
+                attn_mask=own[:, None] >= columns[None, : k_1GCK.shape[2]],
                 scale=scale,
                 enable_gqa=q_1HQK.shape[1] != k_1GCK.shape[1],
             )  # fmt: skip

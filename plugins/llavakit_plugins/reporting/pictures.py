@@ -1,4 +1,4 @@
-"""Images for the report: written by steps, found below the run's folder, embedded as data URIs."""
+"""Images of the report: steps write them below the run's folder, pages embed them as data URIs."""
 
 from __future__ import annotations
 
@@ -108,7 +108,10 @@ def save_image(image: Image.Image, path: Path) -> None:
 
 
 def save_thumbnail(source: ImageSource, folder: Path, name: str, edge: int = 384) -> str:
-    """Write a small PNG into `folder` and return its name, so that a report keeps its pictures."""
+    """Write a small PNG into `folder` and return its name.
+
+    A copy, so that a report keeps its images when the originals are moved.
+    """
     image = open_image(source, f"the report ({name})")
     image.thumbnail((edge, edge))
     with explain_write(folder):

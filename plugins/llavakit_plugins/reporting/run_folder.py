@@ -1,4 +1,4 @@
-"""What lies in a run's folder, as reports and comparisons read it."""
+"""Reads a run's folder, for reports and comparisons."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a report is made of: the run folder's facts, the steps' records, the recipe."""
+"""Collects the content of a report: the run's folder, the steps' records, the recipe."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Numbers and tables as people read them."""
+"""Formats numbers and tables for people."""
 
 from __future__ import annotations
 

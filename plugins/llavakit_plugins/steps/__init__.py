@@ -1,4 +1,4 @@
-"""Steps."""
+"""The built-in steps, by name."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Trains the recipe's vision encoder and language model from nothing, so that both stages start
-from pretrained ones, as the paper does."""
+"""Trains the recipe's vision encoder and language model from random weights, so that both stages
+start from pretrained parts, as in the paper."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ class BenchmarkUse(SkippableUse[Benchmark]):
     """A benchmark of a recipe: `{ use = "llava-bench", label = "coco", ... }`."""
 
     label: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    """Names its files and figures; the benchmark's own name where absent."""
+    """The name of its files and metrics; by default the benchmark's name."""
 
 
 class EvaluateOptions(StartOptions):
@@ -61,7 +61,7 @@ class EvaluateOptions(StartOptions):
     losses: tuple[Use[Dataset], ...] = ()
     """Held-out data whose loss is measured, one by one."""
     blind: bool = False
-    """Also ask with the images of other questions: what is still right needs no image."""
+    """Also ask with the images of other questions: what is then still right needs no image."""
     batch_size: int = Field(default=64, ge=1)
     workers: int = Field(default=2, ge=0)
     """Threads that read and prepare the images of the next batches."""
@@ -180,8 +180,8 @@ class Evaluate(Step):
             right = result.score.right[index]
             shown = None
             if question.images:
-                index = run.directory / "images"
-                shown = save_thumbnail(question.images[0], index, f"{name}-{len(cards):03}")
+                folder = run.directory / "images"
+                shown = save_thumbnail(question.images[0], folder, f"{name}-{len(cards):03}")
             prompt = question.prompt.replace(IMAGE, "").strip()
             lines = [("question", prompt), ("answer", answer)]
             if question.truth and question.truth != answer:
@@ -211,7 +211,7 @@ class Evaluate(Step):
 
 
 def _distinct(names: Sequence[str]) -> list[str]:
-    """Return the names, those that recur with a number behind."""
+    """Return the names; a name that was there before gets a number."""
     return [
         name if (before := names[:index].count(name)) == 0 else f"{name}-{before + 1}"
         for index, name in enumerate(names)
@@ -219,9 +219,10 @@ def _distinct(names: Sequence[str]) -> list[str]:
 
 
 def shuffle_images(questions: Sequence[Question], seed: int) -> list[Question]:
-    """Return the questions, each with the images of another: no image stays in its place.
+    """Return the questions, each with the images of another question.
 
-    Questions without an image stay as they are. Raises DataError where all have the same images.
+    No question keeps its own images; questions without an image stay as they are. Raises DataError
+    if all have the same images.
     """
     distinct = sorted({question.images for question in questions} - {()}, key=str)
     if len(distinct) == 1:

@@ -38,13 +38,13 @@ _LOOKS = (
 
 class ExportOptions(StartOptions):
     format: Use[Exporter] | None = None
-    """The layout; a model folder of llavakit where absent."""
+    """The layout; by default a model folder of llavakit."""
     tries: Use[Dataset] | None = None
-    """Samples whose first question is asked of what was exported."""
+    """Samples whose first question the exported model must answer as the model does."""
     count: int = Field(default=8, ge=1)
     max_new_tokens: int = 96
     heatmaps: int = Field(default=0, ge=0)
-    """How many of the tries to show with where the model looks, word by word."""
+    """Number of tries that are shown with attention maps, word by word."""
 
 
 class Export(Step):
@@ -128,7 +128,7 @@ class Export(Step):
     def _look(
         self, run: Run, model: LlavaModel, question: str, images: Sequence[ImageSource], name: str
     ) -> str:
-        """Draw where the model looks; return the picture's name in the step's folder."""
+        """Draw the attention maps; return the image's name in the step's folder."""
         maps = map_attention(model, question, images, Sampling(self.options.max_new_tokens))
         path = run.directory / "heatmaps" / f"{name}.png"
         with explain_write(path):

@@ -1,4 +1,4 @@
-"""Draws a small world to learn to see: coloured handwritten digits, with captions and boxes."""
+"""Draws the demo's scenes: coloured handwritten digits, with captions and boxes."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ _SHOWN = 12
 
 class ScenesOptions(Options):
     train: int = Field(default=8192, ge=FAMILY)
-    """Scenes to learn from."""
+    """Number of scenes for training."""
     single: int = Field(default=0, ge=0)
-    """More scenes to learn from, of one digit each; they come first."""
+    """Further scenes for training with one digit each; they are used first."""
     most: int = Field(default=3, ge=1, le=3)
     """Most digits of a scene."""
     test: int = Field(default=512, ge=FAMILY)

@@ -32,7 +32,7 @@ from llavakit_plugins.training.parts import PARTS, require_weights
 
 _log = logging.getLogger("llavakit")
 _SHOWN = 6  # looks of the validation in the gallery
-_SUPERVISED = 0.5  # share of a sample's text that is learned, roughly: for plans only
+_SUPERVISED = 0.5  # rough share of a sample's text that is supervised, for plans only
 
 
 class _Train(Step):

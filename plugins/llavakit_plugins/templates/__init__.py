@@ -1,4 +1,4 @@
-"""Prompt templates."""
+"""The built-in prompt templates, by name."""
 
 from collections.abc import Mapping
 

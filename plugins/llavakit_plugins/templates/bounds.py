@@ -1,7 +1,7 @@
-"""Whether a foreign chat template ends, tried where it can do no harm.
+"""Checks that a foreign chat template ends, in a separate process.
 
-A template is a program: it may loop for ever or write more than the memory holds, and Jinja's
-sandbox does not keep it from that. So before a process renders one, another does, within bounds.
+A template is a program: it may loop for ever or write more than fits into memory, and Jinja's
+sandbox does not prevent that. So it is first rendered in another process with limits.
 """
 
 from __future__ import annotations

@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 
 
 class HashesOptions(TemplateOptions):
-    """Options of the templates with `###`."""
+    """Options of the templates with the separator `###`."""
 
     layout: Literal["original", "compact", "lines"] = "original"
     """`compact`: `system###Human: …###Assistant:`. `lines`: each turn on a line of its own.
-    `original`: `lines` for a conversation that is complete and `compact` for one that ends with a
-    question, as the original LLaVA trains with the one and asks with the other."""
+    `original`: `lines` for a complete conversation and `compact` for one that ends with a question,
+    because the original LLaVA trains with the first form and answers with the second."""
 
 
 class BuiltinTemplate(PromptTemplate):
@@ -42,10 +42,11 @@ class BuiltinTemplate(PromptTemplate):
     def segments(
         self, turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase
     ) -> Sequence[Segment]:
-        """Return the text in order; after a human turn at the end it is open for the answer.
+        """Return the segments of the text in order; a last human turn is followed by the prompt for
+        the answer.
 
-        Raises DataError for turns that the template cannot show, ModelError where it ends answers
-        with the end token and the tokenizer has none.
+        Raises DataError for turns that the template cannot show, and ModelError if answers end with
+        the end token and the tokenizer has none.
         """
         row = self.format
         pairs = exchanges(turns, self._options)

@@ -1,8 +1,8 @@
 """The tokenizer's own chat template, written in Jinja, as a prompt template.
 
-Where the turns stand and what is learned is found by rendering stand-ins for the turns' texts.
-Every sample is then rendered by the template itself and compared with that, so that the text is
-that of transformers' `apply_chat_template`, whatever the template does.
+The positions of turns and of supervised text are found by rendering placeholders for the turns'
+texts. Every sample is then rendered by the template itself and compared with the result, so the
+text always equals that of transformers' `apply_chat_template`.
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ Span = tuple[int, int]
 class ChatTemplateOptions(TemplateOptions):
     """Options of `chat-template`.
 
-    Without `system` no system message is given, and the template may write one of its own, as
-    Qwen's does. With an empty one, none is given or an empty one, whichever makes less text.
+    Without `system` no system message is passed, and the template may write one of its own, as
+    Qwen's does. If `system` is empty, either no message or an empty one is passed: the one that
+    gives less text.
     """
 
     variables: Mapping[str, bool | int | str] = {}
@@ -42,7 +43,7 @@ class _Skeleton:
 
     system: tuple[Message, ...]
     supervised: tuple[bool, ...]
-    """Which turns are learned."""
+    """Which turns are supervised."""
     around: tuple[tuple[Segment, ...], ...]
     """The template's own text: in front of each turn, and behind the last."""
 
@@ -81,9 +82,9 @@ def _variants(text: str) -> Iterator[str]:
 class ChatTemplate(PromptTemplate):
     """The tokenizer's own Jinja template.
 
-    Learned is what a template marks with `{% generation %}`. Of one that marks nothing it is what
-    the model has to write itself: from the end of the generation prompt to the first special
-    token behind the answer, or, where none follows, what stands behind the last answer as well.
+    Supervised is what a template marks with `{% generation %}`. If it marks nothing, supervised is
+    what the model has to write itself: from the end of the generation prompt to the first special
+    token behind the answer; if none follows, also the text behind the last answer.
     """
 
     name = "chat-template"
@@ -252,7 +253,7 @@ def _unmarked(
     closing: str,
     special: re.Pattern[str],
 ) -> Iterator[Span]:
-    """Yield what is learned of a template that marks nothing."""
+    """Yield the supervised parts of a template that marks nothing."""
     for answer in range(1, len(borders) - 1, 2):  # the turn between borders[answer] and the next
         given = _shared(borders[answer], prompt)
         behind = borders[answer + 1]
@@ -268,7 +269,7 @@ def _shared(a: str, b: str) -> int:
 
 
 def _cut(border: str, start: int, spans: Sequence[Span]) -> Iterator[Segment]:
-    """Yield the template's text, cut where learning begins or ends."""
+    """Yield the template's text, cut where supervision begins or ends."""
     inside = {edge - start for span in spans for edge in span}
     cuts = sorted({0, len(border), *(edge for edge in inside if 0 < edge < len(border))})
     for begin, end in pairwise(cuts):

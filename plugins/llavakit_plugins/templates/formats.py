@@ -1,7 +1,7 @@
 """The table of built-in templates.
 
-The system texts are what published weights were trained with: a letter changed here changes what
-those models answer. Lengths and hashes of the rendered text are checked by the tests.
+Published weights were trained with these system texts: changing a letter changes what those models
+answer. The tests check lengths and hashes of the rendered text.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ class Format:
     summary: str
     style: Style
     trained: Style | None = None
-    """The style of complete conversations, where the original trains with another than it asks."""
+    """The style of complete conversations, if the original trains with another style than it uses
+    to answer."""
     system: str = ""
     roles: tuple[str, str] = ("", "")
     example: tuple[Exchange, ...] = ()

@@ -1,4 +1,4 @@
-"""What every template does to turns first: pair them, and put the images in their place."""
+"""The first step of every template: pairs turns, and puts images at their positions."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ class TemplateOptions(Options):
     """Options of every template that shows the question."""
 
     system: str | None = None
-    """The text in front of the conversation; the template's own where absent, none where empty."""
+    """The text before the conversation; by default the template's own; none if it is empty."""
     image_placement: Placement = "front"
-    """`front`: a question's images go in front of it, each with a newline (the original from v1.0
-    on). `keep`: they stay where the data has them. `random`: in front or behind (the paper)."""
+    """`front`: a question's images go before it, each with a newline (the original from v1.0 on).
+    `keep`: they stay where the data has them. `random`: before or behind it (arXiv 2304.08485)."""
     image: str = IMAGE
-    """What an image is written as. Special tokens count as such: LLaVA's first models saw
+    """The text of an image. It may contain special tokens: LLaVA's first models were trained with
     `<im_start><image><im_end>`."""
     seed: int = 0
-    """With the sample's text, it alone decides where `random` puts the images."""
+    """Only this seed and the sample's text decide where `random` puts the images."""
 
     @field_validator("image")
     @classmethod
@@ -39,17 +39,17 @@ class TemplateOptions(Options):
 
 @dataclass(frozen=True)
 class Exchange:
-    """A question and its answer; None where the answer is to be written."""
+    """A question and its answer; None if the answer is still to be written."""
 
     question: str
     answer: str | None
 
 
 def exchanges(turns: Sequence[Turn], options: TemplateOptions) -> list[Exchange]:
-    """Return the turns as questions with answers, images placed.
+    """Return the turns as questions with answers, with images at their positions.
 
-    Raises DataError where turns don't alternate from a human one. (The original leaves out a
-    leading answer in silence.)
+    Raises DataError unless turns alternate and start with a human one. (The original drops a
+    leading answer without a message.)
     """
     if not turns:
         raise DataError("there are no turns; give the conversation a question")
@@ -60,17 +60,17 @@ def exchanges(turns: Sequence[Turn], options: TemplateOptions) -> list[Exchange]
                 f"turn {number + 1} is from `{turn.role}`, expected `{expected}`; turns must "
                 "alternate and start with the human"
             )
-    questions = [_place(turns, number, options) for number in range(0, len(turns), 2)]
+    questions = [_with_images(turns, number, options) for number in range(0, len(turns), 2)]
     answers = [turn.text for turn in turns[1::2]] + [None] * (len(turns) % 2)
     return [Exchange(*pair) for pair in zip(questions, answers, strict=True)]
 
 
-def _place(turns: Sequence[Turn], number: int, options: TemplateOptions) -> str:
+def _with_images(turns: Sequence[Turn], number: int, options: TemplateOptions) -> str:
     text = turns[number].text
     if options.image_placement == "keep" or IMAGE not in text:
         return text
     images = [IMAGE] * text.count(IMAGE)
-    # the original leaves one placeholder of several, and loses the others' images
+    # the original keeps only one placeholder of several, and loses the images of the others
     question = text.replace(IMAGE, "").strip()
     words = [question] if question else []
     behind = options.image_placement == "random" and _coin(turns, number, options.seed)
@@ -78,7 +78,10 @@ def _place(turns: Sequence[Turn], number: int, options: TemplateOptions) -> str:
 
 
 def _coin(turns: Sequence[Turn], number: int, seed: int) -> bool:
-    """Return the same answer for the same conversation on every machine."""
+    """Return a coin toss that is the same for the same conversation on every machine.
+
+    Python's `hash` is not used, since it differs between processes.
+    """
     digest = blake2b(f"{seed} {number}".encode())
     for turn in turns:
         digest.update(b"\0" + turn.text.encode("utf-8", "surrogatepass"))

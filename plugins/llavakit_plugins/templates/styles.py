@@ -1,8 +1,8 @@
-"""The ways to write a conversation as text, and which of it is learned.
+"""The styles of writing a conversation as text, and which parts of it are supervised.
 
-A style takes a format, the system text and the exchanges. What is learned is what the original's
-label masks leave: an answer with the space in front of it and what ends it, so that the first
-token of the answer is learned whole, and the end token or separator with it.
+A style takes a format, the system text and the exchanges. Supervised is what the original's label
+masks leave: the space before an answer, the answer, and its end token or separator. So the first
+token of the answer is supervised as a whole.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def hashes(frame: Frame, exchanges: Sequence[Exchange]) -> Iterator[Segment]:
 def hashes_on_lines(frame: Frame, exchanges: Sequence[Exchange]) -> Iterator[Segment]:
     """`system\\n\\n### Human: question\\n### Assistant: answer\\n### ` (v0, as it is trained).
 
-    All `###` are learned, and the assistant's turns with their role, as by the original.
+    All `###` are supervised, and so are the assistant's turns with their role, as in the original.
     """
     human, assistant = frame.roles
     if frame.system:
@@ -113,8 +113,8 @@ def instructions(frame: Frame, exchanges: Sequence[Exchange]) -> Iterator[Segmen
 def chatml(frame: Frame, exchanges: Sequence[Exchange]) -> Iterator[Segment]:
     """`<|im_start|>user\\nquestion<|im_end|><|im_start|>assistant\\nanswer<|im_end|>`.
 
-    Without newlines between the turns, as the original has it; models that were tuned with them
-    want `chat-template`.
+    Without newlines between the turns, as in the original; models that were trained with newlines
+    need `chat-template`.
     """
     human, assistant = frame.roles
     if frame.system:

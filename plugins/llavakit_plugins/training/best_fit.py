@@ -17,14 +17,14 @@ def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     open_bins: list[tuple[int, int, int]] = []  # space left, the newest first of one space, bin
     for number, index in enumerate(order):
         length = lengths[index]
-        place = bisect_left(open_bins, (length,))  # the fullest bin with room for it
-        if place == len(open_bins):
+        position = bisect_left(open_bins, (length,))  # the fullest bin with room for it
+        if position == len(open_bins):
             bins.append([index])
             chosen, space = len(bins) - 1, capacity - length
         else:
-            room, _, chosen = open_bins.pop(place)
+            room, _, chosen = open_bins.pop(position)
             bins[chosen].append(index)
             space = room - length
-        if space > 0:  # a full bin is looked at no more
+        if space > 0:  # a full bin needs no further look
             insort(open_bins, (space, -number, chosen))
     return [sorted(items) for items in bins]

@@ -1,8 +1,8 @@
-"""Two models' answers to ScienceQA as one: complement and judge (paper, section 5.2).
+"""Combines two models' answers to ScienceQA: complement and judge (arXiv 2304.08485, section 5.2).
 
-Nothing is drawn at random. Answers are places in the alphabet: None where none is stated. A letter
-that is none of the choices is an answer as any other, and wrong: as in the original, nothing else
-is taken in its place.
+Nothing is random. An answer is the index of its letter in the alphabet, or None if it states no
+letter. A letter that is not one of the choices counts as a wrong answer and is not replaced, as in
+the original.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from llavakit_plugins.datasets.scienceqa_problems import Problem, question_text
 
 Ensemble = Literal["complement", "judge"]
 Choices = Sequence[int | None]
-"""What `read_letter` makes of answers, one a problem."""
+"""The results of `read_letter`, one for each problem."""
 
 _SYSTEM = (
     "You settle multiple-choice questions that two assistants answer differently. Either may be "
@@ -27,20 +27,20 @@ _SYSTEM = (
 
 
 def complement(ours: Choices, second: Choices) -> list[int | None]:
-    """Return the second model's answers, and ours where it states none."""
+    """Return the second model's answers, and ours if it states none."""
     return [a if b is None else b for a, b in zip(ours, second, strict=True)]
 
 
 def differing(ours: Choices, second: Choices) -> list[int]:
-    """Return the places at which the two differ; where neither states an answer they don't."""
+    """Return the indices of problems on which the two differ. Two missing answers do not differ."""
     pairs = enumerate(zip(ours, second, strict=True))
     return [index for index, (a, b) in pairs if a != b]
 
 
 def judged(ours: Choices, second: Choices, verdicts: Mapping[int, int | None]) -> list[int | None]:
-    """Return what both say, and the verdict where they differ.
+    """Return the common answer, or the judge's verdict if the two differ.
 
-    `verdicts` has the judge's answer by place. Where it has none, or states none, ours counts, as
+    `verdicts` holds the judge's answers by index of the problem. Without a verdict ours counts, as
     in the original.
     """
     final = list(ours)
@@ -52,15 +52,15 @@ def judged(ours: Choices, second: Choices, verdicts: Mapping[int, int | None]) -
 
 
 def upper_bound(problems: Sequence[Problem], ours: Choices, second: Choices) -> list[int | None]:
-    """Return the right choice wherever either has it, else ours."""
+    """Return the right choice if either model has it, else ours: the best possible ensemble."""
     rows = zip(problems, ours, second, strict=True)
     return [b if b == problem.answer else a for problem, a, b in rows]
 
 
 def judge_messages(problem: Problem, ours: str, second: str) -> tuple[Message, ...]:
-    """Return what the judge is asked, in our own words: the question and both answers.
+    """Return the judge's prompt, in our own words: the question and both answers.
 
-    The judge sees no image, as in the paper.
+    The judge gets no image, as in the paper.
     """
     question = question_text(problem, "QCM-A").replace(IMAGE, "").strip()
     parts = {"Question": question, "First assistant": ours, "Second assistant": second}

@@ -1,4 +1,4 @@
-"""Questions of a data set, answered right where the answer is the data's, letter for letter."""
+"""Questions of a data set; an answer is right if it equals the data's answer."""
 
 from __future__ import annotations
 
@@ -12,16 +12,18 @@ from llavakit.contracts.data import IMAGE
 
 
 class ExactMatchOptions(Options):
+    """Options of `exact-match`."""
+
     data: Use[Dataset]
     limit: int | None = Field(default=None, ge=1)
-    """Use only so many questions, drawn by `seed`."""
+    """Use only this many questions, drawn with `seed`."""
     seed: int = 0
 
 
 class ExactMatch(Benchmark):
-    """Every question of every conversation, asked alone, so that no earlier answer helps.
+    """Asks every question of every conversation alone, so that no earlier answer helps.
 
-    Case, spaces and a full stop at the end do not count.
+    Case, spaces and a full stop at the end are ignored.
     """
 
     name = "exact-match"

@@ -1,7 +1,8 @@
-"""A judge without a network: which stated facts are true of the scene, and which are missing.
+"""A judge that needs no network: it checks which stated facts are true, and which are missing.
 
-It knows the world of the step `scenes`: digits in colour at four places of a coloured canvas. The
-scene's truth is read from its captions; what an answer should say, from the teacher's answer.
+It knows the world of the step `scenes`: coloured digits at four positions of a coloured canvas. The
+truth about a scene is read from its captions, and what an answer should say from the teacher's
+answer.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ from llavakit.contracts.data import IMAGE, ImageContext
 from llavakit_plugins.generation.contexts import read_contexts
 
 Fact = tuple[str, str]
-"""What it is about, and what is said of it: `("left colour", "red")`."""
+"""A subject and what is said of it, such as `("left colour", "red")`."""
 
-_BEST = 10.0  # as a judge's scale has it (paper, section 5.1)
+_BEST = 10.0  # the upper end of the judge's scale in arXiv 2304.08485, section 5.1
 _PLACES = ("top", "left", "right", "bottom")
 _COLOUR = "red|green|blue|black|white|yellow|pink|grey|gray|brown|orange|purple"
 _UNITS = "zero|one|two|three|four|five|six|seven|eight|nine"
@@ -41,13 +42,15 @@ _CONCLUDED = ("sum", "largest", "smallest", "parity")
 
 
 def facts_in(text: str) -> frozenset[Fact]:
-    """Return the facts that a text states, in whatever order and words between."""
+    """Return the facts that a text states; their order and the words between do not matter."""
     return frozenset(
         fact for sentence in re.split(r"[.!?\n]+", text.lower()) for fact in _facts(sentence)
     )
 
 
 def _facts(sentence: str) -> Iterator[Fact]:
+    # What one pattern has read is removed, so that a later one does not read it again: the canvas's
+    # colour is not a digit's, and a sum is not a digit of the scene.
     for match in _CANVAS.finditer(sentence):
         yield "canvas", match[1] or match[2]
     sentence = _CANVAS.sub(" ", sentence)
@@ -71,7 +74,8 @@ def _facts(sentence: str) -> Iterator[Fact]:
 
 
 def scene_facts(context: ImageContext) -> frozenset[Fact]:
-    """Return all that is true of a scene: what its captions say, and which places are empty."""
+    """Return all true facts of a scene: those of its captions, and which positions are empty."""
+    # a position that no caption names holds nothing: captions of scenes name every digit
     told = frozenset(fact for caption in context.captions for fact in facts_in(caption))
     taken = {subject.split()[0] for subject, _ in told}
     empty = ((f"{place} holds", "empty") for place in _PLACES if place not in taken)
@@ -85,27 +89,29 @@ def scene_facts(context: ImageContext) -> frozenset[Fact]:
 
 
 class FactsOptions(Options):
+    """Options of `facts`."""
+
     data: tuple[Use[Dataset], ...] = Field(min_length=1)
-    """The teacher's answers on held-out scenes, one data set for each sort of response."""
+    """The teacher's answers on held-out scenes, one data set for each kind of response."""
     contexts: InputPath
     """Captions of the same scenes."""
     limit: int | None = Field(default=None, ge=1)
-    """Use only so many samples of each data set, drawn by `seed`."""
+    """Use only this many samples of each data set, drawn with `seed`."""
     seed: int = 0
 
 
 class Facts(Benchmark):
-    """The relative score of LLaVA-Bench, by a rule: 100 means as good as the teacher's answers.
+    """LLaVA-Bench's relative score, computed by a rule: 100 means as good as the teacher's answers.
 
-    An answer's score, 0 to 10, is the harmonic mean of two shares: of the facts it states, those
-    that are true; of the facts the teacher states, those that it has. The teacher's answers are
-    scored by the same rule, and `relative` is the ratio of the means in percent (paper, section
-    5.1), over all questions and by sort of response. `conclusion` is the share of arithmetic
-    questions whose result is right, whatever the reasons. Only the first question of each sample
-    is asked.
+    An answer's score, 0 to 10, is the harmonic mean of precision and recall: the share of its facts
+    that are true, and the share of the teacher's facts that it states. The teacher's answers are
+    scored by the same rule. `relative` is the ratio of the means in percent (arXiv 2304.08485,
+    section 5.1), over all questions and by kind of response. `conclusion` is the share of
+    arithmetic questions with the right result; reasons do not count. Only the first question of
+    each sample is used.
 
-    Raises DataError where a sample's scene is not among the contexts, or a teacher's answer states
-    nothing that is known here.
+    Raises DataError if a sample's scene is not among the contexts, or if a teacher's answer states
+    no known fact.
     """
 
     name = "facts"
@@ -156,6 +162,7 @@ class Facts(Benchmark):
             sorts.append(question.category)
             if results := _conclusions(asked):
                 concluded.append(_conclusions(said) == results)
+        # a ratio of means and not a mean of ratios, as in LLaVA-Bench
         metrics = {"relative": _relative(marks, best)}
         for sort in dict.fromkeys(filter(None, sorts)):
             own = [index for index, other in enumerate(sorts) if other == sort]
@@ -168,7 +175,7 @@ class Facts(Benchmark):
 
 
 def _mark(said: frozenset[Fact], asked: frozenset[Fact], truth: frozenset[Fact]) -> float:
-    """Return 0 to 10: the harmonic mean of true and complete."""
+    """Return the score, 0 to 10: the harmonic mean of precision and recall."""
     true = len(said & truth) / len(said) if said else 0.0
     complete = len(said & asked) / len(asked)
     return _BEST * 2 * true * complete / (true + complete) if true and complete else 0.0

@@ -1,4 +1,4 @@
-"""LLaVA-Bench: answers rated by a judge beside a reference's (paper, section 5.1)."""
+"""LLaVA-Bench: a judge rates answers beside a reference's (arXiv 2304.08485, section 5.1)."""
 
 from __future__ import annotations
 
@@ -53,28 +53,30 @@ _RULE = (
 
 
 class LlavaBenchOptions(Options):
+    """Options of `llava-bench`."""
+
     questions: InputPath
-    """One `{"question_id", "image", "text", "category"}` a line."""
+    """One `{"question_id", "image", "text", "category"}` per line."""
     images: InputPath | None = None
-    """The folder that `image` is relative to; the questions' own where absent."""
+    """The folder of the images; by default the folder of the question file."""
     references: InputPath
-    """The reference's answers, `{"question_id", "text"}` a line; the paper's are GPT-4's."""
+    """The reference's answers, one `{"question_id", "text"}` per line; in the paper GPT-4's."""
     contexts: InputPath
-    """What the judge is told of each image: `{"image", "caption"}` or `{"image", "captions",
-    "instances"}` a line."""
+    """What the judge knows of each image: one `{"image", "caption"}` or `{"image", "captions",
+    "instances"}` per line."""
     judge: Use[ChatModel]
     swap: bool = False
-    """Also ask with the candidate first, and take the mean of both."""
+    """Also ask with the candidate's answer first, and use the mean of both orders."""
     limit: int | None = Field(default=None, ge=1)
-    """Use only so many questions from the start."""
+    """Use only this many questions from the start."""
     concurrency: int = Field(default=8, ge=1)
-    """Requests to the judge at a time."""
+    """Requests to the judge that are in flight at once."""
     seed: int = 0
-    """Of the bootstrap."""
+    """Seed of the bootstrap."""
     reading: Reading = "first-line"
-    """What counts as a review's scores: its first line as asked for, two bare numbers, as published
-    figures were read; or, `tolerant`, also what is meant beyond doubt, such as `**8/10** **9/10**`
-    behind an empty line."""
+    """How scores are read from a review. `first-line`: two plain numbers on the first line, as for
+    published figures. `tolerant`: also what is clearly meant, such as `**8/10** **9/10**` behind an
+    empty line."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ class _Review:
     swapped: bool
     text: str | None
     scores: Pair | None
-    """Of the two answers in the order shown; None where the review has none."""
+    """Scores of the two answers in the order shown; None if the review has no scores."""
 
     def row(self) -> dict[str, Any]:
         """Return the line of a review file, in LLaVA's format."""
@@ -97,10 +99,11 @@ class _Review:
 
 
 class LlavaBench(Benchmark):
-    """LLaVA-Bench, COCO or in the wild, rated by a judge: the reference's answer is shown first.
+    """LLaVA-Bench (COCO) or LLaVA-Bench (In-the-Wild), rated by a judge.
 
-    The relative score is the mean of the candidate's scores in percent of the reference's mean.
-    A review without two scores on its first line counts nowhere, and is counted.
+    The judge sees the reference's answer first. The relative score is the mean of the candidate's
+    scores in percent of the reference's mean. Reviews without two scores on the first line are left
+    out; their number is reported as `unparsed`.
     """
 
     name = "llava-bench"
@@ -161,6 +164,7 @@ class LlavaBench(Benchmark):
         ], said
 
     def _messages(self, question: Question, answer: str, swapped: bool) -> tuple[Message, ...]:
+        # judges tend to prefer one position, which `swap` balances
         first, second = (answer, question.truth) if swapped else (question.truth, answer)
         parts = [
             f"[Context]\n{self.context_of[str(question.id)]}",
@@ -201,7 +205,7 @@ class LlavaBench(Benchmark):
 
 
 def _read_contexts(path: Path) -> Mapping[str, str]:
-    """Return what the judge is told of each image, by the image's name."""
+    """Return what the judge knows of each image, by the image's name."""
     found: dict[str, str] = {}
     for where, row in read_rows(path):
         image = text_of(row, "image", where)
@@ -212,7 +216,7 @@ def _read_contexts(path: Path) -> Mapping[str, str]:
 
 
 def _context(row: Row, where: str) -> str:
-    """Return captions and then boxes, as the generator's teacher is told them."""
+    """Return captions and then boxes, in the form that a generator's teacher gets."""
     captions = row.get("captions", row.get("caption"))
     captions = [captions] if isinstance(captions, str) else captions
     boxes = row.get("instances") or []

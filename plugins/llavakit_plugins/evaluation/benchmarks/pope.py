@@ -1,4 +1,4 @@
-"""POPE (Li et al., 2023): is this object in the image? It measures objects that are made up."""
+"""POPE (arXiv 2305.10355): "Is there a dog in the image?" It measures object hallucination."""
 
 from __future__ import annotations
 
@@ -16,43 +16,45 @@ from llavakit_plugins.datasets.rows import Row, id_of, read_rows
 from llavakit_plugins.evaluation.questions import QuestionRow, read_questions, with_suffix
 
 _WORD = re.compile(r"[a-z']+")
-_ENDS = re.compile(r"[.!?\n\r\v\f\x1c-\x1e\x85\u2028\u2029]")  # and a line's end, any there is
+_ENDS = re.compile(r"[.!?\n\r\v\f\x1c-\x1e\x85\u2028\u2029]")  # also every kind of line end
 _NO = {"no", "not"}
 _YES = {"yes"}
 
 
 class PopeOptions(Options):
+    """Options of `pope`."""
+
     questions: InputPath
-    """One `{"question_id", "image", "text", "category"}` a line, perhaps with its `label`."""
+    """One `{"question_id", "image", "text", "category"}` per line, with or without `label`."""
     labels: InputPath | None = None
-    """A folder with `coco_pope_CATEGORY.json`, or one file; where the questions have no label."""
+    """A folder with `coco_pope_CATEGORY.json`, or one file, if the questions have no label."""
     images: InputPath | None = None
-    """The folder that `image` is relative to; the questions' own where absent."""
+    """The folder of the images; by default the folder of the question file."""
     suffix: str = ""
-    """A last line to every question, such as a wish for one word."""
+    """A last line for every question, such as a request for one word."""
     limit: int | None = Field(default=None, ge=1)
-    """Use only so many questions from the start."""
+    """Use only this many questions from the start."""
     reading: Literal["strict", "original"] = "strict"
-    """Whose rule decides what an answer says, and so what is right: ours, or the original's, with
-    which its published figures were made. The figures of both are shown."""
+    """The rule by which an answer is read: ours (`strict`), or the one of the original's code, with
+    which published figures were computed. The figures of both are shown."""
 
 
 @dataclass(frozen=True)
 class Confusion:
-    """How often yes and no were said, rightly and wrongly; "yes" is the positive answer."""
+    """How often answers were yes and no, rightly and wrongly; "yes" is the positive class."""
 
     true_positive: int
     false_positive: int
     true_negative: int
     false_negative: int
     silent: int
-    """Answers that say neither; each is wrong."""
+    """Number of answers that say neither; each counts as wrong."""
     positives: int
-    """Questions whose right answer is yes."""
+    """Number of questions whose right answer is yes."""
 
     @classmethod
     def of(cls, truths: Sequence[bool], said: Sequence[bool | None]) -> Confusion:
-        """Count answers: True for yes, False for no, None for neither."""
+        """Count answers; True means yes, False no, None neither."""
         pairs = list(zip(truths, said, strict=True))
         return cls(
             true_positive=pairs.count((True, True)),
@@ -68,6 +70,7 @@ class Confusion:
         tp, fp, tn, fn, silent, positives = astuple(self)
         total = tp + fp + tn + fn + silent
         precision = tp / (tp + fp) if tp + fp else 0.0
+        # over all positive questions: tp + fn would leave out those that were not answered
         recall = tp / positives if positives else 0.0
         f1 = 2 * precision * recall / (precision + recall) if precision + recall else 0.0
         return {
@@ -82,9 +85,9 @@ class Confusion:
 class Pope(Benchmark):
     """Yes-or-no questions about objects, by category: random, popular, adversarial.
 
-    An answer has to say yes or no in its first sentence, which ends at `.`, `!`, `?` or the line's
-    end, and not both; else it is wrong. The original takes whatever has no "no", "No" or "not"
-    before the first `.` for yes; its figures stand beside ours.
+    An answer has to say either yes or no in its first sentence, which ends at `.`, `!`, `?` or the
+    end of the line; otherwise it is wrong. The original's code reads every answer without "no",
+    "No" or "not" before the first `.` as yes; its figures are shown beside ours.
     """
 
     name = "pope"
@@ -139,9 +142,9 @@ class Pope(Benchmark):
 
 
 def strict_answer(text: str) -> bool | None:
-    """Return whether the first sentence says yes (True) or no; None for neither and for both."""
+    """Return True if the first sentence says yes, False for no, None for neither or both."""
     sentences = _ENDS.split(text.lower())
-    # an answer may begin with a line's end, or with `1.`
+    # an answer may begin with an empty line or with `1.`: take the first part with a letter
     first = next((part for part in sentences if any(map(str.isalpha, part))), "")
     said = set(_WORD.findall(first))
     yes, no = bool(said & _YES), bool(said & _NO)
@@ -149,7 +152,7 @@ def strict_answer(text: str) -> bool | None:
 
 
 def original_answer(text: str) -> bool:
-    """Return what the original's parser reads: anything without a "No", "not" or "no" is a yes."""
+    """Return how POPE's own parser reads an answer: all without "No", "not" or "no" are yes."""
     return not {"No", "not", "no"} & set(text.split(".")[0].replace(",", "").split(" "))
 
 
@@ -160,9 +163,9 @@ _READERS: dict[str, Callable[[str], bool | None]] = {
 
 
 class _Labels:
-    """Labels of a folder or a file, joined by image and question, or else by question id.
+    """Labels of a folder or a file, looked up by image and question, or else by question id.
 
-    POPE's own files number the questions of each category anew, so their ids alone are no key.
+    POPE's files number the questions of each category from 1, so ids alone are not unique.
     """
 
     def __init__(self, path: Path) -> None:
@@ -170,7 +173,7 @@ class _Labels:
         self._files: dict[Path, dict[tuple[str, ...], str]] = {}
 
     def find(self, item: QuestionRow) -> str:
-        """Return the label of a question. Raises DataError where there is none."""
+        """Return the label of a question. Raises DataError if there is none."""
         path = self._path
         if path.is_dir():
             path = path / f"coco_pope_{item.question.category}.json"
@@ -197,7 +200,7 @@ def _read_labels(path: Path) -> dict[tuple[str, ...], str]:
 
 
 def _about(row: Row) -> tuple[str, ...]:
-    """Return image and question, without the lines that say how to answer; nothing without them."""
+    """Return image and question, without lines that say how to answer; () if one is missing."""
     image, text = row.get("image"), row.get("text")
     if not isinstance(image, str) or not isinstance(text, str):
         return ()

@@ -1,4 +1,4 @@
-"""Scores files of a judge's reviews: those kept by `llava-bench`, and published ones."""
+"""Scores files of a judge's reviews: those that `llava-bench` writes, and published ones."""
 
 from __future__ import annotations
 
@@ -27,6 +27,8 @@ from llavakit_plugins.evaluation.reviews import (
 
 
 class ReviewFilesOptions(Options):
+    """Options of `score reviews`."""
+
     file: InputPath = Field(description="reviews, one JSON object a line")
     reading: Reading = Field(
         default="first-line",
@@ -35,10 +37,10 @@ class ReviewFilesOptions(Options):
 
 
 class ReviewFiles(FileScorer):
-    """Scores a judge's reviews: the second answer in percent of the first, the reference.
+    """Scores a judge's reviews: the second answer in percent of the first, which is the reference.
 
     A review has its text under `content` (LLaVA) or `text` (Vicuna), and often scores under `tuple`
-    or `score`. Both readings are shown. What does not parse is counted, and averaged in nowhere.
+    or `score`. Results of both are shown. Reviews without two scores are counted and left out.
     """
 
     name = "reviews"
@@ -107,7 +109,7 @@ class ReviewFiles(FileScorer):
                         f"{self.options.file}: the reference's scores ({where}) are all 0, so "
                         "nothing can be put in percent of them; fix the file"
                     )
-                if name == "text" and shown:  # those that are stored will do
+                if name == "text" and shown:  # the stored scores are enough
                     notes.append("no review has two scores as text: only those stored count")
                     continue
                 raise DataError(
@@ -158,7 +160,7 @@ def _from_text(where: str, row: Row, reading: Reading) -> Pair | None:
 
 
 def _from_stored(where: str, row: Row) -> Pair | None:
-    """Return the stored scores; the original writes -1 for what it could not read."""
+    """Return the stored scores; the original writes -1 for scores that it could not read."""
     value = row.get("tuple", row.get("score"))
     if value is None:
         return None
@@ -169,5 +171,5 @@ def _from_stored(where: str, row: Row) -> Pair | None:
 
 
 def _is_score(value: object) -> bool:
-    """Whether it is a number that a judge may have given, or -1, for none."""
+    """Return whether a value is a possible score, or -1, which stands for none."""
     return isinstance(value, int | float) and not isinstance(value, bool) and -1 <= value <= HIGHEST

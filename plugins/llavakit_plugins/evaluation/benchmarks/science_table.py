@@ -1,4 +1,4 @@
-"""Table 7 of the paper: right answers by subject, modality of the context, and grade."""
+"""Table 7 of arXiv 2304.08485: right answers by subject, modality of the context, and grade."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ from llavakit_plugins.datasets.scienceqa_problems import COLUMNS, Problem
 
 @dataclass(frozen=True)
 class Count:
-    """How many of a column's problems are answered right."""
+    """Right answers and problems of one column."""
 
     correct: int
     count: int
 
     @property
     def percent(self) -> float | None:
-        """The share in percent; None where no problem belongs to the column."""
+        """Share of right answers in percent; None if no problem belongs to the column."""
         return 100 * self.correct / self.count if self.count else None
 
 
 @dataclass(frozen=True)
 class Result:
-    """One set of choices, scored."""
+    """The scores of one set of answers."""
 
     columns: Mapping[str, Count]
     choices: Mapping[str, int | None]
-    """By the problem's id; None where the answer states no choice, which is wrong."""
+    """Choices by problem id; None, which is wrong, if the answer states no choice."""
 
     @classmethod
     def of(cls, problems: Sequence[Problem], choices: Sequence[int | None]) -> Result:
-        """Count the choices, one a problem."""
+        """Return the scores of these choices, one for each problem."""
         totals = {name: [0, 0] for name in COLUMNS}
         for problem, choice in zip(problems, choices, strict=True):
             for column in problem.columns:
@@ -46,17 +46,17 @@ class Result:
 
     @property
     def accuracy(self) -> float:
-        """The share of all problems answered right, 0 to 1."""
+        """Share of all problems that are answered right, 0 to 1."""
         total = self.columns["Avg"]
         return total.correct / total.count
 
     @property
     def unparsable(self) -> list[str]:
-        """The problems whose answer states no choice."""
+        """Ids of the problems whose answer states no choice."""
         return [identity for identity, choice in self.choices.items() if choice is None]
 
     def data(self) -> dict[str, Any]:
-        """Return it as JSON has it."""
+        """Return the scores as a table for JSON."""
         total = self.columns["Avg"]
         return {
             "accuracy": self.accuracy,
@@ -71,7 +71,7 @@ class Result:
 
 
 def table(title: str, results: Mapping[str, Result]) -> Table:
-    """Return one row for each result, shares in percent, and how many problems there are."""
+    """Return a table with a row for each result, in percent, and a last row with the problems."""
     rows: list[list[str | float | int | None]] = [
         [
             name,

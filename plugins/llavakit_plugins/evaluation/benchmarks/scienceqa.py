@@ -1,4 +1,4 @@
-"""ScienceQA: multiple choice with and without images (paper, section 5.2)."""
+"""ScienceQA: multiple choice with and without images (arXiv 2304.08485, section 5.2)."""
 
 from __future__ import annotations
 
@@ -38,27 +38,29 @@ _BEHIND_REASONS = "###\nANSWER:"
 
 
 class ScienceQAOptions(Options):
+    """Options of `scienceqa`."""
+
     problems: InputPath
     """ScienceQA's `problems.json`."""
     images: InputPath | None = None
-    """The folder with `SPLIT/ID/image.png` or `ID/image.png`; beside the problems where absent."""
+    """The folder with `SPLIT/ID/image.png` or `ID/image.png`; by default that of the problems."""
     split: str = "test"
     format: Format = "QCM-LEA"
-    """As the model was trained; only what is asked matters here."""
+    """The format that the model was trained with; only its question part is used here."""
     suffix: str | None = None
-    """A last line to every question; where absent, formats that expect the answer alone ask for
-    the letter."""
+    """A last line for every question. By default, formats that expect the answer alone ask for the
+    letter."""
     with_images: bool = True
-    """Whether problems with an image are asked with it; else they are asked in words alone."""
+    """Whether problems with an image show it; otherwise all problems are text only."""
     limit: int | None = Field(default=None, ge=1)
-    """Use only so many problems from the start."""
+    """Use only this many problems from the start."""
     second: InputPath | None = None
     """Another model's answers, for an ensemble."""
     ensemble: Ensemble | None = None
     judge: Use[ChatModel] | None = None
-    """Who decides where the two differ."""
+    """The chat model that decides if the two differ."""
     concurrency: int = Field(default=8, ge=1)
-    """Requests to the judge at a time."""
+    """Requests to the judge that are in flight at once."""
 
     @model_validator(mode="after")
     def _ensembles_are_whole(self) -> Self:
@@ -70,9 +72,9 @@ class ScienceQAOptions(Options):
 
 
 class ScienceQA(Benchmark):
-    """ScienceQA's problems; scored as published, alone and as an ensemble with another's answers.
+    """ScienceQA, scored as published: a model alone, or in an ensemble with another's answers.
 
-    Table 7 of the paper says what its columns are.
+    The columns are those of table 7 of arXiv 2304.08485.
     """
 
     name = "scienceqa"
@@ -126,6 +128,7 @@ class ScienceQA(Benchmark):
             if count.count and name != "Avg"
         }
         if self.second is not None:
+            # letters, not choices: the original's ensemble also keeps letters beyond the choices
             first = [read_letter(text) for text in answers]
             second = [read_letter(self.second.get(p.id, "")) for p in problems]
             if self.judge is None:
@@ -162,7 +165,7 @@ class ScienceQA(Benchmark):
         second: Sequence[int | None],
         settings: JudgeSettings,
     ) -> tuple[Mapping[int, int | None], Replies]:
-        """Ask the judge about the problems on which the two differ; return its answers by place."""
+        """Ask the judge about the problems on which the two differ; return its answers by index."""
         assert self.judge is not None
         assert self.second is not None
         indices = differing(ours, second)

@@ -1,4 +1,4 @@
-"""Scores files of answers to ScienceQA, alone or as an ensemble of two models."""
+"""Scores files of answers to ScienceQA, of one model or of an ensemble of two."""
 
 from __future__ import annotations
 
@@ -32,6 +32,8 @@ from llavakit_plugins.evaluation.judging import JudgeSettings, replies
 
 
 class ScienceQAFilesOptions(Options):
+    """Options of `score scienceqa`."""
+
     problems: InputPath = Field(description="ScienceQA's problems.json")
     predictions: InputPath = Field(
         description="answers: JSON Lines or a list of question_id and text, or outputs by id"
@@ -66,9 +68,9 @@ class ScienceQAFilesOptions(Options):
 
 
 class ScienceQAFiles(FileScorer):
-    """Scores answers to ScienceQA by the columns of the paper's table 7.
+    """Scores answers to ScienceQA in the columns of table 7 of arXiv 2304.08485.
 
-    Files are joined by id. A missing answer, and one that states no choice, is wrong.
+    Files are joined by id. A missing answer is wrong, and so is one that states no choice.
     """
 
     name = "scienceqa"
@@ -105,6 +107,7 @@ class ScienceQAFiles(FileScorer):
         known = {problem.id for problem in problems}
         strange = [name for name in answers.texts if name not in known]
         missing = [problem.id for problem in problems if problem.id not in answers.texts]
+        # joined by id, a file of another data set would otherwise score 0 without an error
         if len(missing) == len(problems):
             raise DataError(
                 f"{path} answers no problem of {self.options.problems} (it has "
@@ -181,7 +184,7 @@ def _choices(problems: Sequence[Problem], answers: Answers) -> list[int | None]:
 
 
 def _result(problems: Sequence[Problem], indices: Sequence[int | None]) -> Result:
-    """Return what places in the alphabet come to: one beyond a problem's choices is none."""
+    """Return the scores of indices in the alphabet; an index beyond the choices is no choice."""
     pairs = zip(indices, problems, strict=True)
     return Result.of(problems, [within(index, problem) for index, problem in pairs])
 
@@ -189,7 +192,7 @@ def _result(problems: Sequence[Problem], indices: Sequence[int | None]) -> Resul
 def _stored(
     problems: Sequence[Problem], ours: Sequence[int | None], stored: Mapping[str, int]
 ) -> dict[str, Any]:
-    """Return how the choices that the file stores compare with what its texts state."""
+    """Return how the choices that the file stores compare with those that its texts state."""
     pairs = {p.id: (mine, stored.get(p.id)) for p, mine in zip(problems, ours, strict=True)}
     stated = {name: pair for name, pair in pairs.items() if pair[0] is not None}
     right = sum(stored.get(problem.id) == problem.answer for problem in problems)

@@ -15,23 +15,25 @@ from llavakit_plugins.evaluation.vqa_text import normalise, vqa_accuracy
 
 
 class VqaOptions(Options):
+    """Options of `vqa`."""
+
     questions: InputPath
-    """One `{"question_id", "image", "text"}` a line, with `answers` (a list) or `answer`."""
+    """One `{"question_id", "image", "text"}` per line, with `answers` (a list) or `answer`."""
     truths: InputPath | None = None
-    """Another file with the answers by `question_id`, where the questions have none."""
+    """Another file with the answers by `question_id`, if the questions have none."""
     images: InputPath | None = None
-    """The folder that `image` is relative to; the questions' own where absent."""
+    """The folder of the images; by default the folder of the question file."""
     suffix: str = "Answer with a single word or a short phrase."
-    """A last line to every question; none where empty."""
+    """A last line for every question; may be empty."""
     limit: int | None = Field(default=None, ge=1)
-    """Use only so many questions from the start."""
+    """Use only this many questions from the start."""
 
 
 class Vqa(Benchmark):
-    """Short answers, compared with those of several people after VQA's normaliser.
+    """Compares short answers with those of several people, after VQA's normalisation.
 
-    VQA accuracy takes an answer for right in full where three others give it, too. Exact match
-    takes it for right where anyone gives it.
+    In VQA accuracy an answer is fully right if three other people give it. In exact match it is
+    right if anyone gives it.
     """
 
     name = "vqa"
@@ -79,7 +81,7 @@ class Vqa(Benchmark):
 
 
 def _truths(row: Row, where: str) -> list[str]:
-    """Return the answers of a row: texts, or VQA's objects with an `answer`."""
+    """Return the answers of a row, which are texts or VQA's objects with `answer`."""
     found = row.get("answers", row.get("answer"))
     found = [found] if isinstance(found, str | int | float) else found
     if not isinstance(found, list) or not found:
@@ -91,4 +93,5 @@ def _truths(row: Row, where: str) -> list[str]:
 
 
 def _commonest(truths: Sequence[str]) -> str:
+    # for display only; ties go to the first, so that the result does not depend on hashes
     return max(dict.fromkeys(truths), key=list(truths).count)

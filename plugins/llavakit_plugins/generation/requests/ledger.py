@@ -201,7 +201,7 @@ class Ledger:
         while self._waiting:
             batch, self._waiting = self._waiting, []
             try:
-                # in a thread, since fsync blocks; one task writes at a time, so there is no lock
+                # in a thread, since fsync blocks; one task at a time writes: no lock is needed
                 await asyncio.to_thread(self._write, [entry for entry, _ in batch])
             except Exception as error:
                 for _, done in batch:

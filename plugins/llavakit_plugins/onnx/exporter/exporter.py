@@ -160,8 +160,8 @@ class Onnx(Exporter):
             precision: OnnxModel(checked, precision)
             for precision in dict.fromkeys(("fp32", *options.precisions))
         }
-        asked = {str(name): least for name, least in options.least_agreement.items()}
-        limits = {**_LEAST, **asked}
+        stated = {str(name): least for name, least in options.least_agreement.items()}
+        limits = {**_LEAST, **stated}
         report["parity"] = parity.prove(model, exported, limits, options.tolerance, tried)
         report["prompts"] = [case.text for case in tried]
         # fp32 graphs are always written, for the proof; they go if they were not requested

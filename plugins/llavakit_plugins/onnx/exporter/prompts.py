@@ -27,15 +27,17 @@ def find_format(template: PromptTemplate, tokenizer: PreTrainedTokenizerBase) ->
 
     Raises ModelError for a template whose prompt is not the question between two fixed texts.
     """
-    asked = _QUESTION.format(0)
-    shown = _render(template, tokenizer, f"{IMAGE}\n{asked}")
-    if asked not in shown:
+    placeholder = _QUESTION.format(0)
+    shown = _render(template, tokenizer, f"{IMAGE}\n{placeholder}")
+    if placeholder not in shown:
         form = _images_only(template, tokenizer, shown)
     else:
-        head, ask = _split(_render(template, tokenizer, asked), asked, template.name)
-        unit = shown.removeprefix(head).removesuffix(ask).replace(asked, "").removesuffix("\n")
+        head, ask = _split(_render(template, tokenizer, placeholder), placeholder, template.name)
+        unit = (
+            shown.removeprefix(head).removesuffix(ask).replace(placeholder, "").removesuffix("\n")
+        )
         apart = _render(template, tokenizer, f"a{IMAGE}b")
-        trimmed = _render(template, tokenizer, f" {asked} ") == f"{head}{asked}{ask}"
+        trimmed = _render(template, tokenizer, f" {placeholder} ") == f"{head}{placeholder}{ask}"
         form = PromptFormat(
             template=template.name,
             head=head,
