@@ -46,7 +46,5 @@ def locate(text: str, *spellings: Key) -> Place:
 @lru_cache(maxsize=16)
 def find_keys(text: str) -> Mapping[Key, Span]:
     """Return where every key, table and array element of a valid TOML text is written."""
-    for finder in entry_points(group="llavakit.displays", name="toml"):
-        found: Mapping[Key, Span] = finder.load()(text)
-        return found
-    return {}
+    finders = entry_points(group="llavakit.displays", name="toml")
+    return next((finder.load()(text) for finder in finders), {})
