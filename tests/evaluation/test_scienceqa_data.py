@@ -51,7 +51,7 @@ def build(folder: Path, **options: object) -> Dataset:
 
 
 @pytest.mark.parametrize(
-    ("form", "identity", "asked", "learned"),
+    ("form", "identity", "asked", "supervised"),
     [
         (
             "QCM-LEPA",
@@ -104,7 +104,7 @@ def test_every_format_is_the_converters(
 
 # What the original's converter makes of these, by running it
 @pytest.mark.parametrize(
-    ("changes", "form", "asked", "learned"),
+    ("changes", "form", "asked", "supervised"),
     [
         ({}, "QCM-LEA", None, " The answer is A."),  # of three spaces two are left, and one goes
         ({}, "QCM-ELA", None, " The answer is A."),
