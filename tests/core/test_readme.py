@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -21,6 +22,7 @@ def code(language: str, containing: str) -> str:
 def pooled() -> ModuleType:
     module = ModuleType("llava_pooled")
     exec(compile(code("python", "class Pooled"), "llava_pooled.py", "exec"), module.__dict__)
+    sys.modules["llava_pooled"] = module  # as an installed one is: pickle looks there
     return module
 
 

@@ -139,8 +139,9 @@ class Contract(Generic[KindT]):
             "keep no lambda, open file, lock or generator on `self`; open what you need where it "
             "is used, or write `__getstate__`",
         ):
-            copy = pickle.loads(pickle.dumps(self.build()))  # noqa: S301 - its own
+            component = self.build()
+            copy = pickle.loads(pickle.dumps(component))  # noqa: S301 - its own
         hold(
-            type(copy) is type(self.build()),
+            type(copy) is type(component),
             "the copy is of the same class", type(copy), "fix its `__reduce__`",
         )  # fmt: skip
