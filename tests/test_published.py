@@ -12,10 +12,10 @@ from sentencepiece import SentencePieceProcessor
 from tests import llama_like, published
 
 CHOSEN = {
-    "tests/evaluation/test_score_command.py": "published or gpt3",
-    "tests/evaluation/test_scienceqa_data.py": "scorer_reads or columns",
-    "tests/plugins/test_prompted.py": "real_contexts or gpt4",
-    "tests/templates/test_builtin.py": "exchanges",
+    "tests/plugins/evaluation/test_score_command.py": "published or gpt3",
+    "tests/plugins/evaluation/test_scienceqa_data.py": "scorer_reads or columns",
+    "tests/plugins/generation/test_prompted.py": "real_contexts or gpt4",
+    "tests/plugins/templates/test_builtin.py": "exchanges",
 }
 
 

@@ -11,8 +11,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from tests.conftest import RecipeWriter
-from tests.core.conftest import Command
+from tests.conftest import Command, RecipeWriter
 from tests.core.processes import small_disk
 
 Refused = Callable[..., str]

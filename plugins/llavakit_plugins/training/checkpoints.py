@@ -55,7 +55,9 @@ class Checkpoints:
             saved = json.loads((newest / _STATE).read_text(encoding="utf-8"))
             if saved["step"] != _number(newest):
                 raise ValueError(f"it is that of step {saved['step']!r:.20}")
-            if saved["check"] != f"{_fingerprint(newest / _TENSORS)} {_sum(saved['state'])}":
+            tensors_check = _fingerprint(newest / _TENSORS)
+            # checkpoints of before 2026-12 have a check of their tensors alone
+            if saved["check"] not in (tensors_check, f"{tensors_check} {_sum(saved['state'])}"):
                 raise ValueError(f"{_TENSORS} or {_STATE} is not what was written")
             tensors = load_file(newest / _TENSORS)
             state = TypeAdapter(kind).validate_python(saved["state"])
@@ -88,9 +90,11 @@ class Best:
         """Return the weights of `step`. Raises TrainingError where they are damaged."""
         path = self._place(step) / _TENSORS
         try:
-            saved = json.loads(path.with_name(_STATE).read_text(encoding="utf-8"))
-            if saved["check"] != _fingerprint(path):
-                raise ValueError("it is not what was written")
+            check = path.with_name(_STATE)
+            if check.exists():  # not in folders of before 2026-12
+                saved = json.loads(check.read_text(encoding="utf-8"))
+                if saved["check"] != _fingerprint(path):
+                    raise ValueError("it is not what was written")
             return load_file(path)
         except _DAMAGES as error:
             raise TrainingError(

@@ -1,0 +1,132 @@
+"""What commands print of foreign text drives no terminal."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import tomli_w
+from tests.conftest import Command
+
+from llavakit import Registry
+from llavakit.contracts.errors import DataError
+from llavakit.files import CONTROL
+
+EVIL = "a\x1b[2J\x1b]0;title\x07\x9b31m\u202eb"
+SHOWN = "a\\x1b[2J\\x1b]0;title\\x07\\x9b31m\\u202eb"
+
+
+def texts_in(node: Any) -> set[str]:
+    """Return every key and text of JSON; of a metric's the name behind its step, too."""
+    if isinstance(node, dict | list):
+        items = [*node, *node.values()] if isinstance(node, dict) else node
+        return set().union(*map(texts_in, items))
+    return {str(node), str(node).removeprefix("evaluate.")}
+
+
+class Talking:
+    """A model that says what it must not."""
+
+    def generate(self, *_: object, **__: object) -> str:
+        return EVIL
+
+    def stream(self, question: str, **_: object) -> Iterator[str]:
+        if question == "fail":
+            raise DataError(f"image {EVIL} is missing")
+        yield from EVIL
+
+
+@pytest.fixture
+def talking(monkeypatch: pytest.MonkeyPatch) -> None:
+    from llavakit_plugins.commands import chat
+
+    monkeypatch.setattr(chat, "load_model", lambda *_: Talking())
+
+
+@pytest.mark.usefixtures("talking")
+def test_answers(llava_run: Command) -> None:
+    code, out, _ = llava_run("chat", "m", "--prompt", "what ?")
+    assert (code, out) == (0, SHOWN + "\n")
+
+
+@pytest.mark.usefixtures("talking")
+def test_answers_as_they_come_and_errors(
+    llava_run: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("what ?\nfail\n"))
+    code, out, err = llava_run("chat", "m")
+    assert code == 0
+    assert SHOWN in out
+    assert SHOWN in err
+    assert not CONTROL.search(out + err)
+
+
+def test_export_and_import(
+    llava_run: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from llavakit_plugins.commands import export
+
+    model = SimpleNamespace(merged=lambda: None)
+    monkeypatch.setattr(export, "load_model", lambda *_: model)
+    monkeypatch.setattr("llavakit.LlavaModel", SimpleNamespace)
+    exporter = SimpleNamespace(export=lambda *_: {EVIL: EVIL})
+    monkeypatch.setattr("llavakit.build_from", lambda *_: exporter)
+    code, out, err = llava_run("export", "m", tmp_path / "x", "--format", "hf")
+    assert (code, out) == (0, f"{SHOWN}: {SHOWN}\n"), err
+
+
+@pytest.mark.parametrize("more", [[], ["--json"]])
+def test_compared_runs(llava_run: Command, tmp_path: Path, more: list[str]) -> None:
+    for seed in (0, 1):
+        step = tmp_path / str(seed) / "01-evaluate"
+        step.mkdir(parents=True)
+        recipe = {"name": EVIL, "seed": seed, "steps": [{"use": "evaluate"}]}
+        (step.parent / "recipe.toml").write_text(tomli_w.dumps(recipe))
+        (step / "artifact.json").write_text(json.dumps({"metrics": {EVIL: 0.5, "\x7f": 1.0}}))
+    torn = tmp_path / "torn\x1b[2J"
+    torn.mkdir()
+    code, out, err = llava_run("compare", tmp_path / "0", tmp_path / "1", torn, *more)
+    assert code == 0, err
+    assert not CONTROL.search(out + err)
+    assert "title" in out
+    if more:
+        assert EVIL in texts_in(json.loads(out))
+
+
+@pytest.mark.parametrize("more", [[], ["--json"]])
+def test_scores(
+    llava_run: Command, monkeypatch: pytest.MonkeyPatch, more: list[str], tmp_path: Path
+) -> None:
+    from llavakit.contracts.sections import Table
+    from llavakit_plugins.commands import scoring
+
+    result = SimpleNamespace(
+        notes=[EVIL], data={EVIL: "\x7f"}, tables=[Table(title=EVIL, columns=[EVIL], rows=[[EVIL]])]
+    )
+    monkeypatch.setattr("llavakit.build_from", lambda *_: SimpleNamespace(score=lambda: result))
+    name, scorer = next(iter(scoring.find_scorers(Registry.installed()).items()))
+    stated: list[Any] = []
+    for option, field in scorer.Options.model_fields.items():
+        if field.is_required():
+            flag = [] if option in scorer.positional else [f"--{option.replace('_', '-')}"]
+            stated += [*flag, tmp_path / "x"]
+    code, out, err = llava_run("score", name, *stated, *more)
+    assert code == 0, err
+    assert not CONTROL.search(out + err)
+    assert "title" in out
+    assert "title" in err
+
+
+def test_components_of_others(llava_run: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    origins: Callable[..., Any] = lambda *_: {EVIL: (EVIL, "\x7f1")}  # noqa: E731
+    monkeypatch.setattr(Registry, "origins", origins)
+    for more in ([], ["--json"]):
+        code, out, err = llava_run("plugins", *more)
+        assert code == 0, err
+        assert not CONTROL.search(out + err)
+        assert "title" in out
