@@ -255,7 +255,5 @@ def _ignore(*_: object, **__: object) -> None:
 
 
 def _metrics(metrics: Mapping[str, float]) -> str:
-    return "".join(
-        f"{name} {value:,.1f}, " if abs(value) >= 1000 else f"{name} {value:.4g}, "
-        for name, value in metrics.items()
-    )
+    digits = {name: ",.0f" if float(m).is_integer() else ",.4g" for name, m in metrics.items()}
+    return "".join(f"{name} {value:{digits[name]}}, " for name, value in metrics.items())
