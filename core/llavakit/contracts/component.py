@@ -81,7 +81,8 @@ def _resolve(value: object, info: ValidationInfo) -> object:
         return value
     name, _, rest = value[1:].partition("/")
     if name not in folders:
-        hint = did_you_mean(name, folders, f"earlier: {', '.join(folders)}", "@{}".format)
+        there = f"earlier: {', '.join(folders)}" if folders else "no step comes before this one"
+        hint = did_you_mean(name, folders, there, "@{}".format)
         raise ValueError(f"no earlier step is called `{name}`; {hint}")
     if ".." in Path(rest).parts or Path(rest).is_absolute():
         raise ValueError(f"`{value}` leaves the folder of its step")

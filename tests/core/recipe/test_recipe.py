@@ -412,7 +412,8 @@ def test_references_to_earlier_steps(tmp_path: Path, reference: str, sentence: s
 def test_a_skipped_step_can_not_be_referred_to(tmp_path: Path) -> None:
     text = BASE.replace('use = "pretrain"', 'use = "pretrain"\nskip = true')
     path = write(tmp_path, text + 'init = "@pretrain/model"\n')
-    assert "no earlier step is called `pretrain`" in problems(path)
+    sentence = "no earlier step is called `pretrain`; no step comes before this one"
+    assert sentence in problems(path)
 
 
 def test_missing_input_files_are_found_before_anything_runs(
