@@ -131,7 +131,7 @@ class RecipePlanner:
         return count_parameters(getattr(self.model, part))
 
     def build(self, use: Use[KindT], /, **context: Any) -> KindT:
-        return self._registry.build(use, shapes=True, **context)
+        return self._registry.build(use, **{**context, "shapes": True})
 
     def trainable(self, part: str) -> int:
         return sum(parameter.numel() for _, parameter in getattr(self.model, part).trainable())

@@ -71,9 +71,8 @@ def load(
                 )
             _refuse_others(path, name, given, signature(exporter.load).parameters)
             return exporter.load(path, device=place, dtype=dtype, **given)
-    broken = [
-        file.name for file in sorted(path.glob("*.json")) if file.is_file() and not peek_json(file)
-    ]
+    files = sorted(path.glob("*.json"))  # a pipe among them is no file that can be read, either
+    broken = [file.name for file in files if not (file.is_file() and peek_json(file))]
     raise ModelError(
         f"{path} holds no model that is recognised; known layouts: "
         f"{', '.join(('llavakit (model.toml)', *layouts))}"

@@ -98,7 +98,8 @@ def printable(text: str) -> str:
 
 def brief(text: str, most: int = 1000) -> str:
     """Return a text whose very long lines are cut: some value in it has no end."""
-    return re.sub(rf"(.{{{most}}}).+", r"\1 ...", text)
+    tail = most // 4  # where the sample or the remedy is said
+    return re.sub(rf"(.{{{most - tail}}}).+(.{{{tail}}})", r"\1 ... \2", text)
 
 
 def shown(text: str) -> str:

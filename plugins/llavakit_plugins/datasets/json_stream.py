@@ -181,8 +181,10 @@ class _Window:
                 raise self.error(error.msg, error.pos) from error
             except ValueError as error:  # a whole number of more digits than Python reads
                 raise self.error("a number is too long") from error
-            if end == len(self._text) and not isinstance(value, dict | list) and self._fill():
-                continue  # a number may go on
+            # `0`, `0.` and `0e-` at the window's end may be the beginning of a longer number
+            open_ended = not self._text[end:].strip(".eE+-") and not isinstance(value, dict | list)
+            if open_ended and self._fill():
+                continue
             start = self._byte
             self.advance(end)
             return Row(value, start, self._byte - start, self._doubled.key)

@@ -45,7 +45,7 @@ def preparation(model: LlavaModel, changes: Mapping[str, Any], build: Build) -> 
     choice = {**model.choices["vision"], **changes}
     try:
         with torch.device("meta"):
-            changed = build(Use[VisionEncoder].model_validate(choice))
+            changed = build(Use[VisionEncoder].model_validate(choice), shapes=True)
     except ValidationError as error:
         found = "; ".join(f"`{'.'.join(map(str, e['loc']))}`: {e['msg']}" for e in error.errors())
         raise TrainingError(f"`prepare` of `{model.vision.name}`: {found}; fix it") from error

@@ -75,7 +75,7 @@ def test_export_and_import(
     monkeypatch.setattr(export, "load_model", lambda *_: model)
     monkeypatch.setattr("llavakit.LlavaModel", SimpleNamespace)
     exporter = SimpleNamespace(export=lambda *_: {EVIL: EVIL})
-    monkeypatch.setattr("llavakit.build_from", lambda *_: exporter)
+    monkeypatch.setattr("llavakit_plugins.commands.options.build_from", lambda *_: exporter)
     code, out, err = llava_run("export", "m", tmp_path / "x", "--format", "hf")
     assert (code, out) == (0, f"{SHOWN}: {SHOWN}\n"), err
 
@@ -108,7 +108,8 @@ def test_scores(
     result = SimpleNamespace(
         notes=[EVIL], data={EVIL: "\x7f"}, tables=[Table(title=EVIL, columns=[EVIL], rows=[[EVIL]])]
     )
-    monkeypatch.setattr("llavakit.build_from", lambda *_: SimpleNamespace(score=lambda: result))
+    scored = SimpleNamespace(score=lambda: result)
+    monkeypatch.setattr("llavakit_plugins.commands.options.build_from", lambda *_: scored)
     name, scorer = next(iter(scoring.find_scorers(Registry.installed()).items()))
     stated: list[Any] = []
     for option, field in scorer.Options.model_fields.items():
@@ -124,7 +125,9 @@ def test_scores(
 
 def test_components_of_others(llava_run: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     origins: Callable[..., Any] = lambda *_: {EVIL: (EVIL, "\x7f1")}  # noqa: E731
+    usable: Callable[..., Any] = lambda *_: {EVIL: None}  # noqa: E731
     monkeypatch.setattr(Registry, "origins", origins)
+    monkeypatch.setattr(Registry, "all", usable)
     for more in ([], ["--json"]):
         code, out, err = llava_run("plugins", *more)
         assert code == 0, err

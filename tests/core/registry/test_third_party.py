@@ -72,7 +72,7 @@ def test_its_own_tests_pass(installed: dict[str, str], tmp_path: Path) -> None:
         command, cwd=tmp_path, env=installed, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "11 passed" in done.stdout
+    assert "15 passed" in done.stdout
 
 
 # -- commands and reports -------------------------------------------------------------------------
