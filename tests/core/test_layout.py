@@ -94,3 +94,17 @@ def test_data_is_checked_without_torch(tmp_path: Path) -> None:
     assert json.loads(out)["samples"] == 1
     assert code == 0
     assert not {"torch", "transformers"} & modules
+
+
+def test_asking_for_one_component_imports_one() -> None:
+    program = (
+        "import sys; from llavakit import Registry, VisionEncoder;"
+        "Registry.installed().get(VisionEncoder, 'clip');"
+        "print(*(n for n in sys.modules if n.startswith(('timm', 'llavakit_plugins.vision.'))))"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    modules = set(found.stdout.split())
+    assert "llavakit_plugins.vision.clip" in modules
+    assert not {"timm", "llavakit_plugins.vision.timm", "llavakit_plugins.vision.siglip"} & modules
