@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from llavakit.contracts.sections import Table
-from llavakit_plugins.datasets.scienceqa_problems import COLUMNS, Problem
+from llavakit_plugins.datasets.scienceqa_problems import COLUMNS, Problem, within
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,12 @@ class Result:
             {name: Count(*numbers) for name, numbers in totals.items()},
             {problem.id: choice for problem, choice in zip(problems, choices, strict=True)},
         )
+
+    @classmethod
+    def of_letters(cls, problems: Sequence[Problem], indices: Sequence[int | None]) -> Result:
+        """Return the scores of indices in the alphabet; one beyond the choices is no choice."""
+        pairs = zip(indices, problems, strict=True)
+        return cls.of(problems, [within(index, problem) for index, problem in pairs])
 
     @property
     def accuracy(self) -> float:

@@ -18,7 +18,6 @@ from llavakit_plugins.datasets.scienceqa_problems import (
     read_choice,
     read_letter,
     read_problems,
-    within,
 )
 from llavakit_plugins.evaluation.answers import read_answers
 from llavakit_plugins.evaluation.benchmarks.ensembles import (
@@ -143,8 +142,7 @@ class ScienceQA(Benchmark):
                 (str(self.options.ensemble), final),
                 ("upper bound", best),
             ):
-                choices = [within(index, p) for index, p in zip(indices, problems, strict=True)]
-                shown[name] = Result.of(problems, choices)
+                shown[name] = Result.of_letters(problems, indices)
             metrics |= {
                 f"accuracy_{name.replace(' ', '_')}": shown[name].accuracy
                 for name in list(shown)[1:]

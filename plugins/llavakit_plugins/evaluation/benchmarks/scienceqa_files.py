@@ -15,7 +15,6 @@ from llavakit_plugins.datasets.scienceqa_problems import (
     read_choice,
     read_letter,
     read_problems,
-    within,
 )
 from llavakit_plugins.evaluation.answers import Answers, read_answers
 from llavakit_plugins.evaluation.benchmarks.ensembles import (
@@ -90,7 +89,7 @@ class ScienceQAFiles(FileScorer):
         data: dict[str, Any] = {}
         if self.options.second is not None:
             final, data["ensemble"] = self._ensemble(problems, answers, shown, notes)
-            shown[str(self.options.ensemble)] = result = _result(problems, final)
+            shown[str(self.options.ensemble)] = result = Result.of_letters(problems, final)
         if answers.stored is not None:
             data["stored"] = _stored(problems, ours, answers.stored)
         results = {
@@ -131,8 +130,8 @@ class ScienceQAFiles(FileScorer):
         ours = [read_letter(answers.texts.get(problem.id, "")) for problem in problems]
         second = [read_letter(others.texts.get(problem.id, "")) for problem in problems]
         indices = differing(ours, second)
-        shown["second"] = _result(problems, second)
-        shown["upper bound"] = _result(problems, upper_bound(problems, ours, second))
+        shown["second"] = Result.of_letters(problems, second)
+        shown["upper bound"] = Result.of_letters(problems, upper_bound(problems, ours, second))
         data: dict[str, Any] = {
             "kind": self.options.ensemble,
             "ours": shown["predictions"].data(),
@@ -181,12 +180,6 @@ class ScienceQAFiles(FileScorer):
 
 def _choices(problems: Sequence[Problem], answers: Answers) -> list[int | None]:
     return [read_choice(answers.texts.get(problem.id, ""), problem) for problem in problems]
-
-
-def _result(problems: Sequence[Problem], indices: Sequence[int | None]) -> Result:
-    """Return the scores of indices in the alphabet; an index beyond the choices is no choice."""
-    pairs = zip(indices, problems, strict=True)
-    return Result.of(problems, [within(index, problem) for index, problem in pairs])
 
 
 def _stored(
