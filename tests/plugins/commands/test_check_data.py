@@ -448,27 +448,6 @@ def test_a_data_set_without_a_path_is_checked(
     assert llava_run("check-data", "--dataset", "inline", "--json").code == 0
 
 
-@pytest.mark.parametrize(
-    ("arguments", "sentence"),
-    [
-        (["rows.json", "--dataset", "scienceqa"], "data set `scienceqa` has no option `path`"),
-        (["--dataset", "mix", "--images", "."], "data set `mix` has no option `images`"),
-        (["--dataset", "scienceqa"], "missing option `problems` of `scienceqa`"),
-        ([], "missing option `path` of `conversations`"),
-    ],
-)
-def test_options_that_a_data_set_does_not_have_are_told(
-    folder: Path,
-    refused: Callable[..., str],
-    monkeypatch: pytest.MonkeyPatch,
-    arguments: list[str],
-    sentence: str,
-) -> None:
-    (folder / "rows.json").write_text(json.dumps(GOOD))
-    monkeypatch.chdir(folder)
-    assert sentence in refused("check-data", *arguments)
-
-
 def test_a_broken_file_is_reported_with_what_came_before(check: Check) -> None:
     text = json.dumps(GOOD, indent=1)
     code, report, err = check(text[: len(text) // 2])
@@ -533,6 +512,10 @@ def test_the_table_says_what_json_says(folder: Path, llava_run: Command) -> None
         (["rows.json", "--tokenizer", "nobody/nothing"], "`nobody/nothing` gives no tokenizer"),
         (["rows.json", "--dataset", "conversation"], "did you mean `conversations`?"),
         (["rows.json", "--set", "limits=3"], "unknown option `limits`"),
+        (["rows.json", "--dataset", "scienceqa"], "data set `scienceqa` has no option `path`"),
+        (["--dataset", "mix", "--images", "."], "data set `mix` has no option `images`"),
+        (["--dataset", "scienceqa"], "missing option `problems` of `scienceqa`"),
+        ([], "missing option `path` of `conversations`"),
     ],
 )
 def test_wrong_use(

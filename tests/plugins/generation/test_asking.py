@@ -34,18 +34,6 @@ from llavakit_plugins.generation.requests.send import send_all
 PRICE = {"input": 10, "output": 100}  # a reply of 100 + 10 tokens: 0.002 USD
 
 
-@pytest.fixture(autouse=True)
-def _key(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OPENAI_API_KEY", KEY)
-
-
-@pytest.fixture
-def service() -> Iterator[Service]:
-    with serve() as running:
-        running.otherwise = lambda h, b: h.answer(f"Re: {user_text(b)}")
-        yield running
-
-
 def model(service: Service, **options: Any) -> OpenAI:
     settings: dict[str, Any] = {"model": "gpt-4o", "base_url": service.url, "backoff": 0.02}
     return OpenAI(OpenAIOptions(**{**settings, "timeout": 20.0, "poll_seconds": 0.05, **options}))

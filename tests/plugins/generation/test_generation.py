@@ -58,11 +58,6 @@ timeout = 20
 """
 
 
-@pytest.fixture(autouse=True)
-def _key(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OPENAI_API_KEY", KEY)
-
-
 @pytest.fixture
 def service() -> Iterator[Service]:
     with serve(Service(otherwise=teach)) as running:

@@ -8,12 +8,12 @@ import re
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
-from tests.plugins.chat_server import KEY, Handler, Service, serve, user_text
+from tests.plugins.chat_server import KEY, Handler, Service, user_text
 from tests.plugins.generation.test_generation import contexts, rows_of
 
 from llavakit import (
@@ -40,18 +40,6 @@ from llavakit_plugins.generation.requests.desk import Desk
 from llavakit_plugins.generation.requests.ledger import Ledger
 from llavakit_plugins.generation.requests.prompted import PromptedGenerator, Verdict
 from llavakit_plugins.generation.requests.send import Sender
-
-
-@pytest.fixture(autouse=True)
-def _key(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OPENAI_API_KEY", KEY)
-
-
-@pytest.fixture
-def service() -> Iterator[Service]:
-    with serve() as running:
-        running.otherwise = lambda h, b: h.answer(f"Re: {user_text(b)}")
-        yield running
 
 
 def number_of(context: ImageContext) -> int:
