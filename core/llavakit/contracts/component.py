@@ -8,10 +8,9 @@ from __future__ import annotations
 from abc import ABC
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Generic, TypeVar, get_args
+from typing import Annotated, Any, ClassVar, Generic, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, PrivateAttr, ValidationInfo
-from pydantic.fields import FieldInfo
 
 from llavakit.contracts.errors import did_you_mean
 
@@ -98,9 +97,3 @@ ModelPath = Annotated[Path, INPUT_MARK, MODEL_MARK]
 """An `InputPath` of a model folder, of any layout; or a model's name in a public collection."""
 
 LATER = Path("@")  #: Stands for the folder of a step that has not run, while a recipe is checked.
-
-
-def marks_of(field: FieldInfo) -> list[object]:
-    """Return the marks of an option's type, an optional one's, too: INPUT_MARK, MODEL_MARK."""
-    optional = (getattr(part, "__metadata__", ()) for part in get_args(field.annotation))
-    return [*field.metadata, *(mark for metadata in optional for mark in metadata)]

@@ -1,13 +1,17 @@
 """The hooks a plugin implements: one for each kind of component.
 
-Each hook returns what the plugin adds: a list of classes, or a mapping of names to the places to
-import them from, `{"mine": "package.module:Mine"}`. Import heavy libraries inside the hook, or name
-the places: then a recipe pays only for what it uses.
+    @hookimpl
+    def llava_connectors():
+        return {"mine": "my_package.connector:Mine"}
+
+Each returns what the plugin adds: a list of classes, or a mapping of names to where they are
+imported from. Import heavy libraries inside the hook, or return the mapping: then a recipe pays
+only for what it uses.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeAlias
 
 import pluggy
@@ -18,60 +22,31 @@ Components: TypeAlias = Sequence[type[Component]] | Mapping[str, str] | None
 
 PROJECT = "llavakit"  #: pluggy project name, and the entry-point group of plugins
 
-hookspec = pluggy.HookspecMarker(PROJECT)
 hookimpl = pluggy.HookimplMarker(PROJECT)
 
-
-@hookspec
-def llava_vision_encoders() -> Components:
-    """Return vision encoders: images in, patch features out."""
-
-
-@hookspec
-def llava_connectors() -> Components:
-    """Return connectors: patch features in, language-model embeddings out."""
-
-
-@hookspec
-def llava_language_models() -> Components:
-    """Return language models: embeddings in, hidden states and logits out."""
-
-
-@hookspec
-def llava_prompt_templates() -> Components:
-    """Return prompt templates: turns in, text with its learned spans out."""
+KINDS = {
+    "VisionEncoder": ("llava_vision_encoders", "images in, patch features out"),
+    "Connector": ("llava_connectors", "patch features in, language-model embeddings out"),
+    "LanguageModel": ("llava_language_models", "embeddings in, hidden states and logits out"),
+    "PromptTemplate": ("llava_prompt_templates", "turns in, text with its supervised spans out"),
+    "Dataset": ("llava_datasets", "sequences of samples to train or evaluate on"),
+    "ChatModel": ("llava_chat_models", "messages in, a reply out"),
+    "Generator": ("llava_generators", "captions and boxes in, conversations out"),
+    "Benchmark": ("llava_benchmarks", "questions, and what makes an answer a good one"),
+    "Exporter": ("llava_exporters", "a model in, a folder in another layout out"),
+    "Tracker": ("llava_trackers", "observers of a run's events"),
+    "Step": ("llava_steps", "the things a recipe does, one after another"),
+}
+"""Every kind of component, a public name of llavakit, with its hook; listed in this order."""
 
 
-@hookspec
-def llava_datasets() -> Components:
-    """Return datasets: sequences of samples to train or evaluate on."""
+def _specify(kind: str, what: str) -> Callable[[], Components]:
+    def hook() -> Components:
+        return None
+
+    hook.__doc__ = f"Return components of the kind {kind}: {what}."
+    return pluggy.HookspecMarker(PROJECT)(hook)
 
 
-@hookspec
-def llava_chat_models() -> Components:
-    """Return chat models: messages in, a reply out."""
-
-
-@hookspec
-def llava_generators() -> Components:
-    """Return generators: captions and boxes in, conversations out."""
-
-
-@hookspec
-def llava_benchmarks() -> Components:
-    """Return benchmarks: questions, and what makes an answer a good one."""
-
-
-@hookspec
-def llava_exporters() -> Components:
-    """Return exporters: a model in, a folder in another layout out."""
-
-
-@hookspec
-def llava_trackers() -> Components:
-    """Return trackers: observers of a run's events."""
-
-
-@hookspec
-def llava_steps() -> Components:
-    """Return steps: the things a recipe does, one after another."""
+# functions of this module, as pluggy reads them
+globals().update({name: _specify(kind, what) for kind, (name, what) in KINDS.items()})

@@ -108,6 +108,7 @@ class Scoring:
 class KVCache:
     """Keys and values of S sequences, right-padded to the longest, one pair for each layer.
 
+    `llavakit.packed_attention` stores and reads keys and values, `[S, G, capacity, K]`.
     A recurrent layer keeps its state in `states[layer]`, by names of its own: tensors `[S, ...]`,
     which it reads and replaces at each call, and of which `select` keeps the rows.
     """
@@ -118,22 +119,6 @@ class KVCache:
         self.keys: list[Tensor | None] = [None] * layers
         self.values: list[Tensor | None] = [None] * layers
         self.states: list[dict[str, Tensor]] = [{} for _ in range(layers)]
-
-    def append(self, layer: int, k_TGK: Tensor, v_TGK: Tensor, packing: Packing) -> None:
-        """Store the rows of a packed stream behind what each sequence already holds."""
-        count = len(self.lengths)
-        sequences = torch.arange(count, device=k_TGK.device)
-        for store, new_TGK in ((self.keys, k_TGK), (self.values, v_TGK)):
-            held = store[layer]
-            if held is None:
-                shape = (count, new_TGK.shape[1], self.capacity, new_TGK.shape[2])
-                held = store[layer] = new_TGK.new_zeros(shape)
-            if packing.starts[-1] == count:  # decoding: one row a sequence, written at once
-                held[sequences, :, packing.position_ids_T] = new_TGK
-                continue
-            for s, new in enumerate(new_TGK.split(packing.lengths)):
-                begin = self.lengths[s]
-                held[s, :, begin : begin + len(new)] = new.transpose(0, 1)
 
     def advance(self, packing: Packing) -> None:
         """Count the rows of a stream as held, once every layer has stored them."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, cast, get_args, get_origin
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic.fields import FieldInfo
 
 from llavakit.contracts.component import (
     INPUT_MARK,
@@ -20,7 +21,6 @@ from llavakit.contracts.component import (
     SkippableUse,
     StepFolders,
     Use,
-    marks_of,
 )
 from llavakit.contracts.errors import RecipeError, did_you_mean
 from llavakit.contracts.interfaces import Exporter
@@ -150,7 +150,7 @@ class Checker:
         fields = type(node).model_fields if isinstance(node, BaseModel) else {}
         earlier = dict(steps)
         for name, value in parts(node):
-            marks = marks_of(fields[name]) if self.inputs and name in fields else ()
+            marks = _marks(fields[name]) if self.inputs and name in fields else ()
             if INPUT_MARK in marks:
                 yield from self._absent(value, (*key, name), MODEL_MARK in marks)
                 continue
@@ -186,6 +186,12 @@ class Checker:
             # a model may have a name in a public collection instead
             if not any(layout.names(path.as_posix()) for layout in layouts):
                 yield Problem(key, f"`{key[-1]}`: {path} does not exist", _path_hint(path))
+
+
+def _marks(field: FieldInfo) -> list[object]:
+    """Return the marks of an option's type, an optional one's, too: INPUT_MARK, MODEL_MARK."""
+    optional = (getattr(part, "__metadata__", ()) for part in get_args(field.annotation))
+    return [*field.metadata, *(mark for metadata in optional for mark in metadata)]
 
 
 def _path_hint(path: Path) -> str:

@@ -30,16 +30,9 @@ KindT = TypeVar("KindT", bound=Component)
 ComponentT = TypeVar("ComponentT", bound=Component)
 
 
-_KINDS = (
-    "VisionEncoder", "Connector", "LanguageModel", "PromptTemplate", "Dataset", "ChatModel",
-    "Generator", "Benchmark", "Exporter", "Tracker", "Step",
-)  # fmt: skip
-"""Every kind of component, in the order they are listed; each is a public name of llavakit."""
-
-
 def all_kinds() -> tuple[type[Component], ...]:
     """Return every kind. Imports torch."""
-    return tuple(map(_kind_called, _KINDS))
+    return tuple(map(_kind_called, hooks.KINDS))
 
 
 def kind_of(use: Use[Any] | type[Use[Any]]) -> type[Component]:

@@ -1,7 +1,7 @@
 """Causal attention within each sample of a packed stream, in training and in decoding.
 
 T rows, S samples, H query heads, G key-value heads, K head dimension, L longest cache; within one
-sample Q rows that look and C columns that are looked at..
+sample Q rows that look and C columns that are looked at.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from llavakit.contracts.packing import Packing, Scoring
+from llavakit.contracts.packing import KVCache, Packing, Scoring
 
 # found once, at import: torch.compile cannot trace a look-up of entry points
 _CHOOSERS: tuple[Callable[..., Any], ...] = tuple(
@@ -52,7 +52,7 @@ def packed_attention(
     if packing.watch is not None:
         packing.watch.see(layer, q_THK, k_TGK, packing, scoring)
     if packing.cache is not None:
-        packing.cache.append(layer, k_TGK, v_TGK, packing)
+        _store(packing.cache, layer, k_TGK, v_TGK, packing)
         if any(packing.cache.lengths):  # else it is a prompt, read as in training
             return _decode(q_THK, packing, layer, scoring)
     if q_THK.is_cuda and q_THK.dtype in (torch.bfloat16, torch.float16):
@@ -68,8 +68,8 @@ def packed_attention(
     for q, k, v in parts:
         mask = None
         if not scoring.plain or (window is not None and len(q) > window):
-            places = torch.arange(len(q), device=q.device)
-            mask = _band(places, places, window)
+            index = torch.arange(len(q), device=q.device)
+            mask = _band(index, index, window)
         outputs.append(_attend(q, k, v, mask, scoring))
     return torch.cat(outputs)
 
@@ -112,6 +112,23 @@ def _weigh(
         scores_SHQC = torch.cat((scores_SHQC, sinks), dim=-1)
     weights_SHQC = scores_SHQC.softmax(dim=-1)[..., : k_SHCK.shape[2]].to(v_SHCK.dtype)
     return weights_SHQC @ v_SHCK
+
+
+def _store(cache: KVCache, layer: int, k_TGK: Tensor, v_TGK: Tensor, packing: Packing) -> None:
+    """Store the rows of a packed stream behind what each sequence already holds."""
+    count = len(cache.lengths)
+    sequences = torch.arange(count, device=k_TGK.device)
+    for store, new_TGK in ((cache.keys, k_TGK), (cache.values, v_TGK)):
+        held = store[layer]
+        if held is None:
+            shape = (count, new_TGK.shape[1], cache.capacity, new_TGK.shape[2])
+            held = store[layer] = new_TGK.new_zeros(shape)
+        if packing.starts[-1] == count:  # decoding: one row a sequence, written at once
+            held[sequences, :, packing.position_ids_T] = new_TGK
+            continue
+        for s, new in enumerate(new_TGK.split(packing.lengths)):
+            begin = cache.lengths[s]
+            held[s, :, begin : begin + len(new)] = new.transpose(0, 1)
 
 
 def _decode(q_THK: Tensor, packing: Packing, layer: int, scoring: Scoring) -> Tensor:
