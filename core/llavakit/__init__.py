@@ -5,4 +5,6 @@ The public names stand in `__init__.pyi`, once; `llavakit.contracts` is public, 
 
 import lazy_loader
 
+__version__ = "0.1.0"
+
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

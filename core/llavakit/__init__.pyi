@@ -97,6 +97,9 @@ from .model.detokenise import (
     Unfinished as Unfinished,
     special_stops as special_stops,
 )
+from .model.devices import (
+    pick_device as pick_device,
+)
 from .model.folder import (
     cast_weights as cast_weights,
     join_model as join_model,
@@ -165,4 +168,5 @@ from .stream.tokenise import (
     SpecialTokens as SpecialTokens,
 )
 
+__version__: str
 __all__: list[str]

@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from importlib.metadata import EntryPoint, EntryPoints, entry_points
 
+from llavakit import __version__
 from llavakit.cli import run
 from llavakit.contracts.commands import GROUP, Add
 from llavakit.contracts.errors import LlavaError, PluginError
@@ -28,6 +29,7 @@ llava-run RECIPE [--out DIR] [--set a.b.c=value ...] [--plan] [--resume]
 RECIPE is a TOML file or the name of a built-in recipe (llava-run recipes lists them).
 """
 _OWN: dict[str, Add] = {"run": run.add}
+_NEEDS_ALL = ("-h", "--help", "--version", "completion")  # parsers of the other commands, too
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -79,10 +81,10 @@ def _run(arguments: list[str], *, program: bool) -> int:
         usage=_USAGE,
         description="Make, try and convert LLaVA models by recipe.",
     )
-    parser.add_argument("--version", action=_Version, nargs=0, help="print the version")
+    parser.add_argument("--version", action="version", version=f"llava-run {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", title="commands")
     installed = entry_points(group=GROUP)
-    if arguments and arguments[0] not in ("-h", "--help", "--version"):
+    if arguments and arguments[0] not in _NEEDS_ALL:
         if arguments[0] not in {*_OWN, *installed.names}:
             arguments.insert(0, "run")
         _find(arguments[0], installed)(commands)
@@ -92,7 +94,8 @@ def _run(arguments: list[str], *, program: bool) -> int:
                 _find(name, installed)(commands)
             except PluginError as error:  # listed with the reason: it stops no other
                 commands.add_parser(name, help=str(error).replace("%", "%%"))
-    parsed, rest = parser.parse_known_args(arguments, argparse.Namespace(program=program))
+    known = argparse.Namespace(program=program, parser=parser)
+    parsed, rest = parser.parse_known_args(arguments, known)
     if not hasattr(parsed, "command"):
         parser.print_help()
         return 0
@@ -141,13 +144,3 @@ class _Shown(logging.Formatter):
         from llavakit.recipe.redaction import shown
 
         return shown(super().format(record))
-
-
-class _Version(argparse.Action):
-    """Prints the installed version, looked up only then."""
-
-    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
-        from importlib.metadata import version
-
-        print(f"llava-run {version('llavakit')}")
-        parser.exit()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,11 +15,13 @@ from torch import Tensor
 from llavakit import LanguageModel
 
 
-def _size(value: str) -> str:
-    from huggingface_hub.serialization._base import parse_size_to_int
+_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}  # as the hub counts them
 
-    if parse_size_to_int(value) < 1:
-        raise ValueError("must be more than nothing")
+
+def _size(value: str) -> str:
+    found = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([KMGT]B)\s*", value, re.IGNORECASE)
+    if found is None or float(found[1]) * _UNITS[found[2].upper()] < 1:
+        raise ValueError("must be a number of KB, MB, GB or TB, such as `5GB`")
     return value
 
 
