@@ -176,6 +176,8 @@ def explain_write(path: Path) -> Iterator[None]:
 
 def sync(path: Path) -> None:
     """Ask the system to put a file or folder on the disk."""
+    if os.name == "nt":  # which opens no folder, and writes out only what is open for writing
+        return
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

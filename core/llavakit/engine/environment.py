@@ -45,6 +45,6 @@ def write_environment(device: torch.device | None, directory: Path) -> None:
     if device is not None:
         import torch
 
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         facts |= {"device_name": name, "threads": torch.get_num_threads()}
     write_text(directory / "environment.json", json.dumps(facts, indent=2))

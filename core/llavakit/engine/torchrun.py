@@ -51,7 +51,7 @@ def own_device(name: str) -> str:
         return f"cuda:{local}"
     if name not in ("auto", "cpu"):
         raise RecipeError(f"torchrun gives every process a device, so `device = {name}` cannot be")
-    return name
+    return "cpu"  # gloo, which is left, knows no other device
 
 
 @contextmanager

@@ -10,16 +10,17 @@ from llavakit.contracts.errors import ModelError
 
 
 def pick_device(name: str | torch.device) -> torch.device:
-    """Return a device; `auto` is CUDA where there is one, else the CPU."""
+    """Return a device; `auto` is CUDA where there is one, else Apple's MPS, else the CPU."""
     if isinstance(name, torch.device):
         return name
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+        mps = "mps" if torch.backends.mps.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else mps
     try:
         device = torch.device(name)
     except RuntimeError as error:
         raise ModelError(
-            f"device `{name}` is not one torch knows; use auto, cpu or cuda"
+            f"device `{name}` is none of torch's; use auto, cpu, cuda or mps"
         ) from error
     try:
         torch.zeros(1, device=device).sum().item()  # a name may be known, and its driver absent
@@ -32,8 +33,8 @@ def pick_device(name: str | torch.device) -> torch.device:
 
 def measure_tflops(name: str) -> float:
     """Return the rate of a recipe's `device`, sustained: in float32 on a CPU, bfloat16 on CUDA."""
-    cuda = name != "cpu" and torch.cuda.is_available()
-    size, kind, dtype = (8192, "cuda", torch.bfloat16) if cuda else (768, "cpu", torch.float32)
+    kind = "cpu" if name == "cpu" else pick_device("auto").type
+    size, dtype = (8192, torch.bfloat16) if kind == "cuda" else (768, torch.float32)
     left, right = (torch.randn(size, size, device=kind, dtype=dtype) for _ in range(2))
     seconds = []
     for _ in range(4):

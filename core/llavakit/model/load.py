@@ -37,11 +37,11 @@ def load(
 
     `path` may also be a name on Hugging Face's hub, such as `llava-hf/llava-1.5-7b-hf`.
     The result is a `Model`: it has `generate`, `generate_ids` and `logits`. `device="auto"` is CUDA
-    where there is one, else the CPU. Some layouts leave things out: `base` is the folder of the
-    language model that an adapter or a projector belongs to, `vision` that of the vision encoder,
-    `template` the name of the prompt template. `options` change those of a model folder's parts, as
-    in `{"language": {"quantize": "nf4"}}`. Raises ModelError where the folder holds no model that
-    this installation reads, or lacks one of these.
+    where there is one, else MPS, else the CPU. Some layouts leave things out: `base` is the folder
+    of the language model that an adapter or a projector belongs to, `vision` that of the vision
+    encoder, `template` the name of the prompt template. `options` change those of a model folder's
+    parts, as in `{"language": {"quantize": "nf4"}}`. Raises ModelError where the folder holds no
+    model that this installation reads, or lacks one of these.
     """
     path = Path(path)
     place = pick_device(device)

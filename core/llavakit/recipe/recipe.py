@@ -57,7 +57,7 @@ class Recipe(BaseModel):
 
     name: str
     seed: int = Field(default=0, ge=0, lt=2**63)
-    device: str = "auto"  #: `auto` is CUDA where there is one, else the CPU.
+    device: str = "auto"  #: `auto` is CUDA where there is one, else MPS, else the CPU.
     # not an optional type: pydantic would tell of a wrong part that all of it is wrong
     model: ModelRecipe = cast("ModelRecipe", None)
     """None where it is left out, as it may be where no step needs one; `parts` refuses that."""
@@ -82,7 +82,7 @@ class Recipe(BaseModel):
         if device.partition(":")[0] == "meta":
             raise ValueError(f"device `{device}` is not available on this machine; use cpu or auto")
         if not re.fullmatch(r"auto|(cpu|cuda|mps|xpu|hpu|xla|npu)(:\d+)?", device):
-            raise ValueError(f"device `{device}` is not one torch knows; use auto, cpu or cuda")
+            raise ValueError(f"device `{device}` is none of torch's; use auto, cpu, cuda or mps")
         return device
 
     @classmethod

@@ -15,6 +15,7 @@ from weakref import finalize
 
 from llavakit import DataError
 from llavakit_plugins.datasets.json_stream import BLOCK, Row, read_lines, read_list
+from llavakit_plugins.datasets.offsets import open_file, read_at
 
 LINES = (".jsonl", ".ndjson")
 """Names of files with one JSON object a line end so; any other file is one JSON list."""
@@ -69,9 +70,9 @@ class StoredRows:
         start, length = self._starts[index], self._lengths[index]
         try:
             if self._file is None:
-                self._file = os.open(self.path, os.O_RDONLY)
+                self._file = open_file(self.path)
                 finalize(self, os.close, self._file)
-            value = json.loads(os.pread(self._file, length, start).decode("utf-8-sig"))
+            value = json.loads(read_at(self._file, length, start).decode("utf-8-sig"))
         except (OSError, ValueError) as error:
             raise DataError(
                 f"row {index + 1} of {self.path} cannot be read again ({error}); the file must "

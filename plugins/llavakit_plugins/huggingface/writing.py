@@ -14,7 +14,6 @@ from torch import Tensor
 
 from llavakit import LanguageModel
 
-
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}  # as the hub counts them
 
 

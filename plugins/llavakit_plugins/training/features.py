@@ -6,6 +6,7 @@ Shapes: I images, P patches of an image, D width of the vision encoder.
 from __future__ import annotations
 
 import signal
+import sys
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -29,6 +30,7 @@ from llavakit.contracts.data import ImageSource
 from llavakit.contracts.packing import upload
 from llavakit_plugins.training.corpus import Corpus
 
+_START = "fork" if sys.platform == "linux" else "spawn"
 _ENCODE_BATCH = 32  # images that are encoded at once for the cache
 CACHE_BYTES = 4 << 30
 """Most bytes of CPU memory that the cache may take when nothing is stated."""
@@ -96,8 +98,8 @@ class Encoding:
             sampler=micros,
             num_workers=self._workers,
             # Python 3.14 made "forkserver" the default. It would pickle the data set, and with it
-            # the whole model, for each worker; a fork shares them.
-            multiprocessing_context="fork" if self._workers else None,
+            # the whole model, for each worker; a fork shares them. Only Linux forks safely.
+            multiprocessing_context=_START if self._workers else None,
             pin_memory=device.type == "cuda",
             worker_init_fn=_leave_signals_to_the_parent,
             generator=torch.Generator(),  # the loader draws a seed: not from the global generator
