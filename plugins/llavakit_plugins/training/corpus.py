@@ -8,19 +8,24 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+from torch import Tensor
 
 from llavakit import (
     DataError,
     Dataset,
     Encoded,
+    LlavaError,
     LlavaModel,
     PackedBatch,
     PromptTemplate,
+    VisionEncoder,
     and_more,
     encode,
     pack,
+    read_pixels,
 )
 from llavakit_plugins.training.best_fit import best_fit
+from llavakit_plugins.training.image_paths import ImagePaths
 
 _NAMED = 5  # samples that an error lists
 
@@ -37,10 +42,11 @@ class Batch:
 
 
 class Corpus:
-    """The ids and the loss mask of all samples, stored end to end.
+    """The ids, the loss mask and the images' paths of all samples, stored end to end.
 
-    A token takes two bytes and a bit (four bytes and a bit for large vocabularies). Samples are cut
-    at `max_length` tokens, or at the language model's own limit if that is shorter.
+    Each row of the data set is parsed once for all of it. A token takes two bytes and a bit (four
+    bytes and a bit for large vocabularies). Samples are cut at `max_length` tokens, or at the
+    language model's own limit if that is shorter.
 
     Raises DataError, before training starts, for a data set without samples, and for samples
     without a supervised token unless `unlearned` is "skip"; the error names the first of them.
@@ -72,8 +78,12 @@ class Corpus:
         """Number of supervised rows of each sample."""
         self.cut = 0
         """Number of samples longer than `max_length`."""
+        self.images = ImagePaths(data)
+        """The images of each sample."""
         for number in range(len(data)):
-            item = encode(data[number], template, tokenizer, max_length)
+            sample = data[number]
+            item = encode(sample, template, tokenizer, max_length)
+            self.images.append(sample.images)
             full = len(item.ids) + item.image_count * (self.visual_tokens - 1)
             self.cut += full > max_length
             ids.frombytes(item.ids.astype(ids.typecode).tobytes())
@@ -115,6 +125,14 @@ class Corpus:
         bits = self._supervised_bits[self._bit_starts[sample] : self._bit_starts[sample + 1]]
         supervised = np.unpackbits(bits, count=int(end - begin)).astype(np.bool_)
         return Encoded(self._ids[begin:end].astype(np.int64), supervised, self.max_length)
+
+    def pixels(self, vision: VisionEncoder, sample: int, number: int) -> Tensor:
+        """Return what a vision encoder reads of an image of a sample. Raises LlavaError."""
+        image = self.images[sample][number]
+        try:
+            return read_pixels(vision, image, "")
+        except LlavaError:  # once more, with the sample's name: only now is its row parsed again
+            return read_pixels(vision, image, f"sample `{self.data[sample].id}`")
 
     def pack(self, samples: Sequence[int]) -> PackedBatch:
         """Return the packed stream of these samples, on the CPU."""

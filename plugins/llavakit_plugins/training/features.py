@@ -24,7 +24,6 @@ from llavakit import (
     TrainingError,
     Use,
     VisionEncoder,
-    read_pixels,
 )
 from llavakit.contracts.data import ImageSource
 from llavakit.contracts.packing import upload
@@ -128,13 +127,10 @@ class _MicroBatches(TorchDataset[tuple[PackedBatch, Tensor | None] | LlavaError]
 
     def __getitem__(self, samples: Sequence[int]) -> tuple[PackedBatch, Tensor | None] | LlavaError:
         batch = self._corpus.pack(samples)
-        pixels = []
-        for sample, number in batch.images:
-            item = self._corpus.data[sample]
-            try:
-                pixels.append(read_pixels(self._vision, item.images[number], f"sample `{item.id}`"))
-            except LlavaError as error:
-                return error
+        try:
+            pixels = [self._corpus.pixels(self._vision, *image) for image in batch.images]
+        except LlavaError as error:
+            return error
         return batch, torch.stack(pixels) if pixels else None
 
 
@@ -162,19 +158,19 @@ class Cached:
     ) -> None:
         self._corpus, self._device = corpus, model.device
         vision = preparing or model.vision
-        self._row_of, sources = index_images(corpus)
+        self._row_of, distinct = _index(corpus)
         self._features: Tensor | None = None
         with torch.no_grad():
-            for begin in range(0, len(sources), _ENCODE_BATCH):
-                part = sources[begin : begin + _ENCODE_BATCH]
-                pixels = [read_pixels(vision, image, name) for image, name in part]
+            for begin in range(0, len(distinct), _ENCODE_BATCH):
+                part = distinct[begin : begin + _ENCODE_BATCH]
+                pixels = [corpus.pixels(vision, *image) for image in part]
                 batch = torch.stack(pixels).to(model.device, dtype)
                 found = model.features(batch)
                 if self._features is None:  # allocated once: `torch.cat` would need it twice
-                    shape = (len(sources), *found.shape[1:])
+                    shape = (len(distinct), *found.shape[1:])
                     self._features = torch.empty(shape, dtype=found.dtype)
                 self._features[begin : begin + len(part)] = found
-                progress(begin + len(part), len(sources), "encoding images")
+                progress(begin + len(part), len(distinct), "encoding images")
 
     def load(self, micros: Iterable[Sequence[int]]) -> Generator[tuple[PackedBatch, Tensor | None]]:
         for samples in micros:
@@ -186,25 +182,23 @@ class Cached:
             yield batch.to(self._device), features
 
 
-def index_images(
-    corpus: Corpus,
-) -> tuple[dict[tuple[int, int], int], list[tuple[ImageSource, str]]]:
-    """Return the row of each (sample, image number) in the cache, and each distinct image once.
+_Image = tuple[int, int]  #: A sample, and which of its images.
 
-    The second list holds the images in the order of their rows, each with a name for errors.
-    """
+
+def _index(corpus: Corpus) -> tuple[dict[_Image, int], list[_Image]]:
+    """Return each image's row in the cache, and where each distinct one is found first."""
     numbers: dict[object, int] = {}
-    row_of: dict[tuple[int, int], int] = {}
-    sources: list[tuple[ImageSource, str]] = []
-    for index in corpus.samples:
-        sample = corpus.data[index]
-        for number, image in enumerate(sample.images):
-            key = _identity(image)
-            if key not in numbers:
-                numbers[key] = len(sources)
-                sources.append((image, f"sample `{sample.id}`"))
-            row_of[index, number] = numbers[key]
-    return row_of, sources
+    row_of: dict[_Image, int] = {}
+    distinct: list[_Image] = []
+    held = []  # or the next image could be where one was that is gone, and pass for it
+    for sample in corpus.samples:
+        for number, image in enumerate(corpus.images[sample]):
+            row = numbers.setdefault(_identity(image), len(distinct))
+            if row == len(distinct):
+                distinct.append((sample, number))
+                held += [] if isinstance(image, Path) else [image]
+            row_of[sample, number] = row
+    return row_of, distinct
 
 
 def images_recur(corpus: Corpus, epochs: int, most: int) -> bool:
@@ -215,7 +209,7 @@ def images_recur(corpus: Corpus, epochs: int, most: int) -> bool:
     seen: set[object] = set()
     mentions = 0
     for index in corpus.samples:
-        for image in corpus.data[index].images:
+        for image in corpus.images[index]:
             seen.add(_identity(image))
             mentions += 1
         if len(seen) > most:
@@ -225,4 +219,4 @@ def images_recur(corpus: Corpus, epochs: int, most: int) -> bool:
 
 def _identity(image: ImageSource) -> object:
     # images in memory have no name: only the same object counts as the same image
-    return image if isinstance(image, Path) else id(image)
+    return str(image) if isinstance(image, Path) else id(image)

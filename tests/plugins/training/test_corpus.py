@@ -3,19 +3,33 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from tests.conftest import RecipeWriter
 
-from llavakit import Dataset, Recipe, Registry, Use
+from llavakit import (
+    DataError,
+    Dataset,
+    ImageSource,
+    LlavaModel,
+    Recipe,
+    Registry,
+    Sample,
+    Turn,
+    Use,
+)
 from llavakit.model.folder import create_model
 from llavakit.model.images import read_pixels
 from llavakit_plugins.datasets.conversations import Conversations
 from llavakit_plugins.training.corpus import Corpus
+from llavakit_plugins.training.features import Cached, Encoding, Features, images_recur
+from llavakit_plugins.training.image_paths import ImagePaths
 
 
 def row(identity: str, images: list[str], answer: str = "it is red .") -> dict[str, Any]:
@@ -89,3 +103,82 @@ def test_text_and_several_images_share_a_batch(
     together = loss([4, 0, 2, 1, 3])
     alone = sum((loss([sample]) for sample in range(5)), torch.zeros(()))
     torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)
+
+
+class Counted(Dataset):
+    """A data set that counts how often a row is asked for."""
+
+    def __init__(self, samples: Sequence[Sample]) -> None:
+        self.samples, self.asked = samples, Counter[int]()
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> Sample:
+        self.asked[index] += 1
+        return self.samples[index]
+
+
+def about(identity: str, *images: ImageSource) -> Sample:
+    question = "<image> " * len(images) + "what colour is it ?"
+    return Sample(identity, (Turn("human", question), Turn("gpt", "it is red .")), images)
+
+
+@pytest.fixture
+def model(write_recipe: RecipeWriter) -> LlavaModel:
+    registry = Registry.installed()
+    return create_model(Recipe.load(write_recipe(), registry).parts(), registry, seed=0).eval()
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_a_row_is_parsed_once_for_its_tokens_and_its_images(
+    model: LlavaModel, data: Path, cached: bool
+) -> None:
+    paths = [data / "images" / f"{n}.png" for n in range(3)]
+    samples = [
+        about("text"),
+        about("one", paths[0]),
+        about("two", *paths[1:]),
+        about("b", paths[0]),
+    ]
+    source = Counted(samples)
+    corpus = Corpus(source, model, model.template, 256)
+    assert images_recur(corpus, 1, 3)
+    assert not images_recur(corpus, 9, 2)
+    features: Features
+    if cached:
+        features = Cached(corpus, model, dtype=torch.float32, progress=lambda *_: None)
+    else:
+        features = Encoding(corpus, model, workers=0, dtype=torch.float32, learns=False)
+    found = list(features.load([[0], [1, 2], [3]]))
+    assert source.asked == dict.fromkeys(range(4), 1)
+    pixels = torch.stack([read_pixels(model.vision, paths[n], "") for n in range(3)])
+    assert found[0][1] is None
+    with torch.no_grad():
+        torch.testing.assert_close(found[1][1], model.features(pixels))
+        torch.testing.assert_close(found[2][1], model.features(pixels[:1]))
+
+
+def test_images_that_are_no_paths_are_asked_of_the_data_set(model: LlavaModel) -> None:
+    red, blue = (Image.new("RGB", (20, 20), colour) for colour in ("red", "blue"))
+    source = Counted([about("a", red, blue), about("b", red), about("text")])
+    corpus = Corpus(source, model, model.template, 256)
+    assert list(corpus.images[0]) == [red, blue]
+    assert corpus.images[0][0] is red
+    assert corpus.images[2] == []
+    assert source.asked == {0: 3, 1: 1, 2: 1}
+
+
+def test_a_path_of_any_characters_is_kept_as_it_is() -> None:
+    odd = [Path("a b/\udcff.png"), Path("ü/图/\ud83d.png"), Path("x\n.png")]
+    kept = ImagePaths(Counted([]))
+    kept.append(odd[:1])
+    kept.append([])
+    kept.append(odd[1:])
+    assert [kept[n] for n in range(3)] == [odd[:1], [], odd[1:]]
+
+
+def test_a_missing_image_names_its_sample(model: LlavaModel, tmp_path: Path) -> None:
+    corpus = Corpus(Counted([about("lost", tmp_path / "no.png")]), model, model.template, 256)
+    with pytest.raises(DataError, match=r"no\.png of sample `lost` does not exist"):
+        list(Encoding(corpus, model, workers=0, dtype=torch.float32, learns=False).load([[0]]))
