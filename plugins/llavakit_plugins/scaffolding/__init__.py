@@ -1,0 +1,1 @@
+"""New packages for plugins, and recipes of what other programs were told."""
