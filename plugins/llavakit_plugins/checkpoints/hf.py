@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from llavakit import Exporter, LlavaModel, ModelError, Options, Registry, new_folder
+from llavakit_plugins.checkpoints.chat_writing import write_chat
 from llavakit_plugins.checkpoints.hf_reader import HfReader
 from llavakit_plugins.checkpoints.hf_source import is_hf, read_hf
 from llavakit_plugins.checkpoints.language_names import embedding_name
@@ -31,7 +32,7 @@ from llavakit_plugins.checkpoints.parts import (
     projector_layers,
     stated_options,
 )
-from llavakit_plugins.checkpoints.prompts import NOTE, note_template, write_chat
+from llavakit_plugins.checkpoints.prompts import NOTE, note_template
 from llavakit_plugins.huggingface.hub import fetch_folder, quietly
 from llavakit_plugins.huggingface.known_models import sketch_named
 from llavakit_plugins.huggingface.tokenizer_writing import complete_tokenizer

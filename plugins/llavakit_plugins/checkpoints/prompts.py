@@ -1,4 +1,4 @@
-"""Finds the prompt template that a checkpoint was trained with, and writes it for other readers.
+"""Finds the prompt template that a checkpoint was trained with, and notes it for our own reader.
 
 No layout states it. These are used, in this order: the user's option; a note in config.json by an
 export of ours; the chat template in the folder; hints in configuration and tokenizer. A folder's
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 from jinja2 import TemplateError
@@ -29,7 +29,7 @@ NOTE = "llavakit"
 
 _log = logging.getLogger("llavakit")
 _QUESTION = "Which of them is it?"
-_TURNS = (Turn("human", f"{IMAGE}\n{_QUESTION}"), Turn("gpt", "The second."), Turn("human", "Why?"))
+_ASKED = (Turn("human", f"{IMAGE}\n{_QUESTION}"),)
 _USUAL = "vicuna_v1"
 """LLaVA-1.5 was trained with it, and its benchmarks use it."""
 
@@ -105,7 +105,7 @@ def _same_text(
             try:
                 use = TemplateUse.model_validate({"use": name, **options})
                 template = registry.build(use)
-                segments = template.segments(_TURNS[:1], tokenizer)
+                segments = template.segments(_ASKED, tokenizer)
             except (LlavaError, ValidationError):
                 continue  # it has no such option, or the tokenizer lacks what it needs
             if name == "chat-template" or "".join(s.text for s in segments) not in texts:
@@ -172,87 +172,6 @@ _WRAPPED = (
     "[{'role': message['role'], 'content': parts}] -%}"
     "{%- endfor -%}{%- set messages = wrapped.messages -%}"
 )
-
-
-# -- writing one -----------------------------------------------------------------------------------
-
-
-def write_chat(template: PromptTemplate, tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """Return a chat template in Jinja that writes what `template` writes when it asks.
-
-    It takes a message's content as a string, or as a list of images and texts; images come first.
-    A system message is refused, as the template has its own. None for a template that rewrites or
-    leaves out questions, as `plain` does.
-    """
-    try:
-        bare, shown, asked, answered = (
-            "".join(segment.text for segment in template.segments(turns, tokenizer))
-            for turns in ([Turn("human", _QUESTION)], _TURNS[:1], _TURNS, _TURNS[:2])
-        )
-    except LlavaError:  # a template that must have an image, or one question only
-        return None
-    first = bare.partition(_QUESTION)[0]
-    before_question, found, _ = shown.partition(_QUESTION)
-    pieces = _around(asked, [_QUESTION, *(turn.text for turn in _TURNS[1:])])
-    image = before_question.removeprefix(first)
-    if not found or pieces is None or first + image != before_question or IMAGE not in image:
-        return None
-    _, answer, following, prompt = pieces
-    before, _, end = answered.partition(_TURNS[1].text)
-    if not (before.endswith(answer) and following.startswith(end)):
-        stops = template.stop(tokenizer)  # it trains with other text than it asks with
-        end = stops[0] if stops else ""
-    texts = {"first": first, "answer": answer, "following": following, "prompt": prompt}
-    return _CHAT % {k: _quoted(v) for k, v in {**texts, "end": end, "image": image}.items()}
-
-
-def _around(text: str, turns: Sequence[str]) -> list[str] | None:
-    """Return the text in front of each turn and behind the last; None where one is missing."""
-    pieces: list[str] = []
-    for turn in turns:
-        before, found, text = text.partition(turn)
-        if not found:
-            return None
-        pieces.append(before)
-    return [*pieces, text]
-
-
-_CHAT = """\
-{%%- for message in messages -%%}
-{%%- if message['role'] == 'user' -%%}
-{{- %(first)s if loop.first else %(following)s -}}
-{%%- if message['content'] is string -%%}
-{{- message['content'] -}}
-{%%- else -%%}
-{%%- for part in message['content'] if part['type'] == 'image' -%%}
-{{- %(image)s -}}
-{%%- endfor -%%}
-{%%- for part in message['content'] if part['type'] == 'text' -%%}
-{{- part['text'] -}}
-{%%- endfor -%%}
-{%%- endif -%%}
-{%%- elif message['role'] == 'assistant' -%%}
-{{- %(answer)s -}}
-{%%- if message['content'] is string -%%}
-{{- message['content'] -}}
-{%%- else -%%}
-{%%- for part in message['content'] if part['type'] == 'text' -%%}
-{{- part['text'] -}}
-{%%- endfor -%%}
-{%%- endif -%%}
-{%%- if loop.last -%%}{{- %(end)s -}}{%%- endif -%%}
-{%%- else -%%}
-{{- raise_exception('this model was tuned with a system text of its own; leave yours out') -}}
-{%%- endif -%%}
-{%%- endfor -%%}
-{%%- if add_generation_prompt -%%}{{- %(prompt)s -}}{%%- endif -%%}
-"""
-
-
-def _quoted(text: str) -> str:
-    """Return a Jinja string."""
-    escaped = text.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n")
-    return f"'{escaped}'"
 
 
 def note_template(choice: Mapping[str, Any]) -> dict[str, Any]:

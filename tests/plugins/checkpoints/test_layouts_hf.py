@@ -243,15 +243,12 @@ def test_the_chat_template_that_is_written_asks_as_the_model_was_tuned(
     )  # fmt: skip
     encoded = ours.prompt("what colour is it ?", [image])
     assert inputs["input_ids"].shape[1] == encoded.length(ours.visual_tokens)
-    text = processor.apply_chat_template(
-        [
-            {"role": "user", "content": "a"},
-            {"role": "assistant", "content": "b"},
-            {"role": "user", "content": "c"},
-        ],
-        add_generation_prompt=True,
-    )
-    assert text == "the picture is red . USER: a ASSISTANT: b</s>USER: c ASSISTANT:"
+    asked, answered = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+    whole = "the picture is red . USER: a ASSISTANT: b</s>"
+    assert processor.apply_chat_template([asked, answered]) == whole  # as for training on it
+    again = [asked, answered, {"role": "user", "content": "c"}]
+    text = processor.apply_chat_template(again, add_generation_prompt=True)
+    assert text == f"{whole}USER: c ASSISTANT:"
 
 
 def test_a_vocabulary_without_room_is_widened_and_answers_stay(

@@ -12,11 +12,11 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from llavakit import IMAGE_ID, ModelError, encode
 from llavakit.contracts.data import IMAGE, Sample, Turn
+from llavakit_plugins.checkpoints.chat_writing import chat_template
+from llavakit_plugins.checkpoints.prompt_format import PromptFormat
 from llavakit_plugins.onnx.exporter.images import javascript_settings, python_settings
-from llavakit_plugins.onnx.exporter.prompts import chat_template
 from llavakit_plugins.onnx.runtime.layout import GRAPHS, graph_file
 from llavakit_plugins.onnx.runtime.pictures import Preparation
-from llavakit_plugins.onnx.runtime.prompting import PromptFormat
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

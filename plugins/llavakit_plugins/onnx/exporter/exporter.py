@@ -91,8 +91,8 @@ class Onnx(Exporter):
 
         Cheap, so that a recipe is refused before it trains.
         """
+        from llavakit_plugins.checkpoints.chat_writing import find_format
         from llavakit_plugins.onnx.exporter.images import find_preparation
-        from llavakit_plugins.onnx.exporter.prompts import find_format
 
         find_preparation(model.vision)
         if hasattr(model.language, "tokenizer"):
@@ -110,9 +110,9 @@ class Onnx(Exporter):
         return OnnxModel(checked, precision, provider=provider, array=torch.from_numpy)
 
     def _write(self, model: LlavaModel, partial: Path) -> dict[str, Any]:
+        from llavakit_plugins.checkpoints.chat_writing import find_format
         from llavakit_plugins.onnx.exporter import client, parity
         from llavakit_plugins.onnx.exporter.images import find_preparation
-        from llavakit_plugins.onnx.exporter.prompts import find_format
 
         options = self.options
         preparation = find_preparation(model.vision)

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
 from llavakit import differs, listed_file
 from llavakit.contracts.errors import ModelError
+from llavakit_plugins.checkpoints.prompt_format import PromptFormat
 from llavakit_plugins.huggingface.json_files import read_json
 from llavakit_plugins.onnx.runtime.layout import (
     DECODER,
@@ -20,7 +21,6 @@ from llavakit_plugins.onnx.runtime.layout import (
     graph_file,
 )
 from llavakit_plugins.onnx.runtime.pictures import Preparation
-from llavakit_plugins.onnx.runtime.prompting import PromptFormat
 
 FORMAT = 1
 

@@ -1,6 +1,7 @@
 """Finds out how a prompt template writes questions, and writes a chat template in Jinja for it.
 
-Clients such as transformers.js do not know our templates. So the model's own template, also one of
+Every layout that other libraries read has its chat template from here: transformers and
+transformers.js do not know our templates. So the model's own template, also one of
 a plugin, renders placeholders for questions and answers, and their surroundings are read off.
 """
 
@@ -10,9 +11,9 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from llavakit import DataError, ModelError, Reader, Turn
+from llavakit import DataError, LlavaError, ModelError, Reader, Turn
 from llavakit.contracts.data import IMAGE
-from llavakit_plugins.onnx.runtime.prompting import PromptFormat
+from llavakit_plugins.checkpoints.prompt_format import PromptFormat
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -49,6 +50,7 @@ def find_format(template: PromptTemplate, tokenizer: PreTrainedTokenizerBase) ->
             adds_bos=template.adds_bos,
             beginning=tuple(Reader.of(tokenizer).beginning()),
             between=_between(template, tokenizer, head, ask),
+            end=_end(template, tokenizer),
             stops=tuple(template.stop(tokenizer)),
         )
     _check(form, template, tokenizer)
@@ -91,6 +93,7 @@ def chat_template(form: PromptFormat, *, space_behind_image: bool) -> str:
     answer, following = form.between or ("", "")
     again = (
         f"{{{{- {_quote(answer)} -}}}}{{{{- content -}}}}"
+        f"{{%- if loop.last -%}}{{{{- {_quote(form.end)} -}}}}{{%- endif -%}}"
         if form.between
         else "{{- raise_exception('this model answers one question, without earlier ones') -}}"
     )
@@ -167,6 +170,31 @@ def _between(
         parts.append(before)
     same = parts[0] == head and text == ask and parts[1] == parts[3] and parts[2] == parts[4]
     return (parts[1], parts[2]) if same else None
+
+
+def _end(template: PromptTemplate, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return what stands behind the last answer of a whole conversation."""
+    question, answer = _QUESTION.format(0), _ANSWER.format(0)
+    try:
+        asked = _render(template, tokenizer, question, answer, _QUESTION.format(1))
+        before, _, end = _render(template, tokenizer, question, answer).partition(answer)
+    except LlavaError:  # it takes one question only
+        return ""
+    if asked.startswith(before + answer + end):
+        return end
+    return next(iter(template.stop(tokenizer)), "")  # it trains with other text than it asks with
+
+
+def write_chat(template: PromptTemplate, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Return a chat template that asks as `template` does; None where none can be made of it.
+
+    That is so for one that rewrites or leaves out questions, as `plain` does, or takes only one.
+    """
+    try:
+        form = find_format(template, tokenizer)
+    except LlavaError:
+        return None
+    return chat_template(form, space_behind_image=False) if form.between else None
 
 
 def _check(

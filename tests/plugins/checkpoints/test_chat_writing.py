@@ -19,10 +19,10 @@ from llavakit.stream.encode import IMAGE_ID, encode, tokenise
 pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 
+from llavakit_plugins.checkpoints.chat_writing import find_format
+from llavakit_plugins.checkpoints.prompt_format import PromptFormat
 from llavakit_plugins.huggingface.hub import load_tokenizer
 from llavakit_plugins.onnx.exporter.client import agreeing_template, client_tokenizer, render
-from llavakit_plugins.onnx.exporter.prompts import find_format
-from llavakit_plugins.onnx.runtime.prompting import PromptFormat
 
 NAMES = [
     "vicuna_v1", "llava_v1", "v1_mmtag", "llava_v0", "v0", "v0_mmtag", "llama_2", "llava_llama_2",

@@ -40,6 +40,8 @@ class PromptFormat(BaseModel):
     question; None if the template writes later turns in another way."""
     stops: tuple[str, ...]
     """Texts that end an answer, besides the end tokens."""
+    end: str = ""
+    """The text behind the last answer of a whole conversation."""
 
     def question(self, text: str) -> str:
         """Return a question as the template writes it, with its images."""
