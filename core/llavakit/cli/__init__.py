@@ -16,6 +16,8 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from importlib.metadata import EntryPoint, EntryPoints, entry_points
+from traceback import format_exception
+from typing import Any
 
 from llavakit import __version__
 from llavakit.cli import run
@@ -65,6 +67,8 @@ def _main(argv: Sequence[str] | None) -> int:
         from llavakit.recipe.redaction import brief, shown  # not for --help
 
         _let_the_leader_speak()
+        if "LLAVA_TRACEBACK" in os.environ:
+            print(shown("".join(format_exception(error))), end="", file=sys.stderr)
         print(f"error: {brief(shown(str(error)))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -76,7 +80,7 @@ def _main(argv: Sequence[str] | None) -> int:
 
 
 def _run(arguments: list[str], *, program: bool) -> int:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="llava-run",
         usage=_USAGE,
         description="Make, try and convert LLaVA models by recipe.",
@@ -118,8 +122,8 @@ def _find(name: str, installed: EntryPoints) -> Add:
         add: Add = found[0].load()
     except Exception as error:
         raise PluginError(
-            f"command `{name}` of {_package(found[0])} cannot be imported: {error}; fix it, or "
-            f"uninstall it (pip uninstall {_package(found[0])})"
+            f"command `{name}` of {_package(found[0])} cannot be imported: {error}; fix it "
+            f"(LLAVA_TRACEBACK=1 shows more), or uninstall it (pip uninstall {_package(found[0])})"
         ) from error
     return add
 
@@ -135,6 +139,15 @@ def _let_the_leader_speak() -> None:
     """
     if os.environ.get("RANK", "0") != "0":
         time.sleep(10)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Shows of foreign arguments and help what may be shown; the commands' parsers are such, too."""
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        from llavakit.recipe.redaction import brief, shown
+
+        super()._print_message(brief(shown(message)), file)
 
 
 class _Shown(logging.Formatter):

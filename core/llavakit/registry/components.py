@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import entry_points
 from inspect import signature
@@ -90,7 +90,7 @@ class Registry:
             if not self._spares:
                 raise
             self.broken.setdefault(plugin, error)
-            warn_once(str(error))
+            warn_once(str(error), error.__cause__)
 
     @classmethod
     def empty(cls) -> Registry:
@@ -209,11 +209,8 @@ class Registry:
                 offers = tuple(_offers_of(plugin, implementation.function(), kind))
             for offer in offers:
                 other = found.setdefault(offer.name, offer)
-                if not offer.same_as(other):
-                    raise PluginError(
-                        f"{offer.path} and {other.path} are both called `{offer.name}`; uninstall "
-                        "one of them"
-                    )
+                if not offer.same_as(other):  # who asks for that name is told; all others go on
+                    found[offer.name] = replace(offer, rival=other)
         return dict(sorted(found.items()))
 
 
@@ -224,6 +221,7 @@ class _Offer:
     plugin: str
     name: str
     source: type[Component] | str  #: The class, or its place: `package.module:Class`.
+    rival: _Offer | None = None  #: Another plugin's component of the same name: neither is used.
 
     @property
     def path(self) -> str:
@@ -238,6 +236,11 @@ class _Offer:
 
     def load(self, kind: type[KindT]) -> type[KindT]:
         """Return the class. Raises PluginError where it cannot be imported, or is another."""
+        if (other := self.rival) is not None:
+            raise PluginError(
+                f"{self.path} of {self.plugin} and {other.path} of {other.plugin} are both called "
+                f"`{self.name}`; uninstall one of them"
+            )
         if not isinstance(self.source, str):
             return _checked(self.plugin, self.source, kind)
         with explained(self.plugin, f"its {kind.__name__} `{self.name}`"):

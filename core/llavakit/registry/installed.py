@@ -6,7 +6,6 @@ import logging
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from functools import cache
 from importlib.metadata import EntryPoint
 from inspect import isfunction
 from traceback import extract_tb
@@ -53,8 +52,8 @@ def imported(point: EntryPoint) -> object:
     except Exception as error:
         package = package_of(point)
         raise PluginError(
-            f"plugin `{point.name}` of {package} failed to import: {told(error)}; fix it, or "
-            f"uninstall it (pip uninstall {package})"
+            f"plugin `{point.name}` of {package} failed to import: {told(error)}; fix it "
+            f"(LLAVA_TRACEBACK=1 shows more), or uninstall it (pip uninstall {package})"
         ) from error
 
 
@@ -68,7 +67,7 @@ def explained(plugin: str, what: str) -> Iterator[None]:
     except Exception as error:
         raise PluginError(
             f"plugin {plugin} cannot load {what}: {told(error)}; "
-            "install what it needs, or uninstall it"
+            "install what it needs (LLAVA_TRACEBACK=1 shows more), or uninstall it"
         ) from error
 
 
@@ -77,10 +76,15 @@ def package_of(point: EntryPoint) -> str:
     return point.dist.name if point.dist else "unknown package"
 
 
-@cache  # once in a process, however often the registry is made
-def warn_once(text: str) -> None:
-    """Say something that stops nothing."""
-    logging.getLogger("llavakit").warning("%s", text)
+_said: set[str] = set()
+
+
+def warn_once(text: str, cause: BaseException | None = None) -> None:
+    """Say something that stops nothing, once in a process; LLAVA_TRACEBACK shows its cause."""
+    if text not in _said:
+        _said.add(text)
+        shown = cause if "LLAVA_TRACEBACK" in os.environ else None
+        logging.getLogger("llavakit").warning("%s", text, exc_info=shown)
 
 
 def told(error: Exception) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
 from typing import Any
 
 from llavakit.contracts.commands import Commands
@@ -55,26 +54,19 @@ def _plugins(arguments: argparse.Namespace) -> int:
 
 def _look() -> tuple[dict[str, list[dict[str, Any]]], list[dict[str, Any]]]:
     """Return the components of each kind, and the plugins that are broken."""
-    from llavakit import PluginError, Registry, all_kinds
+    from llavakit import Registry, all_kinds
 
     registry = Registry.installed()
     found: dict[str, list[dict[str, Any]]] = {}
-    faults: dict[str, PluginError] = {}
     for kind in all_kinds():
-        found[kind.__name__] = []
-        try:
-            usable = registry.all(kind)  # two of one name are an error here
-            origins: Mapping[str, tuple[str, str]] = registry.origins(kind)
-        except PluginError as error:
-            faults[kind.__name__] = error
-            continue
+        usable = registry.all(kind)
         found[kind.__name__] = [
             {"name": name, "package": package, "version": version}
-            for name, (package, version) in sorted(origins.items())
+            for name, (package, version) in sorted(registry.origins(kind).items())
             if name in usable
         ]
     broken = []
-    for plugin, fault in {**registry.broken, **faults}.items():
+    for plugin, fault in registry.broken.items():
         package, _, name = plugin.rpartition(":")
         broken.append(
             {
@@ -93,7 +85,7 @@ def _version(package: str) -> str:
 
     try:
         return version(package)
-    except (PackageNotFoundError, ValueError):  # of a kind: two of one name
+    except (PackageNotFoundError, ValueError):  # no package is known of the entry point
         return ""
 
 

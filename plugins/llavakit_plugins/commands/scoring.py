@@ -18,8 +18,10 @@ from llavakit.contracts.errors import PluginError, RecipeError
 from llavakit_plugins.evaluation.file_scores import FileScorer
 
 
-def score_command(arguments: Sequence[str], registry: Registry) -> int:
-    """Run `llava-run score` with what stands behind it."""
+def score_command(
+    arguments: Sequence[str], registry: Registry, parser_class: type[argparse.ArgumentParser]
+) -> int:
+    """Run `llava-run score` with what stands behind it; `parser_class` is the command line's."""
     from llavakit import did_you_mean, printable_json, shown
     from llavakit_plugins.commands.options import build_from
     from llavakit_plugins.reporting.plain import plain
@@ -36,7 +38,7 @@ def score_command(arguments: Sequence[str], registry: Registry) -> int:
         hint = did_you_mean(name, scorers, f"there are: {', '.join(scorers)}")
         raise RecipeError(f"nothing called `{name}` can be scored; {hint}")
     scorer = scorers[name]
-    stated = vars(_parser(scorer).parse_args(arguments[1:]))
+    stated = vars(_parser(scorer, parser_class).parse_args(arguments[1:]))
     settings, as_json = stated.pop("--set"), stated.pop("--json")
     flags = {
         key: {"use": value} if _is_choice(scorer.Options.model_fields[key]) else value
@@ -78,8 +80,10 @@ def _sentence(component: type[Component]) -> str:
     return (inspect.getdoc(component) or "").partition("\n")[0]
 
 
-def _parser(scorer: type[FileScorer]) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser(
+    scorer: type[FileScorer], parser_class: type[argparse.ArgumentParser]
+) -> argparse.ArgumentParser:
+    parser = parser_class(
         prog=f"llava-run score {scorer.name}", description=_sentence(scorer), allow_abbrev=False
     )
     for name, field in scorer.Options.model_fields.items():

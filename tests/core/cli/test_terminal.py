@@ -80,6 +80,75 @@ def test_export_and_import(
     assert (code, out) == (0, f"{SHOWN}: {SHOWN}\n"), err
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("run", "r.toml", EVIL),
+        ("chat", "m", "--temperature", EVIL),
+        ("check-data", "f", f"--{EVIL}"),
+        ("compare", "r", f"--{EVIL}"),
+        ("score", "scienceqa", "--problems", "p", "--predictions", "q", f"--{EVIL}"),
+        ("export", "m", "o", "--format", "hf", EVIL),
+        ("import", "m", "o", EVIL),
+        ("recipes", EVIL),
+        ("plugins", EVIL),
+    ],
+)
+def test_arguments_that_a_command_does_not_take(
+    llava_run: Command, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        llava_run(*arguments)
+    err = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert "x1b[2J" in err
+    assert not CONTROL.search(err)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (EVIL,),
+        ("recipes.toml", "--set", f"{EVIL}=1"),
+        ("tiny", "--plan", "--set", f"{EVIL}=1"),
+        ("tiny", "--plan", "--set", f"seed={EVIL}"),
+        ("import", EVIL, "o"),
+        ("export", EVIL, "o", "--format", "hf"),
+        ("export", "m", "o", "--format", EVIL),
+        ("check-data", EVIL),
+        ("score", EVIL),
+        ("chat", EVIL, "--prompt", "what ?"),
+        ("compare", EVIL),
+    ],
+)
+def test_names_that_nothing_has(llava_run: Command, arguments: tuple[str, ...]) -> None:
+    code, out, err = llava_run(*arguments)
+    assert code == 2
+    assert err.startswith("error: ")
+    assert not CONTROL.search(out + err)
+
+
+def test_a_written_folder(
+    llava_run: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from llavakit_plugins.commands import import_model
+
+    monkeypatch.setattr(import_model, "load_model", lambda *_: SimpleNamespace())
+    monkeypatch.setattr("llavakit.LlavaModel", SimpleNamespace)
+    monkeypatch.setattr("llavakit.save_model", lambda *_: None)
+    code, out, err = llava_run("import", "m", tmp_path / EVIL)
+    assert (code, out) == (0, f"wrote {tmp_path}/{SHOWN}\n"), err
+
+
+def test_listed_recipes(llava_run: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / f"{EVIL}.toml").write_text(f"# {EVIL}\nname = 'x'\n")
+    monkeypatch.setattr("llavakit.recipe_folder", lambda: tmp_path)
+    code, out, err = llava_run("recipes")
+    assert code == 0, err
+    assert out.count(SHOWN) == 2
+    assert not CONTROL.search(out + err)
+
+
 @pytest.mark.parametrize("more", [[], ["--json"]])
 def test_compared_runs(llava_run: Command, tmp_path: Path, more: list[str]) -> None:
     for seed in (0, 1):

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.conftest import Command
+from tests.conftest import Command, RecipeWriter
 
 from llavakit import (
     Component,
@@ -45,15 +47,22 @@ def test_an_empty_registry_has_nothing() -> None:
         assert Registry.empty().all(kind) == {}
 
 
-def test_two_components_of_one_name_are_refused() -> None:
+def test_two_components_of_one_name_are_refused_and_stop_no_other() -> None:
     class Other(Linear):
         pass
 
+    class Free(Linear):
+        name = "free"
+
     registry = Registry.empty()
-    registry.register(plugin_with(Linear), name="one")
+    registry.register(plugin_with(Linear, Free), name="one")
     registry.register(plugin_with(Other), name="two")
-    with pytest.raises(PluginError, match=r"Other and .*Linear are both called `linear`"):
+    both = r"(Other of two and .*Linear of one|Linear of one and .*Other of two) are both called"
+    with pytest.raises(PluginError, match=both):
+        registry.get(Connector, "linear")
+    with pytest.raises(PluginError, match=both):
         registry.all(Connector)
+    assert registry.get(Connector, "free") is Free
 
 
 def test_one_component_twice_is_no_conflict() -> None:
@@ -181,7 +190,7 @@ def test_places_and_classes_of_one_name(modules: Path) -> None:
     registry.register(plugin_naming(linear=f"{Linear.__module__}:Linear"), name="two")
     assert registry.all(Connector) == {"linear": Linear}
     registry.register(plugin_naming(linear="place_broken:Linear"), name="three")
-    with pytest.raises(PluginError, match=r"place_broken.Linear and .*mlp.Linear are both called"):
+    with pytest.raises(PluginError, match=r"place_broken.Linear of three and .*mlp.Linear of"):
         registry.get(Connector, "linear")
 
 
@@ -260,6 +269,47 @@ def test_a_broken_package_is_named(
     (broken,) = json.loads(out)["broken"]
     assert sentence in broken["error"]
     assert "Traceback" in llava_run("plugins", "--traceback").out
+
+
+def test_two_of_one_name_fail_the_recipes_that_name_it_alone(
+    site: Path, llava_run: Command, write_recipe: RecipeWriter, request: pytest.FixtureRequest
+) -> None:
+    distribution(
+        site, "llava-bad", "llava_bad_twin", MINE.format(name="mlp", hook="llava_connectors")
+    )
+    request.addfinalizer(lambda: sys.modules.pop("llava_bad_twin", None))
+    code, _, err = llava_run(write_recipe(('use = "mlp"', 'use = "linear"')), "--plan")
+    assert code == 0, err
+    code, _, err = llava_run(write_recipe(), "--plan")
+    assert code == 2
+    assert "llavakit_plugins.connectors.mlp.Mlp of llavakit:" in err
+    assert "llava_bad_twin.Mine of llava-bad:mine" in err
+    assert "both called `mlp`; uninstall one of them" in err
+
+
+def test_the_traceback_of_a_broken_package_is_shown_where_it_is_asked_for(
+    site: Path, llava_run: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the warning of a run that goes on, and at the error of a command."""
+    distribution(site, "llava-bad", "llava_bad_traced", "import math\nmath.sqrt(-1)\n")
+    commands = site / "llava_bad-1.2.dist-info" / "entry_points.txt"
+    commands.write_text(
+        commands.read_text() + "[llavakit.commands]\nbroken = llava_bad_traced:add\n"
+    )
+    code, _, err = llava_run("broken")
+    assert code == 2
+    assert "Traceback" not in err
+    assert "LLAVA_TRACEBACK=1 shows more" in err
+    monkeypatch.setenv("LLAVA_TRACEBACK", "1")
+    code, _, err = llava_run("broken")
+    assert code == 2
+    assert "Traceback" in err
+    assert "math.sqrt(-1)" in err
+    done = subprocess.run(
+        [sys.executable, "-c", "from llavakit import Registry; Registry.installed()"],
+        env={**os.environ, "PYTHONPATH": str(site)}, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert "math.sqrt(-1)" in done.stderr
 
 
 def test_a_broken_package_stops_no_recipe_that_is_not_made_of_it(
