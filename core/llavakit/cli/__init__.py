@@ -142,7 +142,7 @@ def _let_the_leader_speak() -> None:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Shows of foreign arguments and help what may be shown; the commands' parsers are such, too."""
+    """Shows no argument and no help raw; the parsers of commands are of this class, too."""
 
     def _print_message(self, message: str, file: Any = None) -> None:
         from llavakit.recipe.redaction import brief, shown

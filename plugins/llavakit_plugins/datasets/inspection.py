@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import time
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -17,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel
 
-from llavakit import MissingImage, encode, open_image
+from llavakit import MissingImage, encode, kind_of, open_image
 from llavakit.contracts.component import Use
 from llavakit.contracts.data import (
     CHARACTERS_A_TOKEN,
@@ -28,13 +29,14 @@ from llavakit.contracts.data import (
     Sample,
 )
 from llavakit.contracts.errors import DataError
+from llavakit.contracts.interfaces import Dataset
 from llavakit_plugins.datasets.image_files import whole_images
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from llavakit import Registry
-    from llavakit.contracts.interfaces import Dataset, PromptTemplate
+    from llavakit.contracts.interfaces import PromptTemplate
     from llavakit.contracts.run import Progress
 
 KEPT = 100
@@ -134,16 +136,52 @@ def inspect_data(
     """
     seen = _Seen(lengths, thorough)
     begun = time.monotonic()
+    parts = _made_of(use, registry)
+    for number, part in enumerate(parts):
+
+        def advance(row: Inspected, number: int = number) -> None:
+            rate = seen.rows / max(1e-9, time.monotonic() - begun)
+            missing = seen.count("missing images")
+            note = f", {missing:,} images missing" if missing else ""
+            read = round(1000 * (number + row.read) / len(parts))
+            progress(read, 1000, f"{seen.rows:,} rows, {rate:,.0f}/s{note}")
+
+        _look(part, registry, seen, advance)
+    if parts != [use] and not seen.stops:
+        try:
+            registry.build(use)
+        except DataError as error:
+            seen.find(Finding("file", str(error)))
+    progress(1000, 1000, f"{seen.rows:,} rows")
+    return seen.report(str(use.options.get("path", use.use)), time.monotonic() - begun)
+
+
+def _made_of(use: Use[Dataset], registry: Registry) -> list[Use[Dataset]]:
+    """Return the data sets that one is made of, or itself: of each, all faults are found."""
+    component, options = registry.chosen(use), registry.options(use)
+    if component.inspect(options) is not None:
+        return [use]
+    stated = (v if isinstance(v, tuple | list) else (v,) for v in vars(options).values())
+    parts = [
+        part
+        for choice in chain.from_iterable(stated)
+        if isinstance(choice, Use) and issubclass(kind_of(choice), Dataset)
+        for part in _made_of(choice, registry)
+    ]
+    return parts or [use]
+
+
+def _look(
+    use: Use[Dataset], registry: Registry, seen: _Seen, advance: Callable[[Inspected], None]
+) -> None:
+    """Look at every row of a data set."""
     # what a training leaves out stops none: what is left is read again, as it reads it
     seen.leaves_out = use.options.get("unusable") == "skip"
     try:
         for row in _rows(use, registry):
             seen.add(replace(row, sample=None) if seen.leaves_out else row)
             if seen.rows % 512 == 0:
-                rate = seen.rows / (time.monotonic() - begun)
-                missing = seen.count("missing images")
-                note = f", {missing:,} images missing" if missing else ""
-                progress(round(1000 * row.read), 1000, f"{seen.rows:,} rows, {rate:,.0f}/s{note}")
+                advance(row)
         seen.look_at_images()
         if seen.leaves_out:
             seen.leaves_out = False
@@ -154,8 +192,6 @@ def inspect_data(
         seen.leaves_out = False
         seen.find(Finding("file", str(error)))
         seen.look_at_images()
-    progress(1000, 1000, f"{seen.rows:,} rows")
-    return seen.report(str(use.options.get("path", use.use)), time.monotonic() - begun)
 
 
 def _rows(use: Use[Dataset], registry: Registry) -> Iterator[Inspected]:
@@ -191,10 +227,16 @@ class _Seen:
         self._findings: dict[str, Sort] = {}
         self._ids: set[int] = set()  # hashes take a third of the texts' room
         self._images: set[int] = set()
+        self._left_out: set[int] = set()  # faulty images that stopped nothing so far
         self._waiting: list[tuple[str, str]] = []  # images to look at, and whose they are
         self._tokens, self._supervised = array("q"), array("q")
         self._by_images = [0, 0, 0]  # samples with none, one, several
         self._turns = self._most_turns = self._mentions = self._cut = 0
+
+    @property
+    def stops(self) -> bool:
+        """Whether something was found that stops a training."""
+        return any(sort.stops for sort in self._findings.values())
 
     def find(self, finding: Finding) -> None:
         """Count a finding."""
@@ -203,6 +245,7 @@ class _Seen:
             finding.sort, Sort(sort=finding.sort, count=0, stops=stops, messages=[])
         )
         sort.count += 1
+        sort.stops |= stops
         if len(sort.messages) < KEPT:
             sort.messages.append(finding.message)
 
@@ -222,8 +265,11 @@ class _Seen:
         for image in row.images:
             if not isinstance(image, Path | str):  # in memory; perhaps not decoded yet
                 self._judge(image, row.id)
-            elif (key := hash(str(image))) not in self._images:
+            elif (key := hash(str(image))) not in self._images or (
+                not self.leaves_out and key in self._left_out
+            ):
                 self._images.add(key)
+                self._left_out.discard(key)
                 self._waiting.append((str(image), row.id))
         if len(self._waiting) >= _AT_ONCE:
             self.look_at_images()
@@ -237,6 +283,8 @@ class _Seen:
         for (path, identity), whole in zip(self._waiting, looks, strict=True):
             if not whole:
                 self._judge(Path(path), identity)
+                if self.leaves_out:
+                    self._left_out.add(hash(path))
         self._waiting.clear()
 
     def _judge(self, image: ImageSource, identity: str) -> None:
@@ -309,7 +357,7 @@ class _Seen:
         exact = self._lengths.tokenizer is not None
         return Report(
             data=data,
-            usable=bool(self._tokens) and not any(sort.stops for sort in order),
+            usable=bool(self._tokens) and not self.stops,
             rows=self.rows,
             samples=text + one + several,
             image_samples=one,

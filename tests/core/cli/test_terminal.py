@@ -140,7 +140,9 @@ def test_a_written_folder(
     assert (code, out) == (0, f"wrote {tmp_path}/{SHOWN}\n"), err
 
 
-def test_listed_recipes(llava_run: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_listed_recipes(
+    llava_run: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     (tmp_path / f"{EVIL}.toml").write_text(f"# {EVIL}\nname = 'x'\n")
     monkeypatch.setattr("llavakit.recipe_folder", lambda: tmp_path)
     code, out, err = llava_run("recipes")

@@ -541,6 +541,42 @@ def test_a_data_set_that_says_nothing_of_itself_is_looked_at_too(folder: Path) -
     assert report.distinct_images == 3
 
 
+def test_of_a_mix_every_fault_of_every_part_is_found(folder: Path, llava_run: Command) -> None:
+    """A part that leaves its faults out hides none of another's; one that is no JSON, neither."""
+    for name, content in (("good", GOOD), ("bad", [*GOOD, *BAD[:-1]]), ("twice", BAD)):
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    (folder / "torn.json").write_text("[{")
+    common = f'use = "conversations", images = "{folder}"'
+    parts = [
+        f'{{ {common}, path = "{folder}/{name}.json"{more} }}'
+        for name, more in (
+            ("bad", ', unusable = "skip"'), ("good", ""), ("torn", ""), ("bad", ""), ("twice", "")
+        )
+    ]  # fmt: skip
+    inner = f'{{ use = "mix", parts = [{", ".join(parts[2:])}] }}'
+    mixed = f"parts=[{parts[0]}, {parts[1]}, {inner}]"
+    alone = {}
+    for name in ("bad", "twice"):
+        _, out, _ = llava_run("check-data", folder / f"{name}.json", "--images", folder, "--json")
+        alone[name] = {sort["sort"]: sort["count"] for sort in json.loads(out)["findings"]}
+    code, out, _ = llava_run("check-data", "--dataset", "mix", "--set", mixed, "--json")
+    assert code == 2
+    found = {sort["sort"]: sort for sort in json.loads(out)["findings"]}
+    assert found["file"]["count"] == 1
+    assert "torn.json" in found["file"]["messages"][0]
+    for sort in ("conversations", "missing images"):
+        assert found[sort]["stops"], sort
+    assert (
+        found["conversations"]["count"]
+        == 2 * alone["bad"]["conversations"] + alone["twice"]["conversations"]
+    )
+    code, out, err = llava_run(
+        "check-data", "--dataset", "mix", "--set", f"parts=[{parts[0]}, {parts[1]}]", "--json"
+    )
+    assert code == 0, err
+    assert json.loads(out)["samples"] == 2 * len(GOOD)
+
+
 def test_what_a_skipping_training_would_still_stop_at_stops_the_check(check: Check) -> None:
     silent = row("silent", "what ?", "red .")
     silent["conversations"] = silent["conversations"][:1]
