@@ -124,11 +124,12 @@ def _questions() -> Iterator[Any]:
 def _rendered(chat: str, tokenizer: PreTrainedTokenizerBase, content: Any) -> str | None:
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    check_bounds(chat, tokenizer.special_tokens_map)
+    messages = [{"role": "user", "content": content}]
+    check_bounds(chat, tokenizer.special_tokens_map, messages)
     render = cast(Any, render_jinja_template)
     try:
         texts, _ = render(
-            conversations=[[{"role": "user", "content": content}]],
+            conversations=[messages],
             chat_template=chat,
             add_generation_prompt=True,
             **tokenizer.special_tokens_map,

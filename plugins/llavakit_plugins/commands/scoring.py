@@ -19,7 +19,9 @@ from llavakit_plugins.evaluation.file_scores import FileScorer
 
 
 def score_command(
-    arguments: Sequence[str], registry: Registry, parser_class: type[argparse.ArgumentParser]
+    arguments: Sequence[str],
+    registry: Registry,
+    parser_class: type[argparse.ArgumentParser] = argparse.ArgumentParser,
 ) -> int:
     """Run `llava-run score` with what stands behind it; `parser_class` is the command line's."""
     from llavakit import did_you_mean, printable_json, shown

@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 from llavakit import ModelError, Options
 from llavakit_plugins.huggingface.json_files import check_shape, read_json, refuse_devices
 from llavakit_plugins.huggingface.known_configs import KNOWN
-from llavakit_plugins.huggingface.tokenizer_faults import blame_file, is_fault
+from llavakit_plugins.huggingface.tokenizer_faults import blame_file, is_fault, without_panics
 from llavakit_plugins.huggingface.tokenizer_writing import remember_origin
 from llavakit_plugins.huggingface.tokenizers import fast_tokenizer
 
@@ -238,10 +238,11 @@ def load_tokenizer(
     try:
         if Path(source).is_dir():
             refuse_devices(Path(source))
-        tokenizer = fast_tokenizer(
-            source, revision, **({} if legacy is None else {"legacy": legacy})
-        )
-        tokenizer("a \u2603")  # some faults are seen when it is used, of a character it lacks
+        with without_panics():
+            tokenizer = fast_tokenizer(
+                source, revision, **({} if legacy is None else {"legacy": legacy})
+            )
+            tokenizer("a \u2603")  # some faults are seen when it is used, of a character it lacks
         remember_origin(tokenizer, find)
     except BaseException as error:  # tokenizers raises nothing narrower for a damaged file
         if not is_fault(error):

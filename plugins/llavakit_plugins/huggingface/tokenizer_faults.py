@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +36,8 @@ def blame_file(find: Find) -> None:
 
         read_json(path)
         try:
-            Tokenizer.from_file(str(path)).encode("a \u2603")
+            with without_panics():
+                Tokenizer.from_file(str(path)).encode("a \u2603")
         except BaseException as error:  # tokenizers raises nothing narrower
             if not is_fault(error):
                 raise
@@ -46,6 +51,38 @@ def is_fault(error: BaseException) -> bool:
     A panic in Rust is a BaseException and no Exception.
     """
     return isinstance(error, Exception) or type(error).__name__ == "PanicException"
+
+
+@contextmanager
+def without_panics() -> Iterator[None]:
+    """Keep what Rust writes of a panic in a tokenizer from the terminal: its error is said.
+
+    Rust writes to the process's standard error itself, so this is turned to a file for a moment;
+    what else was written to it comes behind.
+    """
+    with suppress(ValueError, OSError):  # it may be closed
+        sys.stderr.flush()
+    try:
+        terminal = os.dup(2)
+    except OSError:  # there is none
+        yield
+        return
+    panicked = False
+    with tempfile.TemporaryFile() as aside:
+        os.dup2(aside.fileno(), 2)
+        try:
+            yield
+        except BaseException as error:
+            panicked = not isinstance(error, Exception) and is_fault(error)
+            raise
+        finally:
+            with suppress(ValueError, OSError):
+                sys.stderr.flush()
+            os.dup2(terminal, 2)
+            os.close(terminal)
+            aside.seek(0)
+            if not panicked and (text := aside.read()):
+                os.write(2, text)
 
 
 def _is_token(value: Any) -> bool:

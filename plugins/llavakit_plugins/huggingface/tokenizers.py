@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from llavakit import write_text
 from llavakit.contracts.errors import ModelError
+from llavakit_plugins.huggingface.tokenizer_faults import is_fault, without_panics
 from llavakit_plugins.huggingface.words import by_words
 
 if TYPE_CHECKING:
@@ -23,12 +24,15 @@ def find_tokenizer(source: str) -> PreTrainedTokenizerBase:
     """
     path = Path(source)
     try:
-        if path.is_file():
-            return _from_file(path)
-        if (path / "model.toml").is_file():  # a model folder of ours
-            return fast_tokenizer(str(path / "language"))
-        return fast_tokenizer(source)
-    except Exception as error:  # tokenizers raises nothing narrower
+        with without_panics():
+            if path.is_file():
+                return _from_file(path)
+            if (path / "model.toml").is_file():  # a model folder of ours
+                return fast_tokenizer(str(path / "language"))
+            return fast_tokenizer(source)
+    except BaseException as error:  # tokenizers raises nothing narrower
+        if not is_fault(error):
+            raise
         reason = " ".join(str(error).split())
         raise ModelError(
             f"`{source}` gives no tokenizer ({reason:.200}); name a folder with tokenizer.json or "

@@ -54,14 +54,14 @@ def prepare(model: Any, source: object, dtype: torch.dtype) -> None:
         )  # fmt: skip
 
 
-def refuse_widths(model: Any, source: object, device: str) -> None:
-    """Refuse, before any weights are read, what `prepare` would refuse of them.
+def refuse_widths(model: Any, source: object) -> None:
+    """Refuse, before any weights are read, what `prepare` would refuse of them on a CPU.
 
     Raises ModelError as `prepare` does.
     """
     head = model.get_output_embeddings()
     for name, layer in model.named_modules():
-        if device == "cpu" and isinstance(layer, torch.nn.Linear) and layer is not head:
+        if isinstance(layer, torch.nn.Linear) and layer is not head:
             _refuse_part(source, name, layer, _INPUTS)
 
 

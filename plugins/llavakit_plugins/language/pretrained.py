@@ -61,8 +61,8 @@ class PretrainedLanguage(LanguageModel):
             with explain_config(network.__name__):
                 model = network(config)
             cast_weights(model, getattr(torch, options.dtype))
-            if options.quantize is not None:  # a plan's: weights are read elsewhere
-                refuse_widths(model, options.source, small_device(options))
+            if options.quantize is not None and options.device == "cpu":
+                refuse_widths(model, options.source)
         if options.lora is not None:
             add_adapters(model, options.lora)
         self.options = options
@@ -123,7 +123,15 @@ class PretrainedLanguage(LanguageModel):
         if options.quantize is not None:
             lacks = lacks or (_NOTHING_TO_QUANTIZE if options.source is None else None)
             lacks = lacks or missing_bitsandbytes()
-        return lacks or missing_source("language model", options)
+        lacks = lacks or missing_source("language model", options)
+        if lacks is None and options.quantize is not None and small_device(options) == "cpu":
+            # a plan made here may be for a machine with CUDA, a run is for this one
+            try:
+                with torch.device("meta"):
+                    cls(options.model_copy(update={"device": "cpu", "lora": None}))
+            except ModelError as error:
+                return str(error)
+        return lacks
 
     def trainable(self) -> Iterator[tuple[str, nn.Parameter]]:
         adapted, quantized = self.options.lora is not None, self.options.quantize is not None

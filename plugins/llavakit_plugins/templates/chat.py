@@ -192,7 +192,7 @@ class ChatTemplate(PromptTemplate):
         from transformers.utils.chat_template_utils import render_jinja_template
 
         variables: dict[str, Any] = {**tokenizer.special_tokens_map, **self._options.variables}
-        check_bounds(source, variables, len(messages))
+        check_bounds(source, variables, messages)
         marks = _GENERATION.search(source) is not None
         render = cast("Callable[..., tuple[list[str], list[list[Span]]]]", render_jinja_template)
         try:

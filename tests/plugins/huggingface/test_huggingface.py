@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 from sentencepiece import SentencePieceProcessor
 from tests import published
+from tests.conftest import make_tokenizer
 
 from llavakit import ModelError
+from llavakit.cli import main
 from llavakit_plugins.huggingface.hub import (
     PretrainedOptions,
     load_tokenizer,
     missing_source,
     read_config,
 )
+from llavakit_plugins.huggingface.tokenizer_faults import without_panics
+from llavakit_plugins.huggingface.tokenizers import find_tokenizer
 
 LLAMA = published.llama()
 
@@ -107,3 +112,28 @@ def test_legacy_decides_on_the_space_behind_special_tokens(tmp_path: Path) -> No
 def test_legacy_of_another_tokenizer_is_refused(backbones: Path) -> None:
     with pytest.raises(ModelError, match=r"SentencePiece tokenizers, and that of .* is none"):
         load_tokenizer(str(backbones / "language"), legacy=True)
+
+
+def test_a_tokenizer_that_makes_rust_panic_is_a_sentence_and_nothing_else(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Rust's own lines of a panic do not reach the terminal; other lines there are kept."""
+    folder = tmp_path / "language"
+    make_tokenizer().save_pretrained(folder)
+    path = folder / "tokenizer.json"
+    table = json.loads(path.read_text())
+    table["post_processor"]["special_tokens"] = {}
+    path.write_text(json.dumps(table))
+    (tmp_path / "rows.json").write_text("[]")
+    for source in (folder, path):
+        with without_panics():
+            os.write(2, b"kept\n")
+        with pytest.raises(ModelError, match="gives no tokenizer"):
+            find_tokenizer(str(source))
+    with pytest.raises(ModelError, match=r"tokenizer in .*language cannot be read"):
+        load_tokenizer(str(folder))
+    out, err = capfd.readouterr()
+    assert "panicked" not in out + err
+    assert err.count("kept") == 2
+    assert main(["check-data", str(tmp_path / "rows.json"), "--tokenizer", str(folder)]) == 2
+    assert capfd.readouterr().err.startswith(f"error: `{folder}` gives no tokenizer")

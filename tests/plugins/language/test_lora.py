@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import importlib
 import json
 from collections.abc import Callable, Mapping
@@ -317,18 +318,28 @@ def test_widths_of_4_bits(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> N
             four_bits(tmp_path / "half", dtype="float32")
 
 
+@bits
 @pytest.mark.parametrize(("name", "size"), [("hidden_size", 96), ("intermediate_size", 100)])
-def test_a_plan_refuses_widths_of_4_bits_that_loading_refuses(
+def test_widths_of_4_bits_are_refused_before_weights_are_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, size: int
 ) -> None:
+    """By a plan for a CPU, and by a run on one; a plan that names none may be for CUDA."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    their_model("llama", **{**WHOLE, name: size}).config.save_pretrained(tmp_path / "half")
+    model = their_model("llama", **{**WHOLE, name: size})
+    model.save_pretrained(tmp_path / "half")
+    qwen_tokenizer().save_pretrained(tmp_path / "half")
     stated = {"source": str(tmp_path / "half"), "quantize": "nf4"}
+    said = rf"half: `\S+` has {size} inputs, .*blocks of 64"
     with torch.device("meta"):
-        with pytest.raises(ModelError, match=rf"half: `\S+` has {size} inputs, .*blocks of 64"):
-            Vicuna(VicunaOptions.model_validate(stated))
-        Vicuna(VicunaOptions.model_validate({**stated, "device": "cuda"}))  # computes any width
-        Vicuna(VicunaOptions.model_validate({**stated, "quantize": None}))
+        with pytest.raises(ModelError, match=said):
+            Vicuna(VicunaOptions.model_validate({**stated, "device": "cpu"}))
+        for device in (None, "cuda"):
+            Vicuna(VicunaOptions.model_validate({**stated, "device": device}))
+    refused = Vicuna.missing(VicunaOptions.model_validate(stated))
+    assert refused is not None
+    assert re.search(said, refused)
+    assert Vicuna.missing(VicunaOptions.model_validate({**stated, "device": "cuda"})) is None
+    assert Vicuna.missing(VicunaOptions.model_validate({**stated, "quantize": None})) is None
 
 
 @bits

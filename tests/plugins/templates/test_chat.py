@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -268,6 +269,8 @@ HOSTILE = [
     ("{% for i in range(99999) %}{{ 'x' * 1000 }}{% endfor %}", "more than the memory"),
     ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "calls itself without end"),
     ("{% if messages | length > 4 %}{{ 'x' * 10**10 }}{% endif %}", "more than the memory"),
+    ("{% if messages[0].content == 'Q' %}{{ messages[0].content * 10**10 }}{% endif %}",
+     "more than the memory"),
 ]  # fmt: skip
 
 
@@ -275,6 +278,49 @@ HOSTILE = [
 def test_a_template_without_end_is_refused(make: Make, source: str, sentence: str) -> None:
     with pytest.raises(ModelError, match=rf"{sentence}.*; choose another .* with --template"):
         encoded(make(source + CHATML), "Q", "A")
+
+
+def test_a_template_without_end_for_one_text_alone_is_refused_there(make: Make) -> None:
+    """In time, in size, and with many turns; what comes before and behind is rendered."""
+    traps = (
+        "{% for m in messages %}"
+        "{% if 'loop' in m.content %}{% for i in range(99999) %}{% for j in range(99999) %}"
+        "{% endfor %}{% endfor %}{% endif %}"
+        "{% if 'grow' in m.content %}{{ m.content * 10**9 }}{% endif %}"
+        "{% endfor %}{% if messages | length > 40 %}{{ messages[0].content * 10**9 }}{% endif %}"
+    )
+    tokenizer = make(traps + CHATML)
+    for text in ("Q", "grow", "loop"):
+        if text == "Q":
+            assert encoded(tokenizer, text, "A").ids.any()
+            continue
+        sentence = "does not end" if text == "loop" else "more than the memory"
+        with pytest.raises(ModelError, match=sentence):
+            encoded(tokenizer, f"what is a {text} ?", "A")
+    with pytest.raises(ModelError, match="more than the memory"):
+        encoded(tokenizer, *["Q", "A"] * 21)
+    assert encoded(tokenizer, *["Q", "A"] * 20).ids.any()
+
+
+def test_forked_processes_render_by_themselves(make: Make) -> None:
+    """As a data loader's do: none reads what another was answered."""
+    tokenizer = make(CHATML)
+    encoded(tokenizer, "Q", "A")
+
+    def many(count: int) -> None:
+        for number in range(count):
+            assert encoded(tokenizer, f"Q{number}", "A").ids.any()
+        os._exit(0)
+
+    child = os.fork()
+    if child == 0:
+        try:
+            many(50)
+        finally:
+            os._exit(1)
+    for number in range(50):
+        assert encoded(tokenizer, f"Q{number}", "A").ids.any()
+    assert os.waitpid(child, 0)[1] == 0
 
 
 @pytest.mark.parametrize("source", ["{{ 1 / 0 }}", "{{ 'a'[0:].x.y }}", "{{ '%d' % 'x' }}", "{%"])
