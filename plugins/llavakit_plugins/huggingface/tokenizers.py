@@ -23,13 +23,15 @@ def find_tokenizer(source: str) -> PreTrainedTokenizerBase:
     taken for LLaMA's. Raises ModelError where there is none.
     """
     path = Path(source)
+    ours = (path / "model.toml").is_file()
     try:
         with without_panics():
             if path.is_file():
-                return _from_file(path)
-            if (path / "model.toml").is_file():  # a model folder of ours
-                return fast_tokenizer(str(path / "language"))
-            return fast_tokenizer(source)
+                tokenizer = _from_file(path)
+            else:
+                tokenizer = fast_tokenizer(str(path / "language") if ours else source)
+            tokenizer("a \u2603")  # some faults are seen when it is used
+            return tokenizer
     except BaseException as error:  # tokenizers raises nothing narrower
         if not is_fault(error):
             raise

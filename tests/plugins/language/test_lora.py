@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import re
 import importlib
 import json
+import re
 from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
