@@ -80,7 +80,7 @@ def _main(argv: Sequence[str] | None) -> int:
 
 
 def _run(arguments: list[str], *, program: bool) -> int:
-    parser = _Parser(
+    parser: argparse.ArgumentParser = _Parser(
         prog="llava-run",
         usage=_USAGE,
         description="Make, try and convert LLaVA models by recipe.",

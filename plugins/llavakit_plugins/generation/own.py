@@ -5,13 +5,14 @@ It gets the same ledger, budget, retries and files as any other job.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from llavakit import (
     ChatError,
-    ChatModel,
     Generator,
     ImageContext,
     LlavaError,
@@ -42,9 +43,10 @@ from llavakit_plugins.generation.job import (
 )
 from llavakit_plugins.generation.output import write_output
 from llavakit_plugins.generation.requests.desk import Desk, EmptyReply, attempt
-from llavakit_plugins.generation.requests.ledger import Ledger, Request
+from llavakit_plugins.generation.requests.ledger import Entry, Ledger, Request, RequestRecord
 from llavakit_plugins.generation.requests.prompted import Verdict
-from llavakit_plugins.generation.requests.send import Sender
+from llavakit_plugins.generation.requests.rounds import Collected, Waiting
+from llavakit_plugins.generation.requests.send import Sender, Tally, send_all
 from llavakit_plugins.generation.review import Review
 from llavakit_plugins.generation.sources import open_sources
 
@@ -61,6 +63,11 @@ class _State:
     unanswered: Unanswered = field(default_factory=Unanswered)
     rejected: dict[str, Conversation] = field(default_factory=dict)
     """Conversations of which no attempt can be used, by key."""
+
+    def is_over(self, record: RequestRecord) -> bool:
+        """Return whether a conversation was tried, and cannot be made in this attempt."""
+        tried = record.key in self.rejected or record.key in self.unanswered.reasons
+        return tried or record.label in self.failures.errors
 
 
 class _Items(Items):
@@ -104,10 +111,8 @@ class _Items(Items):
 def run_own_job(options: GenerateOptions, generator: Generator, desk: Desk, run: Run) -> Outcome:
     """Do what `run_job` does, with conversations that the generator makes itself.
 
-    Raises the errors of `run_job`, and RecipeError if a chat model uses a batch service.
+    Raises the errors of `run_job`.
     """
-    for chat in desk.chats:
-        _refuse_batches(chat, generator)
     failures = Failures(generator.name, run.directory / "failures.txt")
     path = run.directory / FILE
     # a generator may build its chat model later: then replies of every model are taken over
@@ -143,14 +148,6 @@ def run_own_job(options: GenerateOptions, generator: Generator, desk: Desk, run:
             return finish(jobs, ledger, state.unanswered, review, run)
 
 
-def _refuse_batches(chat: ChatModel, generator: Generator) -> None:
-    if getattr(chat, "batches", None) is not None:
-        raise RecipeError(
-            f"generator `{generator.name}` asks `{chat.name}` one thing after the other, which the "
-            "batch service cannot answer within days; take out `batch`"
-        )
-
-
 def _make(
     options: GenerateOptions,
     generator: Generator,
@@ -164,22 +161,26 @@ def _make(
     spending = Spending(run, ledger)
     made = state.conversations.ledger
     total = sum(map(len, jobs))
-    pairs = (pair for items in jobs for pair in items.pairs())
-    todo = (pair for pair in pairs if state.conversations.record(*pair).key not in made)
     if len(made):
         run.progress(len(made), total, f"{len(made)} conversations are here already")
 
-    def work(pair: tuple[ImageContext, ResponseKind]) -> _Made:
+    def todo() -> Iterator[_Pair]:
+        for pair in (pair for items in jobs for pair in items.pairs()):
+            record = state.conversations.record(*pair)
+            if not (record.key in made or state.is_over(record)):
+                yield pair
+
+    def work(pair: _Pair) -> _Made:
         return pair, _converse(generator, *pair, options.attempts)
 
-    async def after(found: _Made) -> None:
+    def note(found: _Made) -> Entry | None:
+        """Note a result; return the entry of a conversation that was made."""
         (context, kind), came = found
         record = state.conversations.record(context, kind)
         if isinstance(came, Conversation):
             if came.turns:
-                await made.write(state.conversations.entry(context, kind, came))
-            else:
-                state.rejected[record.key] = came
+                return state.conversations.entry(context, kind, came)
+            state.rejected[record.key] = came
         elif isinstance(came, ReplyError):
             state.unanswered.reasons[record.key] = str(came)
             if came.lasting:
@@ -188,16 +189,79 @@ def _make(
             raise came
         else:
             state.failures.add(record.label, came, len(made))
+        return None
+
+    async def after(found: _Made) -> None:
+        if (entry := note(found)) is not None:
+            await made.write(entry)
         spending.show(len(made), total, "")
 
-    sender = Sender(desk.chats, ledger, options.budget_usd, run.stopping, lambda entry: None)
+    def in_rounds() -> None:
+        """Call the generator for all conversations, and send what all of them wait for."""
+        asked, served = Tally(), Counter[str]()
+        while True:
+            own = Collected(ledger, asked.unanswered, frozenset(asked.refused))
+            with desk.answering_by(own):
+                for pair in todo():
+                    if run.stopping():
+                        raise Stopped
+                    label = state.conversations.record(*pair).label
+                    try:
+                        entry = note(work(pair))
+                    except Waiting:
+                        if own.served[label] < served[label]:
+                            raise _changing(generator) from None
+                        served[label] = own.served[label] + 1  # the reply that it waits for
+                        continue
+                    if entry is not None:
+                        made.append(entry)
+                    spending.show(len(made), total, "")
+            if not own.wanted:
+                return
+            for chat, requests in own.wanted.values():
+                tally = send_all(
+                    chat,
+                    requests.values,
+                    ledger,
+                    concurrency=options.concurrency,
+                    budget_usd=options.budget_usd,
+                    stopping=run.stopping,
+                    progress=lambda entry: spending.show(len(made), total, ""),
+                )
+                asked.unanswered |= tally.unanswered
+                asked.refused |= tally.refused
+
     try:
-        desk.work_off(sender, ledger, todo, work, after, options.concurrency)
+        if _has_batches(desk, work, todo(), ledger):
+            in_rounds()
+        else:
+            sender = Sender(
+                desk.chats, ledger, options.budget_usd, run.stopping, lambda entry: None
+            )
+            desk.work_off(sender, ledger, todo(), work, after, options.concurrency)
     finally:
         spending.note()
 
 
-_Made = tuple[tuple[ImageContext, ResponseKind], Conversation | Exception]
+def _has_batches(
+    desk: Desk, work: Callable[[_Pair], object], todo: Iterator[_Pair], ledger: Ledger
+) -> bool:
+    """Return whether a chat model uses a batch service; it may be built when it is first used."""
+    if not desk.chats and (pair := next(todo, None)) is not None:
+        with desk.answering_by(Collected(ledger, {})), suppress(Waiting):
+            work(pair)
+    return any(getattr(chat, "batches", None) is not None for chat in desk.chats)
+
+
+def _changing(generator: Generator) -> RecipeError:
+    return RecipeError(
+        f"generator `{generator.name}` asks other things each time it is called for the same "
+        "conversation, so that the batch service's replies do not belong to them; take out `batch`"
+    )
+
+
+_Pair = tuple[ImageContext, ResponseKind]
+_Made = tuple[_Pair, Conversation | Exception]
 
 
 def _converse(

@@ -6,15 +6,24 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from llavakit import ImageContext, LlavaError, Message
+import numpy as np
+
+from llavakit import Generator, ImageContext, LlavaError, Message
+from llavakit.contracts.data import ResponseKind
 from llavakit.contracts.run import StepPlan
-from llavakit_plugins.generation.items import Items
+from llavakit_plugins.generation.items import Items, choose
+from llavakit_plugins.generation.requests.desk import Desk, attempt
 from llavakit_plugins.generation.requests.prompted import PromptedGenerator
+from llavakit_plugins.generation.requests.rounds import MOST, Invented, Waiting
 from llavakit_plugins.generation.requests.tokens import ESTIMATE, Counter
 from llavakit_plugins.generation.sources import open_sources
 
 if TYPE_CHECKING:
     from llavakit_plugins.generation.options import GenerateOptions
+
+_TRIED = 4  # conversations of each kind that a generator of others is called for
+_REPLIES: dict[ResponseKind, int] = {"conversation": 270, "detail": 145, "reasoning": 196}
+"""Tokens of a usual reply: the median of the examples that the built-in prompts show."""
 
 
 def price_job(options: GenerateOptions, generator: PromptedGenerator, seed: int) -> StepPlan:
@@ -65,6 +74,56 @@ def _by_examples(options: GenerateOptions, generator: PromptedGenerator) -> Step
         sent += options.counts[kind] * each
         made += options.counts[kind] * reply
     return _plan(generator, sum(options.counts[k] for k in options.kinds), sent, made, "estimated")
+
+
+def price_own(options: GenerateOptions, generator: Generator, desk: Desk, seed: int) -> StepPlan:
+    """Return the plan of a job whose generator asks its chat models in its own way.
+
+    It is called for a few contexts, with invented replies as long as the paper's. Requests, and the
+    tokens sent, are those of these few. `desk` is the one that the generator was built with.
+    """
+    files = [path for path in (options.contexts, options.held_out) if path is not None]
+    if not all(path.is_file() for path in files):
+        return StepPlan(note="no price yet: the contexts are not there")
+    tried = total = broken = 0
+    asked = Invented("")
+    with TemporaryDirectory() as folder, open_sources(options, Path(folder)) as sources:
+        for name, contexts in sources.items():
+            counts = options.counts if not name else {}
+            chosen = choose(len(contexts), options.kinds, counts, seed)
+            for kind, mask in chosen.items():
+                indices = np.flatnonzero(mask)
+                total += len(indices)
+                for index in indices[:: max(1, len(indices) // _TRIED)][:_TRIED]:
+                    tried += 1
+                    asked.text, asked.left = " ".join(["word"] * _REPLIES[kind]), MOST
+                    try:
+                        with desk.answering_by(asked), attempt(0, ""):
+                            generator.generate(contexts[int(index)], kind)
+                    except (Exception, Waiting):  # the invented reply is none that it can use
+                        broken += 1
+    if not asked.requests:
+        why = "fails with invented replies" if broken else "asked nothing"
+        note = f"generator `{generator.name}` {why} at {tried} contexts"
+        return StepPlan(samples=total, note=f"no price yet: {note}; `budget_usd` bounds it")
+    times = total / tried
+    prices = [
+        chat.price(round(times * sent), round(times * asked.made[chat]))
+        for chat, sent in asked.sent.items()
+    ]
+    usd = None if None in prices else sum(price for price in prices if price is not None)
+    least = "at least " if broken else ""
+    parts = [
+        f"{least}{round(times * asked.requests):,} requests for {total:,} conversations, as "
+        f"`{generator.name}` asks for {tried} of them with invented replies",
+        f"about {round(times * sum(asked.sent.values())):,} tokens sent",
+        f"about {round(times * sum(asked.made.values())):,} in replies as long as the paper's",
+        "no price is known; state `price` beside the model"
+        if usd is None
+        else f"{least or 'about '}{usd:,.2f} USD",
+        "`budget_usd` bounds it",
+    ]
+    return StepPlan(samples=total, cost_usd=usd, note="; ".join(parts))
 
 
 def _plan(generator: PromptedGenerator, requests: int, sent: int, made: int, how: str) -> StepPlan:

@@ -58,17 +58,18 @@ class Generate(Step):
 
     @classmethod
     def plan(cls, options: GenerateOptions, planner: Planner) -> StepPlan | None:
-        generator = planner.build(options.generator)
-        if not isinstance(generator, PromptedGenerator):
-            if not _names_chat(generator):
-                return None
-            return StepPlan(
-                note=f"no price yet: generator `{generator.name}` asks its chat model in its own "
-                "way; `budget_usd` bounds it"
-            )
-        from llavakit_plugins.generation.price import price_job
+        desk = Desk()
+        generator = planner.build(options.generator, build=desk.building(planner.build))
+        if isinstance(generator, PromptedGenerator):
+            from llavakit_plugins.generation.price import price_job
 
-        return price_job(options, generator, planner.seed)
+            _ask_directly(generator)
+            return price_job(options, generator, planner.seed)
+        if not (desk.chats or _names_chat(generator)):
+            return None
+        from llavakit_plugins.generation.price import price_own
+
+        return price_own(options, generator, desk, planner.seed)
 
     def run(self, run: Run) -> Outcome:
         desk = Desk()
@@ -76,8 +77,7 @@ class Generate(Step):
         if isinstance(generator, PromptedGenerator):
             from llavakit_plugins.generation.job import run_job
 
-            if isinstance(generator.chat, AtDesk):  # the job asks it, not the generator
-                generator.chat = generator.chat.inner
+            _ask_directly(generator)
             return run_job(self.options, generator, run)
         if desk.chats or _names_chat(generator):
             from llavakit_plugins.generation.own import run_own_job
@@ -144,6 +144,12 @@ class Generate(Step):
                 if run.stopping():
                     raise Stopped
                 run.progress(index + 1, len(contexts), f"generating {name}".strip())
+
+
+def _ask_directly(generator: PromptedGenerator) -> None:
+    """Give a generator its chat model without the desk: the job asks it, not the generator."""
+    if isinstance(generator.chat, AtDesk):
+        generator.chat = generator.chat.inner
 
 
 def _names_chat(generator: Generator) -> bool:

@@ -12,7 +12,7 @@ import resource
 import signal
 import sys
 from datetime import datetime
-from typing import Any, ClassVar
+from typing import Any
 
 from jinja2 import Template, TemplateError, nodes
 from jinja2.ext import Extension
@@ -23,7 +23,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 class _Generation(Extension):
     """The tag that marks generated text, as transformers adds it."""
 
-    tags: ClassVar[set[str]] = {"generation"}
+    tags = {"generation"}  # noqa: RUF012 - as Jinja declares it
 
     def parse(self, parser: Parser) -> nodes.Node:
         line = next(parser.stream).lineno
@@ -56,7 +56,7 @@ class _Impossible(nodes.Impossible):
         _Impossible.too_large |= isinstance(sys.exc_info()[1], MemoryError)
 
 
-nodes.Impossible = _Impossible  # type: ignore[misc]
+nodes.Impossible = _Impossible  # type: ignore[assignment,misc]
 
 
 class _Renderer:

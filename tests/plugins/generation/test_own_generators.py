@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
-from tests.plugins.chat_server import KEY, Handler, Service, user_text
+from tests.plugins.chat_server import KEY, Handler, Service, completion, user_text
 from tests.plugins.generation.test_generation import contexts, rows_of
 
 from llavakit import (
@@ -27,6 +27,7 @@ from llavakit import (
     Options,
     PluginError,
     Recipe,
+    RecipeError,
     Registry,
     Reply,
     Stopped,
@@ -348,6 +349,8 @@ def test_another_attempt_gets_another_reply(
     lock = threading.Lock()
 
     def fault(context: ImageContext) -> None:
+        if not service.asked:  # the plan's
+            return
         with lock:
             seen[context.id] += 1
             if seen[context.id] % 3:
@@ -458,16 +461,114 @@ def test_a_resume_after_a_kill_pays_for_nothing_again(service: Service, tmp_path
     assert len(service.asked) == 25
 
 
-def test_the_batch_service_is_not_for_it(service: Service, tmp_path: Path) -> None:
-    job = Job(tmp_path, service, ASKING[0])
-    with pytest.raises(Exception, match="take out `batch`"):
+BATCHED = '{ use = "%s", chat = CHAT }'
+
+
+@pytest.mark.parametrize("name", ["twice", "late"])
+def test_the_batch_service_answers_it_in_rounds(
+    service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Each request of a conversation that needs another's reply waits for the next batch."""
+    answer: Callable[..., Any] = lambda self, body: completion(f"Re: {user_text(body)}")  # noqa: E731
+    monkeypatch.setattr(Handler, "in_batch", answer)
+    for folder in ("live", "batch"):
+        (tmp_path / folder).mkdir()
+    live = Job(tmp_path / "live", service, BATCHED % name)
+    live.run()
+    asked, live_paths = len(service.asked), len(service.paths)
+    job = Job(tmp_path / "batch", service, BATCHED % name)
+    more = ("steps.1.generator.chat.batch=true", "steps.1.generator.chat.poll_seconds=0.01")
+    job.run(*more)
+    assert job.ids() == ALL
+    assert (job.step / "instruct.json").read_text() == (live.step / "instruct.json").read_text()
+    assert not any(path.endswith("completions") for path in service.paths[live_paths:])
+    assert len(service.asked) == 2 * asked
+    assert len(service.batches) == (2 if name == "twice" else 1)
+    batches = len(service.batches)
+    (job.step / "artifact.json").unlink()
+    job.run(*more, resume=True)
+    assert len(service.batches) == batches  # every reply is in the ledger
+
+
+def test_a_batch_keeps_within_the_budget(service: Service, tmp_path: Path) -> None:
+    job = Job(tmp_path, service, BATCHED % "twice", "budget_usd = 0.000001")
+    with pytest.raises(ChatError, match="stopped at budget_usd"):
         job.run("steps.1.generator.chat.batch=true")
+    assert not service.batches
 
 
-def test_a_plan_says_that_its_price_is_not_known(service: Service, tmp_path: Path) -> None:
+def test_a_batch_is_not_for_a_generator_that_asks_other_things_each_time(
+    service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = iter(range(1000))
+    generate = Twice.generate
+
+    def changing(self: Twice, context: ImageContext, kind: ResponseKind) -> Sequence[Turn]:
+        told = ImageContext(context.id, context.image, (f"{next(calls)}",))
+        return generate(self, told, kind)
+
+    monkeypatch.setattr(Twice, "generate", changing)
+    job = Job(tmp_path, service, BATCHED % "twice")
+    with pytest.raises(RecipeError, match=r"asks other things each time .*take out `batch`"):
+        job.run("steps.1.generator.chat.batch=true", "steps.1.generator.chat.poll_seconds=0.01")
+    assert len(service.batches) == 1
+
+
+def plan_of(job: Job) -> Any:
     from llavakit.engine.plan import make_plan
-    from llavakit_plugins.reporting.plan import render
 
+    return make_plan(Recipe.load(job.recipe, job.registry), job.registry).steps["01-generate"]
+
+
+@pytest.mark.parametrize(
+    ("generator", "requests"), [(ASKING[0], 20), (ASKING[1], 20), (ANY[3], 20)]
+)
+def test_a_plan_tells_its_price(
+    service: Service, tmp_path: Path, generator: str, requests: int
+) -> None:
+    """Twice as many requests as conversations; nothing is sent, and nothing is left behind."""
+    job = Job(tmp_path, service, generator)
+    plan = plan_of(job)
+    assert not service.asked
+    assert plan.samples == 10
+    assert plan.note.startswith(f"{requests} requests for 10 conversations")
+    # 100 USD a million: two replies each, of 145 and of 196 tokens; sent are 10 to 300 each
+    replies = 1e-4 * 10 * (145 + 196)
+    assert 0.9 * replies < plan.cost_usd < 1.1 * replies + 1e-5 * 20 * 300
+    job.run()
+    assert len(service.asked) == requests
+
+
+def test_a_plan_of_one_that_is_never_pleased_ends(
+    service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(self: Twice, context: ImageContext, kind: ResponseKind) -> Sequence[Turn]:
+        while True:
+            try:
+                if self.chat.complete([Message("user", "again ?")]) == "yes":
+                    return turns("?", "yes")
+            except Exception:
+                pass
+
+    monkeypatch.setattr(Twice, "generate", never)
+    plan = plan_of(Job(tmp_path, service, ASKING[0]))
+    assert "at least" in plan.note
+    assert plan.cost_usd > 0
+
+
+@pytest.mark.parametrize(
+    ("change", "note"),
+    [
+        (lambda job: job.recipe.write_text(job.recipe.read_text().replace(", price = { input = 10, "
+         "output = 100 }", "").replace("gpt-4o", "none")), "no price is known"),
+        (lambda job: (job.recipe.parent / "contexts.jsonl").unlink(), "contexts are not there"),
+    ],
+)  # fmt: skip
+def test_a_plan_says_what_is_not_known_of_the_price(
+    service: Service, tmp_path: Path, change: Callable[[Job], object], note: str
+) -> None:
     job = Job(tmp_path, service, ASKING[0])
-    recipe = Recipe.load(job.recipe, job.registry)
-    assert "`budget_usd` bounds it" in render(make_plan(recipe, job.registry))
+    change(job)
+    plan = plan_of(job)
+    assert note in plan.note
+    assert plan.cost_usd is None

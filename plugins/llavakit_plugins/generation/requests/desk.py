@@ -19,6 +19,7 @@ from typing import Any, TypeVar, cast
 
 from llavakit import Build, ChatError, ChatModel, Message, Reply, ReplyError, Use, kind_of
 from llavakit_plugins.generation.requests.ledger import Ledger, Request, hash_messages, record_of
+from llavakit_plugins.generation.requests.rounds import Round
 from llavakit_plugins.generation.requests.send import Sender
 
 _NEXT = 1000
@@ -67,6 +68,7 @@ class Desk:
         self._sender: Sender | None = None
         self._ledger: Ledger | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._round: Round | None = None
         self._in_flight: dict[str, asyncio.Task[None]] = {}
 
     def building(self, build: Build) -> Build:
@@ -117,10 +119,24 @@ class Desk:
 
         asyncio.run(run())
 
+    @contextmanager
+    def answering_by(self, own: Round) -> Iterator[None]:
+        """Within the block nothing is sent: `own` answers."""
+        self._round = own
+        try:
+            yield
+        finally:
+            self._round = None
+
+    @property
+    def at_once(self) -> bool:
+        """Whether `ask` does not wait."""
+        return self._round is not None
+
     @property
     def open(self) -> bool:
         """Whether a job has started. Requests before that do not belong to it."""
-        return self._loop is not None
+        return self._loop is not None or self.at_once
 
     def ask(self, chat: ChatModel, messages: Sequence[Message], draw: int | None = None) -> Reply:
         """Return the reply to a request; blocks the calling thread until it is there.
@@ -135,6 +151,8 @@ class Desk:
                 draw = scope.times[prompt]
                 scope.times[prompt] += 1
         request = Request(tuple(messages), number + _NEXT * (draw or 0), label)
+        if self._round is not None:
+            return self._round.reply(chat, request)
         assert self._loop is not None
         answer = self._answer(chat, request)
         try:
@@ -198,6 +216,8 @@ class AtDesk(ChatModel):
     async def reply(self, messages: Sequence[Message], draw: int = 0) -> Reply:
         if not self._desk.open:
             return await self.inner.reply(messages, draw)
+        if self._desk.at_once:  # in the order that tasks begin in: all of them are heard
+            return self._desk.ask(self.inner, messages, draw)
         return await asyncio.to_thread(self._desk.ask, self.inner, messages, draw)
 
     def halt(self) -> None:
