@@ -91,6 +91,7 @@ from .files import (
     write_text as write_text,
 )
 from .model.answer import (
+    Answer as Answer,
     Answering as Answering,
 )
 from .model.detokenise import (
@@ -119,6 +120,15 @@ from .model.llava import (
 from .model.load import (
     load as load,
     sketch_any as sketch_any,
+)
+from .model.messages import (
+    read_asked as read_asked,
+    read_messages as read_messages,
+)
+from .model.sampling import (
+    Token as Token,
+    Written as Written,
+    choose_tokens as choose_tokens,
 )
 from .recipe.check import (
     Checker as Checker,

@@ -11,7 +11,10 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, Union
 from llavakit.contracts.errors import DataError
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
     from PIL.Image import Image
+    from torch import Tensor
 
     from llavakit.contracts.sections import Section
 
@@ -20,7 +23,9 @@ IMAGE = "<image>"  #: Where an image goes in a turn's text (the original LLaVA's
 CHARACTERS_A_TOKEN = 4.2  #: Of English by LLaMA's, roughly: where there is no tokenizer.
 
 Role = Literal["human", "gpt"]
-ImageSource: TypeAlias = Union[Path, "Image"]
+ImageSource: TypeAlias = Union[Path, str, bytes, "Image", "npt.NDArray[np.uint8]", "Tensor"]
+"""A file's path, a `file:` or `data:` address, an image file's bytes, or pixels: Pillow's, numpy's
+`[H, W, 3]` of uint8, or a tensor `[3, H, W]` or `[H, W, 3]`."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,7 @@ class Sample:
     turns: tuple[Turn, ...]
     images: tuple[ImageSource, ...] = ()
     kind: str = ""  #: What sort of response it teaches (conversation, detail, reasoning), if known.
+    system: str | None = None  #: In place of the template's own system text; "": without any.
 
     def check(self, where: str = "") -> None:
         """Raise DataError for a sample that cannot be learned from.
@@ -58,6 +64,10 @@ class Sample:
                     f"{place}: turn {number + 1} has half a character (a lone surrogate, as of an "
                     "emoji that was cut in two); fix or remove it"
                 )
+        if is_cut(self.system or "") or IMAGE in (self.system or ""):
+            raise DataError(
+                f"{place}: its system text holds `{IMAGE}` or half a character; remove that"
+            )
         if not self.turns:
             raise DataError(f"{place} has no turns; remove it or give it a conversation")
         marks = sum(turn.text.count(IMAGE) for turn in self.turns if turn.role == "human")
@@ -127,6 +137,7 @@ class Message:
 
     role: Literal["system", "user", "assistant"]
     content: str
+    images: tuple[ImageSource, ...] = ()  #: Of a user's message: shown before the text.
 
 
 @dataclass(frozen=True)

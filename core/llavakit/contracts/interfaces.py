@@ -25,6 +25,7 @@ from llavakit.contracts.data import (
     Score,
     Turn,
 )
+from llavakit.contracts.errors import DataError
 from llavakit.contracts.model import LlavaModel, Model
 from llavakit.contracts.run import Run
 
@@ -140,6 +141,13 @@ class PromptTemplate(Component):
         self, turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase
     ) -> Sequence[Segment]:
         """Return the text in order; after a human turn at the end it is open for the answer."""
+
+    def with_system(self, system: str) -> PromptTemplate:
+        """Return the template with a conversation's system text, or without one where it is empty.
+
+        It is a user's text: no markup. DataError (the default) from one without a place for it.
+        """
+        raise DataError(f"the prompt template `{self.name}` has no place for a system text")
 
     def stop(self, tokenizer: PreTrainedTokenizerBase) -> Sequence[str]:
         """Return texts besides the end token that end an answer."""

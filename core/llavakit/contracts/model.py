@@ -5,11 +5,11 @@ I images, T rows of a prompt, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypedDict, Unpack
 
-from llavakit.contracts.data import ImageSource
+from llavakit.contracts.data import ImageSource, Sample
 from llavakit.contracts.errors import ModelError
 
 if TYPE_CHECKING:
@@ -24,6 +24,13 @@ class SamplingOptions(TypedDict, total=False):
     top_p: float
     seed: int | None
     stop: Sequence[str]
+    top_k: int
+    min_p: float
+    repetition_penalty: float
+    frequency_penalty: float
+    presence_penalty: float
+    logprobs: int | None
+    n: int
 
 
 @dataclass(frozen=True)
@@ -35,17 +42,36 @@ class Sampling:
     top_p: float = 1.0  #: sample among the likeliest tokens that together have this probability
     seed: int | None = None  #: None draws from entropy; used where `temperature` is above 0
     stop: Sequence[str] = ()  #: texts that end an answer, and do not belong to it
+    top_k: int = 0  #: sample among so many of the likeliest tokens; 0: all
+    min_p: float = 0.0  #: sample among tokens of this share of the likeliest's probability, or more
+    repetition_penalty: float = 1.0  #: divides what was read or written (arXiv 1909.05858)
+    frequency_penalty: float = 0.0  #: taken from a token's logit each time it was written
+    presence_penalty: float = 0.0  #: taken once from that of every token that was written
+    logprobs: int | None = None  #: tell each token's probability, and the so many likeliest ones'
+    n: int = 1  #: answers to each prompt, each drawn by itself
 
     def __post_init__(self) -> None:
-        if "" in self.stop:
-            raise ModelError("an empty text cannot stop an answer; leave it out of `stop`")
-        warm = 0 <= self.temperature < float("inf")
-        if self.max_new_tokens < 1 or not warm or not 0 < self.top_p <= 1:
+        if isinstance(self.stop, str) or "" in self.stop:
             raise ModelError(
-                f"cannot sample with max_new_tokens={self.max_new_tokens}, "
-                f"temperature={self.temperature}, top_p={self.top_p}; use at least one new "
-                "token, a temperature of 0 or more, and 0 < top_p <= 1"
+                "`stop` is a list of texts, and an empty text stops none: leave it out"
             )
+        for name, (low, high) in _RANGES.items():
+            if not low <= (getattr(self, name) or 0) <= high:
+                raise ModelError(
+                    f"cannot sample with {name}={getattr(self, name)}; use {low:g} to {high:g}"
+                )
+
+
+_RANGES = {
+    "max_new_tokens": (1, 1e9), "temperature": (0, 1e9), "top_p": (1e-9, 1), "top_k": (0, 1e9),
+    "min_p": (0, 1), "repetition_penalty": (1e-9, 1e9), "frequency_penalty": (-1e9, 1e9),
+    "presence_penalty": (-1e9, 1e9), "logprobs": (0, 1e9), "n": (1, 1e9),
+}  # fmt: skip
+
+Messages: TypeAlias = Sequence[Mapping[str, Any]]
+"""A conversation: each message has a `role` (system, user, assistant) and a `content`, a text or a
+list of parts, `{"type": "text", "text": ...}` or `{"type": "image", "image": ...}`."""
+Asked: TypeAlias = str | Messages | Sample  #: A prompt, or a conversation that awaits an answer.
 
 
 class Model(Protocol):
@@ -57,7 +83,7 @@ class Model(Protocol):
 
     def generate(
         self,
-        prompt: str,
+        prompt: Asked,
         images: Sequence[ImageSource] = (),
         *,
         raw: bool = False,
@@ -71,7 +97,7 @@ class Model(Protocol):
 
     def generate_ids(
         self,
-        prompt: str,
+        prompt: Asked,
         images: Sequence[ImageSource] = (),
         *,
         max_new_tokens: int = 64,
@@ -81,7 +107,7 @@ class Model(Protocol):
 
     def stream(
         self,
-        prompt: str,
+        prompt: Asked,
         images: Sequence[ImageSource] = (),
         *,
         raw: bool = False,
@@ -89,7 +115,9 @@ class Model(Protocol):
     ) -> Iterator[str]:
         """Yield the answer in pieces as it comes; together they are what `generate` returns."""
 
-    def logits(self, prompt: str, images: Sequence[ImageSource] = (), *, raw: bool = False) -> Any:
+    def logits(
+        self, prompt: Asked, images: Sequence[ImageSource] = (), *, raw: bool = False
+    ) -> Any:
         """Return logits `[T, V]`, float32, of every row of the spliced sequence."""
 
 

@@ -7,23 +7,34 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar, Unpack
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeAlias, TypeVar, Unpack
 
 import numpy as np
 
-from llavakit.contracts.data import IMAGE, ImageSource, Sample, Turn
+from llavakit.contracts.data import IMAGE, ImageSource, Sample
 from llavakit.contracts.errors import ModelError
 from llavakit.contracts.interfaces import Segment
-from llavakit.contracts.model import Sampling, SamplingOptions
-from llavakit.model.detokenise import AnswerText, decode
+from llavakit.contracts.model import Asked, Sampling, SamplingOptions
+from llavakit.model.detokenise import AnswerText, decode, special_stops
+from llavakit.model.messages import read_asked
+from llavakit.model.sampling import Token
 from llavakit.stream.encode import Encoded, tokenise
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Prompt: TypeAlias = tuple[str, Sequence[ImageSource]]  #: A prompt and its images.
+Prompt: TypeAlias = tuple[Asked, Sequence[ImageSource]]  #: What is asked, with its images.
 Pixels = TypeVar("Pixels")  #: Prepared images `[I, 3, H, W]`: a tensor, or an array of numpy.
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer with its tokens, the end token included where it came."""
+
+    text: str
+    tokens: tuple[Token, ...]
+    finish: Literal["stop", "length"]  #: `length`: cut, by `max_new_tokens` or the model's limit.
 
 
 class Answering(ABC, Generic[Pixels]):
@@ -39,13 +50,18 @@ class Answering(ABC, Generic[Pixels]):
     def stops(self) -> Sequence[str]:
         """The template's texts that end an answer, besides the end tokens."""
 
+    @property
+    @abstractmethod
+    def end_ids(self) -> frozenset[int]:
+        """The tokens that end an answer."""
+
     @abstractmethod
     def prepare(self, images: Sequence[ImageSource], where: str = "the prompt") -> Pixels | None:
         """Return the pixels `[I, 3, H, W]` of images, or None for none."""
 
     @abstractmethod
-    def _render(self, question: Sample) -> Encoded:
-        """Return a question as the template writes it, open for the answer."""
+    def _render(self, dialogue: Sample) -> Encoded:
+        """Return a dialogue as the template writes it, open for the answer."""
 
     @abstractmethod
     def _read_raw(self, prompt: str) -> Encoded:
@@ -54,28 +70,33 @@ class Answering(ABC, Generic[Pixels]):
     @abstractmethod
     def _write(
         self, prompts: Sequence[Encoded], pixels_IHW: Pixels | None, sampling: Sampling
-    ) -> Iterator[list[tuple[int, int]]]:
-        """Yield (prompt, token) of every prompt that still goes on, step by step.
+    ) -> Iterator[list[tuple[int, Token]]]:
+        """Yield (answer, token) of every answer that still goes on, step by step.
+
+        Each prompt has `sampling.n` answers, numbered one after another.
 
         Raises ModelError for a prompt that leaves no room for an answer.
         """
 
-    def prompt(
-        self, prompt: str, images: Sequence[ImageSource], *, raw: bool = False, begun: str = ""
-    ) -> Encoded:
-        """Render one question, or take a raw prompt as it is, and tokenise it.
+    def ask(
+        self,
+        prompt: Asked,
+        images: Sequence[ImageSource] = (),
+        *,
+        raw: bool = False,
+        begun: str = "",
+    ) -> tuple[Encoded, Sequence[ImageSource]]:
+        """Render and tokenise what is asked, or take a raw prompt as it is; return its images, too.
 
-        A question without placeholders gets one for each image in front. `begun` is what its
-        answer has begun with, for the model to go on from there.
+        `begun` is what the answer has begun with, for the model to go on from there.
         """
-        if raw:
+        if raw and isinstance(prompt, str):
             encoded = self._read_raw(prompt)
+        elif raw:
+            raise ModelError("messages are written by the template; leave `raw` out")
         else:
-            if IMAGE not in prompt:
-                prompt = f"{IMAGE}\n" * len(images) + prompt  # where the original puts them
-            question = Sample("prompt", (Turn("human", prompt),), tuple(images))
-            question.check()
-            encoded = self._render(question)
+            dialogue = read_asked(prompt, images)
+            encoded, images = self._render(dialogue), dialogue.images
         if begun:
             # the tokenizer's own beginning is there already
             ids, supervised = tokenise([Segment(begun)], self.tokenizer, begin=False)
@@ -87,22 +108,28 @@ class Answering(ABC, Generic[Pixels]):
                 f"the prompt has {encoded.image_count} `{IMAGE}` for {len(images)} images; "
                 "each image needs exactly one"
             )
-        return encoded
+        return encoded, images
+
+    def prompt(self, prompt: Asked, images: Sequence[ImageSource], **given: Any) -> Encoded:
+        """Return the tokens of what is asked; `given` is what `ask` takes."""
+        return self.ask(prompt, images, **given)[0]
 
     def generate(
         self,
-        prompt: str,
+        prompt: Asked,
         images: Sequence[ImageSource] = (),
         *,
         raw: bool = False,
         **sampling: Unpack[SamplingOptions],
     ) -> str:
         """Return the answer to a prompt; see `Model.generate`."""
-        return self.answer([(prompt, images)], Sampling(**sampling), raw=raw)[0]
+        chosen = Sampling(**sampling)
+        _refuse_several(chosen)
+        return self.answer([(prompt, images)], chosen, raw=raw)[0]
 
     def generate_ids(
         self,
-        prompt: str,
+        prompt: Asked,
         images: Sequence[ImageSource] = (),
         *,
         max_new_tokens: int = 64,
@@ -113,7 +140,7 @@ class Answering(ABC, Generic[Pixels]):
 
     def stream(
         self,
-        prompt: str,
+        prompt: Asked,
         images: Sequence[ImageSource] = (),
         *,
         raw: bool = False,
@@ -121,44 +148,64 @@ class Answering(ABC, Generic[Pixels]):
     ) -> Iterator[str]:
         """Yield the answer in pieces as it comes; together they are what `generate` returns."""
         chosen = self._stopping(Sampling(**sampling), raw=raw)
+        _refuse_several(chosen)
         text = AnswerText(self.tokenizer, chosen.stop)
         for tokens in self._steps([(prompt, images)], chosen, raw=raw):
-            if piece := text.add(tokens[0][1]):
+            if piece := text.add(tokens[0][1].id):
                 yield piece
         if piece := text.finish():
             yield piece
 
-    def answer(
+    def answers(
         self,
-        prompts: Sequence[Prompt],
-        sampling: Sampling,
+        prompt: Asked,
+        images: Sequence[ImageSource] = (),
         *,
         raw: bool = False,
-        pixels_IHW: Pixels | None = None,
-        begun: Sequence[str] = (),
-    ) -> list[str]:
-        """Return the answers to several prompts with their images, decoded as one batch.
+        **sampling: Unpack[SamplingOptions],
+    ) -> list[Answer]:
+        """Return the `n` answers to a prompt, with their tokens and why they ended."""
+        return self.answer_all([(prompt, images)], Sampling(**sampling), raw=raw)
 
-        `pixels_IHW` are all their images as `prepare` returns them, where that is done already.
-        `begun` is what each answer has begun with; what is returned goes on from there.
-        """
-        found = self.answer_ids(prompts, sampling, raw=raw, pixels_IHW=pixels_IHW, begun=begun)
-        stops = self._stopping(sampling, raw=raw).stop
-        return [decode(self.tokenizer, ids, stops) for ids in found]
+    def answer(
+        self, prompts: Sequence[Prompt], sampling: Sampling, *, raw: bool = False, **given: Any
+    ) -> list[str]:
+        """Return the answers to several prompts; `given` is what `answer_all` takes."""
+        return [one.text for one in self.answer_all(prompts, sampling, raw=raw, **given)]
 
     def answer_ids(
         self, prompts: Sequence[Prompt], sampling: Sampling, *, raw: bool = False, **given: Any
     ) -> list[list[int]]:
-        """Return the new tokens of each answer; `given` is what `answer` takes."""
-        answers: list[list[int]] = [[] for _ in prompts]
-        for tokens in self._steps(prompts, self._stopping(sampling, raw=raw), raw=raw, **given):
-            for index, token in tokens:
-                answers[index].append(token)
-        return answers
+        """Return the new tokens of each answer; `given` is what `answer_all` takes."""
+        found = self.answer_all(prompts, sampling, raw=raw, **given)
+        return [[token.id for token in one.tokens] for one in found]
+
+    def answer_all(
+        self, prompts: Sequence[Prompt], sampling: Sampling, *, raw: bool = False, **given: Any
+    ) -> list[Answer]:
+        """Return the answers to several prompts, decoded as one batch: `n` to each, in order.
+
+        `given`: `pixels_IHW`, all their images as `prepare` returns them, where that is done
+        already; `begun`, what each answer has begun with, where what is returned goes on from.
+        """
+        sampling = self._stopping(sampling, raw=raw)
+        tokens: list[list[Token]] = [[] for _ in range(len(prompts) * sampling.n)]
+        for step in self._steps(prompts, sampling, raw=raw, **given):
+            for index, token in step:
+                tokens[index].append(token)
+        return [self._answer(found, sampling.stop) for found in tokens]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of an answer's tokens, up to what ends it."""
         return decode(self.tokenizer, ids, self.stops)
+
+    def _answer(self, tokens: Sequence[Token], stops: Sequence[str]) -> Answer:
+        ids = [token.id for token in tokens]
+        ended = ids[-1] in self.end_ids | special_stops(self.tokenizer, stops)
+        whole = decode(self.tokenizer, ids, ())
+        ended = ended or any(stop in whole for stop in stops)
+        text = decode(self.tokenizer, ids, stops)
+        return Answer(text, tuple(tokens), "stop" if ended else "length")
 
     def _stopping(self, sampling: Sampling, *, raw: bool) -> Sampling:
         """Return `sampling` with the template's stop texts, but for a raw prompt."""
@@ -173,11 +220,16 @@ class Answering(ABC, Generic[Pixels]):
         raw: bool,
         pixels_IHW: Pixels | None = None,
         begun: Sequence[str] = (),
-    ) -> Iterator[list[tuple[int, int]]]:
-        encoded = [
-            self.prompt(prompt, images, raw=raw, begun=start)
+    ) -> Iterator[list[tuple[int, Token]]]:
+        asked = [
+            self.ask(prompt, images, raw=raw, begun=start)
             for (prompt, images), start in zip(prompts, begun or ("",) * len(prompts), strict=True)
         ]
         if pixels_IHW is None:
-            pixels_IHW = self.prepare([image for _, images in prompts for image in images])
-        return self._write(encoded, pixels_IHW, sampling)
+            pixels_IHW = self.prepare([image for _, images in asked for image in images])
+        return self._write([encoded for encoded, _ in asked], pixels_IHW, sampling)
+
+
+def _refuse_several(sampling: Sampling) -> None:
+    if sampling.n > 1:
+        raise ModelError(f"this gives one answer, not n={sampling.n}; `answers` gives several")

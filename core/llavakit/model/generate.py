@@ -6,7 +6,7 @@ together, one row a sequence. Nothing is padded on the left, so a batch equals o
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -16,24 +16,25 @@ from llavakit.contracts.model import Sampling as Sampling
 from llavakit.contracts.networks import LanguageModel
 from llavakit.contracts.packing import KVCache, Packing, Rows
 from llavakit.model.detokenise import Unfinished, special_stops
+from llavakit.model.sampling import Token, Written, choose_tokens
 
 
 @torch.inference_mode()
 def generate_stream(
-    language: LanguageModel, embeds_TE: Tensor, packing: Packing, sampling: Sampling
-) -> Iterator[list[tuple[int, int]]]:
-    """Yield, step by step, (sequence, token) of every sequence that has not ended.
+    language: LanguageModel,
+    embeds_TE: Tensor,
+    packing: Packing,
+    sampling: Sampling,
+    prompts: Sequence[Sequence[int]] = (),
+) -> Iterator[list[tuple[int, Token]]]:
+    """Yield, step by step, (answer, token) of every answer that has not ended.
 
-    A sequence ends with one of the model's end tokens, where its text holds one of
-    `sampling.stop`, at the model's longest length or after `max_new_tokens`. Raises ModelError
+    Each prompt has `sampling.n` answers, numbered one after another; `prompts` are their tokens,
+    for the penalties. An answer ends with one of the model's end tokens, where its text holds one
+    of `sampling.stop`, at the model's longest length or after `max_new_tokens`. Raises ModelError
     for a prompt that leaves no room for an answer.
     """
     device = embeds_TE.device
-    draw = torch.Generator(device=device)
-    if sampling.seed is None:
-        draw.seed()  # from entropy
-    else:
-        draw.manual_seed(sampling.seed)
     room = [min(sampling.max_new_tokens, language.max_length - n) for n in packing.lengths]
     if min(room) < 1:
         raise ModelError(
@@ -48,42 +49,30 @@ def generate_stream(
     hidden_SE = language.hidden(embeds_TE, prompt, last)
     cache.advance(prompt)
 
+    each = [s for s in range(len(room)) for _ in range(sampling.n)]
+    logits_SV = language.logits(hidden_SE).float()[each]
+    if sampling.n > 1:
+        cache.select(each)
+    written = [
+        Written(sampling, prompts[s] if prompts else (), number % sampling.n)
+        for number, s in enumerate(each)
+    ]
     ends = language.end_ids | special_stops(language.tokenizer, sampling.stop)  # by their ids
-    unfinished = Unfinished(language.tokenizer, ends, sampling.stop, room)  # by id and by text
+    unfinished = Unfinished(language.tokenizer, ends, sampling.stop, [room[s] for s in each])
     positions_S = torch.tensor(cache.lengths, device=device)
     while True:
-        tokens_S = _choose(language.logits(hidden_SE).float(), sampling, draw)
-        chosen = tokens_S.tolist()
-        yield list(zip(unfinished.active, chosen, strict=True))
-        going = unfinished.take(chosen)
+        tokens = choose_tokens(logits_SV, [written[index] for index in unfinished.active])
+        for index, token in zip(unfinished.active, tokens, strict=True):
+            written[index].ids.append(token.id)
+        yield list(zip(unfinished.active, tokens, strict=True))
+        going = unfinished.take([token.id for token in tokens])
         if not going:
             return
-        if len(going) < len(chosen):
+        if len(going) < len(tokens):
             cache.select(going)  # what has ended costs nothing more
-            tokens_S, positions_S = tokens_S[going], positions_S[going]
+            positions_S = positions_S[going]
         step = Packing(tuple(range(len(going) + 1)), positions_S, cache)
-        hidden_SE = language.hidden(language.embed(tokens_S), step)
+        tokens_S = torch.tensor([tokens[place].id for place in going], device=device)
+        logits_SV = language.logits(language.hidden(language.embed(tokens_S), step)).float()
         cache.advance(step)
         positions_S = positions_S + 1
-
-
-def _choose(logits_SV: Tensor, sampling: Sampling, draw: torch.Generator) -> Tensor:
-    """Return the next token of each sequence, `[S]`."""
-    if sampling.temperature == 0:
-        return logits_SV.argmax(dim=-1)
-    return torch.multinomial(distribution(logits_SV, sampling), 1, generator=draw)[:, 0]
-
-
-def distribution(logits_SV: Tensor, sampling: Sampling) -> Tensor:
-    """Return what the next token of each sequence is drawn with, `[S, V]`.
-
-    Of the tokens in order of their probability, those go that come after `top_p` of it (arXiv
-    1904.09751). The rest is not scaled back to 1: drawing does not ask for it.
-    """
-    probabilities_SV = (logits_SV / sampling.temperature).softmax(dim=-1)
-    if sampling.top_p < 1:
-        ranked_SV, order_SV = probabilities_SV.sort(dim=-1, descending=True)
-        beyond_SV = ranked_SV.cumsum(dim=-1) - ranked_SV >= sampling.top_p
-        ranked_SV = ranked_SV.masked_fill(beyond_SV, 0.0)
-        probabilities_SV = torch.zeros_like(ranked_SV).scatter(-1, order_SV, ranked_SV)
-    return probabilities_SV

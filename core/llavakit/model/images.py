@@ -51,6 +51,8 @@ def open_image(source: ImageSource, where: str, edge: int | None = None) -> Imag
     """
     if isinstance(source, Image.Image):
         return _decode(source, f"the image of {where}", None)
+    if not isinstance(source, str | Path):
+        raise DataError(f"the image of {where} is a {type(source).__name__}; name an image file")
     name = f"image {source!s:.1000} of {where}"
     try:
         mode = Path(source).stat().st_mode

@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from llavakit.contracts.data import ImageSource, Sample
 from llavakit.contracts.errors import ModelError
 from llavakit.contracts.interfaces import PromptTemplate, Segment
-from llavakit.contracts.model import Sampling
+from llavakit.contracts.model import Asked, Sampling
 from llavakit.contracts.networks import Connector, LanguageModel, VisionEncoder
 from llavakit.contracts.packing import Stream
 from llavakit.model.answer import Answering
 from llavakit.model.generate import generate_stream
 from llavakit.model.images import read_pixels
+from llavakit.model.sampling import Token
 from llavakit.stream.batch import PackedBatch, pack
 from llavakit.stream.encode import Encoded, encode, tokenise
 
@@ -130,18 +131,23 @@ class LlavaModel(nn.Module, Answering[Tensor]):
     def stops(self) -> Sequence[str]:
         return self.template.stop(self.language.tokenizer)
 
-    def _render(self, question: Sample) -> Encoded:
-        return encode(question, self.template, self.language.tokenizer)
+    @property
+    def end_ids(self) -> frozenset[int]:
+        return self.language.end_ids
+
+    def _render(self, dialogue: Sample) -> Encoded:
+        return encode(dialogue, self.template, self.language.tokenizer)
 
     def _read_raw(self, prompt: str) -> Encoded:
         return Encoded(*tokenise([Segment(prompt, markup=True)], self.language.tokenizer))
 
     @torch.inference_mode()
     def logits(
-        self, prompt: str, images: Sequence[ImageSource] = (), *, raw: bool = False
+        self, prompt: Asked, images: Sequence[ImageSource] = (), *, raw: bool = False
     ) -> Tensor:
         """Return logits `[T, V]`, float32, of every row of the spliced sequence."""
-        batch = pack([self.prompt(prompt, images, raw=raw)], [0], self.visual_tokens)
+        encoded, images = self.ask(prompt, images, raw=raw)
+        batch = pack([encoded], [0], self.visual_tokens)
         hidden_TE = self.language.hidden(
             self._embed(batch, self.prepare(images)), batch.packing.to(self.device)
         )
@@ -149,11 +155,13 @@ class LlavaModel(nn.Module, Answering[Tensor]):
 
     def _write(
         self, prompts: Sequence[Encoded], pixels_IHW: Tensor | None, sampling: Sampling
-    ) -> Iterator[list[tuple[int, int]]]:
+    ) -> Iterator[list[tuple[int, Token]]]:
         batch = pack(prompts, range(len(prompts)), self.visual_tokens)
         with torch.inference_mode():
             embeds_TE = self._embed(batch, pixels_IHW)
-        return generate_stream(self.language, embeds_TE, batch.packing.to(self.device), sampling)
+        ids = [one.ids.tolist() for one in prompts]
+        packing = batch.packing.to(self.device)
+        return generate_stream(self.language, embeds_TE, packing, sampling, ids)
 
     def _embed(self, batch: PackedBatch, pixels_IHW: Tensor | None) -> Tensor:
         features_IPD = None if pixels_IHW is None else self.features(pixels_IHW)

@@ -91,6 +91,8 @@ def encode(
     invents an image.
     """
     try:
+        if sample.system is not None:
+            template = template.with_system(sample.system)
         segments = template.segments(sample.turns, tokenizer)
         # `adds_bos = False` on a template: it writes the beginning of the text itself
         begin: bool = template.adds_bos

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from llavakit import PromptTemplate
 
 _QUESTION, _ANSWER = "stand-in-{}-for-a-question", "stand-in-{}-for-an-answer"
+_SYSTEM = "stand-in-for-a-system-text"
 
 
 def find_format(template: PromptTemplate, tokenizer: PreTrainedTokenizerBase) -> PromptFormat:
@@ -51,9 +52,14 @@ def find_format(template: PromptTemplate, tokenizer: PreTrainedTokenizerBase) ->
             beginning=tuple(Reader.of(tokenizer).beginning()),
             between=_between(template, tokenizer, head, ask),
             end=_end(template, tokenizer),
+            trims_answers=_trims_answers(template, tokenizer),
+            system=_system(template, tokenizer, ask),
+            bare=_bare(template, tokenizer, ask),
             stops=tuple(template.stop(tokenizer)),
         )
     _check(form, template, tokenizer)
+    if not _keeps_history(form, template, tokenizer):
+        return form.model_copy(update={"between": None})
     return form
 
 
@@ -92,7 +98,7 @@ def chat_template(form: PromptFormat, *, space_behind_image: bool) -> str:
         body = f"{{%- for _ in range(images) -%}}{{{{- {_quote(image)} -}}}}{{%- endfor -%}}\n"
     answer, following = form.between or ("", "")
     again = (
-        f"{{{{- {_quote(answer)} -}}}}{{{{- content -}}}}"
+        f"{{{{- {_quote(answer)} -}}}}{{{{- content{' | trim' if form.trims_answers else ''} -}}}}"
         f"{{%- if loop.last -%}}{{{{- {_quote(form.end)} -}}}}{{%- endif -%}}"
         if form.between
         else "{{- raise_exception('this model answers one question, without earlier ones') -}}"
@@ -121,9 +127,27 @@ def _quote(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
 
 
+def _turns(texts: Sequence[str]) -> list[Turn]:
+    return [Turn(("human", "gpt")[n % 2], text) for n, text in enumerate(texts)]
+
+
 def _render(template: PromptTemplate, tokenizer: PreTrainedTokenizerBase, *texts: str) -> str:
-    turns = [Turn(("human", "gpt")[n % 2], text) for n, text in enumerate(texts)]
-    return "".join(segment.text for segment in template.segments(turns, tokenizer))
+    return "".join(segment.text for segment in template.segments(_turns(texts), tokenizer))
+
+
+def _attempt(
+    template: PromptTemplate,
+    tokenizer: PreTrainedTokenizerBase,
+    *texts: str,
+    system: str | None = None,
+) -> str | None:
+    """Return a conversation as the template writes it; None where it refuses to."""
+    try:
+        if system is not None:
+            template = template.with_system(system)
+        return _render(template, tokenizer, *texts)
+    except LlavaError:  # it takes one question only, say, or no system text
+        return None
 
 
 def _split(text: str, mark: str, name: str) -> tuple[str, str]:
@@ -197,6 +221,47 @@ def write_chat(template: PromptTemplate, tokenizer: PreTrainedTokenizerBase) -> 
     return chat_template(form, space_behind_image=False) if form.between else None
 
 
+def _trims_answers(template: PromptTemplate, tokenizer: PreTrainedTokenizerBase) -> bool:
+    spaced = _attempt(template, tokenizer, "a question", f" {_ANSWER} ", "another")
+    return spaced is not None and f" {_ANSWER} " not in spaced
+
+
+def _system(
+    template: PromptTemplate, tokenizer: PreTrainedTokenizerBase, ask: str
+) -> tuple[str, str] | None:
+    """Return the texts in front of a conversation's system text and behind it, or None."""
+    question = _QUESTION.format(0)
+    text = _attempt(template, tokenizer, question, system=_SYSTEM)
+    if text is None or text.count(_SYSTEM) != 1 or not text.endswith(f"{question}{ask}"):
+        return None
+    before, _, behind = text.removesuffix(f"{question}{ask}").partition(_SYSTEM)
+    return before, behind
+
+
+def _bare(template: PromptTemplate, tokenizer: PreTrainedTokenizerBase, ask: str) -> str | None:
+    """Return what stands in front of the question where there is no system text."""
+    question = _QUESTION.format(0)
+    text = _attempt(template, tokenizer, question, system="")
+    end = f"{question}{ask}"
+    return text.removesuffix(end) if text is not None and text.endswith(end) else None
+
+
+def _keeps_history(
+    form: PromptFormat, template: PromptTemplate, tokenizer: PreTrainedTokenizerBase
+) -> bool:
+    """Say whether the form writes some conversations as the template does."""
+    turns = (f"{IMAGE}\nWhat is it?", " A cat.\nIt sleeps. ", f"And {IMAGE}?", "A dog.", " Sure? ")
+    systems = [None, *([_SYSTEM] if form.system else []), *([""] if form.bare is not None else [])]
+    if form.between is None:
+        return False
+    return all(
+        _attempt(template, tokenizer, *turns[:count], system=system)
+        == "".join(piece.text for piece in form.pieces(_turns(turns[:count]), system))
+        for count in (1, 3, 5)
+        for system in systems
+    )
+
+
 def _check(
     form: PromptFormat, template: PromptTemplate, tokenizer: PreTrainedTokenizerBase
 ) -> None:
@@ -217,7 +282,7 @@ def _check(
             expected = _render(template, tokenizer, text)
         except DataError:  # `plain` shows no question without an image
             continue
-        found = "".join(piece.text for piece in form.pieces(text))
+        found = "".join(piece.text for piece in form.pieces(_turns([text])))
         if found != expected:
             raise ModelError(
                 f"prompt template `{template.name}` renders {text!r} as {expected!r}, which a "

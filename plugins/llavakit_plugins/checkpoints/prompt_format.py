@@ -6,12 +6,13 @@ front has a newline behind it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from llavakit.contracts.data import IMAGE
+from llavakit.contracts.data import IMAGE, Turn
+from llavakit.contracts.errors import ModelError
 from llavakit.contracts.interfaces import Segment
 
 
@@ -38,6 +39,12 @@ class PromptFormat(BaseModel):
     between: tuple[str, str] | None
     """The text between a question and its answer, and the text between that answer and the next
     question; None if the template writes later turns in another way."""
+    trims_answers: bool = False
+    """Whether spaces around an answer are removed."""
+    system: tuple[str, str] | None = None
+    """`head` in front of a conversation's system text and behind it; None if it takes none."""
+    bare: str | None = None
+    """`head` without a system text."""
     stops: tuple[str, ...]
     """Texts that end an answer, besides the end tokens."""
     end: str = ""
@@ -53,10 +60,38 @@ class PromptFormat(BaseModel):
             return "\n".join([*[self.image] * count, *([words] if words else [])])
         return (text.strip() if self.trims else text).replace(IMAGE, self.image)
 
-    def pieces(self, text: str) -> Sequence[Segment]:
-        """Return the prompt of one question, up to where the answer begins."""
-        return [
-            Segment(self.head, markup=True),
-            Segment(self.question(text)),
-            Segment(self.ask, markup=True),
-        ]
+    def pieces(self, turns: Sequence[Turn], system: str | None = None) -> Iterator[Segment]:
+        """Yield a conversation that ends with a question, up to where the answer begins.
+
+        Raises ModelError for earlier turns or a system text that this form has no place for.
+        """
+        if len(turns) > 1 and self.between is None:
+            raise ModelError(_REFUSAL.format(self.template, "earlier turns"))
+        yield from self._head(system)
+        ask, following = self.between or (self.ask, "")
+        for number, turn in enumerate(turns):
+            if turn.role == "human":
+                yield Segment(self.question(turn.text))
+                yield Segment(self.ask if number + 1 == len(turns) else ask, markup=True)
+            else:
+                answer = turn.text.strip() if self.trims_answers else turn.text
+                yield Segment(answer, supervised=True)  # `<image>` in an answer is a text
+                yield Segment(following, markup=True)
+
+    def _head(self, system: str | None) -> Iterator[Segment]:
+        if system and self.system is not None:
+            yield Segment(self.system[0], markup=True)
+            yield Segment(system)
+            yield Segment(self.system[1], markup=True)
+        elif system == "" and self.bare is not None:
+            yield Segment(self.bare, markup=True)
+        elif system is None or not self.shows_question:
+            yield Segment(self.head, markup=True)
+        else:
+            raise ModelError(_REFUSAL.format(self.template, "a system text"))
+
+
+_REFUSAL = (
+    "the exported folder does not say how its prompt template `{}` writes {}; export the model "
+    "again, or ask it without"
+)

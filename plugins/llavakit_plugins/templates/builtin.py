@@ -34,10 +34,16 @@ class BuiltinTemplate(PromptTemplate):
     def __init__(self, options: Options) -> None:
         self._options = options if isinstance(options, TemplateOptions) else TemplateOptions()
         own = self.format.system
-        self._system = own if self._options.system is None else self._options.system
+        text = own if self._options.system is None else self._options.system
+        self._system = Segment(text, markup=True)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _build, (self.name, self._options)
+        return _build, (self.name, self._options, self._system)
+
+    def with_system(self, system: str) -> BuiltinTemplate:
+        """Return the template with a conversation's system text; `plain` shows it no more than it
+        shows the question."""
+        return _build(self.name, self._options, Segment(system))
 
     def segments(
         self, turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase
@@ -112,5 +118,7 @@ TEMPLATES = SimpleNamespace(**BUILTIN)
 """The same, as the hook names them: `templates.builtin:TEMPLATES.vicuna_v1`."""
 
 
-def _build(name: str, options: Options) -> BuiltinTemplate:
-    return BUILTIN[name](options)
+def _build(name: str, options: Options, system: Segment) -> BuiltinTemplate:
+    template = BUILTIN[name](options)
+    template._system = system
+    return template

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise, takewhile
+from itertools import chain, cycle, pairwise, takewhile
 from typing import TYPE_CHECKING, Any, cast
 from weakref import WeakKeyDictionary
 
@@ -92,14 +92,25 @@ class ChatTemplate(PromptTemplate):
     adds_bos = False
     """The template writes the beginning token, if the model wants one."""
 
-    def __init__(self, options: ChatTemplateOptions) -> None:
+    def __init__(self, options: ChatTemplateOptions, given: tuple[str, ...] = ()) -> None:
         self._options = options
+        self._given = given
+        """A conversation's own system text: like a turn's, it is no markup."""
         self._skeletons: WeakKeyDictionary[
-            PreTrainedTokenizerBase, dict[tuple[str, int], _Skeleton]
+            PreTrainedTokenizerBase, dict[tuple[str, int, int], _Skeleton]
         ] = WeakKeyDictionary()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return ChatTemplate, (self._options,)
+        return ChatTemplate, (self._options, self._given)
+
+    def with_system(self, system: str) -> ChatTemplate:
+        """Return the template with a conversation's system text; an empty one is left out as the
+        option's is."""
+        if not system:
+            return ChatTemplate(self._options.model_copy(update={"system": ""}))
+        made = ChatTemplate(self._options, (system,))
+        made._skeletons = self._skeletons  # which hold no text of a conversation
+        return made
 
     def segments(
         self, turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase
@@ -109,7 +120,8 @@ class ChatTemplate(PromptTemplate):
         Raises ModelError for a tokenizer without a template that can be used, DataError for a
         conversation whose texts the template rewrites.
         """
-        texts = [
+        texts = [*self._given]
+        texts += [
             text
             for pair in exchanges(turns, self._options)
             for text in (pair.question, pair.answer)
@@ -117,12 +129,12 @@ class ChatTemplate(PromptTemplate):
         ]
         source = _source(tokenizer)
         skeletons = self._skeletons.setdefault(tokenizer, {})
-        shape = (source, len(texts))
+        shape = (source, len(texts), len(self._given))
         for attempt in range(2):
             if attempt or shape not in skeletons:  # again, as a template may write the date
                 skeletons[shape] = self._skeleton(tokenizer, source, len(texts))
             skeleton = skeletons[shape]
-            messages = [*skeleton.system, *_messages(texts)]
+            messages = [*skeleton.system, *_messages(texts, len(self._given))]
             rendered, _ = self._render(tokenizer, source, messages)
             segments = skeleton.fill(texts, rendered)
             if segments is not None:
@@ -142,13 +154,14 @@ class ChatTemplate(PromptTemplate):
         return () if text in ("", tokenizer.eos_token) else (text,)
 
     def _skeleton(self, tokenizer: PreTrainedTokenizerBase, source: str, turns: int) -> _Skeleton:
-        system = self._system(tokenizer, source)
-        rendered, spans = self._render(tokenizer, source, [*system, *_stand_ins(turns)])
+        given = len(self._given)
+        system = [] if given else self._system(tokenizer, source)
+        rendered, spans = self._render(tokenizer, source, [*system, *_stand_ins(turns, given)])
         borders, starts = _split(rendered, turns)
         if spans is None:
             prompt, closing = self._edges(tokenizer, source, system)
             special = _special_tokens(tokenizer)
-            spans = list(_unmarked(borders, starts, prompt, closing, special))
+            spans = list(_unmarked(borders, starts, prompt, closing, special, given + 1))
         around = tuple(
             tuple(_cut(border, start, spans)) for border, start in zip(borders, starts, strict=True)
         )
@@ -224,13 +237,14 @@ def _source(tokenizer: PreTrainedTokenizerBase) -> str:
         ) from error
 
 
-def _messages(texts: Sequence[str]) -> list[Message]:
-    roles = ("user", "assistant")
-    return [{"role": roles[n % 2], "content": text} for n, text in enumerate(texts)]
+def _messages(texts: Sequence[str], given: int = 0) -> list[Message]:
+    """Return texts as messages, of which `given`, none or one, is the system's."""
+    roles = chain(("system",) * given, cycle(("user", "assistant")))
+    return [{"role": role, "content": text} for role, text in zip(roles, texts, strict=False)]
 
 
-def _stand_ins(turns: int) -> list[Message]:
-    return _messages([f"\ufdd0{number}\ufdd1" for number in range(turns)])
+def _stand_ins(turns: int, given: int = 0) -> list[Message]:
+    return _messages([f"\ufdd0{number}\ufdd1" for number in range(turns)], given)
 
 
 def _split(rendered: str, turns: int) -> tuple[list[str], list[int]]:
@@ -252,9 +266,10 @@ def _unmarked(
     prompt: str,
     closing: str,
     special: re.Pattern[str],
+    first: int,
 ) -> Iterator[Span]:
-    """Yield the supervised parts of a template that marks nothing."""
-    for answer in range(1, len(borders) - 1, 2):  # the turn between borders[answer] and the next
+    """Yield the supervised parts of a template that marks nothing; `first` is the first answer."""
+    for answer in range(first, len(borders) - 1, 2):  # between borders[answer] and the next
         given = _shared(borders[answer], prompt)
         behind = borders[answer + 1]
         end = special.search(behind)

@@ -20,7 +20,8 @@ from llavakit_plugins.templates.placement import Exchange
 class Frame:
     """What stands around the turns."""
 
-    system: str
+    system: Segment
+    """Markup where it is the template's or a recipe's, and none where a conversation brings it."""
     roles: tuple[str, str]
     begin: str
     """Written in front of every exchange but the first (the tokenizer begins that one)."""
@@ -49,8 +50,9 @@ def image_and_caption(frame: Frame, exchanges: Sequence[Exchange]) -> Iterator[S
 def roles_and_end_token(frame: Frame, exchanges: Sequence[Exchange]) -> Iterator[Segment]:
     """`system USER: question ASSISTANT: answer</s>USER: …` (Vicuna v1)."""
     human, assistant = frame.roles
-    if frame.system:
-        yield _markup(f"{frame.system} ")
+    if frame.system.text:
+        yield frame.system
+        yield _markup(" ")
     for exchange in exchanges:
         yield _markup(f"{human}: ")
         yield Segment(exchange.question)
@@ -63,8 +65,9 @@ def roles_and_end_token(frame: Frame, exchanges: Sequence[Exchange]) -> Iterator
 def hashes(frame: Frame, exchanges: Sequence[Exchange]) -> Iterator[Segment]:
     """`system###Human: question###Assistant: answer###` (Vicuna v0, as it is asked)."""
     human, assistant = frame.roles
-    if frame.system:
-        yield _markup(f"{frame.system}###")
+    if frame.system.text:
+        yield frame.system
+        yield _markup("###")
     for number, exchange in enumerate([*frame.example, *exchanges]):
         yield _markup(f"{human}: ")
         yield Segment(exchange.question)
@@ -81,8 +84,9 @@ def hashes_on_lines(frame: Frame, exchanges: Sequence[Exchange]) -> Iterator[Seg
     All `###` are supervised, and so are the assistant's turns with their role, as in the original.
     """
     human, assistant = frame.roles
-    if frame.system:
-        yield _markup(f"{frame.system}\n\n")
+    if frame.system.text:
+        yield frame.system
+        yield _markup("\n\n")
     for exchange in exchanges:
         yield _markup("###", supervised=True)
         yield _markup(f" {human}: ")
@@ -101,8 +105,10 @@ def instructions(frame: Frame, exchanges: Sequence[Exchange]) -> Iterator[Segmen
     """`[INST] question [/INST] answer </s><s>[INST] …` (Llama 2 and Mistral)."""
     for number, exchange in enumerate(exchanges):
         yield _markup(f"{frame.begin}[INST] " if number else "[INST] ")
-        if frame.system and not number:
-            yield _markup(f"<<SYS>>\n{frame.system}\n<</SYS>>\n\n")
+        if frame.system.text and not number:
+            yield _markup("<<SYS>>\n")
+            yield frame.system
+            yield _markup("\n<</SYS>>\n\n")
         yield Segment(exchange.question)
         yield _markup(" [/INST]")
         if exchange.answer is not None:
@@ -117,8 +123,10 @@ def chatml(frame: Frame, exchanges: Sequence[Exchange]) -> Iterator[Segment]:
     need `chat-template`.
     """
     human, assistant = frame.roles
-    if frame.system:
-        yield _markup(f"<|im_start|>system\n{frame.system}<|im_end|>")
+    if frame.system.text:
+        yield _markup("<|im_start|>system\n")
+        yield frame.system
+        yield _markup("<|im_end|>")
     for exchange in exchanges:
         yield _markup(f"<|im_start|>{human}\n")
         yield Segment(exchange.question)

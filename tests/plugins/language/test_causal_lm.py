@@ -98,7 +98,7 @@ def test_greedy_tokens_of_a_batch_are_those_of_transformers(family: str) -> None
     embeds = ours.embed(torch.cat(prompts)).detach()
     for step in generate_stream(ours, embeds, Packing.of(LENGTHS), Sampling(12)):
         for sequence, token in step:
-            answers[sequence].append(token)
+            answers[sequence].append(token.id)
     for prompt, answer in zip(prompts, answers, strict=True):
         expected = theirs.generate(
             input_ids=prompt[None], attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
@@ -221,7 +221,7 @@ def test_every_end_token_of_generation_config_ends_an_answer(tmp_path: Path) -> 
     )[0, 5:]]  # fmt: skip
     ours.model.generation_config.eos_token_id = [free[4], 256]
     steps = list(generate_stream(ours, ours.embed(some_ids(5)), Packing.of([5]), Sampling(8)))
-    assert [step[0][1] for step in steps] == free[: free.index(free[4]) + 1]
+    assert [step[0][1].id for step in steps] == free[: free.index(free[4]) + 1]
 
 
 def test_a_model_folder_asks_for_the_tokenizer_that_fits(tmp_path: Path) -> None:

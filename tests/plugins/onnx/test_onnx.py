@@ -100,6 +100,31 @@ def test_its_methods_take_what_a_pytorch_model_takes(name: str) -> None:
     assert taken(OnnxModel) == taken(LlavaModel)
 
 
+def test_a_dialogue_is_answered_as_in_pytorch(exported: Exported) -> None:
+    loaded, model = load(exported.folder), exported.model
+    first, second = ({"type": "image", "image": picture} for picture in exported.pictures)
+    question = {"type": "text", "text": QUESTION}
+    messages: list[dict[str, Any]] = [
+        {"role": "system", "content": "a red circle ."},
+        {"role": "user", "content": [first, question]},
+        {"role": "assistant", "content": "it is blue ."},
+        {"role": "user", "content": [question, second]},
+    ]
+    for begun in (messages, messages[1:], messages[1:2]):
+        np.testing.assert_allclose(loaded.logits(begun), model.logits(begun), atol=1e-4)
+        assert loaded.generate_ids(begun) == model.generate_ids(begun)
+    options: dict[str, Any] = {
+        "temperature": 1.5, "top_k": 9, "min_p": 0.02, "repetition_penalty": 1.2, "seed": 5,
+        "presence_penalty": 0.5, "n": 4, "logprobs": 2, "max_new_tokens": 8,
+    }  # fmt: skip
+    ours, theirs = loaded.answers(messages, **options), model.answers(messages, **options)
+    assert [one.text for one in ours] == [one.text for one in theirs]
+    assert len({one.text for one in ours}) > 1
+    assert [one.finish for one in ours] == [one.finish for one in theirs]
+    logarithms: Any = [[t.logprob for one in run for t in one.tokens] for run in (ours, theirs)]
+    np.testing.assert_allclose(logarithms[0], logarithms[1], atol=1e-3)
+
+
 def test_an_answer_that_has_begun_goes_on_as_in_pytorch(exported: Exported) -> None:
     loaded, model = load(exported.folder), exported.model
     prompts = [(QUESTION, exported.pictures), ("blue", [])]

@@ -12,11 +12,22 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import numpy.typing as npt
 
-from llavakit import IMAGE_ID, Answering, Encoded, Unfinished, open_image, special_stops, tokenise
+from llavakit import (
+    IMAGE_ID,
+    Answering,
+    Encoded,
+    Token,
+    Unfinished,
+    Written,
+    choose_tokens,
+    open_image,
+    special_stops,
+    tokenise,
+)
 from llavakit.contracts.data import ImageSource, Sample
 from llavakit.contracts.errors import ModelError
 from llavakit.contracts.interfaces import Segment
-from llavakit.contracts.model import Sampling
+from llavakit.contracts.model import Asked, Sampling
 from llavakit_plugins.onnx.runtime.folder import Folder, read
 from llavakit_plugins.onnx.runtime.layout import DECODER, EMBEDDINGS, VISION
 from llavakit_plugins.onnx.runtime.sessions import (
@@ -92,9 +103,14 @@ class OnnxModel(Answering[FloatArray]):
     def stops(self) -> Sequence[str]:
         return self.manifest.prompt.stops
 
-    def _render(self, question: Sample) -> Encoded:
+    @property
+    def end_ids(self) -> frozenset[int]:
+        return frozenset(self.manifest.end_tokens)
+
+    def _render(self, dialogue: Sample) -> Encoded:
         form = self.manifest.prompt
-        return self._encode(form.pieces(question.turns[0].text), begins=form.adds_bos)
+        pieces = list(form.pieces(dialogue.turns, dialogue.system))
+        return self._encode(pieces, begins=form.adds_bos)
 
     def _read_raw(self, prompt: str) -> Encoded:
         return self._encode([Segment(prompt, markup=True)], begins=True)
@@ -133,12 +149,15 @@ class OnnxModel(Answering[FloatArray]):
             embeds_TE[rows.visual] = self.features(pixels_IHW).reshape(-1, embeds_TE.shape[1])
         return embeds_TE
 
-    def logits(self, prompt: str, images: Sequence[ImageSource] = (), *, raw: bool = False) -> Any:
+    def logits(
+        self, prompt: Asked, images: Sequence[ImageSource] = (), *, raw: bool = False
+    ) -> Any:
         """Return logits `[T, V]`, float32, of all rows of the spliced sequence.
 
         With `raw`, `prompt` is tokenised as it is, without the prompt template.
         """
-        embeds_TE = self.embed(self.prompt(prompt, images, raw=raw), self.prepare(images))
+        encoded, images = self.ask(prompt, images, raw=raw)
+        embeds_TE = self.embed(encoded, self.prepare(images))
         return self._array(self.trace(embeds_TE)[0])
 
     def trace(self, embeds_TE: FloatArray) -> tuple[FloatArray, list[npt.NDArray[Any]]]:
@@ -151,32 +170,40 @@ class OnnxModel(Answering[FloatArray]):
 
     def _write(
         self, prompts: Sequence[Encoded], pixels_IHW: FloatArray | None, sampling: Sampling
-    ) -> Iterator[list[tuple[int, int]]]:
+    ) -> Iterator[list[tuple[int, Token]]]:
         embeds = self._embed_prompts(prompts, pixels_IHW)
         lengths = [len(rows) for rows in embeds]
         room = self._check_room(lengths, sampling.max_new_tokens)
-        ends = special_stops(self.tokenizer, sampling.stop).union(self.manifest.end_tokens)
-        unfinished = Unfinished(self.tokenizer, ends, sampling.stop, room)
-        draw = np.random.default_rng(sampling.seed)
+        ends = special_stops(self.tokenizer, sampling.stop) | self.end_ids
+        each = [index for index in range(len(prompts)) for _ in range(sampling.n)]
+        written = [
+            Written(sampling, prompts[index].ids.tolist(), number % sampling.n)
+            for number, index in enumerate(each)
+        ]
+        unfinished = Unfinished(self.tokenizer, ends, sampling.stop, [room[i] for i in each])
         capacity = max(n + m for n, m in zip(lengths, room, strict=True))
         try:
-            logits_BV = self._read(embeds, capacity)
+            logits_BV = self._read(embeds, capacity)[each]
+            if sampling.n > 1:
+                self.decoder.select(each)
+            lengths = [lengths[index] for index in each]
             while True:
-                chosen = choose(logits_BV, sampling, draw)
-                for index in unfinished.active:
+                tokens = choose_tokens(logits_BV, [written[index] for index in unfinished.active])
+                for index, token in zip(unfinished.active, tokens, strict=True):
                     lengths[index] += 1
-                yield list(zip(unfinished.active, chosen, strict=True))
-                going = unfinished.take(chosen)
+                    written[index].ids.append(token.id)
+                yield list(zip(unfinished.active, tokens, strict=True))
+                going = unfinished.take([token.id for token in tokens])
                 if not going:
                     return
                 # finished sequences leave the batch, so that they cost no further work
-                if len(going) < len(chosen):
+                if len(going) < len(tokens):
                     self.decoder.select(going)
-                    chosen = [chosen[index] for index in going]
+                    tokens = [tokens[index] for index in going]
                 positions = np.asarray(
                     [[lengths[index] - 1] for index in unfinished.active], np.int64
                 )
-                embeds_B1E = self._embed(np.asarray(chosen, np.int64)[:, None])
+                embeds_B1E = self._embed(np.asarray([[token.id] for token in tokens], np.int64))
                 logits_BV = self.decoder.step(embeds_B1E, positions)
         finally:
             self.decoder.release()
@@ -230,24 +257,3 @@ class OnnxModel(Answering[FloatArray]):
         ids = np.where(ids_BT == IMAGE_ID, 0, ids_BT)
         (embeds,) = self._embeddings.run(["inputs_embeds"], {"input_ids": ids})
         return cast("FloatArray", embeds)
-
-
-def choose(logits_BV: FloatArray, sampling: Sampling, draw: np.random.Generator) -> list[int]:
-    """Return the next token of each sequence, from logits `[B, V]`.
-
-    Greedy at temperature 0; otherwise drawn from the most likely tokens that reach `top_p`
-    (nucleus sampling, arXiv 1904.09751).
-    """
-    if sampling.temperature == 0:
-        return [int(token) for token in logits_BV.argmax(axis=-1)]
-    # float64, so that the sums over a whole vocabulary keep the small probabilities
-    scaled_BV = logits_BV.astype(np.float64) / sampling.temperature
-    weights_BV = np.exp(scaled_BV - scaled_BV.max(axis=-1, keepdims=True))
-    chosen = []
-    for weights_V in weights_BV:
-        shares_V = weights_V / weights_V.sum()
-        order = np.argsort(-shares_V, kind="stable")
-        before = np.cumsum(shares_V[order]) - shares_V[order]
-        kept = order[before < sampling.top_p]
-        chosen.append(int(draw.choice(kept, p=shares_V[kept] / shares_V[kept].sum())))
-    return chosen
