@@ -25,7 +25,7 @@ CHARACTERS_A_TOKEN = 4.2  #: Of English by LLaMA's, roughly: where there is no t
 Role = Literal["human", "gpt"]
 ImageSource: TypeAlias = Union[Path, str, bytes, "Image", "npt.NDArray[np.uint8]", "Tensor"]
 """A file's path, a `file:` or `data:` address, an image file's bytes, or pixels: Pillow's, numpy's
-`[H, W, 3]` of uint8, or a tensor `[3, H, W]` or `[H, W, 3]`."""
+`[H, W, 3]` of uint8, or a tensor `[3, H, W]` of uint8 or of floats from 0 to 1."""
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,8 @@ class Answer:
 class Answering(ABC, Generic[Pixels]):
     """Answers prompts with images. A runtime says how they are read and how tokens are written."""
 
+    upright: bool = False  #: Whether images are turned as a camera noted; the original does not.
+
     @property
     @abstractmethod
     def tokenizer(self) -> PreTrainedTokenizerBase:

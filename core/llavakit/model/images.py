@@ -7,13 +7,16 @@ import os
 import re
 import stat
 import warnings
+from base64 import b64decode
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 from unicodedata import normalize
+from urllib.parse import unquote, unquote_to_bytes, urlsplit
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from llavakit.contracts.data import ImageSource
 from llavakit.contracts.errors import DataError, ModelError
@@ -38,24 +41,75 @@ class MissingImage(DataError):
     remedy = "check the images folder"
 
 
-def open_image(source: ImageSource, where: str, edge: int | None = None) -> Image.Image:
+def open_image(
+    source: ImageSource, where: str, edge: int | None = None, *, upright: bool = False
+) -> Image.Image:
     """Return an RGB image; `where` names the sample in errors.
 
     Animated images give their first frame. Greys of more than 8 bits are scaled from the range of
     the file's bits, or else of their type; floats from 0..1. As in the original LLaVA, transparency
-    is dropped and a camera's orientation note is not applied. With `edge`, a JPEG may be decoded at
-    a half, a quarter or an eighth whose shorter side is not below it.
+    is dropped; a camera's orientation note (EXIF) is applied if `upright`, not by default. With
+    `edge`, a JPEG may be decoded at a half, a quarter or an eighth whose shorter side is not below.
 
     Raises DataError where the file is missing, truncated, no image, a decompression bomb, or many
     times as long as wide.
     """
-    if isinstance(source, Image.Image):
-        return _decode(source, f"the image of {where}", None)
-    if not isinstance(source, str | Path):
-        raise DataError(f"the image of {where} is a {type(source).__name__}; name an image file")
-    name = f"image {source!s:.1000} of {where}"
+    name, found = f"the image of {where}", _in_memory(source, where)
+    if isinstance(found, Image.Image):
+        return _decode(found, name, None, upright)
+    if isinstance(found, Path):
+        name = f"image {source!s:.1000} of {where}"
+        _check_file(found, name)
     try:
-        mode = Path(source).stat().st_mode
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what matters about a damaged file is an error below
+            opened = Image.open(found)
+    except UnidentifiedImageError:
+        raise DataError(f"{name} is not an image Pillow can read; replace it") from None
+    except Image.DecompressionBombError as error:
+        raise DataError(f"{name} is too large to decode: {error}; shrink it") from None
+    except Exception as error:
+        raise _undecodable(name, error) from error
+    with opened:
+        return _decode(opened, name, edge, upright)
+
+
+def _in_memory(source: ImageSource, where: str) -> Path | BytesIO | Image.Image:
+    """Return what is in memory as Pillow reads it, or a file's path."""
+    if isinstance(source, str) and source[:5].lower() == "data:":
+        kind, _, written = source.partition(",")
+        source = unquote_to_bytes(written)
+        try:
+            source = b64decode(source) if kind.endswith(";base64") else source
+        except ValueError as error:
+            raise DataError(f"the image of {where} is no valid base64: {error}; fix it") from None
+    if isinstance(source, str) and source[:5].lower() == "file:":
+        source = unquote(urlsplit(source).path)
+    if isinstance(source, bytes | bytearray | memoryview):
+        return BytesIO(source)
+    if isinstance(source, str | Path):
+        return Path(source)
+    if hasattr(source, "detach"):  # a tensor [3, H, W]; one of floats is from 0 to 1
+        pixels = source.detach().cpu()
+        if pixels.is_floating_point():
+            pixels = (pixels.float().nan_to_num().clamp(0, 1) * 255).round().byte()
+        source = pixels.permute(1, 2, 0).numpy() if pixels.ndim == 3 else pixels.numpy()
+    if isinstance(source, np.ndarray):
+        if source.dtype != np.uint8 or source.shape[2:] != (3,) or not source.size:
+            raise DataError(
+                f"the image of {where} is {source.dtype} {source.shape}; pixels are uint8 "
+                "[H, W, 3], or a tensor [3, H, W]"
+            )
+        return Image.fromarray(source)
+    if not isinstance(source, Image.Image):
+        raise DataError(f"the image of {where} is a {type(source).__name__}; give a file or pixels")
+    return source
+
+
+def _check_file(source: Path, name: str) -> None:
+    """Raise DataError for what is no file."""
+    try:
+        mode = source.stat().st_mode
     except (OSError, ValueError) as error:  # ValueError: no name that a file may have
         if isinstance(error, OSError) and error.errno not in _ABSENT:
             raise _undecodable(name, error) from error
@@ -66,18 +120,6 @@ def open_image(source: ImageSource, where: str, edge: int | None = None) -> Imag
     if not stat.S_ISREG(mode):
         kind = "a folder" if stat.S_ISDIR(mode) else "a device or a pipe"
         raise DataError(f"{name} is {kind}; name an image file")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what matters about a damaged file is an error below
-            opened = Image.open(source)
-    except UnidentifiedImageError:
-        raise DataError(f"{name} is not an image Pillow can read; replace it") from None
-    except Image.DecompressionBombError as error:
-        raise DataError(f"{name} is too large to decode: {error}; shrink it") from None
-    except Exception as error:
-        raise _undecodable(name, error) from error
-    with opened:
-        return _decode(opened, name, edge)
 
 
 def refusal(width: int, height: int) -> str | None:
@@ -94,9 +136,12 @@ def refusal(width: int, height: int) -> str | None:
     return None
 
 
-def read_pixels(encoder: VisionEncoder, source: ImageSource, where: str) -> Tensor:
+def read_pixels(
+    encoder: VisionEncoder, source: ImageSource, where: str, *, upright: bool = False
+) -> Tensor:
     """Return the pixels `[3, H, W]` that a vision encoder reads of an image."""
-    pixels_3HW = encoder.prepare(open_image(source, where, encoder.decode_edge))
+    image = open_image(source, where, encoder.decode_edge, upright=upright)
+    pixels_3HW = encoder.prepare(image)
     expected = (encoder.channels, encoder.image_size, encoder.image_size)
     if tuple(pixels_3HW.shape) != expected:
         raise ModelError(
@@ -106,7 +151,7 @@ def read_pixels(encoder: VisionEncoder, source: ImageSource, where: str) -> Tens
     return pixels_3HW
 
 
-def _decode(image: Image.Image, name: str, edge: int | None) -> Image.Image:
+def _decode(image: Image.Image, name: str, edge: int | None, upright: bool) -> Image.Image:
     if reason := refusal(*image.size):
         raise DataError(f"{name} {reason}")
     try:
@@ -116,6 +161,8 @@ def _decode(image: Image.Image, name: str, edge: int | None) -> Image.Image:
                 short = min(image.size)
                 image.draft(None, (image.width * edge // short, image.height * edge // short))
             image.load()
+            if upright:
+                image = ImageOps.exif_transpose(image)
             if image.mode[0] in "IF":
                 image = _eight_bits(image)
             return image if image.mode == "RGB" else image.convert("RGB")

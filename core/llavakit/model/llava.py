@@ -120,7 +120,7 @@ class LlavaModel(nn.Module, Answering[Tensor]):
         if not images:
             return None
         dtype = next(self.vision.parameters(), torch.empty(0)).dtype  # it may have no weights
-        pixels = [read_pixels(self.vision, image, where) for image in images]
+        pixels = [read_pixels(self.vision, one, where, upright=self.upright) for one in images]
         return torch.stack(pixels).to(self.device, dtype)
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import os
 import pickle
@@ -13,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unicodedata import normalize
+from urllib.parse import quote_from_bytes
 
 import numpy as np
 import pytest
@@ -179,6 +181,73 @@ def bomb(path: Path) -> None:
     header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
     parts = chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(b"")), chunk(b"IEND", b"")
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
+
+
+def ways(image: Image.Image, folder: Path) -> dict[str, Any]:
+    """The same image in every way to give one, each without loss."""
+    import torch
+
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    (folder / "an image.png").write_bytes(file.getvalue())
+    encoded = base64.b64encode(file.getvalue()).decode()
+    pixels = np.asarray(image)
+    tensor = torch.from_numpy(pixels.copy()).permute(2, 0, 1)
+    return {
+        "path": folder / "an image.png", "text": str(folder / "an image.png"),
+        "file:": (folder / "an image.png").as_uri(), "pillow": image, "bytes": file.getvalue(),
+        "numpy": pixels, "numpy from the right": pixels[:, ::-1][:, ::-1],
+        "tensor": tensor, "floats": tensor / 255, "bfloat16": (tensor / 255).bfloat16(),
+        "data:": f"data:image/png;base64,{encoded}", "DATA:": f"DATA:;base64,{encoded}",
+        "data: in percents": f"data:image/png,{quote_from_bytes(file.getvalue())}",
+    }  # fmt: skip
+
+
+def test_every_way_to_give_an_image_gives_the_same(tmp_path: Path) -> None:
+    drawn = np.random.default_rng(0).integers(0, 256, (9, 14, 3), dtype=np.uint8)
+    for name, source in ways(Image.fromarray(drawn), tmp_path).items():
+        found = np.asarray(open_image(source, "the prompt")).astype(int)
+        assert np.abs(found - drawn).max() <= (name == "bfloat16"), name  # 8 bits of mantissa
+
+
+@pytest.mark.parametrize(
+    ("source", "sentence"),
+    [
+        (np.zeros((4, 4), np.uint8), r"uint8 \(4, 4\); pixels are uint8 \[H, W, 3\]"),
+        (np.zeros((4, 4, 3)), "is float64"),
+        (np.zeros((0, 4, 3), np.uint8), r"\(0, 4, 3\)"),
+        (np.zeros((3, 1000, 3), np.uint8), "more than 200 times"),
+        (b"", "not an image Pillow can read"),
+        (b"<svg></svg>", "not an image Pillow can read"),
+        ("data:image/png;base64,AAA", "is no valid base64"),
+        ("data:image/png;base64,", "not an image Pillow can read"),
+        ("data:", "not an image Pillow can read"),
+        ("file:///no/such.png", "does not exist"),
+        ("https://a.org/b.png", "it is an address"),
+        (3, "is a int; give a file or pixels"),
+        (None, "is a NoneType"),
+    ],
+    ids=str,
+)
+def test_what_is_no_image_in_memory_is_a_sentence(source: Any, sentence: str) -> None:
+    with pytest.raises(DataError, match=sentence) as raised:
+        open_image(source, "the prompt")
+    assert "the prompt" in str(raised.value)
+
+
+def test_a_camera_turns_an_image_only_where_it_is_asked_for(tmp_path: Path) -> None:
+    """The original LLaVA opens photos without their orientation note, and so was trained."""
+    image = Image.fromarray(np.arange(5 * 8 * 3, dtype=np.uint8).reshape(5, 8, 3))
+    note = Image.Exif()
+    for orientation, turned in (
+        (3, image.transpose(Image.Transpose.ROTATE_180)),
+        (6, image.transpose(Image.Transpose.ROTATE_270)),
+    ):
+        note[0x0112] = orientation
+        image.save(tmp_path / "a.png", exif=note)
+        for source in (tmp_path / "a.png", (tmp_path / "a.png").read_bytes()):
+            assert open_image(source, "x").tobytes() == image.tobytes()
+            assert open_image(source, "x", upright=True).tobytes() == turned.tobytes()
 
 
 def test_a_decompression_bomb_is_refused(tmp_path: Path) -> None:

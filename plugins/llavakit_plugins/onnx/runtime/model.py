@@ -134,7 +134,8 @@ class OnnxModel(Answering[FloatArray]):
         if not images:
             return None
         prepare = self.manifest.preparation.prepare
-        return np.stack([prepare(open_image(image, where)) for image in images])
+        opened = (open_image(image, where, upright=self.upright) for image in images)
+        return np.stack([prepare(image) for image in opened])
 
     def features(self, pixels_IHW: FloatArray) -> FloatArray:
         """Return the visual embeddings `[I, P', E]`, float32, of pixels `[I, 3, H, W]`."""

@@ -1,0 +1,1 @@
+"""Images from the web: of hosts that the caller allows, within limits, of public addresses only."""
