@@ -66,6 +66,8 @@ from .contracts.sections import (
     Section as Section,
     Table as Table,
 )
+from .engine.distributed import join_process_group as join_process_group
+from .engine.interrupts import interrupts as interrupts
 from .engine.plan import Plan as Plan
 from .engine.progress import (
     count as count,
@@ -84,6 +86,7 @@ from .files import (
     listed_file as listed_file,
     new_file as new_file,
     new_folder as new_folder,
+    one_writer as one_writer,
     peek_json as peek_json,
     printable_json as printable_json,
     sync as sync,

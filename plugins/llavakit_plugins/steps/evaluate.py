@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,11 +26,13 @@ from llavakit import (
     Step,
     Use,
     explain_write,
+    interrupts,
     write_text,
 )
 from llavakit.contracts.component import SkippableUse
 from llavakit.contracts.data import IMAGE
-from llavakit.contracts.run import Planner, StepPlan
+from llavakit.contracts.model import Sampling
+from llavakit.contracts.run import Planner, ProcessGroup, StepPlan
 from llavakit.contracts.sections import Card, Gallery, Section, Table
 from llavakit_plugins.evaluation.answering import AnswerFile, Pace, ask
 from llavakit_plugins.reporting.pictures import save_thumbnail
@@ -74,11 +77,15 @@ class EvaluateOptions(StartOptions):
 
 
 class Evaluate(Step):
-    """Asks every benchmark's questions, and measures the loss of held-out data."""
+    """Asks every benchmark's questions, and measures the loss of held-out data.
+
+    Where torchrun started several processes, each answers its share; the main one scores.
+    """
 
     name = "evaluate"
     Options = EvaluateOptions
     needs_model = True
+    together = True
 
     def __init__(self, options: EvaluateOptions) -> None:
         self.options = options
@@ -95,16 +102,19 @@ class Evaluate(Step):
             variants = {"sighted": questions}
             if self.options.blind:
                 variants["blind"] = shuffle_images(questions, run.seed)
-            results = {
-                way: self._score(run, model, benchmark, own, f"{name}{_SUFFIX[way]}")
-                for way, own in variants.items()
-            }
+            results = {}
+            for way, own in variants.items():
+                file, answers = self._ask(run, model, own, f"{name}{_SUFFIX[way]}")
+                if run.process_group.is_main:
+                    results[way] = self._score(run, benchmark, own, answers, file)
+            if not results:
+                continue
             prefix = f"{name}_" if len(uses) > 1 else ""
             for way, result in results.items():
                 metrics |= {f"{prefix}{way}_{k}": v for k, v in result.score.metrics.items()}
             sections += _tables(name, questions, {w: r.score for w, r in results.items()})
             sections.append(self._gallery(run, name, questions, results["sighted"]))
-        if self.options.losses:
+        if self.options.losses and run.process_group.is_main:
             sections.append(self._losses(run, model, metrics))
         return Outcome(metrics, sections)
 
@@ -135,30 +145,42 @@ class Evaluate(Step):
             )
         return model
 
-    def _score(
-        self,
-        run: Run,
-        model: Any,
-        benchmark: Benchmark,
-        questions: Sequence[Question],
-        name: str,
-    ) -> Result:
-        model_id = self.options.model_id or str(self.options.init or run.directory.parent.name)
-        file = AnswerFile(run.directory / f"{name}.jsonl", model_id, resume=run.resume)
-        answers = ask(
+    def _ask(
+        self, run: Run, model: Any, questions: Sequence[Question], name: str
+    ) -> tuple[AnswerFile, list[str]]:
+        """Return the file of a benchmark's answers, and in the main process the answers of all."""
+        options, group = self.options, run.process_group
+        model_id = options.model_id or str(options.init or run.directory.parent.name)
+        path = run.directory / f"{name}.jsonl"
+        file = AnswerFile(path, model_id, resume=run.resume, process_group=group)
+        return file, ask(
             model,
             questions,
             file,
-            self.options.max_new_tokens,
-            Pace(self.options.batch_size, self.options.workers),
+            Sampling(options.max_new_tokens),
+            Pace(options.batch_size, options.workers),
             progress=run.progress,
             stopping=run.stopping,
             note=name,
         )
-        folder = run.directory / f"{name}-scoring"
+
+    def _score(
+        self,
+        run: Run,
+        benchmark: Benchmark,
+        questions: Sequence[Question],
+        answers: Sequence[str],
+        file: AnswerFile,
+    ) -> Result:
+        folder = run.directory / f"{file.path.stem}-scoring"
         with explain_write(folder):
             folder.mkdir(exist_ok=True)
-        score = benchmark.score_in(replace(run, directory=folder), questions, answers)
+        with ExitStack() as stack:
+            alone = replace(run, directory=folder, process_group=ProcessGroup())
+            if run.process_group.size > 1:  # `run.stopping` asks all, and the others are done
+                stopping = stack.enter_context(interrupts(alone.process_group))
+                alone = replace(alone, stopping=stopping)
+            score = benchmark.score_in(alone, questions, answers)
         if not any(folder.iterdir()):
             folder.rmdir()
         rows = [

@@ -22,6 +22,7 @@ from tests.plugins.chat_server import KEY, Handler, Service, serve, user_text
 import llavakit
 from llavakit import DataError, LlavaModel, Question, Recipe, Registry, Stopped
 from llavakit.cli import main
+from llavakit.contracts.model import Sampling
 from llavakit.model.folder import create_model, save_model
 from llavakit_plugins.evaluation.answering import AnswerFile, Pace, ask
 
@@ -112,7 +113,7 @@ def answer(
 ) -> list[str]:
     file = AnswerFile(path, "m", resume=False)
     return ask(
-        model, questions, file, 6, Pace(batch, workers), progress=quiet, stopping=lambda: False
+        model, questions, file, Sampling(6), Pace(batch, workers), progress=quiet, stopping=lambda: False
     )
 
 
@@ -280,13 +281,13 @@ def test_stopped_it_keeps_what_was_answered(
     looks = iter((False, True))
     with pytest.raises(Stopped):
         ask(
-            loaded, questions, AnswerFile(path, "m", resume=False), 6, Pace(4, 1),
+            loaded, questions, AnswerFile(path, "m", resume=False), Sampling(6), Pace(4, 1),
             progress=quiet, stopping=lambda: next(looks),
         )  # fmt: skip
     assert len(rows(path)) == 8
     shown: list[int] = []
     ask(
-        loaded, questions, AnswerFile(path, "m", resume=True), 6, Pace(4, 1),
+        loaded, questions, AnswerFile(path, "m", resume=True), Sampling(6), Pace(4, 1),
         progress=lambda done, total, note="": shown.append(done), stopping=lambda: False,
     )  # fmt: skip
     assert shown == [8, 12, 16, 20, 24, 28, 30]
@@ -301,7 +302,7 @@ def test_a_changed_question_is_asked_again(
     answer(talker, questions[:3], path, 1)
     changed = [questions[0], Question(questions[1].id, "what else ?"), questions[2]]
     file = AnswerFile(path, "m", resume=True)
-    found = ask(talker, changed, file, 6, Pace(1, 0), progress=quiet, stopping=lambda: False)
+    found = ask(talker, changed, file, Sampling(6), Pace(1, 0), progress=quiet, stopping=lambda: False)
     assert found[1] == "what else ? 0"
     assert len(talker.asked) == 4
 
