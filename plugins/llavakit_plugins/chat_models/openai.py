@@ -76,6 +76,17 @@ class OpenAI(ChatModel):
             raise ReplyError(f"`{self.options.model}` gives an empty reply ({reply.finish})")
         return reply.text
 
+    def served(self) -> list[str]:
+        """Return the models that the service lists; none where it lists none."""
+
+        async def once() -> list[str]:
+            try:
+                return [self._service.clean(name) for name in await self._service.served()]
+            finally:
+                await self.close()
+
+        return asyncio.run(once())
+
     async def reply(self, messages: Sequence[Message], draw: int = 0) -> Reply:
         try:
             return await self._reply(messages, draw)

@@ -259,13 +259,13 @@ class Service:
                 f"the account at {where} has no credit left: {said}; add some and run again "
                 "with --resume"
             )
-        served = await self._served()
+        served = await self.served()
         hint = "check `model` and `base_url` (most end in /v1)"
         if served:
             hint = did_you_mean(o.model, served, f"it serves: {', '.join(sorted(served)[:20])}")
         return ChatError(f"{where} has no model `{o.model}`: {said}; {self.clean(hint)}")
 
-    async def _served(self) -> list[str]:
+    async def served(self) -> list[str]:
         """Return the models that there are; none where that is not to be known."""
         with suppress(Exception):  # only to say more; what is wrong is known already
             async with asyncio.timeout(min(self.options.timeout, 10)):

@@ -18,6 +18,11 @@ def add_settings(command: argparse.ArgumentParser, sentence: str) -> None:
 def add_model(command: argparse.ArgumentParser, name: str) -> None:
     """Add the model to load, and what some layouts leave out of its folder."""
     command.add_argument(name, type=Path, help="a model folder of any layout, or a name on the hub")
+    add_left_out(command)
+
+
+def add_left_out(command: argparse.ArgumentParser) -> None:
+    """Add what some layouts leave out of a model's folder."""
     group = command.add_argument_group("what a layout may leave out (docs/layouts.md)")
     group.add_argument(
         "--base",

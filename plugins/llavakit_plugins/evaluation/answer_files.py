@@ -18,6 +18,7 @@ from llavakit import DataError, JsonLines, Question, write_text
 from llavakit.contracts.data import ImageSource
 from llavakit.contracts.run import ProcessGroup
 from llavakit_plugins.datasets.rows import read_lines
+from llavakit_plugins.evaluation.question_files import Dialogue
 
 Row = dict[str, Any]
 
@@ -57,7 +58,7 @@ class AnswerFile:
 
     def get(self, question: Question) -> str | None:
         """Return the answer to a question with the same id, prompt and images, or None."""
-        return self._known.get(_key(question.id, question.prompt, names_of(question.images)))
+        return self._known.get(_key(row_of(question, "", "")))
 
     def append(self, questions: Sequence[Question], answers: Sequence[str]) -> None:
         """Append answers and wait until they are on disk."""
@@ -71,22 +72,9 @@ class AnswerFile:
         if self.process_group.is_main and self.process_group.size > 1:
             self._take_over()
 
-    def row(self, question: Question, answer: str, **metadata: Any) -> Row:
-        """Return one line: the keys of the original LLaVA, and further facts about the question."""
-        names = names_of(question.images)
-        facts = json.dumps([self._model_id, question.id, question.prompt, names, answer])
-        return {
-            "question_id": question.id,
-            "prompt": question.prompt,
-            "image": names,
-            "text": answer,
-            "truth": question.truth,
-            "category": question.category,
-            "answer_id": sha256(facts.encode()).hexdigest()[:22],
-            "model_id": self._model_id,
-            "metadata": {},
-            **metadata,
-        }
+    def row(self, question: Question, answer: str, **more: Any) -> Row:
+        """Return one line; `more` are further facts about the question."""
+        return row_of(question, answer, self._model_id, **more)
 
     def _parts(self) -> Iterator[Path]:
         return iter(sorted(self.path.parent.glob(f"{escape(self.path.name)}.rank*")))
@@ -115,13 +103,33 @@ class AnswerFile:
 
     def _note(self, rows: Sequence[Row]) -> None:
         for row in rows:
-            self._known[_key(row.get("question_id"), row["prompt"], row["image"])] = row["text"]
+            self._known[_key(row)] = row["text"]
 
 
-def _key(identity: object, prompt: str, images: Sequence[str]) -> bytes:
+def row_of(question: Question, answer: str, model_id: str, **more: Any) -> Row:
+    """Return one line of a file: the keys of the original LLaVA, and further facts."""
+    names = names_of(question.images)
+    facts = json.dumps([model_id, question.id, question.prompt, names, answer])
+    history = {"history": question.history} if isinstance(question, Dialogue) else {}
+    return {
+        "question_id": question.id,
+        **history,
+        "prompt": question.prompt,
+        "image": names,
+        "text": answer,
+        "truth": question.truth,
+        "category": question.category,
+        "answer_id": sha256(facts.encode()).hexdigest()[:22],
+        "model_id": model_id,
+        "metadata": {},
+        **more,
+    }
+
+
+def _key(row: Row) -> bytes:
     """Return what tells a question from others; texts of a million would fill the memory."""
-    facts = json.dumps([str(identity), prompt, images])
-    return blake2b(facts.encode(), digest_size=16).digest()
+    facts = [str(row.get("question_id")), row["prompt"], row["image"], row.get("history", [])]
+    return blake2b(json.dumps(facts).encode(), digest_size=16).digest()
 
 
 def names_of(images: Sequence[ImageSource]) -> list[str]:

@@ -34,7 +34,7 @@ def read_questions(path: Path, images: Path | None, limit: int | None = None) ->
     if not rows:
         raise DataError(f"{path} holds no questions; choose another file")
     folder = path.parent if images is None else images
-    items = [_question_row(row, where, folder) for where, row in rows[:limit]]
+    items = [question_row(row, where, folder) for where, row in rows[:limit]]
     missing = [
         f"{image} (question `{item.question.id}`)"
         for item in items
@@ -64,7 +64,8 @@ def join(items: Sequence[QuestionRow], found: dict[str, tuple[str, Row]], path: 
     return [found[str(item.question.id)][1] for item in items]
 
 
-def _question_row(row: Row, where: str, folder: Path) -> QuestionRow:
+def question_row(row: Row, where: str, folder: Path) -> QuestionRow:
+    """Return the question in a row of LLaVA's format. Raises DataError where it is none."""
     identity = id_of(row, where)
     names = row.get("image") or []
     names = [names] if isinstance(names, str) else names

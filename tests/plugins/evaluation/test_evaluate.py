@@ -104,6 +104,9 @@ def short_problems(shared: Path, folder: Path) -> Path:
     return path
 
 
+SIX = Sampling(6)
+
+
 def quiet(done: int, total: int, note: str = "") -> None:
     """Show nothing."""
 
@@ -113,7 +116,13 @@ def answer(
 ) -> list[str]:
     file = AnswerFile(path, "m", resume=False)
     return ask(
-        model, questions, file, Sampling(6), Pace(batch, workers), progress=quiet, stopping=lambda: False
+        model,
+        questions,
+        file,
+        SIX,
+        Pace(batch, workers),
+        progress=quiet,
+        stopping=lambda: False,
     )
 
 
@@ -281,13 +290,13 @@ def test_stopped_it_keeps_what_was_answered(
     looks = iter((False, True))
     with pytest.raises(Stopped):
         ask(
-            loaded, questions, AnswerFile(path, "m", resume=False), Sampling(6), Pace(4, 1),
+            loaded, questions, AnswerFile(path, "m", resume=False), SIX, Pace(4, 1),
             progress=quiet, stopping=lambda: next(looks),
         )  # fmt: skip
     assert len(rows(path)) == 8
     shown: list[int] = []
     ask(
-        loaded, questions, AnswerFile(path, "m", resume=True), Sampling(6), Pace(4, 1),
+        loaded, questions, AnswerFile(path, "m", resume=True), SIX, Pace(4, 1),
         progress=lambda done, total, note="": shown.append(done), stopping=lambda: False,
     )  # fmt: skip
     assert shown == [8, 12, 16, 20, 24, 28, 30]
@@ -302,7 +311,7 @@ def test_a_changed_question_is_asked_again(
     answer(talker, questions[:3], path, 1)
     changed = [questions[0], Question(questions[1].id, "what else ?"), questions[2]]
     file = AnswerFile(path, "m", resume=True)
-    found = ask(talker, changed, file, Sampling(6), Pace(1, 0), progress=quiet, stopping=lambda: False)
+    found = ask(talker, changed, file, SIX, Pace(1, 0), progress=quiet, stopping=lambda: False)
     assert found[1] == "what else ? 0"
     assert len(talker.asked) == 4
 

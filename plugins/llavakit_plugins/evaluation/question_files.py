@@ -1,0 +1,157 @@
+"""Questions of `llava-run predict`: LLaVA's question files, messages, conversations, data sets.
+
+Rows stay in their file; each is read when it is asked, so that a million of them with their images
+need no memory.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, overload
+
+from llavakit import DataError, Dataset, Question, Sample, and_more
+from llavakit_plugins.datasets.conversations import ConversationsOptions, read_sample
+from llavakit_plugins.datasets.image_files import check_image, whole_images
+from llavakit_plugins.datasets.json_stream import Row, read_lines, read_list
+from llavakit_plugins.datasets.streaming import LINES, StoredRows
+from llavakit_plugins.datasets.text_files import open_text
+from llavakit_plugins.evaluation.questions import question_row
+
+
+@dataclass(frozen=True)
+class Dialogue(Question):
+    """A question behind other turns, or with a system text of its own."""
+
+    sample: Sample = field(default_factory=lambda: Sample("", ()))
+    """All of it, up to the question."""
+
+    @property
+    def history(self) -> list[dict[str, str]]:
+        """What stands before the question, as messages."""
+        system = [] if self.sample.system is None else [("system", self.sample.system)]
+        turns = [
+            ("user" if turn.role == "human" else "assistant", turn.text)
+            for turn in self.sample.turns[:-1]
+        ]
+        return [{"role": role, "content": text} for role, text in (*system, *turns)]
+
+
+def question_of(sample: Sample, where: str) -> Question:
+    """Return what a sample asks last; the answer behind it, where there is one, is the truth.
+
+    Raises DataError where it asks nothing.
+    """
+    turns, truth = sample.turns, ""
+    if turns and turns[-1].role == "gpt":
+        turns, truth = turns[:-1], turns[-1].text
+    if not turns:
+        raise DataError(f"{where}: sample `{sample.id:.200}` asks nothing; remove it")
+    shown = sum(turn.text.count("<image>") for turn in turns)
+    plain = len(turns) == 1 and sample.system is None
+    images = sample.images[:shown]
+    facts = (sample.id, turns[-1].text, images, truth, sample.kind)
+    asked = Sample(sample.id, turns, images, sample.kind, sample.system)
+    return Question(*facts) if plain else Dialogue(*facts, sample=asked)
+
+
+class _Lazy(Sequence[Question]):
+    """Questions that are made when they are looked at."""
+
+    def __init__(self, make: Callable[[int], Question], indices: Sequence[int]) -> None:
+        self._make, self._indices = make, indices
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    @overload
+    def __getitem__(self, index: int) -> Question: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Question]: ...
+    def __getitem__(self, index: int | slice) -> Question | Sequence[Question]:
+        if isinstance(index, slice):
+            return _Lazy(self._make, self._indices[index])
+        return self._make(self._indices[index])
+
+
+def of_dataset(data: Dataset, where: str, limit: int | None = None) -> Sequence[Question]:
+    """Return the last question of each sample of a data set."""
+    count = len(data) if limit is None else min(limit, len(data))
+    return _Lazy(lambda index: question_of(data[index], where), range(count))
+
+
+def of_file(path: Path, images: Path | None, limit: int | None = None) -> Sequence[Question]:
+    """Return the questions of a file: a JSON list, or one object per line.
+
+    A row has `question_id`, `text` and perhaps `image`, as LLaVA's question files, or `messages`,
+    or `conversations`. `images` is the folder of its images, by default the file's. Raises
+    DataError for a row that is no question, an id that occurs twice, and for images that are
+    missing or broken: all of it before the first question is asked.
+    """
+    options = ConversationsOptions(path=path, images=images)
+    rows, ids, used = StoredRows(path), set[str](), dict[str, str]()
+    doubled: list[str] = []
+    for number, row in enumerate(_rows(path)):
+        if number == limit:
+            break
+        question = _question(row.value, number, options, path)
+        if row.doubled is not None:
+            raise DataError(
+                f"question `{question.id}` of {path}: `{row.doubled:.80}` is there more than once; "
+                "keep one of it"
+            )
+        identity = str(question.id)
+        if identity in ids:
+            doubled.append(identity)
+        ids.add(identity)
+        for image in question.images:
+            if isinstance(image, Path):
+                used.setdefault(str(image), identity)
+        rows.append(row)
+    if not len(rows):
+        raise DataError(f"{path} holds no questions; choose another file")
+    if doubled:
+        raise DataError(
+            f"{path}: {and_more(doubled, 5, '`{}`'.format)} occur more than once; give each "
+            "question an id of its own"
+        )
+    _check(used, path)
+    return _Lazy(
+        lambda index: _question(rows[index], index, options, path), array("l", range(len(rows)))
+    )
+
+
+def _rows(path: Path) -> Iterable[Row]:
+    """Return the rows of a file; its first character tells a list from lines, as its name may."""
+    if path.suffix.lower() in LINES:
+        return read_lines(path)
+    with open_text(path) as file:
+        is_list = file.read(1 << 16).lstrip().startswith(b"[")
+    return read_list(path) if is_list else read_lines(path)
+
+
+def _question(
+    row: Mapping[str, Any], number: int, options: ConversationsOptions, path: Path
+) -> Question:
+    if "messages" in row or "conversations" in row:
+        given = row.get("id", row.get("question_id"))
+        sample = read_sample({**row, "id": given}, number, options, options.images or path.parent)
+        return question_of(sample, str(path))
+    where = f"{path}, row {number + 1}"
+    return question_row(row, where, options.images or path.parent).question
+
+
+def _check(images: Mapping[str, str], path: Path) -> None:
+    """Raise DataError for images that cannot be used: hours of work may depend on them."""
+    broken = []
+    for (image, identity), whole in zip(images.items(), whole_images(images), strict=True):
+        if not whole:
+            try:
+                check_image(image, f"question `{identity}` of {path}")
+            except DataError as error:
+                broken.append(str(error))
+    if broken:
+        more = f" ({len(broken) - 1} more cannot be used)" if len(broken) > 1 else ""
+        raise DataError(f"{broken[0]}{more}")
