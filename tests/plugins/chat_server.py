@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
+from base64 import b64decode
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -201,8 +202,29 @@ def serve(service: Service | None = None, handler: type[Handler] = Handler) -> I
 
 
 def user_text(body: dict[str, Any]) -> str:
-    """Return what the last message of a request says."""
-    return str(body["messages"][-1]["content"])
+    """Return what the last message of a request says, in words."""
+    content = body["messages"][-1]["content"]
+    if isinstance(content, list):
+        content = "".join(part["text"] for part in content if part["type"] == "text")
+    return str(content)
+
+
+def images_of(body: dict[str, Any]) -> list[tuple[str, bytes]]:
+    """Return the type and the bytes of each image of a request, decoded from its addresses."""
+    parts = [
+        part
+        for message in body["messages"]
+        if isinstance(message["content"], list)
+        for part in message["content"]
+        if part["type"] == "image_url"
+    ]
+    found = []
+    for part in parts:
+        head, _, data = part["image_url"]["url"].partition(",")
+        assert head.startswith("data:")
+        assert head.endswith(";base64")
+        found.append((head[5:-7], b64decode(data, validate=True)))
+    return found
 
 
 def teach(handler: Handler, body: dict[str, Any]) -> None:

@@ -16,9 +16,11 @@ from llavakit_plugins.chat_models.pacing import backoff
 from llavakit_plugins.chat_models.service import Service
 from llavakit_plugins.generation.requests.batches import BatchService, BatchState, SendAgain
 from llavakit_plugins.generation.requests.ledger import Request
+from llavakit_plugins.generation.requests.pictures import weight
 
 _ENDED = ("completed", "failed", "expired", "cancelled")
 _MARK = "llavakit"
+_MOST_BYTES = 150_000_000  # of images in a batch's file, which OpenAI takes up to 200 MB of
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
 
@@ -30,6 +32,16 @@ class OpenAIBatches(BatchService):
         self._service = service
         self.size = service.options.batch_size
         self.poll_seconds = service.options.poll_seconds
+        self._bytes = 0
+        """Of the images of the chunk in the making, as they are sent."""
+
+    def full(self, chunk: dict[str, Request]) -> bool:
+        if len(chunk) == 1:
+            self._bytes = 0
+        newest = chunk[next(reversed(chunk))]
+        most = self._service.options.image_bytes
+        self._bytes += sum(weight(image, most) for m in newest.messages for image in m.images)
+        return super().full(chunk) or self._bytes > _MOST_BYTES
 
     async def submit(self, mark: str, requests: Mapping[str, Request]) -> str:
         lines = [

@@ -18,6 +18,7 @@ from llavakit_plugins.chat_models.faults import Fault
 _MOST = 32 << 20  # bytes of an answer, unpacked; 100,000 tokens of a reply are below 1 MB
 _MOST_OF_A_FILE = 1 << 30  # of the replies of a whole batch
 _MOST_REDIRECTS = 5
+_PIECE = 1 << 18  # bytes of a request that are sent at once
 _OURS = (b"content-encoding", b"content-length", b"transfer-encoding")
 _GZIP = 16 + zlib.MAX_WBITS
 
@@ -30,6 +31,7 @@ class BoundedClient(_base):  # type: ignore[misc]
     async def send(self, request: Any, **settings: Any) -> Any:
         """Return the response, read and unpacked. Raises Fault, or ChatError for a redirect."""
         settings |= {"stream": True, "follow_redirects": False}
+        request = _in_pieces(request)
         try:
             for _ in range(_MOST_REDIRECTS):
                 response = await super().send(request, **settings)
@@ -56,6 +58,35 @@ def _stay(here: Any, there: Any) -> None:
             f"{there.scheme}://{there.netloc.decode()}, which is not asked; if that is the "
             "service, name it in `base_url`"
         )
+
+
+class _Pieces:
+    """The bytes of a request, as often as they are asked for."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data = memoryview(data)
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        for start in range(0, len(self._data), _PIECE):
+            yield bytes(self._data[start : start + _PIECE])
+
+
+def _in_pieces(request: Any) -> Any:
+    """Return a request whose body, where it is large, is sent in pieces: images make it so, and
+    aiohttp would hold up all other requests while it writes one."""
+    try:
+        content = request.content
+    except Exception:  # of either client: a file's upload comes in pieces already
+        return request
+    if len(content) <= _PIECE:
+        return request
+    return type(request)(
+        request.method,
+        request.url,
+        headers=request.headers,
+        content=_Pieces(content),
+        extensions=request.extensions,
+    )
 
 
 async def _read(response: Any) -> Any:

@@ -13,13 +13,15 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from llavakit import ChatModel, Message, Reply, ReplyError
+from llavakit import ChatModel, DataError, ImageSource, Message, Reply, ReplyError
 from llavakit_plugins.chat_models.batches import OpenAIBatches
 from llavakit_plugins.chat_models.faults import Fault, Refused, Withheld
 from llavakit_plugins.chat_models.options import OpenAIOptions as OpenAIOptions
 from llavakit_plugins.chat_models.pacing import Halted, backoff
 from llavakit_plugins.chat_models.service import LIMIT_FIELDS, Service
+from llavakit_plugins.generation.requests.image_tokens import image_tokens
 from llavakit_plugins.generation.requests.ledger import hash_messages, short_hash
+from llavakit_plugins.generation.requests.pictures import size_of
 from llavakit_plugins.generation.requests.tokens import Counter, counter_for
 
 if TYPE_CHECKING:
@@ -49,7 +51,12 @@ class OpenAI(ChatModel):
     def identity(self) -> str:
         o = self.options
         decides = [o.model, o.temperature, o.top_p, o.seed, o.max_tokens, o.extra]
-        return f"openai {json.dumps(decides, sort_keys=True)}"
+        seen = {
+            name: getattr(o, name)
+            for name in ("detail", "image_edge", "image_bytes")
+            if getattr(o, name) != type(o).model_fields[name].default
+        }  # left out where usual: replies of before there were images stay those of this model
+        return f"openai {json.dumps([*decides, seen] if seen else decides, sort_keys=True)}"
 
     @cached_property
     def counter(self) -> Counter:
@@ -57,7 +64,22 @@ class OpenAI(ChatModel):
         return counter_for(self.options.model)
 
     def count(self, messages: Sequence[Message]) -> int:
-        return self.counter.messages(messages)
+        images = (self._image_tokens(image) for m in messages for image in m.images)
+        return self.counter.messages(messages) + sum(tokens or 0 for tokens in images)
+
+    def counts(self, messages: Sequence[Message]) -> bool:
+        """Say whether `count` knows what the images of these messages count as."""
+        return all(self._image_tokens(image) is not None for m in messages for image in m.images)
+
+    def _image_tokens(self, image: ImageSource) -> int | None:
+        o = self.options
+        if o.image_tokens is not None:
+            return o.image_tokens
+        try:
+            size = size_of(image, o.image_edge)
+        except DataError:  # it will not be sent, with a sentence that says why
+            return 0
+        return image_tokens(o.model, *size, low=o.detail == "low")
 
     def price(self, input_tokens: int, output_tokens: int) -> float | None:
         return self._service.price(input_tokens, output_tokens)
@@ -151,9 +173,12 @@ class OpenAI(ChatModel):
     ) -> Reply:
         import openai
 
+        if any(message.images for message in messages):  # which takes time to read and encode
+            body = await asyncio.to_thread(self._service.body, messages, draw)
+        else:
+            body = self._service.body(messages, draw)
         # a proxy that knows this header answers a repeated request without doing it twice
         mark = short_hash(f"{self.identity} {hash_messages(messages)} {draw}")
-        body = self._service.body(messages, draw)
 
         async def post() -> bytes:
             # its typed method takes more than half of the time looking at the messages' types

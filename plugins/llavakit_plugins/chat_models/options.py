@@ -122,6 +122,14 @@ class OpenAIOptions(Options):
     """Longest time in seconds that one request waits for a service that says it is busy."""
     requests_per_minute: float | None = Field(default=None, gt=0)
     tokens_per_minute: float | None = Field(default=None, gt=0)
+    detail: Literal["low", "high", "auto"] | None = None
+    """How closely the service is to look at images; None leaves it to the service."""
+    image_edge: int = Field(default=2048, ge=16)
+    """Longest side of an image in pixels, as it is sent; larger ones are made smaller."""
+    image_bytes: int = Field(default=8_000_000, ge=1000)
+    """Largest file of an image, as it is sent; what is larger is encoded again as JPEG."""
+    image_tokens: int | None = Field(default=None, ge=0)
+    """What one image counts as in a price, where no formula of the model is known."""
     price: Price | None = None
     """USD for a million tokens, where the packaged list is wrong or has none."""
     batch: bool = False

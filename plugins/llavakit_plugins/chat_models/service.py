@@ -12,7 +12,7 @@ from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from llavakit import ChatError, Message, Reply, ReplyError, did_you_mean, shown
+from llavakit import ChatError, DataError, Message, Reply, ReplyError, did_you_mean, shown
 from llavakit_plugins.chat_models.faults import (
     Complaint,
     Fault,
@@ -23,6 +23,7 @@ from llavakit_plugins.chat_models.faults import (
 from llavakit_plugins.chat_models.options import OWN_URL, OpenAIOptions
 from llavakit_plugins.chat_models.pacing import Pace, retry_after
 from llavakit_plugins.chat_models.secret import read_key, redact
+from llavakit_plugins.generation.requests.pictures import data_url
 from llavakit_plugins.generation.requests.prices import Price, price_list
 
 if TYPE_CHECKING:
@@ -104,27 +105,44 @@ class Service:
 
     def body(self, messages: Sequence[Message], draw: int) -> dict[str, Any]:
         """Return a request's body. Raises ReplyError for a message that no service can be sent."""
-        for message in messages:
-            try:
-                message.content.encode()
-            except UnicodeEncodeError as error:
-                raise ReplyError(
-                    "a message cannot be sent, since it is cut within a character "
-                    f"({error.reason}); fix the text",
-                    lasting=True,
-                ) from None
         o = self.options
         seed = None if o.seed is None else o.seed + draw
         settings = {"temperature": o.temperature, "top_p": o.top_p, "seed": seed}
         body = {
             "model": o.model,
-            "messages": [{"role": m.role, "content": m.content} for m in messages],
+            "messages": [{"role": m.role, "content": self._content(m)} for m in messages],
             self.limit_field: o.max_tokens,
             **{name: value for name, value in settings.items() if value is not None},
             **o.extra,
         }
         left_out = [name for name, value in o.extra.items() if value in (None, "null")]
         return {name: value for name, value in body.items() if name not in left_out}
+
+    def _content(self, message: Message) -> str | list[dict[str, Any]]:
+        """Return a message's text; with images, the list of parts that the protocol has for it."""
+        try:
+            message.content.encode()
+        except UnicodeEncodeError as error:
+            raise ReplyError(
+                "a message cannot be sent, since it is cut within a character "
+                f"({error.reason}); fix the text",
+                lasting=True,
+            ) from None
+        if not message.images:
+            return message.content
+        o = self.options
+        detail = {} if o.detail is None else {"detail": o.detail}
+        try:
+            urls = [
+                data_url(image, edge=o.image_edge, most_bytes=o.image_bytes)
+                for image in message.images
+            ]
+        except DataError as error:
+            raise ReplyError(f"a message cannot be sent: {error}", lasting=True) from None
+        parts: list[dict[str, Any]] = [
+            {"type": "image_url", "image_url": {"url": url, **detail}} for url in urls
+        ]
+        return [*parts, {"type": "text", "text": message.content}]
 
     async def call(self, ask: Callable[[], Awaitable[T]]) -> T:
         """Return what one call gives.

@@ -15,9 +15,10 @@ from llavakit.contracts.errors import LlavaError
 from llavakit_plugins.commands.flags import add_left_out, add_settings, load_model
 
 if TYPE_CHECKING:
-    from llavakit import ChatModel, Question
+    from llavakit import Question
     from llavakit.contracts.model import Sampling
     from llavakit.contracts.run import ProcessGroup, Progress
+    from llavakit_plugins.chat_models.openai import OpenAI
     from llavakit_plugins.evaluation.predicting import Job
 
 
@@ -210,7 +211,7 @@ def _by_service(
     from llavakit_plugins.evaluation.predicting import predict_by_service, requests_of
 
     chat = _chat(arguments, sampling)
-    name = str(getattr(chat.options, "model"))  # noqa: B009
+    name = chat.options.model
     stated = _stated(sampling)
     settings = {"service": arguments.model, "chat model": chat.identity}
     job = _job(arguments, questions, name, stated, settings)
@@ -229,9 +230,9 @@ def _by_service(
         )
 
 
-def _chat(arguments: argparse.Namespace, sampling: Sampling) -> ChatModel:
+def _chat(arguments: argparse.Namespace, sampling: Sampling) -> OpenAI:
     """Return the chat model at the address; where it is not named, the only one that is there."""
-    from llavakit import ChatModel, Registry
+    from llavakit import Registry
     from llavakit_plugins.chat_models.openai import OpenAI
     from llavakit_plugins.commands.options import build_from
 
@@ -239,7 +240,6 @@ def _chat(arguments: argparse.Namespace, sampling: Sampling) -> ChatModel:
     if any(value is not None for value in left_out):
         raise LlavaError("--base, --vision and --template are of a model folder, not of a service")
     registry = Registry.installed()
-    component = registry.get(ChatModel, "openai")
     flags: dict[str, Any] = {
         "base_url": arguments.model,
         "max_tokens": sampling.max_new_tokens,
@@ -250,14 +250,13 @@ def _chat(arguments: argparse.Namespace, sampling: Sampling) -> ChatModel:
     if sampling.stop:
         flags["extra"] = {"stop": list(sampling.stop)}
     named = any(setting.partition("=")[0].strip() == "model" for setting in arguments.set)
-    chat = build_from(component, arguments.set, registry, flags | ({} if named else {"model": "?"}))
+    chat = build_from(OpenAI, arguments.set, registry, flags | ({} if named else {"model": "?"}))
     if not named:
-        assert isinstance(chat, OpenAI)
         served = chat.served()
         if len(served) != 1:
             there = f"it serves {', '.join(served[:20])}" if served else "it does not list any"
             raise LlavaError(f"{arguments.model}: name the model with --set model=NAME; {there}")
-        chat = build_from(component, arguments.set, registry, flags | {"model": served[0]})
+        chat = build_from(OpenAI, arguments.set, registry, flags | {"model": served[0]})
     return chat
 
 

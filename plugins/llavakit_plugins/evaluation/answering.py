@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from array import array
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from typing import Any
@@ -72,20 +73,20 @@ def ask(
     own = open_batches[group.rank :: group.size]
     left = sum(len(batch) for _, batch in open_batches)
     progress(len(questions) - left, len(questions), note)
-    answered = _answers(model, questions, own, sampling, pace)
     asked = 0
     # every process counts to the same number: to ask whether to stop, all must
-    for turn in range(-(-len(open_batches) // group.size)):
-        if turn < len(own):
-            indices, texts = next(answered)
-            file.append([questions[index] for index in indices], texts)
-            asked += len(indices)
-            done = len(questions) - left + min(left, asked * group.size)
-            progress(done, len(questions), note)
-        last = turn + 1 == -(-len(open_batches) // group.size)
-        if not last and (group.size == 1 or turn % _LOOK == _LOOK - 1) and stopping():
-            answered.close()
-            raise Stopped
+    turns = -(-len(open_batches) // group.size)
+    with closing(_answers(model, questions, own, sampling, pace)) as answered:
+        for turn in range(turns):
+            if turn < len(own):
+                indices, texts = next(answered)
+                file.append([questions[index] for index in indices], texts)
+                asked += len(indices)
+                done = len(questions) - left + min(left, asked * group.size)
+                progress(done, len(questions), note)
+            look = group.size == 1 or turn % _LOOK == _LOOK - 1
+            if look and turn + 1 < turns and stopping():
+                raise Stopped
     file.join()
     if not group.is_main:
         return []
@@ -126,7 +127,7 @@ def _answers(
     batches: Sequence[tuple[int, Batch]],
     sampling: Sampling,
     pace: Pace,
-) -> Iterator[tuple[Batch, list[str]]]:
+) -> Generator[tuple[Batch, list[str]], None, None]:
     """Yield the answers of each batch, in the batches' order."""
     if not isinstance(model, Answering):
         usual = asdict(Sampling())

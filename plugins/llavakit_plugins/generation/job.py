@@ -38,7 +38,8 @@ def run_job(options: GenerateOptions, generator: PromptedGenerator, run: Run) ->
     conversation can be used, and Stopped if the user asked to stop. Replies are kept in all cases.
     """
     failures = Failures(generator.name, run.directory / "failures.txt")
-    with open_sources(options, run.directory) as sources:
+    generator.images = options.images
+    with open_sources(options, run.directory, shown=generator.shows_images) as sources:
         jobs = []
         for name, contexts in sources.items():
             counts = options.counts if not name else {}

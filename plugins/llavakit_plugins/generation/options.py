@@ -18,7 +18,7 @@ class GenerateOptions(Options):
     held_out: InputPath | None = None
     """Contexts whose data go to `held-out/`, for validation."""
     images: InputPath | None = None
-    """The images' folder, for the report only: a generator never sees them."""
+    """The images' folder: for the report, and for a generator that shows them to its chat model."""
     generator: Use[Generator]
     kinds: tuple[ResponseKind, ...] = Field(default=RESPONSE_KINDS, min_length=1)
     counts: dict[ResponseKind, int] = Field(default_factory=dict)

@@ -12,6 +12,7 @@ from llavakit import Generator, ImageContext, LlavaError, Message
 from llavakit.contracts.data import ResponseKind
 from llavakit.contracts.run import StepPlan
 from llavakit_plugins.generation.items import Items, choose
+from llavakit_plugins.generation.requests.booking import counts_all
 from llavakit_plugins.generation.requests.desk import Desk, attempt
 from llavakit_plugins.generation.requests.prompted import PromptedGenerator
 from llavakit_plugins.generation.requests.rounds import MOST, Invented, Waiting
@@ -31,29 +32,37 @@ def price_job(options: GenerateOptions, generator: PromptedGenerator, seed: int)
 
     Input tokens are counted exactly; replies are assumed to be as long as those of the examples.
     """
+    generator.images = options.images
     files = [path for path in (options.contexts, options.held_out) if path is not None]
     if not all(path.is_file() for path in files):
         return _by_examples(options, generator)
     chat = generator.chat
     sent = made = count = failed = 0
+    seen = True
     expected = {
         kind: chat.count([Message("assistant", generator.expected_reply(kind))])
         for kind in options.kinds
     }
-    with TemporaryDirectory() as folder, open_sources(options, Path(folder)) as sources:
+    shown = generator.shows_images
+    with (
+        TemporaryDirectory() as folder,
+        open_sources(options, Path(folder), shown=shown) as sources,
+    ):
         for name, contexts in sources.items():
             counts = options.counts if not name else {}
             for context, kind in Items(contexts, options.kinds, counts, generator, 1, seed).pairs():
                 count += 1
                 try:
-                    sent += chat.count(generator.messages(context, kind))
+                    messages = generator.messages(context, kind)
+                    sent += chat.count(messages)
+                    seen = seen and counts_all(chat, messages)
                 except LlavaError:
                     raise
                 except Exception:  # a plugin's bug: the job reports it and makes the others
                     failed += 1
                 else:
                     made += expected[kind]
-    plan = _plan(generator, count - failed, sent, made, "counted")
+    plan = _plan(generator, count - failed, sent, made, "counted", images=seen)
     note = f"generator `{generator.name}` fails at {failed} of {count} contexts; {plan.note}"
     return plan.model_copy(update={"note": note}) if failed else plan
 
@@ -73,7 +82,9 @@ def _by_examples(options: GenerateOptions, generator: PromptedGenerator) -> Step
         reply = chat.count([Message("assistant", generator.expected_reply(kind))])
         sent += options.counts[kind] * each
         made += options.counts[kind] * reply
-    return _plan(generator, sum(options.counts[k] for k in options.kinds), sent, made, "estimated")
+    count = sum(options.counts[kind] for kind in options.kinds)
+    known = not generator.shows_images  # their sizes are not
+    return _plan(generator, count, sent, made, "estimated", images=known)
 
 
 def price_own(options: GenerateOptions, generator: Generator, desk: Desk, seed: int) -> StepPlan:
@@ -126,9 +137,12 @@ def price_own(options: GenerateOptions, generator: Generator, desk: Desk, seed: 
     return StepPlan(samples=total, cost_usd=usd, note="; ".join(parts))
 
 
-def _plan(generator: PromptedGenerator, requests: int, sent: int, made: int, how: str) -> StepPlan:
+def _plan(
+    generator: PromptedGenerator, requests: int, sent: int, made: int, how: str, *, images: bool
+) -> StepPlan:
+    """Return the plan; `images` says whether it is known what the images count as."""
     chat = generator.chat
-    usd = chat.price(sent, made)
+    usd = chat.price(sent, made) if images else None
     counter: Counter | None = getattr(chat, "counter", None)
     exact = counter is not None and counter.exact
     by = f"as {counter.vocabulary}" if counter is not None and exact else ESTIMATE
@@ -137,7 +151,9 @@ def _plan(generator: PromptedGenerator, requests: int, sent: int, made: int, how
         f"{sent:,} tokens sent ({how}; {by})",
         f"about {made:,} in replies as long as the examples'",
     ]
-    if usd is None:
+    if not images:
+        parts.append("what its images count as is not known; state `image_tokens` beside the model")
+    elif usd is None:
         parts.append("no price is known; state `price` beside the model")
     else:
         parts.append(f"about {usd:,.2f} USD")

@@ -16,12 +16,15 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def open_sources(options: GenerateOptions, folder: Path) -> Iterator[dict[str, Contexts]]:
+def open_sources(
+    options: GenerateOptions, folder: Path, *, shown: bool = False
+) -> Iterator[dict[str, Contexts]]:
     """Yield the contexts and the held-out contexts, by the folder that their data go to.
 
     COCO's files are converted to lines in `folder`, once. All lines are checked before anything is
     paid for. Raises DataError if a file cannot be used or is empty, if `instances` are given for
-    contexts that are not COCO's, for an id that occurs twice, and for an image outside its folder.
+    contexts that are not COCO's, for an id that occurs twice, and for an image outside its folder;
+    with `shown`, also for images that are missing or broken: the chat model is to see them.
     """
     if options.instances is not None and not is_coco(options.contexts):
         raise DataError(
@@ -43,6 +46,8 @@ def open_sources(options: GenerateOptions, folder: Path) -> Iterator[dict[str, C
             if not len(contexts):
                 raise DataError(f"{path} holds no contexts; it needs one JSON object a line")
             _check(contexts, path, options.images or Path())
+            if shown:
+                _check_images(contexts, options.images)
         yield opened
 
 
@@ -58,3 +63,14 @@ def _check(contexts: Contexts, path: Path, images: Path) -> None:
                 "it; keep one, or give the others ids of their own"
             )
         seen.add(context.id)
+
+
+def _check_images(contexts: Contexts, folder: Path | None) -> None:
+    from llavakit_plugins.datasets.image_files import check_image, whole_images
+
+    if folder is None:
+        raise DataError("the generator shows images: name their folder with the step's `images`")
+    images = {str(folder / context.image): context.id for context in contexts}
+    for (image, identity), whole in zip(images.items(), whole_images(images), strict=True):
+        if not whole:
+            check_image(image, f"context `{identity}`")

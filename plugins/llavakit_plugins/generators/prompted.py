@@ -1,17 +1,30 @@
-"""The paper's generator (arXiv 2304.08485, section 3): a text-only chat model reads captions and
-boxes."""
+"""The paper's generator (arXiv 2304.08485, section 3): a chat model reads captions and boxes, and
+with `images` sees the image, which the paper's could not."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cached_property
 from hashlib import sha256
 
 from pydantic import Field
 
-from llavakit import Build, ChatModel, ImageContext, InputPath, Message, Options, Reply, Turn, Use
+from llavakit import (
+    Build,
+    ChatModel,
+    DataError,
+    ImageContext,
+    InputPath,
+    Message,
+    Options,
+    Reply,
+    Turn,
+    Use,
+)
 from llavakit.contracts.data import IMAGE, RESPONSE_KINDS, ResponseKind
 from llavakit_plugins.generation.contexts import as_text
 from llavakit_plugins.generation.requests.prompted import PromptedGenerator, Verdict
+from llavakit_plugins.generation.rows import find_image
 from llavakit_plugins.generators.parsing import Pair, read_pairs, read_prose
 from llavakit_plugins.generators.prompts import Prompt, load_prompt
 
@@ -22,6 +35,8 @@ class PromptedOptions(Options):
     """A folder with prompts of its own for one or more kinds."""
     boxes: tuple[ResponseKind, ...] = ("detail", "reasoning")
     """Kinds whose context includes boxes; the authors made conversations from captions alone."""
+    images: bool = False
+    """Whether the chat model is shown the image, too; the step's `images` is their folder."""
     seed: int = Field(default=0, ge=0)
     """Draws questions, and whether the image stands before or after them."""
 
@@ -43,7 +58,20 @@ class Prompted(PromptedGenerator):
 
     def messages(self, context: ImageContext, kind: ResponseKind) -> tuple[Message, ...]:
         told = as_text(context, boxes=kind in self.options.boxes)
-        return self.prompts[kind].messages(told)
+        if not self.options.images:
+            return self.prompts[kind].messages(told)
+        *before, last = self.prompts[kind].seeing().messages(told)
+        image = find_image(self.images, context) if context.image else None
+        if image is None and context.image:
+            raise DataError(
+                f"there is no image {context.image} of context `{context.id}` below "
+                f"{self.images or 'the folder `images`, which the step does not name'}"
+            )
+        return (*before, last if image is None else replace(last, images=(image,)))
+
+    @property
+    def shows_images(self) -> bool:
+        return self.options.images
 
     def expected_reply(self, kind: ResponseKind) -> str:
         replies = sorted((reply for _, reply in self.prompts[kind].examples), key=len)

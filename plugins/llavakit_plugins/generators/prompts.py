@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -22,6 +22,10 @@ class Prompt:
     """Pairs of a context and its reply, in the order of their files' names."""
     questions: tuple[str, ...]
     """Questions to draw from, for kinds whose reply is the answer alone."""
+
+    def seeing(self) -> Prompt:
+        """Return the prompt for a chat model that is shown the image."""
+        return replace(self, system=f"{self.system}\n\n{_read(_PACKAGED / 'seen.txt')}")
 
     def messages(self, context: str) -> tuple[Message, ...]:
         """Return the request for a context, as the paper's table 13 orders it."""

@@ -24,6 +24,7 @@ from llavakit import (
     Use,
     write_text,
 )
+from llavakit.contracts.data import ImageSource
 from llavakit.contracts.sections import Table
 from llavakit_plugins.datasets.rows import Row, listed, read_rows, text_of
 from llavakit_plugins.evaluation.answers import read_answers
@@ -42,8 +43,10 @@ from llavakit_plugins.evaluation.reviews import (
 )
 
 _SYSTEM = "You compare the answers of two assistants to a question about an image, fairly."
+_BLIND = "You cannot see the image; the context above says what is in it."
+_SEEING = "The image is attached: judge by what you see in it."
 _RULE = (
-    "You cannot see the image; the context above says what is in it. Rate how well each assistant "
+    "{told} Rate how well each assistant "
     "answers the question: whether the answer helps, keeps to the question, is accurate, and says "
     "as much as it should. Give each a score from 1 to 10; a higher one is better.\n"
     "Write on the first line nothing but the two scores, that of Assistant 1 first, with one space "
@@ -61,9 +64,11 @@ class LlavaBenchOptions(Options):
     """The folder of the images; by default the folder of the question file."""
     references: InputPath
     """The reference's answers, one `{"question_id", "text"}` per line; in the paper GPT-4's."""
-    contexts: InputPath
+    contexts: InputPath | None = None
     """What the judge knows of each image: one `{"image", "caption"}` or `{"image", "captions",
-    "instances"}` per line."""
+    "instances"}` per line. Needed unless the judge sees the images."""
+    show_images: bool = False
+    """Whether the judge is shown the image, beside its context where there is one."""
     judge: Use[ChatModel]
     swap: bool = False
     """Also ask with the candidate's answer first, and use the mean of both orders."""
@@ -113,7 +118,13 @@ class LlavaBench(Benchmark):
     def __init__(self, options: LlavaBenchOptions, *, build: Build) -> None:
         self.options = options
         self.judge = build(options.judge)
-        self.contexts = _read_contexts(options.contexts)
+        if options.contexts is None and not options.show_images:
+            raise DataError(
+                "`llava-bench` needs `contexts`, what its judge knows of the images, or "
+                "`show_images = true` for a judge that sees them"
+            )
+        self.contexts = {} if options.contexts is None else _read_contexts(options.contexts)
+        self.shown: dict[str, tuple[ImageSource, ...]] = {}
         references = read_answers(options.references).texts
         question_rows = read_questions(options.questions, options.images, options.limit)
         self.found: list[Question] = []
@@ -124,11 +135,13 @@ class LlavaBench(Benchmark):
             if identity not in references:
                 lacking.append(identity)
                 continue
-            if image not in self.contexts:
+            if options.contexts is not None and image not in self.contexts:
                 raise DataError(
                     f"{options.contexts} says nothing of `{image}` (question `{identity}`); add it"
                 )
-            self.context_of[identity] = self.contexts[image]
+            self.context_of[identity] = self.contexts.get(image, "")
+            if options.show_images:  # those of the question, also where it is asked with others
+                self.shown[identity] = item.question.images
             self.found.append(replace(item.question, truth=references[identity]))
         if lacking:
             raise DataError(f"{options.references} has no answer to {listed(lacking)}; add it")
@@ -166,14 +179,15 @@ class LlavaBench(Benchmark):
     def _messages(self, question: Question, answer: str, swapped: bool) -> tuple[Message, ...]:
         # judges tend to prefer one position, which `swap` balances
         first, second = (answer, question.truth) if swapped else (question.truth, answer)
+        context, shown = self.context_of[str(question.id)], self.shown.get(str(question.id), ())
         parts = [
-            f"[Context]\n{self.context_of[str(question.id)]}",
+            *([f"[Context]\n{context}"] if context else []),
             f"[Question]\n{question.prompt}",
             f"[Assistant 1]\n{first}\n\n[End of Assistant 1]",
             f"[Assistant 2]\n{second}\n\n[End of Assistant 2]",
-            f"[System]\n{_RULE}",
+            f"[System]\n{_RULE.format(told=_SEEING if shown else _BLIND)}",
         ]
-        return Message("system", _SYSTEM), Message("user", "\n\n".join(parts))
+        return Message("system", _SYSTEM), Message("user", "\n\n".join(parts), shown)
 
     def _score(self, reviews: Sequence[_Review], said: Replies) -> Score:
         groups: dict[str, list[_Review]] = {}

@@ -36,6 +36,10 @@ class BatchService(ABC):
     """Largest number of requests in one batch."""
     poll_seconds: float
 
+    def full(self, chunk: dict[str, Request]) -> bool:
+        """Say whether requests are enough for one batch; asked after each that is added."""
+        return len(chunk) >= self.size
+
     @abstractmethod
     async def submit(self, mark: str, requests: Mapping[str, Request]) -> str:
         """Submit requests, by key, as one batch; return the batch's id."""

@@ -22,6 +22,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from llavakit import DataError, JsonLines, Message, Reply
+from llavakit_plugins.generation.requests.pictures import hash_image
 
 _BLOCK = 1000  # entries of an earlier ledger that are copied with one fsync
 
@@ -71,13 +72,20 @@ def short_hash(text: str) -> str:
 
 
 def hash_messages(messages: Sequence[Message]) -> str:
-    """Return the hash of the messages, which identifies a prompt."""
+    """Return the hash of the messages, which identifies a prompt; of images, of their content."""
     return short_hash(f"[{', '.join(map(_dumped, messages))}]")
 
 
-@lru_cache(maxsize=1024)  # system messages and examples are the same in every request
 def _dumped(message: Message) -> str:
-    return json.dumps([message.role, message.content])
+    if not message.images:
+        return _dumped_text(message.role, message.content)
+    shown = [hash_image(image) for image in message.images]
+    return json.dumps([message.role, message.content, shown])
+
+
+@lru_cache(maxsize=1024)  # system messages and examples are the same in every request
+def _dumped_text(role: str, content: str) -> str:
+    return json.dumps([role, content])
 
 
 @dataclass(frozen=True)

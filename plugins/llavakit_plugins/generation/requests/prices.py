@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -37,8 +38,13 @@ class PriceList:
 
     def find(self, model: str) -> Price | None:
         """Return the price of a model, also under a dated name of one; None if it is unknown."""
-        names = [name for name in self.models if _is_version(model, name)]
-        return self.models[max(names, key=len)] if names else None
+        name = find_version(self.models, model)
+        return None if name is None else self.models[name]
+
+
+def find_version(names: Iterable[str], model: str) -> str | None:
+    """Return the name among `names` that a model has, or that it is a dated version of."""
+    return max((name for name in names if _is_version(model, name)), key=len, default=None)
 
 
 def _is_version(model: str, name: str) -> bool:

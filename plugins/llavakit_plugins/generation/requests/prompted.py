@@ -6,6 +6,7 @@ import asyncio
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from llavakit import ChatModel, DataError, Generator, ImageContext, Message, Reply, Turn
@@ -29,6 +30,13 @@ class PromptedGenerator(Generator):
     replies and count the cost."""
 
     chat: ChatModel
+    images: Path | None = None
+    """The folder of the images, where the step names one."""
+
+    @property
+    def shows_images(self) -> bool:
+        """Whether its messages have the context's image, below the folder `images`."""
+        return False
 
     @abstractmethod
     def messages(self, context: ImageContext, kind: ResponseKind) -> tuple[Message, ...]:

@@ -15,11 +15,12 @@ from collections.abc import (
     Sequence,
 )  # fmt: skip
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from llavakit import ChatError, ChatModel, LlavaError, Message, Reply, ReplyError, Stopped, shown
 from llavakit_plugins.generation.requests.batches import BatchService, SendAgain
+from llavakit_plugins.generation.requests.booking import most_of, priced
 from llavakit_plugins.generation.requests.journal import Journal
 from llavakit_plugins.generation.requests.ledger import (
     Entry,
@@ -203,7 +204,7 @@ class Sender:
                         raise self._end
                     reply = await self._reply(chat, request)
                 self._failed_in_a_row = 0
-                entry = record.entry(_priced(chat, request, reply))
+                entry = record.entry(priced(chat, request, reply))
                 await self._ledger.write(entry)
         except ReplyError as error:
             self._no_answer(record.key, error)
@@ -267,13 +268,7 @@ class Sender:
         """Return the most that a request may cost, in USD; 0 without a budget."""
         if self._budget is None:
             return 0.0
-        most = chat.price(chat.count(messages), chat.reply_limit or 0)
-        if most is None:
-            raise ChatError(
-                f"`budget_usd` is set, but no price is known for the chat model `{chat.name}`; "
-                "state `price = { input = ..., output = ... }` in USD for a million tokens"
-            )
-        return most
+        return most_of(chat, messages)
 
     def _affordable(self, usd: float) -> bool:
         return self._budget is None or self._ledger.spent + usd <= self._budget
@@ -330,7 +325,7 @@ class Sender:
             self._reserved += most
             chunk[record.key] = request
             sent.add(record.key)
-            if len(chunk) == service.size:
+            if service.full(chunk):
                 running.append(await service.submit(journal.mark, chunk))
                 chunk = {}
         if chunk:
@@ -385,14 +380,3 @@ class Sender:
             if self._stopping():
                 raise Stopped  # the service keeps running the batches; a resume collects them
             await asyncio.sleep(min(left, _LOOK))
-
-
-def _priced(chat: ChatModel, request: Request, reply: Reply) -> Reply:
-    """Return the reply with tokens and price; they are computed here if the service gave none."""
-    if reply.input_tokens is not None and reply.output_tokens is not None:
-        sent, made = reply.input_tokens, reply.output_tokens
-    else:
-        sent = chat.count(request.messages)
-        made = chat.count([Message("assistant", reply.text)])
-    usd = reply.usd if reply.usd is not None else chat.price(sent, made)
-    return replace(reply, input_tokens=sent, output_tokens=made, usd=usd)

@@ -1,0 +1,166 @@
+"""Images of messages: what tells one from another, their size, and how a service is sent them.
+
+An image file that services read, and that is not too large, is sent as it is. Any other is encoded
+again: larger ones are made smaller, and turned upright where a camera's note says so.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import warnings
+from base64 import b64encode
+from functools import lru_cache
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageOps
+
+from llavakit import DataError, open_image
+from llavakit.contracts.data import ImageSource
+
+_SENT_AS_IS = {"JPEG": "image/jpeg", "PNG": "image/png", "WEBP": "image/webp", "GIF": "image/gif"}
+"""What OpenAI's vision guide lists; a GIF that moves is not among it."""
+_MODES = ("RGB", "RGBA", "L", "LA", "P", "1")  # decoders agree on what these look like
+_ORIENTATION = 0x0112  # EXIF
+_QUALITIES = (92, 80, 60)
+
+
+def hash_image(source: ImageSource) -> str:
+    """Return the SHA-256 of an image's content, as hex: of a file, its bytes, wherever it lies.
+
+    Raises DataError where there is none.
+    """
+    if isinstance(source, Path):
+        try:
+            state = source.stat()
+            return _hash_file(source, state.st_size, state.st_mtime_ns)
+        except OSError as error:
+            raise DataError(f"cannot read image {source}: {error.strerror}") from error
+    if isinstance(source, bytes):
+        return sha256(source).hexdigest()
+    if isinstance(source, str):
+        return sha256(source.encode(errors="surrogatepass")).hexdigest()
+    image = source if isinstance(source, Image.Image) else _rgb(source)
+    facts = f"{image.mode} {image.size} ".encode()
+    return sha256(facts + image.tobytes()).hexdigest()
+
+
+@lru_cache(maxsize=1 << 18)  # a job's images are asked for again and again
+def _hash_file(path: Path, size: int, modified: int) -> str:
+    return sha256(path.read_bytes()).hexdigest()
+
+
+def size_of(source: ImageSource, edge: int) -> tuple[int, int]:
+    """Return width and height of an image as it is sent, no side longer than `edge`.
+
+    Of a file its header alone is read. Raises DataError where it is no image.
+    """
+    if isinstance(source, Path):
+        try:
+            state = source.stat()
+            size = _size_of_file(source, state.st_size, state.st_mtime_ns)
+        except OSError as error:
+            raise DataError(f"cannot read image {source}: {error}") from error
+    elif isinstance(source, Image.Image):
+        size = source.size
+    else:
+        size = _rgb(source).size
+    return _shrunk(size, edge)
+
+
+@lru_cache(maxsize=1 << 18)
+def _size_of_file(path: Path, size: int, modified: int) -> tuple[int, int]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a bomb; it is refused when it is to be sent
+        with Image.open(path) as image:
+            return image.size
+
+
+def data_url(source: ImageSource, *, edge: int, most_bytes: int) -> str:
+    """Return an image as a `data:` address. Raises DataError where it cannot be used or sent."""
+    kind, data = _encoded(source, edge, most_bytes)
+    return f"data:{kind};base64,{b64encode(data).decode()}"
+
+
+def _encoded(source: ImageSource, edge: int, most_bytes: int) -> tuple[str, bytes]:
+    known = _as_it_is(source, edge, most_bytes)
+    if known is not None:
+        return known
+    image = _upright(source)
+    image = image.resize(_shrunk(image.size, edge), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    for quality in _QUALITIES:
+        buffer = io.BytesIO()
+        image.save(buffer, "JPEG", quality=quality)
+        if buffer.tell() <= most_bytes:
+            return "image/jpeg", buffer.getvalue()
+    raise DataError(
+        f"an image has {buffer.tell():,} bytes even as a small JPEG, and `image_bytes` allows "
+        f"{most_bytes:,}; lower `image_edge`, or raise it"
+    )
+
+
+def _as_it_is(source: ImageSource, edge: int, most_bytes: int) -> tuple[str, bytes] | None:
+    """Return the file of an image where it can be sent unchanged, else None."""
+    if isinstance(source, Path) and source.is_file() and source.stat().st_size <= most_bytes:
+        data = source.read_bytes()
+    elif isinstance(source, bytes) and len(source) <= most_bytes:
+        data = source
+    else:
+        return None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(io.BytesIO(data)) as image:
+                kind = _SENT_AS_IS.get(image.format or "")
+                plain = image.getexif().get(_ORIENTATION, 1) == 1 and not _moves(image)
+                if kind is None or not plain or image.mode not in _MODES or max(image.size) > edge:
+                    return None
+                _rgb(source)  # what is broken is not sent
+                return kind, data
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        return None  # `open_image` says what is wrong
+
+
+def _upright(source: ImageSource) -> Image.Image:
+    """Return an RGB image, turned as a camera's note says."""
+    turn = None
+    try:
+        if isinstance(source, Path | bytes):
+            file: Any = io.BytesIO(source) if isinstance(source, bytes) else source
+            with Image.open(file) as opened:
+                turn = opened.getexif().get(_ORIENTATION)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        pass  # as above
+    image = _rgb(source)
+    if turn in range(2, 9):
+        image = image.copy()
+        image.getexif()[_ORIENTATION] = turn
+        return ImageOps.exif_transpose(image)
+    return image
+
+
+def _rgb(source: ImageSource) -> Image.Image:
+    if isinstance(source, bytes):
+        try:
+            source = Image.open(io.BytesIO(source))
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            raise DataError(f"the bytes of an image cannot be read: {error}") from error
+    return open_image(source, "a message")
+
+
+def _moves(image: Image.Image) -> bool:
+    return bool(getattr(image, "is_animated", False))
+
+
+def _shrunk(size: tuple[int, int], edge: int) -> tuple[int, int]:
+    scale = min(1.0, edge / max(size))
+    return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
+
+
+def weight(source: ImageSource, most_bytes: int) -> int:
+    """Return how many bytes an image takes in a request, at most."""
+    known = os.path.getsize(source) if isinstance(source, Path) and source.is_file() else most_bytes
+    return -(-min(known, most_bytes) * 4 // 3) + 100
