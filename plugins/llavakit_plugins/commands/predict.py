@@ -74,8 +74,9 @@ def add(commands: Commands) -> None:
 
 
 def _predict(arguments: argparse.Namespace) -> int:
-    from llavakit import join_process_group
+    from llavakit import join_process_group, say
     from llavakit.contracts.model import Sampling
+    from llavakit.contracts.run import Stopped
 
     if min(arguments.batch_size, arguments.concurrency, arguments.limit or 1) < 1:
         raise LlavaError("--batch-size, --concurrency and --limit are 1 or more")
@@ -91,14 +92,19 @@ def _predict(arguments: argparse.Namespace) -> int:
         join_process_group("cpu" if service else arguments.device) as (group, device),
         _watched(group) as (progress, stopping),
     ):
-        questions = _questions(arguments, progress)
-        if not service:
-            place = str(device.find())
-            _by_model(arguments, questions, sampling, place, group, progress, stopping)
-        elif group.size > 1:
-            raise LlavaError("a service is asked by one process; leave torchrun out")
-        else:
-            _by_service(arguments, questions, sampling, progress, stopping)
+        try:
+            questions = _questions(arguments, progress)
+            if not service:
+                place = str(device.find())
+                _by_model(arguments, questions, sampling, place, group, progress, stopping)
+            elif group.size > 1:
+                raise LlavaError("a service is asked by one process; leave torchrun out")
+            else:
+                _by_service(arguments, questions, sampling, progress, stopping)
+        except Stopped:
+            if group.is_main:
+                say("stopped; what was answered is kept, and the same command goes on with it")
+            return 130
     return 0
 
 

@@ -20,7 +20,6 @@ from llavakit import (
     ChatError,
     ChatModel,
     DataError,
-    Message,
     Question,
     RecipeError,
     and_more,
@@ -36,6 +35,7 @@ from llavakit.contracts.run import ProcessGroup, Progress
 from llavakit_plugins.datasets.rows import read_lines
 from llavakit_plugins.evaluation.answer_files import AnswerFile, row_of
 from llavakit_plugins.evaluation.answering import Pace, ask
+from llavakit_plugins.evaluation.question_files import messages_of
 from llavakit_plugins.generation.requests.ledger import Entry, Ledger, Request, record_of
 from llavakit_plugins.generation.requests.send import send_all
 
@@ -189,7 +189,7 @@ def predict_by_service(
 def requests_of(questions: Sequence[Question]) -> Iterator[Request]:
     """Yield the request for each question."""
     for question in questions:
-        yield Request((Message("user", question.prompt),), 0, str(question.id))
+        yield Request(messages_of(question), 0, str(question.id))
 
 
 def _again(error: ChatError) -> ChatError:

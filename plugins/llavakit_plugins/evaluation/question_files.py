@@ -9,10 +9,12 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any, overload
 
-from llavakit import DataError, Dataset, Question, Sample, and_more
+from llavakit import DataError, Dataset, Message, Question, Sample, and_more
+from llavakit.contracts.data import IMAGE
 from llavakit_plugins.datasets.conversations import ConversationsOptions, read_sample
 from llavakit_plugins.datasets.image_files import check_image, whole_images
 from llavakit_plugins.datasets.json_stream import Row, read_lines, read_list
@@ -49,12 +51,35 @@ def question_of(sample: Sample, where: str) -> Question:
         turns, truth = turns[:-1], turns[-1].text
     if not turns:
         raise DataError(f"{where}: sample `{sample.id:.200}` asks nothing; remove it")
-    shown = sum(turn.text.count("<image>") for turn in turns)
+    shown = sum(turn.text.count(IMAGE) for turn in turns)
     plain = len(turns) == 1 and sample.system is None
     images = sample.images[:shown]
     facts = (sample.id, turns[-1].text, images, truth, sample.kind)
     asked = Sample(sample.id, turns, images, sample.kind, sample.system)
     return Question(*facts) if plain else Dialogue(*facts, sample=asked)
+
+
+def messages_of(question: Question) -> tuple[Message, ...]:
+    """Return what a chat model is asked: each user's message with the images of its marks.
+
+    Images stand in front of the text, as the protocol of chat models has no place within it.
+    """
+    images = iter(question.images)
+    if not isinstance(question, Dialogue):
+        return (Message("user", _unmarked(question.prompt), tuple(images)),)
+    sample = question.sample
+    found = [] if sample.system is None else [Message("system", sample.system)]
+    for turn in sample.turns:
+        if turn.role == "gpt":
+            found.append(Message("assistant", turn.text))
+        else:
+            shown = tuple(islice(images, turn.text.count(IMAGE)))
+            found.append(Message("user", _unmarked(turn.text), shown))
+    return tuple(found)
+
+
+def _unmarked(text: str) -> str:
+    return text.replace(f"{IMAGE}\n", "").replace(f"\n{IMAGE}", "").replace(IMAGE, "").strip()
 
 
 class _Lazy(Sequence[Question]):
