@@ -120,7 +120,8 @@ class Hf(Exporter):
             "architectures": ["LlavaForConditionalGeneration"],
             "model_type": "llava",
             "dtype": _widest(tensors),
-            "text_config": {**text.to_dict(), "vocab_size": rows},
+            # vLLM builds the language model by the class that its own configuration names
+            "text_config": {**text.to_dict(), "architectures": _causal(text), "vocab_size": rows},
             "vision_config": vision.model.config.to_dict(),
             "tie_word_embeddings": bool(text.tie_word_embeddings),
             "image_token_index": image_token,
@@ -215,6 +216,13 @@ def _vision(model: LlavaModel, options: Any) -> TransformersEncoder:
             " and transformers' LLaVA one or none; the model folder keeps this"
         )
     return found
+
+
+def _causal(text: Any) -> list[str]:
+    """Return the name of transformers' class of a language model, with its head."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[text.model_type]]
 
 
 def _strategy(vision: TransformersEncoder) -> str:
