@@ -5,9 +5,12 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llavakit.contracts.errors import ModelError
+
+if TYPE_CHECKING:
+    from llavakit.contracts.model import Sampling
 
 
 def add_settings(command: argparse.ArgumentParser, sentence: str) -> None:
@@ -32,6 +35,37 @@ def add_left_out(command: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--vision", type=Path, metavar="DIR", help="the vision encoder")
     group.add_argument("--template", metavar="NAME", help="the prompt template")
+
+
+_SAMPLING: tuple[tuple[str, type, float, str], ...] = (
+    ("temperature", float, 0.0, "0 is greedy (default)"),
+    ("top-p", float, 1.0, "among the likeliest tokens of this probability"),
+    ("top-k", int, 0, "among so many of the likeliest; 0: all"),
+    ("min-p", float, 0.0, "among those of this share of the likeliest's probability"),
+    ("repetition-penalty", float, 1.0, "divides what was read or written"),
+    ("frequency-penalty", float, 0.0, "for each time that a token was written"),
+    ("presence-penalty", float, 0.0, "for tokens that were written"),
+)
+
+
+def add_sampling(command: argparse.ArgumentParser, seed: int | None = None) -> None:
+    """Add the flags of how tokens are chosen and where an answer ends, but for its length."""
+    group = command.add_argument_group("how tokens are chosen")
+    for name, kind, usual, sentence in _SAMPLING:
+        group.add_argument(f"--{name}", type=kind, default=usual, metavar="X", help=sentence)
+    group.add_argument("--seed", type=int, default=seed, help="for a temperature above 0")
+    group.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="a text that ends an answer"
+    )
+
+
+def sampling_of(arguments: argparse.Namespace) -> Sampling:
+    """Return what the flags of `add_sampling`, and `--max-new-tokens`, say."""
+    from llavakit.contracts.model import Sampling
+
+    names = [name.replace("-", "_") for name, *_ in _SAMPLING]
+    stated = {name: getattr(arguments, name) for name in (*names, "max_new_tokens", "seed")}
+    return Sampling(**stated, stop=tuple(arguments.stop))
 
 
 def load_model(

@@ -12,7 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 from llavakit.contracts.commands import Commands
 from llavakit.contracts.errors import LlavaError
-from llavakit_plugins.commands.flags import add_left_out, add_settings, load_model
+from llavakit_plugins.commands.flags import (
+    add_left_out,
+    add_sampling,
+    add_settings,
+    load_model,
+    sampling_of,
+)
 
 if TYPE_CHECKING:
     from llavakit import Question
@@ -42,16 +48,6 @@ def add(commands: Commands) -> None:
         "--data", action="append", default=[], metavar="KEY=VALUE", help="its other options"
     )
     predict.add_argument("--max-new-tokens", type=int, default=512, metavar="N")
-    predict.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
-    predict.add_argument("--top-p", type=float, default=1.0)
-    predict.add_argument("--seed", type=int, default=0, help="used above a temperature of 0 (0)")
-    predict.add_argument(
-        "--stop",
-        action="append",
-        default=[],
-        metavar="TEXT",
-        help="ends an answer; may be repeated",
-    )
     predict.add_argument("--batch-size", type=int, default=16, metavar="N")
     predict.add_argument(
         "--workers", type=int, default=2, metavar="N", help="threads that prepare images (2)"
@@ -64,6 +60,7 @@ def add(commands: Commands) -> None:
         "--budget-usd", type=float, metavar="USD", help="most that a service may cost"
     )
     predict.add_argument("--model-id", metavar="NAME", help="what the answers call the model")
+    add_sampling(predict, seed=0)
     add_left_out(predict)
     add_settings(
         predict,
@@ -75,18 +72,11 @@ def add(commands: Commands) -> None:
 
 def _predict(arguments: argparse.Namespace) -> int:
     from llavakit import join_process_group, say
-    from llavakit.contracts.model import Sampling
     from llavakit.contracts.run import Stopped
 
     if min(arguments.batch_size, arguments.concurrency, arguments.limit or 1) < 1:
         raise LlavaError("--batch-size, --concurrency and --limit are 1 or more")
-    sampling = Sampling(
-        max_new_tokens=arguments.max_new_tokens,
-        temperature=arguments.temperature,
-        top_p=arguments.top_p,
-        seed=arguments.seed,
-        stop=tuple(arguments.stop),
-    )
+    sampling = sampling_of(arguments)
     service = re.match(r"https?://", arguments.model, re.IGNORECASE) is not None
     with (
         join_process_group("cpu" if service else arguments.device) as (group, device),
@@ -253,8 +243,9 @@ def _chat(arguments: argparse.Namespace, sampling: Sampling) -> OpenAI:
     }
     if sampling.temperature > 0:
         flags |= {"top_p": sampling.top_p, "seed": sampling.seed}
-    if sampling.stop:
-        flags["extra"] = {"stop": list(sampling.stop)}
+    known = ("max_new_tokens", "temperature", "top_p", "seed")
+    if extra := {key: value for key, value in _stated(sampling).items() if key not in known}:
+        flags["extra"] = extra  # OpenAI's own fields, and those that vLLM and others add
     named = any(setting.partition("=")[0].strip() == "model" for setting in arguments.set)
     chat = build_from(OpenAI, arguments.set, registry, flags | ({} if named else {"model": "?"}))
     if not named:
@@ -273,4 +264,5 @@ def _stated(sampling: Sampling) -> dict[str, Any]:
     kept = ("max_new_tokens", "temperature")
     if sampling.temperature == 0:
         table["seed"] = None
+    table["stop"], usual["stop"] = list(sampling.stop), []
     return {key: value for key, value in table.items() if key in kept or value != usual[key]}

@@ -22,6 +22,7 @@ from llavakit.contracts.model import Sampling
 from llavakit.contracts.run import Progress
 from llavakit_plugins.datasets.rows import listed
 from llavakit_plugins.evaluation.answer_files import AnswerFile as AnswerFile
+from llavakit_plugins.evaluation.question_files import asked_of
 
 _MORE_TOKENS = 64  # length of a second answer step, as in the original LLaVA's code
 _LOOK = 4  # batches of one process between looks at whether all are to stop
@@ -108,7 +109,7 @@ def _batches(model: Any, questions: Sequence[Question], size: int) -> list[Batch
         return [[index] for index in range(len(questions))]
     lengths = array("l")
     for question in questions:
-        prompt = model.prompt(question.prompt, question.images)
+        prompt = model.prompt(*asked_of(question))
         lengths.append(prompt.length(model.visual_tokens))
     most = model.language.max_length
     long = [questions[index].id for index, length in enumerate(lengths) if length >= most]
@@ -135,13 +136,13 @@ def _answers(
         stated["max_new_tokens"] = sampling.max_new_tokens
         for _, batch in batches:
             for question in (questions[index] for index in batch):
-                images = list(question.images)
-                yield batch, [model.generate(question.prompt, images=images, **stated)]
+                prompt, images = asked_of(question)
+                yield batch, [model.generate(prompt, images=list(images), **stated)]
         return
     for (number, batch), pixels in _prepared(model, questions, batches, pace.workers):
         asked = [questions[index] for index in batch]
         chosen = replace(sampling, seed=_seed(sampling, number))
-        prompts = [(question.prompt, question.images) for question in asked]
+        prompts = [asked_of(question) for question in asked]
         texts = model.answer(prompts, chosen, pixels_IHW=pixels)
         yield batch, _gone_on(model, asked, texts)
 
@@ -165,11 +166,11 @@ def _gone_on(
     for number, (question, answer) in enumerate(zip(questions, answers, strict=True)):
         if question.then and question.then not in answer and isinstance(model, LlavaModel):
             start = f" {answer}".rstrip() + f" {question.then}"
-            prompt = model.prompt(question.prompt, question.images, begun=start)
+            prompt = model.prompt(*asked_of(question), begun=start)
             if prompt.length(model.visual_tokens) < model.language.max_length:
                 begun[number] = start
     if begun:
-        prompts = [(questions[number].prompt, questions[number].images) for number in begun]
+        prompts = [asked_of(questions[number]) for number in begun]
         ends = model.answer(prompts, Sampling(_MORE_TOKENS), begun=list(begun.values()))
         for number, end in zip(begun, ends, strict=True):
             whole[number] = f"{answers[number]}\n{questions[number].then} {end}".strip()

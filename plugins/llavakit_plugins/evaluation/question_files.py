@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any, overload
 
 from llavakit import DataError, Dataset, Message, Question, Sample, and_more
-from llavakit.contracts.data import IMAGE
+from llavakit.contracts.data import IMAGE, ImageSource
+from llavakit.contracts.model import Asked
 from llavakit_plugins.datasets.conversations import ConversationsOptions, read_sample
 from llavakit_plugins.datasets.image_files import check_image, whole_images
 from llavakit_plugins.datasets.json_stream import Row, read_lines, read_list
@@ -57,6 +58,13 @@ def question_of(sample: Sample, where: str) -> Question:
     facts = (sample.id, turns[-1].text, images, truth, sample.kind)
     asked = Sample(sample.id, turns, images, sample.kind, sample.system)
     return Question(*facts) if plain else Dialogue(*facts, sample=asked)
+
+
+def asked_of(question: Question) -> tuple[Asked, Sequence[ImageSource]]:
+    """Return what a model of ours is asked: a prompt with its images, or a whole dialogue."""
+    if isinstance(question, Dialogue):
+        return question.sample, ()
+    return question.prompt, question.images
 
 
 def messages_of(question: Question) -> tuple[Message, ...]:

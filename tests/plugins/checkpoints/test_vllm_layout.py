@@ -20,7 +20,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 import transformers
 from PIL import Image
 from safetensors import safe_open
@@ -61,16 +60,24 @@ def exported(
     """A folder that we exported, and the model that it was made of."""
     folder = tmp_path_factory.mktemp("vllm")
     siglip = request.param == "siglip"
-    kinds = {"vision": "siglip", "language": "qwen2"} if siglip else {}
-    make_hf(folder / "theirs", **kinds)
+    if siglip:
+        make_hf(folder / "theirs", vision="siglip", language="qwen2")
+    else:
+        make_hf(folder / "theirs")
     model = llavakit.load(folder / "theirs", device="cpu")
     size = "40KB" if request.param == "shards" else "5GB"
     Hf(HfOptions(max_shard_size=size)).export(model, folder / "ours")
     return folder / "ours", model
 
 
+def configuration(folder: Path) -> Any:
+    found = AutoConfig.from_pretrained(folder)
+    assert isinstance(found, LlavaConfig)
+    return found
+
+
 def tensors_of(folder: Path) -> dict[str, tuple[int, ...]]:
-    found = {}
+    found: dict[str, tuple[int, ...]] = {}
     for path in folder.glob("*.safetensors"):
         with safe_open(path, "pt") as file:
             found |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
@@ -91,13 +98,12 @@ def test_the_weights_lie_where_it_looks(exported: tuple[Path, Any]) -> None:
 
 def test_the_configuration_says_what_it_reads(exported: tuple[Path, Any]) -> None:
     folder, model = exported
-    config: Any = AutoConfig.from_pretrained(folder)
-    assert isinstance(config, LlavaConfig)
+    config = configuration(folder)
     assert config.architectures == ["LlavaForConditionalGeneration"]
     # the language model is built from its own configuration, by the class that it names
     (inner,) = config.text_config.architectures
     assert inner in ("LlamaForCausalLM", "Qwen2ForCausalLM")
-    assert getattr(transformers, inner).config_class is type(config.text_config)
+    assert getattr(transformers, inner).config_class is config.text_config.__class__
     assert config.vision_config.model_type in ("clip_vision_model", "siglip_vision_model")
     assert config.projector_hidden_act in ACTIVATIONS
     assert config.multimodal_projector_bias is True
@@ -114,8 +120,8 @@ def test_the_configuration_says_what_it_reads(exported: tuple[Path, Any]) -> Non
 
 
 def test_every_tensor_has_a_module_there(exported: tuple[Path, Any]) -> None:
-    folder, model = exported
-    config: Any = AutoConfig.from_pretrained(folder)
+    folder, _ = exported
+    config = configuration(folder)
     found = tensors_of(folder)
     names = [name for name in found if "vision_model.head." not in name]  # SigLIP's pooling
     assert [name for name in names if not any(re.fullmatch(p, name) for p in TENSORS)] == []
@@ -141,9 +147,10 @@ def test_the_processor_is_the_one_it_asks_for(exported: tuple[Path, Any]) -> Non
     names = {path.name for path in folder.iterdir()}
     assert {"tokenizer.json", "tokenizer_config.json", "preprocessor_config.json"} <= names
     assert "processor_config.json" in names
+    found = AutoProcessor.from_pretrained(folder)
+    assert isinstance(found, LlavaProcessor)
     processor: Any = AutoProcessor.from_pretrained(folder)
-    assert isinstance(processor, LlavaProcessor)
-    config: Any = AutoConfig.from_pretrained(folder)
+    config = configuration(folder)
     token = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
     assert token == config.image_token_index
     picture = Image.fromarray(np.full((50, 31, 3), 90, np.uint8))
@@ -174,4 +181,3 @@ def test_the_papers_projector_is_not_for_it(write_recipe: RecipeWriter, tmp_path
     wide = config["text_config"]["hidden_size"]
     assert config["projector_hidden_act"] in ACTIVATIONS
     assert shapes["multi_modal_projector.linear_1.weight"][0] == 2 * wide
-    assert torch.get_default_dtype() is torch.float32

@@ -170,8 +170,8 @@ def test_a_kill_before_any_write_loses_no_line(
     model: Path, questions: Path, tmp_path: Path, number: int
 ) -> None:
     """Every call that changes the disk may be the last one."""
-    command = ("predict", model, questions, tmp_path / "a.jsonl", *SHORT, "--limit", 4)
-    command = (*command, "--batch-size", 2)
+    few = ("--limit", 4, "--batch-size", 2)
+    command = ("predict", model, questions, tmp_path / "a.jsonl", *SHORT, *few)
     code = processes.run(tmp_path, *command, kill_at=number, below=str(tmp_path / "a.jsonl"))
     assert code in (0, -signal.SIGKILL)
     assert processes.run(tmp_path, *command) == 0, (tmp_path / "terminal.txt").read_text()

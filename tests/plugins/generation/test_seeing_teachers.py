@@ -98,8 +98,8 @@ def test_a_batch_shows_each_image(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.setattr(Handler, "in_batch", lambda self, body: completion(lesson(body)))
-    sets = ("--set", "steps.generate.generator.chat.batch=true")
-    sets += ("--set", "steps.generate.generator.chat.poll_seconds=0.02")
+    chat = "steps.generate.generator.chat"
+    sets = ("--set", f"{chat}.batch=true", "--set", f"{chat}.poll_seconds=0.02")
     code, _, err = llava_run(recipe, "--out", tmp_path / "run", *sets)
     assert code == 0, err
     check_bodies(service, tmp_path)
