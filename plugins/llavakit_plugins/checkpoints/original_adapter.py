@@ -15,9 +15,10 @@ from llavakit_plugins.huggingface.weights import Weights
 _FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
 
-def merge_adapter(language: LanguageModel, folder: Path) -> None:
+def merge_adapter(language: LanguageModel, folder: Path, *, shapes: bool = False) -> None:
     """Add the adapter in `folder` to the weights of `language`, with peft.
 
+    With `shapes` the two are compared, and `language` is left with shapes alone.
     Raises ModelError where the adapter is damaged or belongs to another model.
     """
     try:
@@ -36,7 +37,7 @@ def merge_adapter(language: LanguageModel, folder: Path) -> None:
         )
     network: Any = language
     library: Any = peft
-    model = network.model
+    model = network.model.to("meta") if shapes else network.model
     # a key may have the adapter's name in it, which peft leaves out when it saves
     state = {
         re.sub(r"\.default\.weight$", ".weight", name): value
@@ -46,6 +47,7 @@ def merge_adapter(language: LanguageModel, folder: Path) -> None:
         with quietly(report=False), warnings.catch_warnings():
             # peft 0.21 reads a property that transformers 5.23 has renamed
             warnings.simplefilter("ignore", FutureWarning)
+            warnings.filterwarnings("ignore", "for .*: copying from a non-meta parameter")
             known = library.LoraConfig.from_peft_type(**table)
             known.inference_mode = True
             tuned = library.PeftModel(model, known)
@@ -64,5 +66,5 @@ def merge_adapter(language: LanguageModel, folder: Path) -> None:
             f"the adapter in {folder} {what} {wrong[0]}, unlike its adapter_config.json and base "
             "model say; is --base the model it was trained on?"
         )
-    network.model = tuned.merge_and_unload()
+    network.model = tuned.unload() if shapes else tuned.merge_and_unload()
     language.requires_grad_(True)

@@ -26,11 +26,17 @@ def is_delta(state: Mapping[str, Tensor]) -> bool:
 
 
 def add_base(
-    delta: Mapping[str, Tensor], base: Path, folder: Path, dtype: torch.dtype | None
+    delta: Mapping[str, Tensor],
+    base: Path,
+    folder: Path,
+    dtype: torch.dtype | None,
+    *,
+    shapes: bool = False,
 ) -> dict[str, Tensor]:
     """Return a delta's weights added to those in the folder `base`, in `dtype` where it is given.
 
-    They are added in the delta's own precision, as the original's `apply_delta` does. Raises
+    They are added in the delta's own precision, as the original's `apply_delta` does; with `shapes`
+    they are compared, but not added. Raises
     ModelError, which begins with `folder`, the delta's, where the two do not fit.
     """
     found = Weights.within(base)
@@ -54,6 +60,9 @@ def add_base(
                 f"{folder} is a delta whose {name} is {list(change.shape)}, and that of {base} "
                 f"is {there}; give the LLaMA it was made of as --base DIR"
             )
+        if shapes:
+            whole[name] = change
+            continue
         total = change.clone()
         total[: len(own)] += own.to(change.dtype)
         whole[name] = total if dtype is None else total.to(dtype)

@@ -91,14 +91,16 @@ def read_original(
     base: Path | None,
     vision: Path | None,
     template: str | None,
+    shapes: bool = False,
 ) -> Parts:
     """Return the parts of the model in a folder, weights in `dtype` or as they are.
 
-    An adapter is merged. Raises ModelError for what is damaged, missing, or cannot be
+    An adapter is merged, a delta added to its base; with `shapes` only the shapes are right, and
+    nothing of either is computed. Raises ModelError for what is damaged, missing, or cannot be
     expressed here.
     """
     config = _config(folder)
-    pieces = _Pieces.of(folder, base, dtype)
+    pieces = _Pieces.of(folder, base, dtype, shapes=shapes)
     text_table = _text_table(config, folder)
     source = folder if pieces.base is None or has_tokenizer(folder) else pieces.base
     tokenizer = read_tokenizer(source, str(text_table["model_type"]))
@@ -115,7 +117,7 @@ def read_original(
     betrayed = _betrayed(config, tokenizer)
     set_tokenizer(language, tokenizer, folder)
     if (folder / ADAPTER).is_file():
-        merge_adapter(language, folder)
+        merge_adapter(language, folder, shapes=shapes)
     tower = find_tower(folder, config, vision, inside=pieces.vision, dtype=dtype)
     vision_use, encoder = make_vision(
         tower.table,
@@ -186,13 +188,15 @@ class _Pieces:
     """Embeddings of the newest tokens, or of all."""
 
     @classmethod
-    def of(cls, folder: Path, base: Path | None, dtype: torch.dtype | None) -> _Pieces:
+    def of(
+        cls, folder: Path, base: Path | None, dtype: torch.dtype | None, *, shapes: bool
+    ) -> _Pieces:
         whole = Weights.within(folder, dtype)
         adapter = (folder / ADAPTER).is_file()
         if whole is not None and not adapter:
             pieces = cls(None, dtype)
             pieces._sort(whole)
-            pieces._complete(folder, base)
+            pieces._complete(folder, base, shapes=shapes)
         else:
             what = "LoRA adapter" if adapter else "projector"
             pieces = cls(_base(folder, base, what), dtype)
@@ -210,7 +214,7 @@ class _Pieces:
             pieces._override(folder / PROJECTOR)
         return pieces
 
-    def _complete(self, folder: Path, base: Path | None) -> None:
+    def _complete(self, folder: Path, base: Path | None, *, shapes: bool) -> None:
         """Add the base where the weights are a delta; whole ones need none."""
         if not is_delta(self.language):
             if base is not None:
@@ -227,7 +231,8 @@ class _Pieces:
         weights = Weights.within(folder)
         assert weights is not None
         exact._sort(weights)
-        self.base, self.language = base, add_base(exact.language, base, folder, self.dtype)
+        self.base = base
+        self.language = add_base(exact.language, base, folder, self.dtype, shapes=shapes)
 
     def _sort(self, weights: Mapping[str, Tensor]) -> None:
         for name in weights:

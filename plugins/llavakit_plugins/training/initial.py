@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
+from shutil import rmtree
 from typing import Any, Self
 
 import torch
 from pydantic import Field, ValidationError, model_validator
 
-from llavakit import PARTS, LlavaModel, ModelError, Options, Run, is_model, problems_in
+from llavakit import PARTS, LlavaModel, ModelError, Options, Run, is_model, problems_in, save_model
 from llavakit.contracts.component import ModelPath
 from llavakit.contracts.run import Planner
 from llavakit_plugins.huggingface.hub import PretrainedOptions, find_file, missing_source
@@ -84,21 +85,15 @@ def start(run: Run, options: StartOptions) -> LlavaModel:
     if options.init is None:
         model: LlavaModel = run.model()
         return model
-    changes, how = options.changes, options.given
-    # Only a model folder of our own layout can read its weights in another way; so those changes
-    # go to the reader, and the others are applied to the model that was read.
-    if is_model(options.init):
-        reread = {
-            part: {name: value for name, value in table.items() if name in _READ}
-            for part, table in changes.items()
-        }
-        if any(reread.values()):
-            how["options"] = {part: table for part, table in reread.items() if table}
-        changes = {
-            part: {name: value for name, value in table.items() if name not in _READ}
-            for part, table in changes.items()
-        }
-    model = run.model(options.init, **how)
+    again = {part: _among(table, read=True) for part, table in options.changes.items()}
+    again = {part: table for part, table in again.items() if table}
+    if not again:
+        model = run.model(options.init, **options.given)
+    elif is_model(options.init):
+        model = run.model(options.init, **options.given, options=again)
+    else:
+        model = _read_again(run, options, again)
+    changes = {part: _among(table, read=False) for part, table in options.changes.items()}
     with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
         # new adapters are random: seeded as for a new language model, and without an effect on
         # the numbers that are drawn later
@@ -106,32 +101,48 @@ def start(run: Run, options: StartOptions) -> LlavaModel:
         return change_parts(model, changes)
 
 
+def _among(table: Mapping[str, Any], *, read: bool) -> dict[str, Any]:
+    """Return the options that decide how weights are read, or all others."""
+    return {name: value for name, value in table.items() if (name in _READ) == read}
+
+
+def _read_again(
+    run: Run, options: StartOptions, again: Mapping[str, Mapping[str, Any]]
+) -> LlavaModel:
+    """Return the model of a foreign layout, its parts read with other options.
+
+    Only a model folder can be read so: the model is made one for the moment.
+    """
+    folder, group = run.directory / "init", run.process_group
+    try:
+        if group.is_main:
+            rmtree(folder, ignore_errors=True)  # an earlier attempt's, that was killed
+            save_model(run.model(options.init, **options.given), folder)
+        group.broadcast(None)
+        model: LlavaModel = run.model(folder, options=again)
+        group.broadcast(None)
+    finally:
+        if group.is_main:
+            rmtree(folder, ignore_errors=True)
+    return model
+
+
 def sketch_start(planner: Planner, options: StartOptions) -> None:
     """Tell the planner which model the step starts from."""
-    again = options.init is not None and (is_model(options.init) or str(options.init)[:1] == "@")
-    change = partial(change_parts, changes=options.changes, reread=again)
+    change = partial(change_parts, changes=options.changes)
     planner.start(options.init, change, **options.given)
 
 
-def change_parts(
-    model: LlavaModel, changes: Mapping[str, Mapping[str, Any]], *, reread: bool = False
-) -> LlavaModel:
+def change_parts(model: LlavaModel, changes: Mapping[str, Mapping[str, Any]]) -> LlavaModel:
     """Return a model that shares `model`'s networks and has other options.
 
     `changes` are options by part, such as `{"vision": {"layer": -1}}`. Raises ModelError for
-    options that a part does not have, for a context that has no room for one image, and, unless
-    `reread`, for options that decide how weights are read.
+    options that a part does not have, and for a context that has no room for one image.
     """
     parts = {name: getattr(model, name) for name in PARTS}
     choices = dict(model.choices)
     for name, table in changes.items():
         part, choice = parts[name], {**choices[name], **table}
-        again = sorted(table.keys() & {*_READ})
-        if again and not reread:
-            raise ModelError(
-                f"`changes`: `{name}.{again[0]}` decides how weights are read, which only a model "
-                "folder can be asked: turn the model into one with `llava-run import`"
-            )
         stated = {key: value for key, value in choice.items() if key != "use"}
         try:
             options = part.Options.model_validate(stated)

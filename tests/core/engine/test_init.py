@@ -217,13 +217,37 @@ def test_other_options_of_a_model_can_be_changed(
         assert model.language.max_length == 96
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_how_weights_are_read_can_be_changed_of_any_layout(
+    layout: str,
+    folders: Mapping[str, Path],
+    write: Callable[..., Path],
+    llava_run: Command,
+    tmp_path: Path,
+) -> None:
+    changes = 'changes = { language = { dtype = "bfloat16", max_length = 96 } }\n'
+    path = write(f'{FINETUNE}init = "{folders[layout]}"\n{changes}data = DATA')
+    done = llava_run(path, "--plan")
+    assert done.code == 0, done.err
+    before = bytes_of(folders[layout])
+    done = llava_run(path, "--out", tmp_path / "run")
+    assert done.code == 0, done.err
+    assert bytes_of(folders[layout]) == before
+    assert {item.name for item in (tmp_path / "run" / "01-finetune").iterdir()} >= {"model"}
+    assert not (tmp_path / "run" / "01-finetune" / "init").exists()
+    left = tmp_path / "run" / "01-finetune" / "model"
+    kinds = {tensor.dtype for tensor in load_file(left / "language/model.safetensors").values()}
+    assert kinds == {torch.bfloat16}
+    assert load_file(left / "vision/model.safetensors").popitem()[1].dtype == torch.float32
+    assert llavakit.load(left, device="cpu").language.max_length == 96
+
+
 @pytest.mark.parametrize(
     ("more", "sentence"),
     [
         ("changes = { langauge = {} }", "a model has no part `langauge`, but vision, connector"),
         ("changes = { language = { lorra = {} } }", "unknown option `lorra` of `vicuna`"),
         ("changes = { connector = { depth = 3 } }", "cannot be changed once it is there"),
-        ('changes = { language = { quantize = "nf4" } }', "with `llava-run import`"),
         ("changes = { language = { max_length = 16 } }", "leave it a longer context"),
         ('load = { base = "FOLDER" }', "needs no `base`; leave it out"),
         ('load = { template = "vicunna" }', "did you mean `vicuna_v1`"),

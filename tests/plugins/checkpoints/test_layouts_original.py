@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from tests.conftest import LANGUAGE, VISION, make_tokenizer
 from tests.plugins.made_checkpoints import pictures, shaken, weight_files
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import llavakit
 from llavakit import Exporter, LlavaError, LlavaModel, ModelError, Registry
@@ -250,6 +252,40 @@ def test_new_tokens_of_a_projector_get_their_rows(tmp_path: Path) -> None:
         assert (ids[at - 1], ids[at + 1]) == (64, 65)
 
 
+class Computed(TorchDispatchMode):
+    """Counts the numbers that a CPU adds, multiplies or copies."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> object:
+        found = func(*args, **(kwargs or {}))
+        name = func._schema.name.removeprefix("aten::")
+        if isinstance(found, Tensor) and found.device.type == "cpu":
+            self.counts[name] += found.numel()
+        return found
+
+
+def sketched(folder: Path, **given: Any) -> LlavaModel:
+    """Return the model as plans know it; what a plan computes of it is small."""
+    from llavakit.model.load import sketch_any
+
+    with Computed() as computed:
+        model = sketch_any(folder, llavakit.Registry.installed(), **given)
+    assert model is not None
+    assert model.language.head.weight.is_meta
+    blocks = sum(p.numel() for block in model.language.blocks for p in block.parameters())
+    assert computed.counts["add_"] + computed.counts["mm"] + computed.counts["clone"] < blocks / 4
+    return model
+
+
+def shapes(model: LlavaModel) -> dict[str, Any]:
+    return {name: (value.shape, value.dtype) for name, value in model.named_parameters()}
+
+
 def test_a_lora_adapter_is_merged(tmp_path: Path) -> None:
     made = make(tmp_path)
     base, adapter = tmp_path / "vicuna", tmp_path / "adapter"
@@ -283,7 +319,9 @@ def test_a_lora_adapter_is_merged(tmp_path: Path) -> None:
         else:
             (adapter / "adapter_model.bin").unlink()
             save_file(tensors, adapter / "adapter_model.safetensors")
-        same(made, llavakit.load(adapter, device="cpu", base=base, vision=made.tower))
+        whole = llavakit.load(adapter, device="cpu", base=base, vision=made.tower)
+        same(made, whole)
+        assert shapes(sketched(adapter, base=base, vision=made.tower)) == shapes(whole)
     with pytest.raises(ModelError, match=r"was `lmsys/vicuna-7b-v1.5`\) as --base DIR"):
         llavakit.load(adapter, device="cpu", vision=made.tower)
     del tensors["base_model.model.model.layers.0.mlp.down_proj.lora_B.weight"]
@@ -317,6 +355,8 @@ def test_a_delta_is_added_to_its_llama(tmp_path: Path, dtype: torch.dtype | None
     llama.save_pretrained(base)
     ours = llavakit.load(made.folder, device="cpu", base=base, vision=made.tower, dtype=dtype)
     found = ours.language.model.state_dict()
+    if dtype is None:
+        assert shapes(sketched(made.folder, base=base, vision=made.tower)) == shapes(ours)
     for name, value in llama.state_dict().items():
         summed = delta[name].clone()
         summed[: len(value)] += value  # in float16, as the original does
