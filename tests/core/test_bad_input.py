@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -399,24 +400,50 @@ def test_weights_of_another_width_are_refused(
     )
 
 
-@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EACCES, errno.EROFS])
-def test_a_folder_within_a_step_that_cannot_be_made(
-    tmp_path: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch, error: int
+def test_a_folder_within_a_run_that_cannot_be_made(
+    tmp_path: Path, write_recipe: RecipeWriter, llava_run: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe = tmp_path / "r.toml"
+    """Of every step, each folder in turn: the run stops with a sentence, and a resume goes on."""
+    recipe = write_recipe()
+    text = recipe.read_text()
+    model, _, steps = text.partition("[[steps]]")
+    pretrain = f"[[steps]]{steps.partition('[[steps]]')[0]}"
+    data = pretrain.partition("data = ")[2].strip()
     recipe.write_text(
+        f"{model}"
         '[[steps]]\nuse = "scenes"\ntrain = 8\nsingle = 8\ntest = 8\n'
         '[[steps]]\nuse = "generate"\ncontexts = "@scenes/train.jsonl"\n'
         'images = "@scenes/images"\nheld_out = "@scenes/test.jsonl"\n'
         'generator = { use = "offline" }\n'
+        f"{pretrain.replace(data, 'DATA')}max_steps = 2\nvalidate_every = 1\nkeep_best = true\n"
+        "held_out = DATA\n".replace("DATA", data)
+        + '[[steps]]\nuse = "evaluate"\nmax_new_tokens = 2\nlosses = [DATA]\n'
+        '[[steps]]\nuse = "export"\nformat = { use = "original" }\n'
     )
-    mkdir = Path.mkdir
+    recipe.write_text(recipe.read_text().replace("DATA", data))
+    run, mkdir = tmp_path / "run", Path.mkdir
+    errors = [errno.ENOSPC, errno.EACCES, errno.EROFS]
+    refused_names: list[str] = []
 
     def refuse(path: Path, *how: Any, **more: Any) -> None:
-        if path.name == "held-out":
+        name = re.sub(r"\.\d+|-[0-9a-f]{6,}|[0-9a-z_]{8}$", "", path.name)
+        if run in (path, *path.parents) and name not in refused_names:
+            refused_names.append(name)
+            error = errors[len(refused_names) % 3]
             raise OSError(error, os.strerror(error), str(path))
         mkdir(path, *how, **more)
 
     monkeypatch.setattr(Path, "mkdir", refuse)
-    text = refused(recipe, "--out", tmp_path / "run")
-    assert f"cannot write {tmp_path}/run/02-generate/held-out: {os.strerror(error)}" in text
+    for _ in range(30):
+        before = len(refused_names)
+        code, _, err = llava_run(recipe, "--out", run, "--resume")
+        if code == 0:
+            break
+        assert code == 2, err
+        assert len(refused_names) == before + 1, err
+        assert f"cannot write {run}" in err
+        assert "free some space or choose another place" in err
+        assert "Traceback" not in err
+    assert code == 0, err
+    assert {"run", "01-scenes", "images", "held-out"} <= set(refused_names)
+    assert len(refused_names) > 8, refused_names
