@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Generic, TypeVar
+from typing import Annotated, Any, ClassVar, Generic, Self, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, PrivateAttr, ValidationInfo
 
@@ -19,6 +19,13 @@ class Options(BaseModel):
     """Options of one component, as a recipe states them. Unknown keys are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    def alone(self) -> Self:
+        """Return options of the same network that name no file or model elsewhere.
+
+        So a model folder describes networks that others are made of: their weights are in it.
+        """
+        return self
 
 
 class Component(ABC):

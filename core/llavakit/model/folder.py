@@ -87,7 +87,7 @@ def join_model(
     """
     template = recipe.template or Use[PromptTemplate](use=language.default_template)
     whole = recipe.model_copy(update={"template": template})
-    choices = {name: getattr(whole, name).model_dump(mode="json") for name in (*PARTS, "template")}
+    choices = {name: _described(getattr(whole, name), registry) for name in (*PARTS, "template")}
     model = LlavaModel(vision, connector, language, registry.build(template), choices=choices)
     if model.visual_tokens >= language.max_length:
         raise ModelError(
@@ -96,6 +96,21 @@ def join_model(
             "context"
         )
     return model
+
+
+def _described(use: Use[Any], registry: Registry, *, inner: bool = False) -> dict[str, Any]:
+    """Return a choice as a model folder states it; those within it as they are alone."""
+    options = registry.options(use)
+    if inner:
+        options = options.alone()
+        use = type(use)(use=use.use, **options.model_dump(exclude_unset=True))
+    table = use.model_dump(mode="json")
+    for name, value in options:
+        if isinstance(value, Use):
+            table[name] = _described(value, registry, inner=True)
+        elif isinstance(value, tuple) and value and isinstance(value[0], Use):
+            table[name] = [_described(item, registry, inner=True) for item in value]
+    return table
 
 
 def save_model(model: LlavaModel, folder: Path) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, Self, cast
 
 from pydantic import Field, model_validator
 
@@ -39,6 +39,12 @@ class PretrainedOptions(Options):
         if self.source is None and not self.config:
             raise ValueError("give `source` (a folder or hub name) or `config` (a new model)")
         return self
+
+    def alone(self) -> Self:
+        if self.source is None:
+            return self
+        shape = {"source": None, "revision": None, "config": read_config(self)}
+        return self.model_copy(update=shape)
 
 
 def read_config(options: PretrainedOptions, part: str = "vision_config") -> dict[str, Any]:

@@ -107,6 +107,11 @@ class TransformersOptions(PretrainedOptions, EncoderOptions):
     aspect: Aspect = "crop"
     """Crop the middle square, pad to a square with the mean colour, or squash to a square."""
 
+    def alone(self) -> Self:
+        given = {k: v for k, v in _read_processor(self)._asdict().items() if v is not None}
+        stated = {name: value for name, value in self if name in given and value is not None}
+        return super().alone().model_copy(update=given | stated)
+
 
 class TransformersEncoder(VisionTransformer):
     """A vision model of transformers, from a folder, from the hub, or from a configuration.

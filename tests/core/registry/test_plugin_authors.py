@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tomli_w
 import torch
 from PIL import Image
 from safetensors.torch import load_file
@@ -426,6 +429,53 @@ def test_a_model_with_it_is_planned_made_saved_and_loaded(
     image = Image.new("RGB", (40, 20), "blue")
     asked = model.logits("what is it ?", [image])
     assert torch.equal(loaded.logits("what is it ?", [image]), asked)
+
+
+def test_a_recipe_with_it_is_planned_trained_resumed_and_used(
+    fused: dict[str, Any],
+    write_recipe: RecipeWriter,
+    llava_run: Command,
+    tmp_path: Path,
+    data: Path,
+    backbones: Path,
+) -> None:
+    """Through the command line, and then away from the folders that its parts were read from."""
+    path, run = write_recipe(("epochs = 2", "max_steps = 4")), tmp_path / "run"
+    table = tomllib.loads(path.read_text())
+    table["model"]["vision"] = fused
+    losses = {"use": "conversations", "path": f"{data}/train.json", "images": f"{data}/images"}
+    table["steps"].append({"use": "evaluate", "max_new_tokens": 2, "losses": [losses]})
+    path.write_text(tomli_w.dumps(table))
+    code, out, err = llava_run(path, "--plan")
+    assert code == 0, err
+    assert "fused" in out
+    code, _, err = llava_run(path, "--out", run)
+    assert code == 0, err
+    tuned = run / "02-finetune"
+    before = {f.name: f.read_bytes() for f in (tuned / "model").rglob("*.safetensors")}
+    (tuned / "artifact.json").unlink()
+    shutil.rmtree(tuned / "model")
+    for left in (tuned / "checkpoints").glob("*"):
+        assert left.name.startswith("step-")
+    code, _, err = llava_run(path, "--out", run, "--resume")
+    assert code == 0, err
+    assert {f.name: f.read_bytes() for f in (tuned / "model").rglob("*.safetensors")} == before
+    picture = tmp_path / "blue.png"
+    Image.new("RGB", (40, 20), "blue").save(picture)
+    code, answer, err = llava_run(
+        "chat", run / "model", "--image", picture, "--prompt", "what is it ?"
+    )
+    assert code == 0, err
+    loaded = load_model(run / "model", Registry.installed()).eval()
+    asked = loaded.logits("what is it ?", [picture])
+    backbones.rename(backbones.with_name("elsewhere"))
+    try:
+        again = load_model(run / "model", Registry.installed()).eval()
+        assert torch.equal(again.logits("what is it ?", [picture]), asked)
+        command = ("chat", run / "model", "--image", picture, "--prompt", "what is it ?")
+        assert llava_run(*command).out == answer
+    finally:
+        backbones.with_name("elsewhere").rename(backbones)
 
 
 class TestFused(VisionEncoderContract):
