@@ -75,9 +75,15 @@ class Original(Exporter):
         the prompt template.
         """
         registry = Registry.installed()
-        given = {"base": base, "vision": vision, "template": template}
-        shapes = device.type == "meta"  # for plans: nothing is merged
-        parts = read_original(folder, registry, dtype=dtype, shapes=shapes, **given)
+        parts = read_original(
+            folder,
+            registry,
+            dtype=dtype,
+            base=base,
+            vision=vision,
+            template=template,
+            shapes=device.type == "meta",  # for plans: nothing is merged
+        )
         return parts.join(registry, folder).to(device).eval()
 
     def export(self, model: LlavaModel, folder: Path) -> Mapping[str, Any]:

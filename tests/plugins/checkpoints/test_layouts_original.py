@@ -256,7 +256,7 @@ class Computed(TorchDispatchMode):
     """Counts the numbers that a CPU adds, multiplies or copies."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.counts: Counter[str] = Counter()
 
     def __torch_dispatch__(
