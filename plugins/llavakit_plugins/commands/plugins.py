@@ -1,4 +1,7 @@
-"""`llava-run plugins`: lists the installed components by kind, and what is broken of plugins."""
+"""`llava-run plugins`: lists the installed components by kind, and what is broken of plugins.
+
+`llava-run plugins NAME`: what a component is, and its options.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,9 @@ from llavakit.contracts.commands import Commands
 
 def add(commands: Commands) -> None:
     plugins = commands.add_parser("plugins", help="list the installed components by kind")
+    plugins.add_argument(
+        "name", nargs="?", metavar="NAME", help="show what one is, and its options"
+    )
     plugins.add_argument("--json", action="store_true", help="print JSON")
     plugins.add_argument(
         "--traceback", action="store_true", help="show where each broken plugin failed"
@@ -23,6 +29,8 @@ def _plugins(arguments: argparse.Namespace) -> int:
 
     from llavakit import printable_json, shown
 
+    if arguments.name is not None:
+        return _describe(arguments.name, as_json=arguments.json)
     log = logging.getLogger("llavakit")
     before = log.level
     log.setLevel(logging.ERROR)  # what is broken is in the list itself
@@ -49,6 +57,45 @@ def _plugins(arguments: argparse.Namespace) -> int:
             print(shown(item["traceback"]))
     if broken and not arguments.traceback:
         print("  llava-run plugins --traceback shows where each failed")
+    return 0
+
+
+def _describe(name: str, *, as_json: bool) -> int:
+    """Print every component of this name, of whatever kind."""
+    import inspect
+    import json
+    from dataclasses import asdict
+
+    from llavakit import RecipeError, Registry, all_kinds, did_you_mean, printable_json, shown
+    from llavakit_plugins.scaffolding.options import options_of
+
+    registry = Registry.installed()
+    names = {kind: registry.origins(kind) for kind in all_kinds()}
+    kinds = [kind for kind, known in names.items() if name in known]
+    if not kinds:
+        every = sorted({one for known in names.values() for one in known})
+        hint = did_you_mean(name, every, "llava-run plugins lists all")
+        raise RecipeError(f"no component is called `{name}`; {hint}")
+    found = []
+    for kind in kinds:
+        component = registry.get(kind, name)
+        options = options_of(component.Options)
+        package, version = names[kind][name]
+        text = (inspect.getdoc(component) or "").partition("\n\n")[0]
+        found.append({"kind": kind.__name__, "name": name, "package": package, "version": version,
+                      "text": text, "options": [asdict(option) for option in options]})  # fmt: skip
+        if as_json:
+            continue
+        print(shown(f"{kind.__name__} {name}  ({package} {version})\n{text}"))
+        width = max((len(option.name) for option in options), default=0)
+        for option in options:
+            default = f"; default {option.default}" if option.default else "; must be given"
+            print(shown(f"\n  {option.name:{width}}  {option.takes}{default}".replace("`", "")))
+            if option.text:
+                print(shown(f"  {'':{width}}  {option.text}"))
+        print()
+    if as_json:
+        print(printable_json(json.dumps(found, indent=2)))
     return 0
 
 
