@@ -167,10 +167,10 @@ def explain_write(path: Path) -> Iterator[None]:
             rust or isinstance(error, OSError | SafetensorError)
         ):
             raise
-        place = (error.filename if isinstance(error, OSError) else None) or path
+        where = (error.filename if isinstance(error, OSError) else None) or path
         reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
         raise LlavaError(
-            f"cannot write {place}: {reason}; free some space or choose another place to write to"
+            f"cannot write {where}: {reason}; free some space or choose another place to write to"
         ) from error
 
 

@@ -51,17 +51,17 @@ class Sample:
 
         Roles alternate from a human turn, every text is valid Unicode, placeholders fit images.
         """
-        place = f"sample `{self.id:.200}`{f' of {where}' if where else ''}"
+        who = f"sample `{self.id:.200}`{f' of {where}' if where else ''}"
         for number, turn in enumerate(self.turns):
             expected = ("human", "gpt")[number % 2]
             if turn.role != expected:
                 raise DataError(
-                    f"{place}: turn {number + 1} is from `{turn.role}`, expected `{expected}`; "
+                    f"{who}: turn {number + 1} is from `{turn.role}`, expected `{expected}`; "
                     "turns must alternate and start with the human"
                 )
             if is_cut(turn.text):
                 raise DataError(
-                    f"{place}: turn {number + 1} has half a character (a lone surrogate, as of an "
+                    f"{who}: turn {number + 1} has half a character (a lone surrogate, as of an "
                     "emoji that was cut in two); fix or remove it"
                 )
         if is_cut(self.system or "") or IMAGE in (self.system or ""):
@@ -69,16 +69,16 @@ class Sample:
                 f"{place}: its system text holds `{IMAGE}` or half a character; remove that"
             )
         if not self.turns:
-            raise DataError(f"{place} has no turns; remove it or give it a conversation")
+            raise DataError(f"{who} has no turns; remove it or give it a conversation")
         marks = sum(turn.text.count(IMAGE) for turn in self.turns if turn.role == "human")
         if any(IMAGE in turn.text for turn in self.turns if turn.role == "gpt"):
             raise DataError(
-                f"{place}: an answer contains `{IMAGE}`, which only a question may; remove it"
+                f"{who}: an answer contains `{IMAGE}`, which only a question may; remove it"
             )
         images = len(self.images)
         if marks != images:
             raise DataError(
-                f"{place} has {images} image{'s' * (images != 1)} for {marks} `{IMAGE}` "
+                f"{who} has {images} image{'s' * (images != 1)} for {marks} `{IMAGE}` "
                 f"placeholder{'s' * (marks != 1)}; each image needs exactly one"
             )
 

@@ -123,7 +123,7 @@ class Dataset(Component):
 
 @dataclass(frozen=True)
 class Segment:
-    """A stretch of a rendered prompt. `<image>` within it marks the place of an image."""
+    """A stretch of a rendered prompt. `<image>` within it stands for an image."""
 
     text: str
     supervised: bool = False  #: Whether the loss covers it.

@@ -25,7 +25,7 @@ Stopping: TypeAlias = Callable[[], bool]  #: Says whether the user asked to stop
 
 
 class ProcessGroup:
-    """One process's place among those of its run; here it is alone."""
+    """One process among those of its run; here it is alone."""
 
     rank: int = 0
     size: int = 1
@@ -44,7 +44,7 @@ class ProcessGroup:
         return flag
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """Return the sum of `tensor` over the processes, in its place."""
+        """Return the sum of `tensor` over the processes, written into it."""
         return tensor
 
 

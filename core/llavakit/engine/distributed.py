@@ -39,7 +39,7 @@ class Device:
 
 @contextmanager
 def join_process_group(name: str) -> Iterator[tuple[ProcessGroup, Device]]:
-    """Yield this process's place and its device; `name` is the recipe's `device`.
+    """Yield this process's group and its device; `name` is the recipe's `device`.
 
     Raises RecipeError where there are more processes than devices, or a single device is named.
     """

@@ -34,7 +34,7 @@ def write_environment(device: torch.device | None, directory: Path) -> None:
     for package in _PACKAGES:
         with suppress(PackageNotFoundError):
             packages[package] = version(package)
-    facts: dict[str, Any] = {
+    found: dict[str, Any] = {
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": packages,
@@ -46,5 +46,5 @@ def write_environment(device: torch.device | None, directory: Path) -> None:
         import torch
 
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-        facts |= {"device_name": name, "threads": torch.get_num_threads()}
-    write_text(directory / "environment.json", json.dumps(facts, indent=2))
+        found |= {"device_name": name, "threads": torch.get_num_threads()}
+    write_text(directory / "environment.json", json.dumps(found, indent=2))

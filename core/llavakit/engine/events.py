@@ -32,8 +32,8 @@ class EventLog:
                 tracker.begin(folder)
 
     def __call__(self, name: str, /, **values: Any) -> None:
-        facts = {"time": round(time.time(), 3), "step": self.step, "event": name, **values}
-        event = redacted(facts)
+        given = {"time": round(time.time(), 3), "step": self.step, "event": name, **values}
+        event = redacted(given)
         self._lines.append([_plain(event)], durable=False)  # a training does not wait for the disk
         for tracker in list(self._trackers):
             with self._watching(tracker):

@@ -82,8 +82,8 @@ def changes(before: object, now: object, key: str = "") -> list[str]:
         names = [use if uses.count(use) == 1 else str(at) for at, use in enumerate(uses, start=1)]
         before, now = (dict(zip(names, items, strict=True)) for items in (before, now))
     if isinstance(before, dict) and isinstance(now, dict):
-        places = [(name, f"{key}.{name}" if key else str(name)) for name in {**before, **now}]
-        pairs = ((before.get(name), now.get(name), place) for name, place in places)
+        paths = [(name, f"{key}.{name}" if key else str(name)) for name in {**before, **now}]
+        pairs = ((before.get(name), now.get(name), path) for name, path in paths)
         return [found for pair in pairs for found in changes(*pair)]
     return [] if before == now else [key or "its record"]
 

@@ -86,9 +86,9 @@ def set_aside(folder: Path) -> Path:
     with explain_write(attic):
         attic.mkdir(exist_ok=True)
         numbers = (attic / f"{folder.name}.{number}" for number in range(1, sys.maxsize))
-        place = next(path for path in numbers if not path.exists())
-        folder.rename(place)
-    return place
+        aside = next(path for path in numbers if not path.exists())
+        folder.rename(aside)
+    return aside
 
 
 @contextmanager

@@ -17,7 +17,7 @@ _PATIENCE = timedelta(days=30)  # the others wait while the leader generates dat
 
 
 class Processes(ProcessGroup):
-    """A place among the processes of torch.distributed."""
+    """One process among those of torch.distributed."""
 
     def __init__(self) -> None:
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
@@ -56,7 +56,7 @@ def own_device(name: str) -> str:
 
 @contextmanager
 def join_processes(device: torch.device) -> Iterator[ProcessGroup]:
-    """Yield this process's place among the others."""
+    """Yield this process as one of its group."""
     # objects and flags travel by gloo, tensors on devices by nccl
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=_PATIENCE)

@@ -27,7 +27,7 @@ def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], stops: Sequen
 
 def _cut(text: str, stops: Sequence[str], start: int = 0) -> str:
     """Return the text up to the first stop text from `start` on, where there is one."""
-    found = [place for stop in stops if (place := text.find(stop, max(0, start))) >= 0]
+    found = [index for stop in stops if (index := text.find(stop, max(0, start))) >= 0]
     return text[: min(found)] if found else text
 
 
@@ -112,15 +112,15 @@ class Unfinished:
         self._texts = [AnswerText(tokenizer, stops) for _ in room] if stops else None
 
     def take(self, tokens: Sequence[int]) -> list[int]:
-        """Add a token to each active answer; return the places of those that go on."""
+        """Add a token to each active answer; return the indices of those that go on."""
         going = []
-        for place, (index, token) in enumerate(zip(self.active, tokens, strict=True)):
+        for position, (index, token) in enumerate(zip(self.active, tokens, strict=True)):
             self._room[index] -= 1  # the end token takes room, too
             ended = token in self._ends or not self._room[index]
             if self._texts is not None and not ended:
                 self._texts[index].add(token)
                 ended = self._texts[index].stopped
             if not ended:
-                going.append(place)
-        self.active = [self.active[place] for place in going]
+                going.append(position)
+        self.active = [self.active[position] for position in going]
         return going

@@ -54,9 +54,9 @@ def create_model(
             return part
         return registry.build(use, **context)
 
-    place = torch.device(device)
-    with torch.random.fork_rng([place] if place.type == "cuda" else []):  # none of other devices
-        return _made_of(recipe, registry, make).to(place)
+    target = torch.device(device)
+    with torch.random.fork_rng([target] if target.type == "cuda" else []):  # none of other devices
+        return _made_of(recipe, registry, make).to(target)
 
 
 def sketch_model(recipe: ModelRecipe, registry: Registry) -> LlavaModel:
@@ -117,9 +117,9 @@ def save_model(model: LlavaModel, folder: Path) -> None:
     """Write a model folder, whole or not at all."""
     with new_folder(folder) as partial:
         for name in PARTS:
-            place = _place(partial, name)
-            place.mkdir(exist_ok=True)
-            getattr(model, name).save(place)
+            inner = _part_folder(partial, name)
+            inner.mkdir(exist_ok=True)
+            getattr(model, name).save(inner)
         files = {
             file.relative_to(partial).as_posix(): digest(file)
             for file in sorted(partial.rglob("*"))
@@ -134,7 +134,7 @@ def save_model(model: LlavaModel, folder: Path) -> None:
         (partial / MANIFEST).write_text(tomli_w.dumps(manifest), encoding="utf-8")
 
 
-def _place(folder: Path, part: str) -> Path:
+def _part_folder(folder: Path, part: str) -> Path:
     return folder if part == "connector" else folder / part
 
 
@@ -178,7 +178,7 @@ def load_model(
             raise ModelError(f"{file} differs from what {MANIFEST} says; copy the folder again")
 
     def read(name: str, use: Use[Any], **widths: int) -> Any:
-        return _load_part(use, registry, _place(folder, name), dtype, **widths)
+        return _load_part(use, registry, _part_folder(folder, name), dtype, **widths)
 
     try:
         recipe = ModelRecipe.model_validate({name: manifest[name] for name in (*PARTS, "template")})

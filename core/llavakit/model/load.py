@@ -44,7 +44,7 @@ def load(
     model that this installation reads, or lacks one of these.
     """
     path = Path(path)
-    place = pick_device(device)
+    target = pick_device(device)
     registry = registry or Registry.installed()
     layouts = registry.all(Exporter)
     path = _find(path, layouts.values(), "give the folder a run or an export wrote")
@@ -59,7 +59,7 @@ def load(
     if is_model(path):
         _refuse_others(path, "llavakit", given, ("template",))
         model = load_model(
-            path, registry, device=place, dtype=dtype, template=template, options=options
+            path, registry, device=target, dtype=dtype, template=template, options=options
         )
         return model.eval()  # a new module is in training mode, with dropout
     for name, exporter in layouts.items():
@@ -70,7 +70,7 @@ def load(
                     "model folder, so turn it into one with `llava-run import`"
                 )
             _refuse_others(path, name, given, signature(exporter.load).parameters)
-            return exporter.load(path, device=place, dtype=dtype, **given)
+            return exporter.load(path, device=target, dtype=dtype, **given)
     files = sorted(path.glob("*.json"))  # a pipe among them is no file that can be read, either
     broken = [file.name for file in files if not (file.is_file() and peek_json(file))]
     raise ModelError(

@@ -77,8 +77,8 @@ class Problem:
             for alias in (str(index + 1), steps[index] if index < len(steps) else None):
                 if isinstance(alias, str):
                     spellings.append(("steps", alias, *self.key[2:]))
-        places = [(source, *source.locate(*spellings)) for source in sources]
-        source, span, _ = max(places, key=lambda place: place[2])
+        found = [(source, *source.locate(*spellings)) for source in sources]
+        source, span, _ = max(found, key=lambda location: location[2])
         return source, span
 
 

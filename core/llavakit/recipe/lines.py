@@ -22,25 +22,25 @@ class Span(NamedTuple):
     end: int
 
 
-class Place(NamedTuple):
+class Location(NamedTuple):
     """Where a key is, and how many of its parts are written down there."""
 
     span: Span
     depth: float
 
 
-def locate(text: str, *spellings: Key) -> Place:
-    """Return the place of a key, or of the nearest table around it that is written down.
+def locate(text: str, *spellings: Key) -> Location:
+    """Return where a key is, or the nearest table around it that is written down.
 
     `spellings` are the key in all its forms: a recipe with a `base` changes a step by its name,
     `[steps.finetune]`, where the key has its number. `text` is valid TOML.
     """
-    places = find_keys(text)
+    written = find_keys(text)
     for depth in range(max(map(len, spellings)), 0, -1):
         for key in spellings:
-            if len(key) >= depth and key[:depth] in places:
-                return Place(places[key[:depth]], depth)
-    return Place(Span(1, 0, 0), 0)
+            if len(key) >= depth and key[:depth] in written:
+                return Location(written[key[:depth]], depth)
+    return Location(Span(1, 0, 0), 0)
 
 
 @lru_cache(maxsize=16)

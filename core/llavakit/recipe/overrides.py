@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from llavakit.contracts.errors import RecipeError
-from llavakit.recipe.lines import Key, Place, Span, locate
+from llavakit.recipe.lines import Key, Location, Span, locate
 
 
 @dataclass(frozen=True)
@@ -20,15 +20,15 @@ class Source:
     said: str = ""  #: Where a single key was set, if not in a file, for example `--set seed=1`.
     key: Key = ()  #: Which key that was, as it was written.
 
-    def locate(self, *spellings: Key) -> Place:
-        """Return the place of a key in the file, or how much of it was set here."""
+    def locate(self, *spellings: Key) -> Location:
+        """Return where a key is in the file, or how much of it was set here."""
         if not self.said:
             return locate(self.text, *spellings)
         nowhere = Span(1, 0, 0)
         if any(self.key == key[: len(self.key)] for key in spellings):
-            return Place(nowhere, len(self.key))
+            return Location(nowhere, len(self.key))
         around = [len(key) for key in spellings if key == self.key[: len(key)]]
-        return Place(nowhere, max(around, default=0) - 0.5)  # a file that says it comes first
+        return Location(nowhere, max(around, default=0) - 0.5)  # a file that says it comes first
 
 
 def stated(override: str) -> Source:
@@ -38,7 +38,7 @@ def stated(override: str) -> Source:
 
 
 def set_key(table: dict[str, Any], override: str) -> None:
-    """Set what `a.b.c=value` says in a table. Raises RecipeError where there is no such place."""
+    """Set what `a.b.c=value` says in a table. Raises RecipeError where there is no such key."""
     name, separator, text = override.partition("=")
     path = name.strip().split(".")
     if not separator or not all(path):
@@ -66,7 +66,7 @@ def set_key(table: dict[str, Any], override: str) -> None:
 
 
 def step_index(items: list[Any], name: str, key: Key) -> int:
-    """Return the place of a step by its name or number. Raises RecipeError where none is meant."""
+    """Return the index of a step by its name or number. Raises RecipeError where none is meant."""
     names = [item.get("use") if isinstance(item, dict) else None for item in items]
     if name.isdecimal() and 1 <= int(name) <= len(items):
         return int(name) - 1

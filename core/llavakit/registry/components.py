@@ -220,7 +220,7 @@ class _Offer:
 
     plugin: str
     name: str
-    source: type[Component] | str  #: The class, or its place: `package.module:Class`.
+    source: type[Component] | str  #: The class, or where it is: `package.module:Class`.
     rival: _Offer | None = None  #: Another plugin's component of the same name: neither is used.
 
     @property
@@ -257,17 +257,17 @@ class _Offer:
 def _offers_of(plugin: str, returned: object, kind: type[Component]) -> Iterator[_Offer]:
     """Yield what a hook's return value offers.
 
-    That is a sequence of classes, or a mapping of names to places, `package.module:Class`.
+    That is a sequence of classes, or a mapping of names to import paths, `package.module:Class`.
     Raises PluginError for anything else.
     """
     if isinstance(returned, Mapping):
-        for name, place in returned.items():
-            if not (isinstance(place, str) and place.count(":") == 1):
+        for name, path in returned.items():
+            if not (isinstance(path, str) and path.count(":") == 1):
                 raise PluginError(
-                    f"the hook of {plugin} gives {place!r} for its {kind.__name__} `{name}`; write "
+                    f"the hook of {plugin} gives {path!r} for its {kind.__name__} `{name}`; write "
                     "it as package.module:Class"
                 )
-            yield _Offer(plugin, str(name), place)
+            yield _Offer(plugin, str(name), path)
         return
     if not isinstance(returned, Iterable):
         raise PluginError(

@@ -59,12 +59,12 @@ def _check_data(arguments: argparse.Namespace) -> int:
     from llavakit_plugins.commands.options import build_from, state_options
     from llavakit_plugins.datasets.inspection import Lengths, inspect_data
 
-    places = {"path": arguments.file, "images": arguments.images}
-    for place in filter(None, places.values()):
-        if not place.exists():
-            raise DataError(f"{place} does not exist; check its spelling")
+    paths = {"path": arguments.file, "images": arguments.images}
+    for path in filter(None, paths.values()):
+        if not path.exists():
+            raise DataError(f"{path} does not exist; check its spelling")
     registry = Registry.installed()
-    flags = {key: str(place) for key, place in places.items() if place is not None}
+    flags = {key: str(path) for key, path in paths.items() if path is not None}
     reader = registry.get(Dataset, arguments.dataset)
     known = list(reader.Options.model_fields)
     for key, word in (("path", "FILE"), ("images", "--images")):
@@ -118,10 +118,10 @@ def _render(report: Report) -> Iterator[object]:
     from llavakit import shown
     from llavakit_plugins.datasets.inspection import KEPT
 
-    facts = Table(show_header=False, title=Text(shown(report.data)), title_justify="left")
-    facts.add_column()
-    facts.add_column(justify="right")
-    facts.add_column()
+    head = Table(show_header=False, title=Text(shown(report.data)), title_justify="left")
+    head.add_column()
+    head.add_column(justify="right")
+    head.add_column()
     unread = report.rows - report.samples
     for name, value, remark in (
         ("samples", report.samples, f"{unread:,} rows cannot be used" if unread else ""),
@@ -136,8 +136,8 @@ def _render(report: Report) -> Iterator[object]:
         ("cut samples", report.cut, f"longer than {report.max_length:,} tokens"),
         ("nothing learned", report.nothing_learned, ""),
     ):
-        facts.add_row(name, f"{value:,}", remark)
-    yield facts
+        head.add_row(name, f"{value:,}", remark)
+    yield head
     for title, tokens in (("tokens", report.tokens), ("learned tokens", report.learned_tokens)):
         if tokens is not None:
             yield _histogram(title, tokens, report)

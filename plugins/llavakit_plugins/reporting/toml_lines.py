@@ -24,7 +24,7 @@ def find_keys(text: str) -> Mapping[Key, Span]:
 class _Scanner:
     def __init__(self, text: str) -> None:
         self._text, self._at = text, 0
-        self._places: dict[Key, Span] = {}
+        self._spans: dict[Key, Span] = {}
         self._last: dict[Key, int] = {}  #: The current element of each array of tables.
 
     def document(self) -> dict[Key, Span]:
@@ -38,7 +38,7 @@ class _Scanner:
                 self._take("]")
             else:
                 self._pair(table)
-        return self._places
+        return self._spans
 
     def _more(self) -> bool:
         """Skip blanks and comments; say whether anything is left."""
@@ -104,7 +104,7 @@ class _Scanner:
             self._at = match.end()
 
     def _note(self, path: Key, begin: int, end: int, *, stated: bool = False) -> None:
-        if stated or path not in self._places:
+        if stated or path not in self._spans:
             start = self._text.rfind("\n", 0, begin) + 1
             line = self._text.count("\n", 0, begin) + 1
-            self._places[path] = Span(line, begin - start, end - start)
+            self._spans[path] = Span(line, begin - start, end - start)

@@ -80,7 +80,7 @@ class Best:
 
     def save(self, step: int, weights: Mapping[str, Tensor]) -> None:
         """Keep the weights of `step`, beside those of an earlier step."""
-        with new_folder(self._place(step)) as partial:
+        with new_folder(self._folder_of(step)) as partial:
             whole = {name: weight.cpu().contiguous() for name, weight in weights.items()}
             save_file(whole, partial / _TENSORS)
             check = {"step": step, "check": _fingerprint(partial / _TENSORS)}
@@ -88,7 +88,7 @@ class Best:
 
     def recall(self, step: int) -> dict[str, Tensor]:
         """Return the weights of `step`. Raises TrainingError where they are damaged."""
-        path = self._place(step) / _TENSORS
+        path = self._folder_of(step) / _TENSORS
         try:
             check = path.with_name(_STATE)
             if check.exists():  # not in folders of before 2026-12
@@ -105,10 +105,10 @@ class Best:
     def drop_all_but(self, step: int) -> None:
         """Remove what was the best before `step`."""
         for old in _numbered(self.folder, "best"):
-            if old != self._place(step):
+            if old != self._folder_of(step):
                 shutil.rmtree(old)
 
-    def _place(self, step: int) -> Path:
+    def _folder_of(self, step: int) -> Path:
         return self.folder / f"best-{step:06}"
 
 
