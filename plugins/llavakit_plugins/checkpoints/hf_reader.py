@@ -13,7 +13,7 @@ from torch import Tensor
 
 from llavakit import IMAGE_ID, LlavaModel
 from llavakit.contracts.data import IMAGE, ImageSource, Turn
-from llavakit_plugins.checkpoints.parity import sample_image
+from llavakit_plugins.checkpoints.parity import sample_images
 from llavakit_plugins.huggingface.hub import quietly
 
 
@@ -85,7 +85,7 @@ class HfReader:
                 others["torchvision"] = AutoProcessor.from_pretrained(
                     self._folder, backend="torchvision"
                 )
-        question, image = f"{IMAGE}\nWhat is in the picture?", sample_image()
+        question, image = f"{IMAGE}\nWhat is in the picture?", sample_images(1)[0]
         segments = ours.template.segments([Turn("human", question)], tokenizer)
         found = processor(
             text=["".join(segment.text for segment in segments)],

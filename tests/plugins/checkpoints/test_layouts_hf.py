@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tests.plugins.made_checkpoints import (
     PROMPTS,
+    NativeExporter,
     ask_hf,
     make_hf,
     pictures,
@@ -27,9 +28,8 @@ from torch import nn
 import llavakit
 from llavakit import Exporter, LlavaError, LlavaModel, ModelError, Registry
 from llavakit.model.folder import load_model, save_model
-from llavakit.testing import ExporterContract
 from llavakit_plugins.checkpoints.hf import Hf, HfOptions
-from llavakit_plugins.checkpoints.parity import sample_image
+from llavakit_plugins.checkpoints.parity import sample_images
 
 KINDS = [("clip", "llama"), ("siglip", "qwen2")]
 
@@ -215,7 +215,7 @@ def test_transformers_reads_what_we_write(
     assert figures["processor_ids_equal"] is True
     assert figures["processor_pixel_difference"] < 1e-6
     if importlib.util.find_spec("torchvision"):
-        image = sample_image()
+        image = sample_images(1)[0]
         default = AutoProcessor.from_pretrained(tmp_path / "out", backend="torchvision")
         found = default.image_processor(image, return_tensors="pt")["pixel_values"]
         away = (found - ours.prepare([image])).abs().max().item()
@@ -599,15 +599,6 @@ def test_a_failed_export_leaves_nothing(
     assert not any(path.name.startswith((".out", "out")) for path in tmp_path.iterdir())
 
 
-class TestHf(ExporterContract):
-    close = 1e-5
-
+class TestHf(NativeExporter):
     def build(self) -> Exporter:
         return Hf()
-
-    @pytest.fixture(autouse=True)
-    def _make(self, native: Callable[..., LlavaModel]) -> None:
-        self._native = native
-
-    def model(self) -> LlavaModel:
-        return self._native()

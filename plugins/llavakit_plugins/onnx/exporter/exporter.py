@@ -111,6 +111,7 @@ class Onnx(Exporter):
 
     def _write(self, model: LlavaModel, partial: Path) -> dict[str, Any]:
         from llavakit_plugins.checkpoints.chat_writing import find_format
+        from llavakit_plugins.checkpoints.parity import cases
         from llavakit_plugins.onnx.exporter import client, parity
         from llavakit_plugins.onnx.exporter.images import find_preparation
 
@@ -118,7 +119,7 @@ class Onnx(Exporter):
         preparation = find_preparation(model.vision)
         tokenizer = model.language.tokenizer
         form = find_format(model.template, tokenizer)
-        tried = parity.cases(model)
+        tried = cases(model, new_tokens=parity.NEW_TOKENS, raw=True)
         _, image_token = client.client_tokenizer(tokenizer, form)
         attention = self._attention(model)
         self._write_graphs(model, partial, attention, image_token + 1)

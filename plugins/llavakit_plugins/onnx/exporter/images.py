@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from llavakit import ModelError
+from llavakit_plugins.checkpoints.parity import sample_images
 from llavakit_plugins.onnx.runtime.pictures import RESAMPLES, Preparation
 
 if TYPE_CHECKING:
@@ -18,22 +19,6 @@ if TYPE_CHECKING:
 _NUMBERS = {name: int(filter) for name, filter in RESAMPLES.items()}
 """The filters by name, with the numbers that image processors use."""
 _CLOSE = 1e-4  # largest difference of a normalised pixel
-
-
-def sample_images(count: int = 2, size: tuple[int, int] = (97, 61)) -> list[Image.Image]:
-    """Return smooth images with some noise, always the same ones.
-
-    Noise makes filters and crops distinguishable; smooth areas keep the differences moderate.
-    """
-    draw = np.random.default_rng(0)
-    found = []
-    for number in range(count):
-        wide, high = size if number % 2 == 0 else size[::-1]
-        grid = draw.integers(0, 256, (5, 5, 3), dtype=np.uint8)
-        smooth = np.asarray(Image.fromarray(grid).resize((wide, high), Image.Resampling.BICUBIC))
-        noise = draw.integers(-12, 13, smooth.shape)
-        found.append(Image.fromarray((smooth + noise).clip(0, 255).astype(np.uint8)))
-    return found
 
 
 def find_preparation(vision: VisionEncoder) -> Preparation:
