@@ -1,4 +1,7 @@
-"""A bar with the time left, on a terminal: the display `terminal` of `llavakit.displays`."""
+"""How far a step is: the display `terminal` of `llavakit.displays`.
+
+Where there is no terminal, or a dumb one, plain lines are written now and then.
+"""
 
 from __future__ import annotations
 
@@ -6,69 +9,68 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import TextIO
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress as Bars, ProgressColumn, Task, TaskID, TextColumn
-from rich.table import Column
-from rich.text import Text
-
 from llavakit import Progress, count, duration, one_line
+
+_LINE_SECONDS = 10.0  # between plain lines, at least
+_PHASE_SECONDS = 1.0  # before a line at a phase's begin or end, at least
 
 Clock = Callable[[], float]
 
 
-def bar(label: str, stream: TextIO, clock: Clock) -> AbstractContextManager[Progress] | None:
-    """Return the bar; None where the terminal cannot move its cursor (`TERM=dumb`)."""
-    console = Console(file=stream)
-    return _shown(label, console, clock) if console.is_interactive else None
+def bar(label: str, stream: TextIO, clock: Clock) -> AbstractContextManager[Progress]:
+    """Return a bar, or lines where no cursor can be moved; it ends with the block."""
+    if stream.isatty():
+        from llavakit_plugins.reporting.bars import (
+            rich_bar,  # takes rich, which logs have no use for
+        )
+
+        if (found := rich_bar(label, stream, clock)) is not None:
+            return found
+    return _lines(label, stream, clock)
 
 
 @contextmanager
-def _shown(label: str, console: Console, clock: Clock) -> Iterator[Progress]:
-    with _bars(console, clock) as bars:
-        yield _Bar(label, bars)
+def _lines(label: str, stream: TextIO, clock: Clock) -> Iterator[Progress]:
+    lines = _Lines(label, stream, clock)
+    try:
+        yield lines
+    finally:
+        lines.close()
 
 
-class _Bar:
-    def __init__(self, label: str, bars: Bars) -> None:
-        self._label, self._bars = label, bars
-        self._done, self._total = 0, 0
-        self._task = self._begin(done=0, total=0)
+class _Lines:
+    """Says something at the first call, then now and then, and what was said last at the end."""
+
+    def __init__(self, label: str, stream: TextIO, clock: Clock) -> None:
+        self._label, self._stream, self._clock = label, stream, clock
+        self._total, self._done, self._note = -1, -1, ""
+        self._first, self._begun = 0, clock()  # of a phase
+        self._shown: float | None = None  # when the last line was written
+        self._news = False  # since then
 
     def __call__(self, done: int, total: int, note: str = "") -> None:
-        if total != self._total or done < self._done:
-            self._bars.remove_task(self._task)
-            self._task = self._begin(done, total)
-        self._done, self._total = done, total
-        at = count(done, total)
-        self._bars.update(self._task, completed=done, count=at, note=one_line(note))
+        now = self._clock()
+        begins = total != self._total or done < self._done
+        if begins:
+            self._first, self._begun = done, now
+        ends = done == total != self._done
+        self._total, self._done, self._note, self._news = total, done, note, True
+        pause = _PHASE_SECONDS if begins or ends else _LINE_SECONDS
+        if self._shown is None or now - self._shown >= pause:
+            self._write(now)
 
-    def _begin(self, done: int, total: int) -> TaskID:
-        known = total if total > 0 else None
-        return self._bars.add_task(self._label, total=known, completed=done, count="0", note="")
+    def close(self) -> None:
+        """Write what was not."""
+        if self._news:
+            self._write(self._clock())
 
-
-class _Left(ProgressColumn):
-    """The time left; once done, the time it took; before either is known, the time so far."""
-
-    def render(self, task: Task) -> Text:
-        if task.finished:
-            return Text(duration(task.finished_time or 0.0), "green")
-        if task.time_remaining is not None:
-            return Text(f"{duration(task.time_remaining)} left", "cyan")
-        return Text(duration(int(task.elapsed or 0)), "dim")
-
-
-def _bars(console: Console, clock: Clock) -> Bars:
-    # the note takes the room that is left over; where there is none, the bar gives way
-    note = Column(no_wrap=True, overflow="ellipsis", ratio=1)
-    return Bars(
-        TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True)),
-        BarColumn(bar_width=24, table_column=Column(min_width=4)),
-        TextColumn("{task.fields[count]}", style="", table_column=Column(no_wrap=True)),
-        _Left(table_column=Column(no_wrap=True)),
-        TextColumn("{task.fields[note]}", style="dim", markup=False, table_column=note),
-        console=console,
-        get_time=clock,
-        refresh_per_second=5,
-        expand=True,
-    )
+    def _write(self, now: float) -> None:
+        fresh, left = self._done - self._first, self._total - self._done
+        time_left = ""
+        if left > 0 and fresh > 0:
+            time_left = f", {duration((now - self._begun) / fresh * left)} left"
+        at = count(self._done, self._total)
+        line = f"{self._label}: {at}{time_left}  {one_line(self._note)}".rstrip()
+        encoding = getattr(self._stream, "encoding", None) or "utf-8"
+        print(line.encode(encoding, "replace").decode(encoding), file=self._stream, flush=True)
+        self._shown, self._news = now, False
