@@ -185,6 +185,18 @@ def write_recipe(tmp_path: Path, backbones: Path, data: Path) -> RecipeWriter:
     return write
 
 
+@pytest.fixture
+def model(write_recipe: RecipeWriter, tmp_path: Path) -> Path:
+    """The folder of a tiny model, as `write_recipe` describes it, untrained."""
+    from llavakit import Recipe, Registry
+    from llavakit.model.folder import create_model, save_model
+
+    registry = Registry.installed()
+    made = create_model(Recipe.load(write_recipe(), registry).model, registry, seed=0)
+    save_model(made, tmp_path / "model")
+    return tmp_path / "model"
+
+
 # -- the command line, in the process of the test -------------------------------------------------
 
 

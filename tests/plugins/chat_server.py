@@ -13,6 +13,15 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 KEY = "sk-test-0123456789abcdefghijklmnopqrstuvwxyz"
+TEACHER = """\
+[steps.generator]
+use = "prompted"
+[steps.generator.chat]
+use = "openai"
+model = "gpt-4o"
+base_url = "{url}"
+price = {{ input = 10, output = 100 }}
+"""  # a recipe's generator that asks the service at `url`
 
 Action = Callable[["Handler", dict[str, Any]], None]
 

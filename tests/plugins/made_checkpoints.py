@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 from tests.conftest import LANGUAGE, VISION, make_tokenizer
 from torch import Tensor
+
+from llavakit import LlavaModel
+from llavakit.testing import ExporterContract
 
 SIGLIP: dict[str, Any] = {
     "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2,
@@ -121,3 +125,16 @@ def weight_files(folder: Path) -> Mapping[str, bytes]:
         str(file.relative_to(folder)): file.read_bytes()
         for file in sorted(folder.rglob("*.safetensors"))
     }
+
+
+class NativeExporter(ExporterContract):
+    """The contract of a layout, for the models that the fixture `native` makes."""
+
+    close = 1e-5
+
+    @pytest.fixture(autouse=True)
+    def _make(self, native: Callable[..., LlavaModel]) -> None:
+        self._native = native
+
+    def model(self) -> LlavaModel:
+        return self._native()

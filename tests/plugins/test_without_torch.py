@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.plugins.chat_server import KEY, Handler, Service, serve, teach
+from tests.plugins.chat_server import KEY, TEACHER, Handler, Service, serve, teach
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -40,7 +40,8 @@ chunker = "light"
 minimum = 1
 workers = 2
 """
-ASKED = """\
+ASKED = (
+    """\
 name = "asked"
 
 [[steps]]
@@ -48,14 +49,9 @@ use = "generate"
 contexts = "{contexts}"
 kinds = ["detail"]
 {more}
-[steps.generator]
-use = "prompted"
-[steps.generator.chat]
-use = "openai"
-model = "gpt-4o"
-base_url = "{url}"
-price = {{ input = 10, output = 100 }}
 """
+    + TEACHER
+)
 
 
 @pytest.fixture

@@ -10,19 +10,9 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from tests.conftest import Command, RecipeWriter
+from tests.conftest import Command
 
 import llavakit
-from llavakit import Recipe, Registry
-from llavakit.model.folder import create_model, save_model
-
-
-@pytest.fixture
-def model(write_recipe: RecipeWriter, tmp_path: Path) -> Path:
-    registry = Registry.installed()
-    made = create_model(Recipe.load(write_recipe(), registry).model, registry, seed=0)
-    save_model(made, tmp_path / "model")
-    return tmp_path / "model"
 
 
 @pytest.fixture

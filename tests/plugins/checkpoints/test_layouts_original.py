@@ -16,14 +16,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tests.conftest import LANGUAGE, VISION, make_tokenizer
-from tests.plugins.made_checkpoints import pictures, shaken, weight_files
+from tests.plugins.made_checkpoints import NativeExporter, pictures, shaken, weight_files
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import llavakit
 from llavakit import Exporter, LlavaError, LlavaModel, ModelError, Registry
 from llavakit.model.folder import load_model, save_model
-from llavakit.testing import ExporterContract
 from llavakit_plugins.checkpoints.hf import Hf
 from llavakit_plugins.checkpoints.original import Original, OriginalOptions
 
@@ -597,15 +596,6 @@ def test_sources_that_a_layout_has_no_use_for_are_refused(tmp_path: Path) -> Non
         llavakit.load(tmp_path / "hf", device="cpu", base=tmp_path)
 
 
-class TestOriginal(ExporterContract):
-    close = 1e-5
-
+class TestOriginal(NativeExporter):
     def build(self) -> Exporter:
         return Original()
-
-    @pytest.fixture(autouse=True)
-    def _make(self, native: Callable[..., LlavaModel]) -> None:
-        self._native = native
-
-    def model(self) -> LlavaModel:
-        return self._native()

@@ -24,7 +24,16 @@ import pytest
 import tomli_w
 from tests import published
 from tests.core.processes import finish, start
-from tests.plugins.chat_server import KEY, Handler, Service, lesson, serve, teach, user_text
+from tests.plugins.chat_server import (
+    KEY,
+    TEACHER,
+    Handler,
+    Service,
+    lesson,
+    serve,
+    teach,
+    user_text,
+)
 
 from llavakit import Message, Registry
 from llavakit.cli import main
@@ -37,7 +46,8 @@ from llavakit_plugins.generation.requests.ledger import Ledger, hash_messages
 SHARED = published.folder()
 KINDS = ("conversation", "detail", "reasoning")
 
-RECIPE = """\
+RECIPE = (
+    """\
 name = "taught"
 seed = 3
 
@@ -46,16 +56,13 @@ use = "generate"
 contexts = "{contexts}"
 concurrency = 8
 {more}
-[steps.generator]
-use = "prompted"
-[steps.generator.chat]
-use = "openai"
-model = "gpt-4o"
-base_url = "{url}"
-price = {{ input = 10, output = 100 }}
+"""
+    + TEACHER
+    + """\
 backoff = 0.02
 timeout = 20
 """
+)
 
 
 @pytest.fixture

@@ -311,17 +311,6 @@ def test_an_encoder_that_turns_the_image_is_refused() -> None:
 # -- the command and the report --------------------------------------------------------------------
 
 
-@pytest.fixture
-def model(write_recipe: RecipeWriter, tmp_path: Path) -> Path:
-    from llavakit import Recipe, Registry
-    from llavakit.model.folder import create_model, save_model
-
-    registry = Registry.installed()
-    made = create_model(Recipe.load(write_recipe(), registry).model, registry, seed=0)
-    save_model(made, tmp_path / "model")
-    return tmp_path / "model"
-
-
 def test_chat_draws_and_prints_only_the_answer(
     model: Path, data: Path, llava_run: Command, refused: Callable[..., str], tmp_path: Path
 ) -> None:
