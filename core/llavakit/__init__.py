@@ -7,4 +7,5 @@ import lazy_loader
 
 __version__ = "0.1.0"
 
+# `llava-run --help` must not import torch
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

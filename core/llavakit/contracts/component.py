@@ -18,6 +18,7 @@ from llavakit.contracts.errors import did_you_mean
 class Options(BaseModel):
     """Options of one component, as a recipe states them. Unknown keys are errors."""
 
+    # frozen: a choice and all built of it share them
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     def alone(self) -> Self:
@@ -54,7 +55,7 @@ class Use(BaseModel, Generic[KindT_co]):
     Written `Use[Kind]`, or `Use["Kind"]` where the kind's module imports torch.
     """
 
-    model_config = ConfigDict(extra="allow", frozen=True)
+    model_config = ConfigDict(extra="allow", frozen=True)  # only the component knows its options
 
     use: str
     _checked: Options | None = PrivateAttr(default=None)  # see Registry.options
@@ -62,7 +63,7 @@ class Use(BaseModel, Generic[KindT_co]):
     @property
     def options(self) -> dict[str, Any]:
         """The options beside `use`, unchecked."""
-        return dict(self.model_extra or {})
+        return dict(self.model_extra or {})  # a copy: the choice itself is frozen
 
 
 class SkippableUse(Use[KindT_co], Generic[KindT_co]):
@@ -78,6 +79,7 @@ def _resolve(value: object, info: ValidationInfo) -> object:
     """Turn `@step/file` into a path below the folder of that earlier step."""
     if not isinstance(value, str):
         return value
+    # asking the system for such a name raises, where others are just not there
     if "\0" in value or len(value) > 4000 or max(map(len, value.encode().split(b"/"))) > 255:
         raise ValueError("no file can have this name")
     if not value.startswith("@"):
@@ -90,6 +92,7 @@ def _resolve(value: object, info: ValidationInfo) -> object:
         there = f"earlier: {', '.join(folders)}" if folders else "no step comes before this one"
         hint = did_you_mean(name, folders, there, "@{}".format)
         raise ValueError(f"no earlier step is called `{name}`; {hint}")
+    # a recipe from elsewhere must not read the files beside a run
     if ".." in Path(rest).parts or Path(rest).is_absolute():
         raise ValueError(f"`{value}` leaves the folder of its step")
     return value if folders[name] is LATER else folders[name] / rest

@@ -53,6 +53,7 @@ class Sample:
         """
         who = f"sample `{self.id:.200}`{f' of {where}' if where else ''}"
         for number, turn in enumerate(self.turns):
+            # template code relies on it and would mix up speakers
             expected = ("human", "gpt")[number % 2]
             if turn.role != expected:
                 raise DataError(
@@ -70,6 +71,7 @@ class Sample:
             )
         if not self.turns:
             raise DataError(f"{who} has no turns; remove it or give it a conversation")
+        # not all turns': a mark in an answer has a sentence of its own
         marks = sum(turn.text.count(IMAGE) for turn in self.turns if turn.role == "human")
         if any(IMAGE in turn.text for turn in self.turns if turn.role == "gpt"):
             raise DataError(
@@ -85,6 +87,7 @@ class Sample:
 
 def is_cut(text: str) -> bool:
     """Say whether a text has a lone surrogate, as JSON may, which no tokenizer or service takes."""
+    # UTF-8 has no form for them: writing raises
     return re.search("[\ud800-\udfff]", text) is not None
 
 

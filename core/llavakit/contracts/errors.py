@@ -48,11 +48,12 @@ def did_you_mean(
     name: str, known: Iterable[str], otherwise: str = "", spell: Callable[[str], object] = str
 ) -> str:
     """Return a hint: the known name close to `name`, as `spell` spells it, or else `otherwise`."""
-    close = get_close_matches(name, known, n=1)
+    close = get_close_matches(name, known, n=1)  # one: a list of guesses helps nobody
     return f"did you mean `{spell(close[0])}`?" if close else otherwise
 
 
 def and_more(items: Collection[Any], shown: int = 3, spell: Callable[[Any], object] = str) -> str:
     """Return the first items as `spell` spells them, for an error, and how many more there are."""
     more = f" and {len(items) - shown} more" if len(items) > shown else ""
+    # sets and views of tables have no slices
     return ", ".join(str(spell(item)) for item in islice(items, shown)) + more

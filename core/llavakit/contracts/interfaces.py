@@ -61,10 +61,12 @@ class ChatModel(Component):
 
         Raises ChatError where no request would be answered, ReplyError where this one is not.
         """
+        # it may wait for seconds, and others must go on
         return Reply(await asyncio.to_thread(self.complete, messages))
 
     def count(self, messages: Sequence[Message]) -> int:
         """Return how many tokens a request has; here a guess of four bytes a token."""
+        # 4: what chat formats add around each message
         return sum(4 + len(message.content.encode()) // 4 for message in messages)
 
     def price(self, input_tokens: int, output_tokens: int) -> float | None:
@@ -101,6 +103,7 @@ class Dataset(Component):
     def __getitem__(self, index: int) -> Sample: ...
 
     def __iter__(self) -> Iterator[Sample]:
+        # Python's own way takes an IndexError within a reader for the end of the data
         return (self[index] for index in range(len(self)))
 
     @classmethod
@@ -206,7 +209,7 @@ class Exporter(Component):
         `template`, the name of the prompt template; `base` and `vision`, the folders of the
         language model and of the vision encoder that a checkpoint builds on.
         """
-        raise NotImplementedError
+        raise NotImplementedError  # a layout may only be written
 
     @classmethod
     def fetch(cls, name: str) -> Path | None:

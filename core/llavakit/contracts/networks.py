@@ -42,10 +42,11 @@ class Network(nn.Module, Component):
 
     def trainable(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield the parameters that learn, with their names, where a recipe trains this part."""
-        yield from self.named_parameters()
+        yield from self.named_parameters()  # one with adapters yields only these
 
     def frozen_bytes(self, each: int) -> float:
         """Return the size of the weights while they are frozen, `each` bytes a parameter."""
+        # packed weights know better
         return float(each * sum(parameter.numel() for parameter in self.parameters()))
 
     def with_options(self, options: Any) -> Self:
@@ -57,6 +58,7 @@ class Network(nn.Module, Component):
 
     def save(self, folder: Path) -> None:
         """Write the weights to `folder`, which exists, as safetensors."""
+        # safetensors takes no views with gaps
         tensors = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
         save_file(tensors, folder / self.weights_file)
 
@@ -122,6 +124,7 @@ class Connector(Network):
         embeds_TE = stream.embed(stream.token_ids_T)
         visual_BPE = self(features_BPD)
         images, patches, _ = features_BPD.shape
+        # another shape would fit once flattened, with rows of wrong patches
         expected = (images, self.tokens(patches), embeds_TE.shape[1])
         if tuple(visual_BPE.shape) != expected:
             raise ModelError(
@@ -131,7 +134,9 @@ class Connector(Network):
             )
         visual_NE = visual_BPE.flatten(0, 1)
         if stream.visual_kept_N is not None:
+            # a prompt cut at its maximum may end within an image
             visual_NE = visual_NE.index_select(0, stream.visual_kept_N)
+        # under autocast a connector gives half precision; not in place: the table may learn
         return embeds_TE.index_copy(0, stream.visual_rows_N, visual_NE.to(embeds_TE.dtype))
 
 
@@ -174,13 +179,14 @@ class LanguageModel(Network):
 
     def loss(self, hidden_ME: Tensor, targets_M: Tensor) -> Tensor:
         """Return the summed cross-entropy, float32 `[]`, of the targets after these rows."""
+        # half precision cannot add up tens of thousands of exponentials
         return F.cross_entropy(self.logits(hidden_ME).float(), targets_M, reduction="sum")
 
     @property
     def end_ids(self) -> frozenset[int]:
         """The tokens that end an answer, by default the tokenizer's end token."""
         end = self.tokenizer.eos_token_id
-        return frozenset(() if end is None else (end,))
+        return frozenset(() if end is None else (end,))  # some tokenizers have none
 
     @property
     def blocks(self) -> Sequence[nn.Module]:

@@ -37,6 +37,7 @@ class Packing:
     def of(cls, lengths: Sequence[int], device: torch.device | str = "cpu") -> Packing:
         """Return the packing of samples of these lengths."""
         starts = (0, *np.cumsum(np.asarray(lengths, dtype=np.int64)).tolist())
+        # numpy: small tensors are slow to make
         positions = torch.from_numpy(np.concatenate([np.arange(n) for n in lengths]))
         return cls(starts, positions.to(device))
 
@@ -52,13 +53,14 @@ class Packing:
     @cached_property
     def bounds_S(self) -> Tensor:
         """`starts` on the device, int32, as attention kernels want it."""
-        starts = torch.tensor(self.starts, dtype=torch.int32)
+        starts = torch.tensor(self.starts, dtype=torch.int32)  # FlashAttention reads no int64
         return upload(starts, self.position_ids_T.device)
 
     @cached_property
     def samples_T(self) -> Tensor:
         """The number of the sample that each row belongs to, int32."""
         numbers = torch.arange(len(self.lengths), dtype=torch.int32)
+        # on the CPU: a GPU would have to say how long it got
         samples_T = numbers.repeat_interleave(torch.tensor(self.lengths))
         return upload(samples_T, self.position_ids_T.device)
 
@@ -68,6 +70,7 @@ class Packing:
         return {}
 
     def to(self, device: torch.device) -> Packing:
+        # what was cached stays on the old device
         return replace(self, position_ids_T=upload(self.position_ids_T, device))
 
 
@@ -102,7 +105,7 @@ class Scoring:
     @property
     def plain(self) -> bool:
         """Whether torch's own scaled_dot_product_attention does all of it but the window."""
-        return self.softcap is None and self.sinks_H is None
+        return self.softcap is None and self.sinks_H is None  # a window is a mask, which it takes
 
 
 class KVCache:
@@ -116,6 +119,7 @@ class KVCache:
     def __init__(self, layers: int, capacities: Sequence[int]) -> None:
         self.lengths = [0] * len(capacities)  #: Tokens of each sequence, in every layer.
         self.capacity = max(capacities)
+        # made with the first rows, which know dtype and device
         self.keys: list[Tensor | None] = [None] * layers
         self.values: list[Tensor | None] = [None] * layers
         self.states: list[dict[str, Tensor]] = [{} for _ in range(layers)]

@@ -82,6 +82,7 @@ class Run:
     @property
     def device(self) -> torch.device:
         """Where networks run; torch is imported when a step asks for it."""
+        # not a field: finding one imports torch, and takes memory on a GPU
         return self.find_device()
 
 
@@ -141,6 +142,7 @@ class Step(Component):
 
         Later steps start from `model`, where it is one of them. None: not known before it runs.
         """
+        # one that starts from a model may leave a changed one
         return None if cls.needs_model else {}
 
     @abstractmethod

@@ -71,7 +71,7 @@ class Problem:
         self, sources: Sequence[Source], steps: Sequence[str | None]
     ) -> tuple[Source, Span]:
         """Return the source that says most of the key, the strongest one first."""
-        spellings = [self.key]
+        spellings = [self.key]  # a recipe on a base addresses steps by number or name
         if len(self.key) > 1 and self.key[0] == "steps" and isinstance(self.key[1], int):
             index = self.key[1]
             for alias in (str(index + 1), steps[index] if index < len(steps) else None):

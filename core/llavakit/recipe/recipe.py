@@ -79,7 +79,7 @@ class Recipe(BaseModel):
     @field_validator("device")
     @classmethod
     def _is_known(cls, device: str) -> str:
-        if device.partition(":")[0] == "meta":
+        if device.partition(":")[0] == "meta":  # torch knows it, but nothing on it has a value
             raise ValueError(f"device `{device}` is not available on this machine; use cpu or auto")
         if not re.fullmatch(r"auto|(cpu|cuda|mps|xpu|hpu|xla|npu)(:\d+)?", device):
             raise ValueError(f"device `{device}` is none of torch's; use auto, cpu, cuda or mps")
@@ -100,6 +100,7 @@ class Recipe(BaseModel):
         the files and the weights that it needs must be there, too.
         Raises RecipeError with every problem at once, each at its line.
         """
+        # the weakest first: the environment wins over files, --set over both
         files, table = read_tables(path)
         table = _merge(table, _from_environment(), ())
         for override in overrides:
@@ -171,6 +172,7 @@ def recipe_folder() -> Path:
     """Return the folder of the built-in recipes, in a wheel or in a checkout."""
     package = Path(__file__).parents[1]
     packaged = package / "recipes"
+    # the wheel carries them within the package
     return packaged if packaged.is_dir() else package.parents[1] / "recipes"
 
 
@@ -178,6 +180,7 @@ def find_recipe(name: str, beside: Path | None = None) -> Path:
     """Return the file `name`, or the built-in recipe of that name."""
     path = Path(name)
     if path.suffix == ".toml":
+        # `base` is looked for beside the recipe that names it
         return path if beside is None else beside / path
     for folder in (beside, recipe_folder()):
         if folder is not None and os.path.isfile(file := folder / f"{name}.toml"):
@@ -260,6 +263,7 @@ def missing_model(steps: Sequence[StepUse], registry: Registry) -> Iterator[Prob
         with suppress(RecipeError, ValidationError):  # which is said elsewhere
             step = registry.chosen(use)
             if step.needs_model and not left and use.options.get("init") is None:
+                # the first one: what stands behind it may have its model
                 needing = needing or use.use
             left = left or "model" in (step.leaves(registry.options(use)) or {})
     if needing or not steps:

@@ -61,7 +61,7 @@ def is_secret_name(name: str) -> bool:
 
 def redact(text: str) -> str:
     """Return a text without keys and passwords."""
-    for secret in sorted(_known, key=len, reverse=True):
+    for secret in sorted(_known, key=len, reverse=True):  # one may be a part of another
         text = text.replace(secret, HIDDEN)
     text = _URL.sub(lambda found: _plain_url(found[0]), text)
     return _STATED.sub(_hide_stated, _IN_TEXT.sub(HIDDEN, text))

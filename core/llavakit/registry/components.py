@@ -65,6 +65,7 @@ class Registry:
         self._manager = manager
         self._found: dict[str, dict[str, _Offer]] = {}
         self._origins: dict[str, tuple[str, str]] = {}
+        # a plugin given by hand is the one being written: its faults are raised
         self._spares = False
         self.broken: dict[str, PluginError] = {}  #: Of installed plugins; the cause has its trace.
 
@@ -75,6 +76,7 @@ class Registry:
         registry._spares = True
         for point in wanted(entry_points(group=hooks.PROJECT)):
             origin = package_of(point)
+            # two packages may give one name, and pluggy would drop the second in silence
             name = f"{origin}:{point.name}"
             registry._origins[name] = (origin, point.dist.version if point.dist else "")
             with registry._sparing(name):
@@ -105,7 +107,7 @@ class Registry:
             self._manager.register(plugin, name)
         except (pluggy.PluginValidationError, ValueError) as error:
             raise PluginError(f"plugin {name or plugin} cannot be registered: {error}") from error
-        self._found.clear()
+        self._found.clear()  # it may offer what was already collected
 
     def get(self, kind: type[KindT], name: str) -> type[KindT]:
         """Return the component of this kind and name."""
@@ -135,7 +137,7 @@ class Registry:
         steps, `@step/file`: those depend on `steps`.
         """
         known = self.chosen(use).Options
-        if type(use._checked) is known:
+        if type(use._checked) is known:  # another registry may have another component of that name
             return use._checked
         options = known.model_validate(use.options, context={"steps": steps})
         if not any(text.startswith("@") for text in texts_in(use.options)):
@@ -169,7 +171,9 @@ class Registry:
             load: Any = cast("Any", component).load
             factory, shapes = lambda options, **more: load(options, folder, **more), True
         elif not shapes:
+            # networks read weights there, others just are
             factory = getattr(component, "create", component)
+        # asked, not tried: a TypeError may come from within
         takes = signature(component.__init__).parameters
         shown = {"progress": context.pop("progress")} if "progress" in context else {}
         own = context.pop("build", None)
@@ -179,6 +183,7 @@ class Registry:
         if "progress" in takes:
             context |= shown
         try:
+            # before it runs, so that its own TypeErrors stay its own
             signature(component).bind(options, **context)
         except TypeError as error:
             given = ", ".join(("options", *(f"{name}=" for name in context)))
@@ -232,6 +237,7 @@ class _Offer:
     def same_as(self, other: _Offer) -> bool:
         """Say whether both are one class."""
         named = isinstance(self.source, str) or isinstance(other.source, str)
+        # a place and a class are compared without an import
         return self.path == other.path if named else self.source is other.source
 
     def load(self, kind: type[KindT]) -> type[KindT]:

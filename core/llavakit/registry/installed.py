@@ -36,6 +36,7 @@ def wanted(points: Iterable[EntryPoint]) -> list[EntryPoint]:
     """Return the built-in plugins, and of the others those that LLAVA_PLUGINS names, or all."""
     names = {part.strip() for part in os.environ.get("LLAVA_PLUGINS", "").split(",")} - {""}
     known = {point: {point.name, package_of(point)} for point in points}
+    # built-in ones stay: a recipe without them has no steps
     others = [point for point in known if package_of(point) != hooks.PROJECT]
     there = {name for point in others for name in known[point]}
     for name in sorted(names - there):
@@ -91,6 +92,7 @@ def told(error: Exception) -> str:
     """Return what an error says, and the file and line where it was raised."""
     if isinstance(error, SyntaxError):
         return f"{error.msg} ({error.filename}, line {error.lineno})"
+    # importlib's own frames say nothing of the plugin
     frames = [f for f in extract_tb(error.__traceback__) if "importlib" not in f.filename]
     where = f" ({frames[-1].filename}, line {frames[-1].lineno})" if len(frames) > 1 else ""
     return f"{error or type(error).__name__}{where}"

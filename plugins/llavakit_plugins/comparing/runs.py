@@ -54,7 +54,7 @@ class Group:
 def read_runs(folders: Sequence[Path]) -> tuple[list[FinishedRun], list[str]]:
     """Return the finished runs, and a sentence on each folder that is none."""
     runs, problems = [], []
-    for folder in dict.fromkeys(folders):
+    for folder in dict.fromkeys(folders):  # a shell may name one folder twice
         try:
             runs.append(_read_run(folder))
         except RecipeError as error:
@@ -71,6 +71,7 @@ def _read_run(folder: Path) -> FinishedRun:
     missing = [step for step in run.steps if not (folder / step / RECORD).is_file()]
     if missing:
         raise RecipeError(f"{folder} is unfinished: {missing[0]} is not done")
+    # a step that is there twice is told apart by its number
     uses = Counter(str(choice["use"]) for choice in run.steps.values())
     metrics: dict[str, float] = {}
     for step, choice in run.steps.items():
@@ -90,8 +91,10 @@ def group_runs(runs: Sequence[FinishedRun]) -> tuple[list[Group], list[str]]:
     together: dict[str, list[FinishedRun]] = {}
     problems = []
     for run in runs:
+        # tables have no hash
         key = json.dumps([run.name, run.experiment], sort_keys=True, default=str)
         same = together.setdefault(key, [])
+        # the same numbers again would make an error look smaller
         twin = next((other for other in same if other.seed == run.seed), None)
         if twin is None:
             same.append(run)
@@ -108,7 +111,7 @@ def group_runs(runs: Sequence[FinishedRun]) -> tuple[list[Group], list[str]]:
 
 
 def _difference(usual: FinishedRun, other: FinishedRun) -> str:
-    absent = object()
+    absent = object()  # None may be an option's value
     keys = [
         key
         for key in dict.fromkeys([*other.experiment, *usual.experiment])

@@ -35,6 +35,7 @@ class Cell:
     @property
     def std(self) -> float | None:
         """The sample's standard deviation; None for a single run."""
+        # of a sample: few seeds stand for all
         return stdev(self.values) if len(self.values) > 1 else None
 
     @property
@@ -43,7 +44,7 @@ class Cell:
         return None if self.std is None else self.std / math.sqrt(len(self.values))
 
     def __str__(self) -> str:
-        digits = 1 if abs(self.mean) >= 10 else 3
+        digits = 1 if abs(self.mean) >= 10 else 3  # percent, or losses and shares
         spread = "" if self.std is None else f" ± {self.std:.{digits}f}"
         return f"{self.mean:.{digits}f}{spread}"
 
@@ -130,6 +131,7 @@ class Comparison:
                 continue
             clear = None
             if ours.error is not None and theirs.error is not None:
+                # errors of independent runs add as squares
                 noise = math.hypot(ours.error, theirs.error)
                 clear = abs(ours.mean - theirs.mean) > _NOISE * noise
             yield Pair(better, worse, (high, low), (ours.mean, theirs.mean), clear)
@@ -269,6 +271,7 @@ def compare(folders: Sequence[Path], wanted: Sequence[str] = ()) -> Comparison:
             f"no run has a metric like {', '.join(wanted)}; there are: {', '.join(known) or 'none'}"
         )
     if not wanted:
+        # what is compared is what was tested, not losses
         metrics = [m for m in known if m.partition(".")[0].endswith("evaluate")]
     if not metrics:
         last = known[-1].partition(".")[0] if known else ""

@@ -17,6 +17,7 @@ class Identity(Connector):
 
     def __init__(self, options: Options, *, vision_width: int, language_width: int) -> None:
         super().__init__()
+        # else it would fail in the middle of a run, as shapes of tensors
         if vision_width != language_width:
             raise ModelError(
                 f"connector `identity` needs equal widths, but the vision encoder gives "

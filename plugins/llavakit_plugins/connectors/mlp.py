@@ -29,6 +29,7 @@ class Linear(Connector):
     def project_into(self, features_BPD: Tensor, stream: Stream) -> Tensor:
         if stream.embedding_VE is None:
             return super().project_into(features_BPD, stream)
+        # with a plain table to look up, no text row is written twice
         return _splice(_visible(features_BPD, stream), self.layers, stream, stream.embedding_VE)
 
 
@@ -70,7 +71,7 @@ class Mlp(Connector):
 def _visible(features_BPD: Tensor, stream: Stream) -> Tensor:
     """Return the features `[N, D]` of the visual tokens that truncation has kept."""
     features_ND = features_BPD.flatten(0, 1)
-    kept = stream.visual_kept_N
+    kept = stream.visual_kept_N  # projecting rows that are cut would be wasted work
     return features_ND if kept is None else features_ND.index_select(0, kept)
 
 

@@ -54,10 +54,11 @@ class Pool(Mlp):
     def _pooled(self, features_BPD: Tensor) -> Tensor:
         edge = self._edge(features_BPD.shape[1])
         grid_BDHW = features_BPD.transpose(1, 2).unflatten(2, (edge, edge))
+        # adaptive: `grid` need not divide the edge
         return F.adaptive_avg_pool2d(grid_BDHW, self.grid).flatten(2).transpose(1, 2)
 
     def _edge(self, patches: int) -> int:
-        edge = isqrt(patches)
+        edge = isqrt(patches)  # in integers: a rounded root of a large count may be one off
         if edge**2 != patches:
             raise ModelError(
                 f"connector `pool` needs a square grid, but an image has {patches} visual tokens; "

@@ -70,7 +70,9 @@ class WatchedRows:
     ) -> None:
         """Compute the weights of one layer for the chosen rows alone."""
         scale = q_THK.shape[-1] ** -0.5 if scoring.scale is None else scoring.scale
+        # few rows: all of them would be T x T for each head
         q_RHK = q_THK.index_select(0, self.rows_R).float()
+        # grouped-query attention: heads of a group share a key
         k_THK = k_TGK.float().repeat_interleave(q_THK.shape[1] // k_TGK.shape[1], dim=1)
         scores_HRT = torch.einsum("rhk,thk->hrt", q_RHK, k_THK) * scale
         if scoring.softcap is not None:
@@ -85,6 +87,7 @@ class WatchedRows:
         if scoring.sinks_H is not None:
             sinks_HR1 = scoring.sinks_H.float()[:, None, None].expand(-1, len(self.rows_R), 1)
             scores_HRT = torch.cat([scores_HRT, sinks_HR1], dim=-1)
+        # what a sink takes goes to no row
         self.weights[layer] = scores_HRT.softmax(dim=-1)[..., : len(positions_T)]
 
 
@@ -109,6 +112,7 @@ def map_attention(
     weights_AT, visual_rows_N = _attention(model, encoded, images, ids)
     pieces: list[str] = []
     for end in range(1, len(ids) + 1):
+        # from the first: a token may be half a character
         text = str(model.language.tokenizer.decode(ids[:end], skip_special_tokens=True))
         pieces.append(text[sum(map(len, pieces)) :])
     weights_AIGG = weights_AT[:, visual_rows_N].unflatten(1, (len(images), edge, edge))
@@ -146,6 +150,7 @@ def _attention(
     )
     batch = pack([whole], [0], model.visual_tokens).to(model.device)
     length = batch.packing.starts[-1]
+    # each row predicts the token behind it
     watch = WatchedRows(torch.arange(length - len(ids), length, device=model.device))
     packing = replace(batch.packing, watch=watch)
     pixels = model.prepare(images)

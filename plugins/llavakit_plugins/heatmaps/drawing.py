@@ -81,8 +81,10 @@ def draw_heat(image: ImageSource, weights_GG: Floats, region: Region) -> Image.I
     scale = min(max(edge, _LEAST), _MOST) / edge
     size = max(1, round(photo.width * scale)), max(1, round(photo.height * scale))
     small = scale > 1 and edge <= 128
+    # a digit of 28 pixels would be a blur
     kind = Image.Resampling.NEAREST if small else Image.Resampling.BICUBIC
     pixels = np.asarray(photo.resize(size, kind), np.float64)
+    # attention to images may be 0
     heat, seen = _spread(weights_GG / max(weights_GG.max(), 1e-12), region, scale, size)
     stops = np.asarray(_STOPS, np.float64)
     colours = np.stack(
@@ -90,6 +92,7 @@ def draw_heat(image: ImageSource, weights_GG: Floats, region: Region) -> Image.I
     )
     grey = pixels.mean(axis=-1, keepdims=True)
     under = 0.5 * pixels + 0.5 * grey
+    # cold is tinted, too: what is seen differs from what is not
     share = 0.25 + 0.45 * heat[..., None]
     mixed = np.where(seen[..., None], (1 - share) * under + share * colours, 0.35 * grey)
     return Image.fromarray(mixed.clip(0, 255).astype(np.uint8))
