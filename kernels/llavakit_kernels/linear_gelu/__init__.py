@@ -45,6 +45,7 @@ def linear_gelu(
         features, weight = features.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
     arguments.require_same_dtype(features=features, weight=weight, bias=bias)
+    # else nothing is kept for a backward pass that never comes
     learns = torch.is_grad_enabled() and any(
         given is not None and given.requires_grad for given in (features, weight, bias)
     )
@@ -71,6 +72,7 @@ def _(
     features: Tensor, weight: Tensor, bias: Tensor | None, impl: str, save: bool
 ) -> tuple[Tensor, Tensor]:
     N, H = features.shape[0], weight.shape[0]
+    # an operator must return a tensor: an empty one stands for none
     return features.new_empty(N, H), features.new_empty((N, H) if save else (0,))
 
 
@@ -92,7 +94,7 @@ def _(grad: Tensor, features: Tensor, weight: Tensor, bias: Tensor | None, impl:
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     features, weight, bias, ctx.impl, ctx.saved = inputs
-    ctx.mark_non_differentiable(output[1])
+    ctx.mark_non_differentiable(output[1])  # only the backward pass reads it
     for_features, for_weight, *_ = ctx.needs_input_grad
     ctx.save_for_backward(
         features if for_weight or not ctx.saved else None,

@@ -45,7 +45,7 @@ def _store_gelu(
     at_column = column + tl.arange(0, WIDTH)
     inside = at_column < H
     mask = (at_row < N)[:, None] & inside[None, :]
-    rows = at_row.to(tl.int64)[:, None]
+    rows = at_row.to(tl.int64)[:, None]  # row times width passes 2^31 at long streams
     columns = at_column[None, :]
     if HAS_BIAS:
         values += tl.load(bias + at_column, mask=inside, other=0.0).to(tl.float32)[None, :]
@@ -85,6 +85,7 @@ def _store_pieces(
     MODE: tl.constexpr,
 ):
     if PIECES > 1:
+        # stored in pieces (see launch.py)
         HALF: tl.constexpr = WIDTH // 2
         one, two = halves(values, HEIGHT, WIDTH)
         _store_pieces(
@@ -200,7 +201,7 @@ def _run(
     (N, D), H = features.shape, weight.shape[0]
     if out is None:
         out = torch.empty(N, H, dtype=features.dtype, device=features.device)
-    if out.numel() == 0:
+    if out.numel() == 0:  # a grid of no programs cannot be launched
         return out
     left, right = rows_contiguous(features), rows_contiguous(weight)
     tma = tma and takes_descriptor(left) and takes_descriptor(right)
@@ -223,7 +224,7 @@ def _run(
         "left_stride": left.stride(0),
         "right_stride": right.stride(0),
         "grad_stride": 0 if grad is None else grad.stride(0),
-        "size_class": size_class(N),
+        "size_class": size_class(N),  # tuned for few, some and many rows, not for each N
         "TMA": tma,
         "HAS_BIAS": bias is not None,
         "MODE": mode,

@@ -18,13 +18,15 @@ _LARGEST = 1 << 29  # bytes; the largest tokenizers have a tenth of it
 def read_json(path: Path) -> dict[str, Any]:
     """Return a JSON table. Raises ModelError where the file cannot be read or holds none."""
     try:
-        if path.exists() and not path.is_file():
+        if path.exists() and not path.is_file():  # opening a pipe would wait for ever
             raise ModelError(f"{path} is no regular file; put the model's own there")
         if path.stat().st_size > _LARGEST:
             raise ModelError(f"{path} has {path.stat().st_size:,} bytes; copy it again")
+        # -sig: editors on Windows begin files with a mark
         table = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ModelError(f"{path} cannot be read ({error.strerror}); copy it again") from error
+    # RecursionError: brackets in brackets without end
     except (ValueError, RecursionError) as error:
         raise ModelError(f"{path} is not valid JSON ({error}); copy it again") from error
     if not isinstance(table, dict):
@@ -75,7 +77,7 @@ _SHOWN = 80
 
 def is_count(value: Any) -> bool:
     """Say whether a value is a whole number above 0."""
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0  # True is an int
 
 
 def are_counts(value: Any) -> bool:

@@ -9,6 +9,7 @@ def _clip(width: int, layers: int, edge: int, patch: int, **others: Any) -> dict
     return {
         "model_type": "clip_vision_model",
         "hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": layers,
+        # ViT-H has heads of 80, all smaller ones of 64
         "num_attention_heads": width // (80 if width == 1280 else 64),
         "image_size": edge, "patch_size": patch, **others,
     }  # fmt: skip

@@ -49,7 +49,7 @@ class Weights(Mapping[str, Tensor]):
 
         Raises ModelError where a file is damaged or a shard is missing.
         """
-        for stem in STEMS:
+        for stem in STEMS:  # safetensors first: no pickle is opened where there is a choice
             for suffix in _SUFFIXES:
                 whole = folder / f"{stem}{suffix}"
                 index = folder / f"{stem}{suffix}.index.json"
@@ -73,7 +73,7 @@ class Weights(Mapping[str, Tensor]):
         opened: dict[Path, Any] = {}
         for name in sorted(set(table.values())):
             shard = index.parent / name
-            if shard.parent != index.parent:
+            if shard.parent != index.parent:  # an index is foreign input: no path leaves its folder
                 raise ModelError(f"{index} names {name}, which is outside its folder; refused")
             if not shard.is_file():
                 raise ModelError(
@@ -99,6 +99,7 @@ class Weights(Mapping[str, Tensor]):
             mapped: Tensor = opened.get_tensor(name)
             if not _differs(mapped, self.dtype):
                 return mapped
+            # a mapped page would stay beside its copy
             with safe_open(path, framework="pt", backend="pread") as unmapped:
                 own: Tensor = unmapped.get_tensor(name)
         except SafetensorError as error:

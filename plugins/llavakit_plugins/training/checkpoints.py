@@ -39,7 +39,7 @@ class Checkpoints:
             check = f"{_fingerprint(partial / _TENSORS)} {_sum(state)}"
             found = {"step": step, "check": check, "state": dict(state)}
             (partial / _STATE).write_text(json.dumps(found), encoding="utf-8")
-        for old in self._all()[: -self.keep]:
+        for old in self._all()[: -self.keep]:  # after the new one is whole
             shutil.rmtree(old)
 
     def load(self, kind: type[StateT]) -> tuple[dict[str, Tensor], StateT] | None:

@@ -29,7 +29,7 @@ class Schedule:
 
         The same as transformers' `get_cosine_schedule_with_warmup`: with a warm-up, 0 at step 0.
         """
-        rising = math.ceil(self.warmup * self.steps)
+        rising = math.ceil(self.warmup * self.steps)  # rounded up, as by transformers' Trainer
         if step < rising:
             return step / rising
         if self.kind == "constant":
@@ -96,6 +96,7 @@ class Optimiser:
         for group in self._adamw.param_groups:
             group["lr"] = group["peak"] * self.schedule(step)
         self._adamw.step()
+        # None: no memory is held for gradients until the next ones come
         self._adamw.zero_grad(set_to_none=True)
         return norm, self._adamw.param_groups[0]["lr"]
 

@@ -45,6 +45,7 @@ class Parts:
         half = torch.bfloat16 if options.precision == "bf16" else torch.float32
         for part in PARTS:
             module = getattr(model, part)
+            # by identity: tied weights have two names
             learning = {id(p) for _, p in module.trainable()} if part in options.train else set()
             self._before[part] = {}
             for name, parameter in module.named_parameters():
@@ -55,6 +56,7 @@ class Parts:
                     if remember:
                         weight = None if learns else parameter.detach().cpu()
                         self._before[part][name] = _Before(parameter.dtype, weight)
+                    # `.data`: the optimiser and ties keep the parameter itself
                     parameter.data = parameter.data.to(wanted)
         self.learn()
         model.language.recompute = options.recompute
@@ -62,6 +64,7 @@ class Parts:
     def learn(self) -> None:
         """Put the trained parts into training mode and the others into evaluation mode."""
         for part in PARTS:
+            # dropout in a frozen part would only add noise
             getattr(self.model, part).train(part in self.options.train)
 
     def groups(self) -> list[Group]:

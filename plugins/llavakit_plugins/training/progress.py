@@ -28,6 +28,7 @@ class Progress:
     @property
     def best(self) -> Look | None:
         """The validation with the lowest held-out loss; the first one if several are equal."""
+        # `min` would keep a NaN that comes first
         finite = [Look(*look) for look in self.looks if math.isfinite(look[1])]
         return min(finite, key=lambda look: look.loss, default=None)
 
@@ -47,6 +48,7 @@ class Meter:
 
     def rates(self, progress: Progress) -> dict[str, float]:
         """Return samples and tokens per second since the last call, by their names in events."""
+        # a clock of 16 ms may stand still for a step
         seconds = max(time.monotonic() - self._time, 1e-9)
         samples = (progress.samples - self._samples) / seconds
         tokens = (progress.tokens - self._tokens) / seconds

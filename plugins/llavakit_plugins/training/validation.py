@@ -57,6 +57,7 @@ class Validation:
     def _ask(self) -> list[str]:
         if not self.samples:
             return []
+        # the model keeps the template it will be used with
         own, self._model.template = self._model.template, self._template
         try:
             questions = [(sample.turns[0].text, sample.images) for sample in self.samples]

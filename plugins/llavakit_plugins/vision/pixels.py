@@ -47,7 +47,7 @@ def read_pixels(folder: Path, edge: int | list[int], usual: Pixels) -> Pixels | 
     Keys that the folder leaves out are taken from `usual`. Raises ModelError for preprocessing that
     no built-in encoder does.
     """
-    path = folder / "processor_config.json"
+    path = folder / "processor_config.json"  # the newer file wins, as in transformers 5
     table: Any = read_json(path).get("image_processor") if path.is_file() else None
     if not isinstance(table, dict):
         path = folder / "preprocessor_config.json"
@@ -165,7 +165,7 @@ def filter_of(table: Mapping[str, Any], path: Path) -> Interpolation | None:
     value = table.get("resample")
     if value is None:
         return None
-    if isinstance(value, bool) or value not in range(6):
+    if isinstance(value, bool) or value not in range(6):  # True is 1 for Python, and no filter
         raise ModelError(
             f"{path} has `resample` = {shown(value)}; it must be the number of one of Pillow's "
             "filters, 0 to 5"

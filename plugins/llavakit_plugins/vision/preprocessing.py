@@ -92,7 +92,7 @@ def normalise(pixels_HWC: npt.NDArray[np.uint8], mean: RGB, std: RGB) -> Tensor:
     return torch.from_numpy(found)
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=16)  # a run has one or two pairs of mean and deviation
 def _table(mean: RGB, std: RGB) -> npt.NDArray[np.float32]:
     """Return the normalised value of each byte for each colour, `[3, 256]`, float32."""
     # multiplied by 1/255 in float64 and then rounded, as transformers does: other orders of these

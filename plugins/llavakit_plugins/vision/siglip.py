@@ -25,7 +25,7 @@ class Siglip(TransformersEncoder):
 
     name = "siglip"
     Options = SiglipOptions
-    mean = std = (0.5, 0.5, 0.5)
+    mean = std = (0.5, 0.5, 0.5)  # pixels from -1 to 1, as it was trained
 
     @classmethod
     def architecture(cls) -> type[PreTrainedModel]:

@@ -39,6 +39,7 @@ def pad_to_square(image: Image.Image, mean: RGB) -> Image.Image:
     if max(image.size) > most:
         image = image.reduce(-(-max(image.size) // most))
     edge = max(image.size)
+    # int, not round: as in the original LLaVA
     canvas = Image.new("RGB", (edge, edge), tuple(int(255 * value) for value in mean))
     canvas.paste(image, ((edge - image.width) // 2, (edge - image.height) // 2))
     return canvas

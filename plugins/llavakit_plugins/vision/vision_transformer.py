@@ -89,6 +89,7 @@ class VisionTransformer(VisionEncoder):
                 f"vision encoder `{self.name}` has {layers} layers, so `layer = {options.layer}` "
                 f"names none; use {-layers - 1} to {layers}"
             )
+        # layer 0 is the embeddings; -1 the last layer, as in transformers
         self.depth = options.layer % (layers + 1)
         self.normalised = options.norm
         self.kept = 0
@@ -98,6 +99,7 @@ class VisionTransformer(VisionEncoder):
                     f"vision encoder `{self.name}` has no class token, so `select = "
                     '"cls_patch"` asks for nothing; use "patch"'
                 )
+            # what is kept is not stripped by the core
             self.kept, self.prefix_tokens = self.prefix_tokens, 0
 
 
@@ -244,6 +246,7 @@ class TransformersEncoder(VisionTransformer):
     def forward(self, pixels_BCHW: Tensor) -> Tensor:
         """Return features `[B, prefix + P, D]`."""
         hidden_BPD = self.embed(pixels_BCHW)
+        # layers behind the chosen one are not computed
         for block in list(self.blocks)[: self.depth]:
             hidden_BPD = block(hidden_BPD, **self.unmasked)
         return self.final_norm(hidden_BPD) if self.normalised else hidden_BPD
@@ -258,6 +261,7 @@ def vision_state(folder: Path, dtype: torch.dtype | None) -> dict[str, Tensor]:
     weights = Weights.within(folder, dtype)
     if weights is None:
         raise ModelError(f"{folder} holds no weights of a vision encoder; copy them there")
+    # LLaVA of transformers 4 and 5, then a whole CLIP
     for pattern in (r"^(?:model\.)?vision_tower\.(?:vision_model\.)?", r"^vision_model\."):
         found = {
             name[match.end() :]: weights[name]
