@@ -6,20 +6,16 @@ Nothing here imports torch, so recipes and plugins can be listed without it.
 from __future__ import annotations
 
 from abc import ABC
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Generic, Self, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, PrivateAttr, ValidationInfo
 
-from llavakit.contracts.errors import did_you_mean
-
 
 class Options(BaseModel):
     """Options of one component, as a recipe states them. Unknown keys are errors."""
 
-    # frozen: a choice and all built of it share them
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True)  # frozen: all built of them share them
 
     def alone(self) -> Self:
         """Return options of the same network that name no file or model elsewhere.
@@ -72,30 +68,10 @@ class SkippableUse(Use[KindT_co], Generic[KindT_co]):
     skip: bool = False
 
 
-StepFolders = Mapping[str, Path]  #: Folders of earlier steps, by their names in a recipe.
-
-
 def _resolve(value: object, info: ValidationInfo) -> object:
-    """Turn `@step/file` into a path below the folder of that earlier step."""
-    if not isinstance(value, str):
-        return value
-    # asking the system for such a name raises, where others are just not there
-    if "\0" in value or len(value) > 4000 or max(map(len, value.encode().split(b"/"))) > 255:
-        raise ValueError("no file can have this name")
-    if not value.startswith("@"):
-        return value
-    folders: StepFolders | None = (info.context or {}).get("steps")
-    if folders is None:  # no recipe around it: a component checked on its own
-        return value
-    name, _, rest = value[1:].partition("/")
-    if name not in folders:
-        there = f"earlier: {', '.join(folders)}" if folders else "no step comes before this one"
-        hint = did_you_mean(name, folders, there, "@{}".format)
-        raise ValueError(f"no earlier step is called `{name}`; {hint}")
-    # a recipe from elsewhere must not read the files beside a run
-    if ".." in Path(rest).parts or Path(rest).is_absolute():
-        raise ValueError(f"`{value}` leaves the folder of its step")
-    return value if folders[name] is LATER else folders[name] / rest
+    """Turn `@step/file` into a path; a component checked on its own has no steps around it."""
+    resolve = (info.context or {}).get("resolve")
+    return value if resolve is None or not isinstance(value, str) else resolve(value)
 
 
 INPUT_MARK = BeforeValidator(_resolve)
@@ -105,5 +81,3 @@ InputPath = Annotated[Path, INPUT_MARK]
 MODEL_MARK = "a model"
 ModelPath = Annotated[Path, INPUT_MARK, MODEL_MARK]
 """An `InputPath` of a model folder, of any layout; or a model's name in a public collection."""
-
-LATER = Path("@")  #: Stands for the folder of a step that has not run, while a recipe is checked.

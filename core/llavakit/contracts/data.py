@@ -53,8 +53,7 @@ class Sample:
         """
         who = f"sample `{self.id:.200}`{f' of {where}' if where else ''}"
         for number, turn in enumerate(self.turns):
-            # template code relies on it and would mix up speakers
-            expected = ("human", "gpt")[number % 2]
+            expected = ("human", "gpt")[number % 2]  # templates rely on it
             if turn.role != expected:
                 raise DataError(
                     f"{who}: turn {number + 1} is from `{turn.role}`, expected `{expected}`; "
@@ -67,11 +66,10 @@ class Sample:
                 )
         if is_cut(self.system or "") or IMAGE in (self.system or ""):
             raise DataError(
-                f"{place}: its system text holds `{IMAGE}` or half a character; remove that"
+                f"{who}: its system text holds `{IMAGE}` or half a character; remove that"
             )
         if not self.turns:
             raise DataError(f"{who} has no turns; remove it or give it a conversation")
-        # not all turns': a mark in an answer has a sentence of its own
         marks = sum(turn.text.count(IMAGE) for turn in self.turns if turn.role == "human")
         if any(IMAGE in turn.text for turn in self.turns if turn.role == "gpt"):
             raise DataError(
@@ -87,8 +85,7 @@ class Sample:
 
 def is_cut(text: str) -> bool:
     """Say whether a text has a lone surrogate, as JSON may, which no tokenizer or service takes."""
-    # UTF-8 has no form for them: writing raises
-    return re.search("[\ud800-\udfff]", text) is not None
+    return re.search("[\ud800-\udfff]", text) is not None  # UTF-8 has no form for them
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,6 @@ import pluggy
 
 from llavakit.contracts.component import Component
 
-# None: nothing on this machine
 Components: TypeAlias = Sequence[type[Component]] | Mapping[str, str] | None
 
 PROJECT = "llavakit"  #: pluggy project name, and the entry-point group of plugins

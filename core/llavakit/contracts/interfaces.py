@@ -66,7 +66,7 @@ class ChatModel(Component):
 
     def count(self, messages: Sequence[Message]) -> int:
         """Return how many tokens a request has; here a guess of four bytes a token."""
-        # 4: what chat formats add around each message
+        # 4: around each message
         return sum(4 + len(message.content.encode()) // 4 for message in messages)
 
     def price(self, input_tokens: int, output_tokens: int) -> float | None:

@@ -46,7 +46,6 @@ class Network(nn.Module, Component):
 
     def frozen_bytes(self, each: int) -> float:
         """Return the size of the weights while they are frozen, `each` bytes a parameter."""
-        # packed weights know better
         return float(each * sum(parameter.numel() for parameter in self.parameters()))
 
     def with_options(self, options: Any) -> Self:
@@ -134,8 +133,7 @@ class Connector(Network):
             )
         visual_NE = visual_BPE.flatten(0, 1)
         if stream.visual_kept_N is not None:
-            # a prompt cut at its maximum may end within an image
-            visual_NE = visual_NE.index_select(0, stream.visual_kept_N)
+            visual_NE = visual_NE.index_select(0, stream.visual_kept_N)  # a prompt was cut
         # under autocast a connector gives half precision; not in place: the table may learn
         return embeds_TE.index_copy(0, stream.visual_rows_N, visual_NE.to(embeds_TE.dtype))
 

@@ -37,7 +37,6 @@ class Packing:
     def of(cls, lengths: Sequence[int], device: torch.device | str = "cpu") -> Packing:
         """Return the packing of samples of these lengths."""
         starts = (0, *np.cumsum(np.asarray(lengths, dtype=np.int64)).tolist())
-        # numpy: small tensors are slow to make
         positions = torch.from_numpy(np.concatenate([np.arange(n) for n in lengths]))
         return cls(starts, positions.to(device))
 

@@ -82,8 +82,7 @@ class Run:
     @property
     def device(self) -> torch.device:
         """Where networks run; torch is imported when a step asks for it."""
-        # not a field: finding one imports torch, and takes memory on a GPU
-        return self.find_device()
+        return self.find_device()  # only now: it takes torch, and memory of a GPU
 
 
 class Event(Protocol):
@@ -142,8 +141,7 @@ class Step(Component):
 
         Later steps start from `model`, where it is one of them. None: not known before it runs.
         """
-        # one that starts from a model may leave a changed one
-        return None if cls.needs_model else {}
+        return None if cls.needs_model else {}  # what starts from a model may change it
 
     @abstractmethod
     def run(self, run: Run) -> Outcome:

@@ -15,12 +15,10 @@ from pydantic.fields import FieldInfo
 
 from llavakit.contracts.component import (
     INPUT_MARK,
-    LATER,
     MODEL_MARK,
     Component,
     Options,
     SkippableUse,
-    StepFolders,
     Use,
 )
 from llavakit.contracts.errors import RecipeError, did_you_mean
@@ -29,7 +27,7 @@ from llavakit.contracts.run import Step
 from llavakit.recipe.lines import Key, Span
 from llavakit.recipe.overrides import Source
 from llavakit.recipe.redaction import brief, redact
-from llavakit.registry import Registry, kind_of
+from llavakit.registry import LATER, Registry, StepFolders, kind_of
 
 _DEEPEST = 50
 

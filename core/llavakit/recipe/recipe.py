@@ -13,7 +13,7 @@ from typing import Any, cast
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from pydantic_settings import EnvSettingsSource, SettingsError
 
-from llavakit.contracts.component import LATER, SkippableUse, Use
+from llavakit.contracts.component import SkippableUse, Use
 from llavakit.contracts.errors import RecipeError, did_you_mean
 from llavakit.contracts.interfaces import Tracker
 from llavakit.contracts.run import Step
@@ -21,7 +21,7 @@ from llavakit.recipe.check import Checker, Problem, boundless, problems_in, soun
 from llavakit.recipe.lines import Key
 from llavakit.recipe.model_choice import ModelRecipe
 from llavakit.recipe.overrides import Source, set_key, stated, step_index
-from llavakit.registry import Registry
+from llavakit.registry import LATER, Registry
 
 
 class StepUse(SkippableUse[Step]):

@@ -15,7 +15,7 @@ from typing import Any, TypeVar, cast
 import pluggy
 
 from llavakit.contracts import hooks
-from llavakit.contracts.component import Component, Options, StepFolders, Use
+from llavakit.contracts.component import Component, Options, Use
 from llavakit.contracts.errors import PluginError, RecipeError, did_you_mean
 from llavakit.registry.installed import (
     check_hooks,
@@ -25,9 +25,11 @@ from llavakit.registry.installed import (
     wanted,
     warn_once,
 )
+from llavakit.registry.step_paths import StepFolders, step_path
 
 KindT = TypeVar("KindT", bound=Component)
 ComponentT = TypeVar("ComponentT", bound=Component)
+OptionsT = TypeVar("OptionsT", bound=Options)
 
 
 def all_kinds() -> tuple[type[Component], ...]:
@@ -139,10 +141,17 @@ class Registry:
         known = self.chosen(use).Options
         if type(use._checked) is known:  # another registry may have another component of that name
             return use._checked
-        options = known.model_validate(use.options, context={"steps": steps})
+        options = self.read(known, use.options, steps)
         if not any(text.startswith("@") for text in texts_in(use.options)):
             use._checked = options
         return options
+
+    @staticmethod
+    def read(
+        known: type[OptionsT], table: Mapping[str, Any], steps: StepFolders | None = None
+    ) -> OptionsT:
+        """Return options of a type, checked. Raises pydantic's ValidationError."""
+        return known.model_validate(table, context={"resolve": partial(step_path, folders=steps)})
 
     def build(self, use: Use[KindT], /, steps: StepFolders | None = None, **context: Any) -> KindT:
         """Return the component that a recipe chose, built with its options.

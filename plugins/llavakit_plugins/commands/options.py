@@ -51,7 +51,7 @@ def state_options(
     sources += [Source(said=f"--{name.replace('_', '-')}", key=(name,)) for name in flags or ()]
     for setting in settings:
         set_key(table, setting)
-    read = partial(component.Options.model_validate, table, context={"steps": {}})
+    read = partial(registry.read, component.Options, table, {})
     problems = list(boundless(table)) or list(
         Checker(registry, inputs=True).check_options(component, table, read, (), {})
     )

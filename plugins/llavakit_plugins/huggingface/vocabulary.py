@@ -47,7 +47,8 @@ def fit_tokenizer(tokenizer: PreTrainedTokenizerBase, rows: int, where: object) 
     """
     from tokenizers import Tokenizer
 
-    count = len(tokenizer)
+    # not the number of tokens: a vocabulary may have gaps
+    count = 1 + max(tokenizer.get_vocab().values(), default=-1)
     if count <= rows:
         return
     added = tokenizer.added_tokens_decoder

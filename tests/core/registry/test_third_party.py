@@ -103,7 +103,8 @@ def test_a_command_that_cannot_be_imported_stops_no_other(installed: dict[str, s
     assert "command `broken` of llava-mean cannot be" in " ".join(listed.stdout.split())
     done = run(installed, "broken")
     assert done.returncode == 2
-    assert "No module named 'llava_mean_absent'; fix it, or uninstall it" in done.stderr
+    assert "No module named 'llava_mean_absent'; fix it (LLAVA_TRACEBACK=1 shows" in done.stderr
+    assert "or uninstall it" in done.stderr
     assert run(installed, "recipes").returncode == 0
 
 

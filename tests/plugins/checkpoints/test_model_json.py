@@ -74,6 +74,24 @@ def rehash(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("layout", ["hf", "native", "original"])
+def test_a_token_without_a_row_in_the_embedding_is_refused(folders: Folders, layout: str) -> None:
+    """As many tokens as rows, and one of them far behind the others."""
+    folder = folders[layout]
+    (file,) = folder.rglob("tokenizer.json")
+    before = file.read_bytes()
+    table = json.loads(before)
+    table["model"]["vocab"]["USER"] = 5000
+    file.write_text(json.dumps(table))
+    rehash(folder)
+    try:
+        with pytest.raises(ModelError, match="the tokenizer has 5001 tokens, the language model"):
+            llavakit.load(folder, device="cpu")
+    finally:
+        file.write_bytes(before)
+        rehash(folder)
+
+
+@pytest.mark.parametrize("layout", ["hf", "native", "original"])
 @settings(
     max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )

@@ -1,0 +1,33 @@
+"""What `@step/file` stands for in a recipe's options: a path in the folder of an earlier step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from llavakit.contracts.errors import did_you_mean
+
+StepFolders = Mapping[str, Path]  #: Folders of earlier steps, by their names in a recipe.
+
+LATER = Path("@")  #: Stands for the folder of a step that has not run, while a recipe is checked.
+
+
+def step_path(value: str, folders: StepFolders | None) -> str | Path:
+    """Return the path that an option means; where no recipe is around it, it stays what it is.
+
+    Raises ValueError for one that cannot be, or that leaves the folder of its step.
+    """
+    # asking the system for such a name raises, where others are just not there
+    if "\0" in value or len(value) > 4000 or max(map(len, value.encode().split(b"/"))) > 255:
+        raise ValueError("no file can have this name")
+    if not value.startswith("@") or folders is None:
+        return value
+    name, _, rest = value[1:].partition("/")
+    if name not in folders:
+        there = f"earlier: {', '.join(folders)}" if folders else "no step comes before this one"
+        hint = did_you_mean(name, folders, there, "@{}".format)
+        raise ValueError(f"no earlier step is called `{name}`; {hint}")
+    # a recipe from elsewhere must not read the files beside a run
+    if ".." in Path(rest).parts or Path(rest).is_absolute():
+        raise ValueError(f"`{value}` leaves the folder of its step")
+    return value if folders[name] is LATER else folders[name] / rest
