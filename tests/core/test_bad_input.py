@@ -132,7 +132,8 @@ HUMAN, GPT = ("human", "<image>\nwhat ?"), ("gpt", "red .")
     [
         ({"conversations": turns(HUMAN, HUMAN, GPT)}, "turn 2 is from `human`, expected `gpt`"),
         ({"conversations": turns(HUMAN, GPT, GPT)}, "turn 3 is from `gpt`, expected `human`"),
-        ({"conversations": turns(HUMAN, ("system", "x"))}, "a turn needs `from` (human or gpt)"),
+        ({"conversations": turns(HUMAN, ("tool", "x"))}, "a turn needs `from` (human or gpt)"),
+        ({"conversations": turns(HUMAN, ("system", "x"))}, "a turn from system stands first"),
         ({"conversations": turns(HUMAN, ("gpt", None))}, "a turn needs `from`"),
         ({"conversations": [{"from": [], "value": ""}]}, "a turn needs `from`"),
         ({"conversations": ["hello"]}, "a turn needs `from`"),

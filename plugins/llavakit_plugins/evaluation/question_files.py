@@ -16,7 +16,7 @@ from typing import Any, overload
 from llavakit import DataError, Dataset, Message, Question, Sample, and_more
 from llavakit.contracts.data import IMAGE, ImageSource
 from llavakit.contracts.model import Asked
-from llavakit_plugins.datasets.conversations import ConversationsOptions, read_sample
+from llavakit_plugins.datasets.conversation_rows import RowReader
 from llavakit_plugins.datasets.image_files import check_image, whole_images
 from llavakit_plugins.datasets.json_stream import Row, read_lines, read_list
 from llavakit_plugins.datasets.streaming import LINES, StoredRows
@@ -123,13 +123,13 @@ def of_file(path: Path, images: Path | None, limit: int | None = None) -> Sequen
     DataError for a row that is no question, an id that occurs twice, and for images that are
     missing or broken: all of it before the first question is asked.
     """
-    options = ConversationsOptions(path=path, images=images)
+    reader = RowReader(str(path), path.parent if images is None else images)
     rows, ids, used = StoredRows(path), set[str](), dict[str, str]()
     doubled: list[str] = []
     for number, row in enumerate(_rows(path)):
         if number == limit:
             break
-        question = _question(row.value, number, options, path)
+        question = _question(row.value, number, reader)
         if row.doubled is not None:
             raise DataError(
                 f"question `{question.id}` of {path}: `{row.doubled:.80}` is there more than once; "
@@ -151,9 +151,7 @@ def of_file(path: Path, images: Path | None, limit: int | None = None) -> Sequen
             "question an id of its own"
         )
     _check(used, path)
-    return _Lazy(
-        lambda index: _question(rows[index], index, options, path), array("l", range(len(rows)))
-    )
+    return _Lazy(lambda index: _question(rows[index], index, reader), array("l", range(len(rows))))
 
 
 def _rows(path: Path) -> Iterable[Row]:
@@ -165,15 +163,11 @@ def _rows(path: Path) -> Iterable[Row]:
     return read_list(path) if is_list else read_lines(path)
 
 
-def _question(
-    row: Mapping[str, Any], number: int, options: ConversationsOptions, path: Path
-) -> Question:
+def _question(row: Mapping[str, Any], number: int, reader: RowReader) -> Question:
     if "messages" in row or "conversations" in row:
         given = row.get("id", row.get("question_id"))
-        sample = read_sample({**row, "id": given}, number, options, options.images or path.parent)
-        return question_of(sample, str(path))
-    where = f"{path}, row {number + 1}"
-    return question_row(row, where, options.images or path.parent).question
+        return question_of(reader.sample({**row, "id": given}, number), reader.data)
+    return question_row(row, f"{reader.data}, row {number + 1}", reader.folder).question
 
 
 def _check(images: Mapping[str, str], path: Path) -> None:

@@ -27,8 +27,8 @@ LLAMA = published.llama()
 
 
 def row(identity: object, *turns: str, image: object = None, roles: str = "") -> dict[str, Any]:
-    """A row of turns by human and gpt in turn, or as `roles` has it (h, g, s)."""
-    names = {"h": "human", "g": "gpt", "s": "system"}
+    """A row of turns by human and gpt in turn, or as `roles` has it (h, g, s, t)."""
+    names = {"h": "human", "g": "gpt", "s": "system", "t": "tool"}
     roles = roles or "hg" * len(turns)
     made: dict[str, Any] = {"id": identity}
     if image is not None:
@@ -48,7 +48,8 @@ GOOD = [
     row(12, "a number for an id", "fine ."),
 ]
 BAD = [
-    row("system", "be nice", "what ?", "red .", roles="shg"),
+    row("tool", "be nice", "what ?", "red .", roles="thg"),
+    row("late system", "what ?", "be nice", "red .", roles="hsg"),
     row("twice human", "what ?", "well ?", "red .", roles="hhg"),
     row("in the answer", "<image>\nwhat ?", "an <image> tag", image="a.png"),
     row("collapsed", "<image> <image>\nwhat ?", "red .", image="a.png"),
@@ -116,7 +117,14 @@ def test_everything_wrong_is_listed_with_its_sample(check: Check) -> None:
     assert not report["usable"]
     found = {sort["sort"]: sort for sort in report["findings"]}
     named = {
-        "conversations": ["system", "twice human", "in the answer", "collapsed", "none"],
+        "conversations": [
+            "tool",
+            "late system",
+            "twice human",
+            "in the answer",
+            "collapsed",
+            "none",
+        ],
         "image paths": ["outside"],
         "missing images": ["none"],  # the first that shows it
         "broken images": ["broken"],

@@ -68,7 +68,7 @@ def test_rows_of_every_sort(folder: Path, name: str) -> None:
 def test_what_cannot_be_used_is_left_out_when_asked_and_said(folder: Path) -> None:
     (folder / "cut.png").write_bytes((folder / "a.png").read_bytes()[:200])
     bad = row("roles")
-    bad["conversations"][0]["from"] = "system"
+    bad["conversations"][0]["from"] = "tool"
     rows = [row("a", "a.png"), bad, row("gone", "none.png"), row("cut", ["b.png", "cut.png"])]
     rows += [row("again", "none.png"), row("b", "b.png")]
     path = str(write(folder, rows))
