@@ -40,7 +40,7 @@ format: $(STAMP)
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
-	$(BIN)/python -m pip install --quiet --editable ".[demo,onnx,openai,lora]" --group dev
+	$(BIN)/python -m pip install --quiet --editable ".[datasets,demo,onnx,openai,lora]" --group dev
 	touch $(STAMP)
 
 clean:

@@ -23,8 +23,8 @@ def add(commands: Commands) -> None:
         "file",
         type=Path,
         nargs="?",
-        help="the data: LLaVA's JSON, or JSON lines (.jsonl); for a --dataset without an option "
-        "`path`, leave it out and give --set",
+        help="the data: LLaVA's JSON, JSON lines (.jsonl), what the package `datasets` reads, or "
+        "a name on the hub; for a --dataset without an option `path`, leave it out and give --set",
     )
     check.add_argument("--images", type=Path, metavar="DIR", help="the folder of its images")
     check.add_argument(
@@ -44,7 +44,7 @@ def add(commands: Commands) -> None:
         "--visual-tokens", type=int, default=256, metavar="N", help="tokens of one image (256)"
     )
     check.add_argument(
-        "--dataset", default="conversations", metavar="NAME", help="what reads the file"
+        "--dataset", metavar="NAME", help="what reads the file (conversations, or huggingface)"
     )
     add_settings(check, "its other options")
     check.set_defaults(command=_check_data)
@@ -57,15 +57,17 @@ def _check_data(arguments: argparse.Namespace) -> int:
     from llavakit.contracts.component import Use
     from llavakit.contracts.interfaces import Dataset, PromptTemplate
     from llavakit_plugins.commands.options import build_from, state_options
+    from llavakit_plugins.datasets.huggingface import reader_of
     from llavakit_plugins.datasets.inspection import Lengths, inspect_data
 
     paths = {"path": arguments.file, "images": arguments.images}
-    for path in filter(None, paths.values()):
-        if not path.exists():
-            raise DataError(f"{path} does not exist; check its spelling")
     registry = Registry.installed()
     flags = {key: str(path) for key, path in paths.items() if path is not None}
-    reader = registry.get(Dataset, arguments.dataset)
+    named = arguments.dataset or reader_of(flags.get("path", ""))
+    reader = registry.get(Dataset, named)
+    for path in filter(None, paths.values()):
+        if not path.exists() and (named != "huggingface" or path is arguments.images):
+            raise DataError(f"{path} does not exist; check its spelling")
     known = list(reader.Options.model_fields)
     for key, word in (("path", "FILE"), ("images", "--images")):
         if key in flags and key not in known:

@@ -114,9 +114,11 @@ def _watched(group: ProcessGroup) -> Iterator[tuple[Progress, Callable[[], bool]
 def _questions(arguments: argparse.Namespace, progress: Progress) -> Sequence[Question]:
     from llavakit import Dataset, Registry
     from llavakit_plugins.commands.options import build_from
+    from llavakit_plugins.datasets.huggingface import reader_of
     from llavakit_plugins.evaluation.question_files import of_dataset, of_file
 
-    if arguments.dataset is None:
+    named = arguments.dataset or reader_of(arguments.file)
+    if arguments.dataset is None and named == "conversations":
         if arguments.data:
             raise LlavaError("--data states options of a data set; name it with --dataset")
         path = Path(arguments.file)
@@ -124,7 +126,7 @@ def _questions(arguments: argparse.Namespace, progress: Progress) -> Sequence[Qu
             raise LlavaError(f"{path} does not exist; check its spelling")
         return of_file(path, arguments.images, arguments.limit)
     registry = Registry.installed()
-    reader = registry.get(Dataset, arguments.dataset)
+    reader = registry.get(Dataset, named)
     flags: dict[str, Any] = {"path": arguments.file}
     if arguments.images is not None:
         flags["images"] = str(arguments.images)

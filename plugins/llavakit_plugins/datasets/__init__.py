@@ -9,6 +9,7 @@ from llavakit import hookimpl
 def llava_datasets() -> Mapping[str, str]:
     return {
         "conversations": "llavakit_plugins.datasets.conversations:Conversations",
+        "huggingface": "llavakit_plugins.datasets.huggingface:HuggingFace",
         "mix": "llavakit_plugins.datasets.mix:Mix",
         "scienceqa": "llavakit_plugins.datasets.scienceqa:ScienceQA",
     }

@@ -15,7 +15,7 @@ from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 
-from llavakit import DataError, open_image, refusal
+from llavakit import DataError, ImageSource, open_image, refusal
 from llavakit_plugins.datasets.offsets import open_file, read_at
 
 ImagePath = Path | str
@@ -44,14 +44,18 @@ def inside(folder: Path, name: str, where: str) -> Path:
     return folder / name
 
 
-def check_image(path: ImagePath, where: str) -> None:
+def check_image(image: ImageSource, where: str) -> None:
     """Raise DataError if an image is missing, cut short, too large, or no image.
 
-    Takes microseconds: a file with the right beginning and end counts as complete; any other is
-    decoded.
+    Takes microseconds: a file with the right beginning and end, or the bytes of one, counts as
+    complete; any other is decoded.
     """
-    if not _seems_whole(path):
-        open_image(Path(path), where)
+    if isinstance(image, bytes):
+        whole = _is_whole(image, image[-_TAIL:], len(image), lambda at, n: image[at : at + n])
+    else:
+        whole = isinstance(image, Path | str) and _seems_whole(image)
+    if not whole:
+        open_image(image, where)
 
 
 def whole_images(paths: Iterable[ImagePath], *, thorough: bool = False) -> Iterator[bool]:
@@ -104,19 +108,24 @@ def _seems_whole(path: ImagePath) -> bool:
                 within = head[start : start + count]
                 return within if len(within) == count else read_at(handle, count, start)
 
-            size, whole = None, False
-            if head.startswith(b"\xff\xd8\xff"):
-                size, whole = _jpeg_size(read), tail.rstrip(b"\0").endswith(b"\xff\xd9")
-            elif head.startswith(b"\x89PNG\r\n\x1a\n"):
-                size, whole = _png_size(read), tail.endswith(b"\0\0\0\0IEND\xaeB`\x82")
-            elif head.startswith(b"RIFF") and head[8:12] == b"WEBP":
-                whole = state.st_size >= 8 + int.from_bytes(head[4:8], "little")
-                size = _webp_size(head)
-            return whole and size is not None and refusal(*size) is None
+            return _is_whole(head, tail, state.st_size, read)
         finally:
             os.close(handle)
     except (OSError, ValueError):  # ValueError: no name that a file may have
         return False
+
+
+def _is_whole(head: bytes, tail: bytes, length: int, read: Read) -> bool:
+    """Return whether beginning and end, of so many bytes, are those of a usable image."""
+    size, whole = None, False
+    if head.startswith(b"\xff\xd8\xff"):
+        size, whole = _jpeg_size(read), tail.rstrip(b"\0").endswith(b"\xff\xd9")
+    elif head.startswith(b"\x89PNG\r\n\x1a\n"):
+        size, whole = _png_size(read), tail.endswith(b"\0\0\0\0IEND\xaeB`\x82")
+    elif head.startswith(b"RIFF") and head[8:12] == b"WEBP":
+        whole = length >= 8 + int.from_bytes(head[4:8], "little")
+        size = _webp_size(head[:_HEAD])
+    return whole and size is not None and refusal(*size) is None
 
 
 def _jpeg_size(read: Read) -> Size | None:

@@ -30,7 +30,7 @@ from llavakit.contracts.data import (
 )
 from llavakit.contracts.errors import DataError
 from llavakit.contracts.interfaces import Dataset
-from llavakit_plugins.datasets.image_files import whole_images
+from llavakit_plugins.datasets.image_files import check_image, whole_images
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -255,15 +255,13 @@ class _Seen:
             self.find(finding)
         key = hash(row.id)
         if key in self._ids:
-            self.find(
-                Finding(
-                    "duplicate ids", f"sample `{row.id:.200}` is there more than once", stops=False
-                )
-            )
+            text = f"sample `{row.id:.200}` is there more than once"
+            self.find(Finding("duplicate ids", text, stops=False))
         self._ids.add(key)
         self._mentions += len(row.images)
         for image in row.images:
             if not isinstance(image, Path | str):  # in memory; perhaps not decoded yet
+                self._images.add(hash(image) if isinstance(image, bytes) else id(image))
                 self._judge(image, row.id)
             elif (key := hash(str(image))) not in self._images or (
                 not self.leaves_out and key in self._left_out
@@ -288,8 +286,9 @@ class _Seen:
         self._waiting.clear()
 
     def _judge(self, image: ImageSource, identity: str) -> None:
+        look = open_image if self._thorough else check_image
         try:
-            open_image(image, f"sample `{identity:.200}`")
+            look(image, f"sample `{identity:.200}`")
         except MissingImage as error:
             self.find(Finding("missing images", str(error)))
         except DataError as error:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -196,7 +197,7 @@ def _index(corpus: Corpus) -> tuple[dict[_Image, int], list[_Image]]:
             row = numbers.setdefault(_identity(image), len(distinct))
             if row == len(distinct):
                 distinct.append((sample, number))
-                held += [] if isinstance(image, Path) else [image]
+                held += [] if isinstance(image, Path | bytes) else [image]
             row_of[sample, number] = row
     return row_of, distinct
 
@@ -218,5 +219,7 @@ def images_recur(corpus: Corpus, epochs: int, most: int) -> bool:
 
 
 def _identity(image: ImageSource) -> object:
-    # images in memory have no name: only the same object counts as the same image
+    # pixels in memory have no name: only the same object counts as the same image
+    if isinstance(image, bytes):  # of a file: read anew each time it is asked for
+        return blake2b(image, digest_size=16).digest()
     return str(image) if isinstance(image, Path) else id(image)
