@@ -26,6 +26,8 @@ class HfReader:
         self._folder, self._ours = folder, ours
         with quietly(report=False):
             self._model: Any = LlavaForConditionalGeneration.from_pretrained(folder).eval()
+        # the other ways leave out what they cannot do: Gemma 2's soft cap, in transformers 5.17
+        self._model.set_attn_implementation("eager")
         self._image_token: int = self._model.config.image_token_index
 
     def _inputs(

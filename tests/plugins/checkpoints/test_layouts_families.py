@@ -77,6 +77,7 @@ def test_a_family_has_the_logits_that_transformers_llava_has(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, family: str
 ) -> None:
     theirs = make(tmp_path / "hf", family)
+    theirs.set_attn_implementation("eager")  # transformers 5.17 leaves soft caps out of the other
     ours = llavakit.load(tmp_path / "hf", device="cpu")
     assert away(theirs, tmp_path / "hf", ours) < 1e-5
     assert ("plain_logits = false" in caplog.text) == (family in SCALED)
