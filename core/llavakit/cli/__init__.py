@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from importlib.metadata import EntryPoint, EntryPoints, entry_points
+from threading import enumerate as threads
 from traceback import format_exception
 from typing import Any
 
@@ -37,9 +38,9 @@ _NEEDS_ALL = ("-h", "--help", "--version", "completion")  # parsers of the other
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; return 0 when done, 2 where the user can fix it, 130 after an interrupt.
 
-    As the program itself (`argv` is None) a process of torchrun ends here, with that code.
+    As the program itself (`argv` is None) it may end the process, with that code.
     """
-    if argv is not None or "RANK" not in os.environ:
+    if argv is not None:
         return _main(argv)
     try:
         code = _main(None)
@@ -48,6 +49,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = 1
     # Sharded weights keep the process group's threads alive behind its end; while the interpreter
     # finalises they abort the process (pytorch issue 190489). The run closed what it had opened.
+    # Nor is waited for a tracker that hangs, and for what its library does at exit.
+    if "RANK" not in os.environ and not any(t.name.startswith("tracker ") for t in threads()):
+        return code
     logging.shutdown()
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError):  # the reader went away

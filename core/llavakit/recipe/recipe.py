@@ -76,6 +76,13 @@ class Recipe(BaseModel):
             )
         return name
 
+    @field_validator("trackers", mode="before")
+    @classmethod
+    def _reads_names(cls, trackers: Any) -> Any:
+        if not isinstance(trackers, list | tuple):
+            return trackers
+        return [{"use": tracker} if isinstance(tracker, str) else tracker for tracker in trackers]
+
     @field_validator("device")
     @classmethod
     def _is_known(cls, device: str) -> str:
