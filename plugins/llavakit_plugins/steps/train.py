@@ -29,6 +29,7 @@ from llavakit_plugins.training.loop import Trainer
 from llavakit_plugins.training.options import TrainOptions
 from llavakit_plugins.training.parallel import divides
 from llavakit_plugins.training.parts import PARTS, require_weights
+from llavakit_plugins.training.work import measure_work
 
 _log = logging.getLogger("llavakit")
 _SHOWN = 6  # looks of the validation in the gallery
@@ -153,11 +154,13 @@ class _Train(Step):
         if options.max_steps is not None and options.max_steps < steps:
             steps = options.max_steps
             seen = steps * options.batch_size
+        work = measure_work(planner.model, options.train, planner.parameters, planner.trainable)
+        sample = work.of(1, visual, [length], text * _SUPERVISED)
         return StepPlan(
             samples=seen,
             tokens=seen * length,
             steps=steps,
-            tflop=seen * _sample_flop(options, planner, text, length) / 1e12,
+            tflop=seen * sample / 1e12,
             memory_gb=memory,
             trained=trained,
             note="; ".join(notes),
@@ -196,33 +199,6 @@ def _tail_mean(losses: list[float]) -> float:
     """Return the mean of the last tenth: one step's loss is noise."""
     tail = losses[-max(1, len(losses) // 10) :]
     return sum(tail) / len(tail)
-
-
-def _sample_flop(options: TrainOptions, planner: Planner, text: int, length: int) -> float:
-    """Return the necessary floating-point operations of one sample, forward and backward."""
-    model = planner.model
-    head = model.language.head.weight.numel()
-    blocks = planner.parameters("language") - head
-    if (
-        table := model.language.embedding_VE
-    ) is not None and table is not model.language.head.weight:
-        blocks -= table.numel()
-    layers, _, _ = model.language.cache_shape()
-    attention = 2 * layers * model.language.width * length**2
-    patches = model.vision.tokens(model.vision.image_size) + model.vision.prefix_tokens
-    supervised = text * _SUPERVISED
-    forward = {
-        "vision": 2.0 * planner.parameters("vision") * patches,
-        "connector": 2.0 * planner.parameters("connector") * model.visual_tokens,
-        "language": 2.0 * blocks * length + attention + 2.0 * head * supervised,
-    }
-    order = [part for part in PARTS if part in options.train]
-    total: float = sum(forward.values())
-    for part in PARTS[PARTS.index(order[0]) :]:  # what lies behind the first trained part
-        total += forward[part] * (part != order[0])  # gradients of its input
-        if part in options.train:  # gradients of its weights, or of its adapters
-            total += forward[part] * planner.trainable(part) / max(1, planner.parameters(part))
-    return total
 
 
 def _memory_gb(options: TrainOptions, planner: Planner) -> float:

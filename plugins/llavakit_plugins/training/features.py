@@ -29,6 +29,7 @@ from llavakit import (
 from llavakit.contracts.data import ImageSource
 from llavakit.contracts.packing import upload
 from llavakit_plugins.training.corpus import Corpus
+from llavakit_plugins.training.options import TrainOptions
 
 _START = "fork" if sys.platform == "linux" else "spawn"
 _ENCODE_BATCH = 32  # images that are encoded at once for the cache
@@ -57,6 +58,14 @@ def preparation(model: LlavaModel, changes: Mapping[str, Any], build: Build) -> 
             f"{model.vision.image_size}; change it under [model.vision]"
         )
     return changed
+
+
+def worth_caching(corpus: Corpus, model: LlavaModel, options: TrainOptions) -> bool:
+    """Say whether the features of a frozen encoder are kept for the next epoch."""
+    if options.cache_features is not None:
+        return options.cache_features
+    floats = model.vision.tokens(model.vision.image_size) * model.vision.width
+    return images_recur(corpus, options.epochs, CACHE_BYTES // (4 * floats))
 
 
 class Features(Protocol):

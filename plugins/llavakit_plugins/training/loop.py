@@ -26,12 +26,11 @@ from llavakit import (
 from llavakit_plugins.training.checkpoints import Best, Checkpoints
 from llavakit_plugins.training.corpus import Batch, Corpus
 from llavakit_plugins.training.features import (
-    CACHE_BYTES,
     Cached,
     Encoding,
     Features,
-    images_recur,
     preparation,
+    worth_caching,
 )
 from llavakit_plugins.training.initial import start
 from llavakit_plugins.training.optimiser import Optimiser, Schedule
@@ -47,7 +46,7 @@ from llavakit_plugins.training.parallel import (
 )
 from llavakit_plugins.training.parts import Parts
 from llavakit_plugins.training.progress import Meter, Progress
-from llavakit_plugins.training.validation import Look, Validation
+from llavakit_plugins.training.validation import Look, Validation, tell
 
 _NAMED = 5
 _MOST_WORKERS = 8
@@ -108,6 +107,7 @@ class Trainer:
         self.progress = Progress()
         self._unread: list[_Taken] = []
         self.features = self._features(corpus)
+        self.meter = Meter(self.progress, model, options, cached=isinstance(self.features, Cached))
         self.validation: Validation | None = None
         if held_out is not None:
             self.validation = Validation(
@@ -134,7 +134,7 @@ class Trainer:
         learns = "vision" in self.options.train
         dtype = next(self.model.vision.parameters()).dtype
         preparing = preparation(self.model, self.options.prepare, self.run.build)
-        if not learns and self._worth_caching(corpus):
+        if not learns and worth_caching(corpus, self.model, self.options):
             return Cached(
                 corpus,
                 self.model,
@@ -159,13 +159,6 @@ class Trainer:
             return 0
         return max(1, min(_MOST_WORKERS, (os.cpu_count() or 1) // self.process_group.size))
 
-    def _worth_caching(self, corpus: Corpus) -> bool:
-        if self.options.cache_features is not None:
-            return self.options.cache_features
-        vision = self.model.vision
-        floats = vision.tokens(vision.image_size) * vision.width
-        return images_recur(corpus, self.options.epochs, CACHE_BYTES // (4 * floats))
-
     def train(self) -> Progress:
         """Train to the last step; with `run.resume`, go on from the newest checkpoint.
 
@@ -177,7 +170,8 @@ class Trainer:
             self._restore()
         if self.options.validate_every and not self.progress.looks:
             self._look()
-        meter = Meter(self.progress)
+        meter = self.meter
+        meter.restart(self.progress)
         note = ""
         # One iterator of steps, read twice: by this loop, and ahead of it by the image readers.
         due, ahead = tee(self._due())
@@ -199,6 +193,7 @@ class Trainer:
                         at=progress.step,
                         loss=round(loss, 6),
                         lr=rate,
+                        lrs=dict(zip(self.options.train, self.optimiser.rates, strict=True)),
                         grad_norm=round(norm, 6),
                         epoch=progress.epoch,
                         **meter.rates(progress),
@@ -206,7 +201,7 @@ class Trainer:
                 self.run.progress(progress.step, self.steps, note)
                 if looks:
                     self._look()
-                    meter = Meter(progress)  # the speed must not count the time of validation
+                    meter.restart(progress)  # the speed must not count the time of validation
                 stopping = self.run.stopping()
                 if stopping or last or progress.step % self.options.checkpoint_every == 0:
                     self._save()
@@ -255,6 +250,8 @@ class Trainer:
                     loss = self.model.loss(packed, features) / targets * float(micro.counts)
                 loss.backward()
                 total += loss.detach()
+                if micro.counts:
+                    self.meter.add(packed)
         self.process_group.sum(total)
         sum_gradients(self.optimiser.named.values(), self.process_group)
         norm, rate = self.optimiser.step(self.progress.step, total)
@@ -321,13 +318,12 @@ class Trainer:
             look = self.process_group.broadcast(self.validation.look(self.progress.step))
         self.progress.looks.append((look.step, look.loss, look.answers))
         best = self.progress.best is not None and self.progress.best.step == look.step
-        samples = zip(self.questioned, look.answers, strict=True)
         self.run.event(
             "validation",
             at=look.step,
             held_out_loss=round(look.loss, 6),
             best=best,
-            answers=[{"id": sample.id, "answer": answer} for sample, answer in samples],
+            answers=tell(self.questioned, look.answers),
         )
         if best and self.options.validate_every:
             weights = {name: p.detach() for name, p in self.optimiser.named.items()}

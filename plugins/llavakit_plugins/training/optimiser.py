@@ -100,6 +100,11 @@ class Optimiser:
         self._adamw.zero_grad(set_to_none=True)
         return norm, self._adamw.param_groups[0]["lr"]
 
+    @property
+    def rates(self) -> list[float]:
+        """The learning rate of each group in the last step."""
+        return [group["lr"] for group in self._adamw.param_groups]
+
     def tensors(self) -> dict[str, Tensor]:
         """Return parameters and their AdamW state as `parameter/NAME`, `exp_avg/NAME`, …"""
         return {

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+import torch
+
+from llavakit import LlavaModel, PackedBatch
+from llavakit_plugins.training.options import TrainOptions
 from llavakit_plugins.training.validation import Look
+from llavakit_plugins.training.work import peak_tflops, work_of
 
 
 @dataclass
@@ -34,23 +40,70 @@ class Progress:
 
 
 class Meter:
-    """Measures samples and tokens per second since the last measurement."""
+    """Measures rates of a training since the last measurement; the work is that of this device."""
 
-    def __init__(self, progress: Progress) -> None:
-        self._look(progress)
+    def __init__(
+        self, progress: Progress, model: LlavaModel, options: TrainOptions, *, cached: bool
+    ) -> None:
+        work = work_of(model, options.train)
+        self._work = replace(work, image=0.0) if cached else work  # encoded once, before
+        self._device = device = model.device
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+        self._peak = peak_tflops(name) if options.precision == "bf16" else None
+        self.restart(progress)
 
-    def _look(self, progress: Progress) -> None:
-        self._time, self._samples, self._tokens = (
+    def restart(self, progress: Progress) -> None:
+        """Measure from now on."""
+        self._time, self._samples, self._tokens, self._flop = (
             time.monotonic(),
             progress.samples,
             progress.tokens,
+            0.0,
+        )
+
+    def add(self, batch: PackedBatch) -> None:
+        """Count the work of a micro-batch."""
+        self._flop += self._work.of(
+            len(batch.images),
+            len(batch.visual_rows_N),
+            batch.packing.lengths,
+            len(batch.targets_M),
         )
 
     def rates(self, progress: Progress) -> dict[str, float]:
-        """Return samples and tokens per second since the last call, by their names in events."""
+        """Return what events say of the steps since the last call, by its names in them.
+
+        `length` is the mean length of a sample in rows; `tflops` the work a second and device in
+        10^12; `mfu` its share of the device's peak, where that is known; `memory_gb` the most
+        memory that was in use.
+        """
         # a clock of 16 ms may stand still for a step
         seconds = max(time.monotonic() - self._time, 1e-9)
-        samples = (progress.samples - self._samples) / seconds
-        tokens = (progress.tokens - self._tokens) / seconds
-        self._look(progress)
-        return {"samples_per_s": round(samples, 2), "tokens_per_s": round(tokens)}
+        samples, tokens = progress.samples - self._samples, progress.tokens - self._tokens
+        tflops = self._flop / seconds / 1e12
+        rates = {
+            "samples_per_s": round(samples / seconds, 2),
+            "tokens_per_s": round(tokens / seconds),
+            "length": round(tokens / max(1, samples), 1),
+            "tflops": float(f"{tflops:.4g}"),
+        }
+        if self._peak is not None:
+            rates["mfu"] = round(tflops / self._peak, 4)
+        if (memory := _most_memory(self._device)) is not None:
+            rates["memory_gb"] = round(memory / 1e9, 3)
+        self.restart(progress)
+        return rates
+
+
+def _most_memory(device: torch.device) -> int | None:
+    """Return the most bytes in use so far: on a GPU of tensors, else of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if device.type == "mps":
+        return torch.mps.driver_allocated_memory()
+    try:
+        import resource
+    except ImportError:  # on Windows
+        return None
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from llavakit import LlavaModel, PromptTemplate, Sample
+from llavakit.contracts.data import IMAGE
 from llavakit.contracts.model import Sampling
 from llavakit_plugins.training.corpus import Corpus
 from llavakit_plugins.training.features import Features
@@ -24,6 +26,25 @@ class Look:
     """Mean loss of a supervised token, in nats."""
     answers: Sequence[str] = ()
     """One answer for each of the validation's `samples`."""
+
+
+def tell(samples: Sequence[Sample], answers: Sequence[str]) -> list[dict[str, str | None]]:
+    """Return what an event says of the answers to the first questions of these samples."""
+    return [
+        {
+            "id": sample.id,
+            "question": sample.turns[0].text.replace(IMAGE, "").strip(),
+            "answer": answer,
+            "truth": sample.turns[1].text if len(sample.turns) > 1 else None,
+            "image": _path(sample),
+        }
+        for sample, answer in zip(samples, answers, strict=True)
+    ]
+
+
+def _path(sample: Sample) -> str | None:
+    first = sample.images[0] if sample.images else None
+    return str(first) if isinstance(first, str | Path) else None
 
 
 class Validation:

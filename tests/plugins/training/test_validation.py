@@ -130,10 +130,13 @@ def test_answers_are_those_the_model_gives(
     answers = [
         {
             "id": row["id"],
+            "question": row["conversations"][0]["value"].removeprefix("<image>\n"),
             "answer": model.generate(
                 row["conversations"][0]["value"].removeprefix("<image>\n"),
                 images=[data / "images" / row["image"]] if "image" in row else [],
             ),
+            "truth": row["conversations"][1]["value"],
+            "image": str(data / "images" / row["image"]) if "image" in row else None,
         }
         for row in asked
     ]
