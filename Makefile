@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+EXTRAS := datasets,demo,onnx,openai,lora,mlflow,tensorboard,wandb
 STAMP := $(VENV)/.installed
 
 .PHONY: demo test test-minimum lint docs format clean
@@ -40,7 +41,7 @@ format: $(STAMP)
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
-	$(BIN)/python -m pip install --quiet --editable ".[datasets,demo,onnx,openai,lora]" --group dev
+	$(BIN)/python -m pip install --quiet --editable ".[$(EXTRAS)]" --group dev
 	touch $(STAMP)
 
 clean:

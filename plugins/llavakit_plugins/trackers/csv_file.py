@@ -7,7 +7,7 @@ import io
 from collections.abc import Mapping
 from pathlib import Path
 
-from llavakit import Options, explain_write
+from llavakit import explain_write
 from llavakit_plugins.trackers.series import SeriesTracker, Start, TrackerOptions
 
 _COLUMNS = ("step", "at", "name", "value")
@@ -22,7 +22,7 @@ class CsvFile(SeriesTracker):
     name = "csv"
     Options = TrackerOptions
 
-    def __init__(self, options: Options) -> None:
+    def __init__(self, options: TrackerOptions) -> None:
         super().__init__(options)
         self._path = Path()
 

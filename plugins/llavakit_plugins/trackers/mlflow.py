@@ -34,9 +34,10 @@ class MLflow(SeriesTracker):
         uri = options.uri or os.environ.get("MLFLOW_TRACKING_URI") or "mlruns"
         if "://" not in uri:  # files, which MLflow keeps reading but wants to be told so
             os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
+        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # of what is used, to its makers
         from mlflow import MlflowClient  # in the main thread: see TensorBoard
 
-        self._client = MlflowClient(tracking_uri=uri)
+        self._client: Any = MlflowClient(tracking_uri=uri)
         self._run: str | None = None
 
     def start(self, start: Start) -> None:

@@ -131,12 +131,14 @@ class SeriesTracker(Tracker):
 
 
 def _numbers(event: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
-    """Yield an event's numbers by name; learning rates by part are `lr/connector`."""
+    """Yield an event's numbers by name; learning rates by part are `lr_connector`."""
     for name, value in event.items():
         if name == "lrs" and isinstance(value, Mapping):
             for part, rate in value.items():
-                yield f"lr/{part}", float(rate)
-        elif name not in ("time", "at") and isinstance(value, int | float):
+                yield f"lr_{part}", float(rate)
+        elif name in ("time", "at") or isinstance(value, bool):
+            continue
+        elif isinstance(value, int | float):
             yield name, float(value)
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from llavakit import Options
 from llavakit_plugins.trackers.series import Answer, SeriesTracker, Start, TrackerOptions, Value
 
 if TYPE_CHECKING:
@@ -22,7 +21,7 @@ class TensorBoard(SeriesTracker):
     library = ("tensorboard", "tensorboard")
     Options = TrackerOptions
 
-    def __init__(self, options: Options) -> None:
+    def __init__(self, options: TrackerOptions) -> None:
         super().__init__(options)
         # imported here, in the main thread: workers are forked later, perhaps amid an import
         from torch.utils.tensorboard import SummaryWriter

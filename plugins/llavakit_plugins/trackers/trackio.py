@@ -21,7 +21,7 @@ class TrackioOptions(TrackerOptions):
 
 
 class Trackio(SeriesTracker):
-    """Numbers `02-finetune/loss` over optimisation steps, the recipe as config, answers as images."""
+    """Numbers `02-finetune/loss` over optimisation steps, the recipe as config, answers."""
 
     name = "trackio"
     library = ("trackio", "trackio")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
+from uuid import uuid4
 
 from llavakit import write_text
 from llavakit_plugins.trackers.series import Answer, SeriesTracker, Start, TrackerOptions
@@ -44,7 +45,7 @@ class WandB(SeriesTracker):
     def start(self, start: Start) -> None:
         known = start.folder / _SAME_RUN
         if not known.is_file():
-            write_text(known, f"{self._wandb.util.generate_id()}\n")
+            write_text(known, f"{uuid4().hex[:8]}\n")
         self._run = self._wandb.init(
             project=self.options.project,
             entity=self.options.entity,
