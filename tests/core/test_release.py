@@ -29,6 +29,7 @@ LIBRARIES = {  # of modules whose library may be absent here
 }  # fmt: skip
 BORROWED = {
     "flash_attn": "built by hand for a GPU; attention does without it",
+    "pydantic_core": "a part of pydantic, which pins its version",
     "tqdm": "comes with lmms-eval, whose adapter shows lmms-eval's own bar",
 }
 
