@@ -242,6 +242,65 @@ def test_conversations_are_asked_their_last_question(
         assert own.get("history", []) == expected
 
 
+def test_messages_are_asked_behind_their_history(
+    model: Path, questions: Path, tmp_path: Path, llava_run: Command, service: Service
+) -> None:
+    picture = questions.parent / "1-0.png"
+    image = {"type": "image", "image": picture.name}
+    text = {"type": "text", "text": "what is it ?"}
+    history = [
+        {"role": "system", "content": "a red circle"},
+        {"role": "user", "content": [image, text]},
+        {"role": "assistant", "content": "it is red ."},
+    ]
+    last = [{"role": "user", "content": "what shape ?"}]
+    rows_ = [
+        {"id": "one", "messages": [{"role": "user", "content": [image, text]}]},
+        {"id": "four", "messages": [*history, *last, {"role": "assistant", "content": "a square"}]},
+    ]
+    path = questions.parent / "messages.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows_))
+    out = tmp_path / "a.jsonl"
+    code, _, err = llava_run("predict", model, path, out, *SHORT)
+    assert code == 0, err
+    loaded = llavakit.load(model, device="cpu")
+    one, four = rows(out)
+    assert one["text"] == loaded.generate("what is it ?", images=[picture], max_new_tokens=6)
+    shown = [{"type": "image", "image": picture}, text]
+    asked = [history[0], {"role": "user", "content": shown}, history[2], *last]
+    assert four["text"] == loaded.generate(asked, max_new_tokens=6)
+    assert four["truth"] == "a square"
+    assert four["prompt"] == "what shape ?"
+    assert [message["role"] for message in four["history"]] == ["system", "user", "assistant"]
+    assert "history" not in one
+    # and a service is asked the same
+    out = tmp_path / "b.jsonl"
+    assert llava_run("predict", service.url, path, out).code == 0
+    sent = max(service.asked, key=lambda body: len(body["messages"]))
+    assert [message["role"] for message in sent["messages"]] == [
+        "system", "user", "assistant", "user",
+    ]  # fmt: skip
+    assert sent["messages"][1]["content"][-1]["text"] == "what is it ?"
+    assert images_of(sent) == [("image/png", picture.read_bytes())]
+    assert sent["messages"][-1]["content"] == "what shape ?"
+
+
+def test_an_exported_model_answers_as_the_one_it_was_made_of(
+    model: Path, questions: Path, tmp_path: Path, llava_run: Command
+) -> None:
+    pytest.importorskip("onnxruntime")
+    few = (*SHORT, "--limit", 9)
+    folder = tmp_path / "onnx"
+    assert llava_run("export", model, folder, "--format", "onnx").code == 0
+    found = {}
+    for name, place in (("native", model), ("onnx", folder)):
+        out = tmp_path / f"{name}.jsonl"
+        code, _, err = llava_run("predict", place, questions, out, *few, "--batch-size", 4)
+        assert code == 0, err
+        found[name] = [row["text"] for row in rows(out)]
+    assert found["onnx"] == found["native"]
+
+
 @pytest.mark.parametrize(
     ("row", "said"),
     [

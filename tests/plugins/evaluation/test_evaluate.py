@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from tests.conftest import WORDS, Command, RecipeWriter
 from tests.core import processes
+from tests.core.engine.test_distributed import llava_run as torchrun
 from tests.plugins.chat_server import KEY, Handler, Service, serve, user_text
 
 import llavakit
@@ -242,6 +243,25 @@ def test_a_layout_that_only_generates_answers_one_by_one(
     ended = llava_run(recipe, "--out", tmp_path / "run2")
     assert ended.code == 2
     assert "its layout tells no losses; leave `losses` out" in ended.err
+
+
+def test_two_processes_score_as_one_does(recipe: Path, tmp_path: Path, llava_run: Command) -> None:
+    """Each answers its share; the answers, the metrics and the report are those of one."""
+    sets = ("--set", "steps.evaluate.batch_size=4", "--set", "steps.evaluate.blind=true")
+    assert llava_run(recipe, "--out", tmp_path / "one", *sets).code == 0
+    run = torchrun(2, recipe, "--out", tmp_path / "two", *sets)
+    assert run.returncode == 0, run.stderr
+    found = {}
+    for name in ("one", "two"):
+        step = tmp_path / name / "01-evaluate"
+        assert not list(step.glob("*.rank*"))
+        answers = [
+            [{**row, "answer_id": "", "model_id": ""} for row in rows(step / f"vqa{blind}.jsonl")]
+            for blind in ("", "-blind")
+        ]
+        done = json.loads((step / "artifact.json").read_text())
+        found[name] = (answers, done["metrics"], done["sections"])
+    assert found["one"] == found["two"]
 
 
 # -- going on --------------------------------------------------------------------------------------

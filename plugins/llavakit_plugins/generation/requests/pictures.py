@@ -13,9 +13,8 @@ from base64 import b64encode
 from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
 
-from PIL import Image, ImageOps
+from PIL import Image
 
 from llavakit import DataError, open_image
 from llavakit.contracts.data import ImageSource
@@ -42,7 +41,7 @@ def hash_image(source: ImageSource) -> str:
         return sha256(source).hexdigest()
     if isinstance(source, str):
         return sha256(source.encode(errors="surrogatepass")).hexdigest()
-    image = source if isinstance(source, Image.Image) else _rgb(source)
+    image = source if isinstance(source, Image.Image) else open_image(source, "a message")
     facts = f"{image.mode} {image.size} ".encode()
     return sha256(facts + image.tobytes()).hexdigest()
 
@@ -66,7 +65,7 @@ def size_of(source: ImageSource, edge: int) -> tuple[int, int]:
     elif isinstance(source, Image.Image):
         size = source.size
     else:
-        size = _rgb(source).size
+        size = open_image(source, "a message").size
     return _shrunk(size, edge)
 
 
@@ -88,7 +87,7 @@ def _encoded(source: ImageSource, edge: int, most_bytes: int) -> tuple[str, byte
     known = _as_it_is(source, edge, most_bytes)
     if known is not None:
         return known
-    image = _upright(source)
+    image = open_image(source, "a message", upright=True)
     image = image.resize(_shrunk(image.size, edge), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     for quality in _QUALITIES:
@@ -118,37 +117,10 @@ def _as_it_is(source: ImageSource, edge: int, most_bytes: int) -> tuple[str, byt
                 plain = image.getexif().get(_ORIENTATION, 1) == 1 and not _moves(image)
                 if kind is None or not plain or image.mode not in _MODES or max(image.size) > edge:
                     return None
-                _rgb(source)  # what is broken is not sent
+                open_image(source, "a message")  # what is broken is not sent
                 return kind, data
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
         return None  # `open_image` says what is wrong
-
-
-def _upright(source: ImageSource) -> Image.Image:
-    """Return an RGB image, turned as a camera's note says."""
-    turn = None
-    try:
-        if isinstance(source, Path | bytes):
-            file: Any = io.BytesIO(source) if isinstance(source, bytes) else source
-            with Image.open(file) as opened:
-                turn = opened.getexif().get(_ORIENTATION)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-        pass  # as above
-    image = _rgb(source)
-    if turn in range(2, 9):
-        image = image.copy()
-        image.getexif()[_ORIENTATION] = turn
-        return ImageOps.exif_transpose(image)
-    return image
-
-
-def _rgb(source: ImageSource) -> Image.Image:
-    if isinstance(source, bytes):
-        try:
-            source = Image.open(io.BytesIO(source))
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise DataError(f"the bytes of an image cannot be read: {error}") from error
-    return open_image(source, "a message")
 
 
 def _moves(image: Image.Image) -> bool:
