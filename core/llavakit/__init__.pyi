@@ -98,6 +98,7 @@ from .model.answer import (
     Answering as Answering,
 )
 from .model.detokenise import (
+    AnswerText as AnswerText,
     Unfinished as Unfinished,
     special_stops as special_stops,
 )

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from llavakit import printable, shown
 from llavakit.contracts.commands import Commands
 from llavakit.contracts.errors import LlavaError, ModelError
-from llavakit_plugins.commands.flags import add_model, add_settings, load_model
+from llavakit_plugins.commands.flags import add_model, add_settings, load_model, table_of
 
 
 def add(commands: Commands) -> None:
@@ -34,7 +32,7 @@ def add(commands: Commands) -> None:
 def _chat(arguments: argparse.Namespace) -> int:
     if arguments.heatmap is not None and (arguments.prompt is None or not arguments.image):
         raise LlavaError("--heatmap draws one answer over its image: give --prompt and --image too")
-    model = load_model(arguments.model, arguments, arguments.device, _table(arguments.set))
+    model = load_model(arguments.model, arguments, arguments.device, table_of(arguments.set))
     settings = {
         "max_new_tokens": arguments.max_new_tokens,
         "temperature": arguments.temperature,
@@ -61,18 +59,6 @@ def _chat(arguments: argparse.Namespace) -> int:
             print()
         except LlavaError as error:  # of this question; the next may do
             print(f"error: {shown(str(error))}", file=sys.stderr)
-
-
-def _table(assignments: Sequence[str]) -> dict[str, Any]:
-    """Return what `part.option=value` say, as tables of options."""
-    from llavakit import set_key
-
-    table: dict[str, Any] = {}
-    for assignment in assignments:
-        if "." not in assignment.partition("=")[0]:
-            raise LlavaError(f"--set {assignment}: write it as part.option=value")
-        set_key(table, assignment)
-    return table
 
 
 def _chat_with_heatmap(arguments: argparse.Namespace, model: object) -> None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llavakit.contracts.errors import ModelError
+from llavakit.contracts.errors import LlavaError, ModelError
 
 if TYPE_CHECKING:
     from llavakit.contracts.model import Sampling
@@ -16,6 +16,18 @@ if TYPE_CHECKING:
 def add_settings(command: argparse.ArgumentParser, sentence: str) -> None:
     """Add `--set`, which may be given more than once; `sentence` says what it changes."""
     command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=sentence)
+
+
+def table_of(assignments: Sequence[str]) -> dict[str, Any]:
+    """Return what `part.option=value` say, as tables of options."""
+    from llavakit import set_key
+
+    table: dict[str, Any] = {}
+    for assignment in assignments:
+        if "." not in assignment.partition("=")[0]:
+            raise LlavaError(f"--set {assignment}: write it as part.option=value")
+        set_key(table, assignment)
+    return table
 
 
 def add_model(command: argparse.ArgumentParser, name: str) -> None:

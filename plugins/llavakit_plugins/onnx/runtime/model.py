@@ -145,7 +145,7 @@ class OnnxModel(Answering[FloatArray]):
     def embed(self, encoded: Encoded, pixels_IHW: FloatArray | None) -> FloatArray:
         """Return the embeddings `[T, E]`, float32, of a prompt: text rows and visual rows."""
         rows = encoded.expand(self.visual_tokens)
-        embeds_TE: FloatArray = self._embed(rows.token_ids[None])[0]
+        embeds_TE: FloatArray = self.embed_ids(rows.token_ids[None])[0]
         if pixels_IHW is not None and len(pixels_IHW):
             embeds_TE[rows.visual] = self.features(pixels_IHW).reshape(-1, embeds_TE.shape[1])
         return embeds_TE
@@ -204,7 +204,7 @@ class OnnxModel(Answering[FloatArray]):
                 positions = np.asarray(
                     [[lengths[index] - 1] for index in unfinished.active], np.int64
                 )
-                embeds_B1E = self._embed(np.asarray([[token.id] for token in tokens], np.int64))
+                embeds_B1E = self.embed_ids(np.asarray([[token.id] for token in tokens], np.int64))
                 logits_BV = self.decoder.step(embeds_B1E, positions)
         finally:
             self.decoder.release()
@@ -253,7 +253,8 @@ class OnnxModel(Answering[FloatArray]):
             )
         return room
 
-    def _embed(self, ids_BT: IntArray) -> FloatArray:
+    def embed_ids(self, ids_BT: IntArray) -> FloatArray:
+        """Return the embeddings `[B, T, E]`, float32, of tokens."""
         # IMAGE_ID is negative and has no embedding; row 0 stands in until features replace it
         ids = np.where(ids_BT == IMAGE_ID, 0, ids_BT)
         (embeds,) = self._embeddings.run(["inputs_embeds"], {"input_ids": ids})

@@ -161,9 +161,7 @@ class Decoder:
         self._cache = [self._on_device(np.zeros(shape, self._kind)) for _ in self._past]
         self._binding, self._mask_BL = None, real_BT
         positions = np.arange(rows, dtype=np.int64)
-        binding = self._bind()
-        kept = runtime_module().OrtValue.ortvalue_from_numpy(np.asarray(keep, np.int64))
-        binding.bind_ortvalue_input(KEEP, kept)  # `bind_cpu_input` refuses inputs with a default
+        binding = self._bind(keep)
         whole_BT = np.broadcast_to(positions, real_BT.shape).copy()
         logits_BKV = self._run(binding, embeds_BTE, whole_BT)
         self._binding = None  # it holds `keep`; steps use the default and need a new one
@@ -201,8 +199,11 @@ class Decoder:
         logits_BKV: FloatArray = logits.numpy()
         return logits_BKV
 
-    def _bind(self) -> Any:
-        """Return a binding of the cache; a cache that is written in place is bound only once."""
+    def _bind(self, keep: int | None = None) -> Any:
+        """Return a binding of the cache; a cache that is written in place is bound only once.
+
+        `keep` is how many of the last rows get logits; steps have the default.
+        """
         if self._binding is not None:
             return self._binding
         binding = self.session.io_binding()
@@ -213,6 +214,9 @@ class Decoder:
                 binding.bind_ortvalue_output(present, value)
             else:
                 binding.bind_output(present, self.device)
+        if keep is not None:
+            kept = runtime_module().OrtValue.ortvalue_from_numpy(np.asarray(keep, np.int64))
+            binding.bind_ortvalue_input(KEEP, kept)  # `bind_cpu_input` refuses one with a default
         if self.in_place:
             self._binding = binding
         return binding

@@ -1,0 +1,65 @@
+"""What the scheduler needs of a model: prompts are read in chunks, and answers written together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from llavakit import Encoded
+
+
+@dataclass(eq=False)
+class Prompt:
+    """A prompt that is read in chunks."""
+
+    encoded: Encoded
+    pixels: Any  #: Of its images, as `prepare` returns them; None without images.
+    length: int  #: Rows of the stream.
+    room: int  #: The tokens its answers may have.
+    features: list[Any] = field(default_factory=list)  #: Of each image that is encoded.
+    embeds: Any = None
+    cache: Any = None
+    read: int = 0  #: Rows that are in the cache.
+    logits: Any = None  #: `[1, V]` behind the last row, once all is read.
+
+    @property
+    def chunks(self) -> int:
+        """Return how many turns reading takes at least, roughly: one for each image, and so on."""
+        left = 0 if self.pixels is None else len(self.pixels) - len(self.features)
+        return left + (self.logits is None)
+
+
+class Batch(Protocol):
+    """The answers that are written together, each at its place 0..S-1."""
+
+    def __len__(self) -> int:
+        """Return S, how many answers there are."""
+
+    def fits(self, reserved: Sequence[int]) -> bool:
+        """Say whether sequences that may become so long fit into the cache together."""
+
+    def read(self, prompts: Sequence[Prompt]) -> Sequence[Prompt]:
+        """Do one chunk of work for the first of these, and for others where that costs little.
+
+        Return the prompts for which it was done. One is read when it has `logits`.
+        """
+
+    def join(self, prompt: Prompt) -> None:
+        """Give an answer to a prompt that is read the next place, S."""
+
+    def step(self, tokens: Sequence[int]) -> Any:
+        """Read one more token of each answer; return the logits `[S, V]` behind them."""
+
+    def leave(self, places: Sequence[int]) -> list[int]:
+        """Free places; return which answer, by its place before, is at each place now."""
+
+
+def free_memory() -> int:
+    """Return the memory that the system can give, in bytes; 4 GiB where it does not say."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as lines:
+            found = dict(line.split(":", 1) for line in lines)
+        return int(found["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError, IndexError):
+        return 4 * 2**30

@@ -1,0 +1,138 @@
+"""From a request's body to what the model reads: in a thread, and nothing of it trusted."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from PIL import Image
+
+from llavakit import Encoded, read_messages
+from llavakit.contracts.data import ImageSource, Sample
+from llavakit.contracts.errors import DataError, LlavaError
+from llavakit_plugins.fetching.images import ImageFetcher
+from llavakit_plugins.serving.batch import Prompt
+from llavakit_plugins.serving.errors import RequestError
+from llavakit_plugins.serving.limits import Limits
+from llavakit_plugins.serving.requests import ChatRequest, read_chat
+from llavakit_plugins.serving.scheduler import check_room
+from llavakit_plugins.serving.writing import Choice, Voice
+
+_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # of some others, Pillow runs a program
+
+
+@dataclass
+class Prepared:
+    """A request that is ready for the scheduler."""
+
+    request: ChatRequest
+    prompt: Prompt
+    choices: list[Choice]
+
+
+class Preparer:
+    """Reads requests for one model. Its methods run in several threads at once."""
+
+    def __init__(
+        self,
+        model: Any,
+        voice: Voice,
+        longest: int,
+        *,
+        name: str,
+        limits: Limits,
+        image_hosts: Sequence[str] = (),
+    ) -> None:
+        self._model, self._voice, self._longest = model, voice, longest
+        self._name, self._limits = name, limits
+        self._fetcher = ImageFetcher(image_hosts, limits.body_bytes)
+        self.seen: Callable[[Sample], None] = lambda sample: None  #: Called with each request.
+
+    def __call__(self, body: bytes) -> Prepared:
+        """Return a request. Raises RequestError for one that cannot be answered."""
+        request = read_chat(body, self._limits)
+        if request.model not in (None, self._name):
+            raise RequestError(
+                404,
+                f"The model `{request.model:.200}` does not exist; this server has `{self._name}`",
+                param="model",
+                code="model_not_found",
+            )
+        sample, encoded, length = self.conversation(request.messages)
+        try:
+            sampling = request.sampling(self._limits, tuple(self._model.stops))
+            room = check_room(length, sampling.max_new_tokens, self._longest)
+            pixels = self._model.prepare(sample.images, "the request")
+        except LlavaError as error:
+            raise self._refused(error) from error
+        prompt = Prompt(encoded, pixels, length, room)
+        tokens = encoded.ids.tolist()
+        choices = [self._voice.begin(tokens, sampling, n, room) for n in range(sampling.n)]
+        return Prepared(request, prompt, choices)
+
+    def conversation(self, messages: list[Any]) -> tuple[Sample, Encoded, int]:
+        """Return a conversation, its tokens and its rows. Raises RequestError for none."""
+        count = 0
+
+        def source(given: Any) -> ImageSource:
+            nonlocal count
+            count += 1
+            if count > self._limits.images:
+                raise DataError(f"a request has at most {self._limits.images} images here")
+            return read_image(self._fetcher.source(given), self._limits.image_pixels)
+
+        try:
+            sample = read_messages(messages, where="messages", source=source)
+            self.seen(sample)
+            encoded = self._model.prompt(sample, ())
+            length = encoded.length(self._model.visual_tokens)
+            if length >= self._longest:
+                check_room(length, 1, self._longest)
+        except LlavaError as error:
+            raise self._refused(error) from error
+        except RecursionError:
+            raise RequestError(400, "`messages` are nested too deeply") from None
+        return sample, encoded, length
+
+    def _refused(self, error: LlavaError) -> RequestError:
+        long = "reads at most" in str(error)
+        code = "context_length_exceeded" if long else "invalid_value"
+        return RequestError(400, str(error), param="messages", code=code)
+
+
+def read_image(given: object, most: int) -> bytes:
+    """Return the bytes of an image file: from a `data:` address, or as they were fetched.
+
+    Only its header is read here. Raises DataError for any other address, above all for files of
+    this machine, and for more than `most` pixels.
+    """
+    if isinstance(given, bytes):  # fetched
+        data = given
+    else:
+        head, comma, payload = given.partition(",") if isinstance(given, str) else ("", "", "")
+        if not comma or head[:5].lower() != "data:" or not head.endswith(";base64"):
+            raise DataError(
+                "an image is sent within the request, as `data:image/png;base64,...`; this server "
+                "reads no files and no other addresses"
+            )
+        try:
+            data = base64.b64decode(payload, validate=True)
+        except (binascii.Error, ValueError):
+            raise DataError("an image's base64 is broken; send it again") from None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of sizes: checked below
+            with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+                width, height = image.size
+    except Image.DecompressionBombError:
+        width = height = most + 1
+    except Exception:  # Pillow raises whatever a damaged header leads it to
+        raise DataError(f"an image cannot be read; send {', '.join(_FORMATS)}") from None
+    if width * height > most:
+        raise DataError(f"an image has more than {most} pixels; shrink it")
+    return data
