@@ -178,6 +178,8 @@ def _log_sample(sample: Any) -> None:
 class _Http(uvicorn.Server):
     """uvicorn's server: signals end it gracefully, and no connection lasts forever."""
 
+    should_exit: bool
+
     def __init__(self, app: ASGIApp, limits: Limits, give_up: Callable[[], None]) -> None:
         self._limits, self._give_up = limits, give_up
         protocol = type("Protocol", (_Timed,), {"seconds": limits.header_seconds})
