@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -102,14 +103,17 @@ def sound(
 
 
 def boundless(node: object, key: Key = ()) -> Iterator[Problem]:
-    """Yield values that no option holds: of more than 64 bits, or nested without end."""
+    """Yield values that no option holds: of more than 64 bits, nested without end, no UTF-8."""
     if len(key) > _DEEPEST:
         yield Problem(key[:3], "it is nested too deeply", f"{_DEEPEST} tables in tables are enough")
     elif isinstance(node, int) and not -(2**63) <= node < 2**63:
         message = f"option `{key[-1]}`: an integer of TOML has 64 bits at most"
         yield Problem(key, message, "write a smaller one")
+    elif isinstance(node, str) and re.search("[\ud800-\udfff]", node):  # a shell gives any bytes
+        yield Problem(key, f"option `{key[-1]}` is no text in UTF-8", "write it again")
     elif isinstance(node, dict | list):
         for name, item in node.items() if isinstance(node, dict) else enumerate(node):
+            yield from boundless(name, (*key, name))
             yield from boundless(item, (*key, name))
 
 

@@ -14,7 +14,12 @@ from pydantic import Field, model_validator
 from llavakit import ModelError, Options
 from llavakit_plugins.huggingface.json_files import check_shape, read_json, refuse_devices
 from llavakit_plugins.huggingface.known_configs import KNOWN
-from llavakit_plugins.huggingface.tokenizer_faults import blame_file, is_fault, without_panics
+from llavakit_plugins.huggingface.tokenizer_faults import (
+    blame_file,
+    is_fault,
+    refuse_large_ids,
+    without_panics,
+)
 from llavakit_plugins.huggingface.tokenizer_writing import remember_origin
 from llavakit_plugins.huggingface.tokenizers import fast_tokenizer
 
@@ -244,6 +249,7 @@ def load_tokenizer(
     try:
         if Path(source).is_dir():
             refuse_devices(Path(source))
+        refuse_large_ids(find("tokenizer.json"))
         with without_panics():
             tokenizer = fast_tokenizer(
                 source, revision, **({} if legacy is None else {"legacy": legacy})

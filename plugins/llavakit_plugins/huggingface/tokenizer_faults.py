@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -43,6 +44,30 @@ def blame_file(find: Find) -> None:
                 raise
             reason = " ".join(str(error).split())
             raise ModelError(f"{path} is no tokenizer ({reason:.200}); copy it again") from error
+
+
+def refuse_large_ids(path: Path | None) -> None:
+    """Raise ModelError for a tokenizer.json with ids that no vocabulary has.
+
+    The library makes a table as long as the largest id.
+    """
+    if path is None or not path.is_file() or not _LARGE.search(path.read_bytes()):
+        return
+    table = read_json(path)
+    model = table.get("model")
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    added = table.get("added_tokens")
+    ids = [*(vocabulary.values() if isinstance(vocabulary, dict) else ())]
+    ids += [t.get("id") for t in added if isinstance(t, dict)] if isinstance(added, list) else []
+    if any(isinstance(number, int) and number >= 10**_DIGITS for number in ids):
+        raise ModelError(
+            f"{path} gives a token the id {max(i for i in ids if isinstance(i, int))}, and no "
+            "vocabulary is that large; copy it again"
+        )
+
+
+_DIGITS = 8
+_LARGE = re.compile(rb"[:\s]\d{%d,}\s*[,}]" % (_DIGITS + 1))
 
 
 def is_fault(error: BaseException) -> bool:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from llavakit import write_text
 from llavakit.contracts.errors import ModelError
-from llavakit_plugins.huggingface.tokenizer_faults import is_fault, without_panics
+from llavakit_plugins.huggingface.tokenizer_faults import is_fault, refuse_large_ids, without_panics
 from llavakit_plugins.huggingface.words import by_words
 
 if TYPE_CHECKING:
@@ -23,8 +23,10 @@ def find_tokenizer(source: str) -> PreTrainedTokenizerBase:
     taken for LLaMA's. Raises ModelError where there is none.
     """
     path = Path(source)
-    ours = (path / "model.toml").is_file()
     try:
+        ours = (path / "model.toml").is_file()
+        for place in (path, path / "tokenizer.json", path / "language" / "tokenizer.json"):
+            refuse_large_ids(place if place.name == "tokenizer.json" else None)
         with without_panics():
             if path.is_file():
                 tokenizer = _from_file(path)

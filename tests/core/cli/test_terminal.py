@@ -128,6 +128,42 @@ def test_names_that_nothing_has(llava_run: Command, arguments: tuple[str, ...]) 
     assert not CONTROL.search(out + err)
 
 
+@pytest.mark.parametrize("name", ["n" * 300, "/".join(["d" * 200] * 30), "a\0b"])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("chat", "NAME"),
+        ("chat", "m", "--image", "NAME"),
+        ("check-data", "NAME"),
+        ("check-data", "f", "--images", "NAME"),
+        ("compare", "NAME"),
+        ("compare", "r", "--csv", "NAME"),
+        ("export", "NAME", "o", "--format", "hf"),
+        ("import", "m", "NAME"),
+        ("tiny", "--out", "NAME"),
+        ("NAME", "--plan"),
+    ],
+)
+def test_names_that_no_file_can_have(
+    llava_run: Command, arguments: tuple[str, ...], name: str
+) -> None:
+    code, _, err = llava_run(*(word.replace("NAME", name) for word in arguments))
+    assert code == 2
+    assert err.startswith("error: ")
+    assert len(err) < 3000
+
+
+@pytest.mark.parametrize(
+    "setting",
+    ["device=\udcff", "\udcff=1", "steps.1.use=\udcff", "model.vision.config={a='\udcff'}"],
+)
+def test_bytes_that_are_no_text(llava_run: Command, setting: str) -> None:
+    """As a shell hands them on, of a name in another encoding, say."""
+    code, _, err = llava_run("tiny", "--plan", "--set", setting)
+    assert code == 2
+    assert "is no text in UTF-8" in err
+
+
 def test_a_written_folder(
     llava_run: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -137,3 +137,18 @@ def test_a_tokenizer_that_makes_rust_panic_is_a_sentence_and_nothing_else(
     assert err.count("kept") == 2
     assert main(["check-data", str(tmp_path / "rows.json"), "--tokenizer", str(folder)]) == 2
     assert capfd.readouterr().err.startswith(f"error: `{folder}` gives no tokenizer")
+
+
+@pytest.mark.parametrize("where", ["vocab", "added"])
+def test_a_tokenizer_whose_ids_would_fill_the_memory_is_refused(tmp_path: Path, where: str) -> None:
+    make_tokenizer().save_pretrained(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    table = json.loads(path.read_text())
+    if where == "vocab":
+        table["model"]["vocab"]["shape"] = 10**9
+    else:
+        table["added_tokens"][0]["id"] = 10**9
+    path.write_text(json.dumps(table))
+    for read in (load_tokenizer, find_tokenizer):
+        with pytest.raises(ModelError, match="the id 1000000000, and no vocabulary is that large"):
+            read(str(tmp_path))
