@@ -18,5 +18,6 @@ def llava_steps() -> Mapping[str, str]:
         "finetune": "llavakit_plugins.steps.train:Finetune",
         "generate": "llavakit_plugins.steps.generate:Generate",
         "pretrain": "llavakit_plugins.steps.train:Pretrain",
+        "push": "llavakit_plugins.steps.push:Push",
         "scenes": "llavakit_plugins.steps.scenes:Scenes",
     }

@@ -1,0 +1,77 @@
+"""`llava-run push`: puts a model on Hugging Face's hub, with a card made of its run."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from llavakit.contracts.commands import Commands
+from llavakit.contracts.errors import ModelError
+from llavakit_plugins.commands.flags import add_model, load_model
+
+
+def add(commands: Commands) -> None:
+    push = commands.add_parser("push", help="put a model on Hugging Face's hub")
+    add_model(push, "model")
+    push.add_argument("name", help="its name there: owner/model")
+    push.add_argument("--private", action="store_true", help="make it private, if it is new")
+    push.add_argument(
+        "--format",
+        action="append",
+        metavar="NAME",
+        help="a layout to send, more than once: the first is the repository's own, each other one "
+        "has a folder (hf)",
+    )
+    push.add_argument("--as-is", action="store_true", help="send the folder's own files instead")
+    push.add_argument("--licence", metavar="NAME", help="of the model, by the hub's short name")
+    push.add_argument(
+        "--staging",
+        type=Path,
+        metavar="DIR",
+        help="where files are laid out (beside the model)",
+    )
+    push.set_defaults(command=_push)
+
+
+def _push(arguments: argparse.Namespace) -> int:
+    import shutil
+
+    from llavakit import LlavaModel, Registry, Use, shown, write_text
+    from llavakit.contracts.interfaces import Exporter
+    from llavakit_plugins.publishing.card import read_story, write_card
+    from llavakit_plugins.publishing.layouts import lay_out
+    from llavakit_plugins.publishing.push import check_name, missing_token, send_folder
+
+    try:
+        name = check_name(arguments.name)
+    except ValueError as error:
+        raise ModelError(str(error)) from error
+    if problem := missing_token():  # before anything is written
+        raise ModelError(problem)
+    story = read_story(arguments.model)
+    beside = arguments.model.absolute().parent / f".push-{name.replace('/', '--')}"
+    folder: Path = arguments.staging or beside
+    if arguments.as_is:
+        if not arguments.model.is_dir():
+            raise ModelError(f"{arguments.model} is no folder; leave out --as-is")
+        if folder.exists():
+            shutil.rmtree(folder)
+        shutil.copytree(arguments.model, folder)
+        found = [n for n, e in Registry.installed().all(Exporter).items() if e.recognises(folder)]
+        layouts = {found[0] if found else "llavakit": ""}
+    else:
+        registry = Registry.installed()
+        formats = [Use[Exporter](use=use) for use in arguments.format or ["hf"]]
+        exporters = [registry.build(use) for use in formats]
+        model = load_model(arguments.model, arguments)
+        if not isinstance(model, LlavaModel):
+            raise ModelError(
+                f"{arguments.model} can be run but not written in another layout; add --as-is"
+            )
+        layouts = lay_out(model, exporters, folder)
+    write_text(folder / "README.md", write_card(name, story, layouts, arguments.licence))
+    message = f"{name.rpartition('/')[2]}, by llava-run push"
+    address = send_folder(folder, name, private=arguments.private, message=message)
+    shutil.rmtree(folder, ignore_errors=True)
+    print(shown(f"pushed: {address}"))
+    return 0
