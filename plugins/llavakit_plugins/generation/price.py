@@ -122,14 +122,18 @@ def price_own(options: GenerateOptions, generator: Generator, desk: Desk, seed: 
         chat.price(round(times * sent), round(times * asked.made[chat]))
         for chat, sent in asked.sent.items()
     ]
-    usd = None if None in prices else sum(price for price in prices if price is not None)
+    usd = (
+        None
+        if None in prices or not asked.known
+        else sum(price for price in prices if price is not None)
+    )
     least = "at least " if broken else ""
     parts = [
         f"{least}{round(times * asked.requests):,} requests for {total:,} conversations, as "
         f"`{generator.name}` asks for {tried} of them with invented replies",
         f"about {round(times * sum(asked.sent.values())):,} tokens sent",
         f"about {round(times * sum(asked.made.values())):,} in replies as long as the paper's",
-        "no price is known; state `price` beside the model"
+        f"no price is known; state `{'price' if asked.known else 'image_tokens'}` beside the model"
         if usd is None
         else f"{least or 'about '}{usd:,.2f} USD",
         "`budget_usd` bounds it",

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings, strategies as st
 from PIL import Image
 from tests.conftest import CHATML, Command, make_tokenizer
 
 from llavakit import DataError, Dataset, PromptTemplate, Registry, Sample, Turn, Use, encode
+from llavakit_plugins.datasets.conversation_rows import RowReader
 
 TEXT = {"type": "text", "text": "what is it ?"}
 RED = {"role": "assistant", "content": "it is red ."}
@@ -174,3 +176,35 @@ def test_images_of_messages_are_looked_at_before_training(
     code, out, _ = llava_run("check-data", path, "--json")
     report = json.loads(out)
     assert (code, report["missing_images"], report["broken_images"]) == (2, 1, 1)
+
+
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8)
+    | st.sampled_from(["user", "assistant", "system", "text", "image", "a.png", "<image>"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(
+        st.sampled_from(["role", "content", "type", "text", "image", "url", "from", "value",
+                         "bytes", "path", "base64", "image_url"]), inner, max_size=4),
+    max_leaves=12,
+)  # fmt: skip
+ROWS = st.dictionaries(
+    st.sampled_from(["id", "image", "images", "messages", "conversations", "system", "video"]),
+    JSON_VALUES,
+    max_size=5,
+)
+
+
+@settings(max_examples=600, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(ROWS)
+def test_any_row_is_a_sample_or_a_sentence(row: dict[str, Any]) -> None:
+    reader = RowReader("rows.json", Path("/data"))
+    found, problems, _ = reader.inspect(row, 0)
+    stops = [problem.message for problem in problems if problem.stops]
+    assert all("rows.json" in message for message in stops)
+    assert bool(stops) == (found is None)
+    if found is None:
+        with pytest.raises(DataError, match=r"rows\.json"):
+            reader.sample(row, 0)
+    else:
+        assert reader.sample(row, 0) == found
+        found.check()
+        assert all(isinstance(image, Path | bytes) for image in found.images)

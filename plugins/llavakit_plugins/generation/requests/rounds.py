@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from llavakit import ChatModel, Message, Reply, ReplyError
+from llavakit_plugins.generation.requests.booking import counts_all
 from llavakit_plugins.generation.requests.ledger import Ledger, Request, record_of
 
 MOST = 20
@@ -63,6 +64,8 @@ class Invented(Round):
     text: str
     sent: Counter[ChatModel] = field(default_factory=Counter)
     made: Counter[ChatModel] = field(default_factory=Counter)
+    known: bool = True
+    """Whether it is known what all images of the requests count as."""
     requests: int = 0
     left: int = MOST
     """Requests that the conversation may still have: it may ask until it is pleased."""
@@ -72,6 +75,7 @@ class Invented(Round):
             raise Waiting
         self.left -= 1
         self.requests += 1
+        self.known = self.known and counts_all(chat, request.messages)
         self.sent[chat] += chat.count(request.messages)
         self.made[chat] += chat.count([Message("assistant", self.text)])
         return Reply(self.text)
