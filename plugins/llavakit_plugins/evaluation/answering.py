@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from typing import Any
 
-from llavakit import Answering, DataError, LlavaModel, Question, Stopped
+from llavakit import Answering, DataError, Encoded, LlavaModel, Question, Stopped
 from llavakit.contracts.data import ImageSource
 from llavakit.contracts.model import Sampling
 from llavakit.contracts.run import Progress
@@ -53,10 +53,10 @@ def ask(
 ) -> list[str]:
     """Return the answer to each question; answers that `file` holds are not computed again.
 
-    A LlavaModel answers in batches of questions with similar length; greedy answers are those of
-    one question at a time. Any other model with `generate` answers one by one. The processes of the
-    file's group take the batches in turn, and the main one alone returns the answers of all. With a
-    temperature and a seed, each batch is drawn with a seed of its own.
+    A model answers in batches of questions with similar length; greedy answers are those of one
+    question at a time. One that has `generate` alone, or whose batches are not alike, answers one
+    by one. The processes of the file's group take the batches in turn; the main one alone returns
+    the answers of all. With a temperature and a seed, each batch is drawn with a seed of its own.
 
     `stopping` is asked equally often in all processes. Raises DataError for a question that leaves
     no room for an answer, and Stopped if the user asked to stop; the answers until then are in the
@@ -100,18 +100,40 @@ def ask(
     return [answer for answer in found if answer is not None]
 
 
+@dataclass(frozen=True)
+class _Room:
+    """How long prompts are, and may be, for a model that answers several as it answers each."""
+
+    model: Any
+    visual_tokens: int
+    most: int
+
+    @classmethod
+    def of(cls, model: Any) -> _Room | None:
+        """Return it for a model of ours, or an exported one; None for any other."""
+        if isinstance(model, LlavaModel):
+            return cls(model, model.visual_tokens, model.language.max_length)
+        if isinstance(model, Answering) and getattr(model, "batches_alike", False):
+            exported: Any = model
+            return cls(model, exported.visual_tokens, exported.max_length)
+        return None
+
+    def taken(self, question: Question, begun: str = "") -> int:
+        """Return how many rows of the sequence a question takes."""
+        encoded: Encoded = self.model.prompt(*asked_of(question), begun=begun)
+        return encoded.length(self.visual_tokens)
+
+
 def _batches(model: Any, questions: Sequence[Question], size: int) -> list[Batch]:
     """Return the batches, of similar length: little padding, and they end at about one time.
 
     Raises DataError naming the questions that leave no room for an answer.
     """
-    if not isinstance(model, LlavaModel):
+    room = _Room.of(model)
+    if room is None:
         return [[index] for index in range(len(questions))]
-    lengths = array("l")
-    for question in questions:
-        prompt = model.prompt(*asked_of(question))
-        lengths.append(prompt.length(model.visual_tokens))
-    most = model.language.max_length
+    lengths = array("l", (room.taken(question) for question in questions))
+    most = room.most
     long = [questions[index].id for index, length in enumerate(lengths) if length >= most]
     if long:
         raise DataError(
@@ -162,12 +184,12 @@ def _gone_on(
     step asks for the letter.
     """
     whole = list(answers)
+    room = _Room.of(model)
     begun: dict[int, str] = {}
     for number, (question, answer) in enumerate(zip(questions, answers, strict=True)):
-        if question.then and question.then not in answer and isinstance(model, LlavaModel):
+        if question.then and question.then not in answer and room is not None:
             start = f" {answer}".rstrip() + f" {question.then}"
-            prompt = model.prompt(*asked_of(question), begun=start)
-            if prompt.length(model.visual_tokens) < model.language.max_length:
+            if room.taken(question, begun=start) < room.most:
                 begun[number] = start
     if begun:
         prompts = [asked_of(questions[number]) for number in begun]

@@ -96,6 +96,19 @@ class OnnxModel(Answering[FloatArray]):
         return self.manifest.shapes.visual_tokens
 
     @property
+    def max_length(self) -> int:
+        """Most rows of a sequence, images and answer included."""
+        return self.manifest.shapes.max_length
+
+    @property
+    def batches_alike(self) -> bool:
+        """Whether several prompts at once get the answers that each gets alone.
+
+        The scales of int8's activations are those of a whole batch.
+        """
+        return self.precision != "int8"
+
+    @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         return cast("PreTrainedTokenizerBase", self._tokenizer)  # it has the methods the core uses
 
