@@ -129,6 +129,9 @@ from .model.messages import (
     read_asked as read_asked,
     read_messages as read_messages,
 )
+from .model.prefix import (
+    Prefixes as Prefixes,
+)
 from .model.sampling import (
     Token as Token,
     Written as Written,

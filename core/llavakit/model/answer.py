@@ -71,13 +71,18 @@ class Answering(ABC, Generic[Pixels]):
 
     @abstractmethod
     def _write(
-        self, prompts: Sequence[Encoded], pixels_IHW: Pixels | None, sampling: Sampling
+        self,
+        prompts: Sequence[Encoded],
+        pixels_IHW: Pixels | None,
+        sampling: Sampling,
+        *,
+        remember: bool = False,
     ) -> Iterator[list[tuple[int, Token]]]:
         """Yield (answer, token) of every answer that still goes on, step by step.
 
-        Each prompt has `sampling.n` answers, numbered one after another.
-
-        Raises ModelError for a prompt that leaves no room for an answer.
+        Each prompt has `sampling.n` answers, numbered one after another. With `remember`, there is
+        one prompt, and `prefixes` has what was read of it before. Raises ModelError for a prompt
+        that leaves no room for an answer.
         """
 
     def ask(
@@ -127,7 +132,7 @@ class Answering(ABC, Generic[Pixels]):
         """Return the answer to a prompt; see `Model.generate`."""
         chosen = Sampling(**sampling)
         _refuse_several(chosen)
-        return self.answer([(prompt, images)], chosen, raw=raw)[0]
+        return self.answer([(prompt, images)], chosen, raw=raw, remember=True)[0]
 
     def generate_ids(
         self,
@@ -138,7 +143,8 @@ class Answering(ABC, Generic[Pixels]):
         raw: bool = False,
     ) -> list[int]:
         """Return the new tokens of a greedy answer, the end token included where it came."""
-        return self.answer_ids([(prompt, images)], Sampling(max_new_tokens), raw=raw)[0]
+        chosen = Sampling(max_new_tokens)
+        return self.answer_ids([(prompt, images)], chosen, raw=raw, remember=True)[0]
 
     def stream(
         self,
@@ -152,7 +158,7 @@ class Answering(ABC, Generic[Pixels]):
         chosen = self._stopping(Sampling(**sampling), raw=raw)
         _refuse_several(chosen)
         text = AnswerText(self.tokenizer, chosen.stop)
-        for tokens in self._steps([(prompt, images)], chosen, raw=raw):
+        for tokens in self._steps([(prompt, images)], chosen, raw=raw, remember=True):
             if piece := text.add(tokens[0][1].id):
                 yield piece
         if piece := text.finish():
@@ -167,7 +173,7 @@ class Answering(ABC, Generic[Pixels]):
         **sampling: Unpack[SamplingOptions],
     ) -> list[Answer]:
         """Return the `n` answers to a prompt, with their tokens and why they ended."""
-        return self.answer_all([(prompt, images)], Sampling(**sampling), raw=raw)
+        return self.answer_all([(prompt, images)], Sampling(**sampling), raw=raw, remember=True)
 
     def answer(
         self, prompts: Sequence[Prompt], sampling: Sampling, *, raw: bool = False, **given: Any
@@ -188,7 +194,8 @@ class Answering(ABC, Generic[Pixels]):
         """Return the answers to several prompts, decoded as one batch: `n` to each, in order.
 
         `given`: `pixels_IHW`, all their images as `prepare` returns them, where that is done
-        already; `begun`, what each answer has begun with, where what is returned goes on from.
+        already; `begun`, what each answer has begun with, where what is returned goes on from;
+        `remember`, of one prompt, whether to read only what the last dialogues had not.
         """
         sampling = self._stopping(sampling, raw=raw)
         tokens: list[list[Token]] = [[] for _ in range(len(prompts) * sampling.n)]
@@ -222,6 +229,7 @@ class Answering(ABC, Generic[Pixels]):
         raw: bool,
         pixels_IHW: Pixels | None = None,
         begun: Sequence[str] = (),
+        remember: bool = False,
     ) -> Iterator[list[tuple[int, Token]]]:
         asked = [
             self.ask(prompt, images, raw=raw, begun=start)
@@ -229,7 +237,8 @@ class Answering(ABC, Generic[Pixels]):
         ]
         if pixels_IHW is None:
             pixels_IHW = self.prepare([image for _, images in asked for image in images])
-        return self._write([encoded for encoded, _ in asked], pixels_IHW, sampling)
+        encoded = [one for one, _ in asked]
+        return self._write(encoded, pixels_IHW, sampling, remember=remember)
 
 
 def _refuse_several(sampling: Sampling) -> None:

@@ -21,6 +21,7 @@ from llavakit.contracts.packing import Stream
 from llavakit.model.answer import Answering
 from llavakit.model.generate import generate_stream
 from llavakit.model.images import read_pixels
+from llavakit.model.prefix import Prefixes
 from llavakit.model.sampling import Token
 from llavakit.stream.batch import PackedBatch, pack
 from llavakit.stream.encode import Encoded, encode, tokenise
@@ -49,6 +50,7 @@ class LlavaModel(nn.Module, Answering[Tensor]):
         self.connector = connector
         self.language = language
         self.template = template
+        self.prefixes = Prefixes()  #: The last dialogues, read already.
         self.choices = choices  #: What a recipe says of each part: makes the same again.
 
     @property
@@ -154,14 +156,35 @@ class LlavaModel(nn.Module, Answering[Tensor]):
         return self.language.logits(hidden_TE).float()
 
     def _write(
-        self, prompts: Sequence[Encoded], pixels_IHW: Tensor | None, sampling: Sampling
+        self,
+        prompts: Sequence[Encoded],
+        pixels_IHW: Tensor | None,
+        sampling: Sampling,
+        *,
+        remember: bool = False,
     ) -> Iterator[list[tuple[int, Token]]]:
+        ids = [one.ids.tolist() for one in prompts]
+        given: dict[str, Any] = {}
+        if remember and not self.training:  # dropout makes other keys each time
+            found = self.prefixes.recall(prompts[0], pixels_IHW, self._stamp())
+            known = found.front.length(self.visual_tokens)
+            given = {"held": found.held, "known": known, "keep": found.keep}
+            prompts, pixels_IHW = [found.rest], found.pixels_IHW
         batch = pack(prompts, range(len(prompts)), self.visual_tokens)
         with torch.inference_mode():
             embeds_TE = self._embed(batch, pixels_IHW)
-        ids = [one.ids.tolist() for one in prompts]
         packing = batch.packing.to(self.device)
-        return generate_stream(self.language, embeds_TE, packing, sampling, ids)
+        return generate_stream(self.language, embeds_TE, packing, sampling, ids, **given)
+
+    def _stamp(self) -> object:
+        """Return what changes when weights do, or the precision that they are used in."""
+        kind = self.device.type
+        half = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
+        weights = [
+            (id(one), one.dtype, one.device, 0 if one.is_inference() else one._version)
+            for one in self.parameters()
+        ]
+        return half, weights
 
     def _embed(self, batch: PackedBatch, pixels_IHW: Tensor | None) -> Tensor:
         features_IPD = None if pixels_IHW is None else self.features(pixels_IHW)

@@ -17,7 +17,7 @@ itself, and IMAGE_ID stands between. Where this differs from the original, it do
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -58,6 +58,12 @@ class Encoded:
     @property
     def image_count(self) -> int:
         return int((self.ids == IMAGE_ID).sum())
+
+    def split(self, count: int) -> tuple[Encoded, Encoded]:
+        """Return the first `count` ids, and the others."""
+        ids, supervised = self.ids, self.supervised
+        front = replace(self, ids=ids[:count], supervised=supervised[:count])
+        return front, replace(self, ids=ids[count:], supervised=supervised[count:])
 
     def length(self, visual_tokens: int) -> int:
         """Return the rows it takes when one image takes `visual_tokens` rows."""

@@ -107,6 +107,25 @@ def test_greedy_tokens_of_a_batch_are_those_of_transformers(family: str) -> None
         assert answer == expected.tolist()
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_prompt_goes_on_from_what_was_read_before(family: str) -> None:
+    """With sliding windows, caps and sinks; and what was read may hold more than is used."""
+    ours = ours_like(their_model(family), family)
+    ids = some_ids(30, seed=1)
+    kept: list[Any] = []
+
+    def answer(begin: int, end: int, **options: Any) -> list[int]:
+        embeds = ours.embed(ids[begin:end]).detach()
+        packing = Packing.of([end - begin])
+        steps = generate_stream(ours, embeds, packing, Sampling(10), **options)
+        return [step[0][1].id for step in steps]
+
+    expected = answer(0, 30)
+    answer(0, 21, keep=lambda cache, size, written: kept.append(cache))
+    for known in (21, 13, 1):
+        assert answer(known, 30, held=kept[0], known=known) == expected
+
+
 @pytest.mark.parametrize("family", ["qwen2", "gemma2", "mistral"])
 def test_a_neighbour_changes_neither_logits_nor_gradients(family: str) -> None:
     ours = ours_like(their_model(family), family)

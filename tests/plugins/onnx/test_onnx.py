@@ -21,7 +21,15 @@ from PIL import Image
 from tests.plugins.onnx_models import make_model, make_pictures
 
 import llavakit
-from llavakit import Connector, LlavaError, LlavaModel, ModelError, Options, VisionEncoder
+from llavakit import (
+    Connector,
+    LlavaError,
+    LlavaModel,
+    ModelError,
+    Options,
+    Prefixes,
+    VisionEncoder,
+)
 from llavakit.cli import main
 from llavakit.contracts.data import IMAGE
 from llavakit.contracts.model import Sampling
@@ -37,6 +45,7 @@ from llavakit_plugins.onnx.exporter import graphs as tracing
 from llavakit_plugins.onnx.exporter.exporter import Onnx, OnnxOptions
 from llavakit_plugins.onnx.exporter.images import find_preparation
 from llavakit_plugins.onnx.runtime import OnnxModel, load
+from llavakit_plugins.onnx.runtime.sessions import Decoder
 
 QUESTION = "what colour is the picture ?"
 
@@ -380,16 +389,62 @@ def test_integer_products_do_not_saturate(exported: Exported, tmp_path: Path) ->
     np.testing.assert_allclose(product, size, rtol=0.01)
 
 
-def test_an_answer_leaves_no_cache_behind(exported: Exported) -> None:
+def test_an_answer_leaves_no_cache_behind(
+    exported: Exported, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But for what is kept of the last dialogues."""
+    made: list[Any] = []
+    again = Decoder.again
+
+    def see(decoder: Decoder) -> Decoder:
+        made.append(again(decoder))
+        return made[-1]  # type: ignore[no-any-return]
+
+    monkeypatch.setattr(Decoder, "again", see)
     loaded = load(exported.folder)
     answer = loaded.stream("blue", max_new_tokens=8, raw=True)
     next(answer)
-    assert loaded.decoder.held()
+    assert made[-1].held()
     del answer
-    assert loaded.decoder.held() == []
+    assert made[-1].held() == []
     expected = exported.model.generate("blue", max_new_tokens=8, raw=True)
     assert loaded.generate("blue", max_new_tokens=8, raw=True) == expected
-    assert loaded.decoder.held() == []
+    assert made[-1].held() == [] == loaded.decoder.held()
+    loaded.prefixes = Prefixes(0)
+    assert loaded.generate("blue", max_new_tokens=8, raw=True) == expected
+    assert not loaded.prefixes._kept
+
+
+def test_a_next_turn_reads_what_is_new(exported: Exported, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows: list[int] = []
+    read = Decoder.read
+
+    def see(decoder: Decoder, embeds: Any, *rest: Any, **options: Any) -> Any:
+        rows.append(embeds.shape[1])
+        return read(decoder, embeds, *rest, **options)
+
+    monkeypatch.setattr(Decoder, "read", see)
+    loaded, plain = load(exported.folder), load(exported.folder)
+    plain.prefixes = Prefixes(0)
+    images = [{"type": "image", "image": picture} for picture in exported.pictures]
+    messages: list[Any] = []
+    answers, before = [], 0
+    for number in range(4):
+        text = {"type": "text", "text": f"{QUESTION} {'a red ' * number}"}
+        messages.append({"role": "user", "content": [*images[number : number + 1], text]})
+        answers.append(loaded.generate_ids(messages, max_new_tokens=6))
+        assert answers[-1] == plain.generate_ids(messages, max_new_tokens=6)
+        assert answers[-1] == exported.model.generate_ids(messages, max_new_tokens=6)
+        new, whole = rows[-2:]
+        assert whole == loaded.prompt(messages, ()).length(loaded.visual_tokens)
+        if number:
+            assert new <= whole - before + 7  # the answer before and the new question
+        before = whole
+        messages.append({"role": "assistant", "content": loaded.decode(answers[-1])})
+    options: dict[str, Any] = {"n": 3, "temperature": 2.0, "seed": 1, "max_new_tokens": 5}
+    drawn = [one.text for one in loaded.answers(messages[:-1], **options)]
+    assert drawn == [one.text for one in plain.answers(messages[:-1], **options)]
+    assert len(loaded.prefixes._kept) == 1
 
 
 # -- without torch -------------------------------------------------------------------------------
@@ -399,6 +454,7 @@ import json, sys
 for name in ("torch", "transformers", "onnx"):
     sys.modules[name] = None
 from llavakit_plugins.onnx.runtime import OnnxModel, load
+from llavakit_plugins.onnx.runtime.sessions import Decoder
 folder, picture, question = sys.argv[1:]
 model = load(folder)
 ids = model.generate_ids(question, [picture], max_new_tokens=8)

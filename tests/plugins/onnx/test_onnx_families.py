@@ -12,7 +12,8 @@ import pytest
 import torch
 from tests.plugins.onnx_models import HEADS_OF_16, make_model, make_pictures
 
-from llavakit import Exporter, LlavaModel, ModelError, Registry
+from llavakit import Exporter, LlavaModel, ModelError, Prefixes, Registry
+from llavakit.contracts.data import IMAGE
 from llavakit.contracts.model import Sampling
 from llavakit.contracts.networks import LanguageModel
 from llavakit.testing import ExporterContract
@@ -105,6 +106,14 @@ def test_every_family_is_the_same_model(operators: str, family: str, tmp_path: P
     prompts = [(QUESTION, [one]), ("red ?", []), ("is it a circle ?", [two, one])]
     expected = [model.generate_ids(*prompt, max_new_tokens=20) for prompt in prompts]
     assert loaded.answer_ids(prompts, Sampling(20)) == expected
+    dialogue: list[Any] = [{"role": "user", "content": f"{IMAGE} {QUESTION}"}]
+    dialogue += [{"role": "assistant", "content": "a circle"}, {"role": "user", "content": "red ?"}]
+    loaded.generate_ids(dialogue[:1], [one], max_new_tokens=4)
+    (kept,) = loaded.prefixes._kept  # the next turn goes on from it
+    found = loaded.generate_ids(dialogue, [one], max_new_tokens=20)
+    assert [one is kept for one in loaded.prefixes._kept] == [False]
+    model.prefixes = Prefixes(0)
+    assert found == model.generate_ids(dialogue, [one], max_new_tokens=20)
 
 
 def test_every_precision_with_weights_beside_the_graph(tmp_path: Path) -> None:

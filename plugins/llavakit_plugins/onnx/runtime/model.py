@@ -16,6 +16,7 @@ from llavakit import (
     IMAGE_ID,
     Answering,
     Encoded,
+    Prefixes,
     Token,
     Unfinished,
     Written,
@@ -76,6 +77,8 @@ class OnnxModel(Answering[FloatArray]):
     ) -> None:
         self.manifest, self.precision, self.provider = folder.manifest, precision, provider
         self._tokenizer = TextTokenizer.of(folder)
+        self.prefixes = Prefixes()
+        """The last dialogues, read already."""
         self._array = array
         """Converts the numpy array that `logits` returns, for example to a tensor."""
         self._vision, self._embeddings, decoder = (
@@ -177,34 +180,46 @@ class OnnxModel(Answering[FloatArray]):
     def trace(self, embeds_TE: FloatArray) -> tuple[FloatArray, list[npt.NDArray[Any]]]:
         """Return logits `[T, V]` of all rows, and each layer's keys and values `[1, G, T, K]`."""
         self._check_room([len(embeds_TE)], 0)
-        logits = self.decoder.read(embeds_TE[None], np.ones((1, len(embeds_TE)), np.int64))
-        held = self.decoder.held()
-        self.decoder.release()
+        decoder = self.decoder.again()
+        logits = decoder.read(embeds_TE[None], np.ones((1, len(embeds_TE)), np.int64))
+        held = decoder.held()
+        decoder.release()
         return logits[0], held
 
     def _write(
-        self, prompts: Sequence[Encoded], pixels_IHW: FloatArray | None, sampling: Sampling
+        self,
+        prompts: Sequence[Encoded],
+        pixels_IHW: FloatArray | None,
+        sampling: Sampling,
+        *,
+        remember: bool = False,
     ) -> Iterator[list[tuple[int, Token]]]:
-        embeds = self._embed_prompts(prompts, pixels_IHW)
-        lengths = [len(rows) for rows in embeds]
-        room = self._check_room(lengths, sampling.max_new_tokens)
-        ends = special_stops(self.tokenizer, sampling.stop) | self.end_ids
         each = [index for index in range(len(prompts)) for _ in range(sampling.n)]
         written = [
             Written(sampling, prompts[index].ids.tolist(), number % sampling.n)
             for number, index in enumerate(each)
         ]
+        found = self.prefixes.recall(prompts[0], pixels_IHW) if remember else None
+        held, known = (), 0
+        if found is not None:
+            held, known = found.held or (), found.front.length(self.visual_tokens)
+            prompts, pixels_IHW = [found.rest], found.pixels_IHW
+        embeds = self._embed_prompts(prompts, pixels_IHW)
+        lengths = [known + len(rows) for rows in embeds]
+        room = self._check_room(lengths, sampling.max_new_tokens)
+        ends = special_stops(self.tokenizer, sampling.stop) | self.end_ids
         unfinished = Unfinished(self.tokenizer, ends, sampling.stop, [room[i] for i in each])
         capacity = max(n + m for n, m in zip(lengths, room, strict=True))
+        decoder, steps = self.decoder.again(), -1
         try:
-            logits_BV = self._read(embeds, capacity)[each]
+            logits_BV = self._read(decoder, embeds, capacity, held, known)[each]
+            steps = 0
             if sampling.n > 1:
-                self.decoder.select(each)
+                decoder.select(each)
             lengths = [lengths[index] for index in each]
             while True:
                 tokens = choose_tokens(logits_BV, [written[index] for index in unfinished.active])
                 for index, token in zip(unfinished.active, tokens, strict=True):
-                    lengths[index] += 1
                     written[index].ids.append(token.id)
                 yield list(zip(unfinished.active, tokens, strict=True))
                 going = unfinished.take([token.id for token in tokens])
@@ -212,15 +227,17 @@ class OnnxModel(Answering[FloatArray]):
                     return
                 # finished sequences leave the batch, so that they cost no further work
                 if len(going) < len(tokens):
-                    self.decoder.select(going)
+                    decoder.select(going)
                     tokens = [tokens[index] for index in going]
-                positions = np.asarray(
-                    [[lengths[index] - 1] for index in unfinished.active], np.int64
-                )
+                positions = [[lengths[index] + steps] for index in unfinished.active]
                 embeds_B1E = self.embed_ids(np.asarray([[token.id] for token in tokens], np.int64))
-                logits_BV = self.decoder.step(embeds_B1E, positions)
-        finally:
-            self.decoder.release()
+                logits_BV = decoder.step(embeds_B1E, np.asarray(positions, np.int64))
+                steps += 1
+        finally:  # also where nobody asks for the rest
+            if found is not None and sampling.n == 1 and steps >= 0:
+                kept = [value[:, :, : lengths[0] + steps].copy() for value in decoder.held()]
+                found.keep(kept, sum(value.nbytes for value in kept), written[0].ids[:steps])
+            decoder.release()
 
     def _embed_prompts(
         self, encoded: Sequence[Encoded], pixels_IHW: FloatArray | None
@@ -233,7 +250,14 @@ class OnnxModel(Answering[FloatArray]):
             begin = end
         return found
 
-    def _read(self, embeds: Sequence[FloatArray], capacity: int) -> FloatArray:
+    def _read(
+        self,
+        decoder: Decoder,
+        embeds: Sequence[FloatArray],
+        capacity: int,
+        held: Sequence[npt.NDArray[Any]],
+        known: int,
+    ) -> FloatArray:
         """Read the prompts as one batch, padded on the right; return the next logits of each.
 
         Only the rows from the shortest prompt's last one on get logits: those of the other rows
@@ -248,7 +272,9 @@ class OnnxModel(Answering[FloatArray]):
             real_BT[index, : len(rows)] = 1
         keep = longest - min(lengths) + 1
         room = capacity + longest - min(lengths)
-        logits_BKV = self.decoder.read(batch_BTE, real_BT, keep=keep, capacity=room)
+        logits_BKV = decoder.read(
+            batch_BTE, real_BT, keep=keep, capacity=room, held=held, known=known
+        )
         last = [length - 1 - (longest - keep) for length in lengths]
         return logits_BKV[np.arange(len(lengths)), last]
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from copy import copy
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -146,21 +147,39 @@ class Decoder:
         self._binding: Any = None
         self._mask_BL: IntArray = np.zeros((0, 0), np.int64)
 
+    def again(self) -> Decoder:
+        """Return another decoder on the session, without sequences: each answer has its own."""
+        other = copy(self)
+        other._cache, other._binding = [], None
+        return other
+
     def read(
-        self, embeds_BTE: FloatArray, real_BT: IntArray, *, keep: int = 0, capacity: int = 0
+        self,
+        embeds_BTE: FloatArray,
+        real_BT: IntArray,
+        *,
+        keep: int = 0,
+        capacity: int = 0,
+        held: Sequence[CacheArray] = (),
+        known: int = 0,
     ) -> FloatArray:
         """Read prompts; return the logits `[B, keep, V]` of their last `keep` rows (0 means all).
 
         `real_BT` is 1 for tokens and 0 for the padding behind them. `capacity` is the greatest
-        length of a sequence, in rows, after all steps.
+        length of a sequence, in rows, after all steps. The first `known` rows of a single prompt
+        are not among those to read: they are in `held`, as `held()` has returned it.
         """
         batch, rows = real_BT.shape
-        room = max(capacity, rows) if self.in_place else 0
+        room = max(capacity, known + rows) if self.in_place else known
         shape = (batch, self.shapes.kv_heads, room, self.shapes.head_dim)
         # zeros and not `empty`: masked columns get weight 0, and 0 * NaN would still be NaN
-        self._cache = [self._on_device(np.zeros(shape, self._kind)) for _ in self._past]
-        self._binding, self._mask_BL = None, real_BT
-        positions = np.arange(rows, dtype=np.int64)
+        caches = [np.zeros(shape, self._kind) for _ in self._past]
+        for array, before in zip(caches, held if known else (), strict=bool(known)):
+            array[:, :, :known] = before[:, :, :known]
+        self._cache = [self._on_device(array) for array in caches]
+        self._binding = None
+        self._mask_BL = np.concatenate((np.ones((batch, known), np.int64), real_BT), axis=1)
+        positions = np.arange(known, known + rows, dtype=np.int64)
         binding = self._bind(keep)
         whole_BT = np.broadcast_to(positions, real_BT.shape).copy()
         logits_BKV = self._run(binding, embeds_BTE, whole_BT)
