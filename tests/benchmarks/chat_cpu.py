@@ -64,16 +64,16 @@ def first_token(model: Any, messages: list[Any]) -> float:
 def measure(name: str, model: Any, rounds: int, new: int) -> bool:
     model.prefixes = Prefixes()
     messages = dialogue(model, new)
-    (kept,) = model.prefixes._kept  # as it is once the fourth answer was given
+    (kept,) = model.prefixes.kept  # as it is once the fourth answer was given
     rows = model.prompt(messages, ()).length(model.visual_tokens)
     times: list[tuple[float, float]] = []
     for _ in range(rounds + 1):
-        model.prefixes = Prefixes(_kept=[kept])
+        model.prefixes = Prefixes(kept=[kept])
         ours = first_token(model, messages)
         model.prefixes = Prefixes(0)
         times.append((ours, first_token(model, messages)))
     anew = model.generate_ids(messages, max_new_tokens=new)
-    model.prefixes = Prefixes(_kept=[kept])
+    model.prefixes = Prefixes(kept=[kept])
     same = model.generate_ids(messages, max_new_tokens=new) == anew
     ratio = statistics.median(ours / whole for ours, whole in times[1:])  # the first warms up
     cached, whole = (1000 * statistics.median(column) for column in zip(*times[1:], strict=True))

@@ -130,8 +130,7 @@ class Answering(ABC, Generic[Pixels]):
         **sampling: Unpack[SamplingOptions],
     ) -> str:
         """Return the answer to a prompt; see `Model.generate`."""
-        chosen = Sampling(**sampling)
-        _refuse_several(chosen)
+        chosen = _one(Sampling(**sampling))
         return self.answer([(prompt, images)], chosen, raw=raw, remember=True)[0]
 
     def generate_ids(
@@ -155,8 +154,7 @@ class Answering(ABC, Generic[Pixels]):
         **sampling: Unpack[SamplingOptions],
     ) -> Iterator[str]:
         """Yield the answer in pieces as it comes; together they are what `generate` returns."""
-        chosen = self._stopping(Sampling(**sampling), raw=raw)
-        _refuse_several(chosen)
+        chosen = self._stopping(_one(Sampling(**sampling)), raw=raw)
         text = AnswerText(self.tokenizer, chosen.stop)
         for tokens in self._steps([(prompt, images)], chosen, raw=raw, remember=True):
             if piece := text.add(tokens[0][1].id):
@@ -210,9 +208,9 @@ class Answering(ABC, Generic[Pixels]):
 
     def _answer(self, tokens: Sequence[Token], stops: Sequence[str]) -> Answer:
         ids = [token.id for token in tokens]
-        ended = ids[-1] in self.end_ids | special_stops(self.tokenizer, stops)
-        whole = decode(self.tokenizer, ids, ())
-        ended = ended or any(stop in whole for stop in stops)
+        whole = str(self.tokenizer.decode(ids, skip_special_tokens=True))
+        ends = self.end_ids | special_stops(self.tokenizer, stops)
+        ended = ids[-1] in ends or any(stop in whole for stop in stops)
         text = decode(self.tokenizer, ids, stops)
         return Answer(text, tuple(tokens), "stop" if ended else "length")
 
@@ -241,6 +239,7 @@ class Answering(ABC, Generic[Pixels]):
         return self._write(encoded, pixels_IHW, sampling, remember=remember)
 
 
-def _refuse_several(sampling: Sampling) -> None:
+def _one(sampling: Sampling) -> Sampling:
     if sampling.n > 1:
         raise ModelError(f"this gives one answer, not n={sampling.n}; `answers` gives several")
+    return sampling

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from llavakit.contracts.errors import ModelError
 from llavakit.contracts.model import Sampling as Sampling
@@ -53,8 +54,11 @@ def generate_stream(
     layers, _, _ = language.cache_shape()
     # as long as the answers may become: a cache that grows is copied at every step
     cache = KVCache(layers, [n + m for n, m in zip(lengths, room, strict=True)])
-    if held is not None and known:
-        _copy_rows(held, cache, known)
+    if held is not None and known:  # which stays as it is, for others
+        padding = (0, 0, 0, cache.capacity - known)
+        for own, theirs in ((cache.keys, held.keys), (cache.values, held.values)):
+            own[:] = [None if x is None else F.pad(x[:, :, :known], padding) for x in theirs]
+        cache.lengths = [known]
     prompt = Packing(packing.starts, packing.position_ids_T + known, cache)
     last = Rows(packing.last_rows_S, (1,) * len(packing.lengths))  # only they choose a token
     hidden_SE = language.hidden(embeds_TE, prompt, last)
@@ -92,14 +96,3 @@ def generate_stream(
         if keep is not None and len(written) == 1 and not any(cache.states):
             size = sum(x.nbytes for x in (*cache.keys, *cache.values) if x is not None)
             keep(cache, size, written[0].ids[: cache.lengths[0] - lengths[0]])
-
-
-def _copy_rows(held: KVCache, cache: KVCache, rows: int) -> None:
-    """Begin a cache of one sequence with the first rows of another, which stays as it is."""
-    for own, theirs in ((cache.keys, held.keys), (cache.values, held.values)):
-        for layer, from_1GLK in enumerate(theirs):
-            if from_1GLK is not None:
-                _, heads, _, width = from_1GLK.shape
-                to_1GLK = own[layer] = from_1GLK.new_zeros((1, heads, cache.capacity, width))
-                to_1GLK[:, :, :rows] = from_1GLK[:, :, :rows]
-    cache.lengths = [rows]

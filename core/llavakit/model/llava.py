@@ -178,13 +178,10 @@ class LlavaModel(nn.Module, Answering[Tensor]):
 
     def _stamp(self) -> object:
         """Return what changes when weights do, or the precision that they are used in."""
-        kind = self.device.type
+        kind, weights = self.device.type, list(self.parameters())
         half = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
-        weights = [
-            (id(one), one.dtype, one.device, 0 if one.is_inference() else one._version)
-            for one in self.parameters()
-        ]
-        return half, weights
+        versions = [0 if one.is_inference() else one._version for one in weights]
+        return half, versions, [(id(one), one.dtype, one.device) for one in weights]
 
     def _embed(self, batch: PackedBatch, pixels_IHW: Tensor | None) -> Tensor:
         features_IPD = None if pixels_IHW is None else self.features(pixels_IHW)

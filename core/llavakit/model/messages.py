@@ -1,21 +1,16 @@
-"""Messages, as people and services write them, become a Sample: one reader for every way of asking
-and for every data set. Without torch.
-"""
+"""One reader of messages, for every way of asking and for data sets. Without torch."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
-from llavakit.contracts.data import IMAGE, ImageSource, Message, Role, Sample, Turn
+from llavakit.contracts.data import IMAGE, ImageSource, Role, Sample, Turn
 from llavakit.contracts.errors import DataError
 from llavakit.contracts.model import Asked
 
 _ROLES = {"system": "system", "developer": "system", "user": "human", "assistant": "gpt"}
-_NAMES = {"human": "user", "gpt": "assistant"}
-_SOURCES = ("image", "url", "path", "base64", "image_url")  # keys of an image, as others write it
-
-Source = Callable[[Any], ImageSource]  #: Returns the image that a part names, or raises DataError.
+_IMAGES = {"image": "", "url": "", "path": "", "base64": "data:image;base64,", "image_url": ""}
 
 
 def read_messages(
@@ -23,7 +18,7 @@ def read_messages(
     images: Sequence[ImageSource] = (),
     *,
     where: str = "the messages",
-    source: Source = lambda given: given,
+    source: Callable[[Any], ImageSource] = lambda named: named,
     id: str = "prompt",
     kind: str = "",
 ) -> Sample:
@@ -31,90 +26,59 @@ def read_messages(
 
     Roles are system (first, at most once), then user and assistant in turn. Content is a text or a
     list of parts, a line each: `{"type": "text", "text": ...}`, `{"type": "image", "image": ...}`
-    as transformers has it (`url`, `path` and `base64`, too), or OpenAI's `image_url`. A part
-    without a source, and `<image>` in a user's text, stand for the next of `images`. `source` is
-    called with what a part names, and decides what may be read. Raises DataError, which begins
-    with `where`.
+    as transformers has it (`url`, `path` and `base64`, too), or OpenAI's `image_url`. A part that
+    names nothing, and `<image>` in a user's text, stand for the next of `images`. `source` is
+    called with what a part names, and decides what may be read. Raises DataError.
     """
     if not isinstance(messages, list | tuple) or not messages:
         raise DataError(f"{where} are no list of `role` and `content`: got {messages!r:.80}")
-    given, shown = iter(images), list[ImageSource]()
+    given, shown = iter(images), list[Any]()
     system, turns = None, list[Turn]()
     for number, message in enumerate(messages, start=1):
-        place = f"{where}: message {number}"
-        if isinstance(message, Message):
-            parts = [{"type": "image", "image": image} for image in message.images]
-            text = [{"type": "text", "text": message.content}] if message.content else []
-            message = {"role": message.role, "content": [*parts, *text]}
-        if not isinstance(message, Mapping):
-            raise DataError(f"{place} needs a `role` and a `content`, got {message!r:.80}")
-        role = _ROLES.get(str(message.get("role")))
-        expected = ("human", "gpt")[len(turns) % 2]
-        first = not turns and system is None
-        if role != expected and not (role == "system" and first):
-            known = f"`{message.get('role')!s:.40}`".encode("unicode_escape").decode()
+        fields = message if isinstance(message, dict) else {"role": message}
+        role = _ROLES.get(str(fields.get("role")))
+        expected = "user" if len(turns) % 2 == 0 else "assistant"
+        if role != _ROLES[expected] and (role != "system" or turns or system is not None):
             raise DataError(
-                f"{place} is from {known}, expected `{_NAMES[expected]}`; a system text stands "
-                "first, and then the user and the assistant take turns"
+                f"{where}: message {number} is from {fields.get('role')!r:.40}, expected "
+                f"`{expected}`: a system text stands first, then user and assistant take turns"
             )
-        found: list[ImageSource] = []
-        human = role == "human"
-        lines = _lines(message.get("content"), place, source, given, found, shows=human)
-        text_ = "\n".join(lines)
-        if found and not human:
-            raise DataError(f"{place} has an image, which only a user's may; remove it")
-        shown += found
+        content, lines = fields.get("content"), list[str]()
+        parts: Any = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        for part in parts if isinstance(parts, list | tuple) else [parts]:
+            sort = part.get("type") if isinstance(part, dict) else None
+            if sort == "text" and isinstance(part.get("text"), str):
+                lines.append(part["text"])
+                count = part["text"].count(IMAGE) if role == "human" else 0
+                shown += [next(given, None) for _ in range(count)]
+            elif sort in ("image", "image_url") and role == "human":
+                lines.append(IMAGE)
+                named = _named(part, source)
+                shown.append(next(given, None) if named is None else named)
+            else:
+                raise DataError(
+                    f"{where}: message {number} has a part that is no text, and no image of the "
+                    f"user's: {part!r:.80}; fix or remove it"
+                )
         if role == "system":
-            system = text_
+            system = "\n".join(lines)
         else:
-            turns.append(Turn(cast("Role", role), text_))
-    shown += given  # each of them needs a place: `check` says so
-    sample = Sample(id, tuple(turns), tuple(shown), kind, system)
+            turns.append(Turn(cast("Role", role), "\n".join(lines)))
+    if any(image is None for image in shown):
+        raise DataError(f"{where} show more images than are given with them; give those, too")
+    # an image that is left has no placeholder: `check` says so
+    sample = Sample(id, tuple(turns), (*shown, *given), kind, system)
     sample.check(where)
     return sample
 
 
-def _lines(
-    content: object,
-    place: str,
-    source: Source,
-    given: Iterator[ImageSource],
-    found: list[ImageSource],
-    *,
-    shows: bool,
-) -> Iterator[str]:
-    """Yield the text of each part, and add the images that they show to `found`."""
-    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-    if not isinstance(parts, list | tuple):
-        raise DataError(
-            f"{place} needs a `content`, a text or a list of parts, got {content!r:.80}"
-        )
-    for part in parts:
-        kind = part.get("type") if isinstance(part, Mapping) else None
-        if kind == "text" and isinstance(part.get("text"), str):
-            yield part["text"]
-            if shows:
-                found += [_next(given, place) for _ in range(part["text"].count(IMAGE))]
-        elif kind in ("image", "image_url"):
-            named = next((part[key] for key in _SOURCES if part.get(key) is not None), None)
-            if isinstance(named, Mapping):  # OpenAI's {"url": ..., "detail": ...}
-                named = named.get("url", "")
-            if part.get("base64") is not None and named is part["base64"]:
-                named = f"data:image;base64,{named}"
-            found.append(_next(given, place) if named is None else source(named))
-            yield IMAGE
-        else:
-            raise DataError(
-                f"{place} has a part that is neither text nor image, or lacks its text: "
-                f"{part!r:.80}; remove it"
-            )
-
-
-def _next(given: Iterator[ImageSource], place: str) -> ImageSource:
-    image = next(given, None)
-    if image is None:
-        raise DataError(f"{place} has an image more than are given with it; give that, too")
-    return image
+def _named(part: dict[str, Any], source: Callable[[Any], ImageSource]) -> ImageSource | None:
+    for key, prefix in _IMAGES.items():
+        named = part.get(key)
+        named = named.get("url", "") if isinstance(named, dict) else named  # OpenAI's
+        if named is not None:
+            return source(f"{prefix}{named}" if prefix else named)
+    return None
 
 
 def read_asked(asked: Asked, images: Sequence[ImageSource] = ()) -> Sample:
@@ -122,12 +86,12 @@ def read_asked(asked: Asked, images: Sequence[ImageSource] = ()) -> Sample:
 
     A prompt is one question; one without placeholders gets one for each image in front.
     """
-    if isinstance(asked, str):
+    if isinstance(asked, Sample):
+        sample = asked
+    elif isinstance(asked, str):
         if IMAGE not in asked:
             asked = f"{IMAGE}\n" * len(images) + asked  # where the original puts them
         sample = Sample("prompt", (Turn("human", asked),), tuple(images))
-    elif isinstance(asked, Sample):
-        sample = asked
     else:
         sample = read_messages(asked, images)
     sample.check()

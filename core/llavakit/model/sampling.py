@@ -1,14 +1,13 @@
-"""Choosing the next token: one maths for torch and numpy, each answer by itself.
+"""Choosing the next token: one maths for torch and numpy. It depends on the answer's own logits,
+options, seed and length alone: who shares the batch, or an interruption, changes nothing.
 
-A token depends on the answer's own logits, options, seed and length alone: who shares the batch,
-or whether it was interrupted, changes nothing.
-
-S answers, V vocabulary. Arrays are torch's or numpy's.
+S answers, V vocabulary.
 """
 
 from __future__ import annotations
 
 import secrets
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -29,10 +28,10 @@ class Token(NamedTuple):
 
 @dataclass
 class Written:
-    """What is known of one answer while it is written: all that its next token depends on."""
+    """One answer while it is written: all that its next token depends on."""
 
     sampling: Sampling
-    prompt: Sequence[int] = ()  #: Its prompt's tokens, for `repetition_penalty`; no images.
+    prompt: Sequence[int] = ()  #: The prompt's tokens, for `repetition_penalty`.
     number: int = 0  #: Of the `n` answers to the prompt.
     ids: list[int] = field(default_factory=list)  #: The tokens so far.
     seed: int = -1
@@ -43,8 +42,8 @@ class Written:
 
     def draw(self) -> float:
         """Return the next token's random number, in [0, 1)."""
-        place = (self.seed, self.number, len(self.ids))
-        return float(np.random.default_rng(place).random(dtype=np.float32))
+        generator = np.random.default_rng((self.seed, self.number, len(self.ids)))
+        return float(generator.random(dtype=np.float32))
 
 
 def choose_tokens(logits_SV: Any, written: Sequence[Written]) -> list[Token]:
@@ -71,28 +70,25 @@ def choose_tokens(logits_SV: Any, written: Sequence[Written]) -> list[Token]:
 
 
 def distribution(scores_SV: Any, options: Sequence[Sampling]) -> Any:
-    """Return what the next token of each answer is drawn with, `[S, V]`, in float64.
+    """Return what the next token of each answer is drawn with, `[S, V]`, not scaled to 1.
 
     Of the likeliest tokens in their order, `top_k` stay; of these, those before which less than
     `top_p` of their probability lies (arXiv 1904.09751); and those of at least `min_p` times the
-    likeliest's (arXiv 2407.01082). Of equal ones at a border all stay. The rest is not scaled back
-    to 1: drawing does not ask for it.
+    likeliest's (arXiv 2407.01082). Of equal ones at a border all stay.
     """
-    array = _library(scores_SV)
-    scores_SV = _wide(scores_SV)
+    array, scores_SV = _library(scores_SV), _wide(scores_SV)
     scores_SV = scores_SV / _column(scores_SV, [one.temperature for one in options])
     weights_SV = array.exp(scores_SV - array.amax(scores_SV, -1)[:, None])  # the likeliest has 1
     cut = [s for s, one in enumerate(options) if one.top_k or one.top_p < 1]
     if cut:  # sorting a vocabulary takes longer than all else
         ranked_SV = array.sort(-weights_SV[cut], -1)
         ranked_SV = -getattr(ranked_SV, "values", ranked_SV)  # torch gives the indices, too
-        rank_SV = array.ones_like(ranked_SV).cumsum(-1)
         top_k = [options[s].top_k or ranked_SV.shape[1] for s in cut]
+        rank_SV = array.ones_like(ranked_SV).cumsum(-1)
         ranked_SV = ranked_SV * (rank_SV <= _column(ranked_SV, top_k))
         cumulated_SV = ranked_SV.cumsum(-1)
-        top_p_S1 = _column(ranked_SV, [options[s].top_p for s in cut])
-        kept_SV = cumulated_SV - ranked_SV < top_p_S1 * cumulated_SV[:, -1:]
-        kept_SV = kept_SV & (ranked_SV > 0)
+        top_p_S1 = _column(ranked_SV, [options[s].top_p for s in cut]) * cumulated_SV[:, -1:]
+        kept_SV = (cumulated_SV - ranked_SV < top_p_S1) & (ranked_SV > 0)
         least_S = array.amin(array.where(kept_SV, ranked_SV, array.ones_like(ranked_SV)), -1)
         weights_SV[cut] = weights_SV[cut] * (weights_SV[cut] >= least_S[:, None])
     return weights_SV * (weights_SV >= _column(weights_SV, [one.min_p for one in options]))
@@ -100,23 +96,18 @@ def distribution(scores_SV: Any, options: Sequence[Sampling]) -> Any:
 
 def _penalised(logits_SV: Any, written: Sequence[Written]) -> Any:
     """Return the logits less what the penalties take from tokens that are there already."""
-    penalties = [
-        (s, one, one.sampling.repetition_penalty)
-        for s, one in enumerate(written)
-        if one.sampling.repetition_penalty != 1
-        or one.sampling.frequency_penalty
-        or one.sampling.presence_penalty
-    ]
-    if not penalties:
-        return logits_SV
-    array, scores_SV = _library(logits_SV), _wide(logits_SV)
-    for s, one, repetition in penalties:
-        seen = sorted({token for token in (*one.prompt, *one.ids) if token >= 0})
-        found = scores_SV[s, seen]
-        scores_SV[s, seen] = array.where(found < 0, found * repetition, found / repetition)
+    scores_SV = logits_SV
+    for s, one in enumerate(written):
+        how = one.sampling
+        if (how.repetition_penalty, how.frequency_penalty, how.presence_penalty) == (1, 0, 0):
+            continue
+        if scores_SV is logits_SV:
+            scores_SV = _wide(logits_SV)
+        seen = sorted({token for token in (*one.prompt, *one.ids) if token >= 0})  # no images
+        found, penalty = scores_SV[s, seen], how.repetition_penalty
+        scores_SV[s, seen] = _library(found).where(found < 0, found * penalty, found / penalty)
         for token, count in Counter(one.ids).items():
-            taken = count * one.sampling.frequency_penalty + one.sampling.presence_penalty
-            scores_SV[s, token] -= taken
+            scores_SV[s, token] -= count * how.frequency_penalty + how.presence_penalty
     return scores_SV
 
 
@@ -129,11 +120,7 @@ def _with_logarithms(logits_V: Any, token: int, top: int) -> Token:
 
 
 def _library(array: Any) -> Any:
-    if isinstance(array, np.ndarray):
-        return np
-    import torch
-
-    return torch
+    return np if isinstance(array, np.ndarray) else sys.modules["torch"]
 
 
 def _wide(array: Any) -> Any:

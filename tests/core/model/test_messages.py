@@ -19,11 +19,11 @@ from llavakit import (
     DataError,
     LlavaError,
     LlavaModel,
-    Message,
     ModelError,
     PromptTemplate,
     Registry,
     Sample,
+    Token,
     Turn,
     read_asked,
     read_messages,
@@ -150,8 +150,6 @@ def test_every_way_to_write_an_image_is_read() -> None:
 
     read_messages([user(parts)], ["next", "last"], source=look)
     assert seen == given[:5]  # what is given beside needs no leave
-    message = Message("user", "What ?", (PICTURE,))
-    assert read_messages([message]).turns == (Turn("human", f"{IMAGE}\nWhat ?"),)
     developer = {"role": "developer", "content": [text("Be"), text("brief")]}
     assert read_messages((developer, user("Hi"))).system == "Be\nbrief"
 
@@ -161,22 +159,25 @@ def test_every_way_to_write_an_image_is_read() -> None:
     [
         ([], "no list"),
         ({"role": "user", "content": "Hello"}, "no list"),
-        ([3], "message 1 needs a `role`"),
-        ([user(None)], "message 1 needs a `content`"),
-        ([{"role": "tool", "content": "x"}], "message 1 is from `tool`, expected `user`"),
-        ([{"role": "\x1b[2J", "content": "x"}], r"from `\\x1b\[2J`"),
-        ([assistant("Hi")], "message 1 is from `assistant`, expected `user`"),
-        ([user("a"), user("b")], "message 2 is from `user`, expected `assistant`"),
-        ([SYSTEM, SYSTEM], "message 2 is from `system`, expected `user`"),
-        ([user("a"), SYSTEM], "message 2 is from `system`, expected `assistant`"),
-        ([user([{"type": "video"}])], "neither text nor image"),
-        ([user(["a"])], "neither text nor image"),
-        ([user([{"type": "text", "text": 3}])], "lacks its text"),
-        ([user([{"type": "image"}])], "an image more than are given"),
-        ([user(f"What is {IMAGE}?")], "an image more than are given"),
-        ([user("a"), assistant([image()])], "message 2 has an image, which only a user's may"),
+        ([3], "message 1 is from 3, expected `user`"),
+        ([user(None)], "message 1 has a part that is no text.*: None"),
+        ([{"role": "tool", "content": "x"}], "message 1 is from 'tool', expected `user`"),
+        ([{"role": "\x1b[2J", "content": "x"}], r"from '\\x1b\[2J'"),
+        ([assistant("Hi")], "message 1 is from 'assistant', expected `user`"),
+        ([user("a"), user("b")], "message 2 is from 'user', expected `assistant`"),
+        ([SYSTEM, SYSTEM], "message 2 is from 'system', expected `user`"),
+        ([user("a"), SYSTEM], "message 2 is from 'system', expected `assistant`"),
+        ([user([{"type": "video"}])], "a part that is no text, and no image"),
+        ([user(["a"])], "a part that is no text, and no image"),
+        ([user([{"type": "text", "text": 3}])], "a part that is no text"),
+        ([user([{"type": "image"}])], "show more images than are given"),
+        ([user(f"What is {IMAGE}?")], "show more images than are given"),
+        (
+            [user("a"), assistant([image()])],
+            "message 2 has a part .* image of the user's",
+        ),
         ([user("a"), assistant(f"{IMAGE}")], "an answer contains `<image>`"),
-        ([{"role": "system", "content": [image()]}, user("a")], "message 1 has an image"),
+        ([{"role": "system", "content": [image()]}, user("a")], "message 1 has a part"),
         ([user("half a \ud83d")], "half a character"),
         ([{"role": "system", "content": "\ud83d"}, user("a")], "half a character"),
         ([user("a"), assistant("b")], "the last message is the assistant's"),
@@ -290,3 +291,18 @@ def test_a_path_is_read_from_a_message(model: LlavaModel, tmp_path: Path) -> Non
     by_path = [user([{"type": "image", "path": str(tmp_path / "a.png")}, text("what ?")])]
     expected = model.generate("what ?", [PICTURE], max_new_tokens=4)
     assert model.generate(by_path, max_new_tokens=4) == expected
+
+
+def test_an_answer_that_a_newline_ends_was_not_cut(model: LlavaModel) -> None:
+    words: Any = model.tokenizer
+    ids = model.tokenizer.convert_tokens_to_ids(["a", "red"])
+    decoded = {(*ids,): "a red\n"}
+    original = words.decode
+    words.decode = lambda found, **options: decoded.get(tuple(found)) or original(found, **options)
+    try:
+        tokens = [Token(number) for number in ids]
+        found = model._answer(tokens, ("\n",))
+        assert (found.text, found.finish) == ("a red", "stop")
+        assert model._answer(tokens, ("x",)).finish == "length"
+    finally:
+        del words.decode

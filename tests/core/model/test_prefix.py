@@ -117,7 +117,7 @@ def test_a_next_turn_reads_what_is_new_and_answers_the_same(model: LlavaModel) -
         messages.append(assistant(answer))
         before = whole
     assert len(set(answers)) > 1
-    assert len(model.prefixes._kept) == 1  # a dialogue replaces what it goes on from
+    assert len(model.prefixes.kept) == 1  # a dialogue replaces what it goes on from
 
 
 def test_the_logits_are_those_without_a_cache_but_for_rounding(model: LlavaModel) -> None:
@@ -164,7 +164,7 @@ def test_weights_and_training_are_never_answered_from_before(model: LlavaModel) 
     messages = [TURNS[0], assistant("a blue one ."), TURNS[1]]
     model.generate(messages, **NEW)
     changed = copy.deepcopy(model)
-    assert not changed.prefixes._kept  # a copy has read nothing
+    assert not changed.prefixes.kept  # a copy has read nothing
     changed.generate(messages, **NEW)
     with torch.no_grad():
         weight = changed.language.head.weight
@@ -175,7 +175,7 @@ def test_weights_and_training_are_never_answered_from_before(model: LlavaModel) 
         answer = changed.generate(messages, **NEW)
     assert read.images == 1
     assert answer == anew(changed, messages)
-    assert len(changed.prefixes._kept) == 1  # what older weights read is dropped
+    assert len(changed.prefixes.kept) == 1  # what older weights read is dropped
     changed.train()
     with reading(changed) as read:
         changed.generate(messages, **NEW)
@@ -186,7 +186,7 @@ def test_questions_of_a_batch_are_not_kept(model: LlavaModel) -> None:
     from llavakit.contracts.model import Sampling
 
     model.answer([(TURNS[:1], ())], Sampling(4))
-    assert not model.prefixes._kept
+    assert not model.prefixes.kept
 
 
 def test_memory_is_bounded_and_the_oldest_goes(model: LlavaModel) -> None:
@@ -194,14 +194,14 @@ def test_memory_is_bounded_and_the_oldest_goes(model: LlavaModel) -> None:
         model.generate([user(f"what is {'a red ' * number} circle ?", number)], max_new_tokens=1)
 
     ask(10)
-    (kept,) = model.prefixes._kept
+    (kept,) = model.prefixes.kept
     cache = kept.held
     assert kept.size == sum(x.nbytes for x in (*cache.keys, *cache.values))
     model.prefixes.most_bytes = 3 * kept.size
     for number in (11, 12, 13, 14):
         ask(number)
-    assert sum(one.size for one in model.prefixes._kept) <= 3 * kept.size
-    assert 1 < len(model.prefixes._kept) < 4
+    assert sum(one.size for one in model.prefixes.kept) <= 3 * kept.size
+    assert 1 < len(model.prefixes.kept) < 4
     with reading(model) as read:
         ask(14)
     assert not read.images
@@ -210,7 +210,7 @@ def test_memory_is_bounded_and_the_oldest_goes(model: LlavaModel) -> None:
     assert read.images == 1
     model.prefixes.most_bytes = 0
     ask(1)
-    assert not model.prefixes._kept
+    assert not model.prefixes.kept
 
 
 def test_what_a_stream_has_read_is_kept_where_it_is_left(model: LlavaModel) -> None:
@@ -236,7 +236,7 @@ def test_a_state_that_cannot_be_cut_is_not_kept(
 
     monkeypatch.setattr(KVCache, "advance", recurrent)
     model.generate(TURNS[:1], **NEW)
-    assert not model.prefixes._kept
+    assert not model.prefixes.kept
 
 
 def test_threads_talk_at_once(model: LlavaModel) -> None:

@@ -412,7 +412,7 @@ def test_an_answer_leaves_no_cache_behind(
     assert made[-1].held() == [] == loaded.decoder.held()
     loaded.prefixes = Prefixes(0)
     assert loaded.generate("blue", max_new_tokens=8, raw=True) == expected
-    assert not loaded.prefixes._kept
+    assert not loaded.prefixes.kept
 
 
 def test_a_next_turn_reads_what_is_new(exported: Exported, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -444,7 +444,7 @@ def test_a_next_turn_reads_what_is_new(exported: Exported, monkeypatch: pytest.M
     options: dict[str, Any] = {"n": 3, "temperature": 2.0, "seed": 1, "max_new_tokens": 5}
     drawn = [one.text for one in loaded.answers(messages[:-1], **options)]
     assert drawn == [one.text for one in plain.answers(messages[:-1], **options)]
-    assert len(loaded.prefixes._kept) == 1
+    assert len(loaded.prefixes.kept) == 1
 
 
 # -- without torch -------------------------------------------------------------------------------

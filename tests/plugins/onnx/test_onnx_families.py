@@ -109,9 +109,9 @@ def test_every_family_is_the_same_model(operators: str, family: str, tmp_path: P
     dialogue: list[Any] = [{"role": "user", "content": f"{IMAGE} {QUESTION}"}]
     dialogue += [{"role": "assistant", "content": "a circle"}, {"role": "user", "content": "red ?"}]
     loaded.generate_ids(dialogue[:1], [one], max_new_tokens=4)
-    (kept,) = loaded.prefixes._kept  # the next turn goes on from it
+    (kept,) = loaded.prefixes.kept  # the next turn goes on from it
     found = loaded.generate_ids(dialogue, [one], max_new_tokens=20)
-    assert [one is kept for one in loaded.prefixes._kept] == [False]
+    assert [one is kept for one in loaded.prefixes.kept] == [False]
     model.prefixes = Prefixes(0)
     assert found == model.generate_ids(dialogue, [one], max_new_tokens=20)
 
