@@ -86,12 +86,7 @@ class Answering(ABC, Generic[Pixels]):
         """
 
     def ask(
-        self,
-        prompt: Asked,
-        images: Sequence[ImageSource] = (),
-        *,
-        raw: bool = False,
-        begun: str = "",
+        self, prompt: Asked, images: Sequence[ImageSource], *, raw: bool = False, begun: str = ""
     ) -> tuple[Encoded, Sequence[ImageSource]]:
         """Render and tokenise what is asked, or take a raw prompt as it is; return its images, too.
 
@@ -208,10 +203,10 @@ class Answering(ABC, Generic[Pixels]):
 
     def _answer(self, tokens: Sequence[Token], stops: Sequence[str]) -> Answer:
         ids = [token.id for token in tokens]
+        text = decode(self.tokenizer, ids, stops)
         whole = str(self.tokenizer.decode(ids, skip_special_tokens=True))
         ends = self.end_ids | special_stops(self.tokenizer, stops)
         ended = ids[-1] in ends or any(stop in whole for stop in stops)
-        text = decode(self.tokenizer, ids, stops)
         return Answer(text, tuple(tokens), "stop" if ended else "length")
 
     def _stopping(self, sampling: Sampling, *, raw: bool) -> Sampling:

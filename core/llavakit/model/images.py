@@ -54,11 +54,13 @@ def open_image(
     Raises DataError where the file is missing, truncated, no image, a decompression bomb, or many
     times as long as wide.
     """
-    name, found = f"the image of {where}", _in_memory(source, where)
+    found = _in_memory(source, where)
+    name = (
+        f"image {source!s:.1000} of {where}" if isinstance(found, Path) else f"the image of {where}"
+    )
     if isinstance(found, Image.Image):
         return _decode(found, name, None, upright)
     if isinstance(found, Path):
-        name = f"image {source!s:.1000} of {where}"
         _check_file(found, name)
     try:
         with warnings.catch_warnings():
@@ -96,10 +98,8 @@ def _in_memory(source: ImageSource, where: str) -> Path | BytesIO | Image.Image:
         source = pixels.permute(1, 2, 0).numpy() if pixels.ndim == 3 else pixels.numpy()
     if isinstance(source, np.ndarray):
         if source.dtype != np.uint8 or source.shape[2:] != (3,) or not source.size:
-            raise DataError(
-                f"the image of {where} is {source.dtype} {source.shape}; pixels are uint8 "
-                "[H, W, 3], or a tensor [3, H, W]"
-            )
+            kind = f"{source.dtype} {source.shape}; pixels are uint8 [H, W, 3]"
+            raise DataError(f"the image of {where} is {kind}, or a tensor [3, H, W]")
         return Image.fromarray(source)
     if not isinstance(source, Image.Image):
         raise DataError(f"the image of {where} is a {type(source).__name__}; give a file or pixels")

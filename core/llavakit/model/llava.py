@@ -163,8 +163,7 @@ class LlavaModel(nn.Module, Answering[Tensor]):
         *,
         remember: bool = False,
     ) -> Iterator[list[tuple[int, Token]]]:
-        ids = [one.ids.tolist() for one in prompts]
-        given: dict[str, Any] = {}
+        ids, given = [one.ids.tolist() for one in prompts], dict[str, Any]()
         if remember and not self.training:  # dropout makes other keys each time
             found = self.prefixes.recall(prompts[0], pixels_IHW, self._stamp())
             known = found.front.length(self.visual_tokens)

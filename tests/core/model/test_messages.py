@@ -295,7 +295,7 @@ def test_a_path_is_read_from_a_message(model: LlavaModel, tmp_path: Path) -> Non
 
 def test_an_answer_that_a_newline_ends_was_not_cut(model: LlavaModel) -> None:
     words: Any = model.tokenizer
-    ids = model.tokenizer.convert_tokens_to_ids(["a", "red"])
+    ids: list[int] = [words.convert_tokens_to_ids(word) for word in ("a", "red")]
     decoded = {(*ids,): "a red\n"}
     original = words.decode
     words.decode = lambda found, **options: decoded.get(tuple(found)) or original(found, **options)
