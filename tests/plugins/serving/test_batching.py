@@ -55,7 +55,7 @@ class Desk:
 
     def job(self, text: str, tokens: int, *images: bytes) -> Job:
         messages = asks(text, *images)
-        encoded, shown = self.model.ask(messages)
+        encoded, shown = self.model.ask(messages, ())
         length = encoded.length(self.model.visual_tokens)
         prompt = Prompt(encoded, self.model.prepare(shown), length, tokens)
         sampling = Sampling(tokens, stop=self.model.stops)
