@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-EXTRAS := datasets,demo,onnx,openai,lora,mlflow,serve,tensorboard,wandb
+EXTRAS := datasets,demo,gguf,onnx,openai,lora,mlflow,serve,tensorboard,wandb
 STAMP := $(VENV)/.installed
 
 .PHONY: demo test test-minimum lint docs format clean

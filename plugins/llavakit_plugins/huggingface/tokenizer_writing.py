@@ -54,6 +54,12 @@ def remember_origin(tokenizer: PreTrainedTokenizerBase, find: Callable[[str], Pa
     setattr(tokenizer, _ORIGIN, origin)
 
 
+def pieces_of(tokenizer: PreTrainedTokenizerBase) -> bytes | None:
+    """Return the SentencePiece model that a tokenizer was read from, if it was read from one."""
+    origin: Origin | None = getattr(tokenizer, _ORIGIN, None)
+    return origin.pieces if origin is not None else None
+
+
 def write_tokenizer(
     tokenizer: PreTrainedTokenizerBase, folder: Path, *, as_imported: bool = True
 ) -> None:
