@@ -8,6 +8,7 @@ listed. What a command needs is imported when it runs.
 from __future__ import annotations
 
 import argparse
+import errno
 import io
 import logging
 import os
@@ -16,7 +17,6 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from importlib.metadata import EntryPoint, EntryPoints, entry_points
-from pathlib import Path
 from threading import enumerate as threads
 from traceback import format_exception
 from typing import Any
@@ -110,23 +110,14 @@ def _run(arguments: list[str], *, program: bool) -> int:
         return 0
     if rest and not getattr(parsed, "reads_flags", False):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    for given in vars(parsed).values():
-        for path in given if isinstance(given, list) else [given]:
-            if isinstance(path, Path) and not _can_be(path):
-                raise LlavaError(
-                    f"no file can have the name {str(path)[:300]!r}; check its spelling"
-                )
     parsed.flags = rest
     command: Callable[[argparse.Namespace], int] = parsed.command
-    return command(parsed)
-
-
-def _can_be(path: Path) -> bool:
     try:
-        path.exists()
-    except (OSError, ValueError) as error:  # no right to look is another matter
-        return isinstance(error, PermissionError)
-    return True
+        return command(parsed)
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        raise LlavaError(f"no file can have the name {str(error.filename)[:300]!r}") from error
 
 
 def _find(name: str, installed: EntryPoints) -> Add:

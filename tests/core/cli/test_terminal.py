@@ -91,7 +91,6 @@ def test_export_and_import(
         ("export", "m", "o", "--format", "hf", EVIL),
         ("import", "m", "o", EVIL),
         ("recipes", EVIL),
-        ("plugins", EVIL),
     ],
 )
 def test_arguments_that_a_command_does_not_take(
@@ -117,6 +116,7 @@ def test_arguments_that_a_command_does_not_take(
         ("export", "m", "o", "--format", EVIL),
         ("check-data", EVIL),
         ("score", EVIL),
+        ("plugins", EVIL),
         ("chat", EVIL, "--prompt", "what ?"),
         ("compare", EVIL),
     ],
@@ -128,7 +128,7 @@ def test_names_that_nothing_has(llava_run: Command, arguments: tuple[str, ...]) 
     assert not CONTROL.search(out + err)
 
 
-@pytest.mark.parametrize("name", ["n" * 300, "/".join(["d" * 200] * 30), "a\0b"])
+@pytest.mark.parametrize("name", ["n" * 300, "/".join(["d" * 200] * 30)])
 @pytest.mark.parametrize(
     "arguments",
     [
