@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,6 +17,7 @@ from llavakit import (
     Benchmark,
     DataError,
     Dataset,
+    LlavaError,
     LlavaModel,
     ModelError,
     Outcome,
@@ -35,6 +36,7 @@ from llavakit.contracts.model import Sampling
 from llavakit.contracts.run import Planner, ProcessGroup, StepPlan
 from llavakit.contracts.sections import Card, Gallery, Section, Table
 from llavakit_plugins.evaluation.answering import AnswerFile, Pace, ask
+from llavakit_plugins.evaluation.benchmarks.llava_bench import LlavaBench
 from llavakit_plugins.reporting.pictures import save_thumbnail
 from llavakit_plugins.training.corpus import Corpus
 from llavakit_plugins.training.features import Encoding
@@ -131,7 +133,7 @@ class Evaluate(Step):
         sketch_start(planner, options)
         if options.losses or options.changes:  # which not every layout allows
             _ = planner.has_model  # for its errors
-        return None
+        return _price(options, planner)
 
     def _model(self, run: Run) -> Any:
         options = self.options
@@ -230,6 +232,22 @@ class Evaluate(Step):
             columns=["response", "samples", "loss a token", "perplexity"],
             rows=rows,
         )
+
+
+def _price(options: EvaluateOptions, planner: Planner) -> StepPlan | None:
+    """Return what judges will cost, as far as their files are there."""
+    plans: list[StepPlan] = []
+    for use in options.benchmarks:
+        if not use.skip and "judge" in use.options:
+            with suppress(LlavaError):  # the run says what is missing
+                benchmark = planner.build(use)
+                if isinstance(benchmark, LlavaBench):
+                    plans += [benchmark.price()] * (1 + options.blind)
+    if not plans:
+        return None
+    usd = [plan.cost_usd for plan in plans if plan.cost_usd is not None]
+    whole = sum(usd) if len(usd) == len(plans) else None
+    return StepPlan(cost_usd=whole, note="; ".join(plan.note for plan in plans))
 
 
 def _distinct(names: Sequence[str]) -> list[str]:

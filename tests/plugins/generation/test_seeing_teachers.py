@@ -183,6 +183,41 @@ def test_a_judge_sees_the_image_of_its_question(service: Service, tmp_path: Path
         assert "[Context]" not in user_text(body)
 
 
+def test_a_plan_counts_what_the_judge_is_sent(
+    service: Service, tmp_path: Path, llava_run: Command
+) -> None:
+    bench(tmp_path, service, show_images=True)
+    recipe = tmp_path / "judged.toml"
+    recipe.write_text(
+        f"""\
+name = "judged"
+[[steps]]
+use = "evaluate"
+init = "{tmp_path}"
+[[steps.benchmarks]]
+use = "llava-bench"
+questions = "{tmp_path}/questions.jsonl"
+references = "{tmp_path}/references.jsonl"
+images = "{tmp_path}/images"
+show_images = true
+judge = {{ use = "openai", model = "gpt-4o", base_url = "{service.url}", price = {{ input = 1e6, output = 0 }} }}
+"""  # noqa: E501
+    )
+    judge = "steps.evaluate.benchmarks.1.judge"
+
+    def usd(*sets: str) -> float:
+        out = " ".join(llava_run(recipe, "--plan", *sets).out.split())
+        assert "judge: 3 requests" in out or "judge: 6 requests" in out, out
+        return float(out.partition(" tokens sent, ")[2].partition(" USD")[0].replace(",", ""))
+
+    whole = usd()
+    low = usd("--set", f"{judge}.detail=low")
+    assert whole - low == pytest.approx(3 * 170)  # one square an image, a dollar a token
+    swapped = usd("--set", "steps.evaluate.benchmarks.1.swap=true")
+    assert swapped == pytest.approx(2 * whole)
+    assert not service.asked
+
+
 def test_a_judge_that_sees_nothing_needs_contexts(service: Service, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"needs `contexts`.* or `show_images = true`"):
         bench(tmp_path, service)

@@ -25,6 +25,7 @@ from llavakit import (
     write_text,
 )
 from llavakit.contracts.data import ImageSource
+from llavakit.contracts.run import StepPlan
 from llavakit.contracts.sections import Table
 from llavakit_plugins.datasets.rows import Row, listed, read_rows, text_of
 from llavakit_plugins.evaluation.answers import read_answers
@@ -41,7 +42,9 @@ from llavakit_plugins.evaluation.reviews import (
     summarise,
     unswapped,
 )
+from llavakit_plugins.generation.requests.booking import counts_all
 
+_REVIEW_TOKENS = 114  # the median of the published reviews (haotian-liu/LLaVA)
 _SYSTEM = "You compare the answers of two assistants to a question about an image, fairly."
 _BLIND = "You cannot see the image; the context above says what is in it."
 _SEEING = "The image is attached: judge by what you see in it."
@@ -158,6 +161,21 @@ class LlavaBench(Benchmark):
         lines = [json.dumps(review.row(), ensure_ascii=False) for review in reviews]
         write_text(run.directory / "reviews.jsonl", "\n".join(lines) + "\n")
         return self._score(reviews, said)
+
+    def price(self) -> StepPlan:
+        """Return what the judge will cost, for answers as long as the references."""
+        ways = 2 if self.options.swap else 1
+        asked = [self._messages(question, question.truth, False) for question in self.found]
+        sent = ways * sum(map(self.judge.count, asked))
+        made = ways * len(asked) * _REVIEW_TOKENS
+        known = all(counts_all(self.judge, messages) for messages in asked)
+        usd = self.judge.price(sent, made) if known else None
+        stated = "price" if known else "image_tokens"
+        cost = (
+            f"no price is known; state `{stated}` beside it" if usd is None else f"{usd:,.2f} USD"
+        )
+        note = f"judge: {ways * len(asked):,} requests, about {sent:,} tokens sent, {cost}"
+        return StepPlan(cost_usd=usd, note=note)
 
     def _ask(
         self, questions: Sequence[Question], answers: Sequence[str], settings: JudgeSettings
