@@ -137,7 +137,9 @@ def test_recipes_are_valid(block: Block, tmp_path: Path) -> None:
     steps = table.get("steps", [])
     text = block.text
     tiny = Recipe.load(find_recipe("tiny"), Registry.installed())
-    if isinstance(steps, dict) and not set(steps) <= {step.use for step in tiny.steps}:
+    known = {*Recipe.model_fields, "base"}
+    rest = isinstance(steps, dict) and not set(steps) <= {step.use for step in tiny.steps}
+    if rest or not set(table) <= known:
         text = f'[[steps]]\nuse = "finetune"\n{text}'  # the rest of a step that begins elsewhere
     elif not isinstance(steps, list) or not steps:
         text = text if "base" in table else f'base = "tiny"\n{text}'
