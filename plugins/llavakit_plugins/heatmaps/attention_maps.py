@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -91,6 +92,14 @@ class WatchedRows:
         self.weights[layer] = scores_HRT.softmax(dim=-1)[..., : len(positions_T)]
 
 
+class _MeanOfHeads(WatchedRows):
+    """Keeps `[R, T]` of each layer: all heads of a long answer would fill the memory."""
+
+    def see(self, layer: int, *seen: Any) -> None:
+        super().see(layer, *seen)
+        self.weights[layer] = self.weights[layer].mean(dim=0)
+
+
 def map_attention(
     model: LlavaModel,
     prompt: str,
@@ -106,16 +115,27 @@ def map_attention(
     """
     if not images:
         raise ModelError("there is no image to look at; give one with --image")
-    edge = grid_edge(model)
+    grid_edge(model)
     encoded = model.prompt(prompt, images, raw=raw)
     ids = model.answer_ids([(prompt, images)], sampling or Sampling(), raw=raw)[0]
-    weights_AT, visual_rows_N = _attention(model, encoded, images, ids)
+    return map_answer(model, encoded, model.prepare(images), ids)
+
+
+def map_answer(
+    model: LlavaModel, encoded: Encoded, pixels_IHW: Tensor | None, ids: Sequence[int]
+) -> AttentionMaps:
+    """Return the attention maps of an answer's tokens `ids` to an encoded prompt.
+
+    Raises ModelError as `map_attention`.
+    """
+    edge = grid_edge(model)
+    weights_AT, visual_rows_N = _attention(model, encoded, pixels_IHW, ids)
     pieces: list[str] = []
     for end in range(1, len(ids) + 1):
         # from the first: a token may be half a character
         text = str(model.language.tokenizer.decode(ids[:end], skip_special_tokens=True))
         pieces.append(text[sum(map(len, pieces)) :])
-    weights_AIGG = weights_AT[:, visual_rows_N].unflatten(1, (len(images), edge, edge))
+    weights_AIGG = weights_AT[:, visual_rows_N].unflatten(1, (encoded.image_count, edge, edge))
     return AttentionMaps(model.decode(ids), tuple(pieces), weights_AIGG)
 
 
@@ -137,7 +157,7 @@ def grid_edge(model: LlavaModel) -> int:
 
 @torch.inference_mode()
 def _attention(
-    model: LlavaModel, encoded: Encoded, images: Sequence[ImageSource], ids: Sequence[int]
+    model: LlavaModel, encoded: Encoded, pixels_IHW: Tensor | None, ids: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
     """Return the attention `[A, T]` of the rows that predicted `ids`, and the visual rows.
 
@@ -151,10 +171,9 @@ def _attention(
     batch = pack([whole], [0], model.visual_tokens).to(model.device)
     length = batch.packing.starts[-1]
     # each row predicts the token behind it
-    watch = WatchedRows(torch.arange(length - len(ids), length, device=model.device))
+    watch = _MeanOfHeads(torch.arange(length - len(ids), length, device=model.device))
     packing = replace(batch.packing, watch=watch)
-    pixels = model.prepare(images)
-    features = None if pixels is None else model.features(pixels)
+    features = None if pixels_IHW is None else model.features(pixels_IHW)
     model.language.hidden(model.embed(batch, features), packing)
     layers, _, _ = model.language.cache_shape()
     if len(watch.weights) != layers:
@@ -162,5 +181,5 @@ def _attention(
             f"language model `{model.language.name}` showed the attention of {len(watch.weights)} "
             f"of its {layers} layers: it must attend by llavakit.packed_attention"
         )
-    weights_LAT = torch.stack([weights.mean(dim=0) for weights in watch.weights.values()])
+    weights_LAT = torch.stack(list(watch.weights.values()))
     return weights_LAT.mean(dim=0).cpu(), batch.visual_rows_N.cpu()

@@ -69,14 +69,17 @@ class Preparer:
             room = check_room(length, sampling.max_new_tokens, self._longest)
             pixels = self._model.prepare(sample.images, "the request")
         except LlavaError as error:
-            raise self._refused(error) from error
+            raise refused(error) from error
         prompt = Prompt(encoded, pixels, length, room)
         tokens = encoded.ids.tolist()
         choices = [self._voice.begin(tokens, sampling, n, room) for n in range(sampling.n)]
         return Prepared(request, prompt, choices)
 
     def conversation(self, messages: list[Any]) -> tuple[Sample, Encoded, int]:
-        """Return a conversation, its tokens and its rows. Raises RequestError for none."""
+        """Return a conversation that awaits an answer, its tokens and its rows.
+
+        Raises RequestError for none.
+        """
         count = 0
 
         def source(given: Any) -> ImageSource:
@@ -94,15 +97,17 @@ class Preparer:
             if length >= self._longest:
                 check_room(length, 1, self._longest)
         except LlavaError as error:
-            raise self._refused(error) from error
+            raise refused(error) from error
         except RecursionError:
             raise RequestError(400, "`messages` are nested too deeply") from None
         return sample, encoded, length
 
-    def _refused(self, error: LlavaError) -> RequestError:
-        long = "reads at most" in str(error)
-        code = "context_length_exceeded" if long else "invalid_value"
-        return RequestError(400, str(error), param="messages", code=code)
+
+def refused(error: LlavaError) -> RequestError:
+    """Return what a client is told of messages that cannot be answered."""
+    long = "reads at most" in str(error)
+    code = "context_length_exceeded" if long else "invalid_value"
+    return RequestError(400, str(error), param="messages", code=code)
 
 
 def read_image(given: object, most: int) -> bytes:

@@ -25,6 +25,7 @@ from llavakit_plugins.serving.batch import Batch
 from llavakit_plugins.serving.chat import Chat, deliver
 from llavakit_plugins.serving.errors import RequestError
 from llavakit_plugins.serving.guard import Guard
+from llavakit_plugins.serving.heatmap import Heatmap, has_heatmaps
 from llavakit_plugins.serving.http import Bodies
 from llavakit_plugins.serving.limits import Limits
 from llavakit_plugins.serving.metrics import Metrics
@@ -110,9 +111,12 @@ class Server:
             pool=self._pool,
             metrics=metrics,
         )
+        heatmap = None
+        if has_heatmaps(model):
+            heatmap = Heatmap(model, preparer, self.scheduler, bodies, self._pool)
         self._app = make_app(
             chat=self._chat,
-            heatmap=None,
+            heatmap=heatmap,
             scheduler=self.scheduler,
             guard=serving.guard,
             name=serving.name,

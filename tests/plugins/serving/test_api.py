@@ -7,10 +7,13 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
 import pytest
 from tests.plugins.serving.conftest import Running, asks, data_url, picture, request, serving
 
 from llavakit import LlavaModel, Registry
+from llavakit_plugins.heatmaps.attention_maps import map_answer
+from llavakit_plugins.heatmaps.drawing import seen_region
 
 openai = pytest.importorskip("openai")
 
@@ -236,3 +239,24 @@ def test_threads_of_one_client(running: Running) -> None:
     for thread in threads:
         thread.join()
     assert texts == [expected(running.model, REQUESTS["text"])[0].text] * 8
+
+
+def test_heat_maps_are_those_of_the_answer(running: Running) -> None:
+    model, image, answer = running.model, picture(9, (60, 40)), "it is a red circle ."
+    asked = asks(QUESTION, image)
+    status, _, data = running.send("/v1/heatmaps", {"messages": asked, "answer": answer})
+    found = json.loads(data)
+    assert status == 200, found
+    ids = model.tokenizer(answer, add_special_tokens=False)["input_ids"]
+    prompt, images = model.ask(asked)
+    truth = map_answer(model, prompt, model.prepare(images), ids)
+    assert [word["text"] for word in found["words"]] == answer.split()
+    maps = np.asarray([word["maps"][0] for word in found["words"]])
+    np.testing.assert_allclose(maps, truth.weights_AIGG[:, 0].flatten(1), atol=1e-6)
+    np.testing.assert_allclose(np.asarray(found["mean"][0]), maps.mean(axis=0), atol=1e-6)
+    assert found["grid"] ** 2 == model.visual_tokens
+    (region,) = found["regions"]
+    assert region == pytest.approx(seen_region(model.vision, (60, 40)), abs=0.01)
+    for wrong in ({"messages": asks(QUESTION), "answer": "x"}, {"messages": asked, "answer": ""},
+                  {"messages": asked}, {"messages": asked, "answer": "red " * 600}):  # fmt: skip
+        assert running.send("/v1/heatmaps", wrong)[0] == 400
