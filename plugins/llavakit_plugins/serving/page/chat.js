@@ -35,7 +35,7 @@ function element(name, { text, ...attributes } = {}, ...children) {
 
 function render() {
   if (!dialogue.messages.length) {
-    log.replaceChildren(element("p", { class: "welcome", text: "Add an image and ask about it." }));
+    log.replaceChildren(element("p", { class: "welcome", text: "Drop, paste or add an image, and ask about it." }));
   } else {
     log.replaceChildren(...dialogue.messages.map(renderMessage));
   }
