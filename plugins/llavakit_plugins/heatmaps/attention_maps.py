@@ -133,7 +133,7 @@ def map_answer(
     pieces: list[str] = []
     for end in range(1, len(ids) + 1):
         # from the first: a token may be half a character
-        text = str(model.language.tokenizer.decode(ids[:end], skip_special_tokens=True))
+        text = str(model.language.tokenizer.decode(list(ids[:end]), skip_special_tokens=True))
         pieces.append(text[sum(map(len, pieces)) :])
     weights_AIGG = weights_AT[:, visual_rows_N].unflatten(1, (encoded.image_count, edge, edge))
     return AttentionMaps(model.decode(ids), tuple(pieces), weights_AIGG)

@@ -72,7 +72,7 @@ class Heatmap:
         if not sample.images:
             raise RequestError(400, "there is no image to look at", param="messages")
         try:
-            whole, _ = self._model.ask(sample, begun=request.answer)
+            whole, _ = self._model.ask(sample, (), begun=request.answer)
             ids = whole.ids[len(encoded.ids) :].tolist()
             if len(ids) > _TOKENS:
                 raise RequestError(

@@ -248,7 +248,7 @@ def test_heat_maps_are_those_of_the_answer(running: Running) -> None:
     found = json.loads(data)
     assert status == 200, found
     ids = model.tokenizer(answer, add_special_tokens=False)["input_ids"]
-    prompt, images = model.ask(asked)
+    prompt, images = model.ask(asked, ())
     truth = map_answer(model, prompt, model.prepare(images), ids)
     assert [word["text"] for word in found["words"]] == answer.split()
     maps = np.asarray([word["maps"][0] for word in found["words"]])
