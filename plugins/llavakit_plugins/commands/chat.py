@@ -3,25 +3,43 @@
 from __future__ import annotations
 
 import argparse
-import sys
+from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from llavakit import printable, shown
+from llavakit import printable
 from llavakit.contracts.commands import Commands
 from llavakit.contracts.errors import LlavaError, ModelError
-from llavakit_plugins.commands.flags import add_model, add_settings, load_model, table_of
+from llavakit_plugins.commands.flags import (
+    add_model,
+    add_sampling,
+    add_settings,
+    load_model,
+    sampling_of,
+    table_of,
+)
+
+if TYPE_CHECKING:
+    from llavakit.contracts.model import Sampling
 
 
 def add(commands: Commands) -> None:
     chat = commands.add_parser("chat", help="ask a model about images")
     add_model(chat, "model")
-    chat.add_argument("--image", type=Path, action="append", default=[], metavar="FILE")
+    chat.add_argument(
+        "--image", action="append", default=[], metavar="FILE", help="may be given more than once"
+    )
     chat.add_argument("--prompt", help="ask this once and print only the answer")
+    chat.add_argument("--system", metavar="TEXT", help="in place of the template's system text")
     chat.add_argument("--max-new-tokens", type=int, default=512, metavar="N")
-    chat.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
-    chat.add_argument("--top-p", type=float, default=1.0)
-    chat.add_argument("--seed", type=int)
+    add_sampling(chat)
     chat.add_argument("--device", default="auto")
+    chat.add_argument("--verbose", action="store_true", help="say how fast the answer came")
+    chat.add_argument("--upright", action="store_true", help="turn photos as the camera noted")
+    chat.add_argument(
+        "--allow-host", action="append", default=[], metavar="HOST",
+        help="read images of this host, by http or https",
+    )  # fmt: skip
     chat.add_argument(
         "--heatmap", type=Path, metavar="PNG", help="with --prompt: draw where the model looks"
     )
@@ -30,40 +48,32 @@ def add(commands: Commands) -> None:
 
 
 def _chat(arguments: argparse.Namespace) -> int:
+    from llavakit_plugins.commands.dialogue import Dialogue, answer, talk
+    from llavakit_plugins.fetching.images import ImageFetcher
+
     if arguments.heatmap is not None and (arguments.prompt is None or not arguments.image):
         raise LlavaError("--heatmap draws one answer over its image: give --prompt and --image too")
+    if arguments.heatmap is not None and (arguments.upright or arguments.system is not None):
+        raise LlavaError(
+            "--heatmap draws over the image as it is: leave --upright and --system out"
+        )
+    sampling = sampling_of(arguments)
     model = load_model(arguments.model, arguments, arguments.device, table_of(arguments.set))
-    settings = {
-        "max_new_tokens": arguments.max_new_tokens,
-        "temperature": arguments.temperature,
-        "top_p": arguments.top_p,
-        "seed": arguments.seed,
-    }
+    model.upright = arguments.upright
     if arguments.heatmap is not None:
-        _chat_with_heatmap(arguments, model)
+        _chat_with_heatmap(arguments, model, sampling)
         return 0
-    if arguments.prompt is not None:
-        print(printable(model.generate(arguments.prompt, images=arguments.image, **settings)))
-        return 0
-    while True:
-        try:
-            question = input("> ").strip()
-        except EOFError:
-            print()
-            return 0
-        if not question:
-            continue
-        try:
-            for piece in model.stream(question, images=arguments.image, **settings):
-                print(printable(piece), end="", flush=True)
-            print()
-        except LlavaError as error:  # of this question; the next may do
-            print(f"error: {shown(str(error))}", file=sys.stderr)
+    fetch = ImageFetcher(arguments.allow_host).source
+    dialogue = Dialogue(model, asdict(sampling), arguments.image, arguments.system, fetch)
+    if arguments.prompt is None:
+        talk(dialogue, verbose=arguments.verbose)
+    else:
+        answer(dialogue, arguments.prompt, verbose=arguments.verbose)
+    return 0
 
 
-def _chat_with_heatmap(arguments: argparse.Namespace, model: object) -> None:
+def _chat_with_heatmap(arguments: argparse.Namespace, model: object, sampling: Sampling) -> None:
     from llavakit import LlavaModel
-    from llavakit.contracts.model import Sampling
     from llavakit_plugins.heatmaps.attention_maps import map_attention
     from llavakit_plugins.heatmaps.drawing import draw_attention_maps
     from llavakit_plugins.reporting.pictures import save_image
@@ -73,9 +83,6 @@ def _chat_with_heatmap(arguments: argparse.Namespace, model: object) -> None:
             f"{arguments.model} is in a layout that shows no attention; --heatmap needs a model "
             "folder, or a layout that `llava-run import` turns into one"
         )
-    sampling = Sampling(
-        arguments.max_new_tokens, arguments.temperature, arguments.top_p, arguments.seed
-    )
     maps = map_attention(model, arguments.prompt, arguments.image, sampling)
     print(
         printable(maps.answer), flush=True

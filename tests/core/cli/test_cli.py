@@ -97,12 +97,15 @@ def test_chat_asks_again_until_the_input_ends(
     monkeypatch.setattr(sys, "stdin", io.StringIO("what colour is it ?\n\nwhat shape ?\n"))
     code, out, _ = llava_run("chat", model, "--image", picture, "--max-new-tokens", 5)
     loaded = llavakit.load(model, device="cpu")
-    answers = [
-        loaded.generate(question, images=[picture], max_new_tokens=5)
-        for question in ("what colour is it ?", "what shape ?")
+    first = loaded.generate("what colour is it ?", images=[picture], max_new_tokens=5)
+    dialogue = [
+        {"role": "user", "content": "<image>\nwhat colour is it ?"},
+        {"role": "assistant", "content": first},
+        {"role": "user", "content": "what shape ?"},
     ]
+    second = loaded.generate(dialogue, [picture], max_new_tokens=5)
     assert code == 0
-    assert [line.strip() for line in out.split(">")[1:]] == [answers[0], "", answers[1], ""]
+    assert [line.strip() for line in out.split(">")[1:]] == [first, "", second, ""]
 
 
 def test_a_question_that_cannot_be_asked_does_not_end_the_chat(

@@ -13,7 +13,7 @@ import pytest
 import tomli_w
 from tests.conftest import Command
 
-from llavakit import Registry
+from llavakit import Registry, Sample
 from llavakit.contracts.errors import DataError
 from llavakit.files import CONTROL
 
@@ -35,8 +35,8 @@ class Talking:
     def generate(self, *_: object, **__: object) -> str:
         return EVIL
 
-    def stream(self, question: str, **_: object) -> Iterator[str]:
-        if question == "fail":
+    def stream(self, asked: Sample, **_: object) -> Iterator[str]:
+        if asked.turns[-1].text == "fail":
             raise DataError(f"image {EVIL} is missing")
         yield from EVIL
 
