@@ -84,7 +84,7 @@ class RowReader:
     def image(self, named: object, where: str) -> ImageSource:
         """Return an image that a row names: a path below the folder, a `data:` address, or what a
         data set with images inside has, `{"bytes": ..., "path": ...}`."""
-        if isinstance(named, Mapping) and isinstance(named.get("bytes"), bytes):
+        if isinstance(named, Mapping) and _is_inside(named):
             return bytes(named["bytes"])
         if isinstance(named, Mapping) and isinstance(named.get("path"), str):
             return self._inside(named["path"], where)
@@ -115,7 +115,7 @@ class RowReader:
         if row.get("conversations") is not None:
             raise DataError(f"{where} has `conversations` and `messages`; keep one of them")
         sample = read_messages(
-            rows_of(row["messages"]),
+            self._with_images(rows_of(row["messages"]), where),
             images,
             where=f"{where}: `messages`",
             source=lambda named: self.image(named, where),
@@ -126,6 +126,24 @@ class RowReader:
         if system is not None and sample.system is not None:
             raise DataError(f"{where} has `system` and a message from system; keep one of them")
         return sample if system is None else replace(sample, system=system)
+
+    def _with_images(self, messages: object, where: str) -> object:
+        """Return messages in which what a table of images has inside of a part is an image."""
+        if not isinstance(messages, list):
+            return messages
+        found: list[object] = []
+        for message in messages:
+            content = rows_of(message.get("content")) if isinstance(message, dict) else None
+            if isinstance(content, list):
+                parts = [
+                    {**part, "image": self.image(part["image"], where)}
+                    if isinstance(part, dict) and _is_inside(part.get("image"))
+                    else part
+                    for part in content
+                ]
+                message = {**message, "content": parts}
+            found.append(message)
+        return found
 
     def _images(self, row: Row, where: str) -> Images:
         names, more = row.get("image"), row.get("images")
@@ -141,6 +159,10 @@ class RowReader:
                 "text"
             )
         return tuple(self.image(name, where) for name in names)
+
+
+def _is_inside(named: object) -> bool:
+    return isinstance(named, Mapping) and isinstance(named.get("bytes"), bytes)
 
 
 def attempt(read: Callable[[], T], sort: str) -> T | Finding:

@@ -146,6 +146,22 @@ def test_messages_with_images_of_their_own_column(tmp_path: Path) -> None:
     assert sample == Sample("#1", both, (png(0), png(1)), "", "be brief")
 
 
+def test_messages_with_images_inside_their_parts(tmp_path: Path) -> None:
+    part = {"type": "image", "text": None, "image": {"bytes": png(2), "path": None}}
+    text = {"type": "text", "text": "which ?", "image": None}
+    answer = {"type": "text", "text": "this .", "image": None}
+    rows = [{"messages": [{"role": "user", "content": [part, text]},
+                          {"role": "assistant", "content": [answer]}]}]  # fmt: skip
+    inside = {"type": datasets.Value("string"), "text": datasets.Value("string"),
+              "image": datasets.Image()}  # fmt: skip
+    message = {"role": datasets.Value("string"), "content": datasets.List(inside)}
+    features = datasets.Features({"messages": datasets.List(message)})
+    datasets.Dataset.from_list(rows, features=features).to_parquet(str(tmp_path / "rows.parquet"))
+    (sample,) = build(tmp_path / "rows.parquet")
+    both = (Turn("human", "<image>\nwhich ?"), Turn("gpt", "this ."))
+    assert sample == Sample("#1", both, (png(2),))
+
+
 def test_images_may_be_named(tmp_path: Path) -> None:
     (tmp_path / "pictures").mkdir()
     (tmp_path / "pictures" / "a.png").write_bytes(png(0))

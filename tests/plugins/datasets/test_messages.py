@@ -123,13 +123,16 @@ def test_a_system_text_is_trained_as_transformers_renders_it(
 
 
 BAD: list[tuple[dict[str, Any], str]] = [
-    ({"messages": [RED]}, "message 1 is from `assistant`, expected `user`"),
-    ({"messages": [user(TEXT), user(TEXT)]}, "message 2 is from `user`, expected `assistant`"),
+    ({"messages": [RED]}, "message 1 is from 'assistant', expected `user`"),
+    ({"messages": [user(TEXT), user(TEXT)]}, "message 2 is from 'user', expected `assistant`"),
     ({"messages": []}, "`messages` are no list of `role` and `content`"),
     ({"messages": "hello"}, "`messages` are no list of `role` and `content`"),
-    ({"messages": [{"role": "tool", "content": "x"}, RED]}, "is from `tool`"),
-    ({"messages": [user({"type": "video", "video": "a.mp4"}), RED]}, "neither text nor image"),
-    ({"messages": [user({"type": "image"}), RED]}, "has an image more than are given with it"),
+    ({"messages": [{"role": "tool", "content": "x"}, RED]}, "is from 'tool'"),
+    (
+        {"messages": [user({"type": "video", "video": "a.mp4"}), RED]},
+        "no text, and no image of the user's",
+    ),
+    ({"messages": [user({"type": "image"}), RED]}, "show more images than are given with them"),
     ({"image": "a.png", "messages": [user(TEXT), RED]}, "1 image for 0 `<image>` placeholders"),
     ({"messages": [user({"type": "image", "image": "../a.png"}), RED]}, "lies outside"),
     ({"messages": [user({"type": "image", "image": "/etc/passwd"}), RED]}, "lies outside"),
