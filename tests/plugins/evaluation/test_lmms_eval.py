@@ -15,7 +15,7 @@ from PIL import Image
 from tests.conftest import RecipeWriter
 
 import llavakit
-from llavakit import Recipe, Registry
+from llavakit import Exporter, Recipe, Registry, Use
 from llavakit.model.folder import create_model, save_model
 
 TASK = """\
@@ -66,13 +66,13 @@ from lmms_eval.tasks import TaskManager
 if not entry_points(group="lmms_eval.models", name="llavakit"):  # an older installed metadata
     from llavakit_plugins.lmms_eval import manifest
     models.MODEL_REGISTRY_V2.register_manifest(manifest)
-folder, model = sys.argv[1:]
+folder, name, arguments = sys.argv[1:]
 results = evaluator.simple_evaluate(
-    model="llavakit",
-    model_args=f"pretrained={model},device=cpu",
+    model=name,
+    model_args=arguments,
     tasks=["llavakit_local"],
     task_manager=TaskManager(include_path=folder, include_defaults=False),
-    batch_size=3,
+    batch_size=3 if name == "llavakit" else 1,
     bootstrap_iters=10,
 )
 with open(f"{folder}/results.json", "w") as file:
@@ -88,11 +88,34 @@ def test_the_package_registers_itself() -> None:
     assert any("lmms-eval" in name for name in project["optional-dependencies"]["lmms-eval"])
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(
+needs_lmms_eval = pytest.mark.skipif(
     find_spec("lmms_eval") is None,
     reason="lmms-eval is not installed (some 60 packages): pip install 'llavakit[lmms-eval]'",
 )
+
+
+def write_task(folder: Path, rows: list[dict[str, str]]) -> None:
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "local_task.yaml").write_text(TASK.format(folder=folder))
+    (folder / "local_task.py").write_text(FUNCTIONS)
+
+
+def evaluate(folder: Path, model: str, arguments: str) -> dict[str, float]:
+    """Run the task in a process of its own; return its results."""
+    ended = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", PROGRAM, str(folder), model, arguments],
+        env={**os.environ, "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(folder / "hf")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    results: dict[str, float] = json.loads((folder / "results.json").read_text())
+    return results
+
+
+@pytest.mark.slow
+@needs_lmms_eval
 def test_lmms_eval_asks_our_model(write_recipe: RecipeWriter, tmp_path: Path) -> None:
     registry = Registry.installed()
     recipe = Recipe.load(write_recipe(), registry)
@@ -106,16 +129,26 @@ def test_lmms_eval_asks_our_model(write_recipe: RecipeWriter, tmp_path: Path) ->
         answer = model.generate(question, images=images, max_new_tokens=5)
         own = {"question": question, "image": str(image) if images else "", "answer": answer}
         rows.append(own | ({"answer": "something else"} if number == 6 else {}))
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "local_task.yaml").write_text(TASK.format(folder=tmp_path))
-    (tmp_path / "local_task.py").write_text(FUNCTIONS)
-    ended = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", PROGRAM, str(tmp_path), str(tmp_path / "model")],
-        env={**os.environ, "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert ended.returncode == 0, ended.stderr[-3000:]
-    results = json.loads((tmp_path / "results.json").read_text())
+    write_task(tmp_path, rows)
+    results = evaluate(tmp_path, "llavakit", f"pretrained={tmp_path / 'model'},device=cpu")
     assert results["said,none"] == pytest.approx(6 / 7)
+
+
+@pytest.mark.slow
+@needs_lmms_eval
+def test_lmms_eval_s_own_model_reads_our_export(write_recipe: RecipeWriter, tmp_path: Path) -> None:
+    """Its class for models in transformers' layout; answers are those that ours gives itself."""
+    registry = Registry.installed()
+    recipe = Recipe.load(write_recipe(('system = ""', "")), registry)
+    model = create_model(recipe.parts(), registry, seed=0).eval()
+    registry.build(Use[Exporter](use="hf")).export(model, tmp_path / "model")
+    rows = []
+    for number in range(5):
+        image = tmp_path / f"{number}.png"
+        Image.effect_noise((30 + number, 40), 80).convert("RGB").save(image)
+        question = f"what {'colour ' * number}is it ?"
+        answer = model.generate(question, images=[image], max_new_tokens=5)
+        rows.append({"question": question, "image": str(image), "answer": answer})
+    write_task(tmp_path, rows)
+    arguments = f"pretrained={tmp_path / 'model'},device=cpu,device_map=cpu,dtype=float32"
+    assert evaluate(tmp_path, "llava_hf", arguments)["said,none"] == 1
