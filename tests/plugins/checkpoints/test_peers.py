@@ -32,7 +32,7 @@ def ours(backbones: Path) -> LlavaModel:
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(3)
         for parameter in model.connector.parameters():  # so that the image decides the answer
-            parameter += 0.5 * torch.randn_like(parameter)
+            parameter.add_(0.5 * torch.randn_like(parameter))
     return model.eval()
 
 
