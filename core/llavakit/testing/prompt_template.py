@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 QUESTION, ANSWER = "Which way is it?", "To the left."
 SECOND, UP = "And then?", "Up."
+SYSTEM = "You know the way."
 ONE = (Turn("human", f"{IMAGE}\n{QUESTION}"), Turn("gpt", ANSWER))
 TWO = (*ONE, Turn("human", SECOND), Turn("gpt", UP))
 
@@ -145,6 +146,34 @@ class PromptTemplateContract(Contract[PromptTemplate]):
             not said,
             "a turn's text is not markup: special tokens spelt out in it would count as such",
             f"{said} are", "give turns and markup segments of their own",
+        )  # fmt: skip
+
+    def test_a_conversations_system_text_is_shown_or_refused(self) -> None:
+        """As a user's text, in front of the first question, where the template has a place."""
+        template, tokenizer = self.build(), self.tokenizer()
+        before = list(template.segments(ONE, tokenizer))
+        try:
+            segments = list(template.with_system(SYSTEM).segments(ONE, tokenizer))
+        except DataError:
+            return
+        hold(
+            list(template.segments(ONE, tokenizer)) == before,
+            "a template stays as it is when another conversation has a system text",
+            "it has changed", "return another template from `with_system`",
+        )  # fmt: skip
+        text = "".join(segment.text for segment in segments)
+        if SYSTEM not in text and not self.several_turns:
+            return  # of a caption the question is left out, too
+        hold(
+            SYSTEM in text.partition(QUESTION)[0],
+            "a conversation's system text stands in front of its question", f"it is {text!r}",
+            "show the text that `with_system` was given, or raise DataError there",
+        )  # fmt: skip
+        own = [s for s in segments if SYSTEM in s.text and (s.markup or s.supervised)]
+        hold(
+            not own,
+            "a conversation's system text is neither markup nor learned", f"{own}",
+            "give it a segment of its own",
         )  # fmt: skip
 
     def test_a_question_at_the_end_is_left_open(self) -> None:

@@ -94,10 +94,18 @@ class Prompt(PromptTemplate):
 
     name = "prompt"
     fault: str = ""
+    system: str = ""
+
+    def with_system(self, system: str) -> Prompt:
+        if self.fault == "changes":
+            self.system = system
+            return self
+        return Prompt(self.fault, "" if self.fault == "loses" else system)
 
     def segments(self, turns: Sequence[Turn], tokenizer: Any) -> list[Segment]:
         Sample("x", tuple(turns), (Path(),) * sum(t.text.count("<image>") for t in turns)).check()
         segments = [Segment("<s>", markup=True)] if self.fault == "bos" else []
+        segments.append(Segment(self.system, self.fault == "learns", self.fault == "marks"))
         for number, turn in enumerate(turns):
             if self.fault == "later" and number > 1 and turn.role == "human":
                 continue
@@ -307,6 +315,10 @@ FAULTS: list[tuple[type[Any], Any, str, str, dict[str, Any]]] = [
     (good.TestVicunaV1, lambda: Prompt("cut"), "the_answer_is_learned", "all of it", {}),
     (good.TestVicunaV1, lambda: Prompt("later"), "every_turn", "without ['And then?']", {}),
     (good.TestVicunaV1, lambda: Prompt("bos"), "begins_once", "`adds_bos = False`", {}),
+    (good.TestVicunaV1, lambda: Prompt("changes"), "system_text", "return another template", {}),
+    (good.TestVicunaV1, lambda: Prompt("loses"), "system_text", "in front of its question", {}),
+    (good.TestVicunaV1, lambda: Prompt("learns"), "system_text", "neither markup nor learned", {}),
+    (good.TestVicunaV1, lambda: Prompt("marks"), "system_text", "a segment of its own", {}),
     (good.TestExactMatch, lambda: Quiz("position"), "by_its_position", "not by position", {}),
     (good.TestExactMatch, lambda: Quiz("sum"), "scoring_twice", "keep nothing on `self`", {}),
     (good.TestExactMatch, lambda: Quiz("guess"), "unreadable", "count what cannot be read", {}),
