@@ -153,7 +153,12 @@ from .recipe.overrides import (
     set_key as set_key,
     stated as stated,
 )
-from .recipe.recipe import Published as Published, Recipe as Recipe, recipe_folder as recipe_folder
+from .recipe.recipe import (
+    Published as Published,
+    Recipe as Recipe,
+    recipe_files as recipe_files,
+    recipe_folder as recipe_folder,
+)
 from .recipe.redaction import (
     hide as hide,
     is_key as is_key,

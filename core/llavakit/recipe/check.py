@@ -218,8 +218,9 @@ def problems_in(
             yield Problem(where, f"option {option}{owner} is a table", hint)
         elif item["type"] == "extra_forbidden":
             hint = did_you_mean(str(last), known, f"known: {', '.join(known)}")
-            message = f"unknown option `{last}`{owner}"
-            yield Problem(where, message, _elsewhere(str(last)) or hint)
+            for names in entry_points(group="llavakit.displays", name="names"):  # of other programs
+                hint = names.load()(str(last)) or hint
+            yield Problem(where, f"unknown option `{last}`{owner}", hint)
         elif item["type"] == "tuple_type" and isinstance(item["input"], dict):
             hint = f"write [[{last}]] for a table of it" if len(loc) == 1 else "write it as [...]"
             yield Problem(where, f"option `{last}`{owner} is a list", hint)
@@ -233,12 +234,6 @@ def problems_in(
             subject = f"option {option}{owner}" if loc else f"options{owner}"
             hint = f"got {_show(item['input'])}" if loc else ""
             yield Problem(where, f"{subject}: {message}", hint)
-
-
-def _elsewhere(name: str) -> str:
-    """Return what an option of another program is called here, where a display knows it."""
-    hints = (found.load()(name) for found in entry_points(group="llavakit.displays", name="names"))
-    return next(filter(None, hints), "")
 
 
 def _fields(model: type[BaseModel], path: Sequence[str | int]) -> Iterator[str]:

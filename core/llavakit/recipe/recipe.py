@@ -7,6 +7,7 @@ import re
 import tomllib
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,6 +23,7 @@ from llavakit.recipe.lines import Key
 from llavakit.recipe.model_choice import ModelRecipe
 from llavakit.recipe.overrides import Source, set_key, stated, step_index
 from llavakit.registry import LATER, Registry
+from llavakit.registry.installed import imported
 
 
 class StepUse(SkippableUse[Step]):
@@ -183,8 +185,20 @@ def recipe_folder() -> Path:
     return packaged if packaged.is_dir() else package.parents[1] / "recipes"
 
 
+def recipe_files() -> dict[str, Path]:
+    """Return every installed recipe: ours by name, a plugin's as `PLUGIN/NAME`."""
+    folders = {"": recipe_folder()}
+    for point in entry_points(group="llavakit.recipes"):  # each names a package of TOML files
+        folders[f"{point.name}/"] = Path(cast(Any, imported(point)).__path__[0])
+    return {
+        prefix + file.relative_to(folder).with_suffix("").as_posix(): file
+        for prefix, folder in folders.items()
+        for file in sorted(folder.rglob("*.toml"))
+    }
+
+
 def find_recipe(name: str, beside: Path | None = None) -> Path:
-    """Return the file `name`, or the built-in recipe of that name."""
+    """Return the file `name`, or the installed recipe of that name."""
     path = Path(name)
     if path.suffix == ".toml":
         # `base` is looked for beside the recipe that names it
@@ -192,10 +206,8 @@ def find_recipe(name: str, beside: Path | None = None) -> Path:
     for folder in (beside, recipe_folder()):
         if folder is not None and os.path.isfile(file := folder / f"{name}.toml"):
             return file
-    folder = recipe_folder()
-    known = sorted(
-        file.relative_to(folder).with_suffix("").as_posix() for file in folder.rglob("*.toml")
-    )
+    if name in (known := recipe_files()):
+        return known[name]
     hint = did_you_mean(name, known, f"there are: {', '.join(known)}")
     raise RecipeError(f"no built-in recipe is called `{name}`; {hint}")
 

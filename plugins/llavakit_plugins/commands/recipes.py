@@ -1,4 +1,4 @@
-"""`llava-run recipes`: lists the built-in recipes."""
+"""`llava-run recipes`: lists the installed recipes."""
 
 from __future__ import annotations
 
@@ -8,20 +8,23 @@ from llavakit.contracts.commands import Commands
 
 
 def add(commands: Commands) -> None:
-    recipes = commands.add_parser("recipes", help="list the built-in recipes")
+    recipes = commands.add_parser("recipes", help="list the installed recipes")
     recipes.set_defaults(command=_recipes)
 
 
 def _recipes(arguments: argparse.Namespace) -> int:
-    from llavakit import recipe_folder, shown
+    from importlib.metadata import entry_points
 
-    folder = recipe_folder()
-    recipes = {
-        file.relative_to(folder).with_suffix("").as_posix(): file.read_text(encoding="utf-8")
-        for file in sorted(folder.rglob("*.toml"))
+    from llavakit import recipe_files, shown
+
+    packages = {
+        point.name: point.dist.name if point.dist else "an unknown package"
+        for point in entry_points(group="llavakit.recipes")
     }
-    width = max(map(len, recipes)) + 2
-    for name, text in recipes.items():
-        comment = text.partition("\n")[0].removeprefix("#").strip()
-        print(shown(f"{name:{width}}{comment}"))
+    files = recipe_files()
+    width = max(map(len, files)) + 2
+    for name, file in files.items():
+        comment = file.read_text(encoding="utf-8").partition("\n")[0].removeprefix("#").strip()
+        package = packages.get(name.partition("/")[0])
+        print(shown(f"{name:{width}}{comment}{f'  ({package})' if package else ''}"))
     return 0

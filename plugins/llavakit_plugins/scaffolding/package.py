@@ -14,10 +14,20 @@ from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from llavakit import Component, PluginError, Registry, all_kinds, and_more, did_you_mean, new_folder
+from llavakit import (
+    Component,
+    PluginError,
+    Registry,
+    all_kinds,
+    and_more,
+    did_you_mean,
+    new_folder,
+    recipe_files,
+)
 from llavakit.contracts.commands import GROUP
 
-COMMAND = "command"  #: What has no kind of its own: a command of `llava-run`.
+COMMAND, RECIPE = "command", "recipe"  #: What has no kind of its own in the registry.
+RECIPES = "llavakit.recipes"  #: The entry-point group of packages with recipes.
 _LONGEST = 30
 _COMMON = {
     "pyproject.toml": "pyproject.toml",
@@ -29,9 +39,9 @@ _COMMON = {
 
 @cache
 def known_kinds() -> dict[str, type[Component] | None]:
-    """Return what a package can be made for: every kind, spelt as `vision-encoder`; commands."""
+    """Return what a package can be made for: each kind, as `vision-encoder`; commands, recipes."""
     kinds = {_spelt(kind.__name__): kind for kind in all_kinds()}
-    return {**kinds, COMMAND: None}
+    return {**kinds, COMMAND: None, RECIPE: None}
 
 
 @dataclass(frozen=True)
@@ -87,7 +97,12 @@ def new_package(project: str, kinds: Sequence[str], folder: Path) -> list[Path]:
     texts[f"src/{package}/py.typed"] = ""
     for part in parts:
         own_values = {**values, "component": part.component}
-        texts[f"src/{package}/{part.module}.py"] = _render(f"{part.kind}/component.py", own_values)
+        if part.kind == RECIPE:
+            texts[f"src/{package}/recipes/__init__.py"] = f'"""Recipes of {project}."""\n'
+            made = f"src/{package}/recipes/{name}.toml", "component.toml"
+        else:
+            made = f"src/{package}/{part.module}.py", "component.py"
+        texts[made[0]] = _render(f"{part.kind}/{made[1]}", own_values)
         texts[f"tests/test_{part.module}.py"] = _render(f"{part.kind}/test.py", own_values)
     with new_folder(folder) as fresh:
         for target, text in texts.items():
@@ -136,7 +151,10 @@ def _refuse_taken(name: str, kinds: Sequence[str]) -> None:
     registry = Registry.installed()
     for kind in kinds:
         component = known_kinds()[kind]
-        if component is not None:
+        if kind == RECIPE:
+            taken = dict.fromkeys(name.partition("/")[0] for name in recipe_files())
+            taken |= {p.name: p.dist.name if p.dist else "" for p in entry_points(group=RECIPES)}
+        elif component is not None:
             taken = {n: package for n, (package, _) in registry.origins(component).items()}
         else:
             taken = {p.name: p.dist.name if p.dist else "" for p in entry_points(group=GROUP)}

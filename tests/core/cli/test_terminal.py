@@ -180,7 +180,7 @@ def test_listed_recipes(
     llava_run: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     (tmp_path / f"{EVIL}.toml").write_text(f"# {EVIL}\nname = 'x'\n")
-    monkeypatch.setattr("llavakit.recipe_folder", lambda: tmp_path)
+    monkeypatch.setattr("llavakit.recipe.recipe.recipe_folder", lambda: tmp_path)
     code, out, err = llava_run("recipes")
     assert code == 0, err
     assert out.count(SHOWN) == 2

@@ -65,14 +65,15 @@ def test_a_package_of_one_kind_is_whole(kind: str, tmp_path: Path) -> None:
     assert all(file.is_file() for file in files)
     names = {file.relative_to(tmp_path / "out").as_posix() for file in files}
     own = kind.replace("-", "_")
+    module = "recipes/fine.toml" if kind == "recipe" else f"{own}.py"
     assert {
-        f"src/llava_fine/{own}.py", f"tests/test_{own}.py", "pyproject.toml", "README.md",
+        f"src/llava_fine/{module}", f"tests/test_{own}.py", "pyproject.toml", "README.md",
         ".github/workflows/check.yml", "src/llava_fine/py.typed", ".gitignore",
     } <= names  # fmt: skip
     readme = (tmp_path / "out" / "README.md").read_text()
     assert "`fine`" in readme or "llava-run fine" in readme
     project = tomllib.loads((tmp_path / "out" / "pyproject.toml").read_text())
-    groups = {"llavakit.commands"} if kind == "command" else {"llavakit"}
+    groups = {f"llavakit.{kind}s"} if kind in ("command", "recipe") else {"llavakit"}
     assert set(project["project"]["entry-points"]) == groups
 
 
@@ -82,7 +83,8 @@ def test_its_tests_pass_and_each_component_runs_in_a_recipe(made: tuple[Path, Pa
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr
     for kind in known_kinds():
         own = kind.replace("-", "_")
-        test = "it_counts" if kind == "command" else "it_runs_in_a_recipe"
+        other = {"command": "it_counts", "recipe": "they_are_listed"}
+        test = other.get(kind, "it_runs_in_a_recipe")
         assert f"PASSED tests/test_{own}.py::test_{test}" in done.stdout
 
 
@@ -131,7 +133,8 @@ def test_the_command_says_what_it_wrote_and_what_to_do_next(
 
 def test_all_is_one_of_each(llava_run: Command, tmp_path: Path) -> None:
     assert llava_run("new-plugin", "fine", "--kind", "all", "--out", tmp_path / "x").code == 0
-    assert len(list((tmp_path / "x" / "src" / "fine").glob("[a-z]*.py"))) == len(known_kinds())
+    made = [*(tmp_path / "x" / "src" / "fine").glob("[a-z]*.py"), *tmp_path.rglob("fine.toml")]
+    assert len(made) == len(known_kinds())
 
 
 @pytest.mark.parametrize(
@@ -148,6 +151,7 @@ def test_all_is_one_of_each(llava_run: Command, tmp_path: Path) -> None:
         ("llavakit", "connector", "`import llavakit` means something else already"),
         ("llava-linear", "connector", "llavakit has a connector `linear` already"),
         ("llava-chat", "command", "llavakit has a command `chat` already"),
+        ("llava-tiny", "recipe", "has a recipe `tiny` already"),
         ("llava-fine", "conector", "no kind `conector`; did you mean `connector`?"),
         ("llava-fine", "", "there is no kind ``"),
     ],
