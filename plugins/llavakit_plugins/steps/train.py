@@ -27,7 +27,7 @@ from llavakit_plugins.training.features import preparation
 from llavakit_plugins.training.initial import missing_model, sketch_start, start
 from llavakit_plugins.training.loop import Trainer
 from llavakit_plugins.training.options import TrainOptions
-from llavakit_plugins.training.parallel import divides
+from llavakit_plugins.training.parallel import parts_of_weights
 from llavakit_plugins.training.parts import PARTS, require_weights
 from llavakit_plugins.training.work import measure_work
 
@@ -204,12 +204,12 @@ def _tail_mean(losses: list[float]) -> float:
 def _memory_gb(options: TrainOptions, planner: Planner) -> float:
     """Return a device's memory of weights, gradients, AdamW and one micro-batch's activations."""
     half = 2 if options.precision == "bf16" else 4
-    divided = planner.devices if divides(planner.model, options, planner.devices) else 1
+    divided = parts_of_weights(planner.model, options, planner.devices)
     weights = 0.0
     for part in PARTS:
         learns = planner.trainable(part) if part in options.train else 0
         own = getattr(planner.model, part).frozen_bytes(half) + learns * (16 - half)
-        weights += own / (1 if part == "vision" else divided)
+        weights += own / (1 if part == "vision" and not learns else divided)
     language = planner.model.language
     layers, _, _ = language.cache_shape()
     values = (2 if options.recompute else 17) * layers + 17  # a row's stored values, in widths

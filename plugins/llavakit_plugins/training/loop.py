@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from functools import partial
 from itertools import islice, tee
 from typing import Any, NamedTuple
 
@@ -37,10 +38,12 @@ from llavakit_plugins.training.optimiser import Optimiser, Schedule
 from llavakit_plugins.training.options import TrainOptions
 from llavakit_plugins.training.parallel import (
     Micro,
-    divides,
+    answering,
+    begin_sharded,
     in_one_piece,
     no_images,
     own_micros,
+    parts_of_weights,
     shard,
     sum_gradients,
 )
@@ -89,10 +92,15 @@ class Trainer:
     ) -> None:
         self.model, self.corpus, self.options, self.run = model, corpus, options, run
         self.process_group = run.process_group
-        self.sharded = divides(model, options, self.process_group.size)
+        parts = parts_of_weights(model, options, self.process_group.size)
+        self.sharded = parts > 1
+        self.encoder = "vision" in options.train
         if self.sharded:  # first: in float32 the whole weights might not fit into one device
-            shard(model, self.process_group, half=options.precision == "bf16")
+            half = options.precision == "bf16"
+            shard(model, self.process_group, parts, half=half, encoder=self.encoder)
         self.parts = Parts(model, options, remember=not self.sharded)
+        if self.sharded:
+            begin_sharded(model)
         per_epoch = corpus.steps(options.batch_size)
         whole = per_epoch * options.epochs
         self.steps = min(whole, options.max_steps or whole)
@@ -116,25 +124,18 @@ class Trainer:
                 self._features(held_out),
                 template or model.template,
                 capacity=options.micro_batch_tokens,
-                samples=self._answered(),
+                samples=options.samples if options.validate_every else 0,
+                answering=partial(answering, model, self.process_group)
+                if self.sharded
+                else nullcontext,
             )
         self.questioned: Sequence[Sample] = self.validation.samples if self.validation else ()
         """Held-out samples whose first question is answered at each validation."""
 
-    def _answered(self) -> int:
-        """Return how many held-out questions are answered at each validation."""
-        if not self.options.validate_every or not self.options.samples:
-            return 0
-        if self.sharded:
-            self.run.event("unanswered", reason="no answers while weights are divided by devices")
-            return 0
-        return self.options.samples
-
     def _features(self, corpus: Corpus) -> Features:
-        learns = "vision" in self.options.train
         dtype = next(self.model.vision.parameters()).dtype
         preparing = preparation(self.model, self.options.prepare, self.run.build)
-        if not learns and worth_caching(corpus, self.model, self.options):
+        if not self.encoder and worth_caching(corpus, self.model, self.options):
             return Cached(
                 corpus,
                 self.model,
@@ -147,7 +148,7 @@ class Trainer:
             self.model,
             workers=self._workers(),
             dtype=dtype,
-            learns=learns,
+            learns=self.encoder,
             preparing=preparing,
         )
 
@@ -245,7 +246,7 @@ class Trainer:
             for micro in due.micros:
                 packed, features = next(found)
                 if features is None and self.sharded:
-                    features = no_images(self.model)
+                    features = no_images(self.model, encoder=self.encoder)
                 with self._autocast():
                     loss = self.model.loss(packed, features) / targets * float(micro.counts)
                 loss.backward()
@@ -254,6 +255,7 @@ class Trainer:
                     self.meter.add(packed)
         self.process_group.sum(total)
         sum_gradients(self.optimiser.named.values(), self.process_group)
+        self._forget_zeros(batch)
         norm, rate = self.optimiser.step(self.progress.step, total)
         self.progress.step += 1
         self.progress.epoch, self.progress.batch = due.epoch, due.number
@@ -262,6 +264,17 @@ class Trainer:
         self.progress.targets += targets
         self._unread.append(_Taken(self.progress.step, batch, torch.stack((total, norm))))
         return rate
+
+    def _forget_zeros(self, batch: Batch) -> None:
+        """Drop zeros in place of gradients after a step without images, as on one device.
+
+        There the connector and the encoder have none, so that their moments stay as they are.
+        """
+        if self.process_group.size > 1 and not any(
+            self.corpus.images[s] for s in batch.all_samples
+        ):
+            for part in (self.model.vision, self.model.connector):
+                part.zero_grad(set_to_none=True)
 
     def _reseed(self) -> None:
         """Seed the random numbers of a step, such as dropout, by seed, step and rank alone.

@@ -7,11 +7,19 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from llavakit import Dataset, PromptTemplate, Use
+from llavakit import Dataset, Options, PromptTemplate, Use
 from llavakit_plugins.training.initial import StartOptions
 
 Part = Literal["vision", "connector", "language"]
 Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Parallel(Options):
+    """How devices share the weights: `replicate` groups, each of which holds them all, divided."""
+
+    replicate: int = Field(default=1, ge=1)
+    shard: Annotated[int, Field(ge=1)] | Literal["all"] = "all"
+    """Devices among which the weights are divided. `all`: all of a group."""
 
 
 class TrainOptions(StartOptions):
@@ -55,7 +63,10 @@ class TrainOptions(StartOptions):
     """With bf16, trained weights stay float32 and matrix products run in bfloat16."""
     shard: bool | None = None
     """On several devices: shard weights and optimiser state (FSDP), or keep all on each device.
-    By default sharded if the language model is trained."""
+    By default sharded if the language model or the encoder is trained."""
+    parallel: Parallel | None = None
+    """On several devices: in how many groups they hold the weights, and how many make up a group.
+    `{ replicate = 4, shard = 8 }` divides weights within each of 4 machines of 8 devices (HSDP)."""
     recompute: bool = False
     """Compute activations again in the backward pass: less memory, about a third more work."""
     cache_features: bool | None = None
@@ -79,9 +90,11 @@ class TrainOptions(StartOptions):
         return train
 
     @model_validator(mode="after")
-    def _validation_has_data(self) -> Self:
+    def _fits_together(self) -> Self:
         if self.validate_every is not None and self.held_out is None:
             raise ValueError("`validate_every` looks at `held_out`: name a data set there")
+        if self.shard is False and self.parallel is not None:
+            raise ValueError("`parallel` divides weights and `shard = false` does not: state one")
         if self.keep_best and self.validate_every is None:
             raise ValueError("`keep_best` needs `validate_every`, or there is only the last model")
         return self

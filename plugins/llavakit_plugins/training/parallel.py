@@ -6,7 +6,8 @@ over the devices (FSDP2: PyTorch's `fully_shard`; arXiv 2304.11277).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -59,35 +60,49 @@ def deal(lengths: Sequence[int], size: int) -> list[list[int]]:
     return [sorted(group) for group in groups]
 
 
-def divides(model: LlavaModel, options: TrainOptions, devices: int) -> bool:
-    """Return whether the weights are sharded over the devices; otherwise each device has all.
+def parts_of_weights(model: LlavaModel, options: TrainOptions, devices: int) -> int:
+    """Return into how many parts the weights are divided; 1 where each device holds all of them.
 
-    Raises TrainingError if `shard = true` is set for a model that cannot be sharded.
+    Raises TrainingError if the recipe asks for what this model or number of devices does not allow.
     """
-    if devices == 1 or options.shard is False:
-        return False
-    refusal = None
-    if _learns_in_part(model):
-        refusal = "a language model with adapters is not divided among devices"
-    elif "vision" in options.train:
-        refusal = "an encoder that learns cannot be divided among devices"
-    if refusal is None:
-        return options.shard or "language" in options.train
-    if options.shard:
-        raise TrainingError(f"{refusal}; set shard = false")
-    return False
+    parallel = options.parallel
+    if devices == 1:
+        return 1
+    if parallel is not None:
+        parts = devices // parallel.replicate if parallel.shard == "all" else parallel.shard
+        if parts * parallel.replicate != devices:
+            shown = "all" if parallel.shard == "all" else parts
+            raise TrainingError(
+                f"`parallel = {{ replicate = {parallel.replicate}, shard = {shown} }}` does not "
+                f"make up {devices} devices; replicate times shard is their number"
+            )
+    else:
+        asked = options.shard or (options.shard is None and options.train.keys() - {"connector"})
+        parts = devices if asked else 1
+    if parts == 1 or not _in_four_bits(model):
+        return parts
+    if parallel is not None or options.shard:
+        # bitsandbytes keeps the scales beside the tensor, and FSDP2 would divide the tensor alone
+        raise TrainingError(
+            "weights of 4 bits cannot be divided among devices; set shard = false, or take "
+            "`quantize` out"
+        )
+    return 1
 
 
-def _learns_in_part(model: LlavaModel) -> bool:
-    """Return whether only some weights of the language model can be trained (its adapters)."""
-    return sum(1 for _ in model.language.trainable()) < sum(1 for _ in model.language.parameters())
+def _in_four_bits(model: LlavaModel) -> bool:
+    planned = model.choices["language"].get("quantize") is not None
+    return planned or not all(p.is_floating_point() for p in model.language.parameters())
 
 
-def shard(model: LlavaModel, process_group: ProcessGroup, *, half: bool) -> None:
-    """Shard connector and language model over the devices; the frozen encoder stays whole.
+def shard(
+    model: LlavaModel, process_group: ProcessGroup, parts: int, *, half: bool, encoder: bool
+) -> None:
+    """Divide weights into `parts`, each held by as many devices as there are groups of `parts`.
 
     With `half`, weights are gathered as bfloat16. Gradients are always summed in float32: in
-    bfloat16 a sum over many devices loses small terms.
+    bfloat16 a sum over many devices loses small terms. A frozen encoder stays whole; `encoder`
+    says that it learns.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import (
@@ -97,12 +112,18 @@ def shard(model: LlavaModel, process_group: ProcessGroup, *, half: bool) -> None
         register_fsdp_forward_method,
     )
 
-    mesh = init_device_mesh(model.device.type, (process_group.size,))  # all devices in one row
+    copies = process_group.size // parts
+    names = ("dp_replicate", "dp_shard")
+    both = init_device_mesh(model.device.type, (copies, parts), mesh_dim_names=names)
+    mesh = both if copies > 1 else both["dp_shard"]
+    whole = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
     policy = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if half else None,
         reduce_dtype=torch.float32,
         cast_forward_inputs=False,  # rotary angles need float32
     )
+    if encoder:  # computes in float32 on one device, too: it runs outside of autocast
+        fully_shard(model.vision, mesh=mesh, mp_policy=whole)
     # each block is a unit of its own: one block's weights are gathered while another computes
     for block in model.language.blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy)
@@ -111,16 +132,59 @@ def shard(model: LlavaModel, process_group: ProcessGroup, *, half: bool) -> None
         mesh=mesh,
         mp_policy=policy,
         reshard_after_forward=False,  # the outermost unit is needed again at once, in the backward
-        ignored_params=set(model.vision.parameters()),
+        ignored_params=None if encoder else set(model.vision.parameters()),
     )
     # training calls `loss`, not `forward`: FSDP's hooks have to gather weights there, too
     register_fsdp_forward_method(model, "loss")
+    setattr(model, _BEGIN, lambda: None)
+    register_fsdp_forward_method(model, _BEGIN)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             # The loss is already divided by the supervised rows of all devices, so gradients must
             # be summed; FSDP's default is the average.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+
+
+_BEGIN = "begin_sharded"
+
+
+def begin_sharded(model: LlavaModel) -> None:
+    """Make the model FSDP's outermost unit, once it is known which parameters learn.
+
+    FSDP takes for that the unit that runs first, and an encoder that learns runs before `loss`.
+    """
+    from torch.distributed.fsdp import FSDPModule
+
+    getattr(model, _BEGIN)()
+    assert isinstance(model, FSDPModule)
+    model.reshard()
+
+
+@contextmanager
+def answering(model: LlavaModel, process_group: ProcessGroup) -> Iterator[None]:
+    """Let divided weights answer: every process must ask the same questions.
+
+    All continue with the main process's logits. So they choose the same tokens and end at the same
+    one, although another device may round otherwise, and none waits for weights that nobody sends.
+    """
+    from torch.distributed.fsdp import FSDPModule
+
+    assert isinstance(model, FSDPModule)
+    language = model.language
+    own = language.logits
+
+    def agreed(hidden_ME: Tensor) -> Tensor:
+        logits_MV = own(hidden_ME)
+        return process_group.sum(logits_MV if process_group.is_main else logits_MV.zero_())
+
+    model.unshard()  # the outermost unit's: nothing calls `loss`
+    language.logits = agreed  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del language.logits
+        model.reshard()
 
 
 def sum_gradients(parameters: Iterable[nn.Parameter], process_group: ProcessGroup) -> None:
@@ -134,13 +198,18 @@ def sum_gradients(parameters: Iterable[nn.Parameter], process_group: ProcessGrou
             process_group.sum(parameter.grad)
 
 
-def no_images(model: LlavaModel) -> Tensor:
+def no_images(model: LlavaModel, *, encoder: bool) -> Tensor:
     """Return empty features `[0, P, D]` for a micro-batch without images.
 
-    With them the connector gets gradients, all zero. Devices sum gradients together, so each device
-    must have gradients for the same weights, also if its micro-batch has no image.
+    With them the connector gets gradients, all zero, and so does an `encoder` that learns, from an
+    empty image. Devices sum gradients together, so each device must have gradients for the same
+    weights, also if its micro-batch has no image.
     """
     vision = model.vision
+    if encoder:
+        dtype = next(vision.parameters()).dtype
+        size = (1, vision.channels, vision.image_size, vision.image_size)
+        return model.features(torch.zeros(size, dtype=dtype, device=model.device))[:0]
     dtype = next(model.connector.parameters(), torch.empty(0)).dtype
     return torch.zeros(
         0, vision.tokens(vision.image_size), vision.width, dtype=dtype, device=model.device

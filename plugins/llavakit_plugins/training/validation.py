@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,7 +52,8 @@ class Validation:
     """Measures the held-out loss and answers the first question of a few held-out samples.
 
     These `samples` are spread evenly over the whole set. Questions are written with `template`, the
-    prompt template that the step trains with. `capacity` is the size of a micro-batch in rows.
+    prompt template that the step trains with. `capacity` is the size of a micro-batch in rows. The
+    model answers within `answering()`.
     """
 
     def __init__(
@@ -63,9 +65,11 @@ class Validation:
         *,
         capacity: int,
         samples: int,
+        answering: Callable[[], AbstractContextManager[object]] = nullcontext,
     ) -> None:
         self._model, self._corpus, self._features = model, corpus, features
         self._template, self._capacity = template, capacity
+        self._answering = answering
         count = min(samples, len(corpus))
         indices = (corpus.samples[number * len(corpus) // count] for number in range(count))
         self.samples: list[Sample] = [corpus.data[index] for index in indices]
@@ -82,7 +86,8 @@ class Validation:
         own, self._model.template = self._model.template, self._template
         try:
             questions = [(sample.turns[0].text, sample.images) for sample in self.samples]
-            return self._model.answer(questions, Sampling(_NEW_TOKENS))
+            with self._answering():
+                return self._model.answer(questions, Sampling(_NEW_TOKENS))
         finally:
             self._model.template = own
 
