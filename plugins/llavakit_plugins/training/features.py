@@ -5,6 +5,7 @@ Shapes: I images, P patches of an image, D width of the vision encoder.
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
@@ -22,6 +23,7 @@ from llavakit import (
     LlavaError,
     LlavaModel,
     PackedBatch,
+    Run,
     TrainingError,
     Use,
     VisionEncoder,
@@ -32,6 +34,7 @@ from llavakit_plugins.training.corpus import Corpus
 from llavakit_plugins.training.options import TrainOptions
 
 _START = "fork" if sys.platform == "linux" else "spawn"
+_MOST_WORKERS = 8
 _ENCODE_BATCH = 32  # images that are encoded at once for the cache
 CACHE_BYTES = 4 << 30
 """Most bytes of CPU memory that the cache may take when nothing is stated."""
@@ -58,6 +61,21 @@ def preparation(model: LlavaModel, changes: Mapping[str, Any], build: Build) -> 
             f"{model.vision.image_size}; change it under [model.vision]"
         )
     return changed
+
+
+def features_of(corpus: Corpus, model: LlavaModel, options: TrainOptions, run: Run) -> Features:
+    """Return what loads micro-batches of a corpus, as the options of a step ask for."""
+    learns = "vision" in options.train
+    dtype = next(model.vision.parameters()).dtype
+    preparing = preparation(model, options.prepare, run.build)
+    if not learns and worth_caching(corpus, model, options):
+        return Cached(corpus, model, dtype=dtype, progress=run.progress, preparing=preparing)
+    workers = options.workers
+    if workers is None:
+        share = (os.cpu_count() or 1) // run.process_group.size
+        # on a CPU all cores are busy with training
+        workers = 0 if model.device.type == "cpu" else max(1, min(_MOST_WORKERS, share))
+    return Encoding(corpus, model, workers=workers, dtype=dtype, learns=learns, preparing=preparing)
 
 
 def worth_caching(corpus: Corpus, model: LlavaModel, options: TrainOptions) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from functools import partial
@@ -26,13 +25,7 @@ from llavakit import (
 )
 from llavakit_plugins.training.checkpoints import Best, Checkpoints
 from llavakit_plugins.training.corpus import Batch, Corpus
-from llavakit_plugins.training.features import (
-    Cached,
-    Encoding,
-    Features,
-    preparation,
-    worth_caching,
-)
+from llavakit_plugins.training.features import Cached, features_of
 from llavakit_plugins.training.initial import start
 from llavakit_plugins.training.optimiser import Optimiser, Schedule
 from llavakit_plugins.training.options import TrainOptions
@@ -52,7 +45,6 @@ from llavakit_plugins.training.progress import Meter, Progress
 from llavakit_plugins.training.validation import Look, Validation, tell
 
 _NAMED = 5
-_MOST_WORKERS = 8
 
 
 class _Taken(NamedTuple):
@@ -114,14 +106,14 @@ class Trainer:
         self.best = Best(run.directory / "checkpoints")
         self.progress = Progress()
         self._unread: list[_Taken] = []
-        self.features = self._features(corpus)
+        self.features = features_of(corpus, model, options, run)
         self.meter = Meter(self.progress, model, options, cached=isinstance(self.features, Cached))
         self.validation: Validation | None = None
         if held_out is not None:
             self.validation = Validation(
                 model,
                 held_out,
-                self._features(held_out),
+                features_of(held_out, model, options, run),
                 template or model.template,
                 capacity=options.micro_batch_tokens,
                 samples=options.samples if options.validate_every else 0,
@@ -131,34 +123,6 @@ class Trainer:
             )
         self.questioned: Sequence[Sample] = self.validation.samples if self.validation else ()
         """Held-out samples whose first question is answered at each validation."""
-
-    def _features(self, corpus: Corpus) -> Features:
-        dtype = next(self.model.vision.parameters()).dtype
-        preparing = preparation(self.model, self.options.prepare, self.run.build)
-        if not self.encoder and worth_caching(corpus, self.model, self.options):
-            return Cached(
-                corpus,
-                self.model,
-                dtype=dtype,
-                progress=self.run.progress,
-                preparing=preparing,
-            )
-        return Encoding(
-            corpus,
-            self.model,
-            workers=self._workers(),
-            dtype=dtype,
-            learns=self.encoder,
-            preparing=preparing,
-        )
-
-    def _workers(self) -> int:
-        """Return the number of processes that read images ahead."""
-        if self.options.workers is not None:
-            return self.options.workers
-        if self.model.device.type == "cpu":  # all cores are busy with training
-            return 0
-        return max(1, min(_MOST_WORKERS, (os.cpu_count() or 1) // self.process_group.size))
 
     def train(self) -> Progress:
         """Train to the last step; with `run.resume`, go on from the newest checkpoint.
