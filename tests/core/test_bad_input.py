@@ -236,7 +236,7 @@ def test_an_image_of_a_question_that_is_no_file_says_what_it_is(
     assert done.code == 0
     os.mkfifo(tmp_path / "pipe")
     for image, sentence in (
-        ("https://a.org/cat.png", "of the prompt does not exist; it is an address, and images are"),
+        ("https://a.org/cat.png", "images of the host `a.org` are not allowed here; allow it"),
         (tmp_path, "of the prompt is a folder; name an image file"),
         (tmp_path / "pipe", "of the prompt is a device or a pipe; name an image file"),
         (tmp_path / "none.png", "of the prompt does not exist; check"),
