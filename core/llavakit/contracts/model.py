@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypedDict, Unpack
 
 from llavakit.contracts.data import ImageSource, Sample
@@ -51,21 +52,26 @@ class Sampling:
     n: int = 1  #: answers to each prompt, each drawn by itself
 
     def __post_init__(self) -> None:
-        if isinstance(self.stop, str) or "" in self.stop:
+        stops = self.stop if isinstance(self.stop, list | tuple) else ("",)
+        if not all(isinstance(text, str) and text for text in stops):
             raise ModelError(
                 "`stop` is a list of texts, and an empty text stops none: leave it out"
             )
         for name, (low, high) in _RANGES.items():
-            if not low <= (getattr(self, name) or 0) <= high:
+            value = getattr(self, name)
+            known = isinstance(value, Integral if isinstance(low, int) else Real)
+            if not (value is None and name in _NONE) and not (known and low <= value <= high):
                 raise ModelError(
-                    f"cannot sample with {name}={getattr(self, name)}; use {low:g} to {high:g}"
+                    f"cannot sample with {name}={value!r:.80}; use {low:g} to {high:g}"
                 )
 
 
-_RANGES = {
-    "max_new_tokens": (1, 1e9), "temperature": (0, 1e9), "top_p": (1e-9, 1), "top_k": (0, 1e9),
-    "min_p": (0, 1), "repetition_penalty": (1e-9, 1e9), "frequency_penalty": (-1e9, 1e9),
-    "presence_penalty": (-1e9, 1e9), "logprobs": (0, 1e9), "n": (1, 1e9),
+_NONE = ("seed", "logprobs")
+_RANGES = {  # whole numbers have whole bounds
+    "max_new_tokens": (1, 10**9), "temperature": (0.0, 1e9), "top_p": (1e-9, 1), "min_p": (0.0, 1),
+    "top_k": (0, 10**9), "repetition_penalty": (1e-9, 1e9), "frequency_penalty": (-1e9, 1e9),
+    "presence_penalty": (-1e9, 1e9), "logprobs": (0, 10**9), "n": (1, 10**9),
+    "seed": (-(10**30), 10**30),
 }  # fmt: skip
 
 Messages: TypeAlias = Sequence[Mapping[str, Any]]

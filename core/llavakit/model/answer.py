@@ -92,6 +92,8 @@ class Answering(ABC, Generic[Pixels]):
 
         `begun` is what the answer has begun with, for the model to go on from there.
         """
+        if not isinstance(images, list | tuple):
+            raise ModelError(f"`images` is a list of images, got {images!r:.80}; use [image]")
         if raw and isinstance(prompt, str):
             encoded = self._read_raw(prompt)
         elif raw:

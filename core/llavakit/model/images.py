@@ -54,7 +54,13 @@ def open_image(
     Raises DataError where the file is missing, truncated, no image, a decompression bomb, or many
     times as long as wide.
     """
-    found = _in_memory(source, where)
+    try:
+        found = _in_memory(source, where)
+    except DataError:
+        raise
+    except Exception as error:  # whatever calls itself a tensor, a buffer or an address
+        reason = str(error) or type(error).__name__
+        raise DataError(f"the image of {where} is no file and no pixels: {reason:.200}") from error
     name = (
         f"image {source!s:.1000} of {where}" if isinstance(found, Path) else f"the image of {where}"
     )
@@ -81,10 +87,7 @@ def _in_memory(source: ImageSource, where: str) -> Path | BytesIO | Image.Image:
     if isinstance(source, str) and source[:5].lower() == "data:":
         kind, _, written = source.partition(",")
         source = unquote_to_bytes(written)
-        try:
-            source = b64decode(source) if kind.endswith(";base64") else source
-        except ValueError as error:
-            raise DataError(f"the image of {where} is no valid base64: {error}; fix it") from None
+        source = b64decode(source) if kind.endswith(";base64") else source
     if isinstance(source, str) and source[:5].lower() == "file:":
         source = unquote(urlsplit(source).path)
     if isinstance(source, bytes | bytearray | memoryview):

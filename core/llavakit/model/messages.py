@@ -46,7 +46,7 @@ def read_messages(
         content, lines = fields.get("content"), list[str]()
         parts: Any = [{"type": "text", "text": content}] if isinstance(content, str) else content
         for part in parts if isinstance(parts, list | tuple) else [parts]:
-            sort = part.get("type") if isinstance(part, dict) else None
+            sort = str(part.get("type")) if isinstance(part, dict) else None
             if sort == "text" and isinstance(part.get("text"), str):
                 lines.append(part["text"])
                 count = part["text"].count(IMAGE) if role == "human" else 0

@@ -38,7 +38,7 @@ class Written:
 
     def __post_init__(self) -> None:
         chosen = self.sampling.seed
-        self.seed = secrets.randbits(64) if chosen is None else chosen % (1 << 64)
+        self.seed = secrets.randbits(64) if chosen is None else int(chosen) % (1 << 64)
 
     def draw(self) -> float:
         """Return the next token's random number, in [0, 1)."""

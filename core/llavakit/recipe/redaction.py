@@ -22,11 +22,15 @@ _NAME = (
 )
 _SECRET_NAME = re.compile(rf"(?:.*[_-])?(?:{_NAME})", re.IGNORECASE)
 _KEY = (  # as services write theirs
-    r"(?:sk|pk|rk|key)-(?=[\w-]*\d)[\w-]{12,}|(?:gsk|hf|ghp|gho|ghs|github_pat|r8|fw|tgp_v1)_\w{16,}|"
+    r"(?:sk|pk|rk|key)-(?=[\w-]{0,200}\d)[\w-]{12,}|(?:gsk|hf|ghp|gho|ghs|github_pat|r8|fw|tgp_v1)_\w{16,}|"
     r"(?:xai|pplx|nvapi|glpat|xox[abp])-[\w-]{16,}|AIza[\w-]{30,}|AKIA[A-Z0-9]{12,}|"
-    r"eyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]+"
+    r"eyJ[\w-]{8,2000}\.[\w-]{8,}\.[\w-]+"
 )
-_IN_TEXT = re.compile(rf"(?<![\w/.-])(?:{_KEY})|(?<=Bearer )[^\s\"']{{8,}}", re.IGNORECASE)
+_IN_TEXT = re.compile(rf"(?<![/.-])(?:{_KEY})|(?<=Bearer )[^\s\"']{{8,}}", re.IGNORECASE)
+_ESCAPE = (
+    r"(?:\\(?:[bfnrtv]|x\w\w|u\w{4})|(?:(?<!\w)\d+|(?:1b|\x1b)\[)[a-z]|%[\da-f]{2})$"  # \n, \x1b[2J
+)
+_CHANCE = re.compile(r"(?=(?:[a-z]*\d){4})(?![\da-f]+(?![^\W_]))\d*[a-z][^\W_]{15}", re.IGNORECASE)
 _STATED = re.compile(  # `token = "..."` in a recipe, `key=...` behind --set, `"key": "..."` in JSON
     rf"(?<![\w-])((?:[\w-]*[_-])?(?:{_NAME}|key|token)[\"']?[ \t]*(?:=|:(?=[ \t]*[\"']))[ \t]*)"
     r"(\"(?:[^\"\\]|\\.)*\"|'[^']*'|(?!\[hidden\])[^\s\"',;}\])]+)",
@@ -64,7 +68,14 @@ def redact(text: str) -> str:
     for secret in sorted(_known, key=len, reverse=True):  # one may be a part of another
         text = text.replace(secret, HIDDEN)
     text = _URL.sub(lambda found: _plain_url(found[0]), text)
-    return _STATED.sub(_hide_stated, _IN_TEXT.sub(HIDDEN, text))
+    return _STATED.sub(_hide_stated, _IN_TEXT.sub(_hide_key, text))
+
+
+def _hide_key(found: re.Match[str]) -> str:
+    """Hide a key; behind a letter, as in `task-...`, what no one writes as a word."""
+    before = found.string[max(0, found.start() - 9) : found.start()]
+    word = before[-1:].isalnum() and not re.search(_ESCAPE, before, re.IGNORECASE)
+    return found[0] if (word or before[-1:] == "_") and not _CHANCE.search(found[0]) else HIDDEN
 
 
 def _hide_stated(found: re.Match[str]) -> str:

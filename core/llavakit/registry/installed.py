@@ -6,8 +6,10 @@ import logging
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from importlib.metadata import EntryPoint
 from inspect import isfunction
+from operator import attrgetter
 from traceback import extract_tb
 
 from llavakit.contracts import hooks
@@ -74,7 +76,10 @@ def explained(plugin: str, what: str) -> Iterator[None]:
 
 def package_of(point: EntryPoint) -> str:
     """Return the name of the package that a plugin is from."""
-    return point.dist.name if point.dist else "unknown package"
+    return _name(point.dist) if point.dist else "unknown package"
+
+
+_name = lru_cache(attrgetter("name"))  # which parses the metadata each time
 
 
 _said: set[str] = set()

@@ -18,6 +18,7 @@ from urllib.parse import quote_from_bytes
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings, strategies as st
 from PIL import Image
 from tests.core.processes import small_disk
@@ -219,7 +220,14 @@ def test_every_way_to_give_an_image_gives_the_same(tmp_path: Path) -> None:
         (np.zeros((3, 1000, 3), np.uint8), "more than 200 times"),
         (b"", "not an image Pillow can read"),
         (b"<svg></svg>", "not an image Pillow can read"),
-        ("data:image/png;base64,AAA", "is no valid base64"),
+        ("data:image/png;base64,AAA", "no file and no pixels: Incorrect padding"),
+        ("data:image/png,\ud800", "surrogates not allowed"),
+        ("file://[", "Invalid IPv6 URL"),
+        (memoryview(b"abcd")[::2], "not C-contiguous"),
+        (io.BytesIO(b"abc"), "no file and no pixels: detach"),
+        (torch.zeros(3, 4, 5).to_sparse(), "no file and no pixels"),
+        (torch.zeros(3, 4, 5, dtype=torch.complex64).conj(), "no file and no pixels"),
+        (torch.empty(3, 4, 5, device="meta"), "no data"),
         ("data:image/png;base64,", "not an image Pillow can read"),
         ("data:", "not an image Pillow can read"),
         ("file:///no/such.png", "does not exist"),

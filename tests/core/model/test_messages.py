@@ -169,6 +169,7 @@ def test_every_way_to_write_an_image_is_read() -> None:
         ([user("a"), SYSTEM], "message 2 is from 'system', expected `assistant`"),
         ([user([{"type": "video"}])], "a part that is no text, and no image"),
         ([user(["a"])], "a part that is no text, and no image"),
+        ([user([{"type": np.zeros(2)}])], "a part that is no text, and no image"),
         ([user([{"type": "text", "text": 3}])], "a part that is no text"),
         ([user([{"type": "image"}])], "show more images than are given"),
         ([user(f"What is {IMAGE}?")], "show more images than are given"),
@@ -291,6 +292,13 @@ def test_a_path_is_read_from_a_message(model: LlavaModel, tmp_path: Path) -> Non
     by_path = [user([{"type": "image", "path": str(tmp_path / "a.png")}, text("what ?")])]
     expected = model.generate("what ?", [PICTURE], max_new_tokens=4)
     assert model.generate(by_path, max_new_tokens=4) == expected
+
+
+@pytest.mark.parametrize("images", [None, "cat.jpg", b"", PICTURE, {}], ids=str)
+@pytest.mark.parametrize("raw", [False, True])
+def test_images_are_a_list(model: LlavaModel, images: Any, raw: bool) -> None:
+    with pytest.raises(ModelError, match="`images` is a list of images, got "):
+        model.generate("a", images, raw=raw)
 
 
 def test_an_answer_that_a_newline_ends_was_not_cut(model: LlavaModel) -> None:

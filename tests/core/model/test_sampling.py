@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from typing import Any
 
@@ -163,14 +164,17 @@ def test_logarithms_are_of_what_the_model_says(numpy: bool) -> None:
         ("repetition_penalty", 0), ("repetition_penalty", -1), ("frequency_penalty", math.nan),
         ("presence_penalty", math.inf), ("logprobs", -1), ("temperature", -1),
         ("temperature", math.nan), ("temperature", math.inf), ("max_new_tokens", 0),
+        ("max_new_tokens", 2.5), ("max_new_tokens", "8"), ("temperature", [0.5]), ("top_k", None),
+        ("top_p", 3j), ("n", {}), ("seed", 1.5), ("seed", "x"), ("logprobs", b"1"),
     ],
 )  # fmt: skip
-def test_nonsense_is_refused_by_name(option: str, wrong: float) -> None:
-    with pytest.raises(ModelError, match=f"cannot sample with {option}={wrong}; use "):
-        Sampling(**{option: wrong})  # type: ignore[arg-type]
+def test_nonsense_is_refused_by_name(option: str, wrong: Any) -> None:
+    said = re.escape(f"cannot sample with {option}={wrong!r}; use ")
+    with pytest.raises(ModelError, match=said):
+        Sampling(**{option: wrong})
 
 
 def test_a_text_is_no_list_of_stops() -> None:
-    for wrong in ("###", [""]):
+    for wrong in ("###", [""], [3], None, {"#"}):
         with pytest.raises(ModelError, match=r"`stop` is a list .* empty text"):
-            Sampling(stop=wrong)
+            Sampling(stop=wrong)  # type: ignore[arg-type]

@@ -38,7 +38,10 @@ SECRET = "s3cret-of-no-usual-form"
         f"--set a.b.api_key={SECRET}", f'{{"password": "{SECRET}"}}', f"Bearer {SECRET}",
         f"LLAVA_STEPS__1__TOKEN={SECRET}", "sk-proj-abcdefgh0123456789", "hf_abcdefghijklmnopqrst",
         "gsk_abcdefghij0123456789", "AIzaSyA-0123456789abcdefghijklmnopqrs", "AKIA0123456789ABCDEF",
-        "eyJhbGciOiJI.eyJzdWIiOiIx.c2lnbmF0dXJl",
+        "eyJhbGciOiJI.eyJzdWIiOiIx.c2lnbmF0dXJl", "2Jsk-proj-abcdefgh0123456789",
+        "\x1b[2Jsk-live-abcdefgh0123", "\x1b[Hsk-live-abcdefgh0123", r"\nhf_abcdefghijklmnopqrst",
+        r"\u001b[2Jsk-live-abcdefgh0123", "%0Ask-live-abcdefgh0123", "Xsk-proj-abcdefgh0123456789",
+        "my_gsk_abcdefghij0123456789",
     ],
 )  # fmt: skip
 def test_a_secret_is_not_shown(text: str) -> None:
@@ -57,6 +60,10 @@ def test_a_secret_is_not_shown(text: str) -> None:
         "http://localhost:8000/v1/models/gpt-4o-2024-08-06", "data/sk-learn-digits-2017/train.json",
         "the key in environment variable OPENAI_API_KEY", "a@b.org", "http://host:8000/a@b",
         "tokens: 12 of 300", "no key: it is empty", "https://host/v1?page=2&all=1",
+        "ask-me-anything-2024", "task-2024-evaluation-of-models-7b", "asterisk-2024-11-27-1234567",
+        "risk-llava15finetuning", "layer8_attention_output_weight", "monkey-island-2-special",
+        "disk-12345678-1234-1234-1234-123456789abc", "task-0123456789abcdef0123456789abcdef",
+        "keyJoiners.transform.x1", "a task-123456789012345678",
     ],
 )  # fmt: skip
 def test_what_is_no_secret_is_shown_as_it_is(text: str) -> None:
