@@ -27,9 +27,7 @@ _KEY = (  # as services write theirs
     r"eyJ[\w-]{8,2000}\.[\w-]{8,}\.[\w-]+"
 )
 _IN_TEXT = re.compile(rf"(?<![/.-])(?:{_KEY})|(?<=Bearer )[^\s\"']{{8,}}", re.IGNORECASE)
-_ESCAPE = (
-    r"(?:\\(?:[bfnrtv]|x\w\w|u\w{4})|(?:(?<!\w)\d+|(?:1b|\x1b)\[)[a-z]|%[\da-f]{2})$"  # \n, \x1b[2J
-)
+_ESCAPE = r"(?:\\(?:[bfnrtv]|x\w\w|u\w{4})|(?:(?<!\w)\d+|(?:1b|\x1b)\[)[a-z]|%[\da-f]{2})$"
 _CHANCE = re.compile(r"(?=(?:[a-z]*\d){4})(?![\da-f]+(?![^\W_]))\d*[a-z][^\W_]{15}", re.IGNORECASE)
 _STATED = re.compile(  # `token = "..."` in a recipe, `key=...` behind --set, `"key": "..."` in JSON
     rf"(?<![\w-])((?:[\w-]*[_-])?(?:{_NAME}|key|token)[\"']?[ \t]*(?:=|:(?=[ \t]*[\"']))[ \t]*)"
