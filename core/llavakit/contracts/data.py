@@ -127,7 +127,7 @@ class ImageContext:
     facts: Mapping[str, Any] = field(default_factory=dict)  #: What else is known of the image.
 
 
-ResponseKind = Literal["conversation", "detail", "reasoning"]
+ResponseKind: TypeAlias = str  #: A generator may write others than the paper's.
 RESPONSE_KINDS: tuple[ResponseKind, ...] = ("conversation", "detail", "reasoning")
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from llavakit.contracts.component import Component
 from llavakit.contracts.data import (
+    RESPONSE_KINDS,
     ImageContext,
     Inspected,
     Message,
@@ -81,6 +82,7 @@ class Generator(Component):
     """Writes instruction-following conversations about images it is told of in words."""
 
     hook = "llava_generators"
+    kinds: ClassVar[Sequence[ResponseKind]] = RESPONSE_KINDS  #: The sorts of response it writes.
 
     @abstractmethod
     def generate(self, context: ImageContext, kind: ResponseKind) -> Sequence[Turn]:

@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+from functools import cache
+
 from pydantic import Field, ValidationInfo, field_validator
 
-from llavakit import Generator, InputPath, Options, Use
+from llavakit import Generator, InputPath, LlavaError, Options, Registry, Use
 from llavakit.contracts.data import RESPONSE_KINDS, ResponseKind
+
+_INSTALLED = cache(Registry.installed)  # looked through once
+
+
+def known_kinds(use: Use[Generator] | None) -> tuple[ResponseKind, ...]:
+    """Return the sorts of response that a generator writes; the paper's where it is not known."""
+    if use is not None:
+        with suppress(LlavaError):  # one that is not there is told of at its own line
+            return tuple(_INSTALLED().get(Generator, use.use).kinds)
+    return RESPONSE_KINDS
 
 
 class GenerateOptions(Options):
@@ -20,7 +33,8 @@ class GenerateOptions(Options):
     images: InputPath | None = None
     """The images' folder: for the report, and for a generator that shows them to its chat model."""
     generator: Use[Generator]
-    kinds: tuple[ResponseKind, ...] = Field(default=RESPONSE_KINDS, min_length=1)
+    kinds: tuple[ResponseKind, ...] = Field(default=None, min_length=1, validate_default=True)
+    """The sorts of response to write; by default all that the generator knows."""
     counts: dict[ResponseKind, int] = Field(default_factory=dict)
     """Number of contexts for each kind, drawn at random; by default all contexts."""
     concurrency: int = Field(default=16, ge=1)
@@ -29,6 +43,24 @@ class GenerateOptions(Options):
     """Most requests for one item, until a reply can be used."""
     budget_usd: float | None = Field(default=None, gt=0)
     """Most that the chat model may cost, in USD."""
+
+    @field_validator("kinds", mode="before")
+    @classmethod
+    def _all_of_the_generators(cls, kinds: object, info: ValidationInfo) -> object:
+        return known_kinds(info.data.get("generator")) if kinds is None else kinds
+
+    @field_validator("kinds")
+    @classmethod
+    def _known_to_the_generator(
+        cls, kinds: tuple[ResponseKind, ...], info: ValidationInfo
+    ) -> tuple[ResponseKind, ...]:
+        known = known_kinds(info.data.get("generator"))
+        for kind in kinds:
+            if kind not in known:
+                raise ValueError(
+                    f"the generator writes no `{kind:.50}`; it writes {', '.join(known)}"
+                )
+        return kinds
 
     @field_validator("counts")
     @classmethod

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 _TRIED = 4  # conversations of each kind that a generator of others is called for
 _REPLIES: dict[ResponseKind, int] = {"conversation": 270, "detail": 145, "reasoning": 196}
+_USUAL = 200  # of other sorts
 """Tokens of a usual reply: the median of the examples that the built-in prompts show."""
 
 
@@ -107,7 +108,7 @@ def price_own(options: GenerateOptions, generator: Generator, desk: Desk, seed: 
                 total += len(indices)
                 for index in indices[:: max(1, len(indices) // _TRIED)][:_TRIED]:
                     tried += 1
-                    asked.text, asked.left = " ".join(["word"] * _REPLIES[kind]), MOST
+                    asked.text, asked.left = " ".join(["word"] * _REPLIES.get(kind, _USUAL)), MOST
                     try:
                         with desk.answering_by(asked), attempt(0, ""):
                             generator.generate(contexts[int(index)], kind)

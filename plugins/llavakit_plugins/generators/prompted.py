@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import cached_property
 from hashlib import sha256
+from typing import Literal
 
 from pydantic import Field
 
@@ -33,7 +34,7 @@ class PromptedOptions(Options):
     chat: Use[ChatModel]
     prompts: InputPath | None = None
     """A folder with prompts of its own for one or more kinds."""
-    boxes: tuple[ResponseKind, ...] = ("detail", "reasoning")
+    boxes: tuple[Literal["conversation", "detail", "reasoning"], ...] = ("detail", "reasoning")
     """Kinds whose context includes boxes; the authors made conversations from captions alone."""
     images: bool = False
     """Whether the chat model is shown the image, too; the step's `images` is their folder."""

@@ -37,6 +37,7 @@ from llavakit import (
 )
 from llavakit.contracts.data import IMAGE, ResponseKind
 from llavakit.engine.runner import run as run_recipe
+from llavakit.testing import GeneratorContract
 from llavakit_plugins.generation.requests.desk import Desk
 from llavakit_plugins.generation.requests.ledger import Ledger
 from llavakit_plugins.generation.requests.prompted import PromptedGenerator, Verdict
@@ -572,3 +573,65 @@ def test_a_plan_says_what_is_not_known_of_the_price(
     plan = plan_of(job)
     assert note in plan.note
     assert plan.cost_usd is None
+
+
+# -- sorts of response of one's own ---------------------------------------------------------------
+
+
+class Tagger(Generator):
+    """Writes two sorts of response that the paper has not."""
+
+    name = "tagger"
+    kinds = ("caption", "tags")
+
+    def generate(self, context: ImageContext, kind: ResponseKind) -> Sequence[Turn]:
+        return turns(f"{kind}?", f"{kind} of {context.captions[0]}")
+
+
+class TestTagger(GeneratorContract):
+    def build(self) -> Generator:
+        return Tagger()
+
+    test_registered_by_an_installed_plugin = None  # type: ignore[assignment]
+
+
+def tagging(folder: Path, monkeypatch: pytest.MonkeyPatch, more: str = "") -> tuple[Path, Registry]:
+    class Tags:
+        @hookimpl
+        def llava_generators(self) -> list[type[Generator]]:
+            return [Tagger]
+
+    registry = Registry.installed()
+    registry.register(Tags(), name="tags")
+    monkeypatch.setattr("llavakit_plugins.generation.options._INSTALLED", lambda: registry)
+    path = folder / "tags.toml"
+    path.write_text(
+        f'[[steps]]\nuse = "generate"\ncontexts = "{contexts(folder, 3)}"\n{more}\n'
+        'generator = { use = "tagger" }\n'
+    )
+    return path, registry
+
+
+def test_a_generator_may_write_sorts_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, registry = tagging(tmp_path, monkeypatch, "counts = { tags = 1 }")
+    run_recipe(Recipe.load(path, registry, inputs=True), registry, tmp_path / "run")
+    step = tmp_path / "run" / "01-generate"
+    rows = {name: json.loads((step / f"{name}.json").read_text()) for name in Tagger.kinds}
+    assert [row["id"] for row in rows["caption"]] == [f"{n:04}-caption" for n in range(3)]
+    assert len(rows["tags"]) == 1
+    assert rows["tags"][0]["conversations"][1]["value"].startswith("tags of ")
+    assert len(json.loads((step / "instruct.json").read_text())) == 4
+
+
+def test_a_sort_that_the_generator_has_not_is_said_at_its_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, registry = tagging(tmp_path, monkeypatch, 'kinds = ["tags", "detail"]')
+    with pytest.raises(RecipeError, match=r"writes no `detail`; it writes caption, tags"):
+        Recipe.load(path, registry)
+    own = tmp_path / "offline.toml"
+    own.write_text(path.read_text().replace("tagger", "offline"))
+    with pytest.raises(RecipeError, match=r"offline.toml:\d+: .*writes no `tags`; it writes conv"):
+        Recipe.load(own, registry)
