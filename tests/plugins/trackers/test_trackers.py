@@ -274,8 +274,14 @@ class TestWandB(TrackerContract):
         return WandB(WandB.Options(mode="offline"))
 
     def recorded(self, tracker: Tracker, folder: Path) -> str:
-        files = (folder / "wandb").glob("offline-run-*/*.wandb")
-        return " ".join(file.read_bytes().decode("latin-1") for file in files)
+        texts = [""]
+        for _ in range(100):  # a process of wandb's own writes the files, and may be behind
+            files = (folder / "wandb").glob("offline-run-*/*.wandb")
+            texts = [file.read_bytes().decode("latin-1") for file in files]
+            if all("01-pretrain/loss" in text for text in texts):
+                break
+            time.sleep(0.1)
+        return " ".join(texts)
 
 
 @needs["trackio"]

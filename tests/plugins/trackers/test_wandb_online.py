@@ -78,7 +78,7 @@ class _Handler(BaseHTTPRequestHandler):
             "viewer": {"id": "V", "username": "me", "entity": "me", "flags": "{}"},
             "serverInfo": {"features": [], "cliVersionInfo": {}, "latestLocalVersionInfo": None},
             "model": {"bucket": None},
-            "upsertBucket": {"bucket": BUCKET, "inserted": True},
+            "upsertBucket": {"bucket": {**BUCKET, "name": given.get("name")}, "inserted": True},
             "createRunFiles": {"runID": "UnVu", "uploadHeaders": [], "files": files},
         }
 
