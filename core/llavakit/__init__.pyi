@@ -113,7 +113,10 @@ from .model.folder import (
 )
 from .model.images import (
     MAX_PIXELS as MAX_PIXELS,
+    USUAL as USUAL,
     MissingImage as MissingImage,
+    Views as Views,
+    image_size as image_size,
     open_image as open_image,
     read_pixels as read_pixels,
     refusal as refusal,
@@ -181,6 +184,13 @@ from .stream.encode import (
     Encoded as Encoded,
     encode as encode,
     tokenise as tokenise,
+)
+from .stream.tiling import (
+    Arrangement as Arrangement,
+    Shown as Shown,
+    Tiling as Tiling,
+    View as View,
+    joined as joined,
 )
 from .stream.tokenise import (
     BoolArray as BoolArray,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from llavakit import LlavaModel, PromptTemplate, Segment, Turn
 from llavakit_plugins.connectors.mlp import Mlp, MlpOptions
 from llavakit_plugins.language.vicuna import Vicuna, VicunaOptions
+from llavakit_plugins.tilings.anyres import Anyres
 from llavakit_plugins.vision.clip import Clip, ClipOptions
 
 IMAGE_TOKEN = 63
@@ -27,20 +29,32 @@ class Bare(PromptTemplate):
 
 
 def make_pair(
-    vision: dict[str, Any] = VISION, language: dict[str, Any] = LANGUAGE, seed: int = 0
+    vision: dict[str, Any] = VISION,
+    language: dict[str, Any] = LANGUAGE,
+    seed: int = 0,
+    tiling: Anyres | None = None,
 ) -> tuple[Any, LlavaModel]:
-    """Return (theirs, ours), float32 on the CPU, sharing every weight's values."""
+    """Return (theirs, ours), float32 on the CPU, sharing every weight's values.
+
+    With a tiling theirs is LlavaNextForConditionalGeneration.
+    """
     from transformers import (
         CLIPVisionConfig,
         LlamaConfig,
         LlamaForCausalLM,
         LlavaConfig,
         LlavaForConditionalGeneration,
+        LlavaNextConfig,
+        LlavaNextForConditionalGeneration,
     )
 
+    kind: Any = LlavaConfig if tiling is None else partial(LlavaNextConfig, **pinpoints(tiling))
+    network: Any = LlavaForConditionalGeneration
+    if tiling is not None:
+        network = LlavaNextForConditionalGeneration
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        config = LlavaConfig(
+        config = kind(
             vision_config=CLIPVisionConfig(**vision),
             text_config=LlamaConfig(**language),
             image_token_index=IMAGE_TOKEN,
@@ -48,7 +62,7 @@ def make_pair(
             vision_feature_layer=-2,
             vision_feature_select_strategy="default",
         )
-        theirs = LlavaForConditionalGeneration(config).eval()
+        theirs = network(config).eval()
         for parameter in theirs.parameters():  # zero biases would hide a forgotten one
             parameter.data += 0.02 * torch.randn_like(parameter)
     ours_vision = Clip(ClipOptions(config=vision))
@@ -65,8 +79,15 @@ def make_pair(
     projector = theirs.model.multi_modal_projector
     connector.layers[0].load_state_dict(projector.linear_1.state_dict())
     connector.layers[2].load_state_dict(projector.linear_2.state_dict())
-    ours = LlavaModel(ours_vision, connector, ours_language, Bare(), choices={}).eval()
-    return theirs, ours
+    ours = LlavaModel(ours_vision, connector, ours_language, Bare(), choices={}, tiling=tiling)
+    if ours.image_newline is not None:
+        ours.image_newline.data.copy_(theirs.model.image_newline)
+    return theirs, ours.eval()
+
+
+def pinpoints(tiling: Anyres, edge: int = VISION["image_size"]) -> dict[str, Any]:
+    """Return what transformers calls a tiling's grids."""
+    return {"image_grid_pinpoints": [[r * edge, c * edge] for r, c in tiling.options.grids]}
 
 
 def their_inputs(ours: LlavaModel, prompt: str, pixels: Tensor | None) -> dict[str, Tensor]:

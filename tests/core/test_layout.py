@@ -60,7 +60,7 @@ def test_every_hook_has_a_kind_and_every_kind_a_hook() -> None:
         if hasattr(hook, f"{hooks.PROJECT}_spec")
     }
     assert specified == {kind.hook for kind in all_kinds()}
-    assert len(all_kinds()) == 11
+    assert len(all_kinds()) == 12
     for name in specified:
         assert (inspect.getdoc(getattr(hooks, name)) or "").startswith("Return ")
 

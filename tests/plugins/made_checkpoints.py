@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,15 +60,23 @@ def make_hf(
     dtype: torch.dtype = torch.float32,
     chat: str | None = CHAT,
     shard: str = "5GB",
+    grids: Sequence[tuple[int, int]] = (),
     **config: Any,
 ) -> Any:
-    """Save a LlavaForConditionalGeneration with its processor to `folder`, and return it."""
+    """Save a LlavaForConditionalGeneration with its processor to `folder`, and return it.
+
+    With `grids` a LlavaNextForConditionalGeneration, of which one has these tiles.
+    """
     from transformers import (
         CLIPImageProcessorPil,
         CLIPVisionConfig,
         LlamaConfig,
         LlavaConfig,
         LlavaForConditionalGeneration,
+        LlavaNextConfig,
+        LlavaNextForConditionalGeneration,
+        LlavaNextImageProcessorPil,
+        LlavaNextProcessor,
         LlavaProcessor,
         Qwen2Config,
         SiglipImageProcessorPil,
@@ -78,24 +86,33 @@ def make_hf(
     clip = vision == "clip"
     strategy = "default" if clip else "full"
     table: dict[str, Any] = {"image_token_index": 22, "vision_feature_select_strategy": strategy}
+    kinds: list[Any] = [LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor]
+    if grids:
+        table["image_grid_pinpoints"] = [[32 * rows, 32 * columns] for rows, columns in grids]
+        kinds = [LlavaNextConfig, LlavaNextForConditionalGeneration, LlavaNextProcessor]
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        settings = LlavaConfig(
+        settings = kinds[0](
             vision_config=CLIPVisionConfig(**VISION) if clip else SiglipVisionConfig(**SIGLIP),
             text_config=LlamaConfig(**LANGUAGE) if language == "llama" else Qwen2Config(**QWEN),
             **{**table, **config},
         )
-        model = shaken(LlavaForConditionalGeneration(settings)).to(dtype)
+        model = shaken(kinds[1](settings)).to(dtype)
     model.save_pretrained(folder, max_shard_size=shard)
     tokenizer = make_tokenizer()
     tokenizer.add_tokens(["<image>"], special_tokens=True)
     square = {"height": 32, "width": 32}
-    pixels = (
+    pixels: Any = (
         CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size=square)
         if clip
         else SiglipImageProcessorPil(size=square)
     )
-    LlavaProcessor(
+    if grids:
+        points = table["image_grid_pinpoints"]
+        pixels = LlavaNextImageProcessorPil(
+            size={"shortest_edge": 32}, crop_size=square, image_grid_pinpoints=points
+        )
+    kinds[2](
         pixels,
         tokenizer,
         patch_size=8,

@@ -27,6 +27,7 @@ hookimpl = pluggy.HookimplMarker(PROJECT)
 KINDS = {
     "VisionEncoder": ("llava_vision_encoders", "images in, patch features out"),
     "Connector": ("llava_connectors", "patch features in, language-model embeddings out"),
+    "Tiling": ("llava_tilings", "an image's size in, its views and rows out"),
     "LanguageModel": ("llava_language_models", "embeddings in, hidden states and logits out"),
     "PromptTemplate": ("llava_prompt_templates", "turns in, text with its supervised spans out"),
     "Dataset": ("llava_datasets", "sequences of samples to train or evaluate on"),

@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
 
 from PIL.Image import Image
 from safetensors.torch import load_file, save_file
@@ -78,6 +78,7 @@ class VisionEncoder(Network):
     """
 
     hook = "llava_vision_encoders"
+    default_tiling: ClassVar[str] = "single"  #: The tiling where a recipe names none.
 
     width: int  #: Size of one patch feature (D).
     image_size: int  #: Edge in pixels of the square that `prepare` returns.
@@ -131,9 +132,12 @@ class Connector(Network):
                 f"{expected} was expected: images, `tokens({patches})`, width of the language "
                 "model; fix its `forward` or `tokens`"
             )
-        visual_NE = visual_BPE.flatten(0, 1)
-        if stream.visual_kept_N is not None:
-            visual_NE = visual_NE.index_select(0, stream.visual_kept_N)  # a prompt was cut
+        visual_NE, kept = visual_BPE.flatten(0, 1), stream.visual_kept_N
+        if kept is not None and stream.weights_KN is not None:  # no other override is given any
+            pairs = zip(kept, stream.weights_KN[..., None], strict=True)
+            visual_NE = cast("Tensor", sum(visual_NE[index] * w_N1 for index, w_N1 in pairs))
+        elif kept is not None:
+            visual_NE = visual_NE.index_select(0, kept)  # a prompt was cut, or its images tiled
         # under autocast a connector gives half precision; not in place: the table may learn
         return embeds_TE.index_copy(0, stream.visual_rows_N, visual_NE.to(embeds_TE.dtype))
 

@@ -87,9 +87,10 @@ class Stream:
 
     token_ids_T: Tensor  #: int64; 0 at visual rows, whose text embedding nobody sees.
     visual_rows_N: Tensor  #: int64: the row of each visual token, images in order.
-    visual_kept_N: Tensor | None  #: int64 into `[I * P']` features where some were cut; None: all.
+    visual_kept_N: Tensor | None  #: int64 into `[I * P']` embeddings; None: all, in order.
     embed: Callable[[Tensor], Tensor]
     embedding_VE: Tensor | None  #: The table behind `embed` where that is a plain look-up.
+    weights_KN: Tensor | None = None  #: Then `visual_kept_N` is `[K, N]`: rows are sums of K.
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
     torchrun --nproc-per-node 8 "$(command -v llava-run)" recipes/llava13b.toml
 
-Without torchrun a run is one process, and nothing here costs anything, not even torch.
+The entry point `torchrun` of the group `llavakit.launchers` joins them; without it a run is one
+process, and nothing here costs anything, not even torch.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import entry_points
 from typing import TYPE_CHECKING
 
 from llavakit.contracts.run import ProcessGroup
@@ -46,8 +48,7 @@ def join_process_group(name: str) -> Iterator[tuple[ProcessGroup, Device]]:
     if not {"RANK", "WORLD_SIZE"} <= os.environ.keys():  # as torchrun sets them
         yield ProcessGroup(), Device(name)
         return
-    from llavakit.engine.torchrun import join_processes, own_device
-
-    device = Device(own_device(name))
-    with join_processes(device.find()) as process_group:
+    (launcher,) = entry_points(group="llavakit.launchers", name="torchrun")
+    device = Device(name)
+    with launcher.load()(name) as (process_group, device.known):
         yield process_group, device

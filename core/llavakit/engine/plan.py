@@ -39,7 +39,7 @@ class Plan(BaseModel):
     own_model: bool = True
     """Whether `parts` are the recipe's [model]; else what its steps start from."""
     parts: dict[str, PartPlan]
-    visual_tokens: int | None  #: Of one image; None where no model is known.
+    visual_tokens: int | None  #: Of an image of 640 x 480 pixels; None where no model is known.
     steps: dict[str, StepPlan]
     machine: Machine
     tflops: float | None  #: Rate reckoned with, of all devices; None: nothing to reckon.
@@ -168,7 +168,7 @@ def make_plan(recipe: Recipe, registry: Registry) -> Plan:
         recipe=recipe.name,
         own_model=recipe.model is not None,
         parts={} if model is None else _parts(model),
-        visual_tokens=None if model is None else model.visual_tokens,
+        visual_tokens=None if model is None else len(model.views.of().index_RK),
         steps=planner.steps,
         machine=machine,
         tflops=None if rate is None else rate * machine.devices,

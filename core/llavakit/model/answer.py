@@ -17,6 +17,7 @@ from llavakit.contracts.errors import ModelError
 from llavakit.contracts.interfaces import Segment
 from llavakit.contracts.model import Asked, Sampling, SamplingOptions
 from llavakit.model.detokenise import AnswerText, decode, special_stops
+from llavakit.model.images import Views
 from llavakit.model.messages import read_asked
 from llavakit.model.sampling import Token
 from llavakit.stream.encode import Encoded, tokenise
@@ -57,9 +58,18 @@ class Answering(ABC, Generic[Pixels]):
     def end_ids(self) -> frozenset[int]:
         """The tokens that end an answer."""
 
+    @property
+    @abstractmethod
+    def views(self) -> Views:
+        """How images become views and rows."""
+
     @abstractmethod
     def prepare(self, images: Sequence[ImageSource], where: str = "the prompt") -> Pixels | None:
-        """Return the pixels `[I, 3, H, W]` of images, or None for none."""
+        """Return the pixels `[I, 3, H, W]` of all views of a prompt's images, or None for none."""
+
+    @abstractmethod
+    def join(self, prepared: Sequence[Pixels | None]) -> Pixels | None:
+        """Return the pixels of several prompts as one."""
 
     @abstractmethod
     def _render(self, dialogue: Sample) -> Encoded:
@@ -112,7 +122,7 @@ class Answering(ABC, Generic[Pixels]):
                 f"the prompt has {encoded.image_count} `{IMAGE}` for {len(images)} images; "
                 "each image needs exactly one"
             )
-        return encoded, images
+        return self.views.place(encoded, self.views.shown(images, "the prompt")), images
 
     def prompt(self, prompt: Asked, images: Sequence[ImageSource], **given: Any) -> Encoded:
         """Return the tokens of what is asked; `given` is what `ask` takes."""
@@ -188,9 +198,9 @@ class Answering(ABC, Generic[Pixels]):
     ) -> list[Answer]:
         """Return the answers to several prompts, decoded as one batch: `n` to each, in order.
 
-        `given`: `pixels_IHW`, all their images as `prepare` returns them, where that is done
-        already; `begun`, what each answer has begun with, where what is returned goes on from;
-        `remember`, of one prompt, whether to read only what the last dialogues had not.
+        `given`: `pixels_IHW`, all their images as `join` returns them, where that is done already;
+        `begun`, what each answer has begun with, where what is returned goes on from; `remember`,
+        of one prompt, whether to read only what the last dialogues had not.
         """
         sampling = self._stopping(sampling, raw=raw)
         tokens: list[list[Token]] = [[] for _ in range(len(prompts) * sampling.n)]
@@ -231,7 +241,7 @@ class Answering(ABC, Generic[Pixels]):
             for (prompt, images), start in zip(prompts, begun or ("",) * len(prompts), strict=True)
         ]
         if pixels_IHW is None:
-            pixels_IHW = self.prepare([image for _, images in asked for image in images])
+            pixels_IHW = self.join([self.prepare(images) for _, images in asked])
         encoded = [one for one, _ in asked]
         return self._write(encoded, pixels_IHW, sampling, remember=remember)
 

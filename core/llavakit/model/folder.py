@@ -2,6 +2,7 @@
 
 model.toml              the parts: component, options, widths; the hash of every file
 connector.safetensors   the connector
+tiling.safetensors      `image_newline`, where the tiling separates rows
 vision/  language/      what the part's `save` wrote; a Hugging Face folder for the built-in ones
 """
 
@@ -17,6 +18,7 @@ import tomli_w
 import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from llavakit.contracts.component import Options, Use
@@ -28,8 +30,10 @@ from llavakit.model.llava import LlavaModel
 from llavakit.recipe.check import problems_in
 from llavakit.recipe.model_choice import MANIFEST, PARTS, ModelRecipe
 from llavakit.registry import Registry
+from llavakit.stream.tiling import Tiling
 
 _FORMAT = 1
+_TILING = "tiling.safetensors"
 
 
 def create_model(
@@ -81,17 +85,21 @@ def join_model(
     connector: Connector,
     language: LanguageModel,
 ) -> LlavaModel:
-    """Return the model of these parts; the recipe describes them, and names the template.
+    """Return the model of these parts; the recipe describes them, and names template and tiling.
 
     Raises ModelError where one image alone is longer than what the language model reads.
     """
     template = recipe.template or Use[PromptTemplate](use=language.default_template)
-    whole = recipe.model_copy(update={"template": template})
-    choices = {name: _described(getattr(whole, name), registry) for name in (*PARTS, "template")}
-    model = LlavaModel(vision, connector, language, registry.build(template), choices=choices)
-    if model.visual_tokens >= language.max_length:
+    tiling = recipe.tiling or Use[Tiling](use=vision.default_tiling)
+    whole = recipe.model_copy(update={"template": template, "tiling": tiling})
+    choices = {name: _described(use, registry) for name, use in whole}
+    if tiling.use == "single":  # then a folder is what it was before there were tilings
+        del choices["tiling"]
+    built: dict[str, Any] = {"template": registry.build(template), "tiling": registry.build(tiling)}
+    model = LlavaModel(vision, connector, language, choices=choices, **built)
+    if (rows := len(model.views.of().index_RK)) >= language.max_length:
         raise ModelError(
-            f"one image takes {model.visual_tokens} tokens, but `{language.name}` reads at most "
+            f"one image takes {rows} tokens, but `{language.name}` reads at most "
             f"{language.max_length}; use smaller images, a connector that shortens, or a longer "
             "context"
         )
@@ -120,6 +128,8 @@ def save_model(model: LlavaModel, folder: Path) -> None:
             inner = _part_folder(partial, name)
             inner.mkdir(exist_ok=True)
             getattr(model, name).save(inner)
+        if (newline_E := model.image_newline) is not None:
+            save_file({"image_newline": newline_E.detach().contiguous()}, partial / _TILING)
         files = {
             file.relative_to(partial).as_posix(): digest(file)
             for file in sorted(partial.rglob("*"))
@@ -181,12 +191,15 @@ def load_model(
         return _load_part(use, registry, _part_folder(folder, name), dtype, **widths)
 
     try:
-        recipe = ModelRecipe.model_validate({name: manifest[name] for name in (*PARTS, "template")})
+        parts = {name: manifest[name] for name in ModelRecipe.model_fields if name in manifest}
+        recipe = ModelRecipe.model_validate(parts)
         if template is not None:
             recipe = recipe.model_copy(update={"template": Use[PromptTemplate](use=template)})
         for part, changes in (options or {}).items():
             recipe = _change(recipe, part, changes, registry)
         model = _made_of(recipe, registry, read)
+        if model.image_newline is not None:
+            model.image_newline = nn.Parameter(load_file(folder / _TILING)["image_newline"])
     except (KeyError, ValidationError, RuntimeError, OSError, SafetensorError) as error:
         raise ModelError(f"{path} does not describe the weights beside it: {error}") from error
     model.to(device)

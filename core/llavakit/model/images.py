@@ -1,4 +1,4 @@
-"""Opens images of every mode, and names the sample whose image cannot be used."""
+"""Opens images of every mode, cuts them into views, names the sample whose image cannot be used."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ import re
 import stat
 import warnings
 from base64 import b64decode
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 from unicodedata import normalize
 from urllib.parse import unquote, unquote_to_bytes, urlsplit
 
@@ -20,6 +23,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from llavakit.contracts.data import ImageSource
 from llavakit.contracts.errors import DataError, ModelError
+from llavakit.stream.encode import Encoded
+from llavakit.stream.tiling import Arrangement, Shown, Tiling, View
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,12 +32,14 @@ if TYPE_CHECKING:
     from llavakit.contracts.networks import VisionEncoder
 
 MAX_PIXELS = 178_956_970  #: Pillow's own limit for a decompression bomb (twice its warning level).
+USUAL = Shown(640, 480)  #: The size of most of COCO's images: what plans reckon with.
 MAX_RATIO = 200  #: Of the sides, as Qwen2-VL has it: a resize makes thin images huge.
 
 _ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG)
 _ADDRESS = re.compile(r"(?:^|/)(?:https?|ftps?|s3|gs|hdfs|file|data):", re.IGNORECASE)
 _ROWS = 256  # of a grey image of many bits that are scaled at once
 _BITS, _SAMPLE_FORMAT, _SIGNED = 258, 339, 2  # tags of a TIFF, and a value of the second
+_ORIENTATION = 274  # the tag of a camera's note; above 4 its sides are exchanged
 
 
 class MissingImage(DataError):
@@ -54,6 +61,26 @@ def open_image(
     Raises DataError where the file is missing, truncated, no image, a decompression bomb, or many
     times as long as wide.
     """
+    opened, name = _opened(source, where)
+    if opened is source:
+        return _decode(opened, name, None, upright)
+    with opened:
+        return _decode(opened, name, edge, upright)
+
+
+def image_size(source: ImageSource, where: str, *, upright: bool = False) -> tuple[int, int]:
+    """Return the width and height that `open_image` gives, from the header alone; as it raises."""
+    opened, name = _opened(source, where)
+    (width, height), turned = opened.size, upright and opened.getexif().get(_ORIENTATION, 1) > 4
+    if opened is not source:
+        opened.close()
+    if reason := refusal(width, height):
+        raise DataError(f"{name} {reason}")
+    return (height, width) if turned else (width, height)
+
+
+def _opened(source: ImageSource, where: str) -> tuple[Image.Image, str]:
+    """Return an image that is not decoded yet, and its name for errors."""
     try:
         found = _in_memory(source, where)
     except DataError:
@@ -65,21 +92,19 @@ def open_image(
         f"image {source!s:.1000} of {where}" if isinstance(found, Path) else f"the image of {where}"
     )
     if isinstance(found, Image.Image):
-        return _decode(found, name, None, upright)
+        return found, name
     if isinstance(found, Path):
         _check_file(found, name)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what matters about a damaged file is an error below
-            opened = Image.open(found)
+            return Image.open(found), name
     except UnidentifiedImageError:
         raise DataError(f"{name} is not an image Pillow can read; replace it") from None
     except Image.DecompressionBombError as error:
         raise DataError(f"{name} is too large to decode: {error}; shrink it") from None
     except Exception as error:
         raise _undecodable(name, error) from error
-    with opened:
-        return _decode(opened, name, edge, upright)
 
 
 def _in_memory(source: ImageSource, where: str) -> Path | BytesIO | Image.Image:
@@ -142,7 +167,7 @@ def refusal(width: int, height: int) -> str | None:
 def read_pixels(
     encoder: VisionEncoder, source: ImageSource, where: str, *, upright: bool = False
 ) -> Tensor:
-    """Return the pixels `[3, H, W]` that a vision encoder reads of an image."""
+    """Return the pixels `[3, H, W]` that a vision encoder reads of an image that is one view."""
     image = open_image(source, where, encoder.decode_edge, upright=upright)
     pixels_3HW = encoder.prepare(image)
     expected = (encoder.channels, encoder.image_size, encoder.image_size)
@@ -152,6 +177,52 @@ def read_pixels(
             f"its `image_size` says {expected}; fix `prepare` or `image_size`"
         )
     return pixels_3HW
+
+
+class Views(NamedTuple):
+    """How a model sees images."""
+
+    tiling: Tiling | None  #: None where every image is one view: no header is read then.
+    view: View
+    upright: bool = False  #: See `open_image`.
+
+    def of(self, shown: Shown = USUAL) -> Arrangement:
+        """Return the rows of an image."""
+        return _arranged(self.tiling, shown, self.view)
+
+    def shown(self, images: Sequence[ImageSource], where: str) -> list[Shown]:
+        """Return what the rows of a sample's images depend on; without a tiling nothing."""
+        read = images if self.tiling is not None else ()
+        sizes = [image_size(image, where, upright=self.upright) for image in read]
+        return [Shown(*size, len(images)) for size in sizes]
+
+    def place(self, encoded: Encoded, shown: Sequence[Shown]) -> Encoded:
+        """Return a sample that knows the rows of its images, which are `shown`."""
+        arranged = None if self.tiling is None else tuple(map(self.of, shown))
+        return replace(encoded, arranged=arranged)
+
+    def cut(
+        self, source: ImageSource, where: str, images: int, edge: int | None = None
+    ) -> Sequence[Image.Image]:
+        """Return the views of one of a sample's `images`, opened as `open_image` does."""
+        if self.tiling is None:
+            return (open_image(source, where, edge, upright=self.upright),)
+        image = open_image(source, where, upright=self.upright)  # whole: its size decides
+        return self.tiling.cut(image, Shown(*image.size, images), self.view)
+
+    def read(self, encoder: VisionEncoder, source: ImageSource, where: str, images: int) -> Tensor:
+        """Return the pixels `[views, 3, H, W]` of one of a sample's `images`."""
+        import torch
+
+        views = self.cut(source, where, images, encoder.decode_edge)
+        return torch.stack([read_pixels(encoder, view, where) for view in views])
+
+
+@lru_cache(maxsize=512)
+def _arranged(tiling: Tiling | None, shown: Shown, view: View) -> Arrangement:
+    if tiling is None:
+        return Arrangement(1, np.arange(view.tokens)[:, None])
+    return tiling.arrange(shown, view)
 
 
 def _decode(image: Image.Image, name: str, edge: int | None, upright: bool) -> Image.Image:

@@ -1,7 +1,7 @@
 """The model: vision encoder, connector and language model around one packed stream.
 
-I images, P patches, P' visual tokens of an image, D vision width, E language width,
-T rows of the stream, M supervised rows, S sequences, V vocabulary.
+I views of images, P patches, P' visual tokens of a view, D vision width, E language width,
+T rows of the stream, L separator rows, M supervised rows, S sequences, V vocabulary.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ from llavakit.contracts.networks import Connector, LanguageModel, VisionEncoder
 from llavakit.contracts.packing import Stream
 from llavakit.model.answer import Answering
 from llavakit.model.generate import generate_stream
-from llavakit.model.images import read_pixels
+from llavakit.model.images import Views
 from llavakit.model.prefix import Prefixes
 from llavakit.model.sampling import Token
 from llavakit.stream.batch import PackedBatch, pack
 from llavakit.stream.encode import Encoded, encode, tokenise
+from llavakit.stream.tiling import Tiling, View
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -44,6 +45,8 @@ class LlavaModel(nn.Module, Answering[Tensor]):
         template: PromptTemplate,
         *,
         choices: dict[str, dict[str, Any]],
+        tiling: Tiling | None = None,
+        image_newline: nn.Parameter | None = None,
     ) -> None:
         super().__init__()
         self.vision = vision
@@ -51,6 +54,10 @@ class LlavaModel(nn.Module, Answering[Tensor]):
         self.language = language
         self.template = template
         self.prefixes = Prefixes()  #: The last dialogues, read already.
+        self.tiling = None if tiling is None or not tiling.varies else tiling  #: None: one view.
+        if image_newline is None and tiling is not None and tiling.separates:
+            image_newline = nn.Parameter(torch.randn(language.width) * language.width**-0.5)
+        self.image_newline = image_newline  #: The learned row `[E]`; a new one as in LLaVA-NeXT.
         self.choices = choices  #: What a recipe says of each part: makes the same again.
 
     @property
@@ -59,11 +66,16 @@ class LlavaModel(nn.Module, Answering[Tensor]):
 
     @property
     def visual_tokens(self) -> int:
-        """How many rows of the stream one image takes (P')."""
+        """How many embeddings one view of an image has (P'): its rows, where it is one view."""
         return self.connector.tokens(self.vision.tokens(self.vision.image_size))
 
+    @property
+    def views(self) -> Views:
+        """How images become views and rows."""
+        return Views(self.tiling, View(self.vision.image_size, self.visual_tokens), self.upright)
+
     def features(self, pixels_IHW: Tensor) -> Tensor:
-        """Return the patch features `[I, P, D]` of pixels `[I, 3, H, W]`, prefix stripped."""
+        """Return the patch features `[I, P, D]` of views `[I, 3, H, W]`, prefix stripped."""
         features_IPD: Tensor = self.vision(pixels_IHW)
         expected = self.vision.prefix_tokens + self.vision.tokens(pixels_IHW.shape[-1])
         if features_IPD.shape[1] != expected:
@@ -89,8 +101,15 @@ class LlavaModel(nn.Module, Answering[Tensor]):
             batch.visual_kept_N,
             self.language.embed,
             self.language.embedding_VE,
+            batch.weights_KN,
         )
-        return self.connector.project_into(features_IPD, stream)
+        own = type(self.connector) if batch.weights_KN is None else Connector
+        embeds_TE = own.project_into(self.connector, features_IPD, stream)
+        if (newline_E := self.image_newline) is not None:  # without rows, for a gradient of zeros
+            rows_L = batch.separator_rows_L
+            rows_LE = newline_E.to(embeds_TE.dtype).expand(len(rows_L), -1)
+            embeds_TE = embeds_TE.index_copy(0, rows_L, rows_LE)
+        return embeds_TE
 
     def loss(self, batch: PackedBatch, features_IPD: Tensor | None) -> Tensor:
         """Return the summed cross-entropy of the batch's targets, float32 `[]`.
@@ -112,18 +131,24 @@ class LlavaModel(nn.Module, Answering[Tensor]):
             return self
         own = {"use": language.name, **language.options.model_dump(mode="json")}
         choices = {**self.choices, "language": own}
-        merged = LlavaModel(self.vision, self.connector, language, self.template, choices=choices)
+        parts = (self.vision, self.connector, language, self.template)
+        same = {"tiling": self.tiling, "image_newline": self.image_newline}
+        merged = LlavaModel(*parts, choices=choices, **same)  # type: ignore[arg-type]
         return merged.train(self.training)  # a new module is in training mode
 
     # -- trying it -----------------------------------------------------------------------------
 
     def prepare(self, images: Sequence[ImageSource], where: str = "the prompt") -> Tensor | None:
-        """Return the pixels `[I, 3, H, W]` of images, or None for none."""
+        """Return the pixels `[I, 3, H, W]` of all views of a prompt's images, or None for none."""
         if not images:
             return None
         dtype = next(self.vision.parameters(), torch.empty(0)).dtype  # it may have no weights
-        pixels = [read_pixels(self.vision, one, where, upright=self.upright) for one in images]
-        return torch.stack(pixels).to(self.device, dtype)
+        pixels = [self.views.read(self.vision, one, where, len(images)) for one in images]
+        return torch.cat(pixels).to(self.device, dtype)
+
+    def join(self, prepared: Sequence[Tensor | None]) -> Tensor | None:
+        pixels = [pixels_IHW for pixels_IHW in prepared if pixels_IHW is not None]
+        return torch.cat(pixels) if pixels else None
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:

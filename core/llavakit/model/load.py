@@ -112,7 +112,7 @@ def sketch_any(path: Path, registry: Registry, **given: Any) -> LlavaModel | Non
 def _described(folder: Path) -> ModelRecipe:
     """Return the parts of a model folder; those made of other files, of the folder's own."""
     manifest = tomllib.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    parts = {name: manifest[name] for name in (*PARTS, "template")}
+    parts = {name: manifest[name] for name in ModelRecipe.model_fields if name in manifest}
     recipe = ModelRecipe.model_validate(parts)
     for name in PARTS:
         use: Use[Any] = getattr(recipe, name)

@@ -49,15 +49,18 @@ class Prefixes:
 
     def recall(self, encoded: Encoded, pixels_IHW: Any, stamp: object = None) -> Recalled:
         """Return what is known of a prompt, and what is left to read: a token at least."""
-        keys, images = encoded.ids.copy(), () if pixels_IHW is None else pixels_IHW
-        for index, pixels in zip(np.flatnonzero(keys == IMAGE_ID), images, strict=True):
+        keys, begin = encoded.ids.copy(), 0
+        for number, index in enumerate(np.flatnonzero(keys == IMAGE_ID)):
+            pixels = pixels_IHW[begin : (begin := begin + encoded.views[number])]
             pixels = pixels if isinstance(pixels, np.ndarray) else pixels.float().cpu().numpy()
-            digest = blake2b(pixels.tobytes(), digest_size=7).digest()
-            keys[index] = -1 - int.from_bytes(digest)
+            digest = blake2b(pixels.tobytes(), digest_size=7)
+            if encoded.arranged is not None:  # equal views may be of images of other sizes
+                digest.update(encoded.arranged[number].index_RK.tobytes())
+            keys[index] = -1 - int.from_bytes(digest.digest())
         found = [(_common(one.keys, keys), one.held) for one in self.kept if one.stamp == stamp]
         count, held = max(found, key=lambda pair: pair[0], default=(0, None))
         front, rest = encoded.split(min(count, len(keys) - 1))
-        left = pixels_IHW[front.image_count :] if rest.image_count else None
+        left = pixels_IHW[sum(front.views) :] if rest.image_count else None
         return Recalled(front, rest, left, held, partial(self._keep, keys, stamp))
 
     def _keep(

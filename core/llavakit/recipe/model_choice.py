@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict
 
 from llavakit.contracts.component import Use
 from llavakit.contracts.interfaces import PromptTemplate
+from llavakit.stream.tiling import Tiling
 
 if TYPE_CHECKING:
     from llavakit.contracts.networks import Connector, LanguageModel, VisionEncoder
@@ -24,6 +25,7 @@ class ModelRecipe(BaseModel):
     vision: Use["VisionEncoder"]
     connector: Use["Connector"]
     language: Use["LanguageModel"]
+    tiling: Use[Tiling] | None = None  #: None: the vision encoder's usual one.
     template: Use[PromptTemplate] | None = None  #: None: the language model's usual one.
 
 

@@ -1,6 +1,6 @@
 """Lays samples end to end in micro-batches.
 
-T rows of the stream, S samples in it, N visual rows, M supervised rows, I images.
+T rows of the stream, S samples, N visual rows (of K embeddings each), M supervised rows.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from llavakit.contracts.packing import Packing, Rows, upload
+from llavakit.stream.tiling import Arrangement, joined
 
 if TYPE_CHECKING:
     from llavakit.stream.encode import Encoded
@@ -32,11 +33,13 @@ class PackedBatch:
     targets_M: Tensor  #: int64: those next tokens.
     samples: tuple[int, ...]  #: Index of each sample in its data set.
     images: tuple[tuple[int, int], ...]  #: (sample, its image) of each, in order of rows.
+    separator_rows_L: Tensor  #: int64: rows of the learned separator.
+    weights_KN: Tensor | None  #: Where visual rows are interpolated or pooled (see `Stream`).
 
     def to(self, device: torch.device) -> PackedBatch:
         """Return the batch on `device`."""
         move = partial(upload, device=device)
-        kept, rows = self.visual_kept_N, self.supervised_rows
+        kept, rows, weights = self.visual_kept_N, self.supervised_rows, self.weights_KN
         return replace(
             self,
             token_ids_T=move(self.token_ids_T),
@@ -45,26 +48,27 @@ class PackedBatch:
             visual_kept_N=None if kept is None else move(kept),
             supervised_rows=replace(rows, index_M=move(rows.index_M)),
             targets_M=move(self.targets_M),
+            separator_rows_L=move(self.separator_rows_L),
+            weights_KN=None if weights is None else move(weights),
         )
 
 
 def pack(encoded: Sequence[Encoded], samples: Sequence[int], visual_tokens: int) -> PackedBatch:
     """Lay encoded samples end to end.
 
-    `visual_tokens` is P', the rows that one image takes; `samples` are the samples' indices.
+    `visual_tokens` is P', the embeddings of a view; `samples` are the samples' indices.
     """
     token_ids, supervised, visual, starts, images, kept = [], [], [], [0], [], []
-    cut = False
+    arranged: list[Arrangement] = []
     for index, item in zip(samples, encoded, strict=True):
         rows = item.expand(visual_tokens)
         token_ids.append(rows.token_ids)
         supervised.append(rows.supervised)
         visual.append(rows.visual)
-        count = item.image_count
-        images += [(index, number) for number in range(count)]
-        full = count * visual_tokens
-        cut |= rows.visual_count < full
-        kept.append(np.arange(full) < rows.visual_count)
+        own = item.images(visual_tokens)
+        images += [(index, number) for number in range(len(own))]
+        arranged += own
+        kept.append(np.arange(sum(len(image.index_RK) for image in own)) < rows.visual_count)
         starts.append(starts[-1] + len(rows.token_ids))
     ids_T = np.concatenate(token_ids)
     supervised_T = np.concatenate(supervised)
@@ -72,13 +76,26 @@ def pack(encoded: Sequence[Encoded], samples: Sequence[int], visual_tokens: int)
     supervised_T[np.asarray(starts[:-1])] = False
     supervised_rows = np.flatnonzero(supervised_T) - 1
     counts = np.diff(np.searchsorted(supervised_rows, starts))
+    visual_rows = np.flatnonzero(np.concatenate(visual))
+    left = np.concatenate(kept)
+    views, index_RK, weights_RK, _ = joined(arranged, visual_tokens)
+    index_RK = index_RK[left]
+    shows = index_RK[:, 0] >= 0  # the other rows are separators
+    index_KN = torch.from_numpy(index_RK[shows].T.copy())
+    weights_KN = None if weights_RK is None else torch.from_numpy(weights_RK[left][shows].T.copy())
+    visual_kept_N: Tensor | None = index_KN
+    if weights_KN is None:
+        in_order = np.array_equal(index_RK[:, 0], np.arange(views * visual_tokens))
+        visual_kept_N = None if in_order else index_KN[0]
     return PackedBatch(
         token_ids_T=torch.from_numpy(ids_T),
         packing=Packing.of(np.diff(starts).tolist()),
-        visual_rows_N=torch.from_numpy(np.flatnonzero(np.concatenate(visual))),
-        visual_kept_N=torch.from_numpy(np.flatnonzero(np.concatenate(kept))) if cut else None,
+        visual_rows_N=torch.from_numpy(visual_rows[shows]),
+        visual_kept_N=visual_kept_N,
         supervised_rows=Rows(torch.from_numpy(supervised_rows), tuple(counts.tolist())),
         targets_M=torch.from_numpy(ids_T[supervised_rows + 1]),
         samples=tuple(samples),
         images=tuple(images),
+        separator_rows_L=torch.from_numpy(visual_rows[~shows]),
+        weights_KN=weights_KN,
     )

@@ -25,6 +25,7 @@ import numpy.typing as npt
 
 from llavakit.contracts.data import IMAGE
 from llavakit.contracts.errors import DataError
+from llavakit.stream.tiling import Arrangement
 from llavakit.stream.tokenise import BoolArray, Part, Reader
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ class Rows(NamedTuple):
 
     token_ids: IntArray
     supervised: BoolArray
-    visual: BoolArray
+    visual: BoolArray  #: Separator rows included.
     visual_count: int
 
 
@@ -54,21 +55,45 @@ class Encoded:
     ids: IntArray
     supervised: BoolArray
     max_length: int | None = None  #: Rows to keep once images are spliced in, as the original does.
+    arranged: tuple[Arrangement, ...] | None = None
+    """The rows of each image; None: each has those of one view, in order."""
 
     @property
     def image_count(self) -> int:
         return int((self.ids == IMAGE_ID).sum())
 
+    @property
+    def views(self) -> list[int]:
+        """How many views each image has."""
+        return [1] * self.image_count if self.arranged is None else [a.views for a in self.arranged]
+
     def split(self, count: int) -> tuple[Encoded, Encoded]:
         """Return the first `count` ids, and the others."""
-        ids, supervised = self.ids, self.supervised
-        front = replace(self, ids=ids[:count], supervised=supervised[:count])
-        return front, replace(self, ids=ids[count:], supervised=supervised[count:])
+        parts, images = (
+            (slice(count), slice(count, None)),
+            int((self.ids[:count] == IMAGE_ID).sum()),
+        )
+        shown = (slice(images), slice(images, None))
+        front, rest = (
+            replace(
+                self, ids=self.ids[part], supervised=self.supervised[part],
+                arranged=None if self.arranged is None else self.arranged[image],
+            )
+            for part, image in zip(parts, shown, strict=True)
+        )  # fmt: skip
+        return front, rest
 
-    def length(self, visual_tokens: int) -> int:
-        """Return the rows it takes when one image takes `visual_tokens` rows."""
-        full = len(self.ids) + self.image_count * (visual_tokens - 1)
-        return full if self.max_length is None else min(full, self.max_length)
+    def images(self, visual_tokens: int) -> Sequence[Arrangement]:
+        """Return the rows of each image; a view has `visual_tokens` embeddings."""
+        if self.arranged is not None:
+            return self.arranged
+        return [Arrangement(1, np.arange(visual_tokens)[:, None])] * self.image_count
+
+    def length(self, visual_tokens: int, *, whole: bool = False) -> int:
+        """Return the rows it takes, or, if `whole`, would take without a `max_length`."""
+        rows = sum(len(image.index_RK) for image in self.images(visual_tokens))
+        full = len(self.ids) - self.image_count + rows
+        return full if whole or self.max_length is None else min(full, self.max_length)
 
     def supervised_count(self, visual_tokens: int) -> int:
         """Return how many learned tokens are left after truncation."""
@@ -78,7 +103,8 @@ class Encoded:
     def expand(self, visual_tokens: int) -> Rows:
         """Give each image its rows; truncate."""
         is_image = self.ids == IMAGE_ID
-        repeats = np.where(is_image, visual_tokens, 1)
+        repeats = np.ones(len(self.ids), np.int64)
+        repeats[is_image] = [len(image.index_RK) for image in self.images(visual_tokens)]
         visual = np.repeat(is_image, repeats)[: self.max_length]
         ids = np.repeat(np.where(is_image, 0, self.ids), repeats)[: self.max_length]
         supervised = np.repeat(self.supervised, repeats)[: self.max_length]

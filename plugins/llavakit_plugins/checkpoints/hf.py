@@ -1,4 +1,5 @@
-"""transformers' layout of LLaVA-1.5: a folder for `LlavaForConditionalGeneration`.
+"""transformers' layout: a folder for `LlavaForConditionalGeneration`, or, with the tiling `anyres`,
+for `LlavaNextForConditionalGeneration`.
 
 Tensors get the names that transformers wrote before version 5, which every version since reads:
 
@@ -32,6 +33,7 @@ from llavakit_plugins.checkpoints.parts import (
     projector_layers,
     stated_options,
 )
+from llavakit_plugins.checkpoints.pinpoints import pinpoints
 from llavakit_plugins.checkpoints.prompts import NOTE, note_template
 from llavakit_plugins.huggingface.hub import fetch_folder, quietly
 from llavakit_plugins.huggingface.known_models import sketch_named
@@ -104,6 +106,7 @@ class Hf(Exporter):
         options = stated_options(model, "vision", registry)
         vision = _vision(model, options)
         layers, activation = self._projector(model)
+        points = pinpoints(model, self.name)
         text, state = language_state(model.language, self.name)
         text_model: Any = model.language
         tokenizer, image_token, rows = with_image_token(
@@ -116,6 +119,9 @@ class Hf(Exporter):
         for number, layer in enumerate(layers, start=1):
             tensors[f"multi_modal_projector.linear_{number}.weight"] = layer.weight
             tensors[f"multi_modal_projector.linear_{number}.bias"] = layer.bias
+        if points is not None and model.image_newline is not None:
+            tensors["image_newline"] = model.image_newline
+        one_layer = isinstance(options.layer, int)
         config = {
             "architectures": ["LlavaForConditionalGeneration"],
             "model_type": "llava",
@@ -127,21 +133,28 @@ class Hf(Exporter):
             "image_token_index": image_token,
             "image_seq_length": model.visual_tokens,
             "projector_hidden_act": activation,
-            "vision_feature_layer": options.layer,
+            "vision_feature_layer": options.layer if one_layer else list(options.layer),
             "vision_feature_select_strategy": _strategy(vision),
             NOTE: note_template(model.choices["template"]),
         }
+        if points is not None:
+            config |= {
+                "architectures": ["LlavaNextForConditionalGeneration"],
+                "model_type": "llava_next",
+                "image_grid_pinpoints": points,
+            }
         with new_folder(folder) as partial:
             files = write_weights(tensors, partial, self.options.max_shard_size)
             write_config(config, partial, model.language)
             chat = write_chat(model.template, model.language.tokenizer)
-            _write_processor(vision, tokenizer, chat, partial)
+            _write_processor(vision, tokenizer, chat, points, partial)
             return {"files": files, **self._prove(model, partial, folder)}
 
     def check(self, model: LlavaModel) -> None:
         """Raise ModelError for a model that the layout cannot express."""
         _vision(model, stated_options(model, "vision", Registry.installed()))
         self._projector(model)
+        pinpoints(model, self.name)
         language_state(model.language, self.name)
 
     def _projector(self, model: LlavaModel) -> tuple[list[Layer], str]:
@@ -236,13 +249,18 @@ def _widest(tensors: Mapping[str, Tensor]) -> str:
 
 
 def _write_processor(
-    vision: TransformersEncoder, tokenizer: Any, chat: str | None, folder: Path
+    vision: TransformersEncoder,
+    tokenizer: Any,
+    chat: str | None,
+    points: list[list[int]] | None,
+    folder: Path,
 ) -> None:
     """Write processor_config.json with all that transformers 5 reads, and what earlier ones do."""
-    from transformers import LlavaProcessor
+    from transformers import LlavaNextProcessor, LlavaProcessor
 
-    processor = LlavaProcessor(
-        make_processor(vision.square),
+    kind: Any = LlavaProcessor if points is None else LlavaNextProcessor
+    processor = kind(
+        make_processor(vision.square, points),
         tokenizer,
         patch_size=vision.patch_size,
         vision_feature_select_strategy=_strategy(vision),

@@ -9,23 +9,26 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from llavakit import IMAGE_ID, LlavaModel
+from llavakit import Encoded, LlavaModel
 from llavakit.contracts.data import IMAGE, ImageSource, Turn
 from llavakit_plugins.checkpoints.parity import sample_images
 from llavakit_plugins.huggingface.hub import quietly
 
 
 class HfReader:
-    """LlavaForConditionalGeneration from a folder, fed with the token ids and pixels of `ours`."""
+    """transformers' LLaVA or LLaVA-NeXT from a folder, given the token ids and pixels of `ours`."""
 
     def __init__(self, folder: Path, ours: LlavaModel) -> None:
-        from transformers import LlavaForConditionalGeneration
+        from transformers import LlavaForConditionalGeneration, LlavaNextForConditionalGeneration
 
+        network: Any = LlavaForConditionalGeneration
+        if ours.tiling is not None:
+            network = LlavaNextForConditionalGeneration
         self._folder, self._ours = folder, ours
         with quietly(report=False):
-            self._model: Any = LlavaForConditionalGeneration.from_pretrained(folder).eval()
+            self._model: Any = network.from_pretrained(folder).eval()
         # the other ways leave out what they cannot do: Gemma 2's soft cap, in transformers 5.17
         self._model.set_attn_implementation("eager")
         self._image_token: int = self._model.config.image_token_index
@@ -33,18 +36,24 @@ class HfReader:
     def _inputs(
         self, prompt: str, images: Sequence[ImageSource], *, raw: bool
     ) -> dict[str, Tensor]:
-        ids = self._expanded(self._ours.prompt(prompt, images, raw=raw).ids)
+        encoded = self._ours.prompt(prompt, images, raw=raw)
+        ids = self._expanded(encoded)
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         pixels = self._ours.prepare(images)
         if pixels is not None:
             inputs["pixel_values"] = pixels.to("cpu", self._model.dtype)
+        if pixels is not None and encoded.arranged is not None:
+            counts = [image.views for image in encoded.arranged]
+            views = inputs["pixel_values"].split(counts)
+            inputs["pixel_values"] = nn.utils.rnn.pad_sequence(list(views), batch_first=True)
+            shown = self._ours.views.shown(images, "the prompt")
+            inputs["image_sizes"] = torch.tensor([[one.height, one.width] for one in shown])
         return inputs
 
-    def _expanded(self, ids: Any) -> Tensor:
+    def _expanded(self, encoded: Encoded) -> Tensor:
         """Return ids `[1, T]` with one image token for each of an image's rows."""
-        repeats = np.where(ids == IMAGE_ID, self._ours.visual_tokens, 1)
-        filled = np.where(ids == IMAGE_ID, self._image_token, ids)
-        return torch.from_numpy(np.repeat(filled, repeats))[None]
+        rows = encoded.expand(self._ours.visual_tokens)
+        return torch.from_numpy(np.where(rows.visual, self._image_token, rows.token_ids))[None]
 
     @torch.inference_mode()
     def logits(
@@ -95,13 +104,15 @@ class HfReader:
             add_special_tokens=ours.template.adds_bos,
             return_tensors="pt",
         )
-        expected = self._expanded(ours.prompt(question, [image]).ids)
+        expected = self._expanded(ours.prompt(question, [image]))
         pixels = ours.prepare([image])
         assert pixels is not None
         wanted = pixels.cpu().float()
         away = {
-            name: (other.image_processor(image, return_tensors="pt")["pixel_values"] - wanted)
-            .abs().max().item()
+            name: (
+                other.image_processor(image, return_tensors="pt")["pixel_values"].view_as(wanted)
+                - wanted
+            ).abs().max().item()
             for name, other in others.items()
         }  # fmt: skip
         return {

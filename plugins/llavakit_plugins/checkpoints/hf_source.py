@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from llavakit_plugins.checkpoints.parts import (
     make_vision,
     set_tokenizer,
 )
+from llavakit_plugins.checkpoints.pinpoints import anyres_of
 from llavakit_plugins.checkpoints.prompts import choose_template
 from llavakit_plugins.checkpoints.tokenizers import read_tokenizer
 from llavakit_plugins.huggingface.json_files import (
@@ -41,6 +42,7 @@ _PREFIXES = (
     (r"^lm_head\.", "language", "lm_head."),
     (r"^(?:model\.)?vision_tower\.(?:vision_model\.)?", "vision", ""),
     (r"^(?:model\.)?multi_modal_projector\.", "projector", ""),
+    (r"^(?:model\.)?image_newline$", "newline", "image_newline"),
 )
 
 
@@ -65,11 +67,10 @@ def read_hf(
     refuse_devices(folder)
     config = read_json(folder / "config.json")
     kind = config.get("model_type")
-    if kind != "llava":
-        hint = "LLaVA-1.6 cuts images into tiles" if kind == "llava_next" else "it is another model"
+    if kind not in ("llava", "llava_next"):
         raise ModelError(
-            f"{folder}: config.json says `model_type` {kind!r}, and `llava` can be read, the shape "
-            f"of LLaVA-1.5; {hint}"
+            f"{folder}: config.json says `model_type` {kind!r}, and `llava` and `llava_next` can "
+            "be read, the shapes of LLaVA-1.5 and of LLaVA-NeXT (1.6); it is another model"
         )
     weights = Weights.within(folder, dtype)
     if weights is None:
@@ -90,11 +91,19 @@ def read_hf(
         folder,
         layer=_layer(config, folder),
         select=_select(config, vision_table, folder),
-        pixels=_pixels(folder, vision_table),
+        pixels=_pixels(folder, vision_table, tiled=kind == "llava_next"),
     )
     language_use, language = make_language(
         text_table, states["language"], registry, folder, plain_logits=True
     )
+    newline_E = states["newline"].get("image_newline")
+    if (newline_E is not None) != (kind == "llava_next"):
+        lacks = "lacks" if newline_E is None else "holds"
+        raise ModelError(
+            f"{folder} {lacks} image_newline, the row of LLaVA-NeXT (`llava_next`); is it the "
+            "config.json of these weights?"
+        )
+    tiling = None if newline_E is None else anyres_of(config, vision, folder)
     tokenizer = read_tokenizer(folder, str(text_table["model_type"]))
     set_tokenizer(language, tokenizer, folder)
     return Parts(
@@ -104,12 +113,15 @@ def read_hf(
         language_use,
         _projector(config, states["projector"], folder),
         choose_template(template, config, tokenizer, registry, folder),
+        tiling,
+        newline_E,
     )
 
 
 def _sort(weights: Weights) -> dict[str, dict[str, torch.Tensor]]:
     """Return the tensors of each part, by the names that the part itself has for them."""
-    states: dict[str, dict[str, torch.Tensor]] = {"language": {}, "vision": {}, "projector": {}}
+    parts = ("language", "vision", "projector", "newline")
+    states: dict[str, dict[str, torch.Tensor]] = {part: {} for part in parts}
     for name in weights:
         for pattern, part, prefix in _PREFIXES:
             match = re.match(pattern, name)
@@ -141,14 +153,14 @@ _USUAL_CLIP = {
 """LlavaConfig's defaults for a vision tower: CLIP ViT-L/14 at 336 pixels."""
 
 
-def _layer(config: Mapping[str, Any], folder: Path) -> int:
+def _layer(config: Mapping[str, Any], folder: Path) -> int | Sequence[int]:
     value = config.get("vision_feature_layer", -2)
-    layers = [value] if isinstance(value, int) else value
-    if isinstance(layers, list) and len(layers) == 1 and type(layers[0]) is int:
-        return layers[0]
+    layers = value if isinstance(value, list) else [value]
+    if layers and all(type(layer) is int for layer in layers):
+        return layers if len(layers) > 1 else layers[0]
     raise ModelError(
-        f"{folder}: `vision_feature_layer` is {shown(value)}; features of one layer can be read, "
-        "not of several side by side"
+        f"{folder}: `vision_feature_layer` is {shown(value)}; it must be a number, or a list of "
+        "some, whose features lie side by side"
     )
 
 
@@ -169,7 +181,7 @@ def _select(config: Mapping[str, Any], vision: Mapping[str, Any], folder: Path) 
     return "cls_patch" if strategy == "full" and classed else "patch"
 
 
-def _pixels(folder: Path, vision: Mapping[str, Any]) -> Any:
+def _pixels(folder: Path, vision: Mapping[str, Any], *, tiled: bool) -> Any:
     usual = usual_pixels(str(vision["model_type"]))
     found = read_pixels(folder, vision.get("image_size", 224), usual)
     if found is None:
@@ -177,7 +189,9 @@ def _pixels(folder: Path, vision: Mapping[str, Any]) -> Any:
             "note: %s says nothing of image preprocessing (preprocessor_config.json); taken is "
             "what is usual for a %s: %s", folder, vision["model_type"], usual.aspect,
         )  # fmt: skip
-    return found or usual
+    pixels = found or usual
+    # LLaVA-NeXT's `do_pad` is about the views of several images, which are squares already
+    return pixels._replace(aspect=usual.aspect) if tiled else pixels
 
 
 def _projector(config: Mapping[str, Any], state: State, folder: Path) -> list[Layer]:

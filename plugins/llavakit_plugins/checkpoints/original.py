@@ -19,6 +19,7 @@ from llavakit_plugins.checkpoints.parts import (
     projector_layers,
     stated_options,
 )
+from llavakit_plugins.checkpoints.pinpoints import pinpoints
 from llavakit_plugins.checkpoints.prompts import NOTE, note_template
 from llavakit_plugins.huggingface.hub import PretrainedOptions, find_file
 from llavakit_plugins.huggingface.tokenizer_writing import write_tokenizer
@@ -97,6 +98,9 @@ class Original(Exporter):
         text, state = language_state(model.language, self.name)
         kind, architecture = _type_of(text)
         projector, tensors = _projector(model)
+        points = pinpoints(model, self.name)
+        if points is not None and model.image_newline is not None:
+            tensors["model.image_newline"] = model.image_newline
         if text.tie_word_embeddings:  # the original always has a head of its own
             state["lm_head.weight"] = state["model.embed_tokens.weight"].clone()
         template = model.choices["template"]
@@ -122,6 +126,12 @@ class Original(Exporter):
             "tokenizer_model_max_length": model.language.max_length,
             NOTE: note_template(template),
         }
+        if points is not None:
+            config |= {
+                "image_aspect_ratio": "anyres",
+                "image_grid_pinpoints": [[width, height] for height, width in points],
+                "mm_patch_merge_type": "spatial_unpad",
+            }
         with new_folder(folder) as partial:
             files = write_weights({**state, **tensors}, partial, self.options.max_shard_size)
             write_config(config, partial, model.language)
@@ -137,6 +147,7 @@ class Original(Exporter):
         """Raise ModelError for a model that the layout cannot express."""
         _check_vision(model, stated_options(model, "vision", Registry.installed()))
         _projector(model)
+        pinpoints(model, self.name)
         _type_of(language_state(model.language, self.name)[0])
 
     def _tower_name(self, model: LlavaModel) -> str:
@@ -185,8 +196,10 @@ def _check_vision(model: LlavaModel, options: Any) -> None:
         raise ModelError(
             f"the original LLaVA has CLIP as its vision tower, and not `{name}`; {other}"
         )
-    if options.norm or options.aspect == "squash":
+    one_layer = isinstance(options.layer, int)
+    if options.norm or options.aspect == "squash" or not one_layer:
         what = "features behind the final normalisation" if options.norm else "squashed images"
+        what = what if one_layer else "features of several layers"
         raise ModelError(
             f"the original LLaVA does not know {what}, which vision encoder `{name}` is set to; "
             "the model folder keeps this"

@@ -10,18 +10,20 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from llavakit import IMAGE_ID, LlavaModel, ModelError
+from llavakit import IMAGE_ID, LlavaModel, ModelError, Shown
 from llavakit.contracts.data import ImageSource
 from llavakit_plugins.huggingface.hub import quietly
 from llavakit_plugins.huggingface.json_files import read_json
 from llavakit_plugins.huggingface.weights import Weights
 
 _PROJECTOR = "model.mm_projector."
+_OTHERS = (_PROJECTOR, "model.image_newline")
 
 
 class OriginalReader:
@@ -47,8 +49,10 @@ class OriginalReader:
         self._first = int(table["mm_vision_select_feature"] == "patch")
         self._tower = _read(CLIPVisionModel, tower, lambda name: False)
         self._language = _read(
-            network, folder, lambda name: name.startswith(_PROJECTOR), config=kind(**own)
+            network, folder, lambda name: name.startswith(_OTHERS), config=kind(**own)
         )
+        self._newline_E = weights_of(folder).get("model.image_newline")
+        self._points = table.get("image_grid_pinpoints")
         self._projector = _projector(folder, table)
 
     @torch.inference_mode()
@@ -86,7 +90,8 @@ class OriginalReader:
 
     def _embeds(self, prompt: str, images: Sequence[ImageSource], *, raw: bool) -> Tensor:
         """Return embeddings `[1, T, E]`: the text cut at the images, theirs between."""
-        ids = torch.from_numpy(self._ours.prompt(prompt, images, raw=raw).ids)
+        encoded = self._ours.prompt(prompt, images, raw=raw)
+        ids = torch.from_numpy(encoded.ids)
         pixels = self._ours.prepare(images)
         features: Sequence[Tensor] = ()
         if pixels is not None:
@@ -94,6 +99,9 @@ class OriginalReader:
             states = self._tower(given, output_hidden_states=True).hidden_states
             kept = states[self._layer][:, self._first :]
             features = self._projector(kept.to(self._language.dtype))
+            if encoded.arranged is not None:
+                views = features.split([image.views for image in encoded.arranged])
+                features = self._unpadded(views, self._ours.views.shown(images, "the prompt"))
         table = self._language.get_input_embeddings()
         rows: list[Tensor] = []
         start = 0
@@ -103,6 +111,26 @@ class OriginalReader:
                 rows.append(features[number].to(rows[-1].dtype))
             start = at + 1
         return torch.cat(rows)[None]
+
+    def _unpadded(self, views: Sequence[Tensor], shown: Sequence[Shown]) -> Sequence[Tensor]:
+        """Return the rows of each image, as transformers' LLaVA-NeXT lays its views out."""
+        from transformers import LlavaNextModel
+
+        config = self._tower.config
+        assert self._points is not None
+        points = [[height, width] for width, height in self._points]
+        given = SimpleNamespace(vision_config=config, image_grid_pinpoints=points)
+        sizes = torch.tensor([[one.height, one.width] for one in shown])
+        found: Sequence[Tensor] = LlavaNextModel.pack_image_features(
+            SimpleNamespace(config=given), views, sizes, "default", self._newline_E
+        )[0]  # type: ignore[arg-type]
+        return found
+
+
+def weights_of(folder: Path) -> Weights:
+    weights = Weights.within(folder)
+    assert weights is not None
+    return weights
 
 
 def _read(network: Any, folder: Path, others: Callable[[str], bool], **how: Any) -> Any:
@@ -126,8 +154,7 @@ def _read(network: Any, folder: Path, others: Callable[[str], bool], **how: Any)
 
 def _projector(folder: Path, table: dict[str, Any]) -> nn.Module:
     """Return the projector as the original builds it by its type."""
-    weights = Weights.within(folder)
-    assert weights is not None
+    weights = weights_of(folder)
     state = {n.removeprefix(_PROJECTOR): weights[n] for n in weights if n.startswith(_PROJECTOR)}
     sizes = (table["mm_hidden_size"], table["hidden_size"])
     depth = re.fullmatch(r"mlp(\d+)x_gelu", table["mm_projector_type"])

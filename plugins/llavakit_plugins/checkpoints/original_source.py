@@ -30,6 +30,7 @@ from llavakit_plugins.checkpoints.parts import (
     make_vision,
     set_tokenizer,
 )
+from llavakit_plugins.checkpoints.pinpoints import anyres_of_original
 from llavakit_plugins.checkpoints.prompts import choose_template
 from llavakit_plugins.checkpoints.tokenizers import has_tokenizer, read_tokenizer
 from llavakit_plugins.huggingface.json_files import (
@@ -62,7 +63,7 @@ _TEXT_TYPES = {
     "mistral": "mistral",
 }
 _OURS = re.compile(
-    r"mm_|(un)?freeze_mm_|tune_mm_|use_mm_|image_(aspect|grid)_|tokenizer_|s2|vision_tower|"
+    r"mm_|(un)?freeze_mm_|tune_mm_|use_mm_|image_(aspect|grid|crop|split)_|tokenizer_|s2|vision_tower|"
     r"model_type$|architectures$|torch_dtype$|dtype$|transformers_version$|llavakit$|_name_or_path$"
 )
 """The keys of config.json that are not the language model's own."""
@@ -133,6 +134,11 @@ def read_original(
     if config.get("mm_use_im_start_end") and "image" in options:
         around = f"{TOKENS[0]}<image>{TOKENS[1]}"
         chosen = chosen.model_validate({"use": chosen.use, "image": around, **chosen.options})
+    tiling = anyres_of_original(config, encoder, folder)
+    newline_E = pieces.newline.get("image_newline")
+    separates = tiling is not None and tiling.options.get("newline", True)
+    if separates and newline_E is None:
+        raise ModelError(f"{folder} lacks image_newline; copy the whole checkpoint")
     return Parts(
         encoder,
         vision_use,
@@ -140,6 +146,8 @@ def read_original(
         language_use,
         _projector(config, pieces.projector, folder),
         chosen,
+        tiling,
+        newline_E if separates else None,
     )
 
 
@@ -154,10 +162,10 @@ def _config(folder: Path) -> dict[str, Any]:
     config = read_json(path)
     check_shape(config, path)
     check(config, path, _CHECKS)
-    if config.get("s2") or str(config.get("image_aspect_ratio", "")).startswith("anyres"):
+    if config.get("s2"):
         raise ModelError(
-            f"{folder}: the model cuts images into tiles (image_aspect_ratio or s2 in "
-            "config.json), as LLaVA-1.6 does; models of the shape of LLaVA-1.5 can be read"
+            f"{folder}: the model reads images at several scales (s2 in config.json); models of "
+            "the shapes of LLaVA-1.5 and LLaVA-NeXT can be read"
         )
     return config
 
@@ -184,6 +192,8 @@ class _Pieces:
     language: dict[str, Tensor] = field(default_factory=dict)
     projector: dict[str, Tensor] = field(default_factory=dict)
     vision: dict[str, Tensor] = field(default_factory=dict)
+    newline: dict[str, Tensor] = field(default_factory=dict)
+    """`image_newline`, the learned row of LLaVA-NeXT."""
     rows: Tensor | None = None
     """Embeddings of the newest tokens, or of all."""
 
@@ -242,6 +252,8 @@ class _Pieces:
                 part, rest = self.projector, key[match.end() :]
             elif match := re.match(r"^model\.vision_tower\.(?:vision_tower\.)?", key):
                 part, rest = self.vision, key[match.end() :].removeprefix("vision_model.")
+            elif match := re.match(r"^(?:model\.)?(?=image_newline$)", key):
+                part, rest = self.newline, key[match.end() :]
             part[rest] = weights[name]
 
     def _override(self, path: Path) -> None:
@@ -260,6 +272,7 @@ class _Pieces:
             self.projector = trained.projector
         self.language |= trained.language
         self.vision |= trained.vision
+        self.newline |= trained.newline
 
 
 def _base(folder: Path, given: Path | None, what: str) -> Path:

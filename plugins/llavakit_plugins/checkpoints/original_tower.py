@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -119,6 +120,8 @@ def _aspect(config: Mapping[str, Any], folder: Path, pixels: Pixels) -> Any:
     aspect = config.get("image_aspect_ratio") or "square"
     if aspect == "pad":
         return "pad"
-    if aspect == "square":
+    if aspect == "square" or re.fullmatch(r"anyres(_max_\d+)?", str(aspect)):
         return "crop" if pixels.aspect == "pad" else pixels.aspect
-    raise ModelError(f"{folder}: `image_aspect_ratio` is {aspect!r}; square or pad can be read")
+    raise ModelError(
+        f"{folder}: `image_aspect_ratio` is {aspect!r}; square, pad and anyres can be read"
+    )

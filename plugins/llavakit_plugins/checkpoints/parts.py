@@ -24,6 +24,7 @@ from llavakit import (
     ModelError,
     ModelRecipe,
     Registry,
+    Tiling,
     Use,
     VisionEncoder,
     join_model,
@@ -100,6 +101,8 @@ class Parts:
     projector: Sequence[Layer]
     """Linear layers with exact GELU between them; none is the identity."""
     template: TemplateUse
+    tiling: Use[Tiling] | None = None
+    image_newline: Tensor | None = None
 
     def join(self, registry: Registry, where: object) -> LlavaModel:
         """Return the model. Raises ModelError where the projector fits neither side."""
@@ -111,8 +114,12 @@ class Parts:
             connector=use,
             language=self.language_use,
             template=self.template,
+            tiling=self.tiling,
         )
-        return join_model(recipe, registry, self.vision, connector, self.language)
+        model = join_model(recipe, registry, self.vision, connector, self.language)
+        if self.image_newline is not None:
+            model.image_newline = nn.Parameter(self.image_newline)
+        return model
 
 
 # -- from a configuration and tensors --------------------------------------------------------------
@@ -124,7 +131,7 @@ def make_vision(
     registry: Registry,
     where: object,
     *,
-    layer: int,
+    layer: int | Sequence[int],
     select: str,
     pixels: Pixels,
 ) -> tuple[Use[VisionEncoder], VisionEncoder]:
@@ -158,7 +165,7 @@ def make_vision(
         model = fill(network, config, state, where, dtype=dtype)
     options = {
         "config": config_table(config),
-        "layer": layer,
+        "layer": layer if isinstance(layer, int) else list(layer),
         "select": select,
         **pixels._asdict(),
         "dtype": _DTYPES[model.dtype],

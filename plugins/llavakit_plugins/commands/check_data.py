@@ -12,7 +12,7 @@ from llavakit.contracts.errors import DataError
 from llavakit_plugins.commands.flags import add_settings
 
 if TYPE_CHECKING:
-    from llavakit_plugins.datasets.inspection import Report, Tokens
+    from llavakit_plugins.datasets.inspection_report import Report, Tokens
 
 _SHOWN = 5  # findings of each sort
 
@@ -41,7 +41,17 @@ def add(commands: Commands) -> None:
         "--max-length", type=int, default=2048, metavar="N", help="where samples are cut (2048)"
     )
     check.add_argument(
-        "--visual-tokens", type=int, default=256, metavar="N", help="tokens of one image (256)"
+        "--visual-tokens", type=int, default=256, metavar="N", help="tokens of one view (256)"
+    )
+    check.add_argument(
+        "--tiling",
+        nargs="+",
+        default=[],
+        metavar=("NAME", "KEY=VALUE"),
+        help="count the rows of images as this tiling does, with its options",
+    )
+    check.add_argument(
+        "--view-size", type=int, default=336, metavar="N", help="edge of a view in pixels (336)"
     )
     check.add_argument(
         "--dataset", metavar="NAME", help="what reads the file (conversations, or huggingface)"
@@ -53,12 +63,13 @@ def add(commands: Commands) -> None:
 def _check_data(arguments: argparse.Namespace) -> int:
     import json
 
-    from llavakit import Registry, printable_json, show_progress
+    from llavakit import Registry, Tiling, View, Views, printable_json, show_progress
     from llavakit.contracts.component import Use
     from llavakit.contracts.interfaces import Dataset, PromptTemplate
     from llavakit_plugins.commands.options import build_from, state_options
     from llavakit_plugins.datasets.huggingface import reader_of
-    from llavakit_plugins.datasets.inspection import Lengths, inspect_data
+    from llavakit_plugins.datasets.inspection import inspect_data
+    from llavakit_plugins.datasets.lengths import Lengths
 
     paths = {"path": arguments.file, "images": arguments.images}
     registry = Registry.installed()
@@ -77,9 +88,15 @@ def _check_data(arguments: argparse.Namespace) -> int:
             )
     options = state_options(reader, arguments.set, registry, flags)
     use = Use[Dataset].model_validate({**options, "use": reader.name})
-    if arguments.max_length < 2 or arguments.visual_tokens < 1:
-        raise DataError("--max-length is 2 or more, --visual-tokens 1 or more")
-    lengths = Lengths(arguments.max_length, arguments.visual_tokens)
+    if arguments.max_length < 2 or arguments.visual_tokens < 1 or arguments.view_size < 1:
+        raise DataError("--max-length is 2 or more, --visual-tokens and --view-size 1 or more")
+    tiling = None
+    if arguments.tiling:
+        name, *settings = arguments.tiling
+        tiling = build_from(registry.get(Tiling, name), settings, registry)
+        tiling = tiling if tiling.varies else None
+    views = Views(tiling, View(arguments.view_size, arguments.visual_tokens))
+    lengths = Lengths(arguments.max_length, views)
     if arguments.tokenizer is not None:
         from llavakit.contracts.networks import LanguageModel
         from llavakit_plugins.huggingface.tokenizers import find_tokenizer
@@ -87,7 +104,7 @@ def _check_data(arguments: argparse.Namespace) -> int:
         name = arguments.template or LanguageModel.default_template
         lengths = Lengths(
             arguments.max_length,
-            arguments.visual_tokens,
+            views,
             find_tokenizer(arguments.tokenizer),
             build_from(registry.get(PromptTemplate, name), [], registry),
         )
@@ -118,7 +135,7 @@ def _render(report: Report) -> Iterator[object]:
     from rich.text import Text
 
     from llavakit import shown
-    from llavakit_plugins.datasets.inspection import KEPT
+    from llavakit_plugins.datasets.inspection_report import KEPT
 
     head = Table(show_header=False, title=Text(shown(report.data)), title_justify="left")
     head.add_column()
@@ -155,8 +172,11 @@ def _render(report: Report) -> Iterator[object]:
 def _histogram(title: str, tokens: Tokens, report: Report) -> object:
     from rich.table import Table
 
+    images = f"{report.visual_tokens} an image"
+    if report.tiling is not None:
+        images = f"images by `{report.tiling}` of views with {report.visual_tokens}"
     table = Table(
-        title=f"{title} a sample, by {report.counted_with}, {report.visual_tokens} an image: "
+        title=f"{title} a sample, by {report.counted_with}, {images}: "
         f"mean {tokens.mean:,}, median {tokens.median:,}, 95 % {tokens.p95:,}, "
         f"longest {tokens.longest:,}, total {tokens.total:,}",
         title_justify="left",

@@ -9,20 +9,20 @@ from __future__ import annotations
 import time
 from array import array
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
-from pydantic import BaseModel
 
-from llavakit import MissingImage, encode, kind_of, open_image
+from llavakit import (
+    MissingImage,
+    kind_of,
+    open_image,
+)
 from llavakit.contracts.component import Use
 from llavakit.contracts.data import (
-    CHARACTERS_A_TOKEN,
-    IMAGE,
     Finding,
     ImageSource,
     Inspected,
@@ -31,95 +31,14 @@ from llavakit.contracts.data import (
 from llavakit.contracts.errors import DataError
 from llavakit.contracts.interfaces import Dataset
 from llavakit_plugins.datasets.image_files import check_image, whole_images
+from llavakit_plugins.datasets.inspection_report import KEPT, Report, Sort, distribution
+from llavakit_plugins.datasets.lengths import Lengths
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from llavakit import Registry
-    from llavakit.contracts.interfaces import PromptTemplate
     from llavakit.contracts.run import Progress
 
-KEPT = 100
-"""Findings of one sort whose sentences are kept; the others are counted."""
-_TURN_TOKENS = 5  # role and separator, roughly
 _AT_ONCE = 4096  # images to look at together
-_EDGES = (0, 32, 64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 8192, 16384)
-
-
-@dataclass(frozen=True)
-class Lengths:
-    """How the length of a sample is computed."""
-
-    max_length: int = 2048
-    """The length in tokens at which training would cut a sample."""
-    visual_tokens: int = 256
-    """Stream rows of one image."""
-    tokenizer: PreTrainedTokenizerBase | None = None
-    """Without a tokenizer, lengths are estimated from the number of characters."""
-    template: PromptTemplate | None = None
-    """Needed beside a tokenizer."""
-
-
-class Tokens(BaseModel):
-    """The distribution of a number of tokens over the samples."""
-
-    total: int
-    mean: float
-    median: int
-    p95: int
-    longest: int
-    edges: list[int]
-    """Of the histogram's bins: bin i counts edges[i] to edges[i + 1] - 1, the last one is open."""
-    counts: list[int]
-
-
-class Sort(BaseModel):
-    """All findings of one sort."""
-
-    sort: str
-    count: int
-    stops: bool
-    """Whether training would refuse the data because of them."""
-    messages: list[str]
-    """The first of them."""
-
-
-class Report(BaseModel):
-    """The content of a data set, and its faults."""
-
-    data: str
-    usable: bool
-    """Whether training would start."""
-    rows: int
-    samples: int
-    """Rows that can be used."""
-    image_samples: int
-    """Samples with exactly one image."""
-    multi_image_samples: int
-    text_samples: int
-    turns: int
-    most_turns: int
-    images: int
-    """Uses of images in samples."""
-    distinct_images: int
-    missing_images: int
-    broken_images: int
-    duplicate_ids: int
-    """Rows with the id of an earlier row."""
-    max_length: int
-    visual_tokens: int
-    counted_with: Literal["the tokenizer", "characters (an estimate)"]
-    tokens: Tokens | None
-    """Stream rows of a sample, images included, before it is cut."""
-    learned_tokens: Tokens | None
-    """Supervised rows of a sample, after it is cut."""
-    cut: int
-    """Samples longer than `max_length`."""
-    nothing_learned: int
-    """Samples without a supervised token after the cut."""
-    findings: list[Sort]
-    seconds: float
-    rows_per_second: float
 
 
 def inspect_data(
@@ -297,7 +216,7 @@ class _Seen:
     def measure(self, sample: Sample) -> None:
         """Count a sample's turns and tokens."""
         try:
-            tokens, supervised = self._count(sample)
+            tokens, supervised = self._lengths.count(sample)
         except DataError as error:
             self.find(Finding("prompt template", str(error)))
             return
@@ -328,24 +247,6 @@ class _Seen:
                 Finding("nothing learned", f"sample `{sample.id:.200}` teaches nothing: {why}")
             )
 
-    def _count(self, sample: Sample) -> tuple[int, int]:
-        """Return the number of tokens of a sample, and of its supervised ones after the cut."""
-        visual, longest = self._lengths.visual_tokens, self._lengths.max_length
-        template, tokenizer = self._lengths.template, self._lengths.tokenizer
-        if tokenizer is not None and template is not None:
-            encoded = encode(sample, template, tokenizer, longest)
-            full = len(encoded.ids) + encoded.image_count * (visual - 1)
-            return full, encoded.supervised_count(visual)
-        position = supervised = 0
-        for turn in sample.turns:
-            text = turn.text.replace(IMAGE, "") if turn.role == "human" else turn.text
-            length = round(len(text) / CHARACTERS_A_TOKEN)
-            position += _TURN_TOKENS + turn.text.count(IMAGE) * visual * (turn.role == "human")
-            if turn.role == "gpt":  # even an empty answer has a supervised end token
-                supervised += max(0, min(max(1, length), longest - position))
-            position += length
-        return position, supervised
-
     def count(self, sort: str) -> int:
         """Return how many findings of a sort there are."""
         return self._findings[sort].count if sort in self._findings else 0
@@ -370,30 +271,14 @@ class _Seen:
             broken_images=self.count("broken images"),
             duplicate_ids=self.count("duplicate ids"),
             max_length=self._lengths.max_length,
-            visual_tokens=self._lengths.visual_tokens,
+            visual_tokens=self._lengths.views.view.tokens,
+            tiling=tiling.name if (tiling := self._lengths.views.tiling) is not None else None,
             counted_with="the tokenizer" if exact else "characters (an estimate)",
-            tokens=_distribution(np.asarray(self._tokens)),
-            learned_tokens=_distribution(np.asarray(self._supervised)),
+            tokens=distribution(np.asarray(self._tokens)),
+            learned_tokens=distribution(np.asarray(self._supervised)),
             cut=self._cut,
             nothing_learned=self.count("nothing learned"),
             findings=order,
             seconds=round(seconds, 2),
             rows_per_second=round(self.rows / max(seconds, 1e-9), 1),
         )
-
-
-def _distribution(values: npt.NDArray[np.int64]) -> Tokens | None:
-    if not len(values):
-        return None
-    longest = int(values.max())
-    edges = [edge for edge in _EDGES if edge <= longest]
-    counts = np.bincount(np.searchsorted(edges, values, side="right") - 1, minlength=len(edges))
-    return Tokens(
-        total=int(values.sum()),
-        mean=round(float(values.mean()), 1),
-        median=int(np.median(values)),
-        p95=int(np.percentile(values, 95)),
-        longest=longest,
-        edges=edges,
-        counts=counts.tolist(),
-    )

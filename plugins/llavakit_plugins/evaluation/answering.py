@@ -17,7 +17,6 @@ from hashlib import sha256
 from typing import Any
 
 from llavakit import Answering, DataError, Encoded, LlavaModel, Question, Stopped
-from llavakit.contracts.data import ImageSource
 from llavakit.contracts.model import Sampling
 from llavakit.contracts.run import Progress
 from llavakit_plugins.datasets.rows import listed
@@ -215,9 +214,9 @@ def _prepared(
 
     def prepare(indices: Batch) -> Any:
         asked = [questions[index] for index in indices]
-        images: list[ImageSource] = [image for question in asked for image in question.images]
         names = ", ".join(f"`{question.id}`" for question in asked[:3])
-        return model.prepare(images, f"questions {names}{' …' if len(indices) > 3 else ''}")
+        where = f"questions {names}{' …' if len(indices) > 3 else ''}"
+        return model.join([model.prepare(question.images, where) for question in asked])
 
     if not workers:
         yield from ((batch, prepare(batch[1])) for batch in batches)

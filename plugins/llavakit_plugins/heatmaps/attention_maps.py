@@ -32,6 +32,8 @@ class AttentionMaps:
     weights_AIGG: Tensor
     """Share of a token's attention on each visual token, float32, on the CPU: the mean over layers
     and heads, for the row that predicted the token."""
+    whole: bool = False
+    """Whether a grid covers all of an image, as the base view of a tiling does."""
 
     @property
     def words(self) -> list[tuple[str, Tensor]]:
@@ -115,8 +117,8 @@ def map_attention(
     """
     if not images:
         raise ModelError("there is no image to look at; give one with --image")
-    grid_edge(model)
     encoded = model.prompt(prompt, images, raw=raw)
+    _edge(model, encoded)
     ids = model.answer_ids([(prompt, images)], sampling or Sampling(), raw=raw)[0]
     return map_answer(model, encoded, model.prepare(images), ids)
 
@@ -128,15 +130,38 @@ def map_answer(
 
     Raises ModelError as `map_attention`.
     """
-    edge = grid_edge(model)
-    weights_AT, visual_rows_N = _attention(model, encoded, pixels_IHW, ids)
+    edge = _edge(model, encoded)
+    weights_AT = _attention(model, encoded, pixels_IHW, ids)
     pieces: list[str] = []
     for end in range(1, len(ids) + 1):
         # from the first: a token may be half a character
         text = str(model.language.tokenizer.decode(list(ids[:end]), skip_special_tokens=True))
         pieces.append(text[sum(map(len, pieces)) :])
-    weights_AIGG = weights_AT[:, visual_rows_N].unflatten(1, (encoded.image_count, edge, edge))
-    return AttentionMaps(model.decode(ids), tuple(pieces), weights_AIGG)
+    weights_AIGG = weights_AT[:, _first_rows(model, encoded, edge**2)].unflatten(2, (edge, edge))
+    whole = encoded.arranged is not None
+    return AttentionMaps(model.decode(ids), tuple(pieces), weights_AIGG, whole)
+
+
+def _edge(model: LlavaModel, encoded: Encoded) -> int:
+    """Return the edge of the grid with which each image's rows begin."""
+    if encoded.arranged is None:
+        return grid_edge(model)
+    edges = {edge for image in encoded.arranged for edge in image.overview or (0,)}
+    if len(edges) != 1 or 0 in edges:
+        name = model.tiling.name if model.tiling is not None else ""
+        raise ModelError(
+            f"tiling `{name}` does not begin the rows of these images with equal squares that show "
+            "all of each, so no heat map can be drawn"
+        )
+    return edges.pop()
+
+
+def _first_rows(model: LlavaModel, encoded: Encoded, count: int) -> Tensor:
+    """Return the first rows of each image in the stream, `[I, count]`."""
+    visual = np.flatnonzero(encoded.expand(model.visual_tokens).visual)
+    lengths = [len(image.index_RK) for image in encoded.images(model.visual_tokens)]
+    starts = np.cumsum([0, *lengths[:-1]])
+    return torch.from_numpy(visual[starts[:, None] + np.arange(count)])
 
 
 def grid_edge(model: LlavaModel) -> int:
@@ -158,15 +183,16 @@ def grid_edge(model: LlavaModel) -> int:
 @torch.inference_mode()
 def _attention(
     model: LlavaModel, encoded: Encoded, pixels_IHW: Tensor | None, ids: Sequence[int]
-) -> tuple[Tensor, Tensor]:
-    """Return the attention `[A, T]` of the rows that predicted `ids`, and the visual rows.
+) -> Tensor:
+    """Return the attention `[A, T]` of the rows that predicted `ids`.
 
     The answer is read again in one pass, without its last token, which predicted nothing.
     """
     read = np.asarray(ids[:-1], dtype=np.int64)
-    whole = Encoded(
-        np.concatenate([encoded.ids, read]),
-        np.concatenate([encoded.supervised, np.zeros(len(read), np.bool_)]),
+    whole = replace(
+        encoded,
+        ids=np.concatenate([encoded.ids, read]),
+        supervised=np.concatenate([encoded.supervised, np.zeros(len(read), np.bool_)]),
     )
     batch = pack([whole], [0], model.visual_tokens).to(model.device)
     length = batch.packing.starts[-1]
@@ -182,4 +208,4 @@ def _attention(
             f"of its {layers} layers: it must attend by llavakit.packed_attention"
         )
     weights_LAT = torch.stack(list(watch.weights.values()))
-    return weights_LAT.mean(dim=0).cpu(), batch.visual_rows_N.cpu()
+    return weights_LAT.mean(dim=0).cpu()

@@ -24,7 +24,7 @@ from llavakit.contracts.sections import Card, Curves, Gallery, Section
 from llavakit_plugins.reporting.pictures import save_thumbnail
 from llavakit_plugins.training.corpus import Corpus
 from llavakit_plugins.training.features import preparation
-from llavakit_plugins.training.initial import missing_model, sketch_start, start
+from llavakit_plugins.training.initial import missing_model, own_row, sketch_start, start
 from llavakit_plugins.training.loop import Trainer
 from llavakit_plugins.training.options import TrainOptions
 from llavakit_plugins.training.parallel import parts_of_weights
@@ -52,6 +52,10 @@ class _Train(Step):
                 "steps.%s.precision=fp32", self.name,
             )  # fmt: skip
         model = start(run, options)
+        own_tiling = model.tiling
+        if options.tiling is not None:
+            tiling = own_row(model, run.build(options.tiling))
+            model.tiling = tiling if tiling.varies else None
         template = run.build(options.template) if options.template else model.template
         data = run.build(options.data)
 
@@ -76,6 +80,7 @@ class _Train(Step):
         if not run.process_group.is_main:
             return Outcome({})
         model = trainer.model
+        model.tiling = own_tiling
         metrics = {
             "loss": _tail_mean([loss for _, loss in progress.losses]),
             "steps": float(progress.step),
@@ -132,10 +137,15 @@ class _Train(Step):
             for part in trained
             if planner.trainable(part) < planner.parameters(part)
         ]
+        views = planner.model.views
+        if options.tiling is not None:
+            tiling = own_row(planner.model, planner.build(options.tiling))
+            views = views._replace(tiling=tiling if tiling.varies else None)
+        visual = len(views.of().index_RK)
         length = min(options.max_length, planner.model.language.max_length)
-        if length <= planner.model.visual_tokens:
+        if length <= visual:
             notes.append(
-                f"an image takes {planner.model.visual_tokens} tokens and a sample is cut at "
+                f"an image takes {visual} tokens and a sample is cut at "
                 f"{length}: nothing is learned from samples with an image"
             )
         memory = _memory_gb(options, planner)
@@ -147,7 +157,6 @@ class _Train(Step):
             )
             return StepPlan(trained=trained, memory_gb=memory, note="; ".join(notes))
         samples, text = expected
-        visual = planner.model.visual_tokens
         length = min(visual + text, options.max_length)
         steps = -(-samples // options.batch_size) * options.epochs
         seen = samples * options.epochs
@@ -155,7 +164,7 @@ class _Train(Step):
             steps = options.max_steps
             seen = steps * options.batch_size
         work = measure_work(planner.model, options.train, planner.parameters, planner.trainable)
-        sample = work.of(1, visual, [length], text * _SUPERVISED)
+        sample = work.of(views.of().views, visual, [length], text * _SUPERVISED)
         return StepPlan(
             samples=seen,
             tokens=seen * length,

@@ -18,11 +18,11 @@ from llavakit import (
     LlavaModel,
     PackedBatch,
     PromptTemplate,
+    Shown,
     VisionEncoder,
     and_more,
     encode,
     pack,
-    read_pixels,
 )
 from llavakit_plugins.training.best_fit import best_fit
 from llavakit_plugins.training.image_paths import ImagePaths
@@ -62,7 +62,7 @@ class Corpus:
         unlearned: Literal["refuse", "skip"] = "refuse",
     ) -> None:
         self.data = data
-        self.visual_tokens = model.visual_tokens
+        self.views, self.visual_tokens = model.views, model.visual_tokens
         if not len(data):
             raise DataError("the data set holds no samples; choose another")
         max_length = min(max_length, model.language.max_length)
@@ -80,12 +80,20 @@ class Corpus:
         """Number of samples longer than `max_length`."""
         self.images = ImagePaths(data)
         """The images of each sample."""
+        self._sizes, self._first_size = array("i"), array("q", [0])
+        self.mean_views = 1.0
+        """Views of an image, on average over all uses of images."""
+        views = 0
         for number in range(len(data)):
             sample = data[number]
             item = encode(sample, template, tokenizer, max_length)
             self.images.append(sample.images)
-            full = len(item.ids) + item.image_count * (self.visual_tokens - 1)
-            self.cut += full > max_length
+            shown = self.views.shown(sample.images, f"sample `{sample.id}`")
+            self._sizes.extend(edge for image in shown for edge in image[:2])
+            self._first_size.append(len(self._sizes) // 2)
+            item = self.views.place(item, shown)
+            views += sum(image.views for image in item.arranged or ())
+            self.cut += item.length(self.visual_tokens, whole=True) > max_length
             ids.frombytes(item.ids.astype(ids.typecode).tobytes())
             # each sample's mask begins at a byte of its own, so that it is read without shifts
             supervised.frombytes(np.packbits(item.supervised).tobytes())
@@ -94,6 +102,8 @@ class Corpus:
             self.supervised_counts.append(item.supervised_count(self.visual_tokens))
             if number % 256 == 255 or number + 1 == len(data):
                 progress(number + 1, len(data))
+        if self._sizes:
+            self.mean_views = 2 * views / len(self._sizes)
         self._ids = np.frombuffer(ids, dtype=ids.typecode)
         self._supervised_bits = np.frombuffer(supervised, dtype=np.uint8)
         of_samples = np.frombuffer(counts, dtype=np.int64)
@@ -124,15 +134,24 @@ class Corpus:
         begin, end = self._starts[sample : sample + 2]
         bits = self._supervised_bits[self._bit_starts[sample] : self._bit_starts[sample + 1]]
         supervised = np.unpackbits(bits, count=int(end - begin)).astype(np.bool_)
-        return Encoded(self._ids[begin:end].astype(np.int64), supervised, self.max_length)
+        item = Encoded(self._ids[begin:end].astype(np.int64), supervised, self.max_length)
+        return self.views.place(item, self.shown(sample))
+
+    def shown(self, sample: int) -> list[Shown]:
+        """Return the sizes of a sample's images; none where rows do not depend on them."""
+        begin, end = self._first_size[sample : sample + 2]
+        edges = iter(self._sizes[2 * begin : 2 * end])
+        return [Shown(*size, end - begin) for size in zip(edges, edges, strict=True)]
 
     def pixels(self, vision: VisionEncoder, sample: int, number: int) -> Tensor:
-        """Return what a vision encoder reads of an image of a sample. Raises LlavaError."""
-        image = self.images[sample][number]
+        """Return what a vision encoder reads of an image's views. Raises LlavaError."""
+        images = self.images[sample]
+        image, count = images[number], len(images)
         try:
-            return read_pixels(vision, image, "")
+            return self.views.read(vision, image, "", count)
         except LlavaError:  # once more, with the sample's name: only now is its row parsed again
-            return read_pixels(vision, image, f"sample `{self.data[sample].id}`")
+            where = f"sample `{self.data[sample].id}`"
+            return self.views.read(vision, image, where, count)
 
     def pack(self, samples: Sequence[int]) -> PackedBatch:
         """Return the packed stream of these samples, on the CPU."""

@@ -82,8 +82,8 @@ def worth_caching(corpus: Corpus, model: LlavaModel, options: TrainOptions) -> b
     """Say whether the features of a frozen encoder are kept for the next epoch."""
     if options.cache_features is not None:
         return options.cache_features
-    floats = model.vision.tokens(model.vision.image_size) * model.vision.width
-    return images_recur(corpus, options.epochs, CACHE_BYTES // (4 * floats))
+    view = model.vision.tokens(model.vision.image_size) * model.vision.width
+    return images_recur(corpus, options.epochs, int(CACHE_BYTES / (4 * view * corpus.mean_views)))
 
 
 class Features(Protocol):
@@ -159,7 +159,7 @@ class _MicroBatches(TorchDataset[tuple[PackedBatch, Tensor | None] | LlavaError]
             pixels = [self._corpus.pixels(self._vision, *image) for image in batch.images]
         except LlavaError as error:
             return error
-        return batch, torch.stack(pixels) if pixels else None
+        return batch, torch.cat(pixels) if pixels else None
 
 
 def _leave_signals_to_the_parent(worker: int) -> None:
@@ -186,18 +186,20 @@ class Cached:
     ) -> None:
         self._corpus, self._device = corpus, model.device
         vision = preparing or model.vision
-        self._row_of, distinct = _index(corpus)
+        self._rows_of, distinct = _index(corpus)
+        count = max((rows.stop for rows in self._rows_of.values()), default=0)
         self._features: Tensor | None = None
+        filled = 0
         with torch.no_grad():
             for begin in range(0, len(distinct), _ENCODE_BATCH):
                 part = distinct[begin : begin + _ENCODE_BATCH]
-                pixels = [corpus.pixels(vision, *image) for image in part]
-                batch = torch.stack(pixels).to(model.device, dtype)
-                found = model.features(batch)
-                if self._features is None:  # allocated once: `torch.cat` would need it twice
-                    shape = (len(distinct), *found.shape[1:])
-                    self._features = torch.empty(shape, dtype=found.dtype)
-                self._features[begin : begin + len(part)] = found
+                pixels = torch.cat([corpus.pixels(vision, *image) for image in part])
+                for batch in pixels.split(_ENCODE_BATCH):  # an image may have many views
+                    found = model.features(batch.to(model.device, dtype))
+                    if self._features is None:  # allocated once: `torch.cat` would need it twice
+                        self._features = torch.empty(count, *found.shape[1:], dtype=found.dtype)
+                    self._features[filled : filled + len(batch)] = found
+                    filled += len(batch)
                 progress(begin + len(part), len(distinct), "encoding images")
 
     def load(self, micros: Iterable[Sequence[int]]) -> Generator[tuple[PackedBatch, Tensor | None]]:
@@ -205,7 +207,7 @@ class Cached:
             batch = self._corpus.pack(samples)
             features = None
             if batch.images and self._features is not None:
-                rows = torch.tensor([self._row_of[image] for image in batch.images])
+                rows = torch.tensor([r for image in batch.images for r in self._rows_of[image]])
                 features = upload(self._features.index_select(0, rows), self._device)
             yield batch.to(self._device), features
 
@@ -213,20 +215,26 @@ class Cached:
 _Image = tuple[int, int]  #: A sample, and which of its images.
 
 
-def _index(corpus: Corpus) -> tuple[dict[_Image, int], list[_Image]]:
-    """Return each image's row in the cache, and where each distinct one is found first."""
-    numbers: dict[object, int] = {}
-    row_of: dict[_Image, int] = {}
+def _index(corpus: Corpus) -> tuple[dict[_Image, range], list[_Image]]:
+    """Return the rows of each image's views in the cache, and where each distinct one is first."""
+    known: dict[object, range] = {}
+    rows_of: dict[_Image, range] = {}
     distinct: list[_Image] = []
     held = []  # or the next image could be where one was that is gone, and pass for it
+    end = 0
     for sample in corpus.samples:
+        shown = corpus.shown(sample)
         for number, image in enumerate(corpus.images[sample]):
-            row = numbers.setdefault(_identity(image), len(distinct))
-            if row == len(distinct):
+            seen = shown[number] if shown else None  # views may depend on a sample's other images
+            key = (_identity(image), seen)
+            if key not in known:
+                views = 1 if seen is None else corpus.views.of(seen).views
+                known[key] = range(end, end + views)
+                end += views
                 distinct.append((sample, number))
                 held += [] if isinstance(image, Path | bytes) else [image]
-            row_of[sample, number] = row
-    return row_of, distinct
+            rows_of[sample, number] = known[key]
+    return rows_of, distinct
 
 
 def images_recur(corpus: Corpus, epochs: int, most: int) -> bool:

@@ -10,7 +10,17 @@ from typing import Any, Self
 import torch
 from pydantic import Field, ValidationError, model_validator
 
-from llavakit import PARTS, LlavaModel, ModelError, Options, Run, is_model, problems_in, save_model
+from llavakit import (
+    PARTS,
+    LlavaModel,
+    ModelError,
+    Options,
+    Run,
+    Tiling,
+    is_model,
+    problems_in,
+    save_model,
+)
 from llavakit.contracts.component import ModelPath
 from llavakit.contracts.run import Planner
 from llavakit_plugins.huggingface.hub import PretrainedOptions, find_file, missing_source
@@ -127,6 +137,16 @@ def _read_again(
     return model
 
 
+def own_row(model: LlavaModel, tiling: Tiling) -> Tiling:
+    """Return a step's tiling. Raises ModelError where it asks for a row that the model lacks."""
+    if tiling.separates and model.image_newline is None:
+        raise ModelError(
+            f"`tiling` of the step: `{tiling.name}` asks for a learned row between lines, and the "
+            "model's own tiling has none; choose it under [model.tiling], or set `newline = false`"
+        )
+    return tiling
+
+
 def sketch_start(planner: Planner, options: StartOptions) -> None:
     """Tell the planner which model the step starts from."""
     change = partial(change_parts, changes=options.changes)
@@ -154,10 +174,13 @@ def change_parts(model: LlavaModel, changes: Mapping[str, Mapping[str, Any]]) ->
         choices[name] = choice
     if not changes:
         return model
-    changed = LlavaModel(**parts, template=model.template, choices=choices)
-    if changed.visual_tokens >= changed.language.max_length:
+    changed = LlavaModel(
+        **parts, template=model.template, choices=choices,
+        tiling=model.tiling, image_newline=model.image_newline,
+    )  # fmt: skip
+    if (rows := len(changed.views.of().index_RK)) >= changed.language.max_length:
         raise ModelError(
-            f"`changes`: one image takes {changed.visual_tokens} tokens, but the language model "
+            f"`changes`: one image takes {rows} tokens, but the language model "
             f"reads {changed.language.max_length}; leave it a longer context"
         )
     return changed.train(model.training)

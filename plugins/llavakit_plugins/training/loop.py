@@ -216,7 +216,7 @@ class Trainer:
                 loss.backward()
                 total += loss.detach()
                 if micro.counts:
-                    self.meter.add(packed)
+                    self.meter.add(packed, 0 if features is None else len(features))
         self.process_group.sum(total)
         sum_gradients(self.optimiser.named.values(), self.process_group)
         self._forget_zeros(batch)

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from llavakit import Dataset, Options, PromptTemplate, Use
+from llavakit import Dataset, Options, PromptTemplate, Tiling, Use
 from llavakit_plugins.training.initial import StartOptions
 
 Part = Literal["vision", "connector", "language"]
@@ -39,6 +39,9 @@ class TrainOptions(StartOptions):
     """The parts that are trained, each with its peak learning rate."""
     template: Use[PromptTemplate] | None = None
     """A prompt template for this step's data only; by default the model's."""
+    tiling: Use[Tiling] | None = None
+    """How images are cut in this step only; by default as the model does it. LLaVA-NeXT, for
+    example, aligns with `single` before it tunes with `anyres`."""
     epochs: int = Field(default=1, ge=1)
     max_steps: int | None = Field(default=None, ge=1)
     batch_size: int = Field(default=128, ge=1)

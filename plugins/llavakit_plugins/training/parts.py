@@ -2,16 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from llavakit import LlavaModel, TrainingError
 from llavakit_plugins.training.optimiser import Group
 from llavakit_plugins.training.options import TrainOptions
 
 PARTS = ("vision", "connector", "language")
+
+
+def parameters_of(model: LlavaModel, part: str) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield the parameters of a part by their names in the model.
+
+    The separator row of a tiling goes with the connector: both make rows of images.
+    """
+    for name, parameter in getattr(model, part).named_parameters():
+        yield f"{part}.{name}", parameter
+    if part == "connector" and model.image_newline is not None:
+        yield "image_newline", model.image_newline
+
+
+def trainable(model: LlavaModel, part: str) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield the parameters of a part that learn where it is trained, as `parameters_of` does."""
+    for name, parameter in getattr(model, part).trainable():
+        yield f"{part}.{name}", parameter
+    if part == "connector" and model.image_newline is not None:
+        yield "image_newline", model.image_newline
 
 
 def require_weights(part: str, count: int) -> None:
@@ -44,11 +64,11 @@ class Parts:
         self._before: dict[str, dict[str, _Before]] = {}
         half = torch.bfloat16 if options.precision == "bf16" else torch.float32
         for part in PARTS:
-            module = getattr(model, part)
             # by identity: tied weights have two names
-            learning = {id(p) for _, p in module.trainable()} if part in options.train else set()
+            learns_here = trainable(model, part) if part in options.train else ()
+            learning = {id(p) for _, p in learns_here}
             self._before[part] = {}
-            for name, parameter in module.named_parameters():
+            for name, parameter in parameters_of(model, part):
                 learns = id(parameter) in learning
                 parameter.requires_grad_(learns)
                 wanted = torch.float32 if learns else half
@@ -75,20 +95,15 @@ class Parts:
         return [self._group(part, rate) for part, rate in self.options.train.items()]
 
     def _group(self, part: str, rate: float) -> Group:
-        named = {
-            f"{part}.{name}": parameter
-            for name, parameter in getattr(self.model, part).trainable()
-            if parameter.requires_grad
-        }
+        named = {name: p for name, p in trainable(self.model, part) if p.requires_grad}
         require_weights(part, len(named))
         return Group(named, rate, self.options.weight_decay)
 
     def tear_down(self) -> None:
         """Restore the precision of every parameter, and the values of frozen ones."""
-        for part, befores in self._before.items():
-            module = getattr(self.model, part)
+        for befores in self._before.values():
             for name, before in befores.items():
-                parameter = module.get_parameter(name)
+                parameter = self.model.get_parameter(name)
                 own = parameter.data if before.weight is None else before.weight
                 parameter.data = own.to(parameter.device, before.dtype)
         self.model.requires_grad_(False).eval()

@@ -61,10 +61,10 @@ class Meter:
             0.0,
         )
 
-    def add(self, batch: PackedBatch) -> None:
-        """Count the work of a micro-batch."""
+    def add(self, batch: PackedBatch, views: int) -> None:
+        """Count the work of a micro-batch with so many views of images."""
         self._flop += self._work.of(
-            len(batch.images),
+            views,
             len(batch.visual_rows_N),
             batch.packing.lengths,
             len(batch.targets_M),

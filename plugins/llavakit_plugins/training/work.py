@@ -26,7 +26,7 @@ def peak_tflops(device_name: str) -> float | None:
 class Work:
     """Operations forward and, of what learns or lies behind it, backward."""
 
-    image: float  #: of one image, in the vision encoder
+    image: float  #: of one view of an image, in the vision encoder
     visual_row: float  #: of one visual row, in the connector
     row: float  #: of one row of the stream, in the language model's layers
     pair: float  #: of each pair of rows of one sample, in attention

@@ -173,12 +173,18 @@ def filter_of(table: Mapping[str, Any], path: Path) -> Interpolation | None:
     return cast(Interpolation, Image.Resampling(value).name.lower())
 
 
-def make_processor(pixels: Square) -> Any:
+def make_processor(pixels: Square, pinpoints: list[list[int]] | None = None) -> Any:
     """Return transformers' image processor (PIL backend) that does the same as `pixels`.
 
+    With `pinpoints` it is LLaVA-NeXT's, which cuts images into tiles.
     The PIL backend, because the other one resizes with torchvision, whose results differ slightly.
     """
-    from transformers import CLIPImageProcessorPil, LlavaImageProcessorPil, SiglipImageProcessorPil
+    from transformers import (
+        CLIPImageProcessorPil,
+        LlavaImageProcessorPil,
+        LlavaNextImageProcessorPil,
+        SiglipImageProcessorPil,
+    )
 
     edge = pixels.size
     square = {"height": edge, "width": edge}
@@ -187,9 +193,12 @@ def make_processor(pixels: Square) -> Any:
         "image_std": list(pixels.std),
         "resample": int(Image.Resampling[pixels.interpolation.upper()]),
     }
+    cropped = {"size": {"shortest_edge": edge}, "crop_size": square}
+    if pinpoints is not None:
+        return LlavaNextImageProcessorPil(image_grid_pinpoints=pinpoints, **cropped, **shared)
     if pixels.aspect == "squash":
         return SiglipImageProcessorPil(size=square, do_center_crop=False, **shared)
-    shared |= {"size": {"shortest_edge": edge}, "crop_size": square}
+    shared |= cropped
     if pixels.aspect == "pad":
         return LlavaImageProcessorPil(do_pad=True, **shared)
     return CLIPImageProcessorPil(**shared)

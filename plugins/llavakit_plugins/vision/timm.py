@@ -57,12 +57,12 @@ class Timm(VisionTransformer):
         self._require_patches(options)
         self.prefix_tokens = self.model.num_prefix_tokens
         self.choose(options, len(self.model.blocks))
-        if self.depth == 0:
+        if 0 in self.depths:
             raise ModelError(
                 "vision encoder `timm` cannot give the embedding; `layer` must name a block: "
                 f"1 to {len(self.model.blocks)}, or -1 for the last"
             )
-        self.width: int = self.model.embed_dim
+        self.width: int = self.model.embed_dim * len(self.depths)
         rows, columns = self.model.patch_embed.grid_size
         self.image_size, width = self.model.patch_embed.img_size
         if rows != columns or self.image_size != width:
@@ -149,19 +149,21 @@ class Timm(VisionTransformer):
 
     def forward(self, pixels_BCHW: Tensor) -> Tensor:
         """Return features `[B, prefix + P, D]`."""
-        (found,) = self.model.forward_intermediates(
+        layers = sorted({*self.depths})
+        found = self.model.forward_intermediates(
             pixels_BCHW,
-            indices=[self.depth - 1],
+            indices=[depth - 1 for depth in layers],
             return_prefix_tokens=True,
             norm=self.normalised,
             stop_early=True,
             output_fmt="NLC",
             intermediates_only=True,
         )
-        if isinstance(found, Tensor):  # the model has no prefix tokens
-            return found
-        patches_BPD, prefix_BPD = found
-        return torch.cat([prefix_BPD, patches_BPD], dim=1)
+        # without prefix tokens it is the patches alone
+        features = [
+            one if isinstance(one, Tensor) else torch.cat([one[1], one[0]], dim=1) for one in found
+        ]
+        return self.joined([features[layers.index(depth)] for depth in self.depths])
 
 
 def _build(options: TimmOptions, *, pretrained: bool) -> Any:

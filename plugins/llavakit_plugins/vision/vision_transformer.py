@@ -11,7 +11,7 @@ import inspect
 import json
 import re
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, Self, cast
 
@@ -55,9 +55,9 @@ Spread = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 class EncoderOptions(Options):
     """Options of every vision transformer: which features it gives, and from which pixels."""
 
-    layer: int = -2
+    layer: int | Annotated[tuple[int, ...], Field(min_length=1)] = -2
     """The layer whose output is used, as in `hidden_states[layer]`: 0 is the embedding, -1 the last
-    layer. LLaVA uses -2."""
+    layer. LLaVA uses -2. Of several, `[-2, -5]`, the features are joined side by side."""
     norm: bool = False
     """Whether the encoder's final normalisation is applied to that output."""
     select: Literal["patch", "cls_patch"] = "patch"
@@ -79,18 +79,22 @@ class VisionTransformer(VisionEncoder):
     """
 
     def choose(self, options: EncoderOptions, layers: int) -> None:
-        """Set `depth`, the number of layers to run, and which prefix tokens are kept.
+        """Set `depths`, the layers whose features are joined, `depth`, the number of layers to run,
+        and which prefix tokens are kept.
 
-        `layers` is the number of layers of the network. Raises ModelError if the chosen layer does
+        `layers` is the number of layers of the network. Raises ModelError if a chosen layer does
         not exist, or if `cls_patch` is selected without a class token.
         """
-        if not -layers - 1 <= options.layer <= layers:
-            raise ModelError(
-                f"vision encoder `{self.name}` has {layers} layers, so `layer = {options.layer}` "
-                f"names none; use {-layers - 1} to {layers}"
-            )
+        chosen = options.layer if isinstance(options.layer, tuple) else (options.layer,)
+        for layer in chosen:
+            if not -layers - 1 <= layer <= layers:
+                raise ModelError(
+                    f"vision encoder `{self.name}` has {layers} layers, so `layer = {layer}` "
+                    f"names none; use {-layers - 1} to {layers}"
+                )
         # layer 0 is the embeddings; -1 the last layer, as in transformers
-        self.depth = options.layer % (layers + 1)
+        self.depths = tuple(layer % (layers + 1) for layer in chosen)
+        self.depth = max(self.depths)
         self.normalised = options.norm
         self.kept = 0
         if options.select == "cls_patch":
@@ -101,6 +105,11 @@ class VisionTransformer(VisionEncoder):
                 )
             # what is kept is not stripped by the core
             self.kept, self.prefix_tokens = self.prefix_tokens, 0
+
+    @staticmethod
+    def joined(features: Sequence[Tensor]) -> Tensor:
+        """Return the features `[B, P, D]` of several layers side by side."""
+        return features[0] if len(features) == 1 else torch.cat(list(features), dim=-1)
 
 
 class TransformersOptions(PretrainedOptions, EncoderOptions):
@@ -165,7 +174,7 @@ class TransformersEncoder(VisionTransformer):
         )
         config = self.model.config
         self.choose(options, config.num_hidden_layers)
-        self.width: int = config.hidden_size
+        self.width: int = config.hidden_size * len(self.depths)
         self.image_size: int = _edge(config.image_size, self.name, "image_size")
         self.patch_size: int = _edge(config.patch_size, self.name, "patch_size")
         given = _read_processor(options)
@@ -246,10 +255,13 @@ class TransformersEncoder(VisionTransformer):
     def forward(self, pixels_BCHW: Tensor) -> Tensor:
         """Return features `[B, prefix + P, D]`."""
         hidden_BPD = self.embed(pixels_BCHW)
-        # layers behind the chosen one are not computed
-        for block in list(self.blocks)[: self.depth]:
-            hidden_BPD = block(hidden_BPD, **self.unmasked)
-        return self.final_norm(hidden_BPD) if self.normalised else hidden_BPD
+        found = {0: hidden_BPD}
+        for number, block in enumerate(list(self.blocks)[: self.depth], start=1):
+            hidden_BPD = block(hidden_BPD, **self.unmasked)  # layers behind it are not computed
+            if number in self.depths:
+                found[number] = hidden_BPD
+        layers = [found[depth] for depth in self.depths]
+        return self.joined([self.final_norm(one) for one in layers] if self.normalised else layers)
 
 
 def vision_state(folder: Path, dtype: torch.dtype | None) -> dict[str, Tensor]:

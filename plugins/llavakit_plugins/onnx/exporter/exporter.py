@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
 from pydantic import Field, field_validator
+from safetensors.torch import save_file
 from torch import nn
 
 from llavakit import Exporter, ModelError, Options, digest, new_folder
@@ -123,6 +124,8 @@ class Onnx(Exporter):
         _, image_token = client.client_tokenizer(tokenizer, form)
         attention = self._attention(model)
         self._write_graphs(model, partial, attention, image_token + 1)
+        if (newline_E := model.image_newline) is not None:
+            save_file({"image_newline": newline_E.detach()}, partial / folders.NEWLINE)
         ends = _ends(model, form.stops)
         client.write_client_files(
             model,
@@ -150,6 +153,7 @@ class Onnx(Exporter):
             },
             "preparation": preparation.model_dump(mode="json"),
             "prompt": form.model_dump(mode="json"),
+            "tiling": model.choices.get("tiling"),
             "end_tokens": sorted(model.language.end_ids),
             "parts": model.choices,
             "versions": _versions(),

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
+from safetensors.numpy import load_file
 
-from llavakit import differs, listed_file
+from llavakit import Registry, Tiling, Use, differs, listed_file
 from llavakit.contracts.errors import ModelError
 from llavakit_plugins.checkpoints.prompt_format import PromptFormat
 from llavakit_plugins.huggingface.json_files import read_json
@@ -23,6 +24,8 @@ from llavakit_plugins.onnx.runtime.layout import (
 from llavakit_plugins.onnx.runtime.pictures import Preparation
 
 FORMAT = 1
+NEWLINE = "tiling.safetensors"
+"""The file with the learned row of a tiling, `image_newline`."""
 
 
 class Shapes(BaseModel):
@@ -31,7 +34,7 @@ class Shapes(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     visual_tokens: PositiveInt
-    """Rows of the sequence for one image (P')."""
+    """Embeddings of one view of an image (P'), which is its rows where it is one view."""
     width: PositiveInt
     """Size of one embedding (E)."""
     vocabulary: PositiveInt
@@ -54,6 +57,8 @@ class Manifest(BaseModel):
     shapes: Shapes
     preparation: Preparation
     prompt: PromptFormat
+    tiling: dict[str, Any] | None = None
+    """How images become views and rows, as in a recipe; None: each is one view."""
     end_tokens: tuple[int, ...]
     sha256: dict[str, str]
 
@@ -67,6 +72,17 @@ class Folder:
 
     def file(self, name: str) -> Path:
         return self.path / name
+
+    def tiling(self) -> Tiling | None:
+        """Return the tiling. Raises PluginError where it is not installed."""
+        if self.manifest.tiling is None:
+            return None
+        return Registry.installed().build(Use[Tiling].model_validate(self.manifest.tiling))
+
+    def newline(self) -> Any:
+        """Return the learned row `[E]` of the tiling, or None."""
+        path = self.path / NEWLINE
+        return load_file(path)["image_newline"] if path.is_file() else None
 
     def json(self, name: str) -> dict[str, Any]:
         """Return the content of a JSON file."""

@@ -15,13 +15,16 @@ import numpy.typing as npt
 from llavakit import (
     IMAGE_ID,
     Answering,
+    Arrangement,
     Encoded,
     Prefixes,
     Token,
     Unfinished,
+    View,
+    Views,
     Written,
     choose_tokens,
-    open_image,
+    joined,
     special_stops,
     tokenise,
 )
@@ -79,6 +82,8 @@ class OnnxModel(Answering[FloatArray]):
         self._tokenizer = TextTokenizer.of(folder)
         self.prefixes = Prefixes()
         """The last dialogues, read already."""
+        self._tiling = folder.tiling()
+        self._newline_E = folder.newline()
         self._array = array
         """Converts the numpy array that `logits` returns, for example to a tensor."""
         self._vision, self._embeddings, decoder = (
@@ -95,7 +100,7 @@ class OnnxModel(Answering[FloatArray]):
 
     @property
     def visual_tokens(self) -> int:
-        """Rows of the sequence for one image (P')."""
+        """Embeddings of one view of an image (P')."""
         return self.manifest.shapes.visual_tokens
 
     @property
@@ -110,6 +115,11 @@ class OnnxModel(Answering[FloatArray]):
         The scales of int8's activations are those of a whole batch.
         """
         return self.precision != "int8"
+
+    @property
+    def views(self) -> Views:
+        view = View(self.manifest.preparation.size, self.visual_tokens)
+        return Views(self._tiling, view, self.upright)
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -143,15 +153,19 @@ class OnnxModel(Answering[FloatArray]):
     def prepare(
         self, images: Sequence[ImageSource], where: str = "the prompt"
     ) -> FloatArray | None:
-        """Return the pixels `[I, 3, H, W]`, float32, of images; None if there are none.
+        """Return the pixels `[I, 3, H, W]`, float32, of a prompt's images; None if it has none.
 
         `where` names the prompt in errors. Raises DataError for an image that cannot be read.
         """
         if not images:
             return None
         prepare = self.manifest.preparation.prepare
-        opened = (open_image(image, where, upright=self.upright) for image in images)
-        return np.stack([prepare(image) for image in opened])
+        views = [self.views.cut(image, where, len(images)) for image in images]
+        return np.stack([prepare(view) for image in views for view in image])
+
+    def join(self, prepared: Sequence[FloatArray | None]) -> FloatArray | None:
+        pixels = [pixels_IHW for pixels_IHW in prepared if pixels_IHW is not None]
+        return np.concatenate(pixels) if pixels else None
 
     def features(self, pixels_IHW: FloatArray) -> FloatArray:
         """Return the visual embeddings `[I, P', E]`, float32, of pixels `[I, 3, H, W]`."""
@@ -163,8 +177,22 @@ class OnnxModel(Answering[FloatArray]):
         rows = encoded.expand(self.visual_tokens)
         embeds_TE: FloatArray = self.embed_ids(rows.token_ids[None])[0]
         if pixels_IHW is not None and len(pixels_IHW):
-            embeds_TE[rows.visual] = self.features(pixels_IHW).reshape(-1, embeds_TE.shape[1])
+            found_NE = self.features(pixels_IHW).reshape(-1, embeds_TE.shape[1])
+            images = joined(encoded.images(self.visual_tokens), self.visual_tokens)
+            embeds_TE[rows.visual] = self._arranged(found_NE, images)
         return embeds_TE
+
+    def _arranged(self, found_NE: FloatArray, images: Arrangement) -> FloatArray:
+        """Return the visual rows `[N, E]` of all views' embeddings."""
+        _, index_NK, weights_NK, _ = images
+        if weights_NK is None:
+            rows_NE = found_NE[index_NK[:, 0]]
+        else:
+            pairs = zip(index_NK.T, weights_NK.T[..., None], strict=True)
+            rows_NE = sum(found_NE[index] * w_N1 for index, w_N1 in pairs)
+        if self._newline_E is not None:
+            rows_NE[index_NK[:, 0] < 0] = self._newline_E
+        return rows_NE
 
     def logits(
         self, prompt: Asked, images: Sequence[ImageSource] = (), *, raw: bool = False
@@ -245,7 +273,7 @@ class OnnxModel(Answering[FloatArray]):
         """Return the embeddings `[T, E]` of each prompt."""
         found, begin = [], 0
         for one in encoded:
-            end = begin + one.image_count
+            end = begin + sum(image.views for image in one.images(self.visual_tokens))
             found.append(self.embed(one, None if pixels_IHW is None else pixels_IHW[begin:end]))
             begin = end
         return found

@@ -36,10 +36,7 @@ class Processes(ProcessGroup):
 
 
 def own_device(name: str) -> str:
-    """Return this process's device; `name` is the recipe's `device`.
-
-    Raises RecipeError where there are more processes than devices, or a single device is named.
-    """
+    """Return this process's device; raises RecipeError as `join` does."""
     local = int(os.environ.get("LOCAL_RANK", "0"))
     if name == "cuda" or (name == "auto" and torch.cuda.is_available()):
         if local >= torch.cuda.device_count():
@@ -55,12 +52,16 @@ def own_device(name: str) -> str:
 
 
 @contextmanager
-def join_processes(device: torch.device) -> Iterator[ProcessGroup]:
-    """Yield this process as one of its group."""
+def join(name: str) -> Iterator[tuple[ProcessGroup, torch.device]]:
+    """Yield this process as one of its group, and its device; `name` is the recipe's `device`.
+
+    Raises RecipeError where there are more processes than devices, or a single device is named.
+    """
+    device = torch.device(own_device(name))
     # objects and flags travel by gloo, tensors on devices by nccl
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=_PATIENCE)
     try:
-        yield Processes()
+        yield Processes(), device
     finally:
         dist.destroy_process_group()
