@@ -68,7 +68,7 @@ from .contracts.sections import (
 )
 from .engine.distributed import join_process_group as join_process_group
 from .engine.interrupts import interrupts as interrupts
-from .engine.plan import Plan as Plan
+from .engine.plan import Plan as Plan, make_plan as make_plan
 from .engine.progress import (
     count as count,
     duration as duration,
@@ -76,6 +76,7 @@ from .engine.progress import (
     say as say,
     show_progress as show_progress,
 )
+from .engine.runner import run as run
 from .files import (
     HASHED_BYTES as HASHED_BYTES,
     JsonLines as JsonLines,
@@ -159,6 +160,7 @@ from .recipe.overrides import (
 from .recipe.recipe import (
     Published as Published,
     Recipe as Recipe,
+    find_recipe as find_recipe,
     recipe_files as recipe_files,
     recipe_folder as recipe_folder,
 )

@@ -23,10 +23,10 @@ from tests.conftest import Command
 
 import llavakit
 from llavakit import Recipe, RecipeError, Registry
-from llavakit.cli import run
 from llavakit.contracts.commands import GROUP
 from llavakit.recipe.recipe import find_recipe
 from llavakit.testing import make_picture, run_recipe, small_recipe
+from llavakit_plugins.commands import run
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]

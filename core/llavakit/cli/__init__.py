@@ -1,8 +1,7 @@
-"""The `llava-run` command: finds the commands, and runs one.
+"""The `llava-run` command: finds the commands, `run` among them, and runs one.
 
-`run` is the core's own. All others, ours too, come from entry points of
-the group `llavakit.commands` (see `llavakit.contracts.commands`), imported when they are used or
-listed. What a command needs is imported when it runs.
+They come from entry points of the group `llavakit.commands` (see `llavakit.contracts.commands`),
+imported when they are used or listed. What a command needs is imported when it runs.
 """
 
 from __future__ import annotations
@@ -22,7 +21,6 @@ from traceback import format_exception
 from typing import Any
 
 from llavakit import __version__
-from llavakit.cli import run
 from llavakit.contracts.commands import GROUP, Add
 from llavakit.contracts.errors import LlavaError, PluginError
 
@@ -32,7 +30,6 @@ llava-run RECIPE [--out DIR] [--set a.b.c=value ...] [--plan] [--resume]
 
 RECIPE is a TOML file or the name of a built-in recipe (llava-run recipes lists them).
 """
-_OWN: dict[str, Add] = {"run": run.add}
 _NEEDS_ALL = ("-h", "--help", "--version", "completion")  # parsers of the other commands, too
 
 
@@ -94,11 +91,11 @@ def _run(arguments: list[str], *, program: bool) -> int:
     commands = parser.add_subparsers(metavar="COMMAND", title="commands")
     installed = entry_points(group=GROUP)
     if arguments and arguments[0] not in _NEEDS_ALL:
-        if arguments[0] not in {*_OWN, *installed.names}:
+        if arguments[0] not in installed.names:
             arguments.insert(0, "run")
         _find(arguments[0], installed)(commands)
     else:
-        for name in (*_OWN, *sorted(installed.names - _OWN.keys())):
+        for name in sorted(installed.names, key=lambda name: (name != "run", name)):
             try:
                 _find(name, installed)(commands)
             except PluginError as error:  # listed with the reason: it stops no other
@@ -122,8 +119,6 @@ def _run(arguments: list[str], *, program: bool) -> int:
 
 def _find(name: str, installed: EntryPoints) -> Add:
     """Return what adds the command. Raises PluginError where it cannot be imported, or is two."""
-    if name in _OWN:
-        return _OWN[name]
     found = list(installed.select(name=name))
     if len(found) > 1:
         packages = " and ".join(sorted(map(_package, found)))

@@ -14,7 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from llavakit.contracts.errors import RecipeError, and_more
+from llavakit.contracts.errors import and_more
 from llavakit.files import fingerprint, new_folder, peek_json
 
 DONE = "artifact.json"  # written last: it says that the step finished
@@ -26,24 +26,6 @@ def contents(folder: Path) -> Contents:
     """Return what lies in a step's folder: the hash of each file, of a very large one its size."""
     files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != DONE)
     return {path.relative_to(folder).as_posix(): fingerprint(path) for path in files}
-
-
-def runs_below(folders: Sequence[Path]) -> list[Path]:
-    """Return the run folders among these folders and directly below them.
-
-    Raises RecipeError for a folder that neither is a run nor holds any.
-    """
-    found: list[Path] = []
-    for folder in folders:
-        below = sorted(folder.iterdir()) if folder.is_dir() else []
-        runs = [path for path in (folder, *below) if (path / "recipe.toml").is_file()]
-        if not runs:
-            raise RecipeError(
-                f"{folder} holds no run to take finished steps from; name a run's folder, or the "
-                "folder that runs are in"
-            )
-        found += runs
-    return found
 
 
 def find_step(

@@ -65,5 +65,6 @@ class OnnxBatch:
         ids = np.where(rows.token_ids == IMAGE_ID, 0, rows.token_ids)
         embeds_TE: FloatArray = self._model.embed_ids(ids[None])[0]
         if prompt.features:
-            embeds_TE[rows.visual] = np.concatenate(prompt.features).reshape(-1, embeds_TE.shape[1])
+            found_NE = np.concatenate(prompt.features).reshape(-1, embeds_TE.shape[1])
+            embeds_TE[rows.visual] = self._model.arranged(found_NE, prompt.encoded)
         return embeds_TE

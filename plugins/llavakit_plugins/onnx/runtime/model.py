@@ -15,7 +15,6 @@ import numpy.typing as npt
 from llavakit import (
     IMAGE_ID,
     Answering,
-    Arrangement,
     Encoded,
     Prefixes,
     Token,
@@ -178,13 +177,13 @@ class OnnxModel(Answering[FloatArray]):
         embeds_TE: FloatArray = self.embed_ids(rows.token_ids[None])[0]
         if pixels_IHW is not None and len(pixels_IHW):
             found_NE = self.features(pixels_IHW).reshape(-1, embeds_TE.shape[1])
-            images = joined(encoded.images(self.visual_tokens), self.visual_tokens)
-            embeds_TE[rows.visual] = self._arranged(found_NE, images)
+            embeds_TE[rows.visual] = self.arranged(found_NE, encoded)
         return embeds_TE
 
-    def _arranged(self, found_NE: FloatArray, images: Arrangement) -> FloatArray:
-        """Return the visual rows `[N, E]` of all views' embeddings."""
-        _, index_NK, weights_NK, _ = images
+    def arranged(self, found_NE: FloatArray, encoded: Encoded) -> FloatArray:
+        """Return the visual rows `[N, E]` of a prompt, from its views' embeddings."""
+        tokens = self.visual_tokens
+        _, index_NK, weights_NK, _ = joined(encoded.images(tokens), tokens)
         if weights_NK is None:
             rows_NE = found_NE[index_NK[:, 0]]
         else:

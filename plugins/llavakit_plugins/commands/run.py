@@ -7,15 +7,17 @@ import os
 import shlex
 import signal
 import sys
+from collections.abc import Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
 from llavakit.contracts.commands import Commands
+from llavakit.contracts.errors import RecipeError
 
 if TYPE_CHECKING:
-    from llavakit.engine.plan import Plan
+    from llavakit import Plan
 
 
 def add(commands: Commands) -> None:
@@ -56,11 +58,7 @@ def _end_at_once(number: int, frame: FrameType | None) -> None:
 
 
 def _plan_or_run(arguments: argparse.Namespace) -> int:
-    from llavakit.contracts.run import Stopped
-    from llavakit.engine.plan import make_plan
-    from llavakit.recipe.recipe import Recipe, find_recipe
-    from llavakit.recipe.redaction import shown
-    from llavakit.registry import Registry
+    from llavakit import Recipe, Registry, Stopped, find_recipe, make_plan, run, shown
 
     registry = Registry.installed()
     path = find_recipe(arguments.recipe)
@@ -68,11 +66,8 @@ def _plan_or_run(arguments: argparse.Namespace) -> int:
     if arguments.plan:
         print(shown(_as_text(make_plan(recipe, registry))))
         return 0
-    from llavakit.engine.reuse import runs_below
-    from llavakit.engine.runner import run
-
     directory = arguments.out or Path("runs") / recipe.name
-    reuse = runs_below(arguments.reuse)
+    reuse = _runs_below(arguments.reuse)
     try:
         result = run(recipe, registry, directory, resume=arguments.resume, reuse=reuse)
     except Stopped:
@@ -99,3 +94,21 @@ def _as_text(plan: Plan) -> str:
     for display in entry_points(group="llavakit.displays", name="plan"):
         return str(display.load()(plan))
     return plan.model_dump_json(indent=2)
+
+
+def _runs_below(folders: Sequence[Path]) -> list[Path]:
+    """Return the run folders among these folders and directly below them.
+
+    Raises RecipeError for a folder that neither is a run nor holds any.
+    """
+    found: list[Path] = []
+    for folder in folders:
+        below = sorted(folder.iterdir()) if folder.is_dir() else []
+        runs = [path for path in (folder, *below) if (path / "recipe.toml").is_file()]
+        if not runs:
+            raise RecipeError(
+                f"{folder} holds no run to take finished steps from; name a run's folder, or the "
+                "folder that runs are in"
+            )
+        found += runs
+    return found
