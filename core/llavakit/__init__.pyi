@@ -76,6 +76,12 @@ from .engine.progress import (
     say as say,
     show_progress as show_progress,
 )
+from .engine.reuse import (
+    STEP_DONE as STEP_DONE,
+    Finder as Finder,
+    record_changes as record_changes,
+    step_contents as step_contents,
+)
 from .engine.runner import run as run
 from .files import (
     HASHED_BYTES as HASHED_BYTES,
@@ -103,9 +109,7 @@ from .model.detokenise import (
     Unfinished as Unfinished,
     special_stops as special_stops,
 )
-from .model.devices import (
-    pick_device as pick_device,
-)
+from .model.devices import pick_device as pick_device
 from .model.folder import (
     cast_weights as cast_weights,
     join_model as join_model,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from functools import cache, cached_property
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -161,9 +162,8 @@ def make_plan(recipe: Recipe, registry: Registry) -> Plan:
     machine = recipe.machine
     rate, measured = machine.tflops, False
     if rate is None and any(step.tflop is not None for step in planner.steps.values()):
-        from llavakit.model.devices import measure_tflops
-
-        rate, measured = measure_tflops(recipe.device), True
+        (measure,) = entry_points(group="llavakit.measures", name="tflops")
+        rate, measured = measure.load()(recipe.device), True
     return Plan(
         recipe=recipe.name,
         own_model=recipe.model is not None,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -28,7 +28,7 @@ from llavakit.engine.events import EventLog
 from llavakit.engine.interrupts import interrupts
 from llavakit.engine.plan import make_plan
 from llavakit.engine.progress import duration, say, show_progress
-from llavakit.engine.reuse import DONE, contents, find_step, take_step
+from llavakit.engine.reuse import STEP_DONE, Finder, step_contents, take_step
 from llavakit.engine.step_folders import (
     Record,
     nothing_half_begun,
@@ -51,13 +51,13 @@ def run(
     directory: Path,
     *,
     resume: bool = False,
-    reuse: Sequence[Path] = (),
+    reuse: Finder = lambda name, record, directory: (None, []),
 ) -> dict[str, Path] | None:
     """Run every step; return the folder of each, by name.
 
     A step is skipped when its folder holds the record of the same model and the same steps up to
     and including it. From the first step that differs on, old folders are set aside. A step that
-    one of the runs in `reuse` has finished is taken from there.
+    `reuse` finds finished elsewhere is taken from there.
     Where torchrun started several processes, the first of them does this; the others join it in
     the steps that work `together`, and return None.
 
@@ -84,7 +84,7 @@ def _has_networks(recipe: Recipe, registry: Registry) -> bool:
     return recipe.model is not None or any(step.needs_model for step in steps)
 
 
-def _lead(work: _Work, *, resume: bool, reuse: Sequence[Path]) -> None:
+def _lead(work: _Work, *, resume: bool, reuse: Finder) -> None:
     """Run every step, write what is to be written, and report."""
     recipe, directory = work.recipe, work.directory
     plan = make_plan(recipe, work.registry)
@@ -148,16 +148,15 @@ class _Work:
         )
 
 
-def _done_before(work: _Work, name: str, record: Record, reuse: Sequence[Path]) -> bool:
-    """Say whether a step was done before, here or in a run of `reuse`, from where it is taken."""
+def _done_before(work: _Work, name: str, record: Record, reuse: Finder) -> bool:
+    """Say whether a step was done before, here or where `reuse` finds it; then it is taken."""
     folder = work.directory / name
     done = read_done(folder)
     if done is not None and done["record"] == record:
         work.log("kept")
         say(f"{name}: done before")
         return True
-    others = [run for run in reuse if run.resolve() != work.directory.resolve()]
-    found, problems = find_step(name, record, others)
+    found, problems = reuse(name, record, work.directory)
     for problem in problems[:_SHOWN]:
         say(f"{name}: not taken: {problem}")
     if len(problems) > _SHOWN:
@@ -194,10 +193,10 @@ def _one_step(
         "seconds": round(seconds, 1),
         "metrics": metrics,
         "sections": [section.model_dump(mode="json") for section in outcome.sections],
-        "contents": contents(folder),
+        "contents": step_contents(folder),
     }
     # written when all else is there: its presence means that the step finished
-    write_text(folder / DONE, json.dumps(done, indent=1, ensure_ascii=False))
+    write_text(folder / STEP_DONE, json.dumps(done, indent=1, ensure_ascii=False))
     work.log("done", seconds=round(seconds, 1), **metrics)
     say(f"{name}: {_metrics(metrics)}{duration(seconds)}")
 

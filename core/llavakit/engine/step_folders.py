@@ -14,7 +14,7 @@ from typing import Any
 
 from llavakit.contracts.errors import RecipeError, and_more
 from llavakit.engine.progress import say
-from llavakit.engine.reuse import DONE, changes
+from llavakit.engine.reuse import STEP_DONE, record_changes
 from llavakit.files import explain_write, fingerprint, write_text
 from llavakit.recipe.recipe import Recipe
 from llavakit.recipe.redaction import redacted
@@ -56,13 +56,13 @@ def _fingerprint(path: Path, size: int, modified: int) -> str | int:
 
 def read_done(folder: Path) -> dict[str, Any] | None:
     """Return what a step said when it was done, and of what `record`; None where it was not."""
-    return _read(folder / DONE)
+    return _read(folder / STEP_DONE)
 
 
 def prepare(folder: Path, record: Record, *, resume: bool) -> bool:
     """Make the step's folder ready; return whether to go on from what it holds."""
     begun = _read(folder / _BEGUN)
-    if begun is not None and begun["record"] == record and not (folder / DONE).exists():
+    if begun is not None and begun["record"] == record and not (folder / STEP_DONE).exists():
         if resume:
             say(f"{folder.name}: going on where it was interrupted")
             return True
@@ -70,7 +70,7 @@ def prepare(folder: Path, record: Record, *, resume: bool) -> bool:
         say(f"{folder.name}: starts over; the interrupted attempt is in {aside} (--resume goes on)")
     elif folder.exists():
         aside = set_aside(folder)
-        what = f" ({and_more(changes(begun['record'], record))})" if begun else ""
+        what = f" ({and_more(record_changes(begun['record'], record))})" if begun else ""
         same = begun and {**begun["record"], "files": {}} == {**record, "files": {}}
         whose = "its data" if same else "the recipe"
         say(f"{folder.name}: {whose} changed{what}, so it is done again; the old one is in {aside}")

@@ -93,7 +93,7 @@ class OriginalReader:
         encoded = self._ours.prompt(prompt, images, raw=raw)
         ids = torch.from_numpy(encoded.ids)
         pixels = self._ours.prepare(images)
-        features: Sequence[Tensor] = ()
+        features: Any = ()
         if pixels is not None:
             given = pixels.to("cpu", self._tower.dtype)
             states = self._tower(given, output_hidden_states=True).hidden_states
@@ -121,9 +121,9 @@ class OriginalReader:
         points = [[height, width] for width, height in self._points]
         given = SimpleNamespace(vision_config=config, image_grid_pinpoints=points)
         sizes = torch.tensor([[one.height, one.width] for one in shown])
-        found: Sequence[Tensor] = LlavaNextModel.pack_image_features(
-            SimpleNamespace(config=given), views, sizes, "default", self._newline_E
-        )[0]  # type: ignore[arg-type]
+        pack: Any = LlavaNextModel.pack_image_features
+        packed = pack(SimpleNamespace(config=given), views, sizes, "default", self._newline_E)
+        found: Sequence[Tensor] = packed[0]
         return found
 
 

@@ -7,14 +7,12 @@ import os
 import shlex
 import signal
 import sys
-from collections.abc import Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
 from llavakit.contracts.commands import Commands
-from llavakit.contracts.errors import RecipeError
 
 if TYPE_CHECKING:
     from llavakit import Plan
@@ -59,6 +57,7 @@ def _end_at_once(number: int, frame: FrameType | None) -> None:
 
 def _plan_or_run(arguments: argparse.Namespace) -> int:
     from llavakit import Recipe, Registry, Stopped, find_recipe, make_plan, run, shown
+    from llavakit_plugins.commands.reuse import finished_in, runs_below
 
     registry = Registry.installed()
     path = find_recipe(arguments.recipe)
@@ -67,9 +66,9 @@ def _plan_or_run(arguments: argparse.Namespace) -> int:
         print(shown(_as_text(make_plan(recipe, registry))))
         return 0
     directory = arguments.out or Path("runs") / recipe.name
-    reuse = _runs_below(arguments.reuse)
+    reuse = runs_below(arguments.reuse)
     try:
-        result = run(recipe, registry, directory, resume=arguments.resume, reuse=reuse)
+        result = run(recipe, registry, directory, resume=arguments.resume, reuse=finished_in(reuse))
     except Stopped:
         again = [arguments.recipe, "--out", str(directory)]
         again += [word for change in arguments.set for word in ("--set", change)]
@@ -94,21 +93,3 @@ def _as_text(plan: Plan) -> str:
     for display in entry_points(group="llavakit.displays", name="plan"):
         return str(display.load()(plan))
     return plan.model_dump_json(indent=2)
-
-
-def _runs_below(folders: Sequence[Path]) -> list[Path]:
-    """Return the run folders among these folders and directly below them.
-
-    Raises RecipeError for a folder that neither is a run nor holds any.
-    """
-    found: list[Path] = []
-    for folder in folders:
-        below = sorted(folder.iterdir()) if folder.is_dir() else []
-        runs = [path for path in (folder, *below) if (path / "recipe.toml").is_file()]
-        if not runs:
-            raise RecipeError(
-                f"{folder} holds no run to take finished steps from; name a run's folder, or the "
-                "folder that runs are in"
-            )
-        found += runs
-    return found

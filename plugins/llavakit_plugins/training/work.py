@@ -5,10 +5,13 @@ What is needed is counted, not what is done: nothing is added where activations 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
-from llavakit import PARTS, LlavaModel
+import torch
+
+from llavakit import PARTS, LlavaModel, pick_device
 
 _PEAKS = {  # 10^12/s of dense bfloat16 products, by NVIDIA's data sheets; the first name that fits
     "B200": 2250, "GH200": 989, "H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989,
@@ -89,3 +92,17 @@ def work_of(model: LlavaModel, train: Collection[str]) -> Work:
         return sum(p.numel() for p in getattr(model, part).parameters() if p.requires_grad)
 
     return measure_work(model, train, parameters, trainable)
+
+
+def measure_tflops(name: str) -> float:
+    """Return the rate of a recipe's `device`, sustained: in float32 on a CPU, bfloat16 on CUDA."""
+    kind = "cpu" if name == "cpu" else pick_device("auto").type
+    size, dtype = (8192, torch.bfloat16) if kind == "cuda" else (768, torch.float32)
+    left, right = (torch.randn(size, size, device=kind, dtype=dtype) for _ in range(2))
+    seconds = []
+    for _ in range(4):
+        begun = time.perf_counter()
+        (left @ right)[0, 0].item()  # waits for a GPU
+        seconds.append(time.perf_counter() - begun)
+    share = 0.5  # what training reaches of a bare matrix product, roughly
+    return share * 2 * size**3 / min(seconds) / 1e12

@@ -193,7 +193,7 @@ def make_processor(pixels: Square, pinpoints: list[list[int]] | None = None) -> 
         "image_std": list(pixels.std),
         "resample": int(Image.Resampling[pixels.interpolation.upper()]),
     }
-    cropped = {"size": {"shortest_edge": edge}, "crop_size": square}
+    cropped: dict[str, Any] = {"size": {"shortest_edge": edge}, "crop_size": square}
     if pinpoints is not None:
         return LlavaNextImageProcessorPil(image_grid_pinpoints=pinpoints, **cropped, **shared)
     if pixels.aspect == "squash":

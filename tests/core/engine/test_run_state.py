@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, assume, given, settings, strategies as st
 
 from llavakit import LlavaError, Recipe, Registry, TrainingError
 from llavakit.engine.runner import run
+from llavakit_plugins.commands.reuse import finished_in
 from llavakit_plugins.training.checkpoints import Best, Checkpoints
 from llavakit_plugins.training.progress import Progress
 
@@ -176,5 +177,5 @@ def test_reuse_takes_what_is_whole_and_does_the_rest(
     shutil.copytree(folder / "run", other, symlinks=True)
     file = other / name
     file.write_text(json.dumps(changed(data, json.loads(file.read_text()))))
-    assert run(recipe, REGISTRY, out, reuse=[other]) is not None
+    assert run(recipe, REGISTRY, out, reuse=finished_in([other])) is not None
     assert (out / "01-scenes" / "artifact.json").is_file()
