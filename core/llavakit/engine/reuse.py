@@ -19,8 +19,7 @@ STEP_DONE = "artifact.json"  # written last: it says that the step finished
 
 Contents = Mapping[str, str | int]
 Finder = Callable[[str, Mapping[str, Any], Path], tuple[Path | None, list[str]]]
-"""Called with a step's name, its record and the run's folder: the folder of the same step that was
-finished elsewhere, or why there is none."""
+"""A step's name, its record and the run's folder: where it is finished elsewhere, or why not."""
 
 
 def step_contents(folder: Path) -> Contents:

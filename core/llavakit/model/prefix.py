@@ -49,9 +49,9 @@ class Prefixes:
 
     def recall(self, encoded: Encoded, pixels_IHW: Any, stamp: object = None) -> Recalled:
         """Return what is known of a prompt, and what is left to read: a token at least."""
-        keys, begin = encoded.ids.copy(), 0
+        keys, begin, shown = encoded.ids.copy(), 0, encoded.images(1)  # of their views only
         for number, index in enumerate(np.flatnonzero(keys == IMAGE_ID)):
-            pixels = pixels_IHW[begin : (begin := begin + encoded.views[number])]
+            pixels = pixels_IHW[begin : (begin := begin + shown[number].views)]
             pixels = pixels if isinstance(pixels, np.ndarray) else pixels.float().cpu().numpy()
             digest = blake2b(pixels.tobytes(), digest_size=7)
             if encoded.arranged is not None:  # equal views may be of images of other sizes
@@ -60,7 +60,7 @@ class Prefixes:
         found = [(_common(one.keys, keys), one.held) for one in self.kept if one.stamp == stamp]
         count, held = max(found, key=lambda pair: pair[0], default=(0, None))
         front, rest = encoded.split(min(count, len(keys) - 1))
-        left = pixels_IHW[sum(front.views) :] if rest.image_count else None
+        left = pixels_IHW[sum(one.views for one in front.images(1)) :] if rest.image_count else None
         return Recalled(front, rest, left, held, partial(self._keep, keys, stamp))
 
     def _keep(

@@ -62,11 +62,6 @@ class Encoded:
     def image_count(self) -> int:
         return int((self.ids == IMAGE_ID).sum())
 
-    @property
-    def views(self) -> list[int]:
-        """How many views each image has."""
-        return [1] * self.image_count if self.arranged is None else [a.views for a in self.arranged]
-
     def split(self, count: int) -> tuple[Encoded, Encoded]:
         """Return the first `count` ids, and the others."""
         parts, images = (
