@@ -103,6 +103,8 @@ def linear_cross_entropy(
             require(reason is None, f'impl="liger" cannot serve here: {reason}; use impl="auto"')
             loss = liger.loss_sum(hidden, weight, bias, targets.long(), ignore_index)
         else:
+            # any valid class does: these rows have the weight 0, but their loss is read before it
+            # is multiplied
             targets = targets.long().where(counts, 0)
             loss = _chunked(hidden, weight, bias, targets, row_weights, chunk_rows)
     return loss if reduction == "sum" else loss / row_weights.sum()
@@ -175,6 +177,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     hidden, weight, _, _, row_weights, chunk_rows, *_ = inputs
     # only the loss has a gradient; the other outputs are the gradients computed in the forward
     ctx.mark_non_differentiable(*output[1:])
+    # otherwise autograd would fill zeros of up to [M, V] for the outputs that have no gradient
     ctx.set_materialize_grads(False)
     ctx.one_chunk = hidden.shape[0] <= chunk_rows
     for_hidden, for_weight, *_ = ctx.needs_input_grad

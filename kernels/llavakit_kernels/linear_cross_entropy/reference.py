@@ -75,6 +75,7 @@ def forward(
             product *= scale[:, None]
         if needs.weight:
             scaled = hidden[part] * scale[:, None]
+            # in place, without another [V, E] for the product; `addmm_` needs equal dtypes
             if weight_grad.dtype == weight.dtype:
                 weight_grad.addmm_(logits_grad.t(), scaled)
             else:

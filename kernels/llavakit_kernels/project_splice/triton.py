@@ -70,6 +70,7 @@ def _copy_text(
 ):
     at = block * ROWS + tl.arange(0, ROWS)
     text = tl.load(sources + at, mask=at < T, other=0) < 0
+    # an image fills hundreds of rows in sequence: most blocks within it have no text to copy
     if tl.max(text.to(tl.int32), 0) > 0:
         ids = tl.load(token_ids + at, mask=text, other=0).to(tl.int64)
         # An id outside of the vocabulary reads no memory, and its row becomes NaN, which is seen.

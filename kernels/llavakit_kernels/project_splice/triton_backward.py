@@ -299,5 +299,6 @@ def _parts(tiles: int, rows: int, units: int) -> int:
         rounds: int = triton.cdiv(tiles * parts, units)
         return tiles * parts / (rounds * units)
 
+    # each part writes and reads one more [E, D] in float32, which short parts would not repay
     choices = range(1, max(1, min(16, rows // 512)) + 1)
     return next((parts for parts in choices if busy(parts) >= 0.9), max(choices, key=busy))

@@ -39,6 +39,7 @@ def segments_kernel(
         sums = tl.zeros((COLUMNS,), tl.float32)
         start = position
         found = CHUNK
+        # the ids are sorted: a chunk that is not full of this id is the last that holds it
         while found == CHUNK:
             at = start + tl.arange(0, CHUNK)
             same = tl.load(sorted_ids + at, mask=at < T, other=-1) == token

@@ -72,6 +72,8 @@ def understand(context: ImageContext) -> View:
     things = []
     for box in context.boxes:
         name = box.category.lower()
+        # a caption of the scenes names things in the order of their boxes: the n-th colour before a
+        # category's name is that of its n-th box
         colours = re.findall(rf"\b({palette}) {re.escape(name)}\b", context.captions[0].lower())
         number = used.get(name, 0)
         used[name] = number + 1
@@ -108,6 +110,8 @@ class Offline(Generator):
         self.options = options
 
     def generate(self, context: ImageContext, kind: ResponseKind) -> Sequence[Turn]:
+        # a seed of its own for each sample: the result does not depend on the order or on the
+        # others
         key = f"{self.options.seed}/{context.id}/{kind}".encode()
         draw = np.random.default_rng(int.from_bytes(sha256(key).digest()[:8], "big"))
         view = understand(context)
@@ -119,12 +123,14 @@ class Offline(Generator):
         pairs = write[kind](view, draw)
         turns: list[Turn] = []
         for number, (question, answer) in enumerate(pairs):
+            # as LLaVA's files have it: the image stands in the first question alone
             mark = f"{IMAGE}\n" if number == 0 else ""
             turns += [Turn("human", mark + question), Turn("gpt", answer)]
         return turns
 
     def _conversation(self, view: View, draw: np.random.Generator) -> list[tuple[str, str]]:
         order = draw.permutation(len(_FORMS)).tolist()
+        # every form is tried before the cut, so that the draws do not depend on `turns`
         pairs = [pair for form in order if (pair := _FORMS[form](view, draw)) is not None]
         return pairs[: self.options.turns]
 
@@ -182,6 +188,7 @@ def _colour(view: View, draw: np.random.Generator) -> Pair | None:
 
 
 def _where(view: View, draw: np.random.Generator) -> Pair | None:
+    # with several things there is no single right place
     if len(view.things) > 1:
         return None
     return f"Where is the {view.noun}?", f"{_shows(view.things[0])}.".capitalize()
@@ -206,6 +213,7 @@ def _exists(view: View, draw: np.random.Generator) -> Pair | None:
     free = [place for place in _PLACES if all(thing.place != place for thing in view.things)]
     if len(view.things) == 1 or not taken or not free:
         return None
+    # half of the answers are yes: otherwise a model could learn to say yes without looking
     if draw.integers(2):
         thing = _pick(draw, taken)
         return f"Is there a {view.noun} at the {thing.place}?", f"Yes, {_shows(thing)}."

@@ -25,6 +25,8 @@ RULE = "holds a rule between its lines"
 
 Pair = tuple[str, str]
 
+# Patterns are wide where models vary in layout (emphasis, numbers, code blocks), and narrow where
+# they reject a reply: a reply that is paid for should not be lost by a word.
 _SEPARATOR = re.compile(r"^[\s*`]*={3,}[\s*`]*$")
 _RULE = re.compile(r"^[ \t]*(?:[-–—―─━═~]{3,}|(?:[-*_][ \t]*){3,}|⸻+)[ \t]*$", re.MULTILINE)
 _LABEL = re.compile(
@@ -42,10 +44,14 @@ _REFUSAL = re.compile(
     r"(?:actually |directly )?(?:see|view|access|look at) (?:the|this|any|an|images?|photos?)\b",
     re.IGNORECASE,
 )
+# In a training text such a marker would be read as an image or as the end of a turn.
 _MARKER = re.compile(r"<image>|</?s>|<\|\w+\|>|^#{3,}\s", re.MULTILINE)
+# Control characters, changes of writing direction, lone surrogates, and U+FFFD, which stands for
+# bytes that could not be decoded. Tab and newline are allowed.
 _UNPRINTABLE = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufffd]"
 )
+# Coordinates of a box, such as `(0.12, 0.5`: the model that is trained must not learn to name them.
 _NUMBERS = re.compile(r"[\[(]\s*\d*\.\d+\s*,\s*\d*\.?\d+")
 _TOLD = re.compile(
     r"\bbounding[- ]box|\b(?:provided|given) (?:sentences?|descriptions?|text|list|information|"
@@ -110,6 +116,7 @@ def read_pairs(text: str, finish: str, context: ImageContext) -> Read:
     read.reason = ""
     blocks = _blocks(text, read)
     closed = bool(_SEPARATOR.match(text.rstrip().rpartition("\n")[2]))
+    # what was cut is the last block; if a separator follows it, it was complete
     if finish == "length" and not closed and blocks:
         blocks.pop()
         read.repair(f"{CUT}: what was not finished is dropped")
@@ -130,6 +137,8 @@ def read_pairs(text: str, finish: str, context: ImageContext) -> Read:
         else:
             seen.add(key)
             read.pairs.append((question, answer))
+    # where most pairs are bad, the teacher has misunderstood the task: the rest is not to be
+    # trusted
     if len(reasons) * 2 > len(pairs) or not read.pairs:
         return Read(reason=reasons[0] if reasons else EMPTY)
     return read
@@ -143,6 +152,7 @@ def read_prose(text: str, finish: str, context: ImageContext) -> tuple[str, Read
         return "", read
     lines = text.strip().splitlines()
     framed = len(lines)
+    # a rule within the text is part of what `complaint` rejects; around it, it is only a frame
     for end in (0, -1):
         while lines and (_RULE.match(lines[end]) or not lines[end].strip()):
             del lines[end]

@@ -48,6 +48,8 @@ def load_prompt(kind: ResponseKind, folder: Path | None) -> Prompt:
         _refuse_others(folder)
         if (folder / kind).is_dir():
             source = folder / kind
+    # by name, because the order of a folder differs between file systems, and would change the
+    # prompt
     contexts = sorted(
         item.name.removesuffix("_context.txt")
         for item in source.iterdir()
@@ -60,6 +62,7 @@ def load_prompt(kind: ResponseKind, folder: Path | None) -> Prompt:
     questions: tuple[str, ...] = ()
     if kind == "detail":
         own = source / "questions.txt"
+        # a folder that brings another system text may leave the questions to the packaged list
         lines = _read(own if own.is_file() else _PACKAGED / kind / "questions.txt").splitlines()
         questions = tuple(line.strip() for line in lines if line.strip())
     return Prompt(_read(source / "system.txt"), examples, questions)
@@ -78,6 +81,7 @@ def _refuse_others(folder: Path) -> None:
 
 def _read(file: Traversable) -> str:
     try:
+        # `utf-8-sig` also drops the mark that some editors write at the start of a file
         text = file.read_text(encoding="utf-8-sig").strip()
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"

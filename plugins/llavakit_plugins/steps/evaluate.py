@@ -107,6 +107,7 @@ class Evaluate(Step):
             results = {}
             for way, own in variants.items():
                 file, answers = self._ask(run, model, own, f"{name}{_SUFFIX[way]}")
+                # scoring may pay a judge and writes files, so that only one process may do it
                 if run.process_group.is_main:
                     results[way] = self._score(run, benchmark, own, answers, file)
             if not results:
@@ -138,6 +139,8 @@ class Evaluate(Step):
     def _model(self, run: Run) -> Any:
         options = self.options
         if options.init is None or options.changes:
+            # only our own model can be changed; any other layout (ONNX, for one) is loaded as it
+            # is, below
             return start(run, options).eval()
         model = llavakit.load(options.init, device=run.device, **options.given)
         if self.options.losses and not isinstance(model, LlavaModel):
@@ -182,9 +185,12 @@ class Evaluate(Step):
             if run.process_group.size > 1:  # `run.stopping` asks all, and the others are done
                 stopping = stack.enter_context(interrupts(alone.process_group))
                 alone = replace(alone, stopping=stopping)
+            # in a folder of its own: a benchmark may keep reviews or replies there, for a resumed
+            # run
             score = benchmark.score_in(alone, questions, answers)
         if not any(folder.iterdir()):
             folder.rmdir()
+        # the file is written again, whole, now that each row can say whether its answer is right
         rows = [
             file.row(question, answer, right=right)
             for question, answer, right in zip(questions, answers, score.right, strict=True)
@@ -197,6 +203,8 @@ class Evaluate(Step):
         self, run: Run, name: str, questions: Sequence[Question], result: Result
     ) -> Gallery:
         draw = np.random.default_rng(run.seed)
+        # one seed for all runs of a recipe: their reports show the same questions and can be
+        # compared
         count = min(self.options.examples, len(questions))
         cards: list[Card] = []
         for index in draw.choice(len(questions), count, replace=False).tolist():
@@ -224,6 +232,7 @@ class Evaluate(Step):
         for name, data in zip(names, data_sets, strict=True):
             corpus = Corpus(data, model, model.template, self.options.max_length)
             features = Encoding(corpus, model, workers=0, dtype=dtype, learns=False)
+            # micro-batches of 8,192 tokens: no gradients are kept, so that these need little memory
             loss = held_out_loss(model, corpus, 8192, features)
             metrics[f"loss_{name}"] = loss
             rows.append([name, len(data), round(loss, 4), round(float(np.exp(loss)), 3)])
@@ -246,6 +255,7 @@ def _price(options: EvaluateOptions, planner: Planner) -> StepPlan | None:
     if not plans:
         return None
     usd = [plan.cost_usd for plan in plans if plan.cost_usd is not None]
+    # a sum without the judges of unknown price would look like the whole cost
     whole = sum(usd) if len(usd) == len(plans) else None
     return StepPlan(cost_usd=whole, note="; ".join(plan.note for plan in plans))
 
@@ -264,11 +274,14 @@ def shuffle_images(questions: Sequence[Question], seed: int) -> list[Question]:
     No question keeps its own images; questions without an image stay as they are. Raises DataError
     if all have the same images.
     """
+    # whole sets of images are exchanged, because several questions may be about the same image: a
+    # shuffle of questions could give one of them its own image back
     distinct = sorted({question.images for question in questions} - {()}, key=str)
     if len(distinct) == 1:
         raise DataError(
             "all questions are about the same image, so `blind` has no other to show; leave it out"
         )
+    # one cycle through all sets, so that none keeps its place
     order = np.random.default_rng([seed, 1]).permutation(len(distinct)).tolist()
     following = {
         distinct[here]: distinct[there]
@@ -292,6 +305,7 @@ def _tables(
 def _table(name: str, questions: Sequence[Question], scores: Mapping[str, Score]) -> Table:
     """Return how many are right, by the question's wording where that recurs."""
     forms = Counter(question.prompt for question in questions)
+    # 20, to keep the table short where every question is worded differently
     common = [form for form, count in forms.most_common(20) if count > 1]
     rows: list[list[str | float | int | None]] = []
     for form in [*sorted(common), None]:

@@ -66,6 +66,7 @@ class Export(Step):
         else:
             folder = run.directory / self.options.format.use
             exporter = run.build(self.options.format)
+            # LoRA's matrices are added to the weights first: other programs read plain layers only
             proof = exporter.export(model.merged(), folder)
             metrics |= {k: float(v) for k, v in proof.items() if isinstance(v, int | float)}
             read_back = _can_load(exporter)
@@ -74,6 +75,7 @@ class Export(Step):
         looks: list[Card] = []
         if self.options.tries is not None:
             data = run.build(self.options.tries)
+            # spread over the data, as neighbours often have the same kind of question
             stride = max(1, len(data) // self.options.count)
             for index in range(0, min(len(data), stride * self.options.count), stride):
                 sample = data[index]
@@ -81,6 +83,7 @@ class Export(Step):
                 images = list(sample.images)
                 tokens = self.options.max_new_tokens
                 answer = exported.generate(question, images=images, max_new_tokens=tokens)
+                # greedy decoding on the same device, so that equal weights must give equal text
                 if answer != model.generate(question, images=images, max_new_tokens=tokens):
                     raise ModelError(
                         f"{folder} answers sample `{sample.id}` differently from the model it was "
@@ -139,4 +142,6 @@ class Export(Step):
 
 def _can_load(exporter: Exporter) -> bool:
     """Say whether the layout can be read back; where not, the exporter's own proof must do."""
+    # static: reading the attribute in the usual way would bind the class method, a new object each
+    # time
     return getattr_static(type(exporter), "load") is not getattr_static(Exporter, "load")

@@ -62,6 +62,8 @@ class Filter(Step):
 
         with worker_pool(options.workers) as pool:
             texts = (row.caption for row in read_captions(options.captions))
+            # two passes over the file: which captions are kept is known only when all phrases are
+            # counted
             postings = find_phrases(texts, chunker, pool, options.workers, show)
             if not postings.captions:
                 raise DataError(f"{options.captions} holds no captions")
@@ -135,6 +137,7 @@ def _sample(
     row: CaptionRow, draw: np.random.Generator, questions: tuple[str, ...]
 ) -> dict[str, Any] | None:
     """Return a row as a sample of stage 1."""
+    # the row is a sample already, and keeps the question it was published with
     if "conversations" in row.row:
         return row.row
     if "image" not in row.row:
@@ -155,6 +158,8 @@ def _names(phrases: Any, choice: Choice, options: FilterOptions) -> list[tuple[s
     for phrase in phrases:
         if phrase in found:
             continue
+        # the first pass keeps hashes of phrases, to save memory; their words are found again for
+        # the kept captions alone
         index = int(np.searchsorted(choice.phrase_P, np.uint64(hash_phrase(phrase))))
         if choice.before_P[index] >= options.minimum:
             found[phrase] = (phrase, int(choice.before_P[index]), int(choice.after_P[index]))

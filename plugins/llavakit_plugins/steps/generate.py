@@ -93,6 +93,8 @@ class Generate(Step):
         failures = Failures(generator.name, run.directory / "failures.txt")
         with open_sources(self.options, run.directory) as sources, kept.unless_done(failures):
             for name, contexts in sources.items():
+                # from the seed alone for each source, so that another source does not change this
+                # one's questions
                 draw = np.random.default_rng(run.seed)
                 captions = [caption_row(context, draw, BRIEF) for context in contexts]
                 made = list(self._samples(generator, contexts, name, run, kept, failures))
@@ -140,6 +142,7 @@ class Generate(Step):
                         failures.add(f"{context.id}-{kind}", error, kept.count)
                         continue
                     yield context, kind, row_of(context, kind, turns)
+            # every 256: asking and showing cost more than a rule-based sample does
             if (index + 1) % 256 == 0 or index + 1 == len(contexts):
                 if run.stopping():
                     raise Stopped

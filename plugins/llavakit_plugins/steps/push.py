@@ -53,6 +53,7 @@ class Push(Step):
         model = start(run, options).eval()
         folder = run.directory / "upload"
         run.progress(0, 2, "writing")
+        # laid out on disk first: if the network fails, a resumed run sends the same files again
         layouts = lay_out(model, [run.build(use) for use in options.formats], folder)
         story = read_story(run.directory)
         write_text(folder / "README.md", write_card(options.name, story, layouts, options.licence))

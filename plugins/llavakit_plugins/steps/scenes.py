@@ -49,6 +49,8 @@ class Scenes(Step):
         )
         for name, split, count, most in plans:
             contexts: list[ImageContext] = []
+            # whole families are composed and the last one is cut, so that `count` need not be a
+            # multiple
             families = -(-count // FAMILY)
             for scene in compose(split, families, run.seed, most):
                 if len(contexts) == count:
@@ -59,6 +61,7 @@ class Scenes(Step):
                     run.progress(done, total, "drawing")
             write_contexts(run.directory / f"{name}.jsonl", contexts)
             if name == "test":
+                # neighbours belong to one family and look alike
                 stride = max(1, len(contexts) // _SHOWN)
                 shown = [_card(context) for context in contexts[::stride][:_SHOWN]]
         gallery = Gallery(title="Held-out scenes and what a teacher is told", cards=shown)

@@ -27,6 +27,7 @@ TEMPLATE_FAULTS = (
     ValueError,
 )  # fmt: skip
 """What a template raises besides Jinja's own errors."""
+# Far above what real templates need, and small enough for a server to survive a bad one.
 _SECONDS, _BYTES, _CHARACTERS = 5, 1 << 30, 10_000_000
 _WAIT = 120  # for a machine that is busy with other things
 
@@ -85,6 +86,8 @@ class _Renderer:
         program = Path(__file__).with_name("bounded_renderer.py")
         limits = map(str, (_SECONDS, _BYTES, _CHARACTERS))
         return subprocess.Popen(
+            # -I: neither the working folder nor environment variables may add modules to this
+            # process
             [sys.executable, "-I", str(program), *limits],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
         )  # fmt: skip
@@ -100,6 +103,8 @@ class _Renderer:
         except BrokenPipeError:
             return None
         output = self._process.stdout.fileno()
+        # not `readline`: the process's limit counts its own computing time only, and this wait has
+        # to end even where it gets none
         waiting, said = select.poll(), b""
         waiting.register(output, select.POLLIN)
         while not said.endswith(b"\n"):

@@ -63,6 +63,8 @@ class BuiltinTemplate(PromptTemplate):
         frame = Frame(
             system=self._system,
             roles=row.roles,
+            # the first exchange has no beginning token here: the encoder adds one in front of the
+            # whole text
             begin=(tokenizer.bos_token or "") if row.restart else "",
             end=self._end(tokenizer) if row.ends else "",
             example=row.example,
@@ -77,6 +79,7 @@ class BuiltinTemplate(PromptTemplate):
     def _wrapped(self, segment: Segment) -> Iterator[Segment]:
         """Yield a segment with its images written as the options say."""
         written = self._options.image
+        # an answer may hold the text `<image>`, which is only text there
         if written == IMAGE or segment.supervised or IMAGE not in segment.text:
             yield segment
             return

@@ -60,6 +60,7 @@ class _Skeleton:
             for variant in _variants(text):
                 end = position + len(variant)
                 fits = rendered.startswith(border, end) and rendered.startswith(variant, position)
+                # behind the last text the border may be empty, which every variant would fit
                 if fits and (not last or end + len(border) == len(rendered)):
                     break
             else:
@@ -73,6 +74,7 @@ class _Skeleton:
 def _variants(text: str) -> Iterator[str]:
     """Yield what templates make of a turn's text: it as it is, or without space around it."""
     yield text
+    # a template may strip newlines alone: the spaces around them are then part of the text
     for characters in ("\n", None):
         yield text.lstrip(characters)
         yield text.rstrip(characters)
@@ -173,6 +175,8 @@ class ChatTemplate(PromptTemplate):
         """Return the system message to give, if any."""
         text = self._options.system
         message = {"role": "system", "content": text or ""}
+        # some templates write a system text of their own without a message, some refuse an empty
+        # one
         choices: list[list[Message]] = [[message]] if text else [[], [message]]
         if text is None:
             choices = [[]]
@@ -204,6 +208,7 @@ class ChatTemplate(PromptTemplate):
         from jinja2 import TemplateError
         from transformers.utils.chat_template_utils import render_jinja_template
 
+        # special tokens first: a recipe's variables may replace them, as in `apply_chat_template`
         variables: dict[str, Any] = {**tokenizer.special_tokens_map, **self._options.variables}
         check_bounds(source, variables, messages)
         marks = _GENERATION.search(source) is not None
@@ -294,5 +299,7 @@ def _cut(border: str, start: int, spans: Sequence[Span]) -> Iterator[Segment]:
 
 def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
     tokens = [token for token in tokenizer.get_added_vocab() if token.strip()]
+    # the longest first, as a regular expression takes the first that fits: `<|im_end|>` before
+    # `<|im`
     tokens.sort(key=len, reverse=True)
     return re.compile("|".join(map(re.escape, tokens)) or r"(?!)")

@@ -44,6 +44,8 @@ _POLITE_USER = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
+# Some texts look like mistakes and are the original's: no space before "The visual content", two
+# spaces after "safe.", and v0's "human" in llava_v1.
 _TAGGED = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant is able to understand the visual content that the user provides, and assist "

@@ -43,6 +43,7 @@ def image_and_caption(frame: Frame, exchanges: Sequence[Exchange]) -> Iterator[S
         )
     yield Segment(IMAGE * question.count(IMAGE))
     if answer is not None:
+        # the newline ends a caption: as in the original, no end token is learned here
         yield Segment(answer, supervised=True)
         yield _markup("\n", supervised=True)
 
@@ -73,6 +74,7 @@ def hashes(frame: Frame, exchanges: Sequence[Exchange]) -> Iterator[Segment]:
         yield Segment(exchange.question)
         yield _markup(f"###{assistant}:")
         if exchange.answer is not None:
+            # the example exchange is part of the prompt, and the same in every sample
             supervised = number >= len(frame.example)
             yield Segment(f" {exchange.answer}", supervised)
             yield _markup("###", supervised)
@@ -88,6 +90,8 @@ def hashes_on_lines(frame: Frame, exchanges: Sequence[Exchange]) -> Iterator[Seg
         yield frame.system
         yield _markup("\n\n")
     for exchange in exchanges:
+        # the model ends its answers by writing `###`, so that it has to learn it, before human
+        # turns too
         yield _markup("###", supervised=True)
         yield _markup(f" {human}: ")
         yield Segment(exchange.question)
@@ -105,6 +109,7 @@ def instructions(frame: Frame, exchanges: Sequence[Exchange]) -> Iterator[Segmen
     """`[INST] question [/INST] answer </s><s>[INST] …` (Llama 2 and Mistral)."""
     for number, exchange in enumerate(exchanges):
         yield _markup(f"{frame.begin}[INST] " if number else "[INST] ")
+        # within the first question, as Llama 2 has no turn for it
         if frame.system.text and not number:
             yield _markup("<<SYS>>\n")
             yield frame.system
