@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from llavakit import PromptTemplate
 
+# Plain words: a template may change or refuse special characters, and leaves these as they are.
 _QUESTION, _ANSWER = "stand-in-{}-for-a-question", "stand-in-{}-for-an-answer"
 _SYSTEM = "stand-in-for-a-system-text"
 
@@ -34,10 +35,13 @@ def find_format(template: PromptTemplate, tokenizer: PreTrainedTokenizerBase) ->
     if placeholder not in shown:
         form = _images_only(template, tokenizer, shown)
     else:
+        # without an image first: what is in front of the question and behind it then holds no
+        # image's text
         head, ask = _split(_render(template, tokenizer, placeholder), placeholder, template.name)
         unit = (
             shown.removeprefix(head).removesuffix(ask).replace(placeholder, "").removesuffix("\n")
         )
+        # a mark within the text shows whether the template moves images to the front
         apart = _render(template, tokenizer, f"a{IMAGE}b")
         trimmed = _render(template, tokenizer, f" {placeholder} ") == f"{head}{placeholder}{ask}"
         form = PromptFormat(
@@ -58,6 +62,8 @@ def find_format(template: PromptTemplate, tokenizer: PreTrainedTokenizerBase) ->
             stops=tuple(template.stop(tokenizer)),
         )
     _check(form, template, tokenizer)
+    # one question can be written, and earlier turns cannot: the export then says so, instead of
+    # failing
     if not _keeps_history(form, template, tokenizer):
         return form.model_copy(update={"between": None})
     return form
@@ -72,6 +78,8 @@ def chat_template(form: PromptFormat, *, space_behind_image: bool) -> str:
     """
     image = form.image.replace(IMAGE, f"{IMAGE} ") if space_behind_image else form.image
     count = "content.split('<image>') | length - 1"
+    # transformers' processors give a list of parts, and our own code gives a text with marks: both
+    # have to give the same prompt
     listed = (
         "{%- set texts = content | selectattr('type', 'equalto', 'text') "
         "| map(attribute='text') | join('\\n') -%}\n"
@@ -124,6 +132,8 @@ def chat_template(form: PromptFormat, *, space_behind_image: bool) -> str:
 
 
 def _quote(text: str) -> str:
+    # a JSON string is a string of Jinja, too; not as ASCII, where JSON writes an emoji as two
+    # surrogates, which Jinja does not join
     return json.dumps(text, ensure_ascii=False)
 
 
@@ -182,6 +192,8 @@ def _between(
     template: PromptTemplate, tokenizer: PreTrainedTokenizerBase, head: str, ask: str
 ) -> tuple[str, str] | None:
     """Return the texts before and behind an answer if they are the same in all turns, else None."""
+    # three questions: the text between turns has to be the same after the first answer and the
+    # second
     marks = [mark.format(number) for number in range(2) for mark in (_QUESTION, _ANSWER)] + [
         _QUESTION.format(2)
     ]

@@ -17,6 +17,7 @@ def family_names(state: Mapping[str, Tensor], network: Any, config: Any) -> Mapp
     """Return LLaVA's tensors by the names that a family's own class has for them."""
     if getattr(config, "num_hidden_layers", 0) > len(state):  # too many even to be named
         return state
+    # shapes and names only: no memory is taken, however large the model is
     with torch.device("meta"):
         made = network(config)
     head = made.get_output_embeddings()
@@ -25,6 +26,7 @@ def family_names(state: Mapping[str, Tensor], network: Any, config: Any) -> Mapp
     named = {_renamed(key, own): tensor for key, tensor in state.items()}
     weight = named.get(f"{name}.weight")
     if getattr(head, "bias", None) is not None and weight is not None:
+        # LLaVA's layouts have no bias of the head; zeros leave the logits as they are
         named.setdefault(f"{name}.bias", weight.new_zeros(weight.shape[:1]))
     return named
 

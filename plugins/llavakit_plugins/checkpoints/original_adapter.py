@@ -49,6 +49,7 @@ def merge_adapter(language: LanguageModel, folder: Path, *, shapes: bool = False
             warnings.simplefilter("ignore", FutureWarning)
             warnings.filterwarnings("ignore", "for .*: copying from a non-meta parameter")
             known = library.LoraConfig.from_peft_type(**table)
+            # the adapter is merged and not trained, so that it needs no gradients
             known.inference_mode = True
             tuned = library.PeftModel(model, known)
             report = library.set_peft_model_state_dict(tuned, state)
@@ -59,6 +60,7 @@ def merge_adapter(language: LanguageModel, folder: Path, *, shapes: bool = False
             "model it was trained on?"
         ) from error
     missing = [name for name in report.missing_keys if "lora_" in name]
+    # only the adapter's own keys may be missing: the base model's are never in its file
     wrong = [*missing, *report.unexpected_keys]
     if wrong:
         what = "lacks" if missing else "has"
@@ -67,4 +69,5 @@ def merge_adapter(language: LanguageModel, folder: Path, *, shapes: bool = False
             "model say; is --base the model it was trained on?"
         )
     network.model = tuned.unload() if shapes else tuned.merge_and_unload()
+    # peft has frozen the base model; which parts learn is decided later, by the recipe
     language.requires_grad_(True)

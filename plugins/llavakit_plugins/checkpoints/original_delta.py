@@ -45,6 +45,7 @@ def add_base(
             f"{base} holds no weights; give the folder of the LLaMA, in Hugging Face's layout, "
             f"that {folder} is the delta to"
         )
+    # two deltas added would give numbers without a meaning, and shapes would not show it
     if is_delta(found):
         raise ModelError(f"{base} holds a delta itself; give the folder of the LLaMA as --base DIR")
     whole: dict[str, Tensor] = {}

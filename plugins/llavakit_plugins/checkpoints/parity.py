@@ -25,6 +25,7 @@ _TEXTS = (
     f"{IMAGE}\nWhat is in the picture?",
     f"Here is {IMAGE}\nand here is {IMAGE}\nWhich of the two is brighter, and why?",
 )
+# A few tokens only: one logit that is rounded in another way may change all that follow.
 _TOKENS = 8
 _LIMITS = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 """Largest allowed difference of logits; relative to the largest logit if that is above 1."""
@@ -120,6 +121,7 @@ def compare(reader: Reader, tried: Sequence[Case]) -> Figures:
         logits_TV = _array(reader.logits(case.text, case.images, raw=case.raw))
         logits_TV = logits_TV[:, : case.logits_TV.shape[1]]  # a table may be padded to wider
         if logits_TV.shape != case.logits_TV.shape:
+            # NaN and not an error, so that the caller's one check of limits refuses it, too
             logits_TV = np.full_like(case.logits_TV, np.nan)
         differences.append(np.abs(logits_TV - case.logits_TV))
         relative.append(float(differences[-1].max() / max(1.0, np.abs(case.logits_TV).max())))

@@ -99,8 +99,11 @@ def _same_text(
 ) -> TemplateUse | None:
     """Return the built-in template that asks a question about an image with the same text."""
     texts = {_rendered(chat, tokenizer, question) for question in _questions()}
+    # some chat templates write the beginning token, and some leave it to the tokenizer
     texts = {_without_bos(text, tokenizer) for text in texts if text is not None}
+    # the usual template first, as several may write one question with the same text
     for name in sorted(registry.all(PromptTemplate), key=lambda name: (name != _USUAL, name)):
+        # some chat templates leave out the system text that the original writes
         for options in ({}, {"system": ""}):
             try:
                 use = TemplateUse.model_validate({"use": name, **options})
@@ -137,6 +140,7 @@ def _rendered(chat: str, tokenizer: PreTrainedTokenizerBase, content: Any) -> st
     except (TemplateError, *TEMPLATE_FAULTS):
         return None
     text: str = texts[0]
+    # a template made for texts may show a list of parts as nothing at all, without an error
     return text if _QUESTION in text else None
 
 

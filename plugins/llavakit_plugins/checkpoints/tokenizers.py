@@ -42,6 +42,7 @@ def read_tokenizer(folder: Path, model_type: str) -> PreTrainedTokenizerBase:
     with TemporaryDirectory() as temporary:
         for name in (*_VOCABULARIES, *_OTHERS, *_CHATS):
             if (folder / name).is_file():
+                # links, because a tokenizer.json may have tens of megabytes
                 (Path(temporary) / name).symlink_to((folder / name).resolve())
         # a tokenizer.json is whole: knowing the model, transformers would build it another way
         config = {"model_type": model_type} if _is_bare(folder) else {}
@@ -49,6 +50,7 @@ def read_tokenizer(folder: Path, model_type: str) -> PreTrainedTokenizerBase:
         for name, table in tables.items():
             write_text(Path(temporary) / name, json.dumps(table))
         tokenizer = load_tokenizer(temporary, where=folder)
+    # without it, error messages and saved files would name the temporary folder
     tokenizer.name_or_path = str(folder)
     return tokenizer
 

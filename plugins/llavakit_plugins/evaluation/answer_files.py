@@ -83,6 +83,8 @@ class AnswerFile:
         """Move what other processes answered to the main file."""
         for part in self._parts():
             JsonLines(part)  # cuts half a line
+            # the lines reach the disk before the part is removed; a kill between the two leaves
+            # both, and the answers are then read twice, which changes nothing
             self._lines.append(self._read(part))
             part.unlink()
 
@@ -109,6 +111,8 @@ class AnswerFile:
 def row_of(question: Question, answer: str, model_id: str, **more: Any) -> Row:
     """Return one line of a file: the keys of the original LLaVA, and further facts."""
     names = names_of(question.images)
+    # the original draws a random `answer_id`; this one depends on the answer alone, so that two
+    # runs write equal files
     facts = json.dumps([model_id, question.id, question.prompt, names, answer])
     history = {"history": question.history} if isinstance(question, Dialogue) else {}
     return {

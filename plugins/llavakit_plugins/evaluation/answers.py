@@ -32,6 +32,7 @@ def read_answers(path: Path) -> Answers:
     text}` alone. Raises DataError for an id that occurs twice and for a row that is no answer.
     """
     head = first_line(path)
+    # the first line decides, as both forms begin with `{`: a row of JSON Lines has an id in it
     if head.startswith("{") and not _is_row(head):
         return _from_object(read_json(path), path)
     rows = by_id(read_rows(path), path)
@@ -54,6 +55,8 @@ def _from_object(table: Any, path: Path) -> Answers:
     for name, text in texts.items():
         if not isinstance(text, str):
             raise DataError(f"{path}: answer `{name}` is no text but {text!r:.60}; fix it")
+    # `results` is what the original's eval_science_qa.py writes; the published answers of GPT-3
+    # have `predicted`
     stored = table.get("predicted", table.get("results")) if texts is not table else None
     if stored is not None and not (
         isinstance(stored, dict) and all(isinstance(value, int) for value in stored.values())

@@ -104,6 +104,7 @@ def replies(
         )
         found = [ledger.get(key) for key in keys]
         own = {key: entry.usd for key, entry in zip(keys, found, strict=True) if entry is not None}
+    # a request that the service refuses for good will not be answered later, and blocks no score
     silent = [key for key in tally.unanswered if key not in tally.refused]
     if silent:
         names = [label for key, label in zip(keys, labels, strict=True) if key in silent]

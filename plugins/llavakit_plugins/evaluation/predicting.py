@@ -67,6 +67,7 @@ class Job:
             f"{self.out} is there already, and not with these questions' answers of this model; "
             "name another file, or remove it"
         )
+        # not strict zip: a file that is longer or shorter than the questions is another one, too
         for line, question in zip_longest(read_lines(self.out), questions):
             if line is None or question is None:
                 raise other
@@ -84,6 +85,7 @@ class Job:
         with one_writer(self.work):
             path = self.work / _SETTINGS
             if path.exists():
+                # through JSON and back, as a tuple becomes a list there and would never be equal
                 known, own = peek_json(path), json.loads(json.dumps(self.settings))
                 changed = [key for key in known | own if known.get(key) != own.get(key)]
                 if changed:
@@ -124,6 +126,7 @@ def predict(
     answers = ask(model, questions, file, sampling, pace, progress=progress, stopping=stopping)
     if process_group.is_main:
         job.write((q, a, {}) for q, a in zip(questions, answers, strict=True))
+        # only after OUT is whole on the disk: a kill before that loses no answer
         shutil.rmtree(job.work, ignore_errors=True)
 
 

@@ -54,6 +54,7 @@ def question_of(sample: Sample, where: str) -> Question:
         raise DataError(f"{where}: sample `{sample.id:.200}` asks nothing; remove it")
     shown = sum(turn.text.count(IMAGE) for turn in turns)
     plain = len(turns) == 1 and sample.system is None
+    # those of turns behind the question belong to no mark that is shown
     images = sample.images[:shown]
     facts = (sample.id, turns[-1].text, images, truth, sample.kind)
     asked = Sample(sample.id, turns, images, sample.kind, sample.system)
@@ -87,6 +88,7 @@ def messages_of(question: Question) -> tuple[Message, ...]:
 
 
 def _unmarked(text: str) -> str:
+    # with the newline that LLaVA's files have beside the mark: the text alone would begin with it
     return text.replace(f"{IMAGE}\n", "").replace(f"\n{IMAGE}", "").replace(IMAGE, "").strip()
 
 
@@ -159,6 +161,7 @@ def _rows(path: Path) -> Iterable[Row]:
     if path.suffix.lower() in LINES:
         return read_lines(path)
     with open_text(path) as file:
+        # 64 KiB: more white space than that in front of a list is not looked through
         is_list = file.read(1 << 16).lstrip().startswith(b"[")
     return read_list(path) if is_list else read_lines(path)
 

@@ -30,6 +30,7 @@ def read_questions(path: Path, images: Path | None, limit: int | None = None) ->
     missing images.
     """
     rows = read_rows(path)
+    # called for its errors: two questions with one id would share an answer
     by_id(rows, path)
     if not rows:
         raise DataError(f"{path} holds no questions; choose another file")

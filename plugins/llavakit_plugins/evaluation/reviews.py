@@ -44,6 +44,7 @@ def read_scores(text: str, reading: Reading = "first-line") -> Pair | None:
     if found is None:
         return None
     first, second = float(found[1]), float(found[2])
+    # a score above 10 shows that the judge used another scale; it cannot be compared
     return (first, second) if max(first, second) <= HIGHEST else None
 
 

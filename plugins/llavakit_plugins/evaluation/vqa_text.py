@@ -75,6 +75,7 @@ def vqa_accuracy(answer: str, truths: Sequence[str]) -> float:
     """
     said = normalise(answer)
     agreeing = [normalise(truth) == said for truth in truths]
+    # VQA's rule needs other people; with one truth none is left, and the accuracy would always be 0
     if len(truths) == 1:
         return float(agreeing[0])
     total = sum(agreeing)

@@ -33,6 +33,7 @@ _POLICY = (
 )
 _SAFE = {
     "x-content-type-options": "nosniff",
+    # the address of the page may hold the name of a machine inside a network
     "referrer-policy": "no-referrer",
     "cross-origin-resource-policy": "same-origin",
 }
@@ -93,6 +94,7 @@ def make_app(
         await answer.whole(200, metrics.text().encode(), prometheus.CONTENT_TYPE)
 
     def page(file: str, kind: str) -> Endpoint:
+        # read once, at the start: a request for the page then touches no file
         data = resources.files("llavakit_plugins.serving").joinpath("page", file).read_bytes()
 
         async def endpoint(scope: Scope, receive: Receive, answer: Answer) -> None:
@@ -114,6 +116,7 @@ def make_app(
     if heatmap is not None:
         routes.append(route("/v1/heatmaps", heatmap, "POST"))
     known = {route.path for route in routes}
+    # a redirect would repeat the name that the client states, which may be another site's
     router = Router(routes=routes, redirect_slashes=False)
     return _Watched(router, guard, metrics, known, limits, stopping)
 
@@ -152,6 +155,7 @@ class _Watched:
 
         answer = Answer(watched, self._limits.send_seconds)
         try:
+            # before the key is checked, as a browser's first question comes without it
             if origin and scope["method"] == "OPTIONS":
                 await _preflight(answer)
                 return
@@ -176,6 +180,7 @@ class _Watched:
                 raise
             await answer.error(RequestError(500, "an error of the server; its log says more"))
         finally:
+            # a label for each path that strangers try would let the metrics grow without end
             path = scope["path"] if scope["path"] in self._known else "other"
             self._metrics.request(path, status)
             _access.info(

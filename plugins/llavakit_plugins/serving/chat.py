@@ -68,6 +68,8 @@ class Chat:
     async def __call__(self, scope: Scope, receive: Receive, answer: Answer) -> None:
         begun = time.monotonic()
         async with self._bodies.read(scope, receive) as body:
+            # asked before the images are decoded, which costs most; `submit` decides, as others
+            # come meanwhile
             if self._scheduler.queued >= self._limits.queue:
                 raise self._full()
             loop = asyncio.get_running_loop()
@@ -80,6 +82,8 @@ class Chat:
             raise self._full() from None
         if prepared.prompt.pixels is not None:
             self._metrics.count("images_total", len(prepared.prompt.pixels))
+        # while the model writes nothing is sent, and a client that has gone would not be noticed
+        # otherwise
         watching = asyncio.create_task(left(receive))
         watching.add_done_callback(inbox.close)
         self.inboxes.add(inbox)
@@ -97,6 +101,7 @@ class Chat:
                 raise error from None
             await answer.part(error_event(error.body), more=False)
         finally:
+            # in every case: after an end it does nothing, and after an error it frees the places
             self._scheduler.drop(job)
             self.inboxes.discard(inbox)
             watching.remove_done_callback(inbox.close)
@@ -139,6 +144,7 @@ class Chat:
                     await answer.begin(200, "text/event-stream; charset=utf-8")
                     for index in range(len(prepared.choices)):
                         await answer.part(completion.begin(index, more))
+                # the pieces of all choices in one write, as a step gives one to each
                 events = b""
                 for index, some in pieces.items():
                     usage.completion += len(some)
@@ -177,6 +183,7 @@ async def _pieces(inbox: Inbox, choices: int) -> AsyncIterator[dict[int, list[Pi
                 raise _refused(what)
             found.setdefault(index, []).append(what)
             going -= what.finish is not None
+        # only after the updates are looked at: an answer that is complete is sent all the same
         if inbox.closed and going:
             raise Gone
         if found:

@@ -38,6 +38,7 @@ class Guard:
         if self._names is not None and _name(f"//{host}") not in self._names:
             raise RequestError(403, "this server answers on this machine alone, by its own name")
         origin = headers.get(b"origin", b"").decode("latin-1")
+        # the page that this server gives out has the server itself as its origin
         own = origin.partition("://")[2] == host
         if origin and not own and origin not in self._origins and "*" not in self._origins:
             raise RequestError(

@@ -58,6 +58,7 @@ class Heatmap:
             prompt, ids, regions = await loop.run_in_executor(self._pool, self._prepare, body)
         try:
             found = await asyncio.wrap_future(
+                # the model belongs to the scheduler's thread: no other may use it at the same time
                 self._scheduler.call(
                     lambda: map_answer(self._model, prompt.encoded, prompt.pixels, ids)
                 )
@@ -73,6 +74,8 @@ class Heatmap:
             raise RequestError(400, "there is no image to look at", param="messages")
         try:
             whole, _ = self._model.ask(sample, (), begun=request.answer)
+            # encoded together with the prompt, as a tokenizer may join an answer's first word with
+            # what is before it
             ids = whole.ids[len(encoded.ids) :].tolist()
             if len(ids) > _TOKENS:
                 raise RequestError(

@@ -42,6 +42,7 @@ class Bodies:
         if kind != JSON.encode():  # a form of some other site's page can send no JSON
             raise RequestError(415, f"send `Content-Type: {JSON}`")
         stated = headers.get(b"content-length", b"0")
+        # refused by what is stated where possible; what comes is counted in any case
         if stated.isdigit() and int(stated) > self._limits.body_bytes:
             raise self._too_large()
         parts: list[bytes] = []
@@ -53,6 +54,7 @@ class Bodies:
                 raise RequestError(
                     408, "the body took too long to come", headers={"Connection": "close"}
                 ) from None
+            # in the same list, so that `finally` gives back what is held, and the pieces are freed
             parts[:] = [b"".join(parts)]
             yield parts[0]
         finally:

@@ -25,6 +25,7 @@ class OnnxBatch:
         self._model, self._chunk = model, chunk
         self._writer = SharedDecoder.beside(model.decoder)
         shapes = model.manifest.shapes
+        # keys and values, in float32 (4 bytes), which the exported graphs keep them in
         each = 2 * shapes.layers * shapes.kv_heads * shapes.head_dim * 4
         self._rows = cache_rows or max(shapes.max_length, int(_SHARE * free_memory() / each))
 
@@ -62,6 +63,7 @@ class OnnxBatch:
 
     def _embed(self, prompt: Prompt) -> FloatArray:
         rows = prompt.encoded.expand(self._model.visual_tokens)
+        # any id that the table has: these rows are replaced by the image's features
         ids = np.where(rows.token_ids == IMAGE_ID, 0, rows.token_ids)
         embeds_TE: FloatArray = self._model.embed_ids(ids[None])[0]
         if prompt.features:

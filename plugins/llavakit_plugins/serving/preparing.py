@@ -71,6 +71,7 @@ class Preparer:
         except LlavaError as error:
             raise refused(error) from error
         prompt = Prompt(encoded, pixels, length, room)
+        # the prompt's tokens count for the repetition penalty, too
         tokens = encoded.ids.tolist()
         choices = [self._voice.begin(tokens, sampling, n, room) for n in range(sampling.n)]
         return Prepared(request, prompt, choices)
@@ -105,6 +106,7 @@ class Preparer:
 
 def refused(error: LlavaError) -> RequestError:
     """Return what a client is told of messages that cannot be answered."""
+    # some clients shorten a conversation and ask again where they find this code
     long = "reads at most" in str(error)
     code = "context_length_exceeded" if long else "invalid_value"
     return RequestError(400, str(error), param="messages", code=code)
@@ -126,6 +128,7 @@ def read_image(given: object, most: int) -> bytes:
                 "reads no files and no other addresses"
             )
         try:
+            # without `validate`, Python drops characters that are not base64 and decodes the rest
             data = base64.b64decode(payload, validate=True)
         except (binascii.Error, ValueError):
             raise DataError("an image's base64 is broken; send it again") from None

@@ -11,6 +11,7 @@ from llavakit_plugins.serving.errors import RequestError
 from llavakit_plugins.serving.limits import Limits
 
 _STOPS, _LIKELIEST = 16, 20
+# Clients and agents send these without being asked to: to refuse them would lock them out.
 _IGNORED = {
     # they change nothing of an answer
     "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key",
@@ -44,6 +45,7 @@ class StreamOptions(BaseModel):
 class ChatRequest(BaseModel):
     """A request for a chat completion, with OpenAI's names, and vLLM's for what it lacks."""
 
+    # strict: a number in quotes is an error, as it is with OpenAI; extra fields are checked below
     model_config = ConfigDict(extra="allow", frozen=True, strict=True)
 
     messages: Annotated[list[Any], Field(min_length=1, max_length=4096)]
@@ -84,6 +86,7 @@ class ChatRequest(BaseModel):
             max_new_tokens=min(wanted, limits.tokens or wanted),
             temperature=self.temperature or 0.0,
             top_p=1.0 if self.top_p is None else self.top_p,
+            # vLLM's clients write -1 for no limit, which is 0 here
             top_k=max(self.top_k or 0, 0),
             min_p=self.min_p or 0.0,
             repetition_penalty=self.repetition_penalty or 1.0,

@@ -194,6 +194,8 @@ class Scheduler:
             job = self._waiting[0]
             more = [job.prompt.length + choice.room for choice in job.choices]
             whole = [*held, *more]
+            # the first one waits for room and no later one passes it, as a large request would
+            # never be served; where nothing is held it is tried in any case
             if held and (len(whole) > self._places or not self._batch.fits(whole)):
                 return
             held = whole
@@ -202,6 +204,8 @@ class Scheduler:
 
     def _read(self) -> None:
         """Read a chunk: by turns of the oldest prompt, and of the one with the least left."""
+        # by age alone a short prompt would wait for a long one; by length alone a long one might
+        # never end
         self._by_age = not self._by_age
         order = list(self._reading)
         if not self._by_age:
@@ -225,11 +229,13 @@ class Scheduler:
             for _ in job.choices:
                 self._batch.join(job.prompt)
         except Exception as error:
+            # a request with several choices may have got some of its places
             self._batch.leave(range(first, len(self._batch)))
             self._fail([job], error)
             return
         self._writing += [(job, choice) for choice in job.choices]
         logits_1V = job.prompt.logits
+        # the batch has its own copy; the prompt's cache would take the memory twice
         job.prompt.cache = job.prompt.logits = None
         self._choose(logits_1V, range(first, len(self._writing)))
 

@@ -138,6 +138,8 @@ class Server:
             self._loop.call_soon(ready, f"http://{address}:{port}")
             await http.serve([listener])
         finally:
+            # in a thread, as it waits for the model's step, and the loop has connections to close
+            # meanwhile
             await asyncio.to_thread(self.scheduler.stop)
             self._pool.shutdown(cancel_futures=True)
             listener.close()
@@ -197,6 +199,7 @@ class _Http(uvicorn.Server):
             server_header=False,
             limit_concurrency=limits.connections,
             timeout_keep_alive=30,
+            # 2 s more than `_give_up` waits: the errors that it sends have to reach their clients
             timeout_graceful_shutdown=round(limits.grace_seconds) + 2,
         )
         super().__init__(config)
@@ -208,6 +211,7 @@ class _Http(uvicorn.Server):
         if threading.current_thread() is not threading.main_thread():
             yield
             return
+        # uvicorn's own raises the signal again at the end, which would replace our exit code
         numbers = (signal.SIGINT, signal.SIGTERM)
         before = {number: signal.signal(number, self.handle_exit) for number in numbers}
         try:
@@ -231,6 +235,7 @@ class _Http(uvicorn.Server):
             late.cancel()
 
     async def on_tick(self, counter: int) -> bool:
+        # a tick is 0.1 s: once a second is enough
         if counter % 10 == 0:
             self._abort_stuck()
         return await super().on_tick(counter)

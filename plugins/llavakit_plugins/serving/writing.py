@@ -76,6 +76,7 @@ class Voice:
 def _take(choice: Choice, token: Token) -> Piece:
     choice.written.ids.append(token.id)
     text = choice.text.add(token.id)
+    # an end at the last token that there is room for is a stop, as with OpenAI
     if token.id in choice.ends or choice.text.stopped:
         finish: Finish | None = "stop"
     else:

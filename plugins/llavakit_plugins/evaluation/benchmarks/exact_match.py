@@ -36,6 +36,7 @@ class ExactMatch(Benchmark):
     def questions(self) -> Sequence[Question]:
         found = []
         for sample in self.data:
+            # not strict: a last question without an answer cannot be scored and is left out
             pairs = zip(sample.turns[::2], sample.turns[1::2], strict=False)
             for number, (human, gpt) in enumerate(pairs, start=1):
                 prompt = human.text.replace(IMAGE, "").strip()
@@ -44,6 +45,7 @@ class ExactMatch(Benchmark):
         if self.options.limit is not None and self.options.limit < len(found):
             draw = np.random.default_rng(self.options.seed)
             chosen = draw.choice(len(found), self.options.limit, replace=False)
+            # sorted, so that a limit changes which questions are asked and not their order
             found = [found[index] for index in sorted(chosen.tolist())]
         return found
 

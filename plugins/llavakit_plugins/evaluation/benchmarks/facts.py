@@ -65,6 +65,7 @@ def _facts(sentence: str) -> Iterator[Fact]:
     sentence = _LISTED.sub(" ", sentence)
     for match in _COUNT.finditer(sentence):
         yield "count", match[1]
+    # a position holds for the words after it, up to the next one: `the left shows a red two`
     where = ""
     for match in _WORD.finditer(_COUNT.sub(" ", sentence)):
         found, colour, digit, empty = match.groups()

@@ -133,6 +133,8 @@ class LlavaBench(Benchmark):
         self.found: list[Question] = []
         self.context_of: dict[str, str] = {}
         lacking: list[str] = []
+        # all of this is checked before a question is asked, as answers and reviews cost hours and
+        # money
         for item in question_rows:
             identity, image = str(item.question.id), str(item.row.get("image"))
             if identity not in references:
@@ -165,6 +167,8 @@ class LlavaBench(Benchmark):
     def price(self) -> StepPlan:
         """Return what the judge will cost, for answers as long as the references."""
         ways = 2 if self.options.swap else 1
+        # what the candidate will answer is not known yet: the reference's answer has about its
+        # length
         asked = [self._messages(question, question.truth, False) for question in self.found]
         sent = ways * sum(map(self.judge.count, asked))
         made = ways * len(asked) * _REVIEW_TOKENS
@@ -200,6 +204,8 @@ class LlavaBench(Benchmark):
         context, shown = self.context_of[str(question.id)], self.shown.get(str(question.id), ())
         parts = [
             *([f"[Context]\n{context}"] if context else []),
+            # the parts are named as in the original's requests to its judge; the rule's words are
+            # our own
             f"[Question]\n{question.prompt}",
             f"[Assistant 1]\n{first}\n\n[End of Assistant 1]",
             f"[Assistant 2]\n{second}\n\n[End of Assistant 2]",
@@ -210,6 +216,7 @@ class LlavaBench(Benchmark):
     def _score(self, reviews: Sequence[_Review], said: Replies) -> Score:
         groups: dict[str, list[_Review]] = {}
         for review in reviews:
+            # with `swap` a question has two reviews, which count as one
             groups.setdefault(str(review.question.id), []).append(review)
         scores = {
             name: mean_pair(unswapped(r.scores, r.row()) for r in group)
@@ -249,6 +256,7 @@ def _read_contexts(path: Path) -> Mapping[str, str]:
 
 def _context(row: Row, where: str) -> str:
     """Return captions and then boxes, in the form that a generator's teacher gets."""
+    # LLaVA-Bench (In-the-Wild) has `caption`; LLaVA-Bench (COCO) has `captions` and `instances`
     captions = row.get("captions", row.get("caption"))
     captions = [captions] if isinstance(captions, str) else captions
     boxes = row.get("instances") or []

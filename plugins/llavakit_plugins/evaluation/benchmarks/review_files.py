@@ -77,6 +77,7 @@ class ReviewFiles(FileScorer):
         readings: dict[str, Scores] = {"text": text}
         notes: list[str] = []
         bare = [where for where, row in rows if not _has_scores(row)]
+        # a mean over some of the reviews would not be comparable with one over all
         if bare and len(bare) < len(rows):
             notes.append(
                 f"{len(bare)} of {len(rows)} reviews store no scores ({listed(bare)}): what the "
@@ -132,6 +133,7 @@ class ReviewFiles(FileScorer):
             shown["stored"]["disagree"] = other
             if other:
                 notes.append(f"stored scores of {listed(other)} are not those in the text")
+        # stored scores come first where there are some: published figures were computed from them
         used = next(iter(readings))
         data = {
             "reviews": reviews,

@@ -36,6 +36,8 @@ class Result:
         """Return the scores of these choices, one for each problem."""
         totals = {name: [0, 0] for name in COLUMNS}
         for problem, choice in zip(problems, choices, strict=True):
+            # a problem belongs to several columns (subject, context, grade), and always to the
+            # average
             for column in problem.columns:
                 totals[column][0] += choice == problem.answer
                 totals[column][1] += 1
@@ -87,6 +89,7 @@ def table(title: str, results: Mapping[str, Result]) -> Table:
         ]
         for name, result in results.items()
     ]
+    # all results are over the same problems, so that one row of counts serves the whole table
     counts = next(iter(results.values())).columns.values()
     rows.append(["problems", *(column.count for column in counts), None, None])
     columns = ["answers", *COLUMNS, "right", "without a choice"]

@@ -92,6 +92,7 @@ class ScienceQAFiles(FileScorer):
             shown[str(self.options.ensemble)] = result = Result.of_letters(problems, final)
         if answers.stored is not None:
             data["stored"] = _stored(problems, ours, answers.stored)
+        # -1 stands for no choice in the original's result files, too
         results = {
             name: -1 if choice is None else choice for name, choice in result.choices.items()
         }
@@ -127,6 +128,7 @@ class ScienceQAFiles(FileScorer):
     ) -> tuple[list[int | None], dict[str, Any]]:
         assert self.options.second is not None
         others, missing = self._read(self.options.second, problems, notes)
+        # letters of the alphabet, as a letter beyond the choices also counts as different here
         ours = [read_letter(answers.texts.get(problem.id, "")) for problem in problems]
         second = [read_letter(others.texts.get(problem.id, "")) for problem in problems]
         indices = differing(ours, second)
@@ -162,6 +164,7 @@ class ScienceQAFiles(FileScorer):
         texts: dict[str, str] = {}
         if self.options.requery is not None:
             texts |= read_answers(self.options.requery).texts
+        # the judge is paid for what the file of its answers lacks, and for no more
         todo = [problem for problem in problems if problem.id not in texts]
         if self.judge is not None:
             prompts = [

@@ -44,6 +44,7 @@ class Vqa(Benchmark):
         rows = [item.row for item in items]
         locations = [item.where for item in items]
         if options.truths is not None:
+            # by id, as nothing says that the two files have the same order
             rows = join(items, by_id(read_rows(options.truths), options.truths), options.truths)
             locations = [f"question `{item.question.id}` of {options.truths}" for item in items]
         self.truths = {
