@@ -64,6 +64,8 @@ class OpenAIBatches(BatchService):
             "input_file_id": _id(file.id),
             "endpoint": "/v1/chat/completions",
             "completion_window": "24h",
+            # after a crash the batch is found again by this mark, although its id was never written
+            # down
             "metadata": {_MARK: mark},
         }
         batch = await self._call(lambda: client.post("/batches", cast_to=object, body=table))
@@ -88,6 +90,7 @@ class OpenAIBatches(BatchService):
                 marks = batch.get("metadata")
                 if isinstance(marks, dict) and marks.get(_MARK) == mark and name not in seen:
                     found.append(name)
+            # a service that ignores `after` would send the same page for ever
             if page.get("has_more") is not True or not set(ids) - seen:
                 return found[::-1]
             seen |= set(ids)
@@ -147,6 +150,7 @@ class OpenAIBatches(BatchService):
         Raises Fault if the line does not say which request it belongs to.
         """
         row = self._service.table(line)
+        # checked, as it becomes a key of the ledger: services return what they like
         key = row.get("custom_id") if isinstance(row, dict) else None
         if not isinstance(key, str) or not re.fullmatch(r"[0-9a-f]{32}", key):
             raise Fault(self._service.clean(f"it names no request of ours: {row!r}"))

@@ -103,6 +103,7 @@ async def _read(response: Any) -> Any:
         data += chunk
         if len(data) > most:
             raise Fault(f"the answer is longer than {most >> 20} MiB")
+    # the content is unpacked and whole now: its old length and coding would be read again
     kept = [(name, value) for name, value in response.headers.raw if name.lower() not in _OURS]
     return type(response)(
         response.status_code,

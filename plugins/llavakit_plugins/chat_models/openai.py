@@ -135,9 +135,8 @@ class OpenAI(ChatModel):
                 tries += 1
                 failures += not fault.busy
                 pause = fault.pause or 0.0
-                if (
-                    fault.pause is None or tries > 1
-                ):  # who says `at once` again and again is not heard
+                # a service that asks for no pause again and again gets one all the same
+                if fault.pause is None or tries > 1:
                     pause = max(pause, backoff(tries, self.options.backoff))
                 if failures > self.options.retries:
                     raise ReplyError(
@@ -195,6 +194,8 @@ class OpenAI(ChatModel):
         except Withheld:
             return Reply("", "content_filter", self.options.model, 0, 0, 0.0)
         except Refused as refused:
+            # sent again at most once: `learn` takes the other name only where it has not done so
+            # before
             sent = next((name for name in LIMIT_FIELDS if name in body), "")
             if sent and self._service.learn(refused.complaint, sent):
                 return await self._attempt(client, messages, draw)

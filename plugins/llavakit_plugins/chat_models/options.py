@@ -38,6 +38,7 @@ def _plain_url(url: str) -> str:
         )
     if any(map(is_key, path.split("/"))):
         raise ValueError("its path may hold no key; use `key_env` or `key_file`")
+    # an IPv6 address has colons of its own, within brackets
     host, _, port = (
         authority.rpartition(":") if re.search(r":[^:\]]*$", authority) else (authority, "", "")
     )

@@ -48,6 +48,8 @@ class Pace:
             now = self._clock()
             for index, cost in enumerate((1, tokens)):
                 if rate := self._rates[index]:
+                    # a virtual clock of what was sent: idle time counts for one second at most, so
+                    # that a pause is not followed by a burst that the service refuses
                     self._due[index] = max(self._due[index], now - _BURST) + cost / rate
 
     def hold(self, seconds: float) -> None:

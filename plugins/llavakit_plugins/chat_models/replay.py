@@ -97,5 +97,7 @@ class Replay(ChatModel):
                 raise ChatError(sentence)
             self._ledger = Ledger(self.options.path, writable=self._model is not None)
             for entry in self._ledger:
+                # by messages and draw, not by the model: a file that another model wrote can be
+                # replayed
                 self._found.setdefault((entry.prompt, entry.draw), entry.key)
         return self._ledger

@@ -88,6 +88,8 @@ class Service:
             self._client = openai.AsyncOpenAI(
                 api_key=self.key or "none",
                 base_url=self.options.base_url,
+                # retries are ours: the client's own would count for one request alone, and ignore
+                # the rates
                 max_retries=0,
                 timeout=self.options.timeout,
                 default_headers={"Accept-Encoding": "gzip"},
@@ -106,6 +108,7 @@ class Service:
     def body(self, messages: Sequence[Message], draw: int) -> dict[str, Any]:
         """Return a request's body. Raises ReplyError for a message that no service can be sent."""
         o = self.options
+        # with one seed for all draws, a second attempt would get the reply that was rejected
         seed = None if o.seed is None else o.seed + draw
         settings = {"temperature": o.temperature, "top_p": o.top_p, "seed": seed}
         body = {
@@ -235,6 +238,7 @@ class Service:
         said, code = self.clean(f"status {status}: {complaint.said}"), complaint.code
         if 400 <= status < 500 and complaint.filtered:
             return Withheld(said, lasting=True)
+        # these would come for every other request, too: the job ends before they are all tried
         if status in (401, 402, 403, 404) or code in (
             "insufficient_quota", "invalid_api_key", "model_not_found",
         ):  # fmt: skip

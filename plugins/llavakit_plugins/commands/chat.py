@@ -53,6 +53,7 @@ def _chat(arguments: argparse.Namespace) -> int:
 
     if arguments.heatmap is not None and (arguments.prompt is None or not arguments.image):
         raise LlavaError("--heatmap draws one answer over its image: give --prompt and --image too")
+    # the maps lie over the file's own pixels, and are made of one pass without a conversation
     if arguments.heatmap is not None and (arguments.upright or arguments.system is not None):
         raise LlavaError(
             "--heatmap draws over the image as it is: leave --upright and --system out"
@@ -84,7 +85,6 @@ def _chat_with_heatmap(arguments: argparse.Namespace, model: object, sampling: S
             "folder, or a layout that `llava-run import` turns into one"
         )
     maps = map_attention(model, arguments.prompt, arguments.image, sampling)
-    print(
-        printable(maps.answer), flush=True
-    )  # first: it is not lost where the picture cannot be written
+    # first, so that the answer is not lost where the picture cannot be written
+    print(printable(maps.answer), flush=True)
     save_image(draw_attention_maps(maps, arguments.image, model.vision), arguments.heatmap)

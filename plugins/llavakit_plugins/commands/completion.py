@@ -24,6 +24,7 @@ def _completion(arguments: argparse.Namespace) -> int:
     import shtab
 
     parser: argparse.ArgumentParser = arguments.parser
+    # shtab asks for file names only where an action says so
     for action in _actions(parser):
         if action.type is Path or action.dest in _NAMES_A_FILE:
             action.complete = shtab.FILE  # type: ignore[attr-defined]

@@ -47,6 +47,7 @@ def _convert(arguments: argparse.Namespace) -> int:
         defined[name] = value
     if arguments.devices is not None and arguments.devices < 1:
         raise RecipeError(f"--devices {arguments.devices}: give at least one")
+    # before the scripts are read: nothing is replaced, and a wrong path is said at once
     if arguments.out is not None and arguments.out.exists():
         raise RecipeError(f"{arguments.out} is there already; name another file")
     commands = [command for path in arguments.script for command in read_script(path, defined)]
@@ -57,6 +58,8 @@ def _convert(arguments: argparse.Namespace) -> int:
         print(shown(text), end="")
         return 0
     write_text(arguments.out, text)
+    # on the error stream, as the recipe itself may go to the other one; in the text they are
+    # comments
     for remark in converted.remarks:
         print(shown(remark), file=sys.stderr)
     print(shown(f"wrote {arguments.out}; look at it with: llava-run {arguments.out} --plan"))

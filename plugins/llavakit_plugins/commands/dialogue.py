@@ -66,8 +66,11 @@ class Dialogue:
 
         An answer that is stopped counts as far as it came.
         """
+        # new images go in front, as in LLaVA's training data; a mark in the question says another
+        # place
         if IMAGE not in question:
             question = f"{IMAGE}\n" * len(self._new) + question
+        # new lists, so that a question that fails leaves the dialogue as it was
         turns = [*self._turns, Turn("human", question)]
         images = [*self._images, *self._new]
         asked = Sample("prompt", tuple(turns), tuple(i for _, i in images), system=self._system)
@@ -131,6 +134,7 @@ class Dialogue:
         path = Path(os.path.expanduser(text))
         if not text:
             raise LlavaError("/save needs a file: /save dialogue.json")
+        # `lexists` also finds a link that leads nowhere, which writing would replace
         if os.path.lexists(path):
             raise LlavaError(f"{path} is there already; name another file")
         row = {"id": path.stem, "messages": list(self._messages())}
@@ -190,6 +194,7 @@ def answer(dialogue: Dialogue, question: str, *, verbose: bool = False) -> None:
             print(printable(piece), end="", flush=True)
     print(flush=True)
     if verbose:
+        # the first token is left out of the rate: before it the prompt is read
         seconds = time.monotonic() - begun - first
         count = dialogue.count(text)
         rate = f"{(count - 1) / seconds:.1f} tokens/s" if count > 1 and seconds else "no rate"

@@ -37,6 +37,7 @@ class Need:
     def is_met(self) -> bool:
         from packaging.specifiers import SpecifierSet
 
+        # True: a pre-release, such as a nightly torch, counts as its version
         return self.found is not None and SpecifierSet(self.wanted).contains(self.found, True)
 
     def __str__(self) -> str:
@@ -126,6 +127,7 @@ def _device() -> dict[str, Any]:
         devices = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
         facts["cuda"] = [f"{d.name}, {d.total_memory / 1e9:.0f} GB" for d in devices]
         facts["flash-attn"] = find_spec("flash_attn") is not None
+    # the usual reason for a slow first training: pip took torch's build for CPUs
     elif torch.version.cuda is None and _has_nvidia():
         facts["note"] = (
             "an NVIDIA GPU is there, but this torch is built for CPUs; install torch for CUDA as "

@@ -26,6 +26,7 @@ def _export(arguments: argparse.Namespace) -> int:
 
     registry = Registry.installed()
     exporter = build_from(registry.get(Exporter, arguments.format), arguments.set, registry)
+    # before the model is loaded, which may take minutes
     refuse_to_replace(arguments.out)
     model = load_model(arguments.model, arguments)
     if not isinstance(model, LlavaModel):
@@ -33,6 +34,7 @@ def _export(arguments: argparse.Namespace) -> int:
             f"{arguments.model} can be run but not written in another layout; export the model "
             "folder that it was made of"
         )
+    # other programs read no LoRA adapters in these layouts: they are added to the weights
     for name, value in exporter.export(model.merged(), arguments.out).items():
         print(shown(f"{name}: {value}"))
     return 0

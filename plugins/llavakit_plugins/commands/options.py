@@ -52,6 +52,7 @@ def state_options(
     for setting in settings:
         set_key(table, setting)
     read = partial(registry.read, component.Options, table, {})
+    # nesting without an end first: the checks behind it would call themselves too often
     problems = list(boundless(table)) or list(
         Checker(registry, inputs=True).check_options(component, table, read, (), {})
     )

@@ -139,4 +139,5 @@ def _version(package: str) -> str:
 def _traceback(error: BaseException) -> str:
     import traceback
 
+    # the cause is the plugin's own error; ours around it adds frames that help nobody
     return "".join(traceback.format_exception(error.__cause__ or error)).rstrip()

@@ -171,6 +171,7 @@ def _by_model(
     stated = _stated(sampling)
     settings = {
         "model": arguments.model,
+        # a model that was trained on or replaced in its folder must not go on with old answers
         "files of the model": fingerprint(path) if path.is_dir() else "",
         "sampling": stated,
         "parts": [str(arguments.base), str(arguments.vision), arguments.template, *arguments.set],
@@ -178,12 +179,14 @@ def _by_model(
     if sampling.temperature > 0:  # what is drawn depends on the batch
         settings["batch size"] = arguments.batch_size
     job = _job(arguments, questions, arguments.model, stated, settings) if group.is_main else None
+    # the main process alone looks at the files, and all do what it has found
     job = group.broadcast(job)
     if job is None:
         return
     options = options_of_parts(arguments.set)
     with ExitStack() as stack:
         if group.is_main:
+            # one writer: another process of this command would otherwise write to the same folder
             stack.enter_context(job.working())
         model = load_model(path, arguments, device, options)
         pace = Pace(arguments.batch_size, arguments.workers)
@@ -248,6 +251,7 @@ def _chat(arguments: argparse.Namespace, sampling: Sampling) -> OpenAI:
     known = ("max_new_tokens", "temperature", "top_p", "seed")
     if extra := {key: value for key, value in _stated(sampling).items() if key not in known}:
         flags["extra"] = extra  # OpenAI's own fields, and those that vLLM and others add
+    # a server such as vLLM or llama.cpp serves one model, whose name nobody should have to type
     named = any(setting.partition("=")[0].strip() == "model" for setting in arguments.set)
     chat = build_from(OpenAI, arguments.set, registry, flags | ({} if named else {"model": "?"}))
     if not named:
@@ -263,6 +267,7 @@ def _stated(sampling: Sampling) -> dict[str, Any]:
     """Return the sampling as an answer's metadata have it: what decides nothing is left out."""
     table = asdict(sampling)
     usual = asdict(type(sampling)())
+    # greedy answers do not depend on a seed, and two files that differ in it alone are the same
     kept = ("max_new_tokens", "temperature")
     if sampling.temperature == 0:
         table["seed"] = None

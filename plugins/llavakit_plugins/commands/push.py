@@ -49,6 +49,7 @@ def _push(arguments: argparse.Namespace) -> int:
     if problem := missing_token():  # before anything is written
         raise ModelError(problem)
     story = read_story(arguments.model)
+    # beside the model and not in the system's temporary folder, which may be too small for a model
     beside = arguments.model.absolute().parent / f".push-{name.replace('/', '--')}"
     folder: Path = arguments.staging or beside
     if arguments.as_is:
@@ -58,6 +59,7 @@ def _push(arguments: argparse.Namespace) -> int:
             shutil.rmtree(folder)
         shutil.copytree(arguments.model, folder)
         found = [n for n, e in Registry.installed().all(Exporter).items() if e.recognises(folder)]
+        # the card says how to load the files: by the layout that recognises them
         layouts = {found[0] if found else "llavakit": ""}
     else:
         registry = Registry.installed()

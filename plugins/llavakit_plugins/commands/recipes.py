@@ -24,6 +24,7 @@ def _recipes(arguments: argparse.Namespace) -> int:
     files = recipe_files()
     width = max(map(len, files)) + 2
     for name, file in files.items():
+        # a recipe's first line is a comment that says what it trains
         comment = file.read_text(encoding="utf-8").partition("\n")[0].removeprefix("#").strip()
         package = packages.get(name.partition("/")[0])
         print(shown(f"{name:{width}}{comment}{f'  ({package})' if package else ''}"))

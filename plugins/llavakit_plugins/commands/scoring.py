@@ -40,6 +40,7 @@ def score_command(
         hint = did_you_mean(name, scorers, f"there are: {', '.join(scorers)}")
         raise RecipeError(f"nothing called `{name}` can be scored; {hint}")
     scorer = scorers[name]
+    # options that are not stated are left to the scorer's own defaults
     stated = vars(_parser(scorer, parser_class).parse_args(arguments[1:]))
     settings, as_json = stated.pop("--set"), stated.pop("--json")
     flags = {
@@ -90,6 +91,7 @@ def _parser(
     )
     for name, field in scorer.Options.model_fields.items():
         kind = _plain_type(field)
+        # argparse formats help texts with `%`
         settings: dict[str, Any] = {"help": (field.description or "").replace("%", "%%")}
         if kind is bool:
             parser.add_argument(_flag(name), dest=name, action="store_true", **settings)
@@ -103,6 +105,7 @@ def _parser(
         else:
             required = field.is_required()
             parser.add_argument(_flag(name), dest=name, required=required, **settings)
+    # names with dashes, which no option of a scorer can have
     parser.add_argument("--json", dest="--json", action="store_true", help="print JSON")
     parser.add_argument(
         "--set", dest="--set", action="append", default=[], metavar="KEY=VALUE",

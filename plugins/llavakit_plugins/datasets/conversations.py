@@ -76,6 +76,7 @@ class Conversations(Dataset):
         skip = options.unusable == "skip"
         bad: set[int] = set()
         images: dict[str, int] = {}
+        # a missing file is reported by the reader, with its remedy
         size = max(1, options.path.stat().st_size) if options.path.is_file() else 1
         for number, row in enumerate(islice(read_rows(options.path), options.limit)):
             self._rows.append(row)
@@ -92,6 +93,7 @@ class Conversations(Dataset):
                 continue
             for image in sample.images:
                 if isinstance(image, Path):
+                    # each image is looked at once, and named by the first sample that shows it
                     images.setdefault(str(image), number)
         broken = self._broken(images, progress)
         if broken and not skip:
@@ -127,6 +129,8 @@ class Conversations(Dataset):
             most = min(_LOOKED_AT, options.limit or _LOOKED_AT)
             rows = list(islice(read_rows(options.path), most))
             count = len(rows)
+            # a longer file is counted without parsing: a plan of a million rows should take a
+            # second
             if count == _LOOKED_AT:
                 count = sum(count_rows(options.path, key) for key in _KEYS)
             text = sum(len(str(row.value.get(key, ""))) for row in rows for key in _KEYS)

@@ -164,6 +164,7 @@ class Rows:
 
     def __getitem__(self, index: int) -> Mapping[str, Any]:
         row: Mapping[str, Any] = self._table[index]
+        # a table has every column in every row; None stands for a key that the row does not have
         return {key: value for key, value in row.items() if value is not None}
 
 
@@ -198,6 +199,7 @@ def _load(options: HuggingFaceOptions, *, images: bool = True) -> Rows:
         raise DataError(f"{where} holds no samples; choose another")
     if not images:
         names = [name for name in names if name not in ("image", "images")]
+    # parquet is stored by column: those that are left out are never read from the disk
     table = table.select_columns(names)
     if options.limit is not None:
         table = table.select(range(min(options.limit, len(table))))

@@ -37,6 +37,7 @@ def inside(folder: Path, name: str, where: str) -> Path:
 
     Symbolic links within the folder may lead elsewhere: its owner made them.
     """
+    # by the text alone: to resolve the links of a million paths would take minutes
     if os.path.isabs(name) or os.path.normpath(name).split(os.sep)[0] == os.pardir:
         raise DataError(
             f"image `{name:.1000}` of {where} lies outside {folder}; use a path within it"
@@ -119,6 +120,7 @@ def _is_whole(head: bytes, tail: bytes, length: int, read: Read) -> bool:
     """Return whether beginning and end, of so many bytes, are those of a usable image."""
     size, whole = None, False
     if head.startswith(b"\xff\xd8\xff"):
+        # some programs fill the file up with zeros behind the end mark
         size, whole = _jpeg_size(read), tail.rstrip(b"\0").endswith(b"\xff\xd9")
     elif head.startswith(b"\x89PNG\r\n\x1a\n"):
         size, whole = _png_size(read), tail.endswith(b"\0\0\0\0IEND\xaeB`\x82")
@@ -155,6 +157,7 @@ def _png_size(read: Read) -> Size | None:
         length, kind = int.from_bytes(read(start, 4)), read(start + 4, 4)
         if kind == b"IDAT":
             return size if length and (palette or colours != 3) else None
+        # IHDR comes first and once; a larger chunk in front of the pixels is left to Pillow
         if (kind == b"IHDR") != (size is None) or length > 1 << 20:
             return None
         content = read(start + 4, length + 8)
@@ -179,6 +182,7 @@ def _webp_size(head: bytes) -> Size | None:
     whole = rest == 12 + length + length % 2  # nothing but pixels
     if len(content) < 10 or not (whole or (kind == b"VP8X" and length == 10)):
         return None
+    # RFC 6386 has the layout of VP8, RFC 9649 those of VP8L and VP8X
     if kind == b"VP8 " and content[3:6] == b"\x9d\x01\x2a" and not content[0] & 1:
         width, height = (int.from_bytes(content[i : i + 2], "little") & 0x3FFF for i in (6, 8))
         return width, height

@@ -41,6 +41,7 @@ class Mix(Dataset):
         self.parts = [build(part) for part in options.parts]
         weights = options.weights or (1.0,) * len(self.parts)
         self._chosen = [
+            # a seed of its own for each part: two parts of equal size then draw different rows
             _choose(len(part), weight, options.seed + number)
             for number, (part, weight) in enumerate(zip(self.parts, weights, strict=True))
         ]
@@ -68,4 +69,5 @@ def _choose(samples: int, weight: float, seed: int) -> Any:
     if not rest:
         return np.tile(np.arange(samples), times) if times != 1 else range(samples)
     drawn = np.random.default_rng(seed).choice(samples, rest, replace=False)
+    # sorted, because a part that reads from its file in order is faster; training shuffles anyway
     return np.concatenate([np.tile(np.arange(samples), times), np.sort(drawn)])

@@ -30,6 +30,7 @@ def read_lines(path: Path) -> Iterator[tuple[str, Row]]:
 
     Raises DataError, which names the line, for a line that is no JSON object.
     """
+    # not `splitlines`, which also splits at U+2028 and others that JSON allows within a text
     for number, line in enumerate(read_text(path).split("\n"), start=1):
         if line.strip():
             row = _parse(line, path, number)

@@ -152,6 +152,7 @@ def question_text(problem: Problem, form: str) -> str:
     """Return the text of the question; if there is an image, `<image>` is the last line."""
     lines = {
         "Q": f"{_QUESTION}{problem.question}",
+        # `N/A` is what the original's prompts have for an empty context
         "C": f"Context: {problem.hint.strip() or 'N/A'}",
         "M": "Options: "
         + " ".join(f"({a}) {b}" for a, b in zip(LETTERS, problem.choices, strict=False)),
@@ -223,6 +224,7 @@ def stated_letter(text: str) -> str | None:
     """
     if text in tuple(LETTERS):
         return text
+    # the order of the rules is that of the original's eval_science_qa.py
     if text[1:3] == ". " and text[0] in LETTERS:
         return text[0]
     for pattern in (_STATED, _STATED_AFTER_REASONS):

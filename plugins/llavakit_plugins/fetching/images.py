@@ -99,6 +99,7 @@ class ImageFetcher:
             secure = parts.scheme == "https"
             connection.sock = self._secured(plain, host) if secure else plain
             path = f"{parts.path or '/'}{'?' if parts.query else ''}{parts.query}"
+            # identity: a compressed answer could grow far beyond the limit when it is unpacked
             headers = {"Accept": "image/*", "Accept-Encoding": "identity", "User-Agent": "llavakit"}
             connection.request("GET", path, headers=headers)
             sock = connection.sock  # the connection may give it up to the response
@@ -113,6 +114,8 @@ class ImageFetcher:
         self, answer: http.client.HTTPResponse, sock: Any, deadline: float
     ) -> Iterator[bytes]:
         read, too_large = 0, f"it has more than {self.most_bytes:,} bytes"
+        # what is stated, first; what comes is counted too, as a server may state nothing or too
+        # little
         if (answer.length or 0) > self.most_bytes:
             raise ValueError(too_large)
         while True:
@@ -124,6 +127,8 @@ class ImageFetcher:
             if read > self.most_bytes:
                 raise ValueError(too_large)
             yield chunk
+        # what is left of the stated length: half an image would decode to one with a grey lower
+        # part
         if answer.length:
             raise ValueError("the connection ended before the image did")
 
@@ -151,6 +156,7 @@ def is_public(ip: str) -> bool:
         # addresses that stand for others lead wherever those do
         if inner or any(address in network for network in _TRANSLATED):
             return False
+    # `is_global` alone is true for multicast addresses
     return address.is_global and not address.is_multicast
 
 

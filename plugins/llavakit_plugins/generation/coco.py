@@ -61,6 +61,7 @@ def convert_coco(captions: Path, instances: Path | None, out: Path) -> None:
     if not any(texts):
         raise DataError(f"{captions} holds no captions; is it captions_*.json of COCO?")
     order, which, corners, categories = _boxes(instances, image_rows, sizes)
+    # `order` is sorted by image: the boxes of image i are begins[i] to begins[i + 1]
     begins = np.searchsorted(order, np.arange(len(names) + 1))
     with new_file(out) as file:
         for (identity, index), name in zip(image_rows.items(), names, strict=True):
@@ -68,6 +69,8 @@ def convert_coco(captions: Path, instances: Path | None, out: Path) -> None:
                 continue
             chosen = range(begins[index], begins[index + 1])
             boxes = tuple(Box(categories[which[k]], tuple(corners[k].tolist())) for k in chosen)
+            # LLaVA's own files name samples by these digits, zeros included, so that ids can be
+            # compared
             spelt = Path(name).stem.rpartition("_")[2]
             same = spelt == str(identity).zfill(len(spelt))
             key = spelt if same else str(identity)
@@ -103,6 +106,7 @@ def _boxes(
         if not categories:
             raise DataError(f"{path} lists no categories; is it instances_*.json of COCO?")
     images = np.frombuffer(of, np.uint32) if of else np.zeros(0, np.uint32)
+    # stable, so that the boxes of an image keep COCO's order
     order = np.argsort(images, kind="stable")
     table = np.frombuffer(corners, np.float64).reshape(-1, 4) if corners else np.zeros((0, 4))
     kinds = np.frombuffer(which, np.uint32) if which else np.zeros(0, np.uint32)

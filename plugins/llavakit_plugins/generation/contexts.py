@@ -66,6 +66,7 @@ class Contexts(Sequence[ImageContext]):
         self._starts, self._numbers = array("Q"), array("Q")
         self._file = open_text(path)
         try:
+            # not 0: `open_text` has already passed a mark of byte order
             start = self._file.tell()
             for number, line in enumerate(self._file, start=1):
                 if line.removeprefix(BOM_UTF8).strip():
@@ -116,6 +117,7 @@ def _parse(line: str, where: str) -> ImageContext:
         raise DataError(
             f"{where}:{error.colno}: not valid JSON: {error.msg}; fix or remove the line"
         ) from error
+    # Python refuses integers of more than 4,300 digits with a ValueError
     except (RecursionError, ValueError) as error:
         raise DataError(f"{where}: nested too deeply, or a number too long; fix it") from error
     try:

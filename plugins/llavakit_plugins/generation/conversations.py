@@ -54,6 +54,8 @@ class Conversations:
 
         That is the generator with its options, the context and the kind.
         """
+        # the whole context and not its id: after a change of its captions it is another
+        # conversation
         source = short_hash(json.dumps([asdict(context), kind]))
         maker = short_hash(self._use)
         key = short_hash(f"{maker} {source}")
@@ -190,6 +192,8 @@ class Keeping:
             if failures.errors:
                 raise failures.complaint(len(failures.errors) + self.count)
         except (LlavaError, Stopped):
+            # only now, all at once: a generator without a service makes thousands a second, and an
+            # fsync for each would take most of the time
             if self._made:
                 self._before = kept = self._before or Conversations(self._path, self._use)
                 kept.ledger.append(*(kept.entry(c, k, Conversation(t)) for c, k, t in self._made))

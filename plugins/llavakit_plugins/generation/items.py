@@ -102,6 +102,7 @@ class Items:
             verdict = None
             entry: Entry | None = None
             is_open = False
+            # from the first reply on, each time: which draw is next follows from the ledger alone
             for draw in range(self._attempts):
                 request = Request(messages, draw, label)
                 record = record_of(identity, request)
@@ -118,6 +119,8 @@ class Items:
                     break
                 self._worked += 1
                 if verdict.outcome != "rejected":
+                    # teachers sometimes give one answer for two images; the second of them says
+                    # nothing of its own
                     mark = _mark(verdict)
                     if mark not in seen:
                         seen.add(mark)

@@ -132,6 +132,7 @@ class Spending:
 
     def __init__(self, run: Run, ledger: Ledger) -> None:
         self._run, self._ledger = run, ledger
+        # so that the first reply is recorded at once
         self._said = time.monotonic() - _EVERY
 
     def show(self, done: int, total: int, name: str) -> None:
@@ -189,6 +190,7 @@ def _ask(
         refused = {key: why for key, why in tally.unanswered.items() if key in tally.refused}
         unanswered.refused |= tally.refused
         unanswered.reasons |= refused
+        # nothing new came, so that another round would send the same requests again
         if tally.answered == 0:
             unanswered.reasons |= tally.unanswered
             spending.note()

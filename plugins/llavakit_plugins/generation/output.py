@@ -53,6 +53,8 @@ def write_output(
                 stack.enter_context(json_lines(folder / f"{label}.jsonl"))
                 for label in ("provenance", "rejected")
             )
+            # a second walk over the ledger, and not a list of items: a job may have millions of
+            # them
             for number, item in enumerate(items.walk(ledger), start=1):
                 if number % _EVERY == 0:
                     run.progress(number, len(items), f"writing {name}".strip())
@@ -67,6 +69,7 @@ def write_output(
                     origins(_origin(item))
                 else:
                     aside({**_origin(item), "unanswered": reason})
+        # from the seed alone, so that stage 1's captions do not depend on which replies came
         draw = np.random.default_rng(run.seed)
         questions = brief_questions()
         with json_list(folder / "captions.json") as write:

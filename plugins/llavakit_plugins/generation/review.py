@@ -47,6 +47,7 @@ class Draw:
 
     def see(self, item: Item) -> None:
         """Take the next item; it enters the sample by chance."""
+        # the n-th item replaces a kept one with the chance size / n: all are then equally likely
         slot = self.total if self.total < self._size else int(self._draw.integers(self.total + 1))
         if slot < self._size:
             self._kept[slot] = (self.total, item)
@@ -140,6 +141,7 @@ def _thumbnail(path: Path) -> str:
         with Image.open(path) as image:
             small = image.convert("RGB")
             small.thumbnail((_SIDE, _SIDE))
+    # Pillow's decoders raise each of these for damaged files
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return ""
     buffer = BytesIO()

@@ -36,6 +36,7 @@ def row_of(context: ImageContext, kind: str, turns: Sequence[Turn]) -> Row:
 
 def caption_row(context: ImageContext, draw: np.random.Generator, questions: Sequence[str]) -> Row:
     """Return a sample of stage 1: a brief question and one of the captions."""
+    # one caption of COCO's five: stage 1 sees each image once
     question, answer = str(draw.choice(questions)), str(draw.choice(context.captions))
     turns = (Turn("human", f"{IMAGE}\n{question}"), Turn("gpt", answer))
     return row_of(context, "caption", turns)

@@ -124,6 +124,7 @@ def compose(split: Split, families: int, seed: int, most: int = 3) -> Iterator[S
     held = np.arange(len(values)) % _HELD_OUT == _HELD_OUT - 1
     own = held if split == "test" else ~held
     glyphs = [np.flatnonzero(own & (values == value)) for value in range(10)]
+    # with split and size in the seed, so that the files of a run have nothing in common
     draw = np.random.default_rng([seed, split == "test", most])
     for _ in range(families):
         count = int(draw.integers(1, most + 1))
@@ -133,6 +134,7 @@ def compose(split: Split, families: int, seed: int, most: int = 3) -> Iterator[S
         sizes = draw.permutation(_CANDIDATES[count - 1])
         pools = [draw.permutation(10)[:size].tolist() for size in sizes]
         members = list(itertools.product(*pools))
+        # in random order, as a count that is no multiple of eight cuts the last family
         for member in draw.permutation(len(members)).tolist():
             digits = [
                 _place(place, value, colour, glyphs[value], draw)
@@ -173,6 +175,7 @@ def _glyphs() -> tuple[dict[int, npt.NDArray[np.float32]], npt.NDArray[np.int64]
         size: np.stack(
             [
                 np.asarray(
+                    # the grey values are 0 to 16; 15.9 keeps 16 below 256
                     Image.fromarray((glyph * 15.9).astype(np.uint8)).resize(
                         (size, size), Image.Resampling.BICUBIC
                     ),

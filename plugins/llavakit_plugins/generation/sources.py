@@ -39,6 +39,7 @@ def open_sources(
             lines = path
             if is_coco(path):
                 lines = folder / f"{name or 'all'}-contexts.jsonl"
+                # the file is written whole or not at all, so that one that is there is complete
                 if not lines.is_file():
                     convert_coco(path, options.instances, lines)
             opened[name] = contexts = Contexts(lines)

@@ -64,6 +64,7 @@ class Gguf(Exporter):
         language, vision = language_tensors(model.language), vision_tensors(model.vision)
         vision |= projector(model)
         aspect = cast("TransformersEncoder", model.vision).square.aspect
+        # mtmd has no other preparation for this projector: the file cannot ask for a crop
         if aspect != "pad":
             _log.warning(
                 "llama.cpp pads every image to a square, and this model's vision encoder has "

@@ -59,6 +59,7 @@ def _architecture(config: Any) -> gguf.MODEL_ARCH:
             "architecture; `--format hf` keeps it, and llama.cpp's own converter may know it"
         )
     rope = getattr(config, "rope_parameters", None) or {}
+    # other scalings have metadata that llama.cpp reads in its own way: refused, as not proven here
     if rope.get("rope_type", "default") not in ("default", "linear"):
         raise ModelError(
             f"positions of type `{rope['rope_type']}` are not written as GGUF; `--format hf` keeps "

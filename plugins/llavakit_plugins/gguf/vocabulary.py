@@ -35,6 +35,8 @@ def write_vocabulary(
     table = json.loads(tokenizer.backend_tokenizer.to_str())
     names = {number: text for text, number in tokenizer.get_vocab().items() if number < rows}
     added = tokenizer.added_tokens_decoder
+    # llama.cpp wants a text for each row of the table, also for rows that the tokenizer does not
+    # use
     tokens = [names.get(number, f"[PAD{number}]") for number in range(rows)]
     kinds = [TokenType.NORMAL if number in names else TokenType.UNUSED for number in range(rows)]
     pieces = pieces_of(tokenizer)
@@ -77,6 +79,7 @@ def _scores(
     pieces: bytes | None, table: Mapping[str, Any], tokens: list[str], kinds: list[TokenType]
 ) -> list[float]:
     """Return the scores by which llama.cpp merges; sets the kinds of bytes and control pieces."""
+    # of what no merge makes, such as single characters
     scores = [-10000.0] * len(tokens)
     if pieces is not None:
         from sentencepiece import SentencePieceProcessor

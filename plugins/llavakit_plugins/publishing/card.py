@@ -83,6 +83,7 @@ def write_card(
         library_name="transformers" if layouts.get("hf") == "" else "llavakit",
         pipeline_tag="image-text-to-text",
         tags=sorted({"llava", "llavakit", *(["onnx"] if "onnx" in layouts else [])}),
+        # names on the hub alone: a path of this machine would mean nothing there
         base_model=[source for source in sources.values() if _is_on_hub(source)] or None,
         eval_results=list(_results(story)) or None,
     )
@@ -200,5 +201,6 @@ def _recipe(story: Story) -> Iterator[str]:
         "Save it as a file, and `llava-run FILE` makes the model again. The data are what its "
         "steps name as `data`, `contexts` or `captions`."
     )
+    # the card is public: nothing secret may be in it, and no fence that would end the block
     text = redact(tomli_w.dumps(dict(story.run.recipe))).replace("```", "'''")
     yield f"```toml\n{text}```"

@@ -35,6 +35,7 @@ class _Bar:
         self._task = self._begin(done=0, total=0)
 
     def __call__(self, done: int, total: int, note: str = "") -> None:
+        # another phase: a new task, as rich would estimate its time from the speed of the last one
         if total != self._total or done < self._done:
             self._bars.remove_task(self._task)
             self._task = self._begin(done, total)

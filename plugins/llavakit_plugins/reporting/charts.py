@@ -134,8 +134,10 @@ def _linear(low: float, high: float, *, tight: bool = False, least: float = 0.0)
     if high - low <= max(1e-12 * max(abs(low), abs(high)), 1e-280):
         pad = abs(high) / 10 if abs(high) > 1e-270 else 1.0
         low, high = low - pad, high + pad
+    # about six ticks; each side is divided first, as the difference of huge values may overflow
     rough = max(high / 6 - low / 6, least)
     power = 10.0 ** math.floor(math.log10(rough))
+    # 0.999: a step that is just below a round value by rounding is taken as that value
     step = next(size * power for size in (1, 2, 5, 10) if size * power >= rough * 0.999)
     ticks = [index * step for index in range(math.floor(low / step), math.ceil(high / step) + 1)]
     if tight:
@@ -160,6 +162,8 @@ def _logarithmic(low: float, high: float) -> _Axis:
 
 def _reads_better_as_log(values: Sequence[float]) -> bool:
     low, high = values[0], values[-1]
+    # half of the values would lie in the lowest eighth of a linear axis, and differ by a factor of
+    # 20
     return low >= _TINY and high / low > 20 and median(values) - low < (high - low) / 8
 
 

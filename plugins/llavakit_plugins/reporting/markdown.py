@@ -8,6 +8,7 @@ from itertools import zip_longest
 
 from llavakit import printable
 
+# `_` within a word is no markup in GitHub's Markdown, and `snake_case` stays readable without `\`.
 _SPECIAL = re.compile(r"[\\`*\[\]<>|~]|&(?=[#\w])|(?<![^\W_])_|_(?![^\W_])")
 
 

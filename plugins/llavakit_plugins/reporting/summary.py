@@ -96,6 +96,7 @@ def collect(directory: Path, records: Sequence[StepRecord]) -> Report:
 
 def _options(choice: Mapping[str, Any]) -> dict[str, Any]:
     stated = {key: value for key, value in choice.items() if key not in ("use", "skip")}
+    # keys and passwords are taken out again here, as the report is what people send to others
     return flat(redacted(stated))
 
 

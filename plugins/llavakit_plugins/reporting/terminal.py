@@ -20,9 +20,8 @@ Clock = Callable[[], float]
 def bar(label: str, stream: TextIO, clock: Clock) -> AbstractContextManager[Progress]:
     """Return a bar, or lines where no cursor can be moved; it ends with the block."""
     if stream.isatty():
-        from llavakit_plugins.reporting.bars import (
-            rich_bar,  # takes rich, which logs have no use for
-        )
+        # only here: it imports rich, which a log does not need
+        from llavakit_plugins.reporting.bars import rich_bar
 
         if (found := rich_bar(label, stream, clock)) is not None:
             return found
@@ -72,5 +71,6 @@ class _Lines:
         at = count(self._done, self._total)
         line = f"{self._label}: {at}{time_left}  {one_line(self._note)}".rstrip()
         encoding = getattr(self._stream, "encoding", None) or "utf-8"
+        # a log file may be in ASCII: a note with other characters must not end a training
         print(line.encode(encoding, "replace").decode(encoding), file=self._stream, flush=True)
         self._shown, self._news = now, False

@@ -9,6 +9,7 @@ from llavakit import Key, Span
 
 _BLANK = re.compile(r"(?:\s|#[^\n]*)*")
 _PART = re.compile(r"[ \t]*(?:\"((?:[^\"\\\n]|\\.)*)\"|'([^'\n]*)'|([A-Za-z0-9_-]+))[ \t]*")
+# Values are only stepped over: tomllib has read the text before, so that it is valid.
 _VALUE = re.compile(
     r'"""(?:[^\\]|\\.)*?"{3,5}|' + r"'''.*?'{3,5}|"
     r'"(?:[^"\\\n]|\\.)*"|' + r"'[^'\n]*'|[^,\]}#\n]+",
@@ -71,6 +72,8 @@ class _Scanner:
             whole = number == len(parts)
             if array and whole:
                 self._last[path] = self._last.get(path, -1) + 1
+            # a table below an array's newest element: `[steps.data]` belongs to the last
+            # `[[steps]]`
             if path in self._last:
                 self._note(path, begin, end)
                 path = (*path, self._last[path])

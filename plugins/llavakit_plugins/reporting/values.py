@@ -48,6 +48,7 @@ def cells(table: Table) -> tuple[list[bool], list[list[str]]]:
 def _column(values: Sequence[str | float | int | None]) -> list[str]:
     floats = [cell for cell in values if isinstance(cell, float) and math.isfinite(cell)]
     plain = all(cell == 0 or 1e-3 <= abs(cell) < 1000 for cell in floats)
+    # all numbers of a column get as many digits as the one that needs most, so that they line up
     digits = max((len(show(cell).partition(".")[2]) for cell in floats), default=0)
     return [
         f"{cell:.{digits}f}"

@@ -166,6 +166,7 @@ class _Reading:
         use = "siglip" if "siglip" in tower.lower() else "clip"
         if tower and not re.search("clip|siglip", tower.lower()):
             self.say("vision_tower", "taken for a CLIP; `siglip` and `timm` are the other encoders")
+        # the original's scripts give -2; one that forgets the flag trains with the last layer
         layer = self.whole("mm_vision_select_layer", -1)
         if "mm_vision_select_layer" not in self.flags:
             self.remarks.append(
@@ -239,6 +240,7 @@ class _Reading:
     def rates(self) -> dict[str, float]:
         """Return the parts that learn, each with its rate."""
         rate = self.number("learning_rate", 5e-5)
+        # in the original this flag freezes all but the projector, whatever other flags say
         alone = self.yes("tune_mm_mlp_adapter")
         rates: dict[str, float] = {}
         if self.yes("unfreeze_mm_vision_tower") or self.text("tune_type_vision_tower") in (
@@ -292,6 +294,8 @@ class _Reading:
         return {**({"load": load} if load else {}), "changes": changes}
 
     def _how(self) -> dict[str, Any]:
+        # the Trainer counts samples for each device and micro-batch; a recipe counts those of a
+        # step
         batch = self.whole("per_device_train_batch_size", 8)
         batch *= self.whole("gradient_accumulation_steps", 1) * self.devices
         how: dict[str, Any] = {"epochs": self.whole("num_train_epochs", 3), "batch_size": batch}
@@ -373,4 +377,5 @@ def _toml(value: Any) -> str:
         return f"{{ {inner} }}" if inner else "{}"
     if isinstance(value, list):
         return f"[{', '.join(map(_toml, value))}]"
+    # `repr` gives the shortest digits that are read back as the same number
     return repr(value)

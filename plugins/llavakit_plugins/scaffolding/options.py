@@ -52,6 +52,7 @@ def _texts(model: type[BaseModel]) -> dict[str, str]:
         if not (issubclass(base, BaseModel) and base.__module__.partition(".")[0] != "pydantic"):
             continue
         try:
+            # Python keeps no docstring of a field: it is only in the source
             tree = ast.parse(dedent(inspect.getsource(base)))
         except (OSError, TypeError, SyntaxError):  # made without a file
             continue

@@ -104,6 +104,7 @@ def new_package(project: str, kinds: Sequence[str], folder: Path) -> list[Path]:
             made = f"src/{package}/{part.module}.py", "component.py"
         texts[made[0]] = _render(f"{part.kind}/{made[1]}", own_values)
         texts[f"tests/test_{part.module}.py"] = _render(f"{part.kind}/test.py", own_values)
+    # whole or not at all: a package of which half is missing would fail its own tests
     with new_folder(folder) as fresh:
         for target, text in texts.items():
             path = fresh / target
@@ -134,6 +135,8 @@ def _names(project: str) -> tuple[str, str]:
     package, name = project.replace("-", "_"), project.removeprefix("llava-")
     if name[0].isdigit():
         raise PluginError(f"`{name}` begins with a digit; begin the component's name with a letter")
+    # `find_spec` also finds what is installed: a package of the same name would hide it, or be
+    # hidden
     if iskeyword(package) or package in sys.stdlib_module_names or find_spec(package) is not None:
         raise PluginError(
             f"`import {package}` means something else already; name the package llava-{name}"

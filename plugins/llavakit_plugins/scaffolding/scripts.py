@@ -45,6 +45,7 @@ def read_script(path: Path, defined: Mapping[str, str]) -> list[Command]:
     for number, line in _lines(text):
         where = f"{path}, line {number}"
         try:
+            # split before variables are put in: a value with spaces then stays one word
             words = shlex.split(line, comments=True)
         except ValueError as error:
             raise RecipeError(f"{where}: {str(error).lower()}; fix the quotes") from error
@@ -122,6 +123,7 @@ def _flags(words: list[str], where: str) -> dict[str, str]:
             name, _, value = word.removeprefix("--").partition("=")
             name = name.replace("-", "_")
             flags[name] = value or "True"
+        # what is behind them is another command, or where the output goes
         elif word in ("&", "|", ";", "&&", "2>&1", ">"):
             break
         elif not name:
@@ -139,6 +141,7 @@ def _devices(words: list[str]) -> int | None:
         found = re.search(rf"--(?:{'|'.join(names)})[= ](\d+)", line)
         return int(found[1]) if found else None
 
+    # deepspeed's `--include localhost:0,1,2,3` names the devices one by one
     if included := re.search(r"--include[= ]\S*?:([\d,]+)", line):
         return len(included[1].strip(",").split(","))
     each = number("nproc[_-]per[_-]node", "num_gpus", "num_processes")

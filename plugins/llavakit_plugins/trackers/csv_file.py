@@ -42,5 +42,6 @@ class CsvFile(SeriesTracker):
     def _write(self, rows: list[tuple[str, ...]]) -> None:
         text = io.StringIO()
         csv.writer(text, lineterminator="\n").writerows(rows)
+        # opened for each write: what is written is there for others to read, and after a kill
         with explain_write(self._path), self._path.open("a", encoding="utf-8", newline="") as file:
             file.write(text.getvalue())

@@ -54,6 +54,7 @@ class MLflow(SeriesTracker):
         )
         run = self._client.create_run(number, run_name=self.options.name or start.name)
         self._run = run.info.run_id
+        # at once, before parameters are sent: a run that is stopped here goes on as the same one
         write_text(known, f"{self._run}\n")
         for key, value in start.settings.items():
             self._client.log_param(self._run, key, str(value)[:_LONGEST])

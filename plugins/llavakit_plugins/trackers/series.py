@@ -136,6 +136,7 @@ def _numbers(event: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
         if name == "lrs" and isinstance(value, Mapping):
             for part, rate in value.items():
                 yield f"lr_{part}", float(rate)
+        # True is a number in Python, and no measurement
         elif name in ("time", "at") or isinstance(value, bool):
             continue
         elif isinstance(value, int | float):

@@ -34,6 +34,7 @@ class TensorBoard(SeriesTracker):
 
     def start(self, start: Start) -> None:
         self._root, self._settings = start.folder / "tensorboard", start.settings
+        # four spaces make a block of code in Markdown, which TensorBoard's text panel reads
         fenced = "\n".join(f"    {line}" for line in start.recipe.splitlines())
         self._writer("").add_text("recipe", fenced)
 

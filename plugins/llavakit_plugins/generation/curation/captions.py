@@ -32,6 +32,7 @@ def read_captions(path: Path) -> Iterator[CaptionRow]:
     """
     with open_text(path) as file:
         begin = file.read(_FIRST).lstrip()[:1]
+    # by content, as captions are published under all sorts of names
     rows = {b"[": _json_list, b"{": _json_lines}.get(begin, _tab_separated)
     yield from rows(path)
 
@@ -71,6 +72,8 @@ def _tab_separated(path: Path) -> Iterator[CaptionRow]:
                         f"{path}:{number} has no tab; a line is a caption, a tab and a URL, or a "
                         "JSON object"
                     )
+                # CC3M has no ids: the line's number is the only one that everybody with the file
+                # agrees on
                 yield CaptionRow(caption, {"id": str(number), "caption": caption, "url": url})
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 text (behind line {number}); convert it") from error

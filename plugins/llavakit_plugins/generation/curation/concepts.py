@@ -119,6 +119,7 @@ def choose(postings: Postings, *, minimum: int, most: int, seed: int) -> Choice:
     caption_N = postings.caption_N[order_N]
     del order_N
     chosen_C = np.zeros(postings.captions, bool)
+    # phrases that are taken whole need no loop; only the frequent ones are drawn one by one, below
     few_P = (before_P >= minimum) & (before_P <= most)
     chosen_C[caption_N[np.repeat(few_P, before_P)]] = True
     frequent = np.flatnonzero(before_P > max(most, minimum - 1))

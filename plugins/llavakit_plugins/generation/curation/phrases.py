@@ -46,6 +46,7 @@ def light_phrases(caption: str) -> list[str]:
         elif word in _SMALL or not word[0].isalpha():
             _close(phrase, found)
             opened = False
+        # behind a determiner or modifier such a word is an adjective: `a parked car`
         elif not opened and (word in _VERBS or _bent(word)):
             _close(phrase, found)
         else:
@@ -110,6 +111,7 @@ def hash_block(job: tuple[str, Sequence[str]]) -> tuple[bytes, bytes]:
     """
     counts, hashes = array("H"), array("Q")
     for phrases in phrases_of(*job):
+        # the count has 16 bits; no caption comes near it
         few = phrases[:65535]
         counts.append(len(few))
         hashes.extend(map(hash_phrase, few))

@@ -22,6 +22,7 @@ def counts_all(chat: ChatModel, messages: Sequence[Message]) -> bool:
 
 def most_of(chat: ChatModel, messages: Sequence[Message]) -> float:
     """Return the most that a request may cost, in USD. Raises ChatError where that is not known."""
+    # the longest reply that is allowed: services charge by the reply that they wrote
     most = chat.price(chat.count(messages), chat.reply_limit or 0)
     stated = "`price = { input = ..., output = ... }` in USD for a million tokens"
     if most is not None and not counts_all(chat, messages):

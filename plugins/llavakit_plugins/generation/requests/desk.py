@@ -175,9 +175,8 @@ class Desk:
                 self._in_flight[record.key] = task
                 task.add_done_callback(lambda _: self._in_flight.pop(record.key, None))
             try:
-                await asyncio.shield(
-                    task
-                )  # another waiter may still need it if this one is cancelled
+                # another waiter may still need it if this one is cancelled
+                await asyncio.shield(task)
             except ReplyError:
                 raise
             except Exception as error:
@@ -216,7 +215,7 @@ class AtDesk(ChatModel):
     async def reply(self, messages: Sequence[Message], draw: int = 0) -> Reply:
         if not self._desk.open:
             return await self.inner.reply(messages, draw)
-        if self._desk.at_once:  # in the order that tasks begin in: all of them are heard
+        if self._desk.at_once:  # at once, so that the order of tasks decides their draws
             return self._desk.ask(self.inner, messages, draw)
         return await asyncio.to_thread(self._desk.ask, self.inner, messages, draw)
 

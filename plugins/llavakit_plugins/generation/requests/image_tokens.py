@@ -57,6 +57,7 @@ def _tiles(width: int, height: int) -> int:
     """Return how many squares cover the image that is seen: it is made smaller, never larger."""
     scale = min(1.0, _FITS / max(width, height))
     scale *= min(1.0, _SHORT / (scale * min(width, height)))
+    # rounded first: 512.0000001 of floating point would count as one square more
     across, down = (math.ceil(round(side * scale, 6) / _TILE) for side in (width, height))
     return across * down
 
@@ -68,6 +69,7 @@ def _patches(width: int, height: int) -> int:
         return across * down
     scale = math.sqrt(_PATCH**2 * _MOST_PATCHES / (width * height))
     wide, high = width * scale / _PATCH, height * scale / _PATCH
+    # the page's second step: a whole number of patches along the side that is cut most
     scale *= min(math.floor(wide) / wide, math.floor(high) / high)
     across, down = (math.ceil(round(side * scale / _PATCH, 6)) for side in (width, height))
     return min(across * down, _MOST_PATCHES)

@@ -134,6 +134,8 @@ class Ledger:
         """USD for all replies whose price is known."""
         self.input_tokens = self.output_tokens = 0
         self._priced = False
+        # 16 bytes for a key and no text: a ledger of a million replies then takes some 200 MB of
+        # memory
         self._offsets: dict[bytes, int] = {}
         self._waiting: list[tuple[Entry, asyncio.Future[None]]] = []
         self._writer: asyncio.Task[None] | None = None
@@ -142,6 +144,7 @@ class Ledger:
         try:
             for start, entry in self._entries():
                 self._note(entry, start)
+            # replies of another model or of other settings would not be those of this recipe
             named = {identity} if isinstance(identity, str) else identity or ()
             mine = set(map(short_hash, named))
             for other in self.earlier:

@@ -44,6 +44,7 @@ class PriceList:
 
 def find_version(names: Iterable[str], model: str) -> str | None:
     """Return the name among `names` that a model has, or that it is a dated version of."""
+    # the longest, as `gpt-4o-mini` begins with `gpt-4o`
     return max((name for name in names if _is_version(model, name)), key=len, default=None)
 
 

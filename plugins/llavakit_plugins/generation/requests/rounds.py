@@ -68,7 +68,7 @@ class Invented(Round):
     """Whether it is known what all images of the requests count as."""
     requests: int = 0
     left: int = MOST
-    """Requests that the conversation may still have: it may ask until it is pleased."""
+    """Requests that the conversation may still have: it may ask again until a reply suits it."""
 
     def reply(self, chat: ChatModel, request: Request) -> Reply:
         if self.left <= 0:

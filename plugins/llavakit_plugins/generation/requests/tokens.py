@@ -75,6 +75,7 @@ def _available(name: str) -> bool:
 
     tiktoken looks into the cache before it downloads, and checks the file's SHA-256 itself.
     """
+    # tiktoken names a file in its cache by the SHA-1 of this address
     url = f"https://openaipublic.blob.core.windows.net/encodings/{name}.tiktoken"
     folder = os.environ.get("TIKTOKEN_CACHE_DIR") or Path(gettempdir()) / "data-gym-cache"
     path = Path(folder) / sha1(url.encode()).hexdigest()

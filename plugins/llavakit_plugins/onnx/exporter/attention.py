@@ -122,6 +122,7 @@ class Trace:
         value = torch.cat((self.past[layer][1], v_BGTK), dim=2)
         self.present[layer] = (key, value)
         bias_B1TL = self._bias(q_BHTK.shape[2], window, q_BHTK.dtype)
+        # plain ONNX has no grouped heads: each key-value head is repeated for its queries
         repeat = q_BHTK.shape[1] // key.shape[1]
         if repeat > 1:
             key, value = (x.repeat_interleave(repeat, dim=1) for x in (key, value))

@@ -76,6 +76,8 @@ def write_client_files(
             "image_token": IMAGE,
             "clean_up_tokenization_spaces": clean_up,
             "model_max_length": model.language.max_length,
+            # generation in batches reads the last row of each prompt, which padding on the right
+            # would hide
             "padding_side": "left",
             "chat_template": template,
         },
@@ -97,6 +99,7 @@ def client_tokenizer(
     if not form.adds_bos:  # the template writes `<s>`; a client would then write it twice
         table["post_processor"] = _without_specials(table["post_processor"])
     backend: Tokenizer = Tokenizer.from_str(json.dumps(table))
+    # not normalised: a normaliser could change the text of the mark, and it would not be found
     backend.add_special_tokens([AddedToken(IMAGE, special=True, normalized=False)])
     image_token = backend.token_to_id(IMAGE)
     assert image_token is not None  # it was added
@@ -188,6 +191,7 @@ def _config(
     )
     shape |= {"image_size": model.vision.image_size, "hidden_size": model.vision.width}
     for table in (text, shape):
+        # they tell of the parts' own files, and clients would take them for those of this folder
         for name in ("_name_or_path", "transformers_version", "architectures", "dtype"):
             table.pop(name, None)
     clients: dict[str, Any] = {"dtype": dict.fromkeys(GRAPHS, precisions[0])}

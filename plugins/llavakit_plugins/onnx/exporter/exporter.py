@@ -175,6 +175,7 @@ class Onnx(Exporter):
                 for left in partial.glob(f"{graph_file(graph, 'fp32')}*"):
                     left.unlink()
         files = sorted(file for file in partial.rglob("*") if file.is_file())
+        # of all files, but for the report itself, which holds the sums
         report["sha256"] = {file.relative_to(partial).as_posix(): digest(file) for file in files}
         text = json.dumps(report, indent=2, ensure_ascii=False)
         (partial / REPORT).write_text(f"{text}\n", encoding="utf-8")

@@ -19,6 +19,7 @@ _MICROSOFT = "com.microsoft"
 
 def fuse(model: ir.Model, longest: int) -> None:
     """Rewrite a decoder in place; `longest` is the longest sequence in tokens that it will read."""
+    # first: equal cosines and sines become one value, by which rotations are recognised
     CommonSubexpressionEliminationPass()(model)
     merge_products(model.graph)
     join_residuals(model.graph)
@@ -92,6 +93,7 @@ def join_residuals(graph: ir.Graph) -> None:
         if total is None or addition is None or addition.op_type != "Add":
             continue
         left, right = addition.inputs
+        # an addition of a constant is a bias and no residual
         if left is None or right is None or left.const_value or right.const_value:
             continue
         epsilon = norm.attributes["epsilon"].as_float()

@@ -82,6 +82,7 @@ def trace_vision(model: LlavaModel) -> ir.Model:
     Raises ModelError, which names encoder or connector, if one of them cannot be traced.
     """
     size = model.vision.image_size
+    # two images: torch.export would take a number of 1 for a constant
     pixels = (torch.zeros(2, 3, size, size),)
     batch = torch.export.Dim("images")
 

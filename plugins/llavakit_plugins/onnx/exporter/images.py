@@ -33,6 +33,7 @@ def find_preparation(vision: VisionEncoder) -> Preparation:
     std = 1.0 / (white - black)
     mean = -black * std
     known = _rounded(mean), _rounded(std)
+    # one wide and one high image: a crop, a padding and a filter all show in them
     tries = sample_images()
     expected = [vision.prepare(image).float().numpy() for image in tries]
     for candidate in _candidates(size, *known):

@@ -66,6 +66,8 @@ def _dynamic(model: onnx.ModelProto) -> onnx.ModelProto:
             source,
             target,
             op_types_to_quantize=["MatMul"],
+            # a scale for each column: with one for the whole matrix, a few large weights cost all
+            # others bits
             per_channel=True,
             weight_type=QuantType.QInt8,
             use_external_data_format=True,
@@ -89,6 +91,7 @@ def _blocks(graph: str, model: onnx.ModelProto, bits: int, block: int | None) ->
 
         settings = DefaultWeightOnlyQuantConfig(
             block_size=block or _fitting(model, _BLOCK[bits]),
+            # 4 bits have 16 levels: a zero point of its own for each block uses all of them
             is_symmetric=bits == 8,
             accuracy_level=_FLOAT32 if graph == VISION else _INT8,
             bits=bits,

@@ -236,6 +236,8 @@ class OnnxModel(Answering[FloatArray]):
         room = self._check_room(lengths, sampling.max_new_tokens)
         ends = special_stops(self.tokenizer, sampling.stop) | self.end_ids
         unfinished = Unfinished(self.tokenizer, ends, sampling.stop, [room[i] for i in each])
+        # the whole cache is allocated at the start: the operator writes into it and cannot make it
+        # longer
         capacity = max(n + m for n, m in zip(lengths, room, strict=True))
         decoder, steps = self.decoder.again(), -1
         try:
@@ -262,6 +264,7 @@ class OnnxModel(Answering[FloatArray]):
                 steps += 1
         finally:  # also where nobody asks for the rest
             if found is not None and sampling.n == 1 and steps >= 0:
+                # copied, because the rest of the buffer would stay in memory with it
                 kept = [value[:, :, : lengths[0] + steps].copy() for value in decoder.held()]
                 found.keep(kept, sum(value.nbytes for value in kept), written[0].ids[:steps])
             decoder.release()

@@ -226,6 +226,7 @@ class Decoder:
         if self._binding is not None:
             return self._binding
         binding = self.session.io_binding()
+        # sampling runs in numpy, so that logits are needed there; the cache stays on the device
         binding.bind_output("logits", "cpu")
         for past, present, value in zip(self._past, self._present, self._cache, strict=True):
             binding.bind_ortvalue_input(past, value)
