@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -71,6 +72,9 @@ def _serve(arguments: argparse.Namespace) -> int:
         raise LlavaError(
             f"serving needs {' and '.join(missing)}; install with `pip install 'llavakit[serve]'`"
         )
+    # A thread that waits for others must not hold its core: the event loop needs it, and a step of
+    # a small model takes a hundred times as long where they fight. Read when torch is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     from llavakit_plugins.serving.guard import Guard, is_loopback, read_keys
     from llavakit_plugins.serving.limits import Limits
     from llavakit_plugins.serving.server import Serving, listen, run

@@ -166,6 +166,7 @@ class Scheduler:
         self._admit()
         if self._reading:
             self._read()
+            self._flush()  # first tokens do not wait for the second
         if self._writing:
             self._write()
 
