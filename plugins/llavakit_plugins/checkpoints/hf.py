@@ -112,6 +112,7 @@ class Hf(Exporter):
         tokenizer, image_token, rows = with_image_token(
             model.language.tokenizer, model.language.head.out_features
         )
+        # `<image>` needs an id of its own there, and so a row in the table, which is never read
         state = with_rows(state, (embedding_name(text_model.model), "lm_head.weight"), rows)
         tensors = {f"language_model.{name}": value for name, value in state.items()}
         for name, value in tower_state(vision.model).items():

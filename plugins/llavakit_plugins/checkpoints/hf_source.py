@@ -82,6 +82,7 @@ def read_hf(
     text_table = _with_defaults(
         config["text_config"], "llama", f"{folder}: config.json, `text_config`"
     )
+    # some versions note a tied head in the outer table alone
     if config.get("tie_word_embeddings") and "lm_head.weight" not in states["language"]:
         text_table["tie_word_embeddings"] = True
     vision_use, vision = make_vision(
@@ -166,6 +167,7 @@ def _layer(config: Mapping[str, Any], folder: Path) -> int | Sequence[int]:
 
 def _select(config: Mapping[str, Any], vision: Mapping[str, Any], folder: Path) -> str:
     strategy = config.get("vision_feature_select_strategy", "default")
+    # SigLIP has no class token
     classed = not str(vision["model_type"]).startswith("siglip")
     if strategy == "default" and not classed:
         raise ModelError(
@@ -218,6 +220,8 @@ def _projector(config: Mapping[str, Any], state: State, folder: Path) -> list[La
         )
     if _is_identity(second):
         return [] if _is_identity(first) else [first]
+    # two linear layers without an activation are one; multiplied in float64, so that only one
+    # rounding remains
     product = (second.weight.double() @ first.weight.double()).to(first.weight.dtype)
     shifted = second.weight.double() @ first.bias.double() + second.bias.double()
     return [Layer(product, shifted.to(first.bias.dtype))]

@@ -139,6 +139,7 @@ class Original(Exporter):
             (partial / FOLDER).mkdir()
             model.vision.save(partial / FOLDER)
             rename_tower(model.vision.model, partial / FOLDER)
+            # read back by our own reader first, and then, below, as others read it
             self.load(partial, device=model.device, dtype=None, vision=partial / FOLDER)
             reader = OriginalReader(partial, partial / FOLDER, model)
             return {"files": files, **prove(model, reader, folder)}
@@ -242,6 +243,7 @@ def _projector(model: LlavaModel) -> tuple[str, dict[str, torch.Tensor]]:
         return "linear", {prefix + "weight": layers[0].weight, prefix + "bias": layers[0].bias}
     tensors = {}
     for number, layer in enumerate(layers):
+        # the odd numbers of nn.Sequential are the GELUs
         tensors[f"{prefix}{2 * number}.weight"] = layer.weight
         tensors[f"{prefix}{2 * number}.bias"] = layer.bias
     return f"mlp{len(layers)}x_gelu", tensors

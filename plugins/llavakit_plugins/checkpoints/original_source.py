@@ -103,6 +103,7 @@ def read_original(
     config = _config(folder)
     pieces = _Pieces.of(folder, base, dtype, shapes=shapes)
     text_table = _text_table(config, folder)
+    # a projector's or adapter's folder may have no tokenizer: then it is that of the base
     source = folder if pieces.base is None or has_tokenizer(folder) else pieces.base
     tokenizer = read_tokenizer(source, str(text_table["model_type"]))
     tokenizer.add_tokens(_added(config), special_tokens=True)
@@ -237,6 +238,8 @@ class _Pieces:
                 f"{folder} holds a delta, what LLaVA's weights add to a LLaMA's; give the folder "
                 "of that LLaMA, in Hugging Face's layout, as --base DIR"
             )
+        # read again without a dtype: a difference that is rounded first would not give the exact
+        # sum
         exact = _Pieces(base)
         weights = Weights.within(folder)
         assert weights is not None
@@ -246,6 +249,7 @@ class _Pieces:
 
     def _sort(self, weights: Mapping[str, Tensor]) -> None:
         for name in weights:
+            # peft puts this in front of every name that it saves
             key = re.sub(r"^base_model\.model\.", "", name)
             part, rest = self.language, key
             if match := re.match(r"^(?:model\.)?mm_projector\.", key):
@@ -294,6 +298,7 @@ def _widened(pieces: _Pieces, tokens: int, vocabulary: int) -> dict[str, Tensor]
     state = pieces.language
     trained = pieces.rows
     sizes = [len(state[name]) for name in (EMBEDDING, HEAD) if name in state]
+    # a base knows nothing of tokens that were added later; a whole model has its rows already
     if pieces.base is not None:
         sizes += [tokens, vocabulary]
     state = with_rows(state, (EMBEDDING, HEAD), max(sizes, default=0))
@@ -372,6 +377,7 @@ def _betrayed(
     chat = tokenizer.chat_template
     if _TEXT_TYPES.get(str(config.get("model_type"))) == "mistral":
         return "mistral_instruct", "the original asks its Mistral models so"
+    # v0 alone was trained with a token of its own for padding; later versions pad with `<unk>`
     if "[PAD]" in tokenizer.get_added_vocab():
         return "llava_v0", "the tokenizer has the token [PAD], which training with it adds"
     if isinstance(chat, str) and "[INST]" in chat:

@@ -75,6 +75,7 @@ def find_tower(
 def _find_folder(folder: Path, name: Any, *, weights: bool) -> Path | None:
     """Return the folder of a vision tower: beside the checkpoint, within it, or from the hub."""
     names = [Path(name)] if isinstance(name, str) and name else []
+    # `folder / path` is the path itself where that is absolute
     for tower_folder in (*(folder / path for path in names), folder / FOLDER):
         if (tower_folder / "config.json").is_file() and tower_folder != folder:
             return tower_folder
@@ -121,6 +122,8 @@ def _aspect(config: Mapping[str, Any], folder: Path, pixels: Pixels) -> Any:
     if aspect == "pad":
         return "pad"
     if aspect == "square" or re.fullmatch(r"anyres(_max_\d+)?", str(aspect)):
+        # the original's "square" leaves the image to the tower's own processor, which may crop or
+        # squash
         return "crop" if pixels.aspect == "pad" else pixels.aspect
     raise ModelError(
         f"{folder}: `image_aspect_ratio` is {aspect!r}; square, pad and anyres can be read"

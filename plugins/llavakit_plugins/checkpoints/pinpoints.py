@@ -53,6 +53,7 @@ def _listed(points: Any, edge: int) -> Any:
     """Return pinpoints as pairs; the original also writes them as a text, in pixels or in tiles."""
     if not isinstance(points, str):
         return points
+    # a range of grids, as LLaVA-OneVision's scripts write it
     ends = [tuple(map(int, pair)) for pair in re.findall(r"\((\d+)x(\d+)\)", points)]
     if len(ends) >= 2:  # "(1x1),...,(6x6)"
         (left, top), (right, bottom) = ends[0], ends[-1]

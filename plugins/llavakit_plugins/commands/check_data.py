@@ -76,6 +76,7 @@ def _check_data(arguments: argparse.Namespace) -> int:
     flags = {key: str(path) for key, path in paths.items() if path is not None}
     named = arguments.dataset or reader_of(flags.get("path", ""))
     reader = registry.get(Dataset, named)
+    # a name on the hub is no path; everything else has to be there
     for path in filter(None, paths.values()):
         if not path.exists() and (named != "huggingface" or path is arguments.images):
             raise DataError(f"{path} does not exist; check its spelling")
@@ -117,6 +118,7 @@ def _check_data(arguments: argparse.Namespace) -> int:
     else:
         from rich.console import Console
 
+        # no line breaks within a path, so that it can be copied
         Console(soft_wrap=True).print(*_render(report), sep="\n")
     if report.usable:
         return 0

@@ -82,6 +82,7 @@ def ask(
                 indices, texts = next(answered)
                 file.append([questions[index] for index in indices], texts)
                 asked += len(indices)
+                # what the others have done is estimated by this process's own share
                 done = len(questions) - left + min(left, asked * group.size)
                 progress(done, len(questions), note)
             look = group.size == 1 or turn % _LOOK == _LOOK - 1
@@ -139,6 +140,7 @@ def _batches(model: Any, questions: Sequence[Question], size: int) -> list[Batch
             f"with its images, question {listed(long)} leaves no room for an answer: the language "
             f"model reads at most {most} tokens; shorten it or leave it out"
         )
+    # `sorted` is stable: questions of one length keep their order, in every attempt
     order = sorted(range(len(questions)), key=lengths.__getitem__)
     return [order[begin : begin + size] for begin in range(0, len(order), size)]
 
@@ -187,6 +189,7 @@ def _gone_on(
     begun: dict[int, str] = {}
     for number, (question, answer) in enumerate(zip(questions, answers, strict=True)):
         if question.then and question.then not in answer and room is not None:
+            # the text of the original's second step: the reasons, and then ` ###\nANSWER:`
             start = f" {answer}".rstrip() + f" {question.then}"
             if room.taken(question, begun=start) < room.most:
                 begun[number] = start

@@ -40,6 +40,7 @@ class JudgeSettings:
     def within(cls, run: Run, concurrency: int) -> Self:
         """Return the settings for `run`, whose folder (below a step's) keeps the replies."""
         folder, step = run.directory, run.directory.parent
+        # where a run puts steps aside whose recipe has changed: their replies are paid for
         found = (step.parent / "superseded").glob(f"{step.name}.*/{folder.name}/{_LEDGER}")
         return cls(concurrency, folder / _LEDGER, sorted(found), run.progress, run.stopping)
 

@@ -25,7 +25,7 @@ class OnnxBatch:
         self._model, self._chunk = model, chunk
         self._writer = SharedDecoder.beside(model.decoder)
         shapes = model.manifest.shapes
-        # keys and values, in float32 (4 bytes), which the exported graphs keep them in
+        # keys and values, of 4 bytes each; a cache of fp16 takes half of that
         each = 2 * shapes.layers * shapes.kv_heads * shapes.head_dim * 4
         self._rows = cache_rows or max(shapes.max_length, int(_SHARE * free_memory() / each))
 

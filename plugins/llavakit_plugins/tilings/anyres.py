@@ -82,6 +82,7 @@ class Anyres(Tiling):
         super().__init__(options)
         self.separates = options.newline
         most = options.max_tiles
+        # 1x1 where none is small enough: an image has at least its own view as a tile
         self._grids: tuple[Grid, ...] = tuple(
             grid for grid in options.grids if most is None or grid[0] * grid[1] <= most
         ) or ((1, 1),)
@@ -131,6 +132,8 @@ class Anyres(Tiling):
         """Return the tiles' embeddings, interpolated where they are too many."""
         cap, (height, width) = self.options.cap, lines_HW.shape
         if cap is not None:
+            # one factor for both edges keeps the proportions; rounded down, as in LLaVA-OneVision's
+            # code
             ratio = sqrt(height * width / (cap * edge**2))
             if ratio > _ABOVE:
                 return interpolated(lines_HW, int(height // ratio), int(width // ratio))

@@ -59,6 +59,7 @@ def best_grid(shown: Shown, grids: tuple[Grid, ...], size: int) -> Grid:
     def merit(grid: Grid) -> tuple[int, int]:
         rows, columns = grid
         scale = min(columns * size / shown.width, rows * size / shown.height)
+        # pixels that an enlarged image gains show nothing new, and do not count
         kept = int(shown.width * scale) * int(shown.height * scale)
         return min(kept, shown.width * shown.height), -rows * columns
 
@@ -70,6 +71,7 @@ def fitted(image: Image.Image, grid: Grid, size: int, how: Filter) -> Image.Imag
     height, width = grid[0] * size, grid[1] * size
     across, down = width / image.width, height / image.height
     if across < down:
+        # rounded up, as in the original's `resize_and_pad_image`
         new = (width, min(ceil(image.height * across), height))
     else:
         new = (min(ceil(image.width * down), width), height)
@@ -92,6 +94,8 @@ def without_padding(index_HW: IntArray, shown: Shown) -> IntArray:
     """
     height, width = index_HW.shape
     if shown.width / shown.height > width / height:
+        # rounded at seven digits before it is cut, as in transformers: 24 may come out as
+        # 23.999999999
         seen = int(round(shown.height * (width / shown.width), 7))
         cut = (height - seen) // 2
         return index_HW[cut : height - cut]

@@ -65,6 +65,7 @@ def read_pixels(folder: Path, edge: int | list[int], usual: Pixels) -> Pixels | 
     # a missing key means the default of the named processor: CLIP's and LLaVA's crop
     crops = table.get("do_center_crop", kind.startswith(("CLIP", "Llava")))
     size, crop = _edges(table.get("size")), _edges(table.get("crop_size"))
+    # what the encoder gets at the end: a crop of the resized image, or the resized image itself
     final = (crop if crops else size) or {edge}
     if final != {edge} or (crops and size not in (None, {edge})):
         raise ModelError(

@@ -34,5 +34,6 @@ class Siglip(TransformersEncoder):
         return SiglipVisionModel
 
     def embed(self, pixels_BCHW: Tensor) -> Tensor:
+        # no norm in front of the layers, unlike CLIP
         hidden_BPD: Tensor = self.inner.embeddings(pixels_BCHW)
         return hidden_BPD

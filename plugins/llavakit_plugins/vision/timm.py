@@ -57,6 +57,7 @@ class Timm(VisionTransformer):
         self._require_patches(options)
         self.prefix_tokens = self.model.num_prefix_tokens
         self.choose(options, len(self.model.blocks))
+        # timm's `forward_intermediates` begins with the first block's output
         if 0 in self.depths:
             raise ModelError(
                 "vision encoder `timm` cannot give the embedding; `layer` must name a block: "

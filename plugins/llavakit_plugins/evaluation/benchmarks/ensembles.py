@@ -62,6 +62,7 @@ def judge_messages(problem: Problem, ours: str, second: str) -> tuple[Message, .
 
     The judge gets no image, as in the paper.
     """
+    # the question part alone: lecture and solution would tell the judge the answer
     question = question_text(problem, "QCM-A").replace(IMAGE, "").strip()
     parts = {"Question": question, "First assistant": ours, "Second assistant": second}
     text = "\n\n".join(f"{name}:\n{said.strip() or '(no answer)'}" for name, said in parts.items())
