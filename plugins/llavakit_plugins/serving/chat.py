@@ -80,8 +80,7 @@ class Chat:
             self._scheduler.submit(job)
         except Full:
             raise self._full() from None
-        if prepared.prompt.pixels is not None:
-            self._metrics.count("images_total", len(prepared.prompt.pixels))
+        self._metrics.count("images_total", prepared.prompt.encoded.image_count)
         # while the model writes nothing is sent, and a client that has gone would not be noticed
         # otherwise
         watching = asyncio.create_task(left(receive))

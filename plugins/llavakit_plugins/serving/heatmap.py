@@ -31,6 +31,8 @@ def has_heatmaps(model: Any) -> bool:
     """Say whether a model's answers can be asked where they looked."""
     if not isinstance(model, LlavaModel):
         return False
+    if model.tiling is not None:  # then it depends on the images
+        return True
     try:
         grid_edge(model)
     except ModelError:
@@ -55,7 +57,9 @@ class Heatmap:
     async def __call__(self, scope: Scope, receive: Receive, answer: Answer) -> None:
         loop = asyncio.get_running_loop()
         async with self._bodies.read(scope, receive) as body:
-            prompt, ids, regions = await loop.run_in_executor(self._pool, self._prepare, body)
+            prompt, ids, regions, sizes = await loop.run_in_executor(
+                self._pool, self._prepare, body
+            )
         try:
             found = await asyncio.wrap_future(
                 # the model belongs to the scheduler's thread: no other may use it at the same time
@@ -65,9 +69,10 @@ class Heatmap:
             )
         except LlavaError as error:
             raise RequestError(400, str(error)) from error
-        await answer.whole(200, encode(_table(found, regions)))
+        await answer.whole(200, encode(_table(found, sizes if found.whole else regions)))
 
-    def _prepare(self, body: bytes) -> tuple[Prompt, list[int], list[Region]]:
+    def _prepare(self, body: bytes) -> tuple[Prompt, list[int], list[Region], list[Region]]:
+        """Return what is read, and the parts of the images seen without a tiling, and with."""
         request = read_body(HeatmapRequest, body)
         sample, encoded, length = self._preparer.conversation(request.messages)
         if not sample.images:
@@ -88,10 +93,11 @@ class Heatmap:
                                  f"{self._model.language.max_length} tokens")  # fmt: skip
             opened = [open_image(image, "the request") for image in sample.images]
             regions = [seen_region(self._model.vision, image.size) for image in opened]
+            sizes = [(0.0, 0.0, float(image.width), float(image.height)) for image in opened]
             pixels = self._model.prepare(sample.images, "the request")
         except LlavaError as error:
             raise refused(error) from error
-        return Prompt(encoded, pixels, length, 0), ids, regions
+        return Prompt(encoded, pixels, length, 0), ids, regions, sizes
 
 
 def _table(maps: AttentionMaps, regions: list[Region]) -> dict[str, Any]:

@@ -9,9 +9,19 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.plugins.serving.conftest import Running, asks, data_url, picture, request, serving
+from tests.conftest import VISION, make_tokenizer
+from tests.plugins.serving.conftest import (
+    LIVELY,
+    Running,
+    asks,
+    data_url,
+    picture,
+    request,
+    serving,
+)
 
-from llavakit import LlavaModel, Registry
+from llavakit import LlavaModel, ModelRecipe, Registry
+from llavakit.model.folder import create_model
 from llavakit_plugins.heatmaps.attention_maps import map_answer
 from llavakit_plugins.heatmaps.drawing import seen_region
 
@@ -260,3 +270,25 @@ def test_heat_maps_are_those_of_the_answer(running: Running) -> None:
     for wrong in ({"messages": asks(QUESTION), "answer": "x"}, {"messages": asked, "answer": ""},
                   {"messages": asked}, {"messages": asked, "answer": "red " * 600}):  # fmt: skip
         assert running.send("/v1/heatmaps", wrong)[0] == 400
+
+
+def test_a_model_with_tiles() -> None:
+    parts = {
+        "vision": {"use": "clip", "config": VISION},
+        "connector": {"use": "mlp"},
+        "language": {"use": "vicuna", "config": {**LIVELY, "max_position_embeddings": 1024}},
+        "template": {"use": "vicuna_v1", "system": ""},
+        "tiling": {"use": "anyres"},
+    }
+    model = create_model(ModelRecipe.model_validate(parts), Registry.installed(), seed=0).eval()
+    model.language.tokenizer = make_tokenizer()
+    messages = asks(QUESTION, picture(1, (70, 40)), picture(2, (30, 90)))
+    expected = model.generate(messages, max_new_tokens=12)
+    with serving(model, chunk=40) as server:
+        status, body = server.chat(messages=messages, max_tokens=12)
+        assert status == 200, body
+        assert body["choices"][0]["message"]["content"] == expected
+        asked = {"messages": messages, "answer": "it is red ."}
+        status, _, data = server.send("/v1/heatmaps", asked)
+        assert status == 200, data
+        assert json.loads(data)["regions"] == [[0, 0, 70, 40], [0, 0, 30, 90]]
