@@ -171,15 +171,19 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("block", of("python"), ids=str)
-def test_code_runs(block: Block, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    program = compile(block.text, str(block), "exec")
-    if block.marked:
-        return
+CODE = {page: [block for block in of("python") if block.page == page] for page in PAGES}
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if CODE[page]], ids=lambda page: page.name)
+def test_code_runs(page: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The blocks of a page, one after another: what one makes, those behind it know."""
     monkeypatch.chdir(place)
     module = ModuleType("page")
     module.__dict__.update({name: getattr(llavakit, name) for name in llavakit.__all__})
-    exec(program, module.__dict__)
+    for block in CODE[page]:
+        program = compile(block.text, str(block), "exec")
+        if not block.marked:
+            exec(program, module.__dict__)
 
 
 def test_extras_and_targets_that_pages_name_are_there() -> None:
