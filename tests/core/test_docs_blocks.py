@@ -203,3 +203,10 @@ def test_links_to_files_lead_somewhere() -> None:
             path = unquote(link.partition("#")[0])
             if path and "://" not in path:
                 assert (page.parent / path).exists(), f"{page.name}: {link}"
+
+
+def test_the_reference_has_every_contract() -> None:
+    shown = (ROOT / "docs" / "api.rst").read_text(encoding="utf-8")
+    folder = ROOT / "core" / "llavakit" / "contracts"
+    for module in sorted(folder.glob("[a-z]*.py")):
+        assert f"automodule:: llavakit.contracts.{module.stem}\n" in shown
