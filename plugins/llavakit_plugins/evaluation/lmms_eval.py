@@ -43,7 +43,6 @@ class Llavakit(lmms):  # type: ignore[misc]
         **unknown: Any,
     ) -> None:
         super().__init__()
-        # lmms-eval passes arguments of its own, with None for those that nobody stated
         strange = [name for name, value in unknown.items() if value is not None]
         if strange:
             raise ModelError(

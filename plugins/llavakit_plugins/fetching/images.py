@@ -15,8 +15,9 @@ import socket
 import ssl
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
+from threading import Timer
 from typing import Any
 from urllib.parse import SplitResult, urljoin, urlsplit
 
@@ -94,8 +95,9 @@ class ImageFetcher:
         """Return the content, or the address that it has moved to."""
         host, port = str(parts.hostname), _PORTS[parts.scheme]
         connection = http.client.HTTPConnection(host, port)
-        with closing(connection):
+        with closing(connection), ExitStack() as stack:
             plain = self._connect(self._resolve(host, port), port, _left(deadline))
+            stack.enter_context(_shut_at(deadline, plain))
             secure = parts.scheme == "https"
             connection.sock = self._secured(plain, host) if secure else plain
             path = f"{parts.path or '/'}{'?' if parts.query else ''}{parts.query}"
@@ -104,6 +106,7 @@ class ImageFetcher:
             connection.request("GET", path, headers=headers)
             sock = connection.sock  # the connection may give it up to the response
             answer = connection.getresponse()
+            _left(deadline)  # headers that were cut look as if they had ended
             if answer.status in _REDIRECTS and (moved := answer.getheader("Location")):
                 return moved
             if answer.status != http.client.OK:
@@ -158,6 +161,29 @@ def is_public(ip: str) -> bool:
             return False
     # `is_global` alone is true for multicast addresses
     return address.is_global and not address.is_multicast
+
+
+@contextmanager
+def _shut_at(deadline: float, plain: socket.socket) -> Iterator[None]:
+    """Shut the connection down at the deadline, if the block has not ended.
+
+    A socket's own timeout begins anew with each byte, so that a server could send headers for ever.
+    """
+    # a second handle: TLS takes the first one over
+    watched = plain.dup()
+    timer = Timer(max(0.0, deadline - time.monotonic()), _shut, (watched,))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        watched.close()
+
+
+def _shut(watched: socket.socket) -> None:
+    with suppress(OSError):  # it has ended by itself
+        watched.shutdown(socket.SHUT_RDWR)
 
 
 def _left(deadline: float) -> float:

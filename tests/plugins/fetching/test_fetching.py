@@ -188,10 +188,20 @@ def test_a_server_that_is_slow_is_left(site: Site) -> None:
                 return
             time.sleep(0.05)
 
+    def drip(handler: BaseHTTPRequestHandler) -> None:
+        handler.wfile.write(b"HTTP/1.1 200 OK\r\nX-Slow: ")
+        for _ in range(2000):  # each byte comes in time, and the header never ends
+            try:
+                handler.wfile.write(b"x")
+            except OSError:
+                return
+            time.sleep(0.05)
+
     site.actions["/trickle"] = trickle
+    site.actions["/drip"] = drip
     site.actions["/hang"] = lambda handler: time.sleep(2)
     fetch = Here(["example.org"], site=site, seconds=0.4)
-    for path in ("trickle", "hang"):
+    for path in ("trickle", "drip", "hang"):
         begun = time.monotonic()
         with pytest.raises(DataError, match="cannot be fetched"):
             fetch(f"http://example.org/{path}")
