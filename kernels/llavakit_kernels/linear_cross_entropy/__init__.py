@@ -103,8 +103,8 @@ def linear_cross_entropy(
             require(reason is None, f'impl="liger" cannot serve here: {reason}; use impl="auto"')
             loss = liger.loss_sum(hidden, weight, bias, targets.long(), ignore_index)
         else:
-            # any valid class does: these rows have the weight 0, but their loss is read before it
-            # is multiplied
+            # any valid class does: these rows have the weight 0,
+            # but their loss is read before it is multiplied
             targets = targets.long().where(counts, 0)
             loss = _chunked(hidden, weight, bias, targets, row_weights, chunk_rows)
     return loss if reduction == "sum" else loss / row_weights.sum()

@@ -64,8 +64,8 @@ class OpenAIBatches(BatchService):
             "input_file_id": _id(file.id),
             "endpoint": "/v1/chat/completions",
             "completion_window": "24h",
-            # after a crash the batch is found again by this mark, although its id was never written
-            # down
+            # after a crash the batch is found again by this mark,
+            # although its id was never written down
             "metadata": {_MARK: mark},
         }
         batch = await self._call(lambda: client.post("/batches", cast_to=object, body=table))

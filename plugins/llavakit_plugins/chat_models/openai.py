@@ -194,8 +194,8 @@ class OpenAI(ChatModel):
         except Withheld:
             return Reply("", "content_filter", self.options.model, 0, 0, 0.0)
         except Refused as refused:
-            # sent again at most once: `learn` takes the other name only where it has not done so
-            # before
+            # sent again at most once: `learn` takes the
+            # other name only where it has not done so before
             sent = next((name for name in LIMIT_FIELDS if name in body), "")
             if sent and self._service.learn(refused.complaint, sent):
                 return await self._attempt(client, messages, draw)

@@ -66,7 +66,7 @@ class Replay(ChatModel):
             raise ChatError(
                 f"{self.options.path} has no reply (draw {draw}) to these messages, the last of "
                 f"which begins {last[:60]!r}; it was recorded with other prompts, contexts or "
-                'kinds: record anew with `record = { use = "openai", ... }`'
+                'kinds: record them again with `record = { use = "openai", ... }`'
             )
         reply = await self._model.reply(messages, draw)
         fresh = record_of(self._model.identity, Request(tuple(messages), draw)).entry(reply)
@@ -97,7 +97,7 @@ class Replay(ChatModel):
                 raise ChatError(sentence)
             self._ledger = Ledger(self.options.path, writable=self._model is not None)
             for entry in self._ledger:
-                # by messages and draw, not by the model: a file that another model wrote can be
-                # replayed
+                # by messages and draw, not by the model:
+                # a file that another model wrote can be replayed
                 self._found.setdefault((entry.prompt, entry.draw), entry.key)
         return self._ledger

@@ -88,8 +88,8 @@ class Service:
             self._client = openai.AsyncOpenAI(
                 api_key=self.key or "none",
                 base_url=self.options.base_url,
-                # retries are ours: the client's own would count for one request alone, and ignore
-                # the rates
+                # retries are ours: the client's own would count
+                # for one request alone, and ignore the rates
                 max_retries=0,
                 timeout=self.options.timeout,
                 default_headers={"Accept-Encoding": "gzip"},

@@ -35,8 +35,8 @@ def find_format(template: PromptTemplate, tokenizer: PreTrainedTokenizerBase) ->
     if placeholder not in shown:
         form = _images_only(template, tokenizer, shown)
     else:
-        # without an image first: what is in front of the question and behind it then holds no
-        # image's text
+        # without an image first: what is in front of the
+        # question and behind it then holds no image's text
         head, ask = _split(_render(template, tokenizer, placeholder), placeholder, template.name)
         unit = (
             shown.removeprefix(head).removesuffix(ask).replace(placeholder, "").removesuffix("\n")
@@ -62,8 +62,8 @@ def find_format(template: PromptTemplate, tokenizer: PreTrainedTokenizerBase) ->
             stops=tuple(template.stop(tokenizer)),
         )
     _check(form, template, tokenizer)
-    # one question can be written, and earlier turns cannot: the export then says so, instead of
-    # failing
+    # one question can be written, and earlier turns cannot:
+    # the export then says so, instead of failing
     if not _keeps_history(form, template, tokenizer):
         return form.model_copy(update={"between": None})
     return form
@@ -192,8 +192,8 @@ def _between(
     template: PromptTemplate, tokenizer: PreTrainedTokenizerBase, head: str, ask: str
 ) -> tuple[str, str] | None:
     """Return the texts before and behind an answer if they are the same in all turns, else None."""
-    # three questions: the text between turns has to be the same after the first answer and the
-    # second
+    # three questions: the text between turns has to be
+    # the same after the first answer and the second
     marks = [mark.format(number) for number in range(2) for mark in (_QUESTION, _ANSWER)] + [
         _QUESTION.format(2)
     ]

@@ -45,8 +45,8 @@ class HfReader:
         if pixels is not None and encoded.arranged is not None:
             counts = [image.views for image in encoded.arranged]
             views = inputs["pixel_values"].split(counts)
-            # LLaVA-NeXT wants one tensor for all images: those with fewer views are filled up with
-            # zeros
+            # LLaVA-NeXT wants one tensor for all images:
+            # those with fewer views are filled up with zeros
             inputs["pixel_values"] = nn.utils.rnn.pad_sequence(list(views), batch_first=True)
             shown = self._ours.views.shown(images, "the prompt")
             inputs["image_sizes"] = torch.tensor([[one.height, one.width] for one in shown])

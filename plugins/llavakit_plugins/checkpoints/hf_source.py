@@ -220,8 +220,8 @@ def _projector(config: Mapping[str, Any], state: State, folder: Path) -> list[La
         )
     if _is_identity(second):
         return [] if _is_identity(first) else [first]
-    # two linear layers without an activation are one; multiplied in float64, so that only one
-    # rounding remains
+    # two linear layers without an activation are one;
+    # multiplied in float64, so that only one rounding remains
     product = (second.weight.double() @ first.weight.double()).to(first.weight.dtype)
     shifted = second.weight.double() @ first.bias.double() + second.bias.double()
     return [Layer(product, shifted.to(first.bias.dtype))]

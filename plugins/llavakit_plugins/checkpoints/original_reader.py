@@ -43,8 +43,8 @@ class OriginalReader:
             "llava_llama": (LlamaForCausalLM, LlamaConfig),
             "llava_mistral": (MistralForCausalLM, MistralConfig),
         }[table["model_type"]]
-        # LLaVA's own configuration classes are not in transformers: the plain ones take the rest of
-        # it
+        # LLaVA's own configuration classes are not in transformers:
+        # the plain ones take the rest of it
         own = {k: v for k, v in table.items() if k not in ("model_type", "rope_parameters")}
         self._ours = ours
         self._layer: int = table["mm_vision_select_layer"]
@@ -99,8 +99,8 @@ class OriginalReader:
         if pixels is not None:
             given = pixels.to("cpu", self._tower.dtype)
             states = self._tower(given, output_hidden_states=True).hidden_states
-            # as the original's CLIPVisionTower: hidden_states[layer], with or without the class
-            # token
+            # as the original's CLIPVisionTower:
+            # hidden_states[layer], with or without the class token
             kept = states[self._layer][:, self._first :]
             features = self._projector(kept.to(self._language.dtype))
             if encoded.arranged is not None:

@@ -116,7 +116,7 @@ def read_original(
         folder if pieces.base is None else pieces.base,
         max_length=_max_length(config, text_table),
     )
-    betrayed = _betrayed(config, tokenizer)
+    suggested = _suggested(config, tokenizer)
     set_tokenizer(language, tokenizer, folder)
     if (folder / ADAPTER).is_file():
         merge_adapter(language, folder, shapes=shapes)
@@ -130,7 +130,7 @@ def read_original(
         select=tower.select,
         pixels=tower.pixels,
     )
-    chosen = choose_template(template, config, tokenizer, registry, folder, betrayed)
+    chosen = choose_template(template, config, tokenizer, registry, folder, suggested)
     options = registry.get(PromptTemplate, chosen.use).Options.model_fields
     if config.get("mm_use_im_start_end") and "image" in options:
         around = f"{TOKENS[0]}<image>{TOKENS[1]}"
@@ -238,8 +238,8 @@ class _Pieces:
                 f"{folder} holds a delta, what LLaVA's weights add to a LLaMA's; give the folder "
                 "of that LLaMA, in Hugging Face's layout, as --base DIR"
             )
-        # read again without a dtype: a difference that is rounded first would not give the exact
-        # sum
+        # read again without a dtype:
+        # a difference that is rounded first would not give the exact sum
         exact = _Pieces(base)
         weights = Weights.within(folder)
         assert weights is not None
@@ -370,7 +370,7 @@ def _added(config: Mapping[str, Any]) -> list[str]:
     return [*patch, *(TOKENS if config.get("mm_use_im_start_end") else ())]
 
 
-def _betrayed(
+def _suggested(
     config: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase
 ) -> tuple[str, str] | None:
     """Return the prompt template that tokenizer and configuration suggest, and the reason."""

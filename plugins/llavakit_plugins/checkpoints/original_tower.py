@@ -122,8 +122,8 @@ def _aspect(config: Mapping[str, Any], folder: Path, pixels: Pixels) -> Any:
     if aspect == "pad":
         return "pad"
     if aspect == "square" or re.fullmatch(r"anyres(_max_\d+)?", str(aspect)):
-        # the original's "square" leaves the image to the tower's own processor, which may crop or
-        # squash
+        # the original's "square" leaves the image to the
+        # tower's own processor, which may crop or squash
         return "crop" if pixels.aspect == "pad" else pixels.aspect
     raise ModelError(
         f"{folder}: `image_aspect_ratio` is {aspect!r}; square, pad and anyres can be read"

@@ -56,8 +56,8 @@ class PromptFormat(BaseModel):
         if not self.shows_question:
             return self.image * count
         if count and self.placement == "front":
-            # the same steps as `templates.placement`: an exported folder is read without the
-            # templates' code
+            # the same steps as `templates.placement`:
+            # an exported folder is read without the templates' code
             words = text.replace(IMAGE, "").strip()
             return "\n".join([*[self.image] * count, *([words] if words else [])])
         return (text.strip() if self.trims else text).replace(IMAGE, self.image)

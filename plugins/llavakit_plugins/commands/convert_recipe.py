@@ -58,8 +58,8 @@ def _convert(arguments: argparse.Namespace) -> int:
         print(shown(text), end="")
         return 0
     write_text(arguments.out, text)
-    # on the error stream, as the recipe itself may go to the other one; in the text they are
-    # comments
+    # on the error stream, as the recipe itself may go to the other one;
+    # in the text they are comments
     for remark in converted.remarks:
         print(shown(remark), file=sys.stderr)
     print(shown(f"wrote {arguments.out}; look at it with: llava-run {arguments.out} --plan"))

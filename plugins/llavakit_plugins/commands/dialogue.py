@@ -66,8 +66,8 @@ class Dialogue:
 
         An answer that is stopped counts as far as it came.
         """
-        # new images go in front, as in LLaVA's training data; a mark in the question says another
-        # place
+        # new images go in front, as in LLaVA's training data;
+        # a mark in the question says another place
         if IMAGE not in question:
             question = f"{IMAGE}\n" * len(self._new) + question
         # new lists, so that a question that fails leaves the dialogue as it was

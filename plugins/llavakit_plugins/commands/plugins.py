@@ -139,5 +139,5 @@ def _version(package: str) -> str:
 def _traceback(error: BaseException) -> str:
     import traceback
 
-    # the cause is the plugin's own error; ours around it adds frames that help nobody
+    # the cause is the plugin's own error; ours around it only adds frames
     return "".join(traceback.format_exception(error.__cause__ or error)).rstrip()

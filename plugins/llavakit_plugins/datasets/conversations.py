@@ -129,8 +129,8 @@ class Conversations(Dataset):
             most = min(_LOOKED_AT, options.limit or _LOOKED_AT)
             rows = list(islice(read_rows(options.path), most))
             count = len(rows)
-            # a longer file is counted without parsing: a plan of a million rows should take a
-            # second
+            # a longer file is counted without parsing:
+            # a plan of a million rows should take a second
             if count == _LOOKED_AT:
                 count = sum(count_rows(options.path, key) for key in _KEYS)
             text = sum(len(str(row.value.get(key, ""))) for row in rows for key in _KEYS)

@@ -204,8 +204,8 @@ class _Window:
 
     def _may_be_cut(self, error: JSONDecodeError) -> bool:
         """Whether the error may only mean that the window ends within the value."""
-        # 16 characters: `false`, a number or an escape such as \u00e4 may be cut at the end of the
-        # window
+        # 16 characters: `false`, a number or an escape such
+        # as \u00e4 may be cut at the end of the window
         return error.msg.startswith("Unterminated") or error.pos > len(self._text) - 16
 
     def _fill(self) -> bool:
@@ -213,8 +213,8 @@ class _Window:
         unread = len(self._text) - self.at
         if unread > _LONGEST_ROW:
             raise self.error(f"a row is longer than {_LONGEST_ROW >> 20} MB (a quote is missing?)")
-        # at least as much as is there already: a long row is then decoded a few times, not once a
-        # block
+        # at least as much as is there already:
+        # a long row is then decoded a few times, not once a block
         block = self._file.read(max(self._block, unread))
         try:
             new = self._decoder.decode(block, final=not block)

@@ -111,8 +111,8 @@ class AnswerFile:
 def row_of(question: Question, answer: str, model_id: str, **more: Any) -> Row:
     """Return one line of a file: the keys of the original LLaVA, and further facts."""
     names = names_of(question.images)
-    # the original draws a random `answer_id`; this one depends on the answer alone, so that two
-    # runs write equal files
+    # the original draws a random `answer_id`;
+    # this one depends on the answer alone, so that two runs write equal files
     facts = json.dumps([model_id, question.id, question.prompt, names, answer])
     history = {"history": question.history} if isinstance(question, Dialogue) else {}
     return {

@@ -55,8 +55,8 @@ def _from_object(table: Any, path: Path) -> Answers:
     for name, text in texts.items():
         if not isinstance(text, str):
             raise DataError(f"{path}: answer `{name}` is no text but {text!r:.60}; fix it")
-    # `results` is what the original's eval_science_qa.py writes; the published answers of GPT-3
-    # have `predicted`
+    # `results` is what the original's eval_science_qa.py writes;
+    # the published answers of GPT-3 have `predicted`
     stored = table.get("predicted", table.get("results")) if texts is not table else None
     if stored is not None and not (
         isinstance(stored, dict) and all(isinstance(value, int) for value in stored.values())

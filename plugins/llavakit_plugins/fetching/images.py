@@ -117,8 +117,8 @@ class ImageFetcher:
         self, answer: http.client.HTTPResponse, sock: Any, deadline: float
     ) -> Iterator[bytes]:
         read, too_large = 0, f"it has more than {self.most_bytes:,} bytes"
-        # what is stated, first; what comes is counted too, as a server may state nothing or too
-        # little
+        # what is stated, first; what comes is counted too,
+        # as a server may state nothing or too little
         if (answer.length or 0) > self.most_bytes:
             raise ValueError(too_large)
         while True:
@@ -130,8 +130,8 @@ class ImageFetcher:
             if read > self.most_bytes:
                 raise ValueError(too_large)
             yield chunk
-        # what is left of the stated length: half an image would decode to one with a grey lower
-        # part
+        # what is left of the stated length:
+        # half an image would decode to one with a grey lower part
         if answer.length:
             raise ValueError("the connection ended before the image did")
 
@@ -167,7 +167,7 @@ def is_public(ip: str) -> bool:
 def _shut_at(deadline: float, plain: socket.socket) -> Iterator[None]:
     """Shut the connection down at the deadline, if the block has not ended.
 
-    A socket's own timeout begins anew with each byte, so that a server could send headers for ever.
+    A socket's own timeout begins again with each byte, so that a server could send headers without end.
     """
     # a second handle: TLS takes the first one over
     watched = plain.dup()

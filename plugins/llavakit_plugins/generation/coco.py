@@ -69,8 +69,8 @@ def convert_coco(captions: Path, instances: Path | None, out: Path) -> None:
                 continue
             chosen = range(begins[index], begins[index + 1])
             boxes = tuple(Box(categories[which[k]], tuple(corners[k].tolist())) for k in chosen)
-            # LLaVA's own files name samples by these digits, zeros included, so that ids can be
-            # compared
+            # LLaVA's own files name samples by these digits,
+            # zeros included, so that ids can be compared
             spelt = Path(name).stem.rpartition("_")[2]
             same = spelt == str(identity).zfill(len(spelt))
             key = spelt if same else str(identity)

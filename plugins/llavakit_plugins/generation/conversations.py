@@ -54,8 +54,8 @@ class Conversations:
 
         That is the generator with its options, the context and the kind.
         """
-        # the whole context and not its id: after a change of its captions it is another
-        # conversation
+        # the whole context and not its id:
+        # after a change of its captions it is another conversation
         source = short_hash(json.dumps([asdict(context), kind]))
         maker = short_hash(self._use)
         key = short_hash(f"{maker} {source}")

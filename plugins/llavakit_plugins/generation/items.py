@@ -81,7 +81,7 @@ class Items:
     def walk(self, ledger: Ledger) -> Iterator[Item]:
         """Yield every item with its state according to the ledger.
 
-        Replies are judged anew each time, which is cheap; so verdicts are not stored, and a changed
+        Replies are judged again each time, which is cheap; so verdicts are not stored, and a changed
         generator judges the old replies, too.
         """
         identity = self._generator.chat.identity
@@ -119,8 +119,8 @@ class Items:
                     break
                 self._worked += 1
                 if verdict.outcome != "rejected":
-                    # teachers sometimes give one answer for two images; the second of them says
-                    # nothing of its own
+                    # teachers sometimes give one answer for two images;
+                    # the second of them says nothing of its own
                     mark = _mark(verdict)
                     if mark not in seen:
                         seen.add(mark)

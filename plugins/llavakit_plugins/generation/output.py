@@ -53,8 +53,8 @@ def write_output(
                 stack.enter_context(json_lines(folder / f"{label}.jsonl"))
                 for label in ("provenance", "rejected")
             )
-            # a second walk over the ledger, and not a list of items: a job may have millions of
-            # them
+            # a second walk over the ledger, and not a list of items:
+            # a job may have millions of them
             for number, item in enumerate(items.walk(ledger), start=1):
                 if number % _EVERY == 0:
                     run.progress(number, len(items), f"writing {name}".strip())

@@ -209,8 +209,8 @@ def _make(
                     try:
                         entry = note(work(pair))
                     except Waiting:
-                        # it got fewer replies than last time before it waits: its requests have
-                        # changed
+                        # it got fewer replies than last time before it waits:
+                        # its requests have changed
                         if own.served[label] < served[label]:
                             raise _changing(generator) from None
                         served[label] = own.served[label] + 1  # the reply that it waits for
@@ -251,8 +251,8 @@ def _has_batches(
 ) -> bool:
     """Return whether a chat model uses a batch service; it may be built when it is first used."""
     if not desk.chats and (pair := next(todo, None)) is not None:
-        # one conversation is begun without sending anything, so that the generator builds its chat
-        # model
+        # one conversation is begun without sending anything,
+        # so that the generator builds its chat model
         with desk.answering_by(Collected(ledger, {})), suppress(Waiting):
             work(pair)
     return any(getattr(chat, "batches", None) is not None for chat in desk.chats)

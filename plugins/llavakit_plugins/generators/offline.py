@@ -110,8 +110,8 @@ class Offline(Generator):
         self.options = options
 
     def generate(self, context: ImageContext, kind: ResponseKind) -> Sequence[Turn]:
-        # a seed of its own for each sample: the result does not depend on the order or on the
-        # others
+        # a seed of its own for each sample:
+        # the result does not depend on the order or on the others
         key = f"{self.options.seed}/{context.id}/{kind}".encode()
         draw = np.random.default_rng(int.from_bytes(sha256(key).digest()[:8], "big"))
         view = understand(context)

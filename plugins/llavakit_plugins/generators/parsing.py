@@ -137,8 +137,8 @@ def read_pairs(text: str, finish: str, context: ImageContext) -> Read:
         else:
             seen.add(key)
             read.pairs.append((question, answer))
-    # where most pairs are bad, the teacher has misunderstood the task: the rest is not to be
-    # trusted
+    # where most pairs are bad, the teacher has misunderstood the task:
+    # the rest is not to be trusted
     if len(reasons) * 2 > len(pairs) or not read.pairs:
         return Read(reason=reasons[0] if reasons else EMPTY)
     return read

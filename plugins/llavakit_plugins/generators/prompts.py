@@ -48,8 +48,8 @@ def load_prompt(kind: ResponseKind, folder: Path | None) -> Prompt:
         _refuse_others(folder)
         if (folder / kind).is_dir():
             source = folder / kind
-    # by name, because the order of a folder differs between file systems, and would change the
-    # prompt
+    # by name, because the order of a folder differs between file systems,
+    # and would change the prompt
     contexts = sorted(
         item.name.removesuffix("_context.txt")
         for item in source.iterdir()

@@ -50,8 +50,8 @@ def write_file(
             size = int(np.prod(shape)) * number.itemsize
             writer.add_tensor_info(name, shape, number, size)
     with explain_write(path):
-        # header and table of tensors first: GGUF has the offsets of all tensors in front of their
-        # data
+        # header and table of tensors first:
+        # GGUF has the offsets of all tensors in front of their data
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()

@@ -35,8 +35,8 @@ def write_vocabulary(
     table = json.loads(tokenizer.backend_tokenizer.to_str())
     names = {number: text for text, number in tokenizer.get_vocab().items() if number < rows}
     added = tokenizer.added_tokens_decoder
-    # llama.cpp wants a text for each row of the table, also for rows that the tokenizer does not
-    # use
+    # llama.cpp wants a text for each row of the table,
+    # also for rows that the tokenizer does not use
     tokens = [names.get(number, f"[PAD{number}]") for number in range(rows)]
     kinds = [TokenType.NORMAL if number in names else TokenType.UNUSED for number in range(rows)]
     pieces = pieces_of(tokenizer)

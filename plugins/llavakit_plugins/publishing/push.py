@@ -49,8 +49,8 @@ def send_folder(folder: Path, name: str, *, private: bool, message: str) -> str:
     api = HfApi(library_name="llavakit")
     with _explained(name):
         address = api.create_repo(name, private=private, exist_ok=True)
-        # the client sends large files by their hash, and asks first which of them the hub has
-        # already
+        # the client sends large files by their hash,
+        # and asks first which of them the hub has already
         api.upload_folder(repo_id=address.repo_id, folder_path=folder, commit_message=message)
     return str(address)
 

@@ -162,8 +162,8 @@ def _logarithmic(low: float, high: float) -> _Axis:
 
 def _reads_better_as_log(values: Sequence[float]) -> bool:
     low, high = values[0], values[-1]
-    # half of the values would lie in the lowest eighth of a linear axis, and differ by a factor of
-    # 20
+    # half of the values would lie in the lowest eighth of a linear axis,
+    # and differ by a factor of 20
     return low >= _TINY and high / low > 20 and median(values) - low < (high - low) / 8
 
 

@@ -42,8 +42,8 @@ def page_environment(*loaders: BaseLoader) -> Environment:
     report = PackageLoader("llavakit_plugins.reporting", "")
     environment = Environment(
         loader=ChoiceLoader([*loaders, report]),
-        # answers of models and texts of data sets stand on the page: none of them may be read as
-        # HTML
+        # answers of models and texts of data sets stand on the page:
+        # none of them may be read as HTML
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

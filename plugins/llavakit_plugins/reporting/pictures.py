@@ -70,8 +70,8 @@ class Pictures:
 def _embed(path: Path, modified: int, size: int) -> Picture:
     try:
         with Image.open(path) as file:
-            # lets libjpeg decode at a fraction of the size, several times as fast; other formats
-            # ignore it
+            # lets libjpeg decode at a fraction of the size,
+            # several times as fast; other formats ignore it
             file.draft("RGB", (2 * _SIDE, 2 * _SIDE))
             ImageOps.exif_transpose(file, in_place=True)
             image: Image.Image = file

@@ -44,8 +44,8 @@ def read_run(folder: Path) -> RunFolder:
     try:
         recipe = tomllib.loads(path.read_text(encoding="utf-8-sig"))
         steps = {
-            # the number counts skipped steps, too: a step keeps its folder when one before it is
-            # skipped
+            # the number counts skipped steps, too:
+            # a step keeps its folder when one before it is skipped
             f"{number:02}-{step['use']}": step
             for number, step in enumerate(recipe["steps"], start=1)
             if not step.get("skip")

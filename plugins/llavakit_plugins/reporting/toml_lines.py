@@ -72,8 +72,8 @@ class _Scanner:
             whole = number == len(parts)
             if array and whole:
                 self._last[path] = self._last.get(path, -1) + 1
-            # a table below an array's newest element: `[steps.data]` belongs to the last
-            # `[[steps]]`
+            # a table below an array's newest element:
+            # `[steps.data]` belongs to the last `[[steps]]`
             if path in self._last:
                 self._note(path, begin, end)
                 path = (*path, self._last[path])

@@ -294,8 +294,8 @@ class _Reading:
         return {**({"load": load} if load else {}), "changes": changes}
 
     def _how(self) -> dict[str, Any]:
-        # the Trainer counts samples for each device and micro-batch; a recipe counts those of a
-        # step
+        # the Trainer counts samples for each device and micro-batch;
+        # a recipe counts those of a step
         batch = self.whole("per_device_train_batch_size", 8)
         batch *= self.whole("gradient_accumulation_steps", 1) * self.devices
         how: dict[str, Any] = {"epochs": self.whole("num_train_epochs", 3), "batch_size": batch}

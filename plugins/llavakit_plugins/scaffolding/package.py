@@ -135,8 +135,8 @@ def _names(project: str) -> tuple[str, str]:
     package, name = project.replace("-", "_"), project.removeprefix("llava-")
     if name[0].isdigit():
         raise PluginError(f"`{name}` begins with a digit; begin the component's name with a letter")
-    # `find_spec` also finds what is installed: a package of the same name would hide it, or be
-    # hidden
+    # `find_spec` also finds what is installed:
+    # a package of the same name would hide it, or be hidden
     if iskeyword(package) or package in sys.stdlib_module_names or find_spec(package) is not None:
         raise PluginError(
             f"`import {package}` means something else already; name the package llava-{name}"

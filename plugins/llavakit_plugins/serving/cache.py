@@ -58,8 +58,8 @@ class SharedCache(KVCache):
             for tensor in (*self._all_keys, *self._all_values):
                 if tensor is not None:
                     held = self.lengths[source]
-                    # only the rows that are filled: behind them the cache holds nothing that is
-                    # read
+                    # only the rows that are filled:
+                    # behind them the cache holds nothing that is read
                     tensor[place, :, :held] = tensor[source, :, :held]
         self.states = [{name: state[order] for name, state in of.items()} for of in self.states]
         self.lengths = [self.lengths[source] for source in order]
@@ -83,8 +83,8 @@ def _grown(held: Tensor | None, like_SGLK: Tensor, places: int, rows: int) -> Te
     if held is not None and places <= have[0] and rows <= have[1]:
         return held
     rows = max(have[1], -(-rows // _STEP) * _STEP)
-    # places grow to powers of two and rows in steps, so that few requests pay for a copy of the
-    # cache
+    # places grow to powers of two and rows in steps,
+    # so that few requests pay for a copy of the cache
     places = max(have[0], 1 << (places - 1).bit_length())
     grown = like_SGLK.new_zeros((places, like_SGLK.shape[1], rows, like_SGLK.shape[3]))
     if held is not None:

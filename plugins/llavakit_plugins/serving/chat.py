@@ -68,8 +68,8 @@ class Chat:
     async def __call__(self, scope: Scope, receive: Receive, answer: Answer) -> None:
         begun = time.monotonic()
         async with self._bodies.read(scope, receive) as body:
-            # asked before the images are decoded, which costs most; `submit` decides, as others
-            # come meanwhile
+            # asked before the images are decoded, which costs most;
+            # `submit` decides, as others come meanwhile
             if self._scheduler.queued >= self._limits.queue:
                 raise self._full()
             loop = asyncio.get_running_loop()
@@ -81,8 +81,8 @@ class Chat:
         except Full:
             raise self._full() from None
         self._metrics.count("images_total", prepared.prompt.encoded.image_count)
-        # while the model writes nothing is sent, and a client that has gone would not be noticed
-        # otherwise
+        # while the model writes nothing is sent,
+        # and a client that has gone would not be noticed otherwise
         watching = asyncio.create_task(left(receive))
         watching.add_done_callback(inbox.close)
         self.inboxes.add(inbox)

@@ -28,8 +28,8 @@ class RequestError(Exception):
     @property
     def body(self) -> dict[str, Any]:
         """Return the body of the answer."""
-        # the official client chooses its exception by the status alone; people and proxies read the
-        # type
+        # the official client chooses its exception by the status alone;
+        # people and proxies read the type
         kind = "server_error" if self.status >= 500 else "invalid_request_error"
         return {
             "error": {

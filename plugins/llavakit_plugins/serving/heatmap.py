@@ -79,8 +79,8 @@ class Heatmap:
             raise RequestError(400, "there is no image to look at", param="messages")
         try:
             whole, _ = self._model.ask(sample, (), begun=request.answer)
-            # encoded together with the prompt, as a tokenizer may join an answer's first word with
-            # what is before it
+            # encoded together with the prompt,
+            # as a tokenizer may join an answer's first word with what is before it
             ids = whole.ids[len(encoded.ids) :].tolist()
             if len(ids) > _TOKENS:
                 raise RequestError(

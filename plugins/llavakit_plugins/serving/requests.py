@@ -11,7 +11,7 @@ from llavakit_plugins.serving.errors import RequestError
 from llavakit_plugins.serving.limits import Limits
 
 _STOPS, _LIKELIEST = 16, 20
-# Clients and agents send these without being asked to: to refuse them would lock them out.
+# Clients and agents send these without being asked to: a refusal would make them unusable here.
 _IGNORED = {
     # they change nothing of an answer
     "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key",

@@ -205,8 +205,8 @@ class Scheduler:
 
     def _read(self) -> None:
         """Read a chunk: by turns of the oldest prompt, and of the one with the least left."""
-        # by age alone a short prompt would wait for a long one; by length alone a long one might
-        # never end
+        # by age alone a short prompt would wait for a long one;
+        # by length alone a long one might never end
         self._by_age = not self._by_age
         order = list(self._reading)
         if not self._by_age:

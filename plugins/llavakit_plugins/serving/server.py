@@ -138,8 +138,8 @@ class Server:
             self._loop.call_soon(ready, f"http://{address}:{port}")
             await http.serve([listener])
         finally:
-            # in a thread, as it waits for the model's step, and the loop has connections to close
-            # meanwhile
+            # in a thread, as it waits for the model's step,
+            # and the loop has connections to close meanwhile
             await asyncio.to_thread(self.scheduler.stop)
             self._pool.shutdown(cancel_futures=True)
             listener.close()

@@ -96,8 +96,8 @@ class TorchBatch:
         if prompt.embeds is None:
             prompt.embeds = self._embed(prompt)
             prompt.cache = KVCache(self._layers, [prompt.length]), 0
-            # the embedded rows hold all of it: pixels and features are freed while the prompt is
-            # read
+            # the embedded rows hold all of it:
+            # pixels and features are freed while the prompt is read
             prompt.features = []
             prompt.pixels = None
         begin, end = prompt.read, min(prompt.read + self._chunk, prompt.length)

@@ -99,7 +99,7 @@ class _Texts:
         self.convert_ids_to_tokens = lru_cache(_KNOWN)(tokenizer.convert_ids_to_tokens)
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        # longer runs, of bytes or of tokens without text, seldom come again
+        # longer runs, of bytes or of tokens without text, rarely come again
         return self._decode(tuple(ids)) if len(ids) <= 2 else self._read(ids)
 
     def _read(self, ids: Sequence[int]) -> str:

@@ -49,8 +49,8 @@ class Backbones(Step):
         # what is easy to see is no help in reading: the text is of the last file alone
         corpus = list(documents(files[-1], generator, template, train_tokenizer([], 0), run.seed))
         texts = ("".join(segment.text for segment in document) for document in corpus)
-        # the vocabulary is limited to the head's size, as the recipe has fixed that before any text
-        # is seen
+        # the vocabulary is limited to the head's size,
+        # as the recipe has fixed that before any text is seen
         language.tokenizer = train_tokenizer(texts, language.head.out_features)
         seen = train_clip(
             model.vision, language.tokenizer, files, options.images, options.contrastive, run
@@ -74,8 +74,8 @@ class Backbones(Step):
         patches = planner.model.vision.tokens(planner.model.vision.image_size) + 1
         seen = vision.steps * vision.batch_size
         read = text.steps * text.batch_size
-        # 2 operations a parameter and token in the forward pass, and twice as many in the backward
-        # pass
+        # 2 operations a parameter and token in the forward pass,
+        # and twice as many in the backward pass
         flop = 6.0 * planner.parameters("vision") * patches * seen
         flop += 6.0 * planner.parameters("language") * _TOKENS * read
         return StepPlan(

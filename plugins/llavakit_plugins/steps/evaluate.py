@@ -139,8 +139,8 @@ class Evaluate(Step):
     def _model(self, run: Run) -> Any:
         options = self.options
         if options.init is None or options.changes:
-            # only our own model can be changed; any other layout (ONNX, for one) is loaded as it
-            # is, below
+            # only our own model can be changed;
+            # any other layout (ONNX, for one) is loaded as it is, below
             return start(run, options).eval()
         model = llavakit.load(options.init, device=run.device, **options.given)
         if self.options.losses and not isinstance(model, LlavaModel):
@@ -185,8 +185,8 @@ class Evaluate(Step):
             if run.process_group.size > 1:  # `run.stopping` asks all, and the others are done
                 stopping = stack.enter_context(interrupts(alone.process_group))
                 alone = replace(alone, stopping=stopping)
-            # in a folder of its own: a benchmark may keep reviews or replies there, for a resumed
-            # run
+            # in a folder of its own: a benchmark may keep
+            # reviews or replies there, for a resumed run
             score = benchmark.score_in(alone, questions, answers)
         if not any(folder.iterdir()):
             folder.rmdir()
@@ -203,8 +203,8 @@ class Evaluate(Step):
         self, run: Run, name: str, questions: Sequence[Question], result: Result
     ) -> Gallery:
         draw = np.random.default_rng(run.seed)
-        # one seed for all runs of a recipe: their reports show the same questions and can be
-        # compared
+        # one seed for all runs of a recipe:
+        # their reports show the same questions and can be compared
         count = min(self.options.examples, len(questions))
         cards: list[Card] = []
         for index in draw.choice(len(questions), count, replace=False).tolist():

@@ -142,6 +142,6 @@ class Export(Step):
 
 def _can_load(exporter: Exporter) -> bool:
     """Say whether the layout can be read back; where not, the exporter's own proof must do."""
-    # static: reading the attribute in the usual way would bind the class method, a new object each
-    # time
+    # static: reading the attribute in the usual way
+    # would bind the class method, a new object each time
     return getattr_static(type(exporter), "load") is not getattr_static(Exporter, "load")

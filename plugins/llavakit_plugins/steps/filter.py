@@ -62,8 +62,8 @@ class Filter(Step):
 
         with worker_pool(options.workers) as pool:
             texts = (row.caption for row in read_captions(options.captions))
-            # two passes over the file: which captions are kept is known only when all phrases are
-            # counted
+            # two passes over the file:
+            # which captions are kept is known only when all phrases are counted
             postings = find_phrases(texts, chunker, pool, options.workers, show)
             if not postings.captions:
                 raise DataError(f"{options.captions} holds no captions")

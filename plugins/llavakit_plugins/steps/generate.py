@@ -93,8 +93,8 @@ class Generate(Step):
         failures = Failures(generator.name, run.directory / "failures.txt")
         with open_sources(self.options, run.directory) as sources, kept.unless_done(failures):
             for name, contexts in sources.items():
-                # from the seed alone for each source, so that another source does not change this
-                # one's questions
+                # from the seed alone for each source,
+                # so that another source does not change this one's questions
                 draw = np.random.default_rng(run.seed)
                 captions = [caption_row(context, draw, BRIEF) for context in contexts]
                 made = list(self._samples(generator, contexts, name, run, kept, failures))

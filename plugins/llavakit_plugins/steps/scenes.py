@@ -49,8 +49,8 @@ class Scenes(Step):
         )
         for name, split, count, most in plans:
             contexts: list[ImageContext] = []
-            # whole families are composed and the last one is cut, so that `count` need not be a
-            # multiple
+            # whole families are composed and the last one is cut,
+            # so that `count` need not be a multiple
             families = -(-count // FAMILY)
             for scene in compose(split, families, run.seed, most):
                 if len(contexts) == count:

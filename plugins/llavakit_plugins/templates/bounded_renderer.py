@@ -40,8 +40,8 @@ def _environment() -> ImmutableSandboxedEnvironment:
     made = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
     )
-    # transformers' own filter takes options; they change the text's length too little to matter
-    # here
+    # transformers' own filter takes options;
+    # they change the text's length too little to matter here
     made.filters["tojson"] = lambda value, **options: json.dumps(value)
     made.globals |= {"raise_exception": _refuse, "strftime_now": datetime.now().strftime}
     return made
@@ -92,8 +92,8 @@ class _Renderer:
         for piece in self._templates[number].generate(
             messages=messages, add_generation_prompt=opens, **task["variables"]
         ):
-            # piece by piece, so that a template that writes without end is stopped before memory is
-            # full
+            # piece by piece, so that a template that writes
+            # without end is stopped before memory is full
             size += len(piece)
             if size > self._characters:
                 raise MemoryError

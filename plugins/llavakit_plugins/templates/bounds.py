@@ -86,8 +86,8 @@ class _Renderer:
         program = Path(__file__).with_name("bounded_renderer.py")
         limits = map(str, (_SECONDS, _BYTES, _CHARACTERS))
         return subprocess.Popen(
-            # -I: neither the working folder nor environment variables may add modules to this
-            # process
+            # -I: neither the working folder nor environment
+            # variables may add modules to this process
             [sys.executable, "-I", str(program), *limits],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
         )  # fmt: skip

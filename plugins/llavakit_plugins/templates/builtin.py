@@ -63,8 +63,8 @@ class BuiltinTemplate(PromptTemplate):
         frame = Frame(
             system=self._system,
             roles=row.roles,
-            # the first exchange has no beginning token here: the encoder adds one in front of the
-            # whole text
+            # the first exchange has no beginning token here:
+            # the encoder adds one in front of the whole text
             begin=(tokenizer.bos_token or "") if row.restart else "",
             end=self._end(tokenizer) if row.ends else "",
             example=row.example,

@@ -175,8 +175,8 @@ class ChatTemplate(PromptTemplate):
         """Return the system message to give, if any."""
         text = self._options.system
         message = {"role": "system", "content": text or ""}
-        # some templates write a system text of their own without a message, some refuse an empty
-        # one
+        # some templates write a system text of their own
+        # without a message, some refuse an empty one
         choices: list[list[Message]] = [[message]] if text else [[], [message]]
         if text is None:
             choices = [[]]
@@ -299,7 +299,7 @@ def _cut(border: str, start: int, spans: Sequence[Span]) -> Iterator[Segment]:
 
 def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
     tokens = [token for token in tokenizer.get_added_vocab() if token.strip()]
-    # the longest first, as a regular expression takes the first that fits: `<|im_end|>` before
-    # `<|im`
+    # the longest first, as a regular expression takes the first that fits:
+    # `<|im_end|>` before `<|im`
     tokens.sort(key=len, reverse=True)
     return re.compile("|".join(map(re.escape, tokens)) or r"(?!)")

@@ -90,8 +90,8 @@ def hashes_on_lines(frame: Frame, exchanges: Sequence[Exchange]) -> Iterator[Seg
         yield frame.system
         yield _markup("\n\n")
     for exchange in exchanges:
-        # the model ends its answers by writing `###`, so that it has to learn it, before human
-        # turns too
+        # the model ends its answers by writing `###`,
+        # so that it has to learn it, before human turns too
         yield _markup("###", supervised=True)
         yield _markup(f" {human}: ")
         yield Segment(exchange.question)

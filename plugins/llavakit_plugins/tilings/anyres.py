@@ -132,8 +132,8 @@ class Anyres(Tiling):
         """Return the tiles' embeddings, interpolated where they are too many."""
         cap, (height, width) = self.options.cap, lines_HW.shape
         if cap is not None:
-            # one factor for both edges keeps the proportions; rounded down, as in LLaVA-OneVision's
-            # code
+            # one factor for both edges keeps the proportions;
+            # rounded down, as in LLaVA-OneVision's code
             ratio = sqrt(height * width / (cap * edge**2))
             if ratio > _ABOVE:
                 return interpolated(lines_HW, int(height // ratio), int(width // ratio))

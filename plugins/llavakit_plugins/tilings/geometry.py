@@ -94,8 +94,8 @@ def without_padding(index_HW: IntArray, shown: Shown) -> IntArray:
     """
     height, width = index_HW.shape
     if shown.width / shown.height > width / height:
-        # rounded at seven digits before it is cut, as in transformers: 24 may come out as
-        # 23.999999999
+        # rounded at seven digits before it is cut, as in transformers:
+        # 24 may come out as 23.999999999
         seen = int(round(shown.height * (width / shown.width), 7))
         cut = (height - seen) // 2
         return index_HW[cut : height - cut]

@@ -23,7 +23,7 @@ class TensorBoard(SeriesTracker):
 
     def __init__(self, options: TrackerOptions) -> None:
         super().__init__(options)
-        # imported here, in the main thread: workers are forked later, perhaps amid an import
+        # imported here, in the main thread: workers are forked later, perhaps during an import
         from torch.utils.tensorboard import SummaryWriter
 
         self._make: Any = SummaryWriter

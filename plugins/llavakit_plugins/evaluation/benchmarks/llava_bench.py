@@ -133,8 +133,8 @@ class LlavaBench(Benchmark):
         self.found: list[Question] = []
         self.context_of: dict[str, str] = {}
         lacking: list[str] = []
-        # all of this is checked before a question is asked, as answers and reviews cost hours and
-        # money
+        # all of this is checked before a question is asked,
+        # as answers and reviews cost hours and money
         for item in question_rows:
             identity, image = str(item.question.id), str(item.row.get("image"))
             if identity not in references:
@@ -167,8 +167,8 @@ class LlavaBench(Benchmark):
     def price(self) -> StepPlan:
         """Return what the judge will cost, for answers as long as the references."""
         ways = 2 if self.options.swap else 1
-        # what the candidate will answer is not known yet: the reference's answer has about its
-        # length
+        # what the candidate will answer is not known yet:
+        # the reference's answer has about its length
         asked = [self._messages(question, question.truth, False) for question in self.found]
         sent = ways * sum(map(self.judge.count, asked))
         made = ways * len(asked) * _REVIEW_TOKENS
@@ -204,8 +204,8 @@ class LlavaBench(Benchmark):
         context, shown = self.context_of[str(question.id)], self.shown.get(str(question.id), ())
         parts = [
             *([f"[Context]\n{context}"] if context else []),
-            # the parts are named as in the original's requests to its judge; the rule's words are
-            # our own
+            # the parts are named as in the original's requests to its judge;
+            # the rule's words are our own
             f"[Question]\n{question.prompt}",
             f"[Assistant 1]\n{first}\n\n[End of Assistant 1]",
             f"[Assistant 2]\n{second}\n\n[End of Assistant 2]",

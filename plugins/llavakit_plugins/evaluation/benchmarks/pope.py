@@ -153,8 +153,8 @@ def strict_answer(text: str) -> bool | None:
 
 def original_answer(text: str) -> bool:
     """Return how POPE's own parser reads an answer: all without "No", "not" or "no" are yes."""
-    # kept word for word in what it does: a comma is removed, an exclamation mark is not, and so
-    # `No!` is read as yes
+    # kept word for word in what it does:
+    # a comma is removed, an exclamation mark is not, and so `No!` is read as yes
     return not {"No", "not", "no"} & set(text.split(".")[0].replace(",", "").split(" "))
 
 
@@ -182,8 +182,8 @@ class _Labels:
         if path not in self._files:
             self._files[path] = _read_labels(path)
         labels, identity = self._files[path], str(item.question.id)
-        # by image and text first: an id of another numbering would find the label of another
-        # question
+        # by image and text first: an id of another
+        # numbering would find the label of another question
         for key in (_about(item.row), (identity,)):
             if key in labels:
                 return labels[key]

@@ -36,8 +36,8 @@ class Result:
         """Return the scores of these choices, one for each problem."""
         totals = {name: [0, 0] for name in COLUMNS}
         for problem, choice in zip(problems, choices, strict=True):
-            # a problem belongs to several columns (subject, context, grade), and always to the
-            # average
+            # a problem belongs to several columns (subject,
+            # context, grade), and always to the average
             for column in problem.columns:
                 totals[column][0] += choice == problem.answer
                 totals[column][1] += 1

@@ -107,8 +107,8 @@ class ScienceQA(Benchmark):
             folder = self.options.images or self.options.problems.parent
             where = f"problem `{problem.id}` of {self.options.problems}"
             images = (problem.image_path(folder, where),)
-            # behind the question, as in the original's converted files; the prompt template may
-            # move it
+            # behind the question, as in the original's converted files;
+            # the prompt template may move it
             prompt = f"{prompt}\n{IMAGE}"
         truth = f"{problem.letter}. {problem.choices[problem.answer]}"
         then = _BEHIND_REASONS if self.options.format.endswith("-LEPA") else ""

@@ -72,8 +72,8 @@ def _tab_separated(path: Path) -> Iterator[CaptionRow]:
                         f"{path}:{number} has no tab; a line is a caption, a tab and a URL, or a "
                         "JSON object"
                     )
-                # CC3M has no ids: the line's number is the only one that everybody with the file
-                # agrees on
+                # CC3M has no ids: the line's number is the only
+                # one that everybody with the file agrees on
                 yield CaptionRow(caption, {"id": str(number), "caption": caption, "url": url})
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 text (behind line {number}); convert it") from error

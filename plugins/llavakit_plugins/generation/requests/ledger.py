@@ -134,8 +134,8 @@ class Ledger:
         """USD for all replies whose price is known."""
         self.input_tokens = self.output_tokens = 0
         self._priced = False
-        # 16 bytes for a key and no text: a ledger of a million replies then takes some 200 MB of
-        # memory
+        # 16 bytes for a key and no text:
+        # a ledger of a million replies then takes some 200 MB of memory
         self._offsets: dict[bytes, int] = {}
         self._waiting: list[tuple[Entry, asyncio.Future[None]]] = []
         self._writer: asyncio.Task[None] | None = None

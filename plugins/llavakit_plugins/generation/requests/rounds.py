@@ -1,7 +1,7 @@
 """Collects the requests of generators instead of sending them: for batch services, and for plans.
 
 A generator is called as if its replies were there. Where one is missing its call ends, and the
-request is noted; once the reply has come the generator is called anew, up to its next request.
+request is noted; once the reply has come the generator is called again, up to its next request.
 """
 
 from __future__ import annotations

@@ -76,8 +76,8 @@ def write_client_files(
             "image_token": IMAGE,
             "clean_up_tokenization_spaces": clean_up,
             "model_max_length": model.language.max_length,
-            # generation in batches reads the last row of each prompt, which padding on the right
-            # would hide
+            # generation in batches reads the last row of each prompt,
+            # which padding on the right would hide
             "padding_side": "left",
             "chat_template": template,
         },

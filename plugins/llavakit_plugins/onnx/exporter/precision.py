@@ -66,8 +66,8 @@ def _dynamic(model: onnx.ModelProto) -> onnx.ModelProto:
             source,
             target,
             op_types_to_quantize=["MatMul"],
-            # a scale for each column: with one for the whole matrix, a few large weights cost all
-            # others bits
+            # a scale for each column: with one for the whole matrix,
+            # a few large weights cost all others bits
             per_channel=True,
             weight_type=QuantType.QInt8,
             use_external_data_format=True,

@@ -236,8 +236,8 @@ class OnnxModel(Answering[FloatArray]):
         room = self._check_room(lengths, sampling.max_new_tokens)
         ends = special_stops(self.tokenizer, sampling.stop) | self.end_ids
         unfinished = Unfinished(self.tokenizer, ends, sampling.stop, [room[i] for i in each])
-        # the whole cache is allocated at the start: the operator writes into it and cannot make it
-        # longer
+        # the whole cache is allocated at the start:
+        # the operator writes into it and cannot make it longer
         capacity = max(n + m for n, m in zip(lengths, room, strict=True))
         decoder, steps = self.decoder.again(), -1
         try:

@@ -41,8 +41,8 @@ class Preparation(BaseModel):
             if image.size != (self.size, self.size):
                 image = image.resize((self.size, self.size), how)
         elif min(image.size) != self.resized:
-            # cut and not rounded, as in transformers and torchvision: one pixel more would shift
-            # the crop
+            # cut and not rounded, as in transformers and torchvision:
+            # one pixel more would shift the crop
             longest = int(self.resized * max(image.size) / min(image.size))
             wide = image.width >= image.height
             image = image.resize((longest, self.resized) if wide else (self.resized, longest), how)
