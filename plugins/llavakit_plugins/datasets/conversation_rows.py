@@ -17,8 +17,8 @@ from llavakit_plugins.datasets.image_files import inside
 _ROLES = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt"}
 _OF_ROWS = frozenset(("id", "image", "images", "conversations", "messages", "system"))
 _OF_TURNS = frozenset(("from", "value", "role", "content"))
-# Keys are matched whole where training would refuse the row, and in part where a report only mentions it:
-# `image_id` is no image, but somebody may want to know that it is not read.
+# Keys are matched whole where training would refuse the row, and in part for a report's remarks:
+# `image_id` is no image, but its author may want to know that it is not read.
 _OF_IMAGES = re.compile(r"(image|img|picture|photo)s?(_?(path|file|url)s?)?", re.IGNORECASE)
 _OF_OTHERS = re.compile(r"(video|audio|sound|speech|frame)s?(_?(path|file|url)s?)?", re.IGNORECASE)
 _OF_MEDIA = re.compile(

@@ -167,7 +167,7 @@ def is_public(ip: str) -> bool:
 def _shut_at(deadline: float, plain: socket.socket) -> Iterator[None]:
     """Shut the connection down at the deadline, if the block has not ended.
 
-    A socket's own timeout begins again with each byte, so that a server could send headers without end.
+    A socket's own timeout begins again with each byte: a server could send headers without end.
     """
     # a second handle: TLS takes the first one over
     watched = plain.dup()

@@ -81,7 +81,7 @@ class Items:
     def walk(self, ledger: Ledger) -> Iterator[Item]:
         """Yield every item with its state according to the ledger.
 
-        Replies are judged again each time, which is cheap; so verdicts are not stored, and a changed
+        Replies are judged each time, which is cheap; so verdicts are not stored, and a changed
         generator judges the old replies, too.
         """
         identity = self._generator.chat.identity
