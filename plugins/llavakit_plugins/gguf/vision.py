@@ -71,6 +71,11 @@ def projector(model: LlavaModel) -> dict[str, Tensor]:
     A linear projector W becomes two such layers without loss, for each GELU there is: g(x) - g(-x)
     = x, so [W; -W] is the first, and [I, -I] the second.
     """
+    if model.tiling is not None:
+        raise ModelError(
+            f"tiling `{model.tiling.name}` is not written as GGUF, only `single`; `--format hf` "
+            "and `--format onnx` keep it"
+        )
     layers = projector_layers(model.connector)
     if layers is None or len(layers) > 2:
         what = f"`{model.connector.name}`" + (f" of depth {len(layers)}" if layers else "")

@@ -51,6 +51,7 @@ def make_model(
         "connector": {"use": connector, **changes.get("of_connector", {})},
         "language": {"use": "vicuna" if family == "llama" else "causal-lm", "source": str(folder)},
         "template": {"use": "vicuna_v1", "system": ""},
+        **({"tiling": changes["tiling"]} if "tiling" in changes else {}),
     }
     return create_model(ModelRecipe.model_validate(recipe), Registry.installed(), seed=0)
 
@@ -301,6 +302,7 @@ def test_without_its_file_llamas_tokenizer_has_scores_that_merge_the_same(tmp_pa
         ({"of_connector": {"use": "mlp", "depth": 3}}, "`mlp` of depth 3 is not written"),
         ({"of_vision": {"select": "cls_patch"}}, "llama.cpp drops the class token"),
         ({"of_vision": {"layer": 0}}, "runs one layer of the vision encoder at least"),
+        ({"tiling": {"use": "grid"}}, "tiling `grid` is not written as GGUF"),
         ({"tokenizer": "words"}, "tokenizer of the kind WordLevel is not written"),
     ],
 )
