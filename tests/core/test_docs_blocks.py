@@ -187,8 +187,10 @@ def test_code_runs(page: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_extras_and_targets_that_pages_name_are_there() -> None:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    table = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    project = table["project"]
     targets = (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert set(re.findall(r"--group ([a-z]+)", targets)) <= set(table["dependency-groups"])
     for block in BLOCKS:
         for extras in re.findall(r"llavakit\[([\w,-]+)\]", block.text):
             assert set(extras.split(",")) <= set(project["optional-dependencies"]), str(block)
