@@ -78,8 +78,8 @@ class Llavakit(lmms):  # type: ignore[misc]
         """Return the number of new tokens, temperature and top-p that the task states."""
         arguments: Mapping[str, Any] = request.args[1]
         samples = arguments.get("do_sample", True)
-        # a task that states a temperature and `do_sample
-        # = False` means greedy, as transformers reads it
+        # `do_sample = False` means greedy whatever temperature is stated beside it,
+        # as transformers reads it
         temperature = float(arguments.get("temperature") or 0.0) if samples else 0.0
         top_p = arguments.get("top_p")
         tokens = int(arguments.get("max_new_tokens") or _MAX_NEW_TOKENS)

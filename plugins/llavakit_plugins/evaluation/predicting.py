@@ -203,6 +203,7 @@ def _again(error: ChatError) -> ChatError:
 def fingerprint(folder: Path) -> str:
     """Return what tells the files of a model from others at the same place: sizes and times."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
+    # not their contents: a model may have many gigabytes, and each call of the command asks this
     stamps = [
         [path.relative_to(folder).as_posix(), path.stat().st_size, path.stat().st_mtime_ns]
         for path in files

@@ -35,6 +35,7 @@ def read_questions(path: Path, images: Path | None, limit: int | None = None) ->
     if not rows:
         raise DataError(f"{path} holds no questions; choose another file")
     folder = path.parent if images is None else images
+    # ids are checked in the whole file, images only of the questions that are asked
     items = [question_row(row, where, folder) for where, row in rows[:limit]]
     missing = [
         f"{image} (question `{item.question.id}`)"

@@ -26,6 +26,7 @@ from llavakit import DataError
 _PORTS = {"http": 80, "https": 443}
 _REDIRECTS = (301, 302, 303, 307, 308)
 _CHUNK = 1 << 16
+_BEHIND = 0.01  # seconds
 _TRANSLATED = [ipaddress.ip_network(name) for name in ("64:ff9b::/96", "64:ff9b:1::/48")]
 
 
@@ -106,7 +107,7 @@ class ImageFetcher:
             connection.request("GET", path, headers=headers)
             sock = connection.sock  # the connection may give it up to the response
             answer = connection.getresponse()
-            _left(deadline)  # headers that were cut look as if they had ended
+            _left(deadline)  # cut headers look as if they had ended
             if answer.status in _REDIRECTS and (moved := answer.getheader("Location")):
                 return moved
             if answer.status != http.client.OK:
@@ -125,6 +126,7 @@ class ImageFetcher:
             sock.settimeout(_left(deadline))
             chunk = answer.read1(_CHUNK)
             if not chunk:
+                _left(deadline)  # a cut content, too
                 break
             read += len(chunk)
             if read > self.most_bytes:
@@ -171,7 +173,8 @@ def _shut_at(deadline: float, plain: socket.socket) -> Iterator[None]:
     """
     # a second handle: TLS takes the first one over
     watched = plain.dup()
-    timer = Timer(max(0.0, deadline - time.monotonic()), _shut, (watched,))
+    # a little behind it, so that who finds the connection cut finds the time over, too
+    timer = Timer(max(0.0, deadline - time.monotonic()) + _BEHIND, _shut, (watched,))
     timer.daemon = True
     timer.start()
     try:
