@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Executor
@@ -23,7 +22,7 @@ from llavakit_plugins.serving.responses import DONE, Completion, Usage, error_ev
 from llavakit_plugins.serving.scheduler import Full, Job, Scheduler, Update
 from llavakit_plugins.serving.writing import Piece
 
-_log = logging.getLogger(__name__)
+_EVENTS = "text/event-stream; charset=utf-8"
 
 
 @dataclass(eq=False)
@@ -68,6 +67,8 @@ class Chat:
     async def __call__(self, scope: Scope, receive: Receive, answer: Answer) -> None:
         begun = time.monotonic()
         async with self._bodies.read(scope, receive) as body:
+            if not self._scheduler.alive:
+                raise RequestError(503, "the model's thread has ended; restart the server")
             # asked before the images are decoded, which costs most;
             # `submit` decides, as others come meanwhile
             if self._scheduler.queued >= self._limits.queue:
@@ -140,7 +141,7 @@ class Chat:
         try:
             async for pieces in _pieces(inbox, len(prepared.choices)):
                 if not answer.begun:
-                    await answer.begin(200, "text/event-stream; charset=utf-8")
+                    await answer.begin(200, _EVENTS, {"x-accel-buffering": "no"})
                     for index in range(len(prepared.choices)):
                         await answer.part(completion.begin(index, more))
                 # the pieces of all choices in one write, as a step gives one to each

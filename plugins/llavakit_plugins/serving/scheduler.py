@@ -137,6 +137,9 @@ class Scheduler:
         except BaseException as error:
             self.error = error
             _log.exception("the model's thread ended")
+            jobs = [*self._waiting, *self._reading, *(job for job, _ in self._writing)]
+            self._updates = [(job, 0, error) for job in jobs]
+            self._flush()
 
     def _flush(self) -> None:
         """Deliver what a turn has brought; all at once, for each wakes the event loop."""

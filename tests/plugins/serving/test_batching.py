@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.plugins.serving.conftest import asks, picture, request, serving, until
+from tests.plugins.serving.conftest import asks, picture, receive, request, serving, until
 
 from llavakit import LlavaModel, packed_attention
 from llavakit.contracts.model import Sampling
@@ -239,3 +239,25 @@ def test_answers_wait_for_memory(endless: LlavaModel) -> None:
     assert batch.fits([400, 400])
     assert not batch.fits([600, 100])
     assert batch.fits([5000])  # alone it may try
+
+
+def test_a_thread_that_ends_leaves_nobody_waiting(
+    endless: LlavaModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What no code foresees: requests get an answer of status 500 or 503, and health says it."""
+
+    def broken() -> None:
+        raise MemoryError
+
+    with serving(endless) as server:
+        scheduler = server.server.scheduler
+        body = {"messages": asks("what is it ?"), "max_tokens": 9000}
+        with server.connect() as connection:
+            connection.sendall(request("/v1/chat/completions", body))
+            until(lambda: scheduler.busy == 1)
+            monkeypatch.setattr(scheduler, "_turn", broken)
+            assert receive(connection)[0] == 500
+        assert server.send("/v1/chat/completions", body)[0] == 503
+        assert server.send("/health")[0] == 503
+        assert isinstance(scheduler.error, MemoryError)
+        scheduler.error = None  # as it was meant to
