@@ -70,7 +70,6 @@ from .engine.distributed import join_process_group as join_process_group
 from .engine.interrupts import interrupts as interrupts
 from .engine.plan import Plan as Plan, make_plan as make_plan
 from .engine.progress import (
-    count as count,
     duration as duration,
     one_line as one_line,
     say as say,
@@ -83,7 +82,38 @@ from .engine.reuse import (
     step_contents as step_contents,
 )
 from .engine.runner import run as run
-from .files import (
+from .model.answer import (
+    Answer as Answer,
+    Answering as Answering,
+)
+from .model.folder import (
+    cast_weights as cast_weights,
+    join_model as join_model,
+    save_model as save_model,
+    sketch_model as sketch_model,
+)
+from .model.llava import (
+    LlavaModel as LlavaModel,
+)
+from .model.load import (
+    load as load,
+    pick_device as pick_device,
+    sketch_any as sketch_any,
+)
+from .model.prefix import (
+    Prefixes as Prefixes,
+)
+from .model.sampling import (
+    Token as Token,
+    Written as Written,
+    choose_tokens as choose_tokens,
+)
+from .recipe.check import (
+    Checker as Checker,
+    boundless as boundless,
+    problems_in as problems_in,
+)
+from .recipe.files import (
     HASHED_BYTES as HASHED_BYTES,
     JsonLines as JsonLines,
     differs as differs,
@@ -100,64 +130,15 @@ from .files import (
     without_none as without_none,
     write_text as write_text,
 )
-from .model.answer import (
-    Answer as Answer,
-    Answering as Answering,
-)
-from .model.detokenise import (
-    AnswerText as AnswerText,
-    Unfinished as Unfinished,
-    special_stops as special_stops,
-)
-from .model.devices import pick_device as pick_device
-from .model.folder import (
-    cast_weights as cast_weights,
-    join_model as join_model,
-    save_model as save_model,
-    sketch_model as sketch_model,
-)
-from .model.images import (
-    MAX_PIXELS as MAX_PIXELS,
-    USUAL as USUAL,
-    MissingImage as MissingImage,
-    Views as Views,
-    image_size as image_size,
-    open_image as open_image,
-    read_pixels as read_pixels,
-    refusal as refusal,
-)
-from .model.llava import (
-    LlavaModel as LlavaModel,
-)
-from .model.load import (
-    load as load,
-    sketch_any as sketch_any,
-)
-from .model.messages import (
-    read_asked as read_asked,
-    read_messages as read_messages,
-)
-from .model.prefix import (
-    Prefixes as Prefixes,
-)
-from .model.sampling import (
-    Token as Token,
-    Written as Written,
-    choose_tokens as choose_tokens,
-)
-from .recipe.check import (
-    Checker as Checker,
-    boundless as boundless,
-    problems_in as problems_in,
-)
-from .recipe.lines import Key as Key, Span as Span
 from .recipe.model_choice import (
     PARTS as PARTS,
     ModelRecipe as ModelRecipe,
     is_model as is_model,
 )
 from .recipe.overrides import (
+    Key as Key,
     Source as Source,
+    Span as Span,
     set_key as set_key,
     stated as stated,
 )
@@ -185,11 +166,30 @@ from .stream.batch import (
     PackedBatch as PackedBatch,
     pack as pack,
 )
+from .stream.detokenise import (
+    AnswerText as AnswerText,
+    Unfinished as Unfinished,
+    special_stops as special_stops,
+)
 from .stream.encode import (
     IMAGE_ID as IMAGE_ID,
     Encoded as Encoded,
     encode as encode,
     tokenise as tokenise,
+)
+from .stream.images import (
+    MAX_PIXELS as MAX_PIXELS,
+    USUAL as USUAL,
+    MissingImage as MissingImage,
+    Views as Views,
+    image_size as image_size,
+    open_image as open_image,
+    read_pixels as read_pixels,
+    refusal as refusal,
+)
+from .stream.messages import (
+    read_asked as read_asked,
+    read_messages as read_messages,
 )
 from .stream.tiling import (
     Arrangement as Arrangement,

@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import CLIPImageProcessor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from llavakit.model.images import open_image
+from llavakit.stream.images import open_image
 from llavakit_plugins.vision.preprocessing import MEAN, STD, Square, to_square
 
 PHOTOS = Path(__file__).parents[3] / "shared" / "data" / "images"

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from llavakit import write_text
-from llavakit.files import sync
+from llavakit.recipe.files import sync
 
 ROOT = Path(__file__).parents[2]
 

@@ -77,6 +77,7 @@ _RANGES = {  # whole numbers have whole bounds
 Messages: TypeAlias = Sequence[Mapping[str, Any]]
 """A conversation: each message has a `role` (system, user, assistant) and a `content`, a text or a
 list of parts, `{"type": "text", "text": ...}` or `{"type": "image", "image": ...}`."""
+Images: TypeAlias = Sequence[ImageSource]
 Asked: TypeAlias = str | Messages | Sample  #: A prompt, or a conversation that awaits an answer.
 
 
@@ -90,7 +91,7 @@ class Model(Protocol):
     def generate(
         self,
         prompt: Asked,
-        images: Sequence[ImageSource] = (),
+        images: Images = (),
         *,
         raw: bool = False,
         **sampling: Unpack[SamplingOptions],
@@ -102,28 +103,21 @@ class Model(Protocol):
         """
 
     def generate_ids(
-        self,
-        prompt: Asked,
-        images: Sequence[ImageSource] = (),
-        *,
-        max_new_tokens: int = 64,
-        raw: bool = False,
+        self, prompt: Asked, images: Images = (), *, max_new_tokens: int = 64, raw: bool = False
     ) -> list[int]:
         """Return the new tokens of a greedy answer, the end token included where it came."""
 
     def stream(
         self,
         prompt: Asked,
-        images: Sequence[ImageSource] = (),
+        images: Images = (),
         *,
         raw: bool = False,
         **sampling: Unpack[SamplingOptions],
     ) -> Iterator[str]:
         """Yield the answer in pieces as it comes; together they are what `generate` returns."""
 
-    def logits(
-        self, prompt: Asked, images: Sequence[ImageSource] = (), *, raw: bool = False
-    ) -> Any:
+    def logits(self, prompt: Asked, images: Images = (), *, raw: bool = False) -> Any:
         """Return logits `[T, V]`, float32, of every row of the spliced sequence."""
 
 

@@ -33,7 +33,7 @@ class Device:
     def find(self) -> torch.device:
         """Return the device. Raises ModelError where this machine has none of that name."""
         if self.known is None:
-            from llavakit.model.devices import pick_device
+            from llavakit.model.load import pick_device
 
             self.known = pick_device(self._name)
         return self.known

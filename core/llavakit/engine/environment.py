@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import tomli_w
 
-from llavakit.files import without_none, write_text
+from llavakit.recipe.files import without_none, write_text
 from llavakit.recipe.recipe import Recipe
 from llavakit.recipe.redaction import redacted
 

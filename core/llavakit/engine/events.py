@@ -14,7 +14,7 @@ from typing import Any
 
 from llavakit.contracts.errors import LlavaError
 from llavakit.contracts.interfaces import Tracker
-from llavakit.files import JsonLines
+from llavakit.recipe.files import JsonLines
 from llavakit.recipe.redaction import redacted
 
 FILE = "events.jsonl"

@@ -56,10 +56,6 @@ def show_if_slow(
         yield progress
 
 
-def count(done: int, total: int) -> str:
-    return f"{done}/{total}" if total > 0 else f"{done}"
-
-
 def say(text: str) -> None:
     """Say something of a run that is no progress, at once, on stderr."""
     print(shown(text), file=sys.stderr, flush=True)

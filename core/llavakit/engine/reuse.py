@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from llavakit.files import fingerprint, new_folder
+from llavakit.recipe.files import fingerprint, new_folder
 
 STEP_DONE = "artifact.json"  # written last: it says that the step finished
 

@@ -38,7 +38,7 @@ from llavakit.engine.step_folders import (
     set_aside,
 )
 from llavakit.engine.step_models import StepModel, link_newest
-from llavakit.files import explain_write, one_writer, write_text
+from llavakit.recipe.files import explain_write, one_writer, write_text
 from llavakit.recipe.recipe import Recipe, StepUse
 from llavakit.registry import Registry
 

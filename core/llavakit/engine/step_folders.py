@@ -15,7 +15,7 @@ from typing import Any
 from llavakit.contracts.errors import RecipeError, and_more
 from llavakit.engine.progress import say
 from llavakit.engine.reuse import STEP_DONE, record_changes
-from llavakit.files import explain_write, fingerprint, write_text
+from llavakit.recipe.files import explain_write, fingerprint, write_text
 from llavakit.recipe.recipe import Recipe
 from llavakit.recipe.redaction import redacted
 from llavakit.registry import texts_in

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from llavakit.contracts.component import Use
 from llavakit.engine.distributed import Device
 from llavakit.engine.step_folders import set_aside
-from llavakit.files import link_folder
+from llavakit.recipe.files import link_folder
 from llavakit.recipe.model_choice import is_model
 from llavakit.recipe.recipe import Recipe
 from llavakit.registry import Registry

@@ -12,20 +12,20 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, TypeAlias, TypeVar, Unp
 
 import numpy as np
 
-from llavakit.contracts.data import IMAGE, ImageSource, Sample
+from llavakit.contracts.data import IMAGE, Sample
 from llavakit.contracts.errors import ModelError
 from llavakit.contracts.interfaces import Segment
-from llavakit.contracts.model import Asked, Sampling, SamplingOptions
-from llavakit.model.detokenise import AnswerText, decode, special_stops
-from llavakit.model.images import Views
-from llavakit.model.messages import read_asked
+from llavakit.contracts.model import Asked, Images, Sampling, SamplingOptions
 from llavakit.model.sampling import Token
+from llavakit.stream.detokenise import AnswerText, decode, special_stops
 from llavakit.stream.encode import Encoded, tokenise
+from llavakit.stream.images import Views
+from llavakit.stream.messages import read_asked
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Prompt: TypeAlias = tuple[Asked, Sequence[ImageSource]]  #: What is asked, with its images.
+Prompt: TypeAlias = tuple[Asked, Images]  #: What is asked, with its images.
 Pixels = TypeVar("Pixels")  #: Prepared images `[I, 3, H, W]`: a tensor, or an array of numpy.
 
 
@@ -64,7 +64,7 @@ class Answering(ABC, Generic[Pixels]):
         """How images become views and rows."""
 
     @abstractmethod
-    def prepare(self, images: Sequence[ImageSource], where: str = "the prompt") -> Pixels | None:
+    def prepare(self, images: Images, where: str = "the prompt") -> Pixels | None:
         """Return the pixels `[I, 3, H, W]` of all views of a prompt's images, or None for none."""
 
     @abstractmethod
@@ -96,8 +96,8 @@ class Answering(ABC, Generic[Pixels]):
         """
 
     def ask(
-        self, prompt: Asked, images: Sequence[ImageSource], *, raw: bool = False, begun: str = ""
-    ) -> tuple[Encoded, Sequence[ImageSource]]:
+        self, prompt: Asked, images: Images, *, raw: bool = False, begun: str = ""
+    ) -> tuple[Encoded, Images]:
         """Render and tokenise what is asked, or take a raw prompt as it is; return its images, too.
 
         `begun` is what the answer has begun with, for the model to go on from there.
@@ -124,14 +124,14 @@ class Answering(ABC, Generic[Pixels]):
             )
         return self.views.place(encoded, self.views.shown(images, "the prompt")), images
 
-    def prompt(self, prompt: Asked, images: Sequence[ImageSource], **given: Any) -> Encoded:
+    def prompt(self, prompt: Asked, images: Images, **given: Any) -> Encoded:
         """Return the tokens of what is asked; `given` is what `ask` takes."""
         return self.ask(prompt, images, **given)[0]
 
     def generate(
         self,
         prompt: Asked,
-        images: Sequence[ImageSource] = (),
+        images: Images = (),
         *,
         raw: bool = False,
         **sampling: Unpack[SamplingOptions],
@@ -141,12 +141,7 @@ class Answering(ABC, Generic[Pixels]):
         return self.answer([(prompt, images)], chosen, raw=raw, remember=True)[0]
 
     def generate_ids(
-        self,
-        prompt: Asked,
-        images: Sequence[ImageSource] = (),
-        *,
-        max_new_tokens: int = 64,
-        raw: bool = False,
+        self, prompt: Asked, images: Images = (), *, max_new_tokens: int = 64, raw: bool = False
     ) -> list[int]:
         """Return the new tokens of a greedy answer, the end token included where it came."""
         chosen = Sampling(max_new_tokens)
@@ -155,7 +150,7 @@ class Answering(ABC, Generic[Pixels]):
     def stream(
         self,
         prompt: Asked,
-        images: Sequence[ImageSource] = (),
+        images: Images = (),
         *,
         raw: bool = False,
         **sampling: Unpack[SamplingOptions],
@@ -172,7 +167,7 @@ class Answering(ABC, Generic[Pixels]):
     def answers(
         self,
         prompt: Asked,
-        images: Sequence[ImageSource] = (),
+        images: Images = (),
         *,
         raw: bool = False,
         **sampling: Unpack[SamplingOptions],

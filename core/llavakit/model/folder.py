@@ -25,9 +25,9 @@ from llavakit.contracts.component import Options, Use
 from llavakit.contracts.errors import ModelError
 from llavakit.contracts.interfaces import PromptTemplate
 from llavakit.contracts.networks import Connector, LanguageModel, VisionEncoder
-from llavakit.files import differs, digest, listed_file, new_folder, without_none
 from llavakit.model.llava import LlavaModel
 from llavakit.recipe.check import problems_in
+from llavakit.recipe.files import differs, digest, listed_file, new_folder, without_none
 from llavakit.recipe.model_choice import MANIFEST, PARTS, ModelRecipe
 from llavakit.registry import Registry
 from llavakit.stream.tiling import Tiling

@@ -16,8 +16,8 @@ from llavakit.contracts.errors import ModelError
 from llavakit.contracts.model import Sampling as Sampling
 from llavakit.contracts.networks import LanguageModel
 from llavakit.contracts.packing import KVCache, Packing, Rows
-from llavakit.model.detokenise import Unfinished, special_stops
 from llavakit.model.sampling import Token, Written, choose_tokens
+from llavakit.stream.detokenise import Unfinished, special_stops
 
 Keep = Callable[[KVCache, int, Sequence[int]], None]
 

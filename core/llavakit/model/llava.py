@@ -12,19 +12,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from llavakit.contracts.data import ImageSource, Sample
+from llavakit.contracts.data import Sample
 from llavakit.contracts.errors import ModelError
 from llavakit.contracts.interfaces import PromptTemplate, Segment
-from llavakit.contracts.model import Asked, Sampling
+from llavakit.contracts.model import Asked, Images, Sampling
 from llavakit.contracts.networks import Connector, LanguageModel, VisionEncoder
 from llavakit.contracts.packing import Stream
 from llavakit.model.answer import Answering
 from llavakit.model.generate import generate_stream
-from llavakit.model.images import Views
 from llavakit.model.prefix import Prefixes
 from llavakit.model.sampling import Token
 from llavakit.stream.batch import PackedBatch, pack
 from llavakit.stream.encode import Encoded, encode, tokenise
+from llavakit.stream.images import Views
 from llavakit.stream.tiling import Tiling, View
 
 if TYPE_CHECKING:
@@ -138,7 +138,7 @@ class LlavaModel(nn.Module, Answering[Tensor]):
 
     # -- trying it -----------------------------------------------------------------------------
 
-    def prepare(self, images: Sequence[ImageSource], where: str = "the prompt") -> Tensor | None:
+    def prepare(self, images: Images, where: str = "the prompt") -> Tensor | None:
         """Return the pixels `[I, 3, H, W]` of all views of a prompt's images, or None for none."""
         if not images:
             return None
@@ -169,9 +169,7 @@ class LlavaModel(nn.Module, Answering[Tensor]):
         return Encoded(*tokenise([Segment(prompt, markup=True)], self.language.tokenizer))
 
     @torch.inference_mode()
-    def logits(
-        self, prompt: Asked, images: Sequence[ImageSource] = (), *, raw: bool = False
-    ) -> Tensor:
+    def logits(self, prompt: Asked, images: Images = (), *, raw: bool = False) -> Tensor:
         """Return logits `[T, V]`, float32, of every row of the spliced sequence."""
         encoded, images = self.ask(prompt, images, raw=raw)
         batch = pack([encoded], [0], self.visual_tokens)

@@ -14,10 +14,9 @@ import torch
 from llavakit.contracts.component import Use
 from llavakit.contracts.errors import ModelError
 from llavakit.contracts.interfaces import Exporter, PromptTemplate
-from llavakit.files import peek_json
-from llavakit.model.devices import pick_device
 from llavakit.model.folder import load_model, sketch_model
 from llavakit.model.llava import LlavaModel
+from llavakit.recipe.files import peek_json
 from llavakit.recipe.model_choice import MANIFEST, PARTS, ModelRecipe, is_model
 from llavakit.registry import Registry
 
@@ -141,3 +140,25 @@ def _refuse_others(
             raise ModelError(
                 f"{path} is in the layout `{layout}`, which needs no `{name}`; leave it out"
             )
+
+
+def pick_device(name: str | torch.device) -> torch.device:
+    """Return a device; `auto` is CUDA where there is one, else Apple's MPS, else the CPU."""
+    if isinstance(name, torch.device):
+        return name
+    if name == "auto":
+        mps = "mps" if torch.backends.mps.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else mps
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ModelError(
+            f"device `{name}` is none of torch's; use auto, cpu, cuda or mps"
+        ) from error
+    try:
+        torch.zeros(1, device=device).sum().item()  # a name may be known, and its driver absent
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ModelError(
+            f"device `{name}` is not available on this machine; use cpu or auto"
+        ) from error
+    return device

@@ -25,8 +25,7 @@ from llavakit.contracts.component import (
 from llavakit.contracts.errors import RecipeError, did_you_mean
 from llavakit.contracts.interfaces import Exporter
 from llavakit.contracts.run import Step
-from llavakit.recipe.lines import Key, Span
-from llavakit.recipe.overrides import Source
+from llavakit.recipe.overrides import Key, Source, Span
 from llavakit.recipe.redaction import brief, redact
 from llavakit.registry import LATER, Registry, StepFolders, kind_of
 

@@ -19,9 +19,8 @@ from llavakit.contracts.errors import RecipeError, did_you_mean
 from llavakit.contracts.interfaces import Tracker
 from llavakit.contracts.run import Step
 from llavakit.recipe.check import Checker, Problem, boundless, problems_in, sound
-from llavakit.recipe.lines import Key
 from llavakit.recipe.model_choice import ModelRecipe
-from llavakit.recipe.overrides import Source, set_key, stated, step_index
+from llavakit.recipe.overrides import Key, Source, set_key, stated, step_index
 from llavakit.registry import LATER, Registry
 from llavakit.registry.installed import imported
 

@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from llavakit.files import CONTROL
+from llavakit.recipe.files import CONTROL
 
 HIDDEN = "[hidden]"
 _SHORTEST = 12  # of a secret that can be told from an ordinary word, and so be taken out of a text

@@ -17,6 +17,7 @@ import pluggy
 from llavakit.contracts import hooks
 from llavakit.contracts.component import Component, Options, Use
 from llavakit.contracts.errors import PluginError, RecipeError, did_you_mean
+from llavakit.registry.choices import StepFolders, kind_of, step_path, texts_in
 from llavakit.registry.installed import (
     check_hooks,
     explained,
@@ -25,39 +26,10 @@ from llavakit.registry.installed import (
     wanted,
     warn_once,
 )
-from llavakit.registry.step_paths import StepFolders, step_path
 
 KindT = TypeVar("KindT", bound=Component)
 ComponentT = TypeVar("ComponentT", bound=Component)
 OptionsT = TypeVar("OptionsT", bound=Options)
-
-
-def all_kinds() -> tuple[type[Component], ...]:
-    """Return every kind. Imports torch."""
-    return tuple(map(_kind_called, hooks.KINDS))
-
-
-def kind_of(use: Use[Any] | type[Use[Any]]) -> type[Component]:
-    """Return the `Kind` of a `Use[Kind]`; that of `Use["Kind"]` is imported only now."""
-    for base in (use if isinstance(use, type) else type(use)).__mro__:
-        metadata = getattr(base, "__pydantic_generic_metadata__", None)
-        if metadata and metadata["args"]:
-            kind: type[Component] | str = metadata["args"][0]
-            return _kind_called(kind) if isinstance(kind, str) else kind
-    raise TypeError(f"{use!r} names no kind; write Use[Kind]")
-
-
-def _kind_called(name: str) -> type[Component]:
-    return cast("type[Component]", resolve_name(f"llavakit:{name}"))
-
-
-def texts_in(value: object) -> Iterator[str]:
-    """Yield every text in options."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping | list | tuple):
-        for item in value.values() if isinstance(value, Mapping) else value:
-            yield from texts_in(item)
 
 
 class Registry:

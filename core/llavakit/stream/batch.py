@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -38,19 +38,11 @@ class PackedBatch:
 
     def to(self, device: torch.device) -> PackedBatch:
         """Return the batch on `device`."""
-        move = partial(upload, device=device)
-        kept, rows, weights = self.visual_kept_N, self.supervised_rows, self.weights_KN
-        return replace(
-            self,
-            token_ids_T=move(self.token_ids_T),
-            packing=self.packing.to(device),
-            visual_rows_N=move(self.visual_rows_N),
-            visual_kept_N=None if kept is None else move(kept),
-            supervised_rows=replace(rows, index_M=move(rows.index_M)),
-            targets_M=move(self.targets_M),
-            separator_rows_L=move(self.separator_rows_L),
-            weights_KN=None if weights is None else move(weights),
-        )
+        move, rows = partial(upload, device=device), self.supervised_rows
+        given = vars(self).items()
+        moved: Any = {name: move(value) for name, value in given if isinstance(value, Tensor)}
+        rows = replace(rows, index_M=move(rows.index_M))
+        return replace(self, **moved, packing=self.packing.to(device), supervised_rows=rows)
 
 
 def pack(encoded: Sequence[Encoded], samples: Sequence[int], visual_tokens: int) -> PackedBatch:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from llavakit.contracts.data import Question, Score
 from llavakit.contracts.interfaces import Benchmark
-from llavakit.model.images import open_image
+from llavakit.stream.images import open_image
 from llavakit.testing.contract import Contract, hold, holding
 
 _UNREADABLE = ("", "#", "\ufffd ...", "I cannot see an image.")

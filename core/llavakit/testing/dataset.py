@@ -8,7 +8,7 @@ from itertools import zip_longest
 
 from llavakit.contracts.data import Sample
 from llavakit.contracts.interfaces import Dataset
-from llavakit.model.images import open_image
+from llavakit.stream.images import open_image
 from llavakit.testing.contract import Contract, hold, holding
 
 

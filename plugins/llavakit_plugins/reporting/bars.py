@@ -11,7 +11,8 @@ from rich.progress import BarColumn, Progress as Bars, ProgressColumn, Task, Tas
 from rich.table import Column
 from rich.text import Text
 
-from llavakit import Progress, count, duration, one_line
+from llavakit import Progress, duration, one_line
+from llavakit_plugins.reporting.values import count
 
 Clock = Callable[[], float]
 

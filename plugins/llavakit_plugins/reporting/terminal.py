@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import TextIO
 
-from llavakit import Progress, count, duration, one_line
+from llavakit import Progress, duration, one_line
+from llavakit_plugins.reporting.values import count
 
 _LINE_SECONDS = 10.0  # between plain lines, at least
 _PHASE_SECONDS = 1.0  # before a line at a phase's begin or end, at least

@@ -75,3 +75,8 @@ def extent(points: Sequence[tuple[float, float]]) -> list[float | None]:
     if not values:
         return [len(points), None, None, None, None]
     return [len(points), values[0], values[-1], min(values), max(values)]
+
+
+def count(done: int, total: int) -> str:
+    """Return how many are done, of how many where that is known."""
+    return f"{done}/{total}" if total > 0 else f"{done}"

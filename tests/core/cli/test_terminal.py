@@ -15,7 +15,7 @@ from tests.conftest import Command
 
 from llavakit import Registry, Sample
 from llavakit.contracts.errors import DataError
-from llavakit.files import CONTROL
+from llavakit.recipe.files import CONTROL
 
 EVIL = "a\x1b[2J\x1b]0;title\x07\x9b31m\u202eb"
 SHOWN = "a\\x1b[2J\\x1b]0;title\\x07\\x9b31m\\u202eb"

@@ -19,8 +19,8 @@ from tests.plugins.families import qwen_tokenizer
 
 from llavakit import LlavaModel, ModelError
 from llavakit.contracts.model import Sampling
-from llavakit.model.detokenise import AnswerText, decode
 from llavakit.model.sampling import distribution
+from llavakit.stream.detokenise import AnswerText, decode
 from llavakit_plugins.huggingface.hub import load_tokenizer
 
 LLAMA = published.llama()

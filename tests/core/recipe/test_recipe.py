@@ -10,7 +10,7 @@ import pytest
 from tests.conftest import Command, RecipeWriter
 
 from llavakit import Recipe, RecipeError, Registry
-from llavakit.recipe.lines import find_keys, locate
+from llavakit.recipe.overrides import find_keys, locate
 from llavakit.recipe.recipe import find_recipe, recipe_folder
 
 REGISTRY = Registry.installed()

@@ -13,7 +13,7 @@ from hypothesis import given, settings, strategies as st
 from llavakit.cli import main
 from llavakit.engine.events import EventLog
 from llavakit.engine.progress import say
-from llavakit.files import printable_json
+from llavakit.recipe.files import printable_json
 from llavakit.recipe.redaction import (
     HIDDEN,
     hide,

@@ -204,7 +204,7 @@ def test_a_contract_that_is_not_filled_in_fails_rather_than_being_passed_over(
 
 PACKAGE = """\
 from llavakit import Exporter, Options, Outcome, Step, Tracker, hookimpl
-from llavakit.files import new_folder
+from llavakit.recipe.files import new_folder
 
 class Figures(Options):
     what: str

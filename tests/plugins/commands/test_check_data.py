@@ -19,7 +19,7 @@ from tests import published
 from tests.conftest import Command
 
 from llavakit import DataError, Dataset, Options, Registry, Sample, Turn, Use
-from llavakit.files import CONTROL
+from llavakit.recipe.files import CONTROL
 from llavakit.testing import byte_tokenizer
 from llavakit_plugins.datasets.inspection import inspect_data
 from llavakit_plugins.datasets.lengths import Lengths

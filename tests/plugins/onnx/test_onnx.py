@@ -613,7 +613,7 @@ def test_a_damaged_folder_is_named(
 
 
 def test_an_unknown_operator_set_is_named(exported: Exported, tmp_path: Path) -> None:
-    from llavakit.files import digest
+    from llavakit.recipe.files import digest
 
     folder = copytree(exported.folder, tmp_path / "copy")
     name = "onnx/embed_tokens.onnx"

@@ -25,7 +25,7 @@ from llavakit import (
     Use,
 )
 from llavakit.model.folder import create_model
-from llavakit.model.images import read_pixels
+from llavakit.stream.images import read_pixels
 from llavakit_plugins.datasets.conversations import Conversations
 from llavakit_plugins.training.corpus import Corpus
 from llavakit_plugins.training.features import Cached, Encoding, Features, images_recur

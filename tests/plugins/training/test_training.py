@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from llavakit import Dataset, Recipe, Registry, Use
 from llavakit.model.folder import create_model, load_model
-from llavakit.model.images import open_image
+from llavakit.stream.images import open_image
 from llavakit_plugins.training.corpus import Corpus
 from llavakit_plugins.training.optimiser import Group, Optimiser, Schedule
 from llavakit_plugins.vision.clip import Clip

@@ -14,7 +14,7 @@ from tests import published
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-from llavakit.model.images import open_image
+from llavakit.stream.images import open_image
 from llavakit_plugins.onnx.runtime.pictures import Preparation
 from llavakit_plugins.vision.preprocessing import MEAN, RGB, STD, Square, pad_to_square, to_square
 

@@ -17,7 +17,7 @@ from timm.data.transforms_factory import create_transform
 from timm.models import save_for_hf
 
 from llavakit import ModelError, VisionEncoder
-from llavakit.model.images import open_image
+from llavakit.stream.images import open_image
 from llavakit.testing import VisionEncoderContract, make_picture
 from llavakit_plugins.vision.timm import Timm, TimmOptions
 

@@ -24,7 +24,7 @@ from PIL import Image
 from tests.core.processes import small_disk
 
 from llavakit import DataError, LlavaError
-from llavakit.model.images import (
+from llavakit.stream.images import (
     MissingImage,
     open_image,
     refusal,

@@ -1,10 +1,14 @@
-"""What `@step/file` stands for in a recipe's options: a path in the folder of an earlier step."""
+"""What a recipe's choices mean: their kind, and `@step/file`, a path in an earlier step."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from pkgutil import resolve_name
+from typing import Any, cast
 
+from llavakit.contracts import hooks
+from llavakit.contracts.component import Component, Use
 from llavakit.contracts.errors import did_you_mean
 
 StepFolders = Mapping[str, Path]  #: Folders of earlier steps, by their names in a recipe.
@@ -31,3 +35,31 @@ def step_path(value: str, folders: StepFolders | None) -> str | Path:
     if ".." in Path(rest).parts or Path(rest).is_absolute():
         raise ValueError(f"`{value}` leaves the folder of its step")
     return value if folders[name] is LATER else folders[name] / rest
+
+
+def all_kinds() -> tuple[type[Component], ...]:
+    """Return every kind. Imports torch."""
+    return tuple(map(_kind_called, hooks.KINDS))
+
+
+def kind_of(use: Use[Any] | type[Use[Any]]) -> type[Component]:
+    """Return the `Kind` of a `Use[Kind]`; that of `Use["Kind"]` is imported only now."""
+    for base in (use if isinstance(use, type) else type(use)).__mro__:
+        metadata = getattr(base, "__pydantic_generic_metadata__", None)
+        if metadata and metadata["args"]:
+            kind: type[Component] | str = metadata["args"][0]
+            return _kind_called(kind) if isinstance(kind, str) else kind
+    raise TypeError(f"{use!r} names no kind; write Use[Kind]")
+
+
+def _kind_called(name: str) -> type[Component]:
+    return cast("type[Component]", resolve_name(f"llavakit:{name}"))
+
+
+def texts_in(value: object) -> Iterator[str]:
+    """Yield every text in options."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping | list | tuple):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from texts_in(item)
