@@ -71,7 +71,7 @@ class Chat:
                 raise RequestError(503, "the model's thread has ended; restart the server")
             # asked before the images are decoded, which costs most;
             # `submit` decides, as others come meanwhile
-            if self._scheduler.queued >= self._limits.queue:
+            if self._scheduler.full:
                 raise self._full()
             loop = asyncio.get_running_loop()
             prepared = await loop.run_in_executor(self._pool, self._prepare, body)

@@ -84,9 +84,10 @@ class Scheduler:
         return self._thread.is_alive()
 
     @property
-    def queued(self) -> int:
-        """Return how many requests wait for a place."""
-        return self._queued
+    def full(self) -> bool:
+        """Say whether as many requests wait as may, beside those that the next turn lets in."""
+        free = self._places - len(self._reading) - len(self._writing)
+        return self._queued >= self._most + max(0, free)
 
     @property
     def busy(self) -> int:
@@ -96,7 +97,7 @@ class Scheduler:
     def submit(self, job: Job) -> None:
         """Take a request. Raises Full where too many wait already."""
         with self._lock:
-            if self._queued >= self._most:
+            if self.full:
                 raise Full
             self._queued += 1
         self._inbox.put(job)
