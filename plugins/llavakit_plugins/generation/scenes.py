@@ -76,11 +76,18 @@ class Scene:
     canvas: str
     digits: tuple[Digit, ...]
     """In reading order."""
+    squares: int = 1
+    """Its edge in squares of SIDE pixels."""
+
+    @property
+    def side(self) -> int:
+        """Its edge in pixels."""
+        return SIDE * self.squares
 
     def draw(self) -> Image.Image:
-        """Return the image, SIDE x SIDE pixels, RGB."""
+        """Return the image, side x side pixels, RGB."""
         masks, _ = _glyphs()
-        pixels = np.empty((SIDE, SIDE, 3), np.float32)
+        pixels = np.empty((self.side, self.side, 3), np.float32)
         pixels[:] = CANVASES[self.canvas]
         for digit in self.digits:
             left, top, right, bottom = digit.corners
@@ -92,7 +99,7 @@ class Scene:
     def context(self, identity: str, image: str) -> ImageContext:
         """Return captions and boxes, from which a teacher writes data."""
         boxes = tuple(
-            Box(WORDS[digit.value], tuple(round(value / SIDE, 3) for value in digit.corners))  # type: ignore[arg-type]
+            Box(WORDS[digit.value], tuple(round(value / self.side, 3) for value in digit.corners))  # type: ignore[arg-type]
             for digit in self.digits
         )
         return ImageContext(identity, image, tuple(self.captions()), boxes)
@@ -114,9 +121,13 @@ class Scene:
         yield f"{shown.capitalize()}. The canvas is {self.canvas}."
 
 
-def compose(split: Split, families: int, seed: int, most: int = 3) -> Iterator[Scene]:
+def compose(
+    split: Split, families: int, seed: int, most: int = 3, squares: int = 1
+) -> Iterator[Scene]:
     """Yield scenes with at most `most` digits, family by family.
 
+    With 3 `squares` a scene is three times as wide and high, and its digits are as small as ever:
+    each cell is a scene of the usual size, with the digit at one of its own four positions.
     The splits share no glyph, so that a held-out scene shows handwriting that was never trained on.
     Raises LlavaError if scikit-learn is not installed.
     """
@@ -137,10 +148,10 @@ def compose(split: Split, families: int, seed: int, most: int = 3) -> Iterator[S
         # in random order, as a count that is no multiple of eight cuts the last family
         for member in draw.permutation(len(members)).tolist():
             digits = [
-                _place(place, value, colour, glyphs[value], draw)
+                _place(place, value, colour, glyphs[value], draw, squares)
                 for place, value, colour in zip(places, members[member], colours, strict=True)
             ]
-            yield Scene(canvas, tuple(digits))
+            yield Scene(canvas, tuple(digits), squares)
 
 
 def _place(
@@ -149,13 +160,17 @@ def _place(
     colour: str,
     glyphs: Sequence[int] | npt.NDArray[np.int64],
     draw: np.random.Generator,
+    squares: int,
 ) -> Digit:
     size = int(draw.choice(_SIZES))
     room = CELL - size
     low, high = max(0, room // 2 - _JITTER), min(room, room // 2 + _JITTER)
     x, y = (int(offset) for offset in draw.integers(low, high + 1, 2))
     column, row = PLACES[place]
-    left, top = CELL * column + x, CELL * row + y
+    left, top = CELL * column * squares + x, CELL * row * squares + y
+    if squares > 1:
+        within = list(PLACES.values())[int(draw.integers(4))]
+        left, top = (edge + CELL * cell for edge, cell in zip((left, top), within, strict=True))
     corners = (left, top, left + size, top + size)
     return Digit(place, value, colour, int(draw.choice(glyphs)), corners)
 

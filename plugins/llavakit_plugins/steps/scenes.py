@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field
 
@@ -22,6 +23,9 @@ class ScenesOptions(Options):
     """Further scenes for training with one digit each; they are used first."""
     most: int = Field(default=3, ge=1, le=3)
     """Most digits of a scene."""
+    squares: Literal[1, 3] = 1
+    """Edge of a scene in squares of 72 pixels; the digits stay as small. Those of `single` are
+    always of one square."""
     test: int = Field(default=512, ge=FAMILY)
     """Held-out scenes, drawn with glyphs that no other scene has."""
 
@@ -42,17 +46,17 @@ class Scenes(Step):
         shown: list[Card] = []
         with explain_write(run.directory):
             (run.directory / "images").mkdir(exist_ok=True)
-        plans: tuple[tuple[str, Split, int, int], ...] = (
-            ("single", "train", options.single, 1),
-            ("train", "train", options.train, options.most),
-            ("test", "test", options.test, options.most),
+        plans: tuple[tuple[str, Split, int, int, int], ...] = (
+            ("single", "train", options.single, 1, 1),
+            ("train", "train", options.train, options.most, options.squares),
+            ("test", "test", options.test, options.most, options.squares),
         )
-        for name, split, count, most in plans:
+        for name, split, count, most, squares in plans:
             contexts: list[ImageContext] = []
             # whole families are composed and the last one is cut,
             # so that `count` need not be a multiple
             families = -(-count // FAMILY)
-            for scene in compose(split, families, run.seed, most):
+            for scene in compose(split, families, run.seed, most, squares):
                 if len(contexts) == count:
                     break
                 contexts.append(_save(scene, f"{name}-{len(contexts):06}", run.directory))
