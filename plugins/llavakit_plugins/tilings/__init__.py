@@ -1,4 +1,5 @@
-"""The built-in tilings: one view, a base view with tiles (anyres), a plain grid of tiles."""
+"""The built-in tilings: one view, a base view with tiles (anyres), a plain grid of tiles, and
+one view in an image's own proportions."""
 
 from collections.abc import Mapping
 
@@ -11,4 +12,5 @@ def llava_tilings() -> Mapping[str, str]:
         "single": "llavakit_plugins.tilings.single:Single",
         "anyres": "llavakit_plugins.tilings.anyres:Anyres",
         "grid": "llavakit_plugins.tilings.grid:Grid",
+        "native": "llavakit_plugins.tilings.native:Native",
     }

@@ -135,6 +135,7 @@ class TransformersEncoder(VisionTransformer):
     mean: ClassVar[RGB] = MEAN
     """Used if neither an option nor the source's preprocessor_config.json states a mean."""
     std: ClassVar[RGB] = STD
+    interpolation: ClassVar[Interpolation] = "bicubic"
 
     @classmethod
     @abstractmethod
@@ -144,6 +145,15 @@ class TransformersEncoder(VisionTransformer):
     @abstractmethod
     def embed(self, pixels_BCHW: Tensor) -> Tensor:
         """Return `hidden_states[0]`, `[B, prefix + P, D]`."""
+
+    def edges(self, config: Any) -> tuple[int, int]:
+        """Return the edges in pixels of the square that it reads, and of a patch."""
+        image, patch = config.image_size, config.patch_size
+        return _edge(image, self.name, "image_size"), _edge(patch, self.name, "patch_size")
+
+    def masks(self, pixels_BCHW: Tensor) -> dict[str, Tensor | None]:
+        """Return what else each layer is called with."""
+        return self.unmasked
 
     @property
     def blocks(self) -> Iterable[nn.Module]:
@@ -169,21 +179,20 @@ class TransformersEncoder(VisionTransformer):
         # Whether layers require an `attention_mask` argument depends on the family and on the
         # version of transformers; None means that every patch sees every patch.
         takes = [inspect.signature(block.forward).parameters for block in self.blocks]
-        self.unmasked = (
+        self.unmasked: dict[str, Tensor | None] = (
             {"attention_mask": None} if all("attention_mask" in t for t in takes) else {}
         )
         config = self.model.config
         self.choose(options, config.num_hidden_layers)
         self.width: int = config.hidden_size * len(self.depths)
-        self.image_size: int = _edge(config.image_size, self.name, "image_size")
-        self.patch_size: int = _edge(config.patch_size, self.name, "patch_size")
+        self.image_size, self.patch_size = self.edges(config)
         given = _read_processor(options)
         self.square = Square(
             self.image_size,
             options.aspect,
             options.mean or given.mean or self.mean,
             options.std or given.std or self.std,
-            options.interpolation or given.interpolation or "bicubic",
+            options.interpolation or given.interpolation or self.interpolation,
             options.fast,
         )
         self.decode_edge = self.image_size if options.fast else None
@@ -254,10 +263,10 @@ class TransformersEncoder(VisionTransformer):
 
     def forward(self, pixels_BCHW: Tensor) -> Tensor:
         """Return features `[B, prefix + P, D]`."""
-        hidden_BPD = self.embed(pixels_BCHW)
+        hidden_BPD, masks = self.embed(pixels_BCHW), self.masks(pixels_BCHW)
         found = {0: hidden_BPD}
         for number, block in enumerate(list(self.blocks)[: self.depth], start=1):
-            hidden_BPD = block(hidden_BPD, **self.unmasked)  # layers behind it are not computed
+            hidden_BPD = block(hidden_BPD, **masks)  # layers behind it are not computed
             if number in self.depths:
                 found[number] = hidden_BPD
         layers = [found[depth] for depth in self.depths]
