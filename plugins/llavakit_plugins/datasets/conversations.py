@@ -22,6 +22,7 @@ from llavakit import (
 )
 from llavakit.contracts.data import CHARACTERS_A_TOKEN, Inspected
 from llavakit.contracts.run import Progress
+from llavakit_plugins.datasets.boxes import Aspect, with_moved_boxes
 from llavakit_plugins.datasets.conversation_rows import RowReader, attempt
 from llavakit_plugins.datasets.expected import Expected
 from llavakit_plugins.datasets.image_files import check_image, whole_images
@@ -47,6 +48,12 @@ class ConversationsOptions(Options):
     unusable: Literal["refuse", "skip"] = "refuse"
     """What to do with samples that cannot be used, and with missing or broken images: refuse the
     file, or skip these samples and name them."""
+    boxes: Literal["none", "normalised"] = "none"
+    """Whether texts have boxes, `[left, top, right, bottom]` from 0 to 1 of the image in its file,
+    which `aspect` moves. LLaVA-1.5's data has boxes of the padded square already: "none"."""
+    aspect: Aspect = "squash"
+    """What the vision encoder does to make a square, for `boxes`: its own `aspect`. Tilings and
+    squashing move no box."""
     expect: Expected | None = None
 
 
@@ -84,7 +91,7 @@ class Conversations(Dataset):
                 progress(round(1000 * row.start / size), 1000, f"{number:,} rows read")
             try:
                 _refuse_doubled(row, number, self._reader)
-                sample = self._reader.sample(row.value, number)
+                sample = self._boxed(self._reader.sample(row.value, number))
             except DataError as error:
                 if not skip:
                     raise
@@ -111,7 +118,13 @@ class Conversations(Dataset):
         if not 0 <= index < len(self):
             raise IndexError(index)
         number = index if self._numbers is None else self._numbers[index]
-        return self._reader.sample(self._rows[number], number)
+        return self._boxed(self._reader.sample(self._rows[number], number))
+
+    def _boxed(self, sample: Sample) -> Sample:
+        """Return a sample with its boxes where the encoder sees them."""
+        if self.options.boxes == "none":
+            return sample
+        return with_moved_boxes(sample, self.options.aspect)
 
     def notes(self) -> list[str]:
         if self._numbers is None:
@@ -149,6 +162,9 @@ class Conversations(Dataset):
             doubled = attempt(partial(_refuse_doubled, row, number, reader), "doubled keys")
             if doubled is not None:
                 sample, problems = None, [doubled, *problems]
+            if sample is not None and options.boxes != "none":
+                moved = attempt(partial(with_moved_boxes, sample, options.aspect), "boxes")
+                problems = [*problems, *([] if moved is None else [moved])]
             read = (row.start + row.length) / size
             identity = reader.name(row.value, number)[0]
             yield Inspected(identity, sample, tuple(problems), images, read)
