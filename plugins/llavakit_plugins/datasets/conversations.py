@@ -20,7 +20,7 @@ from llavakit import (
     Sample,
     and_more,
 )
-from llavakit.contracts.data import CHARACTERS_A_TOKEN, Inspected
+from llavakit.contracts.data import CHARACTERS_A_TOKEN, Finding, Inspected
 from llavakit.contracts.run import Progress
 from llavakit_plugins.datasets.boxes import Aspect, with_moved_boxes
 from llavakit_plugins.datasets.conversation_rows import RowReader, attempt
@@ -164,7 +164,10 @@ class Conversations(Dataset):
                 sample, problems = None, [doubled, *problems]
             if sample is not None and options.boxes != "none":
                 moved = attempt(partial(with_moved_boxes, sample, options.aspect), "boxes")
-                problems = [*problems, *([] if moved is None else [moved])]
+                if isinstance(moved, Finding):
+                    sample, problems = None, [*problems, moved]
+                else:
+                    sample = moved
             read = (row.start + row.length) / size
             identity = reader.name(row.value, number)[0]
             yield Inspected(identity, sample, tuple(problems), images, read)
