@@ -7,9 +7,9 @@ front has a newline behind it.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from llavakit.contracts.data import IMAGE, Turn
 from llavakit.contracts.errors import ModelError
@@ -34,7 +34,7 @@ class PromptFormat(BaseModel):
     """Whether spaces around a question without images are removed."""
     adds_bos: bool
     """Whether `beginning` is put first; otherwise the template writes it."""
-    beginning: tuple[int, ...]
+    beginning: tuple[Annotated[int, Field(ge=0, lt=1 << 24)], ...]
     """Ids that the model's own tokenizer puts before a text, also before a raw prompt."""
     between: tuple[str, str] | None
     """The text between a question and its answer, and the text between that answer and the next

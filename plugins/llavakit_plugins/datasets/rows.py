@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from llavakit import DataError, and_more
+from llavakit.contracts.data import is_cut
 from llavakit_plugins.datasets.text_files import read_text
 
 Row = Mapping[str, Any]
@@ -61,6 +62,8 @@ def text_of(row: Row, key: str, where: str) -> str:
     value = row.get(key)
     if not isinstance(value, str | int | float) or isinstance(value, bool):
         raise DataError(f"{where}: needs `{key}` (text), got {value!r:.60}; add or fix it")
+    if is_cut(str(value)):
+        raise DataError(f"{where}: `{key}` ends within a character (half an emoji); fix it")
     return str(value)
 
 
@@ -89,7 +92,7 @@ def listed(ids: Sequence[object]) -> str:
 def _parse(text: str, path: Path, line: int | None = None) -> Any:
     where = f"{path}:{line}" if line else f"{path}"
     try:
-        return json.loads(text, object_pairs_hook=partial(_object, where))
+        found = json.loads(text, object_pairs_hook=partial(_object, where))
     except json.JSONDecodeError as error:
         raise DataError(
             f"{path}:{line or error.lineno}:{error.colno}: not valid JSON: {error.msg}; fix or "
@@ -99,6 +102,9 @@ def _parse(text: str, path: Path, line: int | None = None) -> Any:
         raise DataError(f"{where} is nested too deeply to read; fix the file") from error
     except ValueError as error:  # a whole number of more digits than Python reads
         raise DataError(f"{where} holds a number that is too long to read; fix it") from error
+    if "\\u" in text and is_cut(json.dumps(found, ensure_ascii=False)):
+        raise DataError(f"{where}: a text ends within a character (half an emoji); fix it")
+    return found
 
 
 def _object(where: str, pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -73,7 +73,9 @@ class Job:
                 raise other
             row, own = line[1], row_of(question, str(line[1].get("text")), self.model_id)
             same = all(row.get(key) == own[key] for key in ("question_id", "prompt", "model_id"))
-            if not same or not self.metadata.items() <= dict(row.get("metadata") or {}).items():
+            made = row.get("metadata")
+            made = made if isinstance(made, dict) else {}
+            if not same or not self.metadata.items() <= made.items():
                 raise other
         return True
 

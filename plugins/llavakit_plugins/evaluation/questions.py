@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from os.path import isfile
 from pathlib import Path
 
 from llavakit import DataError, Question, and_more
@@ -41,7 +42,7 @@ def read_questions(path: Path, images: Path | None, limit: int | None = None) ->
         f"{image} (question `{item.question.id}`)"
         for item in items
         for image in item.question.images
-        if isinstance(image, Path) and not image.is_file()
+        if isinstance(image, Path) and not isfile(image)  # no name of a file may be too long
     ]
     if missing:
         raise DataError(

@@ -115,6 +115,11 @@ def test_what_is_there_already_is_not_replaced(
     for other in (("--limit", 4), ("--limit", 3, "--max-new-tokens", 7), (*few, "--model-id", "x")):
         said = refused("predict", model, questions, out, *SHORT, *other)
         assert "is there already, and not with these questions' answers of this model" in said
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    for metadata in ("text", [1], 3, {}):  # of another's program
+        lines[0]["metadata"] = metadata
+        out.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+        assert "is there already" in refused("predict", model, questions, out, *SHORT, *few)
     out.write_text("my own notes\n")
     assert "not valid JSON" in refused("predict", model, questions, out, *SHORT, *few)
     assert out.read_text() == "my own notes\n"
@@ -310,6 +315,8 @@ def test_an_exported_model_answers_as_the_one_it_was_made_of(
         ({"question_id": 0, "text": "a"}, "`0` occur more than once"),
         ({"id": "z", "conversations": [{"from": "gpt", "value": "a"}]}, "z"),
         ({"question_id": 1, "text": "<image> a"}, "0 images for 1 `<image>`"),
+        ({"question_id": 1, "text": "\ud83d"}, "half an emoji"),
+        ({"question_id": 1, "text": "a", "image": "0" * 5000}, "000 of question `1`"),
     ],
 )
 def test_rows_that_ask_nothing_are_named(

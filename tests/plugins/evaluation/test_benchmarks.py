@@ -338,6 +338,18 @@ def test_the_published_benchmark_is_read(shared: Path, tmp_path: Path) -> None:
             {"image": "0.png", "caption": "c", "instances": [{}]},
             "an instance has",
         ),
+        (
+            "contexts.jsonl",
+            {"image": "0.png", "caption": "c", "instances": [{"category": "", "bbox": [10**400]}]},
+            "an instance has",
+        ),
+        ("contexts.jsonl", {"image": "0.png", "caption": "\ud83d"}, "half an emoji"),
+        ("references.jsonl", {"question_id": 0, "text": "\ud83d"}, "half an emoji"),
+        (
+            "questions.jsonl",
+            {"question_id": 9, "text": "x", "image": "0" * 5000},
+            "images are missing",
+        ),
         ("questions.jsonl", {"question_id": 1, "text": "x"}, "`1` is there more than once"),
         (
             "questions.jsonl",

@@ -612,6 +612,71 @@ def test_a_damaged_folder_is_named(
         llavakit.load(folder, device="cpu")
 
 
+def _restate(folder: Path, section: str, key: str, value: Any) -> None:
+    report = json.loads((folder / "export.json").read_text())
+    report[section][key] = value
+    (folder / "export.json").write_text(json.dumps(report))
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "message"),
+    [
+        ("preparation", "size", 16, "vision_encoder .* `pixel_values` is .* not .*, 3, 16, 16"),
+        ("preparation", "size", 10**30, "`preparation.size`"),
+        ("preparation", "resized", 1 << 31, "`preparation.resized`"),
+        ("preparation", "mean", [0, 0, 1e308], "`preparation.mean.2`"),
+        ("shapes", "visual_tokens", 1, "vision_encoder .* `image_features`"),
+        ("shapes", "visual_tokens", 1 << 31, "`shapes.visual_tokens`"),
+        ("shapes", "layers", 1, r"decoder_model_merged .* needs `past_key_values.1.key`"),
+        ("shapes", "layers", 3, r"`past_key_values.2.key` is nothing"),
+        ("shapes", "layers", 1 << 31, "`shapes.layers`"),
+        ("shapes", "kv_heads", 1, r"`past_key_values.0.key` is .*, not \[None, 1, None, 16\]"),
+        ("shapes", "head_dim", 1 << 31, "`shapes.head_dim`"),
+        ("shapes", "vocabulary", 3, "`logits` is"),
+        ("prompt", "beginning", [1 << 31], "`prompt.beginning.0`"),
+    ],
+)
+def test_a_report_that_describes_other_graphs_is_refused(
+    exported: Exported, tmp_path: Path, section: str, key: str, value: Any, message: str
+) -> None:
+    folder = copytree(exported.folder, tmp_path / "copy")
+    _restate(folder, section, key, value)
+    with pytest.raises(ModelError, match=message):
+        llavakit.load(folder, device="cpu")
+
+
+def test_graphs_in_each_others_places_are_refused(exported: Exported, tmp_path: Path) -> None:
+    from llavakit.files import digest
+
+    names = [f"onnx/{name}.onnx" for name in ("vision_encoder", "embed_tokens")]
+    names.append("onnx/decoder_model_merged.onnx")
+    for name, other in zip(names, [*names[1:], names[0]], strict=True):
+        folder = copytree(exported.folder, tmp_path / Path(name).stem)
+        (folder / name).write_bytes((exported.folder / other).read_bytes())
+        _restate(folder, "sha256", name, digest(folder / name))
+        with pytest.raises(ModelError, match=f"graph {Path(name).stem} of .* is not the one"):
+            llavakit.load(folder, device="cpu")
+
+
+def test_a_graph_that_fails_says_so(exported: Exported, tmp_path: Path) -> None:
+    folder = copytree(exported.folder, tmp_path / "copy")
+    _restate(folder, "prompt", "beginning", [5000])
+    with pytest.raises(ModelError, match="onnxruntime cannot run the graph embed_tokens"):
+        llavakit.load(folder, device="cpu").generate(QUESTION)
+
+
+def test_a_tokenizer_without_its_unknown_token_is_named(exported: Exported, tmp_path: Path) -> None:
+    from llavakit.files import digest
+
+    folder = copytree(exported.folder, tmp_path / "copy")
+    table = json.loads((folder / "tokenizer.json").read_text())
+    table["model"]["unk_token"] = "nothing"
+    (folder / "tokenizer.json").write_text(json.dumps(table))
+    _restate(folder, "sha256", "tokenizer.json", digest(folder / "tokenizer.json"))
+    with pytest.raises(ModelError, match=r"tokenizer\.json cannot be read: .*UNK"):
+        llavakit.load(folder, device="cpu")
+
+
 def test_an_unknown_operator_set_is_named(exported: Exported, tmp_path: Path) -> None:
     from llavakit.recipe.files import digest
 

@@ -264,7 +264,7 @@ def _context(row: Row, where: str) -> str:
         raise DataError(f"{where}: a context needs `caption`, or `captions` and `instances`")
     try:
         lines = [f"{b['category']}: {[round(float(x), 3) for x in b['bbox']]}" for b in boxes]
-    except (KeyError, TypeError, ValueError) as error:
+    except (ArithmeticError, KeyError, TypeError, ValueError) as error:
         raise DataError(
             f"{where}: an instance has `category` and `bbox` of numbers, got {error}"
         ) from error

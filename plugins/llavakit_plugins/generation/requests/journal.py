@@ -59,7 +59,7 @@ def _rows(path: Path) -> list[dict[str, str]]:
         rows = [json.loads(line) for line in text.splitlines(True) if line[-1] == "\n"]
         for row in rows:
             if not any(isinstance(row.get(name), str) for name in ("mark", "collected")):
-                raise ValueError(f"{row!r} names neither a mark nor a batch")
+                raise ValueError(f"{row!r:.200} names neither a mark nor a batch")
     except (AttributeError, RecursionError, ValueError) as error:
         raise DataError(f"{path} is damaged: {error}; move it away and run again") from error
     return rows

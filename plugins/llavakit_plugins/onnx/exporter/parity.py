@@ -86,10 +86,10 @@ def prove(
                         "traced; take it from the input (`x.shape[0]`, -1) in its `forward`"
                     )
             figures = compare(candidate, tried)
-        except Exception as error:
-            if not type(error).__module__.startswith("onnxruntime"):
+        except ModelError as error:
+            if error.__cause__ is None:  # ours; else onnxruntime's, whose words tell more
                 raise
-            line = str(error).strip().partition("\n")[0]
+            line = str(error.__cause__).strip().partition("\n")[0]
             raise ModelError(
                 f"the ONNX graphs of {precision} do not run ({line:.300}): connector "
                 f"`{model.connector.name}`, or vision encoder `{model.vision.name}`, took a size "

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors.numpy import load_file
 
 from llavakit import Registry, Tiling, Use, differs, listed_file
@@ -28,20 +28,24 @@ NEWLINE = "tiling.safetensors"
 """The file with the learned row of a tiling, `image_newline`."""
 
 
+Size = Annotated[int, Field(gt=0, le=1 << 24)]
+TokenId = Annotated[int, Field(ge=0, lt=1 << 24)]
+
+
 class Shapes(BaseModel):
     """The sizes that a runtime needs to know."""
 
     model_config = ConfigDict(frozen=True)
 
-    visual_tokens: PositiveInt
+    visual_tokens: Size
     """Embeddings of one view of an image (P'), which is its rows where it is one view."""
-    width: PositiveInt
+    width: Size
     """Size of one embedding (E)."""
-    vocabulary: PositiveInt
-    layers: PositiveInt
-    kv_heads: PositiveInt
-    head_dim: PositiveInt
-    max_length: PositiveInt
+    vocabulary: Size
+    layers: Annotated[int, Field(gt=0, le=1 << 12)]
+    kv_heads: Size
+    head_dim: Size
+    max_length: Size
     """Longest sequence in tokens, images included."""
 
 
@@ -59,7 +63,7 @@ class Manifest(BaseModel):
     prompt: PromptFormat
     tiling: dict[str, Any] | None = None
     """How images become views and rows, as in a recipe; None: each is one view."""
-    end_tokens: tuple[int, ...]
+    end_tokens: tuple[TokenId, ...]
     sha256: dict[str, str]
 
 

@@ -31,6 +31,7 @@ from llavakit.contracts.data import ImageSource, Sample
 from llavakit.contracts.errors import ModelError
 from llavakit.contracts.interfaces import Segment
 from llavakit.contracts.model import Asked, Sampling
+from llavakit_plugins.onnx.runtime.agreement import check_graphs, running
 from llavakit_plugins.onnx.runtime.folder import Folder, read
 from llavakit_plugins.onnx.runtime.layout import DECODER, EMBEDDINGS, VISION
 from llavakit_plugins.onnx.runtime.sessions import (
@@ -89,6 +90,7 @@ class OnnxModel(Answering[FloatArray]):
             open_session(folder, graph, precision, provider, threads)
             for graph in (VISION, EMBEDDINGS, DECODER)
         )
+        check_graphs(folder, {VISION: self._vision, EMBEDDINGS: self._embeddings, DECODER: decoder})
         self.decoder = Decoder(
             decoder,
             folder.manifest.shapes,
@@ -168,7 +170,8 @@ class OnnxModel(Answering[FloatArray]):
 
     def features(self, pixels_IHW: FloatArray) -> FloatArray:
         """Return the visual embeddings `[I, P', E]`, float32, of pixels `[I, 3, H, W]`."""
-        (features,) = self._vision.run(["image_features"], {"pixel_values": pixels_IHW})
+        with running(VISION):
+            (features,) = self._vision.run(["image_features"], {"pixel_values": pixels_IHW})
         return cast("FloatArray", features)
 
     def embed(self, encoded: Encoded, pixels_IHW: FloatArray | None) -> FloatArray:
@@ -326,5 +329,6 @@ class OnnxModel(Answering[FloatArray]):
         """Return the embeddings `[B, T, E]`, float32, of tokens."""
         # IMAGE_ID is negative and has no embedding; row 0 stands in until features replace it
         ids = np.where(ids_BT == IMAGE_ID, 0, ids_BT)
-        (embeds,) = self._embeddings.run(["inputs_embeds"], {"input_ids": ids})
+        with running(EMBEDDINGS):
+            (embeds,) = self._embeddings.run(["inputs_embeds"], {"input_ids": ids})
         return cast("FloatArray", embeds)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Annotated, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field
 
 from llavakit_plugins.vision.thin_images import pad_to_square, without_ends
 
@@ -16,19 +16,24 @@ Resample = Literal["bicubic", "bilinear", "lanczos", "nearest", "box", "hamming"
 RESAMPLES = {name: Image.Resampling[name.upper()] for name in get_args(Resample)}
 
 
+Edge = Annotated[int, Field(gt=0, le=1 << 13)]
+Level = Annotated[float, Field(ge=-1e4, le=1e4)]
+Spread = Annotated[float, Field(ge=1e-6, le=1e4)]
+
+
 class Preparation(BaseModel):
     """How an image becomes a square of `size` pixels."""
 
     model_config = ConfigDict(frozen=True)
 
-    size: PositiveInt
+    size: Edge
     aspect: Literal["crop", "pad", "squash"]
     """Cut the middle square, pad to a square with the mean colour, or squash to a square."""
     resample: Resample
-    resized: PositiveInt
+    resized: Edge
     """The edge that the shortest side gets before the crop; `size` but for crops within."""
-    mean: tuple[float, float, float]
-    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat]
+    mean: tuple[Level, Level, Level]
+    std: tuple[Spread, Spread, Spread]
 
     def prepare(self, image: Image.Image) -> FloatArray:
         """Return normalised pixels `[3, size, size]` of an RGB image."""

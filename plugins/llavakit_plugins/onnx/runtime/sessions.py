@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from llavakit.contracts.errors import ModelError
+from llavakit_plugins.onnx.runtime.agreement import running
 from llavakit_plugins.onnx.runtime.folder import Folder, Shapes
 from llavakit_plugins.onnx.runtime.layout import DECODER, KEEP, cache_names, graph_file
 
@@ -208,10 +209,11 @@ class Decoder:
         self._mask_BL = self._mask_BL[rows]
 
     def _run(self, binding: Any, embeds_BTE: FloatArray, positions_BT: IntArray) -> FloatArray:
-        binding.bind_cpu_input("inputs_embeds", embeds_BTE)
-        binding.bind_cpu_input("attention_mask", self._mask_BL)
-        binding.bind_cpu_input("position_ids", positions_BT)
-        self.session.run_with_iobinding(binding)
+        with running(DECODER):
+            binding.bind_cpu_input("inputs_embeds", embeds_BTE)
+            binding.bind_cpu_input("attention_mask", self._mask_BL)
+            binding.bind_cpu_input("position_ids", positions_BT)
+            self.session.run_with_iobinding(binding)
         logits, *present = binding.get_outputs()
         if not self.in_place:
             self._cache = present

@@ -29,8 +29,11 @@ class TextTokenizer:
         path = folder.file("tokenizer.json")
         try:
             backend = Tokenizer.from_file(str(path))
+            backend.encode("a \0 \U0010fffd")  # of no word list: what stands for others is there
         except Exception as error:  # tokenizers raises bare exceptions
-            raise ModelError(f"{path} cannot be read: {error}; copy the folder again") from error
+            raise ModelError(
+                f"{path} cannot be read: {error!s:.300}; copy the folder again"
+            ) from error
         return cls(backend, folder.json("tokenizer_config.json"))
 
     @property
