@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from os.path import isfile
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -71,7 +72,7 @@ class Problem:
         """Return the image below `folder`: in `SPLIT/ID/`, as it is released, or in `ID/`."""
         name = f"{self.id}/{self.image}"
         released = inside(folder, f"{self.split}/{name}", where)
-        return released if self.split and released.is_file() else inside(folder, name, where)
+        return released if self.split and isfile(released) else inside(folder, name, where)
 
 
 def read_problems(path: Path, split: str | None = None) -> dict[str, Problem]:

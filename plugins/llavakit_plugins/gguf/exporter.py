@@ -42,10 +42,10 @@ class Gguf(Exporter):
 
     def check(self, model: LlavaModel) -> None:
         """Raise ModelError for a model that llama.cpp's LLaVA has no place for."""
+        needs_gguf()
         from llavakit_plugins.gguf.language import language_tensors
         from llavakit_plugins.gguf.vision import projector, vision_tensors
 
-        needs_gguf()
         language_tensors(model.language)
         vision_tensors(model.vision)
         projector(model)

@@ -116,7 +116,8 @@ def test_what_is_there_already_is_not_replaced(
         said = refused("predict", model, questions, out, *SHORT, *other)
         assert "is there already, and not with these questions' answers of this model" in said
     lines = [json.loads(line) for line in out.read_text().splitlines()]
-    for metadata in ("text", [1], 3, {}):  # of another's program
+    others: list[Any] = ["text", [1], 3, {}]  # of another's program
+    for metadata in others:
         lines[0]["metadata"] = metadata
         out.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
         assert "is there already" in refused("predict", model, questions, out, *SHORT, *few)

@@ -29,6 +29,7 @@ from llavakit import (
     Options,
     Prefixes,
     VisionEncoder,
+    digest,
 )
 from llavakit.cli import main
 from llavakit.contracts.data import IMAGE
@@ -646,8 +647,6 @@ def test_a_report_that_describes_other_graphs_is_refused(
 
 
 def test_graphs_in_each_others_places_are_refused(exported: Exported, tmp_path: Path) -> None:
-    from llavakit.files import digest
-
     names = [f"onnx/{name}.onnx" for name in ("vision_encoder", "embed_tokens")]
     names.append("onnx/decoder_model_merged.onnx")
     for name, other in zip(names, [*names[1:], names[0]], strict=True):
@@ -666,8 +665,6 @@ def test_a_graph_that_fails_says_so(exported: Exported, tmp_path: Path) -> None:
 
 
 def test_a_tokenizer_without_its_unknown_token_is_named(exported: Exported, tmp_path: Path) -> None:
-    from llavakit.files import digest
-
     folder = copytree(exported.folder, tmp_path / "copy")
     table = json.loads((folder / "tokenizer.json").read_text())
     table["model"]["unk_token"] = "nothing"
