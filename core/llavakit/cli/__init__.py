@@ -120,6 +120,8 @@ def _run(arguments: list[str], *, program: bool) -> int:
 def _find(name: str, installed: EntryPoints) -> Add:
     """Return what adds the command. Raises PluginError where it cannot be imported, or is two."""
     found = list(installed.select(name=name))
+    if not found:  # the metadata of an installation may be older than its files
+        raise PluginError(f"llavakit's command `{name}` is not installed; pip install it again")
     if len(found) > 1:
         packages = " and ".join(sorted(map(_package, found)))
         raise PluginError(f"{packages} both have a command `{name}`; uninstall one of them")

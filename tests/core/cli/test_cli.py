@@ -6,6 +6,7 @@ import io
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.metadata import EntryPoints
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from PIL import Image
 from tests.conftest import Command
 
 import llavakit
+from llavakit.cli import main
 
 
 @pytest.fixture
@@ -229,3 +231,11 @@ def test_a_closed_pipe_is_no_error() -> None:
     command = f"{sys.executable} -m llavakit.cli recipes | head -n 0"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
     assert done.stderr == ""
+
+
+def test_a_command_that_the_installation_does_not_know_is_a_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("llavakit.cli.entry_points", lambda group: EntryPoints(()))
+    assert main(["tiny", "--plan"]) == 2
+    assert "command `run` is not installed; pip install it again" in capsys.readouterr().err
