@@ -235,7 +235,6 @@ def test_every_way_to_give_an_image_gives_the_same(tmp_path: Path) -> None:
         (3, "is a int; give a file or pixels"),
         (None, "is a NoneType"),
     ],
-    ids=str,
 )
 def test_what_is_no_image_in_memory_is_a_sentence(source: Any, sentence: str) -> None:
     with pytest.raises(DataError, match=sentence) as raised:

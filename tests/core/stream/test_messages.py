@@ -184,7 +184,6 @@ def test_every_way_to_write_an_image_is_read() -> None:
         ([user("a"), assistant("b")], "the last message is the assistant's"),
         ([SYSTEM], "no turns"),
     ],
-    ids=str,
 )
 def test_what_is_wrong_is_said_in_a_sentence(messages: Any, sentence: str) -> None:
     with pytest.raises(DataError, match=sentence) as raised:
@@ -294,7 +293,7 @@ def test_a_path_is_read_from_a_message(model: LlavaModel, tmp_path: Path) -> Non
     assert model.generate(by_path, max_new_tokens=4) == expected
 
 
-@pytest.mark.parametrize("images", [None, "cat.jpg", b"", PICTURE, {}], ids=str)
+@pytest.mark.parametrize("images", [None, "cat.jpg", b"", PICTURE, {}])
 @pytest.mark.parametrize("raw", [False, True])
 def test_images_are_a_list(model: LlavaModel, images: Any, raw: bool) -> None:
     with pytest.raises(ModelError, match="`images` is a list of images, got "):
