@@ -20,6 +20,11 @@ if TYPE_CHECKING:
     import torch
 
 
+def was_restarted() -> bool:
+    """Say whether torchrun started this process again (`--max-restarts`): the run goes on."""
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+
+
 class Device:
     """The device of a process, looked up when it is first asked for: that takes torch."""
 

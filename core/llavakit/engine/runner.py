@@ -22,7 +22,7 @@ from llavakit.contracts.run import (
     Stopping,
 )
 from llavakit.engine.checked_data import check_data
-from llavakit.engine.distributed import Device, join_process_group
+from llavakit.engine.distributed import Device, join_process_group, was_restarted
 from llavakit.engine.environment import write_environment, write_recipe
 from llavakit.engine.events import EventLog
 from llavakit.engine.interrupts import interrupts
@@ -71,7 +71,7 @@ def run(
             _assist(work)
             return None
         try:
-            _lead(work, resume=resume, reuse=reuse)
+            _lead(work, resume=resume or was_restarted(), reuse=reuse)
         finally:
             if not work.together:  # within a step the others stop as it did, or torchrun acts
                 process_group.broadcast(_Order(None))

@@ -58,16 +58,19 @@ class StepModel:
         from llavakit.model.load import load, trainable
 
         folder = folder or newest_model(self.folders)
+        given.setdefault("device", self.device.find())
         if folder is None:
-            return self.new()
-        device = self.device.find()
-        return trainable(load(folder, registry=self.registry, device=device, **given), folder)
+            return self.new(**given)
+        return trainable(load(folder, registry=self.registry, **given), folder)
 
     def new(
-        self, vision: VisionEncoder | None = None, language: LanguageModel | None = None
+        self,
+        vision: VisionEncoder | None = None,
+        language: LanguageModel | None = None,
+        device: Any = None,
     ) -> LlavaModel:
         from llavakit.model.folder import create_model
 
         given: dict[str, Any] = {"vision": vision, "language": language}
-        seed, device = self.recipe.seed, self.device.find()
+        seed, device = self.recipe.seed, device or self.device.find()
         return create_model(self.recipe.parts(), self.registry, seed=seed, device=device, **given)

@@ -51,7 +51,12 @@ class _Train(Step):
                 "note: most CPUs compute slower in bf16 than in float32: try --set "
                 "steps.%s.precision=fp32", self.name,
             )  # fmt: skip
-        model = start(run, options)
+        # what is divided is read into the memory that all processes share, mapped, and each device
+        # takes its share from there, a block at a time
+        whole = run.process_group.size == 1 or options.shard is False
+        model = start(run, options, **({} if whole else {"device": "cpu"}))
+        if parts_of_weights(model, options, run.process_group.size) == 1:
+            model.to(run.device)
         own_tiling = model.tiling
         if options.tiling is not None:
             tiling = own_row(model, run.build(options.tiling))

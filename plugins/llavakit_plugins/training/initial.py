@@ -9,6 +9,8 @@ from typing import Any, Self
 
 import torch
 from pydantic import Field, ValidationError, model_validator
+from safetensors.torch import load_file
+from torch import Tensor
 
 from llavakit import (
     PARTS,
@@ -24,6 +26,7 @@ from llavakit import (
 from llavakit.contracts.component import ModelPath
 from llavakit.contracts.run import Planner
 from llavakit_plugins.huggingface.hub import PretrainedOptions, find_file, missing_source
+from llavakit_plugins.training.checkpoints import write_whole
 
 _ALONE = ("adapter_config.json", "mm_projector.bin")
 """Files that a checkpoint of the original LLaVA may hold instead of full weights."""
@@ -87,22 +90,22 @@ def missing_model(options: StartOptions) -> str | None:
     return None
 
 
-def start(run: Run, options: StartOptions) -> LlavaModel:
-    """Return the model that a step starts from.
+def start(run: Run, options: StartOptions, **given: Any) -> LlavaModel:
+    """Return the model that a step starts from; `given` goes to `llavakit.load`, as `device="cpu"`.
 
     Raises ModelError if it cannot be read, or if `changes` do not fit its parts.
     """
     if options.init is None:
-        model: LlavaModel = run.model()
+        model: LlavaModel = run.model(**given)
         return model
     again = {part: _among(table, read=True) for part, table in options.changes.items()}
     again = {part: table for part, table in again.items() if table}
     if not again:
-        model = run.model(options.init, **options.given)
+        model = run.model(options.init, **options.given, **given)
     elif is_model(options.init):
-        model = run.model(options.init, **options.given, options=again)
+        model = run.model(options.init, **options.given, options=again, **given)
     else:
-        model = _read_again(run, options, again)
+        model = _read_again(run, options, again, **given)
     changes = {part: _among(table, read=False) for part, table in options.changes.items()}
     with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
         # new adapters are random: seeded as for a new language model, and without an effect on
@@ -111,13 +114,30 @@ def start(run: Run, options: StartOptions) -> LlavaModel:
         return change_parts(model, changes)
 
 
+def start_with(run: Run, options: StartOptions, weights: Mapping[str, Tensor]) -> LlavaModel | None:
+    """Return the model that a step started from with trained `weights`, in the main process.
+
+    All processes must call it. The weights, which may be divided, pass through a mapped file, so
+    neither a device nor the memory has to hold all of them.
+    """
+    file, is_main = run.directory / "trained.safetensors", run.process_group.is_main
+    write_whole(weights, file if is_main else None)
+    if not is_main:
+        return None
+    model = start(run, options, device="cpu")
+    for name, value in load_file(file).items():
+        model.get_parameter(name).data = value
+    file.unlink()  # what is mapped stays
+    return model.requires_grad_(False).eval()
+
+
 def _among(table: Mapping[str, Any], *, read: bool) -> dict[str, Any]:
     """Return the options that decide how weights are read, or all others."""
     return {name: value for name, value in table.items() if (name in _READ) == read}
 
 
 def _read_again(
-    run: Run, options: StartOptions, again: Mapping[str, Mapping[str, Any]]
+    run: Run, options: StartOptions, again: Mapping[str, Mapping[str, Any]], **given: Any
 ) -> LlavaModel:
     """Return the model of a foreign layout, its parts read with other options.
 
@@ -127,9 +147,9 @@ def _read_again(
     try:
         if group.is_main:
             rmtree(folder, ignore_errors=True)  # an earlier attempt's, that was killed
-            save_model(run.model(options.init, **options.given), folder)
+            save_model(run.model(options.init, **options.given, **given), folder)
         group.broadcast(None)
-        model: LlavaModel = run.model(folder, options=again)
+        model: LlavaModel = run.model(folder, options=again, **given)
         group.broadcast(None)
     finally:
         if group.is_main:

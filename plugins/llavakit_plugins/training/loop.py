@@ -26,14 +26,14 @@ from llavakit import (
 from llavakit_plugins.training.checkpoints import Best, Checkpoints
 from llavakit_plugins.training.corpus import Batch, Corpus
 from llavakit_plugins.training.features import Cached, features_of
-from llavakit_plugins.training.initial import start
+from llavakit_plugins.training.initial import start_with
 from llavakit_plugins.training.optimiser import Optimiser, Schedule
 from llavakit_plugins.training.options import TrainOptions
 from llavakit_plugins.training.parallel import (
     Micro,
     answering,
     begin_sharded,
-    in_one_piece,
+    drop_zeros,
     no_images,
     own_micros,
     parts_of_weights,
@@ -42,7 +42,9 @@ from llavakit_plugins.training.parallel import (
 )
 from llavakit_plugins.training.parts import Parts
 from llavakit_plugins.training.progress import Meter, Progress
+from llavakit_plugins.training.sharded_checkpoints import ShardedCheckpoints, read_shares
 from llavakit_plugins.training.validation import Look, Validation, tell
+from llavakit_plugins.training.watch import Watch
 
 _NAMED = 5
 
@@ -89,7 +91,8 @@ class Trainer:
         self.encoder = "vision" in options.train
         if self.sharded:  # first: in float32 the whole weights might not fit into one device
             half = options.precision == "bf16"
-            shard(model, self.process_group, parts, half=half, encoder=self.encoder)
+            device, encoder = run.device, self.encoder
+            shard(model, self.process_group, device, parts, half=half, encoder=encoder)
         self.parts = Parts(model, options, remember=not self.sharded)
         if self.sharded:
             begin_sharded(model)
@@ -103,9 +106,13 @@ class Trainer:
             clip=options.clip,
         )
         self.checkpoints = Checkpoints(run.directory / "checkpoints", options.keep)
+        self.shards: ShardedCheckpoints | None = None
+        if self.sharded:
+            self.shards = ShardedCheckpoints(self.checkpoints, self.process_group)
         self.best = Best(run.directory / "checkpoints")
         self.progress = Progress()
         self._unread: list[_Taken] = []
+        self.watch = Watch(self.process_group, options.timeout)
         self.features = features_of(corpus, model, options, run)
         self.meter = Meter(self.progress, model, options, cached=isinstance(self.features, Cached))
         self.validation: Validation | None = None
@@ -116,6 +123,7 @@ class Trainer:
                 features_of(held_out, model, options, run),
                 template or model.template,
                 capacity=options.micro_batch_tokens,
+                alive=lambda: self.watch.beat(self.progress.step),
                 samples=options.samples if options.validate_every else 0,
                 answering=partial(answering, model, self.process_group)
                 if self.sharded
@@ -131,6 +139,15 @@ class Trainer:
         Raises Stopped, after saving, if the user asked to stop, and TrainingError, which names the
         samples, if a loss is not finite.
         """
+        with self.watch, self._saved():
+            self._train()
+        if self.sharded:
+            self._gather()
+        else:
+            self.parts.tear_down()
+        return self.progress
+
+    def _train(self) -> None:
         if self.run.resume:
             self._restore()
         if self.options.validate_every and not self.progress.looks:
@@ -172,11 +189,15 @@ class Trainer:
                     self._save()
                 if stopping and not last:
                     raise Stopped
-        if self.sharded:
-            self._gather()
-        else:
-            self.parts.tear_down()
-        return self.progress
+
+    @contextmanager
+    def _saved(self) -> Iterator[None]:
+        """Wait at the end for the checkpoint that is being written."""
+        try:
+            yield
+        finally:
+            if self.shards is not None:
+                self.shards.finish()
 
     def _due(self) -> Iterator[_Due]:
         """Yield the remaining steps in the order that the seed decides.
@@ -208,7 +229,9 @@ class Trainer:
         # so weights are cast to bfloat16 once per step and not once per micro-batch.
         with self._autocast(enabled=False):
             for micro in due.micros:
+                self.watch.beat(self.progress.step + 1, "reading samples")
                 packed, features = next(found)
+                self.watch.beat(self.progress.step + 1)
                 if features is None and self.sharded:
                     features = no_images(self.model, encoder=self.encoder)
                 with self._autocast():
@@ -219,7 +242,8 @@ class Trainer:
                     self.meter.add(packed, 0 if features is None else len(features))
         self.process_group.sum(total)
         sum_gradients(self.optimiser.named.values(), self.process_group)
-        self._forget_zeros(batch)
+        if self.process_group.size > 1:
+            drop_zeros(self.model, any(self.corpus.images[s] for s in batch.all_samples))
         norm, rate = self.optimiser.step(self.progress.step, total)
         self.progress.step += 1
         self.progress.epoch, self.progress.batch = due.epoch, due.number
@@ -228,17 +252,6 @@ class Trainer:
         self.progress.targets += targets
         self._unread.append(_Taken(self.progress.step, batch, torch.stack((total, norm))))
         return rate
-
-    def _forget_zeros(self, batch: Batch) -> None:
-        """Drop zeros in place of gradients after a step without images, as on one device.
-
-        There the connector and the encoder have none, so that their moments stay as they are.
-        """
-        if self.process_group.size > 1 and not any(
-            self.corpus.images[s] for s in batch.all_samples
-        ):
-            for part in (self.model.vision, self.model.connector):
-                part.zero_grad(set_to_none=True)
 
     def _reseed(self) -> None:
         """Seed the random numbers of a step, such as dropout, by seed, step and rank alone.
@@ -303,10 +316,8 @@ class Trainer:
             answers=tell(self.questioned, look.answers),
         )
         if best and self.options.validate_every:
-            weights = {name: p.detach() for name, p in self.optimiser.named.items()}
-            whole = in_one_piece(weights, self.process_group)
-            if self.process_group.is_main:
-                self.best.save(look.step, whole)
+            weights = self._trained()
+            self.best.save(look.step, weights, main=self.process_group.is_main)
 
     @contextmanager
     def _undisturbed(self) -> Iterator[None]:
@@ -329,7 +340,8 @@ class Trainer:
             return None
         self.best.drop_all_but(best.step)  # a killed attempt may have left others
         for name, weight in self.best.recall(best.step).items():
-            self.model.get_parameter(name).copy_(weight)
+            parameter = self.model.get_parameter(name)
+            parameter.data = weight.to(parameter.device, parameter.dtype)  # mapped, if need be
         return best
 
     def _autocast(self, enabled: bool = True) -> AbstractContextManager[Any]:
@@ -340,30 +352,39 @@ class Trainer:
     def _save(self) -> None:
         if self._unread:  # never save a step before its loss is known to be finite
             self._read()
-        tensors = in_one_piece(self.optimiser.tensors(), self.process_group)
-        if self.process_group.is_main:
-            self.checkpoints.save(self.progress.step, tensors, vars(self.progress))
+        tensors, step = self.optimiser.tensors(), self.progress.step
+        best = self.progress.best
+
+        def drop_others() -> None:
             # only now: until the new checkpoint exists, a resume would need the earlier best
-            if self.progress.best is not None:
-                self.best.drop_all_but(self.progress.best.step)
+            if best is not None:
+                self.best.drop_all_but(best.step)
+
+        if self.shards is not None:
+            self.shards.save(step, tensors, vars(self.progress), drop_others)
+        elif self.process_group.is_main:
+            self.checkpoints.save(step, tensors, vars(self.progress))
+            drop_others()
 
     def _restore(self) -> None:
-        found = self.checkpoints.load(Progress)
+        read = partial(read_shares, place=self.optimiser.place)
+        found = self.checkpoints.load(Progress, read)
         if found is not None:
             tensors, self.progress = found
             self.optimiser.restore(tensors)
             self.run.event("resumed", at=self.progress.step)
 
+    def _trained(self) -> dict[str, Tensor]:
+        """Return the trained weights, divided or not, in the precision that they will have."""
+        return {
+            name: self.parts.as_before(name, weight.detach())
+            for name, weight in self.optimiser.named.items()
+        }
+
     def _gather(self) -> None:
-        """Gather the trained weights into a whole model, in the main process."""
-        trained = in_one_piece(
-            {n: p.detach() for n, p in self.optimiser.named.items()}, self.process_group
-        )
+        """Make the main process's model the whole trained one, its weights mapped from a file."""
+        made = start_with(self.run, self.options, self._trained())
         del self.model, self.parts, self.features, self.optimiser
         self.validation = None
-        if self.process_group.is_main:
-            self.model = start(self.run, self.options)
-            with torch.no_grad():
-                for name, value in trained.items():
-                    self.model.get_parameter(name).copy_(value)
-            self.model.requires_grad_(False).eval()
+        if made is not None:
+            self.model = made

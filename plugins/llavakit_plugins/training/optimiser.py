@@ -117,6 +117,14 @@ class Optimiser:
         yield "parameter", parameter.detach()
         yield from self._adamw.state[parameter].items()
 
+    def place(self, key: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        """Return a tensor, divided as its parameter is, to read a tensor of a checkpoint into."""
+        kind, _, name = key.partition("/")
+        parameter = self.named.get(name)
+        if kind == "step" or parameter is None or parameter.shape != shape:
+            return torch.empty(shape, dtype=dtype)
+        return torch.empty_like(parameter, dtype=dtype, requires_grad=False)
+
     @torch.no_grad()
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """Restore what `tensors` returned. Raises TrainingError if a tensor is missing."""
@@ -135,7 +143,7 @@ class Optimiser:
             parameter.copy_(divided_like(parameter, value))
             self._adamw.state[parameter] = {
                 # the fused kernel needs the step count on the parameter's device, and undivided
-                kind: tensor.to(parameter.device) if kind == "step"
+                kind: tensor.to(parameter.device).reshape(()) if kind == "step"
                 else divided_like(parameter, tensor)
                 for kind, tensor in state.items()
             }  # fmt: skip

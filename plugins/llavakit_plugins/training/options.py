@@ -70,6 +70,9 @@ class TrainOptions(StartOptions):
     parallel: Parallel | None = None
     """On several devices: in how many groups they hold the weights, and how many make up a group.
     `{ replicate = 4, shard = 8 }` divides weights within each of 4 machines of 8 devices (HSDP)."""
+    timeout: float = Field(default=30.0, gt=0, allow_inf_nan=False)
+    """Minutes that several devices wait for one that does not go on: within a step, or in reading
+    its samples. Then all stop, and the one that is behind is named."""
     recompute: bool = False
     """Compute activations again in the backward pass: less memory, about a third more work."""
     cache_features: bool | None = None

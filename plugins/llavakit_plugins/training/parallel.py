@@ -6,7 +6,7 @@ over the devices (FSDP2: PyTorch's `fully_shard`; arXiv 2304.11277).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -96,9 +96,18 @@ def _in_four_bits(model: LlavaModel) -> bool:
 
 
 def shard(
-    model: LlavaModel, process_group: ProcessGroup, parts: int, *, half: bool, encoder: bool
+    model: LlavaModel,
+    process_group: ProcessGroup,
+    device: torch.device,
+    parts: int,
+    *,
+    half: bool,
+    encoder: bool,
 ) -> None:
     """Divide weights into `parts`, each held by as many devices as there are groups of `parts`.
+
+    Weights may lie in a mapped file: each unit goes to the `device`, and its
+    share stays there.
 
     With `half`, weights are gathered as bfloat16. Gradients are always summed in float32: in
     bfloat16 a sum over many devices loses small terms. A frozen encoder stays whole; `encoder`
@@ -114,7 +123,7 @@ def shard(
 
     copies = process_group.size // parts
     names = ("dp_replicate", "dp_shard")
-    both = init_device_mesh(model.device.type, (copies, parts), mesh_dim_names=names)
+    both = init_device_mesh(device.type, (copies, parts), mesh_dim_names=names)
     mesh = both if copies > 1 else both["dp_shard"]
     whole = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
     policy = MixedPrecisionPolicy(
@@ -122,7 +131,9 @@ def shard(
         reduce_dtype=torch.float32,
         cast_forward_inputs=False,  # rotary angles need float32
     )
-    if encoder:  # computes in float32 on one device, too: it runs outside of autocast
+    if not encoder:
+        model.vision.to(device)
+    else:  # computes in float32 on one device, too: it runs outside of autocast
         fully_shard(model.vision, mesh=mesh, mp_policy=whole)
     # each block is a unit of its own: one block's weights are gathered while another computes
     for block in model.language.blocks:
@@ -198,6 +209,16 @@ def sum_gradients(parameters: Iterable[nn.Parameter], process_group: ProcessGrou
             process_group.sum(parameter.grad)
 
 
+def drop_zeros(model: LlavaModel, images: bool) -> None:
+    """Drop the gradients of connector and encoder after a step without `images`, on any device.
+
+    They are zero. One device has none in such a step, and leaves these weights' moments alone.
+    """
+    if not images:
+        for part in (model.vision, model.connector):
+            part.zero_grad(set_to_none=True)
+
+
 def no_images(model: LlavaModel, *, encoder: bool) -> Tensor:
     """Return empty features `[0, P, D]` for a micro-batch without images.
 
@@ -216,26 +237,12 @@ def no_images(model: LlavaModel, *, encoder: bool) -> Tensor:
     )
 
 
-def in_one_piece(tensors: Mapping[str, Tensor], process_group: ProcessGroup) -> dict[str, Tensor]:
-    """Return whole tensors, on the CPU, in the main process; the other processes get none.
-
-    All processes must call it. Tensors are gathered one by one, so that only one whole tensor at a
-    time takes memory on the device.
-    """
-    gathered = {}
-    for name, tensor in tensors.items():
-        full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-        if process_group.is_main:
-            gathered[name] = full.cpu()
-    return gathered
-
-
 def divided_like(parameter: Tensor, value: Tensor) -> Tensor:
     """Return `value` on the parameter's device, sharded as the parameter is.
 
     Every process has read the same value, so nothing is sent: each keeps its own shard.
     """
     value = value.to(parameter.device)
-    if not isinstance(parameter, DTensor):
+    if not isinstance(parameter, DTensor) or isinstance(value, DTensor):
         return value
     return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)

@@ -56,7 +56,7 @@ class Parts:
     """Prepares a model for training: trained weights are float32, frozen ones may be bfloat16.
 
     Trained weights stay float32 because an update is often smaller than the distance between two
-    neighbouring bfloat16 numbers. Without `remember`, `tear_down` cannot restore the model.
+    neighbouring bfloat16 numbers. Without `remember`, `tear_down` cannot restore the frozen ones.
     """
 
     def __init__(self, model: LlavaModel, options: TrainOptions, *, remember: bool) -> None:
@@ -73,7 +73,7 @@ class Parts:
                 parameter.requires_grad_(learns)
                 wanted = torch.float32 if learns else half
                 if parameter.dtype != wanted and parameter.is_floating_point():
-                    if remember:
+                    if remember or learns:
                         weight = None if learns else parameter.detach().cpu()
                         self._before[part][name] = _Before(parameter.dtype, weight)
                     # `.data`: the optimiser and ties keep the parameter itself
@@ -98,6 +98,12 @@ class Parts:
         named = {name: p for name, p in trainable(self.model, part) if p.requires_grad}
         require_weights(part, len(named))
         return Group(named, rate, self.options.weight_decay)
+
+    def as_before(self, name: str, weight: Tensor) -> Tensor:
+        """Return a trained weight, whose name begins with its part's, in its earlier precision."""
+        part, _, own = name.partition(".")
+        before = self._before[part].get(own)
+        return weight if before is None else weight.to(before.dtype)
 
     def tear_down(self) -> None:
         """Restore the precision of every parameter, and the values of frozen ones."""

@@ -9,6 +9,8 @@ from datetime import timedelta
 
 import torch
 from torch import Tensor, distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from llavakit.contracts.errors import RecipeError
 from llavakit.contracts.run import ProcessGroup, T
@@ -60,7 +62,12 @@ def join(name: str) -> Iterator[tuple[ProcessGroup, torch.device]]:
     device = torch.device(own_device(name))
     # objects and flags travel by gloo, tensors on devices by nccl
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=_PATIENCE)
+    store, rank, size = next(rendezvous("env://", timeout=_PATIENCE))
+    if os.environ.get("GROUP_WORLD_SIZE") == "1":
+        # torchrun restarts processes with the same store: addresses in it are of those that ended
+        store = PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    how = {"store": store, "rank": rank, "world_size": size}
+    dist.init_process_group(backend, timeout=_PATIENCE, **how)
     try:
         yield Processes(), device
     finally:

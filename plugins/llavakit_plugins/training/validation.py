@@ -53,7 +53,7 @@ class Validation:
 
     These `samples` are spread evenly over the whole set. Questions are written with `template`, the
     prompt template that the step trains with. `capacity` is the size of a micro-batch in rows. The
-    model answers within `answering()`.
+    model answers within `answering()`; `alive` is called on the way.
     """
 
     def __init__(
@@ -65,18 +65,20 @@ class Validation:
         *,
         capacity: int,
         samples: int,
+        alive: Callable[[], None] = lambda: None,
         answering: Callable[[], AbstractContextManager[object]] = nullcontext,
     ) -> None:
         self._model, self._corpus, self._features = model, corpus, features
         self._template, self._capacity = template, capacity
-        self._answering = answering
+        self._answering, self._alive = answering, alive
         count = min(samples, len(corpus))
         indices = (corpus.samples[number * len(corpus) // count] for number in range(count))
         self.samples: list[Sample] = [corpus.data[index] for index in indices]
 
     def look(self, step: int) -> Look:
         """Return loss and answers at `step`. The model must be in evaluation mode."""
-        loss = held_out_loss(self._model, self._corpus, self._capacity, self._features)
+        loss = held_out_loss(self._model, self._corpus, self._capacity, self._features, self._alive)
+        self._alive()
         return Look(step, loss, self._ask())
 
     def _ask(self) -> list[str]:
@@ -93,12 +95,22 @@ class Validation:
 
 
 @torch.no_grad()
-def held_out_loss(model: LlavaModel, corpus: Corpus, capacity: int, features: Features) -> float:
-    """Return the mean loss of a supervised token over a corpus, in nats, without gradients."""
+def held_out_loss(
+    model: LlavaModel,
+    corpus: Corpus,
+    capacity: int,
+    features: Features,
+    alive: Callable[[], None] = lambda: None,
+) -> float:
+    """Return the mean loss of a supervised token over a corpus, in nats, without gradients.
+
+    `alive` is called for each micro-batch.
+    """
     # the sum stays on the device and is read once, at the end: one wait for all micro-batches
     total, targets = torch.zeros((), device=model.device), 0
     micros: Sequence[Sequence[int]] = corpus.batch(corpus.samples, capacity).samples
     for packed, found in features.load(micros):
+        alive()
         total += model.loss(packed, found)
         targets += len(packed.targets_M)
     return float(total) / targets

@@ -25,11 +25,14 @@ KILLED: dict[str, Any] = {"kill_at": 13, "below": "02-finetune"}
 GENTLE = ("--set", "steps.finetune.train={ connector = 1e-4, language = 1e-4 }")
 
 
-def llava_run(processes: int, *arguments: object) -> subprocess.CompletedProcess[str]:
-    """Run the command in so many processes of torchrun."""
+def llava_run(
+    processes: int, *arguments: object, program: Path | None = None, restarts: int = 0
+) -> subprocess.CompletedProcess[str]:
+    """Run the command, or a program in its place, in so many processes of torchrun."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command = str(Path(sys.executable).with_name("llava-run"))
-    own = [*launcher, "--nproc-per-node", str(processes), command, *map(str, arguments)]
+    launcher += ["--max-restarts", str(restarts), "--nproc-per-node", str(processes)]
+    command = program or Path(sys.executable).with_name("llava-run")
+    own = [*launcher, str(command), *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     return subprocess.run(
         own, env=environment, capture_output=True, text=True, timeout=300, check=False
