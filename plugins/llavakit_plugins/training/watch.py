@@ -94,9 +94,8 @@ class Watch:
         behind = silent or [rank for rank, (_, _, what) in after.items() if what != WAITING]
         step = self._now[0]
         says = next(rank for rank in after if rank not in silent)
-        if self._rank != says:  # one says it for all
-            time.sleep(self._pause)
-            os._exit(2)
+        if self._rank != says:  # one says it for all, unless it is slow to
+            time.sleep(5 * self._pause)
         named = "; ".join(
             f"rank {rank}, last seen {after[rank][2]} in step {after[rank][1]},"
             + (" gives no sign of life" if rank in silent else " does not go on")
