@@ -46,6 +46,7 @@ def sets(**options: str) -> list[str]:
     return [part for key, value in options.items() for part in ("--set", f"{key}={value}")]
 
 
+@pytest.mark.slow
 def test_all_that_learns_or_is_large_is_divided(
     write_recipe: RecipeWriter, tmp_path: Path, data: Path
 ) -> None:
@@ -139,6 +140,7 @@ def as_if_killed(run: Path, folder: Path, step: int) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_after_faults_and_with_other_numbers_of_processes(
     write_recipe: RecipeWriter, tmp_path: Path
 ) -> None:
