@@ -17,9 +17,9 @@ import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from llavakit.engine.torchrun import join_processes
 from llavakit_plugins.training.checkpoints import Checkpoints
 from llavakit_plugins.training.sharded_checkpoints import ShardedCheckpoints
+from llavakit_plugins.training.torchrun import join
 
 LIMIT = 0.10
 ROUNDS = 5
@@ -27,7 +27,7 @@ ROUNDS = 5
 
 def main() -> None:
     megabytes = int(sys.argv[1]) if len(sys.argv) > 1 else 512
-    with join_processes(torch.device("cpu")) as group, TemporaryDirectory() as own:
+    with join("cpu") as (group, _), TemporaryDirectory() as own:
         folder = Path(group.broadcast(own))
         mesh = init_device_mesh("cpu", (group.size,))
         tensors = {

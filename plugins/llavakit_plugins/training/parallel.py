@@ -217,6 +217,8 @@ def drop_zeros(model: LlavaModel, images: bool) -> None:
     if not images:
         for part in (model.vision, model.connector):
             part.zero_grad(set_to_none=True)
+        if model.image_newline is not None:
+            model.image_newline.grad = None
 
 
 def no_images(model: LlavaModel, *, encoder: bool) -> Tensor:

@@ -100,9 +100,8 @@ class Parts:
         return Group(named, rate, self.options.weight_decay)
 
     def as_before(self, name: str, weight: Tensor) -> Tensor:
-        """Return a trained weight, whose name begins with its part's, in its earlier precision."""
-        part, _, own = name.partition(".")
-        before = self._before[part].get(own)
+        """Return a trained weight, of that name in the model, in its earlier precision."""
+        before = next((known[name] for known in self._before.values() if name in known), None)
         return weight if before is None else weight.to(before.dtype)
 
     def tear_down(self) -> None:

@@ -185,7 +185,7 @@ import gc, json, sys, threading, time
 from pathlib import Path
 import torch
 import llavakit
-from llavakit.engine.torchrun import join_processes
+from llavakit_plugins.training.torchrun import join
 from llavakit_plugins.training.checkpoints import write_whole
 from llavakit_plugins.training.parallel import shard
 
@@ -215,7 +215,7 @@ def divided(parts):
     shard(model, group, torch.device("cpu"), parts, half=False, encoder=False)
     return model
 
-with join_processes(torch.device("cpu")) as group:
+with join("cpu") as (group, _):
     load_without_weights(sys.argv[1])  # libraries' own memory
     at_first, found = own(), {}
     for parts in (4, 2):
