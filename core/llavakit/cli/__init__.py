@@ -88,7 +88,7 @@ def _run(arguments: list[str], *, program: bool) -> int:
         description="Make, try and convert LLaVA models by recipe.",
     )
     parser.add_argument("--version", action="version", version=f"llava-run {__version__}")
-    commands = parser.add_subparsers(metavar="COMMAND", title="commands")
+    commands = parser.add_subparsers(metavar="COMMAND", title="commands", prog=parser.prog)
     installed = entry_points(group=GROUP)
     if arguments and arguments[0] not in _NEEDS_ALL:
         if arguments[0] not in installed.names:

@@ -47,7 +47,7 @@ def add(commands: Commands) -> None:
         "--tiling",
         nargs="+",
         default=[],
-        metavar=("NAME", "KEY=VALUE"),
+        metavar=("NAME", "OPTION=VALUE"),
         help="count the rows of images as this tiling does, with its options",
     )
     check.add_argument(

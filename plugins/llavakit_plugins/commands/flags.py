@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def add_settings(command: argparse.ArgumentParser, sentence: str) -> None:
     """Add `--set`, which may be given more than once; `sentence` says what it changes."""
-    command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=sentence)
+    command.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help=sentence)
 
 
 def table_of(assignments: Sequence[str]) -> dict[str, Any]:

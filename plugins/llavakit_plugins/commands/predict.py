@@ -45,7 +45,7 @@ def add(commands: Commands) -> None:
     predict.add_argument("--limit", type=int, metavar="N", help="only so many from the start")
     predict.add_argument("--dataset", metavar="NAME", help="the data set that reads FILE")
     predict.add_argument(
-        "--data", action="append", default=[], metavar="KEY=VALUE", help="its other options"
+        "--data", action="append", default=[], metavar="NAME=VALUE", help="its other options"
     )
     predict.add_argument("--max-new-tokens", type=int, default=512, metavar="N")
     predict.add_argument("--batch-size", type=int, default=16, metavar="N")

@@ -26,7 +26,7 @@ def add(commands: Commands) -> None:
         "--set",
         action="append",
         default=[],
-        metavar="KEY=VALUE",
+        metavar="NAME=VALUE",
         help="change one key, for example steps.finetune.epochs=2",
     )
     run.add_argument("--plan", action="store_true", help="print what it will cost; run nothing")

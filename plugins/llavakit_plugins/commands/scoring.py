@@ -108,7 +108,7 @@ def _parser(
     # names with dashes, which no option of a scorer can have
     parser.add_argument("--json", dest="--json", action="store_true", help="print JSON")
     parser.add_argument(
-        "--set", dest="--set", action="append", default=[], metavar="KEY=VALUE",
+        "--set", dest="--set", action="append", default=[], metavar="NAME=VALUE",
         help="set an option of a part, for example judge.model=NAME",
     )  # fmt: skip
     return parser

@@ -144,6 +144,8 @@ def read_body(kind: type[Body], body: bytes) -> Body:
     except ValidationError as error:
         found = error.errors(include_url=False, include_context=False, include_input=False)[0]
         where = ".".join(str(part) for part in found["loc"][:4]) or None
+        if where and where.startswith("stop."):  # pydantic names the kind that it tried, too
+            where = "stop"
         reason = found["msg"].removeprefix("Value error, ")
         if found["type"] == "json_invalid":
             raise RequestError(400, f"the body is not valid JSON: {reason}") from None

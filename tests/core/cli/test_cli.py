@@ -44,6 +44,20 @@ def test_wrong_usage_is_exit_code_2(
     assert "usage: llava-run" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", ["chat", "check-data", "export", "predict", "serve"])
+def test_the_help_of_a_command_begins_with_it_and_hides_none_of_its_words(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from llavakit.cli import main
+
+    with pytest.raises(SystemExit) as caught:
+        main([command, "--help"])
+    assert caught.value.code == 0
+    out = capsys.readouterr().out
+    assert out.startswith(f"usage: llava-run {command} ")
+    assert "[hidden]" not in out
+
+
 def test_a_terminal_without_a_letter_gets_it_spelt_out(
     monkeypatch: pytest.MonkeyPatch, llava_run: Command
 ) -> None:

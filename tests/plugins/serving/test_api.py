@@ -188,6 +188,10 @@ def test_errors_are_openais(running: Running) -> None:
         create(model="small", messages=asks(QUESTION), temperature=-1)
     assert wrong.value.param == "temperature"
     assert wrong.value.type == "invalid_request_error"
+    with pytest.raises(openai.BadRequestError) as mixed:
+        create(model="small", messages=asks(QUESTION), stop=["red", 1])
+    assert mixed.value.param == "stop"
+    assert "`stop`: " in mixed.value.message
     with pytest.raises(openai.BadRequestError) as long:
         create(model="small", messages=asks("what is it ? " * 200))
     assert long.value.code == "context_length_exceeded"
