@@ -257,7 +257,12 @@ def _chat(arguments: argparse.Namespace, sampling: Sampling) -> OpenAI:
     if not named:
         served = chat.served()
         if len(served) != 1:
-            there = f"it serves {', '.join(served[:20])}" if served else "it does not list any"
+            there = (
+                f"it serves {', '.join(served[:20])}"
+                if served
+                else "it lists none: see that it runs there, and that its key is in the "
+                "environment (OPENAI_API_KEY, or --set key_env=NAME)"
+            )
             raise LlavaError(f"{arguments.model}: name the model with --set model=NAME; {there}")
         chat = build_from(OpenAI, arguments.set, registry, flags | {"model": served[0]})
     return chat

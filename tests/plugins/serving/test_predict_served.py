@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from tests.conftest import Command
-from tests.plugins.serving.conftest import Running
+from tests.plugins.serving.conftest import Running, serving
 
 pytest.importorskip("openai")
 
@@ -42,3 +43,18 @@ def test_a_server_answers_a_file_as_its_model_does(
              for file in (own, served)]  # fmt: skip
     assert texts[0] == texts[1]
     assert len(set(texts[0])) > 4
+
+
+def test_a_server_that_wants_a_key_is_not_taken_for_one_without_models(
+    lively: Any,
+    tmp_path: Path,
+    refused: Callable[..., str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    path = tmp_path / "questions.jsonl"
+    path.write_text('{"question_id": 1, "text": "what ?"}\n')
+    monkeypatch.setenv("OPENAI_API_KEY", "another-key-of-someone")
+    with serving(lively, keys=("the-key-of-this-server",)) as server:
+        sentence = refused("predict", f"{server.url}/v1", path, tmp_path / "answers.jsonl")
+    assert "--set key_env=NAME" in sentence
+    assert not (tmp_path / "answers.jsonl").exists()
