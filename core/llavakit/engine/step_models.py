@@ -64,13 +64,10 @@ class StepModel:
         return trainable(load(folder, registry=self.registry, **given), folder)
 
     def new(
-        self,
-        vision: VisionEncoder | None = None,
-        language: LanguageModel | None = None,
-        device: Any = None,
+        self, vision: VisionEncoder | None = None, language: LanguageModel | None = None, **how: Any
     ) -> LlavaModel:
         from llavakit.model.folder import create_model
 
         given: dict[str, Any] = {"vision": vision, "language": language}
-        seed, device = self.recipe.seed, device or self.device.find()
+        seed, device = self.recipe.seed, how.get("device") or self.device.find()
         return create_model(self.recipe.parts(), self.registry, seed=seed, device=device, **given)
