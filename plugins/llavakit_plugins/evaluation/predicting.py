@@ -20,6 +20,7 @@ from llavakit import (
     ChatError,
     ChatModel,
     DataError,
+    LlavaError,
     Question,
     RecipeError,
     and_more,
@@ -97,7 +98,12 @@ class Job:
                         "another OUT, or remove that folder"
                     )
             write_text(path, json.dumps(self.settings, indent=1))
-            yield
+            try:
+                yield
+            except LlavaError:  # a model that is not there, say: nothing is answered yet
+                if {item.name for item in self.work.iterdir()} <= {_SETTINGS, ".lock"}:
+                    shutil.rmtree(self.work, ignore_errors=True)
+                raise
 
     def write(self, answers: Iterable[tuple[Question, str, Mapping[str, Any]]]) -> None:
         """Write OUT, whole or not at all."""

@@ -343,7 +343,7 @@ def test_wrong_uses_are_refused(
         ((tmp_path / "nowhere", questions, out), "nowhere does not exist"),
     ):
         assert said in refused("predict", *arguments)
-    assert not out.exists()
+    assert not any(tmp_path.glob("a.jsonl*"))  # no work in progress is left, either
 
 
 # -- a service -------------------------------------------------------------------------------------
