@@ -145,7 +145,8 @@ def make_vision(
         for component in registry.all(VisionEncoder).values()
         if issubclass(component, TransformersEncoder)
     }
-    if kind not in found and kind.startswith("siglip2"):
+    # an encoder of ours reads these, but not as a LLaVA of this layout hands it its images
+    if kind.startswith("siglip2"):
         raise ModelError(
             f"{where}: the vision tower is a SigLIP 2 of the kind NaFlex, which reads images in "
             "their own proportions, and LLaVA hands it squares; take one of a fixed size, such as "

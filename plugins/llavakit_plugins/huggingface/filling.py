@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from llavakit import ModelError, and_more
-from llavakit_plugins.huggingface.hub import quietly
+from llavakit_plugins.huggingface.hub import explain_config, quietly
 
 _RECOMPUTED = ("rotary_emb.inv_freq", "embeddings.position_ids")
 """Tensors that older versions of transformers saved."""
@@ -73,7 +73,7 @@ def _refuse_another_size(
     layers = getattr(config, "num_hidden_layers", 0)
     if layers > len(state):  # so many that even their names would fill it
         raise _misfit(network, where, {}, [f"it has {len(state)} tensors for {layers:,} layers"])
-    with torch.device("meta"), quietly(report=False):
+    with torch.device("meta"), quietly(report=False), explain_config(network.__name__):
         expected = dict(network(config).named_parameters())
     count = sum(parameter.numel() for parameter in expected.values())
     if count <= _AT_MOST * sum(tensor.numel() for tensor in state.values()):

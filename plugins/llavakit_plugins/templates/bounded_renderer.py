@@ -8,7 +8,6 @@ where the number is new. It answers each with a line: what is wrong with the tem
 from __future__ import annotations
 
 import json
-import resource
 import signal
 import sys
 from datetime import datetime
@@ -102,11 +101,17 @@ class _Renderer:
 def main(seconds: int, size: int, characters: int) -> None:
     """Answer every line of the input."""
     renderer = _Renderer(characters)
-    resource.setrlimit(resource.RLIMIT_AS, (size, size))
+    limited = sys.platform != "win32"  # which has neither of these limits
+    if limited:
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_AS, (size, size))
     for line in sys.stdin.buffer:
-        signal.setitimer(signal.ITIMER_PROF, seconds)  # of its own time; then the system ends it
+        if limited:
+            signal.setitimer(signal.ITIMER_PROF, seconds)  # of its own time; then it is ended
         said = renderer.refusal(json.loads(line))
-        signal.setitimer(signal.ITIMER_PROF, 0)
+        if limited:
+            signal.setitimer(signal.ITIMER_PROF, 0)
         sys.stdout.write(json.dumps(said) + "\n")
         sys.stdout.flush()
 

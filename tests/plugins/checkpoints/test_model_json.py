@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import shutil
 import tomllib
 from collections.abc import Callable, Iterator
 from hashlib import sha256
@@ -184,3 +185,13 @@ def test_the_onnx_report_is_read_as_it_is_meant(tmp_path: Path) -> None:
     assert "`preparation.std" in refused(lambda t: t["preparation"].update(std=[0, 1, 1]))
     assert "`preparation.size" in refused(lambda t: t["preparation"].update(size=0))
     assert "`shapes.layers" in refused(lambda t: t["shapes"].update(layers=-1))
+
+
+def test_a_precision_that_is_a_list_is_a_sentence(folders: Folders, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(folders["native"], folder)
+    path = folder / "language/config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "dtype": [1]}))
+    rehash(folder)
+    with pytest.raises(LlavaError, match="transformers cannot make a LlamaForCausalLM"):
+        llavakit.load(folder, device="cpu")
