@@ -81,7 +81,7 @@ class Scheduler:
 
     @property
     def alive(self) -> bool:
-        return self._thread.is_alive()
+        return self._thread.is_alive() and self.error is None
 
     @property
     def full(self) -> bool:
@@ -95,12 +95,12 @@ class Scheduler:
         return self._queued + len(self._reading) + len({id(job) for job, _ in self._writing})
 
     def submit(self, job: Job) -> None:
-        """Take a request. Raises Full where too many wait already."""
-        with self._lock:
-            if self.full:
+        """Take a request. Raises Full where too many wait, or where the thread has ended."""
+        with self._lock:  # what is put here is seen by the thread, also where that ends now
+            if self.full or self.error is not None:
                 raise Full
             self._queued += 1
-        self._inbox.put(job)
+            self._inbox.put(job)
 
     def drop(self, job: Job) -> None:
         """Free what a request holds before the next step; harmless for one that has ended."""
@@ -136,8 +136,14 @@ class Scheduler:
                 self._turn()
                 self._flush()
         except BaseException as error:
-            self.error = error
+            with self._lock:
+                self.error = error
             _log.exception("the model's thread ended")
+            while not self._inbox.empty():  # what came since; nothing more will
+                if isinstance(item := self._inbox.get(), Job):
+                    self._waiting.append(item)
+                elif item is not None:
+                    item()
             jobs = [*self._waiting, *self._reading, *(job for job, _ in self._writing)]
             self._updates = [(job, 0, error) for job in jobs]
             self._flush()
