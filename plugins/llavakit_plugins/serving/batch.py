@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -26,8 +26,20 @@ class Prompt:
     @property
     def chunks(self) -> int:
         """Return how many turns reading takes at least, roughly: one for each image, and so on."""
-        left = 0 if self.pixels is None else len(self.pixels) - len(self.features)
-        return left + (self.logits is None)
+        return self.unseen + (self.logits is None)
+
+    @property
+    def unseen(self) -> int:
+        """Return how many views are not encoded yet."""
+        return 0 if self.pixels is None else len(self.pixels) - len(self.features)
+
+    def encode_next(self, encode: Callable[[Any], Any]) -> bool:
+        """Encode the next view, `[1, 3, H, W]`; return whether there was one."""
+        if not self.unseen:
+            return False
+        number = len(self.features)
+        self.features.append(encode(self.pixels[number : number + 1]))
+        return True
 
 
 class Batch(Protocol):
@@ -53,6 +65,20 @@ class Batch(Protocol):
 
     def leave(self, places: Sequence[int]) -> list[int]:
         """Free places; return which answer, by its place before, is at each place now."""
+
+
+def places_left(count: int, places: Sequence[int]) -> list[int]:
+    """Return which of `count` sequences is at each place, once those at `places` have left.
+
+    Who is last takes a place that is free, so that few are moved.
+    """
+    order = list(range(count))
+    # from the last place on, so that no sequence that leaves is moved into a gap
+    for place in sorted(places, reverse=True):
+        last = order.pop()
+        if place < len(order):
+            order[place] = last
+    return order
 
 
 def free_memory() -> int:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from llavakit.contracts.packing import KVCache
+from llavakit_plugins.serving.batch import places_left
 
 _STEP = 128  # rows by which the cache grows: it is copied then
 
@@ -47,12 +48,7 @@ class SharedCache(KVCache):
 
     def leave(self, places: Sequence[int]) -> list[int]:
         """Free these places; return which sequence is now at each place that is left."""
-        order = list(range(len(self.lengths)))
-        # from the last place on, so that no sequence that leaves is moved into a gap
-        for place in sorted(places, reverse=True):
-            last = order.pop()
-            if place < len(order):
-                order[place] = last
+        order = places_left(len(self.lengths), places)
         moved = [(place, source) for place, source in enumerate(order) if place != source]
         for place, source in moved:
             for tensor in (*self._all_keys, *self._all_values):

@@ -12,8 +12,8 @@ import numpy as np
 from llavakit import IMAGE_ID
 from llavakit_plugins.onnx.runtime import OnnxModel
 from llavakit_plugins.onnx.runtime.sessions import FloatArray
-from llavakit_plugins.onnx.runtime.shared import SharedDecoder
 from llavakit_plugins.serving.batch import Prompt, free_memory
+from llavakit_plugins.serving.onnx_cache import SharedDecoder
 
 _SHARE = 0.3  # of the memory that is free, for the key-value cache
 
@@ -37,9 +37,7 @@ class OnnxBatch:
 
     def read(self, prompts: Sequence[Prompt]) -> Sequence[Prompt]:
         first = prompts[0]
-        if first.pixels is not None and len(first.features) < len(first.pixels):
-            number = len(first.features)
-            first.features.append(self._model.features(first.pixels[number : number + 1]))
+        if first.encode_next(self._model.features):
             return [first]
         if first.cache is None:
             first.embeds = self._embed(first)

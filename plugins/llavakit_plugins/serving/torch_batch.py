@@ -37,9 +37,7 @@ class TorchBatch:
     @torch.inference_mode()
     def read(self, prompts: Sequence[Prompt]) -> Sequence[Prompt]:
         first = prompts[0]
-        if first.pixels is not None and len(first.features) < len(first.pixels):
-            number = len(first.features)
-            first.features.append(self._model.features(first.pixels[number : number + 1]))
+        if first.encode_next(self._model.features):
             return [first]
         if first.read or first.length > self._chunk:
             self._read_chunk(first)
@@ -47,8 +45,7 @@ class TorchBatch:
         together: list[Prompt] = []
         rows = 0
         for prompt in prompts:  # short ones side by side, as the packed stream has it
-            ready = prompt.pixels is None or len(prompt.features) == len(prompt.pixels)
-            if ready and not prompt.read and rows + prompt.length <= self._chunk:
+            if not prompt.unseen and not prompt.read and rows + prompt.length <= self._chunk:
                 together.append(prompt)
                 rows += prompt.length
         self._read_together(together)

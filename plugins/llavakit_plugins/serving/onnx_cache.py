@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from llavakit_plugins.onnx.runtime.sessions import CacheArray, Decoder, FloatArray, IntArray
+from llavakit_plugins.serving.batch import places_left
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
@@ -93,11 +94,7 @@ class SharedDecoder(Decoder):
 
     def leave(self, places: Sequence[int]) -> list[int]:
         """Free places; return which sequence, by its place before, is at each place now."""
-        order = list(range(len(self.lengths)))
-        for place in sorted(places, reverse=True):
-            last = order.pop()
-            if place < len(order):
-                order[place] = last
+        order = places_left(len(self.lengths), places)
         if not order:
             self.lengths, self._buffers = [], []
             self.release()
