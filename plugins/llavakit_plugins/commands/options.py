@@ -26,16 +26,6 @@ def build_from(
     return registry.make(component, component.Options.model_validate(table))
 
 
-def options_of_parts(settings: Sequence[str]) -> dict[str, Any]:
-    """Return what `part.option=value` say, as tables of options of a model's parts."""
-    table: dict[str, Any] = {}
-    for setting in settings:
-        if "." not in setting.partition("=")[0]:
-            raise RecipeError(f"--set {setting}: write it as part.option=value")
-        set_key(table, setting)
-    return table
-
-
 def state_options(
     component: type[Component],
     settings: Sequence[str],

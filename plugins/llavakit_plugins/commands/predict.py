@@ -18,6 +18,7 @@ from llavakit_plugins.commands.flags import (
     add_settings,
     load_model,
     sampling_of,
+    table_of,
 )
 
 if TYPE_CHECKING:
@@ -163,7 +164,6 @@ def _by_model(
 ) -> None:
     from contextlib import ExitStack
 
-    from llavakit_plugins.commands.options import options_of_parts
     from llavakit_plugins.evaluation.answering import Pace
     from llavakit_plugins.evaluation.predicting import fingerprint, predict
 
@@ -183,7 +183,7 @@ def _by_model(
     job = group.broadcast(job)
     if job is None:
         return
-    options = options_of_parts(arguments.set)
+    options = table_of(arguments.set)
     with ExitStack() as stack:
         if group.is_main:
             # one writer: another process of this command would otherwise write to the same folder
