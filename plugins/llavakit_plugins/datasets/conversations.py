@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -13,7 +12,6 @@ from pydantic import Field
 
 from llavakit import (
     DataError,
-    Dataset,
     InputPath,
     MissingImage,
     Options,
@@ -27,6 +25,7 @@ from llavakit_plugins.datasets.conversation_rows import RowReader, attempt
 from llavakit_plugins.datasets.expected import Expected
 from llavakit_plugins.datasets.image_files import check_image, whole_images
 from llavakit_plugins.datasets.json_stream import Row
+from llavakit_plugins.datasets.kept_rows import KeptRows
 from llavakit_plugins.datasets.streaming import StoredRows, count_rows, read_rows
 
 _LOOKED_AT = 4096  # rows that a plan reads to learn how long they are
@@ -57,7 +56,7 @@ class ConversationsOptions(Options):
     expect: Expected | None = None
 
 
-class Conversations(Dataset):
+class Conversations(KeptRows):
     """LLaVA's training JSON, as it is; rows may also have `messages`, as transformers writes them.
 
     A first turn from `gpt` is dropped, as in the original with every template except v0. A row may
@@ -77,8 +76,6 @@ class Conversations(Dataset):
         self.folder = options.images or options.path.parent
         self._reader = RowReader(str(options.path), self.folder, options.kind)
         self._rows = StoredRows(options.path)
-        self._numbers: Sequence[int] | None = None
-        """Of the rows that are used, from 0; None for all."""
         self._left_out: list[str] = []
         skip = options.unusable == "skip"
         bad: set[int] = set()
@@ -109,15 +106,10 @@ class Conversations(Dataset):
             bad |= self._about(broken)
             self._left_out += map(str, broken.values())
         if bad:
-            self._numbers = array("q", (n for n in range(len(self._rows)) if n not in bad))
-
-    def __len__(self) -> int:
-        return len(self._rows) if self._numbers is None else len(self._numbers)
+            self._leave_out(bad)
 
     def __getitem__(self, index: int) -> Sample:
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        number = index if self._numbers is None else self._numbers[index]
+        number = self._number(index)
         return self._boxed(self._reader.sample(self._rows[number], number))
 
     def _boxed(self, sample: Sample) -> Sample:

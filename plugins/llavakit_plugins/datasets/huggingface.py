@@ -6,8 +6,7 @@ Images may be inside: their bytes stay undecoded until an image is opened.
 from __future__ import annotations
 
 import re
-from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -15,12 +14,13 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from llavakit import DataError, Dataset, InputPath, Options, Sample, and_more
+from llavakit import DataError, InputPath, Options, Sample, and_more
 from llavakit.contracts.data import CHARACTERS_A_TOKEN, Inspected
 from llavakit.contracts.run import Progress
 from llavakit_plugins.datasets.conversation_rows import RowReader
 from llavakit_plugins.datasets.expected import Expected
 from llavakit_plugins.datasets.image_files import check_image
+from llavakit_plugins.datasets.kept_rows import KeptRows
 
 COLUMNS = ("id", "image", "images", "conversations", "messages", "system")
 """What is read of a row; other columns are not even loaded."""
@@ -53,7 +53,7 @@ class HuggingFaceOptions(Options):
     expect: Expected | None = None
 
 
-class HuggingFace(Dataset):
+class HuggingFace(KeptRows):
     """Rows with `conversations` or `messages`, and images in `image` or `images`.
 
     A sample's images are the bytes of their files, as the data set holds them, or paths. Every row
@@ -70,8 +70,6 @@ class HuggingFace(Dataset):
         self.options = options
         self._reader = _reader(options)
         self._rows = _load(options)
-        self._numbers: Sequence[int] | None = None
-        """Of the rows that are used, from 0; None for all."""
         self._left_out: list[str] = []
         bad: set[int] = set()
         for number in range(len(self._rows)):
@@ -89,15 +87,10 @@ class HuggingFace(Dataset):
                 bad.add(number)
                 self._left_out.append(str(error))
         if bad:
-            self._numbers = array("q", (n for n in range(len(self._rows)) if n not in bad))
-
-    def __len__(self) -> int:
-        return len(self._rows) if self._numbers is None else len(self._numbers)
+            self._leave_out(bad)
 
     def __getitem__(self, index: int) -> Sample:
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        number = index if self._numbers is None else self._numbers[index]
+        number = self._number(index)
         return self._reader.sample(self._rows[number], number)
 
     def notes(self) -> list[str]:
