@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from llavakit import DataError, Options, Tracker, open_image, peek_json
+from llavakit import DataError, Options, Tracker, open_image, peek_json, write_text
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -98,6 +98,13 @@ class SeriesTracker(Tracker):
             f"the tracker `{cls.name}` needs {module}, which is not installed; "
             f"`pip install 'llavakit[{extra}]'`"
         )
+
+    def same_run(self, folder: Path, new: str) -> str:
+        """Return what the library knows the run by: `new`, or what it was before it was resumed."""
+        known = folder / f".{self.name}-run"
+        if not known.is_file():
+            write_text(known, f"{new}\n")
+        return known.read_text(encoding="utf-8").strip()
 
     def begin(self, directory: Path) -> None:
         self.start(read_start(directory))

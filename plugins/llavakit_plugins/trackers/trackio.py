@@ -8,10 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from llavakit import write_text
 from llavakit_plugins.trackers.series import Answer, SeriesTracker, Start, TrackerOptions
-
-_SAME_RUN = ".trackio-run"  # in the run's folder: a resumed run goes on with it
 
 
 class TrackioOptions(TrackerOptions):
@@ -38,13 +35,10 @@ class Trackio(SeriesTracker):
     def start(self, start: Start) -> None:
         from uuid import uuid4
 
-        known = start.folder / _SAME_RUN
-        if not known.is_file():
-            name = self.options.name or f"{start.name}-{uuid4().hex[:6]}"
-            write_text(known, f"{name}\n")
+        name = self.options.name or f"{start.name}-{uuid4().hex[:6]}"
         self._run = self._trackio.init(
             project=self.options.project,
-            name=known.read_text(encoding="utf-8").strip(),
+            name=self.same_run(start.folder, name),
             config=dict(start.settings),
             resume="allow",
             embed=False,

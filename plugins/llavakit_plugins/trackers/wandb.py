@@ -9,10 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 from uuid import uuid4
 
-from llavakit import write_text
 from llavakit_plugins.trackers.series import Answer, SeriesTracker, Start, TrackerOptions
-
-_SAME_RUN = ".wandb-run"  # in the run's folder: a resumed run goes on with it
 
 
 class WandBOptions(TrackerOptions):
@@ -43,16 +40,13 @@ class WandB(SeriesTracker):
         self._steps: set[str] = set()
 
     def start(self, start: Start) -> None:
-        known = start.folder / _SAME_RUN
-        if not known.is_file():
-            write_text(known, f"{uuid4().hex[:8]}\n")
         self._run = self._wandb.init(
             project=self.options.project,
             entity=self.options.entity,
             name=self.options.name or start.name,
             tags=list(self.options.tags),
             mode=self.options.mode,
-            id=known.read_text(encoding="utf-8").strip(),
+            id=self.same_run(start.folder, uuid4().hex[:8]),
             resume="allow",
             dir=str(start.folder),
             config=dict(start.settings),
