@@ -10,7 +10,6 @@ import os
 import socket
 import time
 import zlib
-from collections.abc import Iterator
 from datetime import date
 from email.utils import formatdate
 from functools import partial
@@ -41,17 +40,6 @@ from llavakit_plugins.generation.requests.tokens import counter_for, estimate
 
 SHARED = published.folder()
 ASK = (Message("system", "Be brief."), Message("user", "Is it red?"))
-
-
-@pytest.fixture(autouse=True)
-def _key(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OPENAI_API_KEY", KEY)
-
-
-@pytest.fixture
-def service() -> Iterator[Service]:
-    with serve() as running:
-        yield running
 
 
 def model(service: Service, **options: Any) -> OpenAI:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import io
 import json
-from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ import pytest
 from openai.types.chat import ChatCompletionMessageParam
 from PIL import Image, ImageOps
 from pydantic import TypeAdapter
-from tests.plugins.chat_server import KEY, Service, images_of, serve
+from tests.plugins.chat_server import Service, images_of, serve
 
 from llavakit import ChatError, Message, Reply, ReplyError
 from llavakit_plugins.chat_models.openai import OpenAI
@@ -27,17 +26,6 @@ from llavakit_plugins.generation.requests.image_tokens import image_tokens
 from llavakit_plugins.generation.requests.ledger import Ledger, Request, hash_messages
 from llavakit_plugins.generation.requests.pictures import size_of
 from llavakit_plugins.generation.requests.send import Tally, send_all
-
-
-@pytest.fixture(autouse=True)
-def _key(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OPENAI_API_KEY", KEY)
-
-
-@pytest.fixture
-def service() -> Iterator[Service]:
-    with serve() as running:
-        yield running
 
 
 def model(service: Service, **options: Any) -> OpenAI:
