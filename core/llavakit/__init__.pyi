@@ -9,6 +9,7 @@ from .contracts.component import (
 )
 from .contracts.data import (
     ImageContext as ImageContext,
+    ImageFile as ImageFile,
     ImageSource as ImageSource,
     Message as Message,
     Question as Question,

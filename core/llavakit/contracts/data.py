@@ -5,8 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, Union
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, Union, runtime_checkable
 
 from llavakit.contracts.errors import DataError
 
@@ -23,8 +22,17 @@ IMAGE = "<image>"  #: Where an image goes in a turn's text (the original LLaVA's
 CHARACTERS_A_TOKEN = 4.2  #: Of English by LLaMA's, roughly: where there is no tokenizer.
 
 Role = Literal["human", "gpt"]
-ImageSource: TypeAlias = Union[Path, str, bytes, "Image", "npt.NDArray[np.uint8]", "Tensor"]
-"""A file's path, a `file:` or `data:` address, an image file's bytes, or pixels: Pillow's, numpy's
+
+
+@runtime_checkable
+class ImageFile(Protocol):
+    """A path, or what else reads an image's file when it is asked to; `str` says which it is."""
+
+    def read_bytes(self) -> bytes: ...
+
+
+ImageSource: TypeAlias = Union[ImageFile, str, bytes, "Image", "npt.NDArray[np.uint8]", "Tensor"]
+"""A file, a `file:` or `data:` address, an image file's bytes, or pixels: Pillow's, numpy's
 `[H, W, 3]` of uint8, or a tensor `[3, H, W]` of uint8 or of floats from 0 to 1."""
 
 

@@ -30,12 +30,8 @@ def show_progress(
     displays = entry_points(group="llavakit.displays", name="terminal")
     shown = (found.load()(one_line(label), stream or sys.stderr, clock) for found in displays)
     display = next((display for display in shown if display is not None), None)
-    with nullcontext(_nothing) if display is None else display as progress:
+    with nullcontext(lambda *_, **__: None) if display is None else display as progress:
         yield progress
-
-
-def _nothing(done: int, total: int, note: str = "") -> None:
-    """Show nothing: no plugin shows progress."""
 
 
 @contextmanager

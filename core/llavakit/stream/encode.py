@@ -64,11 +64,8 @@ class Encoded:
 
     def split(self, count: int) -> tuple[Encoded, Encoded]:
         """Return the first `count` ids, and the others."""
-        parts, images = (
-            (slice(count), slice(count, None)),
-            int((self.ids[:count] == IMAGE_ID).sum()),
-        )
-        shown = (slice(images), slice(images, None))
+        images = int((self.ids[:count] == IMAGE_ID).sum())
+        parts, shown = ((slice(at), slice(at, None)) for at in (count, images))
         front, rest = (
             replace(
                 self, ids=self.ids[part], supervised=self.supervised[part],

@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from llavakit.contracts.data import ImageSource
+from llavakit.contracts.data import ImageFile, ImageSource
 from llavakit.contracts.errors import DataError, ModelError
 from llavakit.stream.encode import Encoded
 from llavakit.stream.tiling import Arrangement, Shown, Tiling, View
@@ -88,16 +88,14 @@ def _opened(source: ImageSource, where: str) -> tuple[Image.Image, str]:
     except Exception as error:  # whatever calls itself a tensor, a buffer or an address
         reason = str(error) or type(error).__name__
         raise DataError(f"the image of {where} is no file and no pixels: {reason:.200}") from error
-    name = (
-        f"image {source!s:.1000} of {where}" if isinstance(found, Path) else f"the image of {where}"
-    )
+    named = isinstance(found, Path) or isinstance(source, ImageFile)
+    name = f"image {source!s:.1000} of {where}" if named else f"the image of {where}"
     if isinstance(found, Image.Image):
         return found, name
     if isinstance(found, Path):
         _check_file(found, name)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what matters about a damaged file is an error below
+        with warnings.catch_warnings(action="ignore"):  # what matters is an error below
             return Image.open(found), name
     except UnidentifiedImageError:
         raise DataError(f"{name} is not an image Pillow can read; replace it") from None
@@ -115,10 +113,12 @@ def _in_memory(source: ImageSource, where: str) -> Path | BytesIO | Image.Image:
         source = b64decode(source) if kind.endswith(";base64") else source
     if isinstance(source, str) and source[:5].lower() == "file:":
         source = unquote(urlsplit(source).path)
-    if isinstance(source, bytes | bytearray | memoryview):
-        return BytesIO(source)
     if isinstance(source, str | Path):
         return Path(source)
+    if isinstance(source, ImageFile):
+        source = source.read_bytes()
+    if isinstance(source, bytes | bytearray | memoryview):
+        return BytesIO(source)
     if hasattr(source, "detach"):  # a tensor [3, H, W]; one of floats is from 0 to 1
         pixels = source.detach().cpu()
         if pixels.is_floating_point():
@@ -229,8 +229,7 @@ def _decode(image: Image.Image, name: str, edge: int | None, upright: bool) -> I
     if reason := refusal(*image.size):
         raise DataError(f"{name} {reason}")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # as above; and advice to keep transparency
+        with warnings.catch_warnings(action="ignore"):  # as above; and advice on transparency
             if edge is not None:
                 short = min(image.size)
                 image.draft(None, (image.width * edge // short, image.height * edge // short))

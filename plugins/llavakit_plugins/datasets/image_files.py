@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 from llavakit import DataError, ImageSource, open_image, refusal
 from llavakit_plugins.datasets.offsets import open_file, read_at
@@ -21,6 +22,18 @@ from llavakit_plugins.datasets.offsets import open_file, read_at
 ImagePath = Path | str
 Read = Callable[[int, int], bytes]
 """Returns so many bytes of a file from an offset; fewer at its end."""
+
+
+@runtime_checkable
+class PartlyRead(Protocol):
+    """An image's file of which parts can be read."""
+
+    length: int
+
+    def read(self, start: int, count: int) -> bytes:
+        """Return so many bytes from an offset; fewer at the end."""
+
+
 Size = tuple[int, int]
 """Width and height in pixels."""
 
@@ -53,6 +66,9 @@ def check_image(image: ImageSource, where: str) -> None:
     """
     if isinstance(image, bytes):
         whole = _is_whole(image, image[-_TAIL:], len(image), lambda at, n: image[at : at + n])
+    elif isinstance(image, PartlyRead):
+        head, tail = image.read(0, _HEAD), image.read(max(0, image.length - _TAIL), _TAIL)
+        whole = _is_whole(head, tail, image.length, _behind(head, image.read))
     else:
         whole = isinstance(image, Path | str) and _seems_whole(image)
     if not whole:
@@ -104,16 +120,22 @@ def _seems_whole(path: ImagePath) -> bool:
                 return False
             head = read_at(handle, _HEAD, 0)
             tail = read_at(handle, _TAIL, max(0, state.st_size - _TAIL))
-
-            def read(start: int, count: int) -> bytes:
-                within = head[start : start + count]
-                return within if len(within) == count else read_at(handle, count, start)
-
+            read = _behind(head, lambda start, count: read_at(handle, count, start))
             return _is_whole(head, tail, state.st_size, read)
         finally:
             os.close(handle)
     except (OSError, ValueError):  # ValueError: no name that a file may have
         return False
+
+
+def _behind(head: bytes, read: Read) -> Read:
+    """Return what reads a file whose beginning was read."""
+
+    def found(start: int, count: int) -> bytes:
+        within = head[start : start + count]
+        return within if len(within) == count else read(start, count)
+
+    return found
 
 
 def _is_whole(head: bytes, tail: bytes, length: int, read: Read) -> bool:

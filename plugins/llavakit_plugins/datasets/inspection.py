@@ -24,6 +24,7 @@ from llavakit import (
 from llavakit.contracts.component import Use
 from llavakit.contracts.data import (
     Finding,
+    ImageFile,
     ImageSource,
     Inspected,
     Sample,
@@ -179,8 +180,9 @@ class _Seen:
         self._ids.add(key)
         self._mentions += len(row.images)
         for image in row.images:
-            if not isinstance(image, Path | str):  # in memory; perhaps not decoded yet
-                self._images.add(hash(image) if isinstance(image, bytes) else id(image))
+            if not isinstance(image, Path | str):  # in memory, or in another file
+                named = str(image) if isinstance(image, ImageFile) else image
+                self._images.add(hash(named) if isinstance(named, str | bytes) else id(image))
                 self._judge(image, row.id)
             elif (key := hash(str(image))) not in self._images or (
                 not self.leaves_out and key in self._left_out

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from llavakit import DataError, JsonLines, Question, write_text
-from llavakit.contracts.data import ImageSource
+from llavakit.contracts.data import ImageFile, ImageSource
 from llavakit.contracts.run import ProcessGroup
 from llavakit_plugins.datasets.rows import read_lines
 from llavakit_plugins.evaluation.question_files import Dialogue
@@ -138,4 +138,4 @@ def _key(row: Row) -> bytes:
 
 def names_of(images: Sequence[ImageSource]) -> list[str]:
     """Return the images' paths; an image that is not a file has no lasting name and gives ""."""
-    return [str(image) if isinstance(image, Path) else "" for image in images]
+    return [str(image) if isinstance(image, ImageFile) else "" for image in images]

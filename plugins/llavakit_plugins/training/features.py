@@ -10,7 +10,6 @@ import signal
 import sys
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from hashlib import blake2b
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -28,7 +27,7 @@ from llavakit import (
     Use,
     VisionEncoder,
 )
-from llavakit.contracts.data import ImageSource
+from llavakit.contracts.data import ImageFile, ImageSource
 from llavakit.contracts.packing import upload
 from llavakit_plugins.training.corpus import Corpus
 from llavakit_plugins.training.options import TrainOptions
@@ -232,7 +231,7 @@ def _index(corpus: Corpus) -> tuple[dict[_Image, range], list[_Image]]:
                 known[key] = range(end, end + views)
                 end += views
                 distinct.append((sample, number))
-                held += [] if isinstance(image, Path | bytes) else [image]
+                held += [] if isinstance(image, ImageFile | bytes) else [image]
             rows_of[sample, number] = known[key]
     return rows_of, distinct
 
@@ -257,4 +256,4 @@ def _identity(image: ImageSource) -> object:
     # pixels in memory have no name: only the same object counts as the same image
     if isinstance(image, bytes):  # of a file: read anew each time it is asked for
         return blake2b(image, digest_size=16).digest()
-    return str(image) if isinstance(image, Path) else id(image)
+    return str(image) if isinstance(image, ImageFile) else id(image)

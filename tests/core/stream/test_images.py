@@ -9,6 +9,7 @@ import pickle
 import struct
 import tempfile
 import timeit
+import zipfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +27,7 @@ from tests.core.processes import small_disk
 from llavakit import DataError, LlavaError
 from llavakit.stream.images import (
     MissingImage,
+    image_size,
     open_image,
     refusal,
 )
@@ -307,6 +309,19 @@ def test_a_truncated_file_is_found_without_training(photo: Path, share: float) -
     photo.write_bytes(data[: int(len(data) * share)])
     with pytest.raises(DataError, match="of sample `7`"):
         check_image(photo, "sample `7`")
+
+
+def test_an_image_in_an_archive_is_read_when_it_is_opened(tmp_path: Path, photo: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "all.zip", "w") as file:
+        file.write(photo, "a.jpg")
+        file.writestr("b.jpg", photo.read_bytes()[:2000])
+    with zipfile.ZipFile(tmp_path / "all.zip") as file:
+        whole, cut = zipfile.Path(file, "a.jpg"), zipfile.Path(file, "b.jpg")
+        assert open_image(whole, "s").tobytes() == open_image(photo, "s").tobytes()
+        assert image_size(whole, "s") == image_size(photo, "s")
+        check_image(whole, "s")
+        with pytest.raises(DataError, match=r"image .*all\.zip/b\.jpg of sample `s` cannot be"):
+            check_image(cut, "sample `s`")
 
 
 def test_what_is_no_image_is_refused(tmp_path: Path) -> None:
