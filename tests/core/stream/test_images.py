@@ -314,7 +314,7 @@ def test_a_truncated_file_is_found_without_training(photo: Path, share: float) -
 def test_an_image_in_an_archive_is_read_when_it_is_opened(tmp_path: Path, photo: Path) -> None:
     with zipfile.ZipFile(tmp_path / "all.zip", "w") as file:
         file.write(photo, "a.jpg")
-        file.writestr("b.jpg", photo.read_bytes()[:2000])
+        file.writestr("b.jpg", photo.read_bytes()[: photo.stat().st_size // 2])
     with zipfile.ZipFile(tmp_path / "all.zip") as file:
         whole, cut = zipfile.Path(file, "a.jpg"), zipfile.Path(file, "b.jpg")
         assert open_image(whole, "s").tobytes() == open_image(photo, "s").tobytes()
