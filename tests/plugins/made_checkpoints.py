@@ -61,23 +61,19 @@ def make_hf(
     chat: str | None = CHAT,
     shard: str = "5GB",
     grids: Sequence[tuple[int, int]] = (),
+    family: str = "",
     **config: Any,
 ) -> Any:
-    """Save a LlavaForConditionalGeneration with its processor to `folder`, and return it.
+    """Save one of transformers' LLaVAs with its processor to `folder`, and return it.
 
-    With `grids` a LlavaNextForConditionalGeneration, of which one has these tiles.
+    `family` is what its class has between `Llava` and `ForConditionalGeneration`: `Onevision`, or
+    with `grids` of tiles `Next`, where it is left out.
     """
+    import transformers
     from transformers import (
         CLIPImageProcessorPil,
         CLIPVisionConfig,
         LlamaConfig,
-        LlavaConfig,
-        LlavaForConditionalGeneration,
-        LlavaNextConfig,
-        LlavaNextForConditionalGeneration,
-        LlavaNextImageProcessorPil,
-        LlavaNextProcessor,
-        LlavaProcessor,
         Qwen2Config,
         SiglipImageProcessorPil,
         SiglipVisionConfig,
@@ -86,18 +82,27 @@ def make_hf(
     clip = vision == "clip"
     strategy = "default" if clip else "full"
     table: dict[str, Any] = {"image_token_index": 22, "vision_feature_select_strategy": strategy}
-    kinds: list[Any] = [LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor]
+    family = family or ("Next" if grids else "")
+    points = [[32 * rows, 32 * columns] for rows, columns in grids]
     if grids:
-        table["image_grid_pinpoints"] = [[32 * rows, 32 * columns] for rows, columns in grids]
-        kinds = [LlavaNextConfig, LlavaNextForConditionalGeneration, LlavaNextProcessor]
+        table["image_grid_pinpoints"] = points
+    if family == "Onevision":
+        table["video_token_index"] = 23
+
+    def kind(suffix: str) -> Any:
+        return getattr(transformers, f"Llava{family}{suffix}")
+
+    long = {"max_position_embeddings": 1024} if grids else {}
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        settings = kinds[0](
+        settings = kind("Config")(
             vision_config=CLIPVisionConfig(**VISION) if clip else SiglipVisionConfig(**SIGLIP),
-            text_config=LlamaConfig(**LANGUAGE) if language == "llama" else Qwen2Config(**QWEN),
+            text_config=LlamaConfig(**{**LANGUAGE, **long})
+            if language == "llama"
+            else Qwen2Config(**{**QWEN, **long}),
             **{**table, **config},
         )
-        model = shaken(kinds[1](settings)).to(dtype)
+        model = shaken(kind("ForConditionalGeneration")(settings)).to(dtype)
     model.save_pretrained(folder, max_shard_size=shard)
     tokenizer = make_tokenizer()
     tokenizer.add_tokens(["<image>"], special_tokens=True)
@@ -107,32 +112,48 @@ def make_hf(
         if clip
         else SiglipImageProcessorPil(size=square)
     )
-    if grids:
-        points = table["image_grid_pinpoints"]
-        pixels = LlavaNextImageProcessorPil(
+    more: dict[str, Any] = {"patch_size": 8, "num_additional_image_tokens": int(clip)}
+    if family == "Next":
+        pixels = kind("ImageProcessorPil")(
             size={"shortest_edge": 32}, crop_size=square, image_grid_pinpoints=points
         )
-    kinds[2](
-        pixels,
-        tokenizer,
-        patch_size=8,
+    if family == "Onevision":
+        tokenizer.add_tokens(["<video>"], special_tokens=True)
+        colours = {"image_mean": [0.48, 0.46, 0.41], "image_std": [0.27, 0.26, 0.28]}
+        pixels = kind("ImageProcessorPil")(size=square, image_grid_pinpoints=points, **colours)
+        more = {
+            "num_image_tokens": 16 + clip,
+            "vision_aspect_ratio": settings.vision_aspect_ratio,
+            "video_processor": kind("VideoProcessor")(size=square, **colours),
+        }
+    kind("Processor")(
+        image_processor=pixels,
+        tokenizer=tokenizer,
         vision_feature_select_strategy=settings.vision_feature_select_strategy,
-        num_additional_image_tokens=int(clip),
         chat_template=chat,
+        **more,
     ).save_pretrained(folder)
     return model
 
 
 def read_processor(folder: Path) -> Any:
-    """Return transformers' processor of a folder, of the PIL backend."""
-    from transformers import AutoProcessor
+    """Return transformers' processor of a folder, of the PIL backend for images.
 
-    return AutoProcessor.from_pretrained(folder, backend="pil")
+    Videos have torchvision's alone.
+    """
+    from transformers import AutoImageProcessor, AutoProcessor
+
+    processor = AutoProcessor.from_pretrained(folder)
+    processor.image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
+    return processor
 
 
 def ask_hf(processor: Any, prompt: str, images: list[Image.Image]) -> dict[str, Tensor]:
-    """Return what transformers' own processor makes of a prompt."""
-    inputs = processor(text=[prompt], images=images or None, return_tensors="pt")
+    """Return what transformers' own processor makes of a prompt.
+
+    The images are those of one sample, which is a list within a list, as in its chats.
+    """
+    inputs = processor(text=[prompt], images=[images] if images else None, return_tensors="pt")
     return {key: value for key, value in inputs.items() if key != "token_type_ids"}
 
 

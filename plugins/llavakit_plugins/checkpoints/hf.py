@@ -1,5 +1,5 @@
 """transformers' layout: a folder for `LlavaForConditionalGeneration`, or, with the tiling `anyres`,
-for `LlavaNextForConditionalGeneration`.
+for `LlavaNextForConditionalGeneration` or `LlavaOnevisionForConditionalGeneration`.
 
 Tensors get the names that transformers wrote before version 5, which every version since reads:
 
@@ -9,7 +9,6 @@ Tensors get the names that transformers wrote before version 5, which every vers
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from collections.abc import Mapping
@@ -22,25 +21,20 @@ from torch import Tensor
 
 from llavakit import Exporter, LlavaModel, ModelError, Options, Registry, new_folder
 from llavakit_plugins.checkpoints.chat_writing import write_chat
+from llavakit_plugins.checkpoints.families import Family
 from llavakit_plugins.checkpoints.hf_reader import HfReader
 from llavakit_plugins.checkpoints.hf_source import is_hf, read_hf
 from llavakit_plugins.checkpoints.language_names import embedding_name
 from llavakit_plugins.checkpoints.parity import prove
-from llavakit_plugins.checkpoints.parts import (
-    Layer,
-    language_state,
-    plain_encoder,
-    projector_layers,
-    stated_options,
-)
-from llavakit_plugins.checkpoints.pinpoints import pinpoints
+from llavakit_plugins.checkpoints.parts import language_state, plain_encoder, stated_options
+from llavakit_plugins.checkpoints.pinpoints import grids_of
+from llavakit_plugins.checkpoints.processors import strategy_of, visual_tokens, write_processor
+from llavakit_plugins.checkpoints.projectors import Layer, projector_layers
 from llavakit_plugins.checkpoints.prompts import NOTE, note_template
 from llavakit_plugins.huggingface.hub import fetch_folder, quietly
 from llavakit_plugins.huggingface.known_models import sketch_named
-from llavakit_plugins.huggingface.tokenizer_writing import complete_tokenizer
-from llavakit_plugins.huggingface.vocabulary import with_image_token, with_rows
+from llavakit_plugins.huggingface.vocabulary import with_rows, with_tokens
 from llavakit_plugins.huggingface.writing import ShardSize, tower_state, write_config, write_weights
-from llavakit_plugins.vision.pixels import make_processor
 from llavakit_plugins.vision.vision_transformer import TransformersEncoder
 
 _log = logging.getLogger("llavakit")
@@ -106,11 +100,12 @@ class Hf(Exporter):
         options = stated_options(model, "vision", registry)
         vision = _vision(model, options)
         layers, activation = self._projector(model)
-        points = pinpoints(model, self.name)
+        grids = grids_of(model, self.name)
+        family = grids.family
         text, state = language_state(model.language, self.name)
         text_model: Any = model.language
-        tokenizer, image_token, rows = with_image_token(
-            model.language.tokenizer, model.language.head.out_features
+        tokenizer, tokens, rows = with_tokens(
+            model.language.tokenizer, visual_tokens(family), model.language.head.out_features
         )
         # `<image>` needs an id of its own there, and so a row in the table, which is never read
         state = with_rows(state, (embedding_name(text_model.model), "lm_head.weight"), rows)
@@ -120,42 +115,40 @@ class Hf(Exporter):
         for number, layer in enumerate(layers, start=1):
             tensors[f"multi_modal_projector.linear_{number}.weight"] = layer.weight
             tensors[f"multi_modal_projector.linear_{number}.bias"] = layer.bias
-        if points is not None and model.image_newline is not None:
+        if model.image_newline is not None:
             tensors["image_newline"] = model.image_newline
         one_layer = isinstance(options.layer, int)
         config = {
-            "architectures": ["LlavaForConditionalGeneration"],
-            "model_type": "llava",
+            "architectures": [family.architecture],
+            "model_type": family.model_type,
             "dtype": _widest(tensors),
             # vLLM builds the language model by the class that its own configuration names
             "text_config": {**text.to_dict(), "architectures": _causal(text), "vocab_size": rows},
             "vision_config": vision.model.config.to_dict(),
             "tie_word_embeddings": bool(text.tie_word_embeddings),
-            "image_token_index": image_token,
+            **{f"{name[1:-1]}_token_index": tokens[name] for name in tokens},
             "image_seq_length": model.visual_tokens,
             "projector_hidden_act": activation,
             "vision_feature_layer": options.layer if one_layer else list(options.layer),
-            "vision_feature_select_strategy": _strategy(vision),
+            "vision_feature_select_strategy": strategy_of(vision),
             NOTE: note_template(model.choices["template"]),
         }
-        if points is not None:
-            config |= {
-                "architectures": ["LlavaNextForConditionalGeneration"],
-                "model_type": "llava_next",
-                "image_grid_pinpoints": points,
-            }
+        if grids.points:
+            config["image_grid_pinpoints"] = grids.points
+        if grids.cap is not None:
+            config["vision_aspect_ratio"] = f"anyres_max_{grids.cap}"
         with new_folder(folder) as partial:
             files = write_weights(tensors, partial, self.options.max_shard_size)
             write_config(config, partial, model.language)
             chat = write_chat(model.template, model.language.tokenizer)
-            _write_processor(vision, tokenizer, chat, points, partial)
-            return {"files": files, **self._prove(model, partial, folder)}
+            write_processor(vision, tokenizer, chat, grids, partial)
+            return {"files": files, **self._prove(model, partial, folder, family)}
 
     def check(self, model: LlavaModel) -> None:
         """Raise ModelError for a model that the layout cannot express."""
         _vision(model, stated_options(model, "vision", Registry.installed()))
         self._projector(model)
-        pinpoints(model, self.name)
+        grids_of(model, self.name)
         language_state(model.language, self.name)
 
     def _projector(self, model: LlavaModel) -> tuple[list[Layer], str]:
@@ -193,14 +186,16 @@ class Hf(Exporter):
         back = torch.cat([identity.weight, -identity.weight], dim=1)
         return [doubled, Layer(back, identity.bias)], "gelu"
 
-    def _prove(self, model: LlavaModel, partial: Path, folder: Path) -> dict[str, Any]:
+    def _prove(
+        self, model: LlavaModel, partial: Path, folder: Path, family: Family
+    ) -> dict[str, Any]:
         if self.options.projector == "gelu" and len(projector_layers(model.connector) or ()) < 2:
             ours = self.load(partial, device=model.device, dtype=None)
             return prove(model, ours, folder)
         with quietly(report=False):
-            reader = HfReader(partial, model)
+            reader = HfReader(partial, model, family)
             figures = prove(model, reader, folder) | reader.processor_figures()
-        if not figures["processor_ids_equal"]:
+        if not figures.get("processor_ids_equal", True):
             _log.warning(
                 "note: transformers' processor tokenises the text behind an image otherwise than "
                 "this model was tuned on, as its tokenizer puts no space there (legacy = false); "
@@ -239,36 +234,7 @@ def _causal(text: Any) -> list[str]:
     return [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[text.model_type]]
 
 
-def _strategy(vision: TransformersEncoder) -> str:
-    return "default" if vision.prefix_tokens else "full"
-
-
 def _widest(tensors: Mapping[str, Tensor]) -> str:
     """Return the dtype that holds every tensor exactly; transformers has only one for a model."""
     widest = reduce(torch.promote_types, (tensor.dtype for tensor in tensors.values()))
     return str(widest).removeprefix("torch.")
-
-
-def _write_processor(
-    vision: TransformersEncoder,
-    tokenizer: Any,
-    chat: str | None,
-    points: list[list[int]] | None,
-    folder: Path,
-) -> None:
-    """Write processor_config.json with all that transformers 5 reads, and what earlier ones do."""
-    from transformers import LlavaNextProcessor, LlavaProcessor
-
-    kind: Any = LlavaProcessor if points is None else LlavaNextProcessor
-    processor = kind(
-        make_processor(vision.square, points),
-        tokenizer,
-        patch_size=vision.patch_size,
-        vision_feature_select_strategy=_strategy(vision),
-        num_additional_image_tokens=vision.prefix_tokens + vision.kept,
-        chat_template=chat,
-    )
-    processor.save_pretrained(folder)
-    complete_tokenizer(tokenizer, folder, as_imported=False)
-    table = json.loads((folder / "processor_config.json").read_text("utf-8"))["image_processor"]
-    (folder / "preprocessor_config.json").write_text(json.dumps(table, indent=2) + "\n", "utf-8")

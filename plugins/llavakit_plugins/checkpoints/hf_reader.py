@@ -13,22 +13,18 @@ from torch import Tensor, nn
 
 from llavakit import Encoded, LlavaModel
 from llavakit.contracts.data import IMAGE, ImageSource, Turn
+from llavakit_plugins.checkpoints.families import ONEVISION, Family
 from llavakit_plugins.checkpoints.parity import sample_images
 from llavakit_plugins.huggingface.hub import quietly
 
 
 class HfReader:
-    """transformers' LLaVA or LLaVA-NeXT from a folder, given the token ids and pixels of `ours`."""
+    """One of transformers' LLaVAs from a folder, given the token ids and pixels of `ours`."""
 
-    def __init__(self, folder: Path, ours: LlavaModel) -> None:
-        from transformers import LlavaForConditionalGeneration, LlavaNextForConditionalGeneration
-
-        network: Any = LlavaForConditionalGeneration
-        if ours.tiling is not None:
-            network = LlavaNextForConditionalGeneration
-        self._folder, self._ours = folder, ours
+    def __init__(self, folder: Path, ours: LlavaModel, family: Family) -> None:
+        self._folder, self._ours, self._family = folder, ours, family
         with quietly(report=False):
-            self._model: Any = network.from_pretrained(folder).eval()
+            self._model: Any = family.network().from_pretrained(folder).eval()
         # the other ways leave out what they cannot do: Gemma 2's soft cap, in transformers 5.17
         self._model.set_attn_implementation("eager")
         self._image_token: int = self._model.config.image_token_index
@@ -45,11 +41,12 @@ class HfReader:
         if pixels is not None and encoded.arranged is not None:
             counts = [image.views for image in encoded.arranged]
             views = inputs["pixel_values"].split(counts)
-            # LLaVA-NeXT wants one tensor for all images:
-            # those with fewer views are filled up with zeros
+            # one tensor is wanted for all images: those with fewer views are filled up with zeros
             inputs["pixel_values"] = nn.utils.rnn.pad_sequence(list(views), batch_first=True)
             shown = self._ours.views.shown(images, "the prompt")
             inputs["image_sizes"] = torch.tensor([[one.height, one.width] for one in shown])
+            if self._family is ONEVISION:
+                inputs["batch_num_images"] = torch.tensor([len(images)])
         return inputs
 
     def _expanded(self, encoded: Encoded) -> Tensor:
@@ -88,16 +85,19 @@ class HfReader:
         The pixels of its two image processors are compared: Pillow's, and torchvision's, which is
         transformers' default where torchvision is installed, and rounds otherwise.
         """
-        from transformers import AutoProcessor
+        from transformers import AutoImageProcessor, AutoProcessor
 
         ours, tokenizer = self._ours, self._ours.language.tokenizer
+        if self._family is ONEVISION and find_spec("torchvision") is None:
+            return {"processor": "not compared: transformers makes it with torchvision alone"}
         with quietly(report=False):
-            processor = AutoProcessor.from_pretrained(self._folder, backend="pil")
-            others = {"pil": processor}
-            if find_spec("torchvision") is not None:
-                others["torchvision"] = AutoProcessor.from_pretrained(
-                    self._folder, backend="torchvision"
-                )
+            processor = AutoProcessor.from_pretrained(self._folder)
+            backends = ["pil", "torchvision"] if find_spec("torchvision") is not None else ["pil"]
+            others = {
+                name: AutoImageProcessor.from_pretrained(self._folder, backend=name)
+                for name in backends
+            }
+            processor.image_processor = others["pil"]
         question, image = f"{IMAGE}\nWhat is in the picture?", sample_images(1)[0]
         segments = ours.template.segments([Turn("human", question)], tokenizer)
         found = processor(
@@ -112,7 +112,7 @@ class HfReader:
         wanted = pixels.cpu().float()
         away = {
             name: (
-                other.image_processor(image, return_tensors="pt")["pixel_values"].view_as(wanted)
+                other(image, return_tensors="pt")["pixel_values"].view_as(wanted)
                 - wanted
             ).abs().max().item()
             for name, other in others.items()

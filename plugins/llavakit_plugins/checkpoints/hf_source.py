@@ -11,15 +11,16 @@ from typing import Any
 import torch
 
 from llavakit import ModelError, Registry
+from llavakit_plugins.checkpoints.families import FAMILIES, Family
 from llavakit_plugins.checkpoints.parts import (
-    Layer,
     Parts,
-    State,
     make_language,
     make_vision,
     set_tokenizer,
 )
 from llavakit_plugins.checkpoints.pinpoints import anyres_of
+from llavakit_plugins.checkpoints.precision import State
+from llavakit_plugins.checkpoints.projectors import Layer
 from llavakit_plugins.checkpoints.prompts import choose_template
 from llavakit_plugins.checkpoints.tokenizers import read_tokenizer
 from llavakit_plugins.huggingface.json_files import (
@@ -66,21 +67,21 @@ def read_hf(
     """
     refuse_devices(folder)
     config = read_json(folder / "config.json")
-    kind = config.get("model_type")
-    if kind not in ("llava", "llava_next"):
+    family = FAMILIES.get(str(config.get("model_type")))
+    if family is None:
         raise ModelError(
-            f"{folder}: config.json says `model_type` {kind!r}, and `llava` and `llava_next` can "
-            "be read, the shapes of LLaVA-1.5 and of LLaVA-NeXT (1.6); it is another model"
+            f"{folder}: config.json says `model_type` {shown(config.get('model_type'))}, and "
+            f"{', '.join(f'`{name}`' for name in FAMILIES)} can be read; it is another model"
         )
     weights = Weights.within(folder, dtype)
     if weights is None:
         raise ModelError(f"{folder} holds no weights; copy its model.safetensors, or its shards")
     states = _sort(weights)
     vision_table = _with_defaults(
-        config["vision_config"], "clip_vision_model", f"{folder}: config.json, `vision_config`"
+        config["vision_config"], family.vision, f"{folder}: config.json, `vision_config`"
     )
     text_table = _with_defaults(
-        config["text_config"], "llama", f"{folder}: config.json, `text_config`"
+        config["text_config"], {"model_type": family.text}, f"{folder}: config.json, `text_config`"
     )
     # some versions note a tied head in the outer table alone
     if config.get("tie_word_embeddings") and "lm_head.weight" not in states["language"]:
@@ -90,21 +91,22 @@ def read_hf(
         states["vision"],
         registry,
         folder,
-        layer=_layer(config, folder),
-        select=_select(config, vision_table, folder),
-        pixels=_pixels(folder, vision_table, tiled=kind == "llava_next"),
+        layer=_layer(config, family, folder),
+        select=_select(config, family, vision_table, folder),
+        pixels=_pixels(folder, vision_table, tiled=bool(family.pinpoints)),
     )
     language_use, language = make_language(
         text_table, states["language"], registry, folder, plain_logits=True
     )
     newline_E = states["newline"].get("image_newline")
-    if (newline_E is not None) != (kind == "llava_next"):
+    if (newline_E is not None) != bool(family.pinpoints):
         lacks = "lacks" if newline_E is None else "holds"
         raise ModelError(
-            f"{folder} {lacks} image_newline, the row of LLaVA-NeXT (`llava_next`); is it the "
-            "config.json of these weights?"
+            f"{folder} {lacks} image_newline, the row between tiles of LLaVA-NeXT and OneVision, "
+            f"and its `model_type` is `{family.model_type}`; is it the config.json of these "
+            "weights?"
         )
-    tiling = None if newline_E is None else anyres_of(config, vision, folder)
+    tiling = None if newline_E is None else anyres_of(family, config, vision, folder)
     tokenizer = read_tokenizer(folder, str(text_table["model_type"]))
     set_tokenizer(language, tokenizer, folder)
     return Parts(
@@ -137,25 +139,19 @@ def _sort(weights: Weights) -> dict[str, dict[str, torch.Tensor]]:
     return states
 
 
-def _with_defaults(table: Mapping[str, Any], model_type: str, where: object) -> dict[str, Any]:
+def _with_defaults(
+    table: Mapping[str, Any], usual: Mapping[str, Any], where: object
+) -> dict[str, Any]:
     """Return a part's configuration; transformers left out what was usual for its LLaVA."""
-    full = {"model_type": model_type, **table}
+    full = {"model_type": usual["model_type"], **table}
     check_shape(full, where)
-    if full["model_type"] == "clip_vision_model" and "hidden_size" not in full:
-        full = {**_USUAL_CLIP, **full}
+    if full["model_type"] == usual["model_type"] and "hidden_size" not in full:
+        full = {**usual, **full}
     return full
 
 
-_USUAL_CLIP = {
-    "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24,
-    "num_attention_heads": 16, "image_size": 336, "patch_size": 14, "projection_dim": 768,
-    "vocab_size": 32000,
-}  # fmt: skip
-"""LlavaConfig's defaults for a vision tower: CLIP ViT-L/14 at 336 pixels."""
-
-
-def _layer(config: Mapping[str, Any], folder: Path) -> int | Sequence[int]:
-    value = config.get("vision_feature_layer", -2)
+def _layer(config: Mapping[str, Any], family: Family, folder: Path) -> int | Sequence[int]:
+    value = config.get("vision_feature_layer", family.layer)
     layers = value if isinstance(value, list) else [value]
     if layers and all(type(layer) is int for layer in layers):
         return layers if len(layers) > 1 else layers[0]
@@ -165,8 +161,10 @@ def _layer(config: Mapping[str, Any], folder: Path) -> int | Sequence[int]:
     )
 
 
-def _select(config: Mapping[str, Any], vision: Mapping[str, Any], folder: Path) -> str:
-    strategy = config.get("vision_feature_select_strategy", "default")
+def _select(
+    config: Mapping[str, Any], family: Family, vision: Mapping[str, Any], folder: Path
+) -> str:
+    strategy = config.get("vision_feature_select_strategy", family.strategy)
     # SigLIP has no class token
     classed = not str(vision["model_type"]).startswith("siglip")
     if strategy == "default" and not classed:
@@ -192,7 +190,7 @@ def _pixels(folder: Path, vision: Mapping[str, Any], *, tiled: bool) -> Any:
             "what is usual for a %s: %s", folder, vision["model_type"], usual.aspect,
         )  # fmt: skip
     pixels = found or usual
-    # LLaVA-NeXT's `do_pad` is about the views of several images, which are squares already
+    # `do_pad` of one with tiles is about the number of views of several images, which are squares
     return pixels._replace(aspect=usual.aspect) if tiled else pixels
 
 

@@ -16,10 +16,10 @@ from llavakit_plugins.checkpoints.parity import prove
 from llavakit_plugins.checkpoints.parts import (
     language_state,
     plain_encoder,
-    projector_layers,
     stated_options,
 )
-from llavakit_plugins.checkpoints.pinpoints import pinpoints
+from llavakit_plugins.checkpoints.pinpoints import Grids, grids_of
+from llavakit_plugins.checkpoints.projectors import projector_layers
 from llavakit_plugins.checkpoints.prompts import NOTE, note_template
 from llavakit_plugins.huggingface.hub import PretrainedOptions, find_file
 from llavakit_plugins.huggingface.tokenizer_writing import write_tokenizer
@@ -98,8 +98,8 @@ class Original(Exporter):
         text, state = language_state(model.language, self.name)
         kind, architecture = _type_of(text)
         projector, tensors = _projector(model)
-        points = pinpoints(model, self.name)
-        if points is not None and model.image_newline is not None:
+        grids = _grids(model)
+        if model.image_newline is not None:
             tensors["model.image_newline"] = model.image_newline
         if text.tie_word_embeddings:  # the original always has a head of its own
             state["lm_head.weight"] = state["model.embed_tokens.weight"].clone()
@@ -126,10 +126,10 @@ class Original(Exporter):
             "tokenizer_model_max_length": model.language.max_length,
             NOTE: note_template(template),
         }
-        if points is not None:
+        if grids.points:
             config |= {
                 "image_aspect_ratio": "anyres",
-                "image_grid_pinpoints": [[width, height] for height, width in points],
+                "image_grid_pinpoints": [[width, height] for height, width in grids.points],
                 "mm_patch_merge_type": "spatial_unpad",
             }
         with new_folder(folder) as partial:
@@ -148,7 +148,7 @@ class Original(Exporter):
         """Raise ModelError for a model that the layout cannot express."""
         _check_vision(model, stated_options(model, "vision", Registry.installed()))
         _projector(model)
-        pinpoints(model, self.name)
+        _grids(model)
         _type_of(language_state(model.language, self.name)[0])
 
     def _tower_name(self, model: LlavaModel) -> str:
@@ -186,6 +186,17 @@ def _type_of(text: Any) -> tuple[str, str]:
         )
     _check_text(text)
     return _TYPES[text.model_type]
+
+
+def _grids(model: LlavaModel) -> Grids:
+    """Return a model's tiles. Raises ModelError for OneVision's, which the original has not."""
+    grids = grids_of(model, Original.name)
+    if grids.cap is not None:
+        raise ModelError(
+            "the original LLaVA does not interpolate an image's tiles, which tiling `anyres` is "
+            "set to with `cap`; `--format hf` writes it, for LlavaOnevisionForConditionalGeneration"
+        )
+    return grids
 
 
 def _check_vision(model: LlavaModel, options: Any) -> None:

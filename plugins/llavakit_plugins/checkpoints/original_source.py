@@ -24,13 +24,13 @@ from llavakit_plugins.checkpoints.original_adapter import merge_adapter
 from llavakit_plugins.checkpoints.original_delta import add_base, is_delta
 from llavakit_plugins.checkpoints.original_tower import find_tower
 from llavakit_plugins.checkpoints.parts import (
-    Layer,
     Parts,
     make_language,
     make_vision,
     set_tokenizer,
 )
 from llavakit_plugins.checkpoints.pinpoints import anyres_of_original
+from llavakit_plugins.checkpoints.projectors import Layer
 from llavakit_plugins.checkpoints.prompts import choose_template
 from llavakit_plugins.checkpoints.tokenizers import has_tokenizer, read_tokenizer
 from llavakit_plugins.huggingface.json_files import (

@@ -9,16 +9,14 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import reduce
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 
 from llavakit import (
-    Connector,
     LanguageModel,
     LlavaModel,
     ModelError,
@@ -30,8 +28,10 @@ from llavakit import (
     join_model,
 )
 from llavakit_plugins.checkpoints.language_names import family_names, layout_names, scaled_logits
+from llavakit_plugins.checkpoints.precision import DTYPES, State, precision
+from llavakit_plugins.checkpoints.projectors import Layer, make_connector
 from llavakit_plugins.checkpoints.prompts import TemplateUse
-from llavakit_plugins.huggingface.filling import fill, needed
+from llavakit_plugins.huggingface.filling import fill
 from llavakit_plugins.huggingface.hub import UnfitConfig
 from llavakit_plugins.huggingface.json_files import check_shape, end_tokens
 from llavakit_plugins.huggingface.vocabulary import fit_tokenizer
@@ -42,7 +42,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _log = logging.getLogger("llavakit")
-_DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 _MALFORMED = (
     StrictDataclassError,
     ArithmeticError,
@@ -53,41 +52,6 @@ _MALFORMED = (
     TypeError,
     ValueError,
 )  # what transformers raises for configurations that make no sense
-State = Mapping[str, Tensor]
-
-
-class Layer(NamedTuple):
-    """One linear layer of a projector: weight `[out, in]`, bias `[out]`."""
-
-    weight: Tensor
-    bias: Tensor
-
-    @classmethod
-    def of(cls, state: State, key: str, name: str, where: object, *, bias: bool = True) -> Layer:
-        """Return the layer whose tensors begin with `key`; without a `bias` it is zero.
-
-        The checkpoint calls it `name`. Raises ModelError for tensors that are missing, left over
-        or of no layer's shape.
-        """
-        parts = {what: state.get(f"{key}{what}") for what in ("weight", "bias")}
-        for what, tensor in parts.items():
-            if tensor is None and (bias or what == "weight"):
-                raise ModelError(f"{where} lacks {name}{what}; copy the whole checkpoint")
-        if not bias and parts["bias"] is not None:
-            raise ModelError(
-                f"{where} holds {name}bias, which by its config.json it has not; is it the "
-                "config.json of these weights?"
-            )
-        weight = parts["weight"]
-        assert weight is not None
-        found = parts["bias"]
-        made = cls(weight, weight.new_zeros(weight.shape[:1]) if found is None else found)
-        if weight.dim() != 2 or made.bias.shape != weight.shape[:1]:
-            raise ModelError(
-                f"{where}: {name}weight is {list(weight.shape)} and its bias "
-                f"{list(made.bias.shape)}, which no layer has; copy the checkpoint again"
-            )
-        return made
 
 
 @dataclass(frozen=True)
@@ -161,7 +125,7 @@ def make_vision(
     network: Any = component.architecture()
     with _sensible("vision tower", where):
         config = _config_class(component)(**_own(table, "model_type"))
-    dtype = _precision(state, "vision tower", where)
+    dtype = precision(state, "vision tower", where)
     with _sensible("vision tower", where):
         model = fill(network, config, state, where, dtype=dtype)
     options = {
@@ -169,7 +133,7 @@ def make_vision(
         "layer": layer if isinstance(layer, int) else list(layer),
         "select": select,
         **pixels._asdict(),
-        "dtype": _DTYPES[model.dtype],
+        "dtype": DTYPES[model.dtype],
     }
     vision: VisionEncoder = component(component.Options(**options), model)
     return Use[VisionEncoder].model_validate({"use": component.name, **options}), vision
@@ -208,11 +172,11 @@ def make_language(
     head, embedding = state.get("lm_head.weight"), state.get("model.embed_tokens.weight")
     if config.tie_word_embeddings and head is not None and embedding is not None:
         config.tie_word_embeddings = head.shape == embedding.shape and torch.equal(head, embedding)
-    dtype = _precision(state, "language model", where)
+    dtype = precision(state, "language model", where)
     with _sensible("language model", where):
         state = family_names(state, network, config)
         model = fill(network, config, state, where, dtype=dtype)
-    options: dict[str, Any] = {"config": config_table(config), "dtype": _DTYPES[model.dtype]}
+    options: dict[str, Any] = {"config": config_table(config), "dtype": DTYPES[model.dtype]}
     if max_length is not None:
         options["max_length"] = max_length
     if plain_logits and (scaled := scaled_logits(config)) is not None:
@@ -277,74 +241,6 @@ def _sensible(what: str, where: object) -> Iterator[None]:
             f"{where}: transformers makes no {what} of this config.json ({reason}); fix it, or "
             "copy the checkpoint again"
         ) from error
-
-
-def _precision(state: State, what: str, where: object) -> torch.dtype:
-    """Return the precision that holds every tensor exactly."""
-    tensors = needed(state)
-    if not tensors:
-        raise ModelError(f"{where} lacks the weights of the {what}; copy the whole checkpoint")
-    kinds = {value.dtype for value in tensors.values()}
-    # a number of one byte was quantised: promoted to its neighbours', it would pass for a weight
-    quantised = [kind for kind in kinds if kind.itemsize == 1 and kind != torch.bool]
-    dtype = quantised[0] if quantised else reduce(torch.promote_types, kinds)
-    if dtype not in _DTYPES:
-        raise ModelError(
-            f"{where}: the {what} has weights of {dtype}; convert them to float32, float16 or "
-            "bfloat16"
-        )
-    return dtype
-
-
-# -- connectors ------------------------------------------------------------------------------------
-
-
-def make_connector(
-    layers: Sequence[Layer],
-    vision_width: int,
-    language_width: int,
-    registry: Registry,
-    where: object,
-) -> tuple[Use[Connector], Connector]:
-    """Return the connector of these layers; raises ModelError where their shapes do not fit."""
-    use: Use[Connector]
-    if not layers:
-        use = Use[Connector](use="identity")
-    elif len(layers) == 1:
-        use = Use[Connector](use="linear")
-    else:
-        use = Use[Connector].model_validate({"use": "mlp", "depth": len(layers)})
-    with torch.device("meta"):
-        connector = registry.build(use, vision_width=vision_width, language_width=language_width)
-    tensors = {
-        f"{number}.{t}": tensor
-        for number, layer in enumerate(layers)
-        for t, tensor in zip(layer._fields, layer, strict=True)
-    }
-    dtype = _precision(tensors, "projector", where) if tensors else None
-    for number, (module, layer) in enumerate(zip(linears(connector), layers, strict=True), start=1):
-        if layer.weight.shape != module.weight.shape:
-            raise ModelError(
-                f"{where}: layer {number} of the projector is {list(layer.weight.shape)}, but "
-                f"between this vision tower and language model it is {list(module.weight.shape)}; "
-                "is it the projector of another model?"
-            )
-        module.weight, module.bias = (nn.Parameter(tensor.to(dtype)) for tensor in layer)
-    return use, connector
-
-
-def linears(module: nn.Module) -> list[nn.Linear]:
-    """Return the linear layers within a module, in order."""
-    return [layer for layer in module.modules() if isinstance(layer, nn.Linear)]
-
-
-def projector_layers(connector: Connector) -> list[Layer] | None:
-    """Return a connector as linear layers with GELU between; None for one that is not so."""
-    if connector.name == "identity":
-        return []
-    if connector.name not in ("linear", "mlp"):
-        return None
-    return [Layer(layer.weight.detach(), layer.bias.detach()) for layer in linears(connector)]
 
 
 # -- from our components ---------------------------------------------------------------------------

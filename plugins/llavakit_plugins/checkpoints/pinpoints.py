@@ -1,27 +1,64 @@
-"""LLaVA-NeXT's grids of tiles, which its layouts state in pixels (`image_grid_pinpoints`)."""
+"""Grids of tiles of LLaVA-NeXT and OneVision, which layouts state in pixels as
+`image_grid_pinpoints`."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from llavakit import LlavaModel, ModelError, Tiling, Use, VisionEncoder
+from llavakit import LlavaModel, ModelError, Tiling, Use, VisionEncoder, without_none
+from llavakit_plugins.checkpoints.families import LLAVA, NEXT, ONEVISION, Family
 from llavakit_plugins.huggingface.json_files import is_count, shown
 from llavakit_plugins.tilings.anyres import Anyres, AnyresOptions
 
-_USUAL = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]  # LlavaNextConfig's
+
+class Grids(NamedTuple):
+    """How transformers' classes are told of a model's tiles."""
+
+    family: Family
+    points: list[list[int]]  #: [height, width] in pixels; none where each image is one view.
+    cap: int | None = None  #: OneVision's: the most embeddings of the tiles, in views.
 
 
-def anyres_of(config: Mapping[str, Any], vision: VisionEncoder, folder: Path) -> Use[Tiling]:
-    """Return the tiling of transformers' LLaVA-NeXT; pinpoints are [height, width] in pixels.
+def anyres_of(
+    family: Family, config: Mapping[str, Any], vision: VisionEncoder, folder: Path
+) -> Use[Tiling]:
+    """Return the tiling of one of transformers' LLaVAs that have tiles.
 
     Raises ModelError for pinpoints that are no multiples of the encoder's square.
     """
     points = config.get("image_grid_pinpoints")
-    grids = tiles_of(_USUAL if points is None else points, vision.image_size, folder)
-    return anyres_use(grids, vision)
+    if points is None:
+        points = [list(point) for point in family.pinpoints]
+    use = anyres_use(tiles_of(points, vision.image_size, folder), vision)
+    if family is not ONEVISION:
+        return use
+    aspect = config.get("vision_aspect_ratio", "anyres_max_9")
+    found = re.fullmatch(r"anyres_max_([1-9]\d*)", str(aspect))
+    if found is None:
+        raise ModelError(
+            f"{folder}: `vision_aspect_ratio` is {shown(aspect)}; it must be anyres_max_9, or "
+            "another number"
+        )
+    return _of_onevision(use, vision, int(found[1]))
+
+
+def _of_onevision(use: Use[Tiling], vision: VisionEncoder, cap: int) -> Use[Tiling]:
+    """Return a tiling with OneVision's cap, which leaves the images of a sample of several whole.
+
+    So are its models trained and evaluated, and so transformers' processor does it.
+    """
+    more: dict[str, Any] = {"cap": cap, "only_alone": True}
+    if (colour := _colour(vision)) is not None:
+        more["pad"] = list(colour)
+    return use.model_validate({"use": use.use, **use.options, **more})
+
+
+def _colour(vision: VisionEncoder) -> tuple[float, float, float] | None:
+    square: Any = getattr(vision, "square", None)
+    return None if square is None else square.mean
 
 
 def anyres_of_original(
@@ -43,10 +80,13 @@ def anyres_of_original(
     points = _listed(config.get("image_grid_pinpoints"), vision.image_size)
     grids = [[rows, columns] for columns, rows in tiles_of(points, vision.image_size, folder)]
     use = anyres_use(grids, vision)
-    more: dict[str, Any] = {} if merge == "spatial_unpad" else {"unpad": False, "newline": False}
     if found[1] is not None:
-        more["cap"] = int(found[1])
-    return use.model_validate({"use": use.use, **use.options, **more})
+        use = _of_onevision(use, vision, int(found[1]))
+    if merge == "spatial_unpad":
+        return use
+    # the original interpolates what is unpadded, and nothing else
+    whole = {"unpad": False, "newline": False, "cap": None}
+    return use.model_validate({"use": use.use, **without_none({**use.options, **whole})})
 
 
 def _listed(points: Any, edge: int) -> Any:
@@ -79,33 +119,43 @@ def tiles_of(points: Any, edge: int, folder: Path) -> list[list[int]]:
 
 def anyres_use(grids: Sequence[Sequence[int]], vision: VisionEncoder) -> Use[Tiling]:
     """Return the tiling with these grids, resizing as the encoder does."""
-    options: dict[str, Any] = {"use": "anyres", "grids": [list(grid) for grid in grids]}
+    pairs = [list(grid) for grid in grids]
+    rows, columns = pairs[-1]
+    every = [[row, column] for row in range(1, rows + 1) for column in range(1, columns + 1)]
+    options: dict[str, Any] = {
+        "use": "anyres",
+        "grids": f"{rows}x{columns}" if pairs == every and max(rows, columns) < 100 else pairs,
+    }
     square: Any = getattr(vision, "square", None)
     if square is not None and square.interpolation != "bicubic":
         options["interpolation"] = square.interpolation
     return Use[Tiling].model_validate(options)
 
 
-def pinpoints(model: LlavaModel, layout: str) -> list[list[int]] | None:
-    """Return a model's grids as [height, width] in pixels; None where each image is one view.
+def grids_of(model: LlavaModel, layout: str) -> Grids:
+    """Return a model's family and grids.
 
-    Raises ModelError for a tiling that LLaVA-NeXT has not.
+    Raises ModelError for a tiling that neither LLaVA-NeXT nor OneVision has.
     """
     if model.tiling is None:
-        return None
+        return Grids(LLAVA, [])
     own = model.tiling.options if isinstance(model.tiling, Anyres) else None
     square: Any = getattr(model.vision, "square", None)
     usual = AnyresOptions()
+    if own is not None and own.cap is not None:  # OneVision's
+        usual = AnyresOptions(cap=own.cap, only_alone=True, pad=_colour(model.vision))
     same = own is not None and all(
         getattr(own, name) == getattr(usual, name)
-        for name in ("unpad", "newline", "cap", "only_alone", "max_tiles")
+        for name in ("unpad", "newline", "cap", "only_alone", "pad", "max_tiles")
     )
     if own is None or not same or (square and own.interpolation != square.interpolation):
         raise ModelError(
             f"tiling `{model.tiling.name}` with these options does not fit into the layout "
-            f"`{layout}`, which has LLaVA-NeXT's `anyres` (unpadded, with `newline`, without `cap` "
-            "and `max_tiles`, resized with the encoder's `interpolation`); the model folder and "
-            "`--format onnx` keep it"
+            f"`{layout}`, which has `anyres` as LLaVA-NeXT has it, and as OneVision has it with "
+            "`cap`, `only_alone` and `pad` of the encoder's mean (both unpadded, with `newline`, "
+            "without `max_tiles`, resized with the encoder's `interpolation`); the model folder "
+            "and `--format onnx` keep it"
         )
     edge = model.vision.image_size
-    return [[rows * edge, columns * edge] for rows, columns in own.grids]
+    points = [[rows * edge, columns * edge] for rows, columns in own.grids]
+    return Grids(NEXT if own.cap is None else ONEVISION, points, own.cap)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from llavakit import ModelError, VisionEncoder
-from llavakit_plugins.checkpoints.parts import plain_encoder, projector_layers
+from llavakit_plugins.checkpoints.parts import plain_encoder
+from llavakit_plugins.checkpoints.projectors import projector_layers
 from llavakit_plugins.gguf.language import identity
 from llavakit_plugins.huggingface.writing import tower_state
 from llavakit_plugins.vision.vision_transformer import TransformersEncoder

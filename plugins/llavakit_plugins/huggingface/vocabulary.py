@@ -21,21 +21,23 @@ _log = logging.getLogger("llavakit")
 _MULTIPLE = 64  # of rows: transformers' own conversion pads the vocabulary to it
 
 
-def with_image_token(
-    tokenizer: PreTrainedTokenizerBase, rows: int
-) -> tuple[PreTrainedTokenizerBase, int, int]:
-    """Return a tokenizer that knows `<image>`, its id, and how many rows the vocabulary needs."""
+def with_tokens(
+    tokenizer: PreTrainedTokenizerBase, names: Sequence[str], rows: int
+) -> tuple[PreTrainedTokenizerBase, dict[str, int], int]:
+    """Return a tokenizer that knows these (`<image>`), their ids, and how many rows the vocabulary
+    needs."""
     from tokenizers import AddedToken
 
     tokenizer = deepcopy(tokenizer)
-    token = AddedToken(IMAGE, special=True, normalized=False)
-    tokenizer.add_tokens([token], special_tokens=True)
+    tokens = [AddedToken(name, special=True, normalized=False) for name in names]
+    tokenizer.add_tokens(tokens, special_tokens=True)
     if tokenizer.pad_token is None:  # batches are padded with it, and it is masked
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     tokenizer.padding_side = "left"
-    number: Any = tokenizer.convert_tokens_to_ids(IMAGE)
-    needed = rows if number < rows else -(-(number + 1) // _MULTIPLE) * _MULTIPLE
-    return tokenizer, number, needed
+    numbers: Any = tokenizer.convert_tokens_to_ids(list(names))
+    last = max(numbers)
+    needed = rows if last < rows else -(-(last + 1) // _MULTIPLE) * _MULTIPLE
+    return tokenizer, dict(zip(names, numbers, strict=True)), needed
 
 
 def fit_tokenizer(tokenizer: PreTrainedTokenizerBase, rows: int, where: object) -> None:

@@ -29,6 +29,7 @@ from llavakit_plugins.tilings.geometry import (
     tiles,
     without_padding,
 )
+from llavakit_plugins.vision.thin_images import RGB, pad_to_square
 
 _SEPARATOR = -1  # stands for the learned row
 _ABOVE = 1.1  # how much longer than the cap an edge may be before it is interpolated (OneVision)
@@ -67,6 +68,9 @@ class AnyresOptions(Options):
     9 is LLaVA-OneVision's `anyres_max_9`."""
     only_alone: bool = False
     """Whether an image that is not its sample's only one stays one view, as in LLaVA-OneVision."""
+    pad: RGB | None = None
+    """The colour, each from 0 to 1, in the middle of whose square an image that stays one view is
+    put, as in LLaVA-OneVision; by default it is squashed."""
     interpolation: Filter = "bicubic"
     """Pillow's filter for resizing."""
 
@@ -93,7 +97,9 @@ class Anyres(Tiling):
         separator = np.full(1 if self.separates else 0, _SEPARATOR)
         if self._stays_one(shown):
             index = np.concatenate((base.reshape(-1), separator))[:, None]
-            return Arrangement(1, index, overview=(edge, edge))
+            # a padded view shows more than the image
+            shows = self.options.pad is None or shown.width == shown.height
+            return Arrangement(1, index, overview=(edge, edge) if shows else None)
         grid = best_grid(shown, self._grids, view.size)
         lines_HW = laid_out(grid, edge, view.tokens)
         if self.options.unpad:
@@ -119,6 +125,8 @@ class Anyres(Tiling):
 
     def cut(self, image: Image.Image, shown: Shown, view: View) -> Sequence[Image.Image]:
         size, how = view.size, self.options.interpolation
+        if self._stays_one(shown) and self.options.pad is not None:
+            image = pad_to_square(image, self.options.pad)
         base = resized(image, size, size, how)
         if self._stays_one(shown):
             return [base]

@@ -174,16 +174,20 @@ def filter_of(table: Mapping[str, Any], path: Path) -> Interpolation | None:
     return cast(Interpolation, Image.Resampling(value).name.lower())
 
 
-def make_processor(pixels: Square, pinpoints: list[list[int]] | None = None) -> Any:
+def make_processor(
+    pixels: Square, pinpoints: list[list[int]] | None = None, *, whole: bool = False
+) -> Any:
     """Return transformers' image processor (PIL backend) that does the same as `pixels`.
 
-    With `pinpoints` it is LLaVA-NeXT's, which cuts images into tiles.
+    With `pinpoints` it is LLaVA-NeXT's, which cuts images into tiles, or OneVision's, which leaves
+    the images of a sample of several `whole`.
     The PIL backend, because the other one resizes with torchvision, whose results differ slightly.
     """
     from transformers import (
         CLIPImageProcessorPil,
         LlavaImageProcessorPil,
         LlavaNextImageProcessorPil,
+        LlavaOnevisionImageProcessorPil,
         SiglipImageProcessorPil,
     )
 
@@ -195,7 +199,11 @@ def make_processor(pixels: Square, pinpoints: list[list[int]] | None = None) -> 
         "resample": int(Image.Resampling[pixels.interpolation.upper()]),
     }
     cropped: dict[str, Any] = {"size": {"shortest_edge": edge}, "crop_size": square}
-    if pinpoints is not None:
+    if pinpoints and whole:
+        return LlavaOnevisionImageProcessorPil(
+            image_grid_pinpoints=pinpoints, size=square, **shared
+        )
+    if pinpoints:
         return LlavaNextImageProcessorPil(image_grid_pinpoints=pinpoints, **cropped, **shared)
     if pixels.aspect == "squash":
         return SiglipImageProcessorPil(size=square, do_center_crop=False, **shared)

@@ -1,0 +1,165 @@
+"""LLaVA-OneVision in transformers' layout, and read from the original's, against transformers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from tests.plugins.made_checkpoints import PROMPTS, ask_hf, make_hf, read_processor, weight_files
+
+import llavakit
+from llavakit import ModelError, save_model
+from llavakit_plugins.checkpoints.hf import Hf
+from llavakit_plugins.checkpoints.original import Original
+from llavakit_plugins.tilings.anyres import Anyres
+
+GRIDS = [(rows, columns) for rows in range(1, 7) for columns in range(1, 7)]
+QUESTION = PROMPTS[0][0]
+TWO, NONE = PROMPTS[1][0], PROMPTS[2][0]
+THREE = "USER : <image> a red circle <image> <image> what is it in ? ASSISTANT :"
+IMAGE_TOKEN = 22
+
+
+def sizes() -> list[tuple[int, int]]:
+    """Return widths and heights: corners, usual ones, and some that were drawn."""
+    drawn = np.random.default_rng(0).integers(1, 500, (30, 2)).tolist()
+    fixed = [
+        (1, 1), (1, 2), (2, 1), (31, 33), (32, 32), (33, 31), (64, 32), (65, 64), (192, 192),
+        (193, 192), (640, 480), (480, 640), (4000, 300), (300, 4000), (1, 199),
+    ]  # fmt: skip
+    return fixed + [(width, height) for width, height in drawn]
+
+
+def picture(width: int, height: int, seed: int = 0) -> Image.Image:
+    draw = np.random.default_rng((seed, width, height))
+    small = draw.integers(0, 256, (min(height, 40), min(width, 40), 3), dtype=np.uint8)
+    return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
+
+
+@pytest.fixture(scope="module", params=["siglip+qwen2", "clip+llama"])
+def checkpoint(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Any, Path]:
+    folder = tmp_path_factory.mktemp("onevision") / "checkpoint"
+    vision, language = request.param.split("+")
+    made = make_hf(folder, grids=GRIDS, family="Onevision", vision=vision, language=language)
+    return made, folder
+
+
+def same_answer(
+    theirs: Any, processor: Any, ours: Any, prompt: str, images: list[Image.Image]
+) -> int:
+    """Check pixels, ids, logits and a greedy answer; return how many rows the images took."""
+    inputs = ask_hf(processor, prompt, images)
+    encoded = ours.prompt(prompt, images, raw=True)
+    rows = encoded.expand(ours.visual_tokens)
+    ids = np.where(rows.visual, IMAGE_TOKEN, rows.token_ids)
+    assert ids.tolist() == inputs["input_ids"][0].tolist()
+    if images:
+        views = [
+            pixels[: arranged.views]
+            for pixels, arranged in zip(inputs["pixel_values"], encoded.arranged, strict=True)
+        ]
+        assert torch.equal(ours.prepare(images), torch.cat(views))
+    with torch.no_grad():
+        expected = theirs(**inputs).logits[0]
+    torch.testing.assert_close(
+        ours.logits(prompt, images, raw=True), expected, atol=1e-5, rtol=1e-5
+    )
+    found = theirs.generate(
+        **inputs, max_new_tokens=3, do_sample=False, eos_token_id=2, pad_token_id=3
+    )
+    tokens = found[0, inputs["input_ids"].shape[1] :].tolist()
+    assert ours.generate_ids(prompt, images, max_new_tokens=3, raw=True) == tokens
+    return rows.visual_count
+
+
+def test_what_transformers_saved_is_the_same_model(checkpoint: tuple[Any, Path]) -> None:
+    theirs, folder = checkpoint
+    ours = llavakit.load(folder, device="cpu")
+    assert isinstance(ours.tiling, Anyres)
+    assert (ours.tiling.options.cap, ours.tiling.options.only_alone) == (9, True)
+    assert list(ours.tiling.options.grids) == GRIDS
+    processor = read_processor(folder)
+    counts = {
+        size: same_answer(theirs, processor, ours, QUESTION, [picture(*size)]) for size in sizes()
+    }
+    assert counts[32, 32] == 16 + 4 * 5  # the view, and one tile with a new row behind each line
+    assert max(counts.values()) <= 16 + 1.1**2 * 9 * 16 + 24  # capped, and as many new rows
+    for number, prompt in ((2, TWO), (3, THREE)):
+        for start in range(0, 12, number):
+            images = [picture(*size, start) for size in sizes()[start : start + number]]
+            assert same_answer(theirs, processor, ours, prompt, images) == number * 17
+    assert same_answer(theirs, processor, ours, NONE, []) == 0
+
+
+def test_import_and_export_are_byte_identical(checkpoint: tuple[Any, Path], tmp_path: Path) -> None:
+    from transformers import LlavaOnevisionForConditionalGeneration
+
+    _, folder = checkpoint
+    save_model(llavakit.load(folder, device="cpu"), tmp_path / "native")
+    model = llavakit.load(tmp_path / "native", device="cpu")
+    figures = Hf().export(model, tmp_path / "out")
+    assert figures["largest_logit_difference"] < 1e-5
+    assert figures["processor_ids_equal"] is True
+    assert figures["processor_pixel_difference"] < 1e-6
+    saved, back = (load_file(path / "model.safetensors") for path in (folder, tmp_path / "out"))
+    back = {
+        name.replace("vision_tower.vision_model.", "vision_tower."): v for name, v in back.items()
+    }
+    assert saved.keys() == back.keys()
+    assert all(torch.equal(saved[name], back[name]) for name in saved)
+    kind: Any = LlavaOnevisionForConditionalGeneration
+    again, report = kind.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(report.values())
+    config, first = (
+        json.loads((path / "config.json").read_text()) for path in (tmp_path / "out", folder)
+    )
+    for key in ("image_token_index", "video_token_index", "vision_aspect_ratio"):
+        assert config[key] == first[key]
+    # as transformers writes its own processor, so it reads ours
+    processor, theirs = read_processor(tmp_path / "out"), read_processor(folder)
+    for part in ("image_processor", "video_processor"):
+        own, other = (getattr(one, part).to_dict() for one in (processor, theirs))
+        assert own | {"size": None} == other | {"size": None}
+    ours = llavakit.load(tmp_path / "out", device="cpu")
+    for prompt, shown in ((QUESTION, [(300, 31)]), (TWO, [(50, 40), (33, 90)]), (NONE, [])):
+        same_answer(again.eval(), processor, ours, prompt, [picture(*size) for size in shown])
+    save_model(ours, tmp_path / "twice")
+    assert weight_files(tmp_path / "native") == weight_files(tmp_path / "twice")
+
+
+@pytest.mark.parametrize("option", [
+    {"only_alone": False}, {"pad": None}, {"pad": (0.1, 0.2, 0.3)}, {"newline": False},
+    {"unpad": False}, {"max_tiles": 4},
+])  # fmt: skip
+def test_other_tilings_do_not_fit(option: dict[str, Any], tmp_path: Path) -> None:
+    make_hf(tmp_path / "m", grids=GRIDS, family="Onevision")
+    model = llavakit.load(tmp_path / "m", device="cpu")
+    own = model.tiling.options.model_dump()
+    model.tiling = Anyres(Anyres.Options(**own | option))
+    with pytest.raises(ModelError, match=r"tiling `anyres` with these options does not fit"):
+        Hf().check(model)
+
+
+@pytest.mark.parametrize("aspect", ["anyres", "anyres_max_0", "pad", 9])
+def test_an_aspect_that_transformers_cannot_read_either_is_refused(
+    aspect: Any, tmp_path: Path
+) -> None:
+    make_hf(tmp_path / "m", grids=GRIDS, family="Onevision")
+    path = tmp_path / "m" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"vision_aspect_ratio": aspect}))
+    with pytest.raises(ModelError, match=r"`vision_aspect_ratio` is .* must be anyres_max_9"):
+        llavakit.load(tmp_path / "m", device="cpu")
+
+
+def test_the_original_has_no_cap(tmp_path: Path) -> None:
+    make_hf(tmp_path / "m", grids=GRIDS, family="Onevision")
+    with pytest.raises(ModelError, match="does not interpolate an image's tiles"):
+        Original().check(llavakit.load(tmp_path / "m", device="cpu"))
