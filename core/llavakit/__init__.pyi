@@ -17,6 +17,7 @@ from .contracts.data import (
     Sample as Sample,
     Score as Score,
     Turn as Turn,
+    Video as Video,
 )
 from .contracts.errors import (
     ChatError as ChatError,
@@ -194,6 +195,7 @@ from .stream.messages import (
 )
 from .stream.tiling import (
     Arrangement as Arrangement,
+    Clip as Clip,
     Shown as Shown,
     Tiling as Tiling,
     View as View,

@@ -146,7 +146,7 @@ HUMAN, GPT = ("human", "<image>\nwhat ?"), ("gpt", "red .")
             {"conversations": turns(("human", "<image> <image>"), GPT)},
             "has 1 image for 2 `<image>` placeholders",
         ),
-        ({"conversations": turns(HUMAN, ("gpt", "an <image> ."))}, "an answer contains `<image>`"),
+        ({"conversations": turns(HUMAN, ("gpt", "an <image> ."))}, "an answer has `<image>`"),
         ({"image": 3}, "`image` is a path, or a list of paths"),
         ({"image": "../../secret.png"}, "image `../../secret.png` of sample `sample-b`"),
         ({"image": "/etc/passwd"}, "lies outside"),

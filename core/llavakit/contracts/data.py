@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 
 IMAGE = "<image>"  #: Where an image goes in a turn's text (the original LLaVA's spelling).
 
-CHARACTERS_A_TOKEN = 4.2  #: Of English by LLaMA's, roughly: where there is no tokenizer.
-
 Role = Literal["human", "gpt"]
 
 
@@ -31,9 +29,18 @@ class ImageFile(Protocol):
     def read_bytes(self) -> bytes: ...
 
 
-ImageSource: TypeAlias = Union[ImageFile, str, bytes, "Image", "npt.NDArray[np.uint8]", "Tensor"]
+@dataclass(frozen=True)
+class Video:
+    """A video's file, a folder of its frames, or the frames in order."""
+
+    source: ImageFile | str | bytes | tuple[ImageSource, ...]
+
+
+ImageSource: TypeAlias = Union[
+    ImageFile, Video, str, bytes, "Image", "npt.NDArray[np.uint8]", "Tensor"
+]
 """A file, a `file:` or `data:` address, an image file's bytes, or pixels: Pillow's, numpy's
-`[H, W, 3]` of uint8, or a tensor `[3, H, W]` of uint8 or of floats from 0 to 1."""
+`[H, W, 3]` of uint8, or a tensor `[3, H, W]` of uint8 or of floats from 0 to 1; or a video."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +53,7 @@ class Turn:
 
 @dataclass(frozen=True)
 class Sample:
-    """One conversation about zero or more images, in the order of its `<image>` placeholders."""
+    """One conversation about images and videos, in the order of their `<image>` placeholders."""
 
     id: str
     turns: tuple[Turn, ...]
@@ -73,16 +80,12 @@ class Sample:
                     "emoji that was cut in two); fix or remove it"
                 )
         if is_cut(self.system or "") or IMAGE in (self.system or ""):
-            raise DataError(
-                f"{who}: its system text holds `{IMAGE}` or half a character; remove that"
-            )
+            raise DataError(f"{who}: its system text has `{IMAGE}` or half a character; remove that")
         if not self.turns:
             raise DataError(f"{who} has no turns; remove it or give it a conversation")
         marks = sum(turn.text.count(IMAGE) for turn in self.turns if turn.role == "human")
         if any(IMAGE in turn.text for turn in self.turns if turn.role == "gpt"):
-            raise DataError(
-                f"{who}: an answer contains `{IMAGE}`, which only a question may; remove it"
-            )
+            raise DataError(f"{who}: an answer has `{IMAGE}`, which only a question may; remove it")
         images = len(self.images)
         if marks != images:
             raise DataError(

@@ -92,10 +92,11 @@ def join_model(
     template = recipe.template or Use[PromptTemplate](use=language.default_template)
     tiling = recipe.tiling or Use[Tiling](use=vision.default_tiling)
     whole = recipe.model_copy(update={"template": template, "tiling": tiling})
-    choices = {name: _described(use, registry) for name, use in whole}
-    if tiling.use == "single":  # then a folder is what it was before there were tilings
-        del choices["tiling"]
     built: dict[str, Any] = {"template": registry.build(template), "tiling": registry.build(tiling)}
+    choices = {name: _described(use, registry) for name, use in whole}
+    # of one view a folder is what it was before there were tilings
+    if tiling.use == "single" and not built["tiling"].varies:
+        del choices["tiling"]
     model = LlavaModel(vision, connector, language, choices=choices, **built)
     if (rows := len(model.views.of().index_RK)) >= language.max_length:
         raise ModelError(

@@ -59,6 +59,14 @@ class LlavaModel(nn.Module, Answering[Tensor]):
             image_newline = nn.Parameter(torch.randn(language.width) * language.width**-0.5)
         self.image_newline = image_newline  #: The learned row `[E]`; a new one as in LLaVA-NeXT.
         self.choices = choices  #: What a recipe says of each part: makes the same again.
+        if self.tiling is not None and self.tiling.pools:
+            patches = vision.tokens(vision.image_size)
+            if self.visual_tokens != patches:
+                raise ModelError(
+                    f"tiling `{self.tiling.name}` pools features before the connector, and "
+                    f"connector `{connector.name}` makes {self.visual_tokens} tokens of {patches}; "
+                    "use `mlp`, or pool behind it"
+                )
 
     @property
     def device(self) -> torch.device:
@@ -95,6 +103,7 @@ class LlavaModel(nn.Module, Answering[Tensor]):
         """Return the stream's embeddings `[T, E]`, text and visual rows."""
         if features_IPD is None:
             return self.language.embed(batch.token_ids_T)
+        features_IPD = batch.pool(features_IPD)
         stream = Stream(
             batch.token_ids_T,
             batch.visual_rows_N,

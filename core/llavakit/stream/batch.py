@@ -1,6 +1,7 @@
 """Lays samples end to end in micro-batches.
 
-T rows of the stream, S samples, N visual rows (of K embeddings each), M supervised rows.
+T rows of the stream, S samples, N visual rows (of K embeddings each), M supervised rows,
+I views, Q rows that the connector reads where features are pooled.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -35,6 +37,17 @@ class PackedBatch:
     images: tuple[tuple[int, int], ...]  #: (sample, its image) of each, in order of rows.
     separator_rows_L: Tensor  #: int64: rows of the learned separator.
     weights_KN: Tensor | None  #: Where visual rows are interpolated or pooled (see `Stream`).
+    pooled_KQ: Tensor | None  #: int64: features that the connector's Q rows are made of, if pooled.
+    shares_KQ: Tensor | None  #: Their weights; None: the largest counts.
+
+    def pool(self, features_IPD: Tensor) -> Tensor:
+        """Return the features that the connector reads: of videos, `[1, Q, D]` pooled ones."""
+        if (index_KQ := self.pooled_KQ) is None:
+            return features_IPD
+        taken_KQD = features_IPD.flatten(0, 1)[index_KQ]
+        if self.shares_KQ is None:
+            return taken_KQD.amax(0)[None]
+        return (taken_KQD * self.shares_KQ[..., None]).sum(0)[None].to(features_IPD.dtype)
 
     def to(self, device: torch.device) -> PackedBatch:
         """Return the batch on `device`."""
@@ -70,14 +83,14 @@ def pack(encoded: Sequence[Encoded], samples: Sequence[int], visual_tokens: int)
     counts = np.diff(np.searchsorted(supervised_rows, starts))
     visual_rows = np.flatnonzero(np.concatenate(visual))
     left = np.concatenate(kept)
-    views, index_RK, weights_RK, _ = joined(arranged, visual_tokens)
+    (index_RK, weights_RK), embeddings, pooled = joined(arranged, visual_tokens)
     index_RK = index_RK[left]
     shows = index_RK[:, 0] >= 0  # the other rows are separators
-    index_KN = torch.from_numpy(index_RK[shows].T.copy())
-    weights_KN = None if weights_RK is None else torch.from_numpy(weights_RK[left][shows].T.copy())
+    index_KN = _turned(index_RK[shows])
+    weights_KN = None if weights_RK is None else _turned(weights_RK[left][shows])
     visual_kept_N: Tensor | None = index_KN
     if weights_KN is None:
-        in_order = np.array_equal(index_RK[:, 0], np.arange(views * visual_tokens))
+        in_order = np.array_equal(index_RK[:, 0], np.arange(embeddings))
         visual_kept_N = None if in_order else index_KN[0]
     return PackedBatch(
         token_ids_T=torch.from_numpy(ids_T),
@@ -90,4 +103,10 @@ def pack(encoded: Sequence[Encoded], samples: Sequence[int], visual_tokens: int)
         images=tuple(images),
         separator_rows_L=torch.from_numpy(visual_rows[~shows]),
         weights_KN=weights_KN,
+        pooled_KQ=None if pooled is None else _turned(pooled.index_RK),
+        shares_KQ=None if pooled is None or pooled[1] is None else _turned(pooled[1]),
     )
+
+
+def _turned(rows: npt.NDArray[Any]) -> Tensor:
+    return torch.from_numpy(rows.T.copy())

@@ -8,7 +8,7 @@ from typing import ClassVar
 import numpy as np
 from PIL import Image
 
-from llavakit.stream.tiling import Arrangement, Shown, Tiling, View
+from llavakit.stream.tiling import Arrangement, Clip, Shown, Tiling, View
 from llavakit.testing.contract import Contract, hold, holding
 
 
@@ -23,11 +23,24 @@ class TilingContract(Contract[Tiling]):
         (1, 1), (32, 32), (97, 61), (61, 97), (640, 480), (4000, 300), (300, 4000), (1, 199),
     )  # fmt: skip
     """Width and height of the images to try it with."""
+    clips: ClassVar[Sequence[Clip]] = (
+        Clip(32, 32, 1, 25.0), Clip(64, 48, 7, 0.0), Clip(48, 64, 300, 29.97), Clip(97, 61, 90, 1),
+    )  # fmt: skip
+    """Videos to try it with, where it shows any: width, height, frames, frames a second."""
     any_size: bool = False
     """Whether views may have other sizes than the encoder's, which its `prepare` then changes."""
 
     def _shown(self) -> list[Shown]:
-        return [Shown(*size, images) for size in self.sizes for images in (1, 2)]
+        images = [Shown(*size, images) for size in self.sizes for images in (1, 2)]
+        return images + [shown for shown, _ in self._videos()]
+
+    def _videos(self) -> list[tuple[Shown, Sequence[int]]]:
+        sampled = [(clip, self.build().sample(clip)) for clip in self.clips]
+        return [
+            (Shown(clip.width, clip.height, 1, len(frames)), frames)
+            for clip, frames in sampled
+            if frames is not None
+        ]
 
     def _arrange(self, shown: Shown) -> Arrangement:
         with holding(
@@ -56,7 +69,7 @@ class TilingContract(Contract[Tiling]):
             several = index.shape[1] > 1
             weights = found.weights_RK
             hold(
-                weights is not None if several else True,
+                not several or weights is not None or found.pools,
                 f"weights for the {index.shape[1]} embeddings of a row {size}", "None",
                 "return `weights_RK`, or an index of one column",
             )  # fmt: skip
@@ -71,7 +84,7 @@ class TilingContract(Contract[Tiling]):
 
     def test_every_view_is_shown(self) -> None:
         for shown in self._shown():
-            if max(shown[:2]) > 2 * min(shown[:2]):
+            if not shown.frames and max(shown[:2]) > 2 * min(shown[:2]):
                 continue  # of a long thin image a tile may be padding alone
             found = self._arrange(shown)
             seen = {int(i) // self.view.tokens for i in np.unique(found.index_RK) if i >= 0}
@@ -86,24 +99,49 @@ class TilingContract(Contract[Tiling]):
             picture = _picture(shown)
             before = picture.tobytes()
             with holding("every image is cut", "let `cut` answer for every size"):
-                views = self.build().cut(picture, shown, self.view)
-            expected = self._arrange(shown).views
+                tiling = self.build()  # of a video each frame is cut by itself
+                cut = [tiling.cut(picture, shown, self.view) for _ in range(shown.frames or 1)]
+            views, expected = [view for one in cut for view in one], self._arrange(shown).views
             hold(
                 len(views) == expected,
-                f"{expected} views of an image of {shown.width}x{shown.height}, as `arrange` says",
+                f"{expected} views of {_named(shown)}, as `arrange` says",
                 len(views), "let both count in the same way",
             )  # fmt: skip
             modes, sizes = {view.mode for view in views}, {view.size for view in views}
             hold(modes == {"RGB"}, "views in RGB", modes, "keep the mode of the image")
             square = (self.view.size, self.view.size)
             hold(
-                self.any_size or not self.build().varies or sizes == {square},
+                self.any_size or shown.frames or not tiling.varies or sizes == {square},
                 f"squares of {square[0]} pixels", sizes,
                 "cut squares, or set `any_size = True` where the encoder's `prepare` takes others",
             )  # fmt: skip
             hold(
                 picture.tobytes() == before, "the image stays as it is", "it was changed", "copy it"
             )
+
+    def test_frames_are_a_videos_own(self) -> None:
+        for clip in self.clips:
+            found = self.build().sample(clip)
+            if found is None:
+                continue
+            hold(
+                len(found) > 0 and list(found) == sorted(set(found))
+                and found[0] >= 0 and found[-1] < clip.frames,
+                f"frames of 0 to {clip.frames - 1}, ascending, each once", list(found),
+                "let `sample` choose among `clip.frames`",
+            )  # fmt: skip
+            hold(
+                self.build().varies, "`varies` where videos are shown", "False",
+                "set `varies = True`: else `arrange` is not asked",
+            )  # fmt: skip
+
+    def test_only_one_that_pools_makes_rows_of_features(self) -> None:
+        for shown in self._shown():
+            if self._arrange(shown).pools:
+                hold(
+                    self.build().pools, f"`pools` of the tiling, as of {_named(shown)}", "False",
+                    "set `pools = True`, so that connectors which cannot do it are refused",
+                )  # fmt: skip
 
     def test_rows_follow_from_the_size_alone(self) -> None:
         tiling = self.build()
@@ -152,6 +190,11 @@ class TilingContract(Contract[Tiling]):
             for image in (first, second)
         )
         hold(one != two, "other images, other views", "the same", "cut the image that is given")
+
+
+def _named(shown: Shown) -> str:
+    what = f"a video of {shown.frames} frames" if shown.frames else "an image"
+    return f"{what} of {shown.width}x{shown.height}"
 
 
 def _picture(shown: Shown, seed: int = 0) -> Image.Image:

@@ -18,11 +18,11 @@ from llavakit import (
     Sample,
     and_more,
 )
-from llavakit.contracts.data import CHARACTERS_A_TOKEN, Finding, Inspected
+from llavakit.contracts.data import Finding, Inspected
 from llavakit.contracts.run import Progress
 from llavakit_plugins.datasets.boxes import Aspect, with_moved_boxes
 from llavakit_plugins.datasets.conversation_rows import RowReader, attempt
-from llavakit_plugins.datasets.expected import Expected
+from llavakit_plugins.datasets.expected import CHARACTERS_A_TOKEN, Expected
 from llavakit_plugins.datasets.image_files import check_image, whole_images
 from llavakit_plugins.datasets.json_stream import Row
 from llavakit_plugins.datasets.kept_rows import KeptRows

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict, Field
 
+CHARACTERS_A_TOKEN = 4.2  #: Of English by LLaMA's, roughly: where there is no tokenizer.
+
 
 class Expected(BaseModel):
     """The size of a data set that a recipe states."""

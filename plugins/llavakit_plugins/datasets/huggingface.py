@@ -15,10 +15,10 @@ from typing import Any, Literal
 from pydantic import Field
 
 from llavakit import DataError, InputPath, Options, Sample, and_more
-from llavakit.contracts.data import CHARACTERS_A_TOKEN, Inspected
+from llavakit.contracts.data import Inspected
 from llavakit.contracts.run import Progress
 from llavakit_plugins.datasets.conversation_rows import RowReader
-from llavakit_plugins.datasets.expected import Expected
+from llavakit_plugins.datasets.expected import CHARACTERS_A_TOKEN, Expected
 from llavakit_plugins.datasets.image_files import check_image
 from llavakit_plugins.datasets.kept_rows import KeptRows
 

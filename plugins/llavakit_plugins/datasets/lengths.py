@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from llavakit import USUAL, Shown, View, Views, encode, image_size
-from llavakit.contracts.data import CHARACTERS_A_TOKEN, IMAGE, Sample
+from llavakit.contracts.data import IMAGE, Sample
+from llavakit_plugins.datasets.expected import CHARACTERS_A_TOKEN
 from llavakit.contracts.errors import DataError
 
 if TYPE_CHECKING:

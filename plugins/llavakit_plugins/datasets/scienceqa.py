@@ -8,8 +8,7 @@ from pathlib import Path
 from pydantic import Field
 
 from llavakit import DataError, Dataset, InputPath, Options, Sample, Turn
-from llavakit.contracts.data import CHARACTERS_A_TOKEN
-from llavakit_plugins.datasets.expected import Expected
+from llavakit_plugins.datasets.expected import CHARACTERS_A_TOKEN, Expected
 from llavakit_plugins.datasets.image_files import check_image
 from llavakit_plugins.datasets.scienceqa_problems import (
     Format,

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 from pydantic import BeforeValidator, Field, PositiveInt
 
-from llavakit import Arrangement, Options, Shown, Tiling, View
+from llavakit import Arrangement, Options, Shown, View
 from llavakit_plugins.tilings.geometry import (
     Filter,
     Grid,
@@ -29,6 +29,7 @@ from llavakit_plugins.tilings.geometry import (
     tiles,
     without_padding,
 )
+from llavakit_plugins.tilings.video import VideoOptions, WithVideos
 from llavakit_plugins.vision.thin_images import RGB, pad_to_square
 
 _SEPARATOR = -1  # stands for the learned row
@@ -73,9 +74,11 @@ class AnyresOptions(Options):
     put, as in LLaVA-OneVision; by default it is squashed."""
     interpolation: Filter = "bicubic"
     """Pillow's filter for resizing."""
+    video: VideoOptions | None = None
+    """How videos are shown; unset: not at all."""
 
 
-class Anyres(Tiling):
+class Anyres(WithVideos):
     """A base view of the whole image, then its tiles, line by line over all of them."""
 
     name = "anyres"
@@ -84,17 +87,17 @@ class Anyres(Tiling):
 
     def __init__(self, options: AnyresOptions) -> None:
         super().__init__(options)
-        self.separates = options.newline
+        self.separates |= options.newline
         most = options.max_tiles
         # 1x1 where none is small enough: an image has at least its own view as a tile
         self._grids: tuple[Grid, ...] = tuple(
             grid for grid in options.grids if most is None or grid[0] * grid[1] <= most
         ) or ((1, 1),)
 
-    def arrange(self, shown: Shown, view: View) -> Arrangement:
+    def arrange_image(self, shown: Shown, view: View) -> Arrangement:
         edge = grid_edge(view)
         base = laid_out((1, 1), edge, 0)[..., None]
-        separator = np.full(1 if self.separates else 0, _SEPARATOR)
+        separator = np.full(1 if self.options.newline else 0, _SEPARATOR)
         if self._stays_one(shown):
             index = np.concatenate((base.reshape(-1), separator))[:, None]
             # a padded view shows more than the image
@@ -107,7 +110,7 @@ class Anyres(Tiling):
         taps = self._capped(lines_HW, edge)
         count = taps.index_HWK.shape[2]
         parts: list[tuple[Any, Any]] = [(base.repeat(count, axis=2), np.eye(1, count)), taps]
-        if self.separates:
+        if self.options.newline:
             column = np.full((len(taps.index_HWK), 1, count), _SEPARATOR)
             joined = np.concatenate((taps.index_HWK, column), axis=1)
             weights = np.pad(taps.weights_HWK, ((0, 0), (0, 1), (0, 0)))
@@ -123,7 +126,7 @@ class Anyres(Tiling):
             overview=(edge, edge),
         )
 
-    def cut(self, image: Image.Image, shown: Shown, view: View) -> Sequence[Image.Image]:
+    def cut_image(self, image: Image.Image, shown: Shown, view: View) -> Sequence[Image.Image]:
         size, how = view.size, self.options.interpolation
         if self._stays_one(shown) and self.options.pad is not None:
             image = pad_to_square(image, self.options.pad)

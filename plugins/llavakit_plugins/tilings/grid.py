@@ -9,8 +9,9 @@ import numpy as np
 from PIL import Image
 from pydantic import PositiveInt
 
-from llavakit import Arrangement, Options, Shown, Tiling, View
+from llavakit import Arrangement, Options, Shown, View
 from llavakit_plugins.tilings.geometry import Filter, resized, tiles
+from llavakit_plugins.tilings.video import VideoOptions, WithVideos
 
 
 class GridOptions(Options):
@@ -22,9 +23,11 @@ class GridOptions(Options):
     """Whether the whole image is a view, too, the first."""
     interpolation: Filter = "bicubic"
     """Pillow's filter for resizing."""
+    video: VideoOptions | None = None
+    """How videos are shown; unset: not at all."""
 
 
-class Grid(Tiling):
+class Grid(WithVideos):
     """`rows` x `columns` tiles of an image squashed to that grid: as many tokens for every image.
 
     Views keep their own order, one behind the other, without rows between them.
@@ -34,14 +37,14 @@ class Grid(Tiling):
     Options = GridOptions
     options: GridOptions
 
-    def arrange(self, shown: Shown, view: View) -> Arrangement:
+    def arrange_image(self, shown: Shown, view: View) -> Arrangement:
         views = self.options.rows * self.options.columns + self.options.base
         edge = isqrt(view.tokens)
         shows = self.options.base and edge**2 == view.tokens
         index_RK = np.arange(views * view.tokens)[:, None]
         return Arrangement(views, index_RK, overview=(edge, edge) if shows else None)
 
-    def cut(self, image: Image.Image, shown: Shown, view: View) -> Sequence[Image.Image]:
+    def cut_image(self, image: Image.Image, shown: Shown, view: View) -> Sequence[Image.Image]:
         size, how = view.size, self.options.interpolation
         whole = resized(image, self.options.columns * size, self.options.rows * size, how)
         base = [resized(image, size, size, how)] if self.options.base else []

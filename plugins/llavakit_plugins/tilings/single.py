@@ -7,17 +7,27 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from llavakit import Arrangement, Shown, Tiling, View
+from llavakit import Arrangement, Options, Shown, View
+from llavakit_plugins.tilings.video import VideoOptions, WithVideos
 
 
-class Single(Tiling):
+class SingleOptions(Options):
+    """Options of `single`."""
+
+    video: VideoOptions | None = None
+    """How videos are shown; unset: not at all."""
+
+
+class Single(WithVideos):
     """Every image is one view, which the encoder's own preprocessing makes; its rows in order."""
 
     name = "single"
-    varies = False
+    Options = SingleOptions
+    options: SingleOptions
+    varies = False  # but where it shows videos
 
-    def arrange(self, shown: Shown, view: View) -> Arrangement:
+    def arrange_image(self, shown: Shown, view: View) -> Arrangement:
         return Arrangement(1, np.arange(view.tokens)[:, None])
 
-    def cut(self, image: Image.Image, shown: Shown, view: View) -> Sequence[Image.Image]:
+    def cut_image(self, image: Image.Image, shown: Shown, view: View) -> Sequence[Image.Image]:
         return (image,)

@@ -177,7 +177,7 @@ def test_every_way_to_write_an_image_is_read() -> None:
             [user("a"), assistant([image()])],
             "message 2 has a part .* image of the user's",
         ),
-        ([user("a"), assistant(f"{IMAGE}")], "an answer contains `<image>`"),
+        ([user("a"), assistant(f"{IMAGE}")], "an answer has `<image>`"),
         ([{"role": "system", "content": [image()]}, user("a")], "message 1 has a part"),
         ([user("half a \ud83d")], "half a character"),
         ([{"role": "system", "content": "\ud83d"}, user("a")], "half a character"),

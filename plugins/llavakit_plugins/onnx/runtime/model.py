@@ -186,7 +186,7 @@ class OnnxModel(Answering[FloatArray]):
     def arranged(self, found_NE: FloatArray, encoded: Encoded) -> FloatArray:
         """Return the visual rows `[N, E]` of a prompt, from its views' embeddings."""
         tokens = self.visual_tokens
-        _, index_NK, weights_NK, _ = joined(encoded.images(tokens), tokens)
+        (index_NK, weights_NK), _, _ = joined(encoded.images(tokens), tokens)
         if weights_NK is None:
             rows_NE = found_NE[index_NK[:, 0]]
         else:

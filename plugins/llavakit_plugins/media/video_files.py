@@ -1,0 +1,89 @@
+"""Video files, through PyAV: FFmpeg's libraries, which come with it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from llavakit import Clip, DataError
+
+_FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,ogg,asf,gif,webp"
+"""FFmpeg's names of containers that hold everything themselves. Playlists (`hls`, `concat`) are
+left out: they name other files and addresses, which would be read in their place."""
+_FEW, _SHARE = 2, 50  # frames that a header may count too many: so many, or this part of all
+
+
+def clip(source: Path | bytes, name: str) -> Clip:
+    """Return what the header says; where it counts no frames, the file's packets are counted."""
+    with _opened(source, name) as (container, stream):
+        context = stream.codec_context
+        frames = stream.frames
+        if frames <= 0:
+            frames = sum(packet.size > 0 for packet in container.demux(stream))
+        rate = stream.average_rate or stream.guessed_rate
+        return Clip(context.width, context.height, frames, float(rate or 0))
+
+
+def frames(
+    source: Path | bytes, kept: Sequence[int], expected: int, name: str
+) -> list[Image.Image]:
+    """Return frames by their numbers, ascending; of a few that a header counts too many, the last.
+
+    Raises DataError where the file ends much before it should.
+    """
+    found: list[Image.Image] = []
+    with _opened(source, name) as (container, stream):
+        count, last = 0, None
+        for last in container.decode(stream):
+            while len(found) < len(kept) and kept[len(found)] == count:
+                found.append(Image.fromarray(last.to_ndarray(format="rgb24")))
+            count += 1
+            if len(found) == len(kept):
+                return found
+        if last is None or expected - count > max(_FEW, expected // _SHARE):
+            raise DataError(
+                f"{name} ends after {count} of {expected} frames; it may be truncated: fetch it "
+                "again or remove the sample"
+            )
+        rest = Image.fromarray(last.to_ndarray(format="rgb24"))
+        return found + [rest] * (len(kept) - len(found))
+
+
+@contextmanager
+def _opened(source: Path | bytes, name: str) -> Iterator[tuple[Any, Any]]:
+    """Yield a container and its first video stream. Raises DataError for what cannot be read."""
+    try:
+        import av
+    except ModuleNotFoundError:
+        raise DataError(
+            f"{name} needs PyAV to be decoded: `pip install llavakit[video]`; a folder of frames "
+            "is read without it"
+        ) from None
+    av.logging.set_level(av.logging.PANIC)  # what matters about a damaged file is an error below
+    with ExitStack() as stack:
+        try:
+            # an open file, not a name: in a name FFmpeg would see addresses and patterns
+            file = BytesIO(source) if isinstance(source, bytes) else open(source, "rb")  # noqa: SIM115
+            stack.callback(file.close)
+            container = stack.enter_context(
+                av.open(file, container_options={"format_whitelist": _FORMATS})
+            )
+            if not container.streams.video:
+                raise DataError(f"{name} has no video in it, only sound; remove the sample")
+            yield container, container.streams.video[0]
+        except av.FFmpegError as error:
+            if isinstance(error, av.error.ArgumentError):  # what is not in the list of formats
+                raise DataError(f"{name} is not a video that PyAV can read; replace it") from None
+            raise DataError(
+                f"{name} cannot be decoded ({error.strerror:.200}); it may be truncated: fetch it "
+                "again or remove the sample"
+            ) from error
+        except OSError as error:
+            raise DataError(
+                f"{name} cannot be read: {error.strerror}; check the file and its rights"
+            ) from error
