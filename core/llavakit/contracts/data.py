@@ -80,7 +80,7 @@ class Sample:
                     "emoji that was cut in two); fix or remove it"
                 )
         if is_cut(self.system or "") or IMAGE in (self.system or ""):
-            raise DataError(f"{who}: its system text has `{IMAGE}` or half a character; remove that")
+            raise DataError(f"{who}: its system text has `{IMAGE}` or half a character; remove it")
         if not self.turns:
             raise DataError(f"{who} has no turns; remove it or give it a conversation")
         marks = sum(turn.text.count(IMAGE) for turn in self.turns if turn.role == "human")

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from llavakit import USUAL, Shown, View, Views, encode, image_size
 from llavakit.contracts.data import IMAGE, Sample
-from llavakit_plugins.datasets.expected import CHARACTERS_A_TOKEN
 from llavakit.contracts.errors import DataError
+from llavakit_plugins.datasets.expected import CHARACTERS_A_TOKEN
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
