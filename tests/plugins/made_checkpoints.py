@@ -21,6 +21,7 @@ SIGLIP: dict[str, Any] = {
     "image_size": 32, "patch_size": 8,
 }  # fmt: skip
 QWEN: dict[str, Any] = {**LANGUAGE, "tie_word_embeddings": True}
+COLOURS = {"image_mean": [0.48, 0.46, 0.41], "image_std": [0.27, 0.26, 0.28]}
 PROMPTS = [
     ("USER : <image> what colour is it ? ASSISTANT :", 1),
     ("USER : <image> a red circle <image> what is it in ? ASSISTANT :", 2),
@@ -62,6 +63,7 @@ def make_hf(
     shard: str = "5GB",
     grids: Sequence[tuple[int, int]] = (),
     family: str = "",
+    colours: Mapping[str, list[float]] = COLOURS,
     **config: Any,
 ) -> Any:
     """Save one of transformers' LLaVAs with its processor to `folder`, and return it.
@@ -119,7 +121,6 @@ def make_hf(
         )
     if family == "Onevision":
         tokenizer.add_tokens(["<video>"], special_tokens=True)
-        colours = {"image_mean": [0.48, 0.46, 0.41], "image_std": [0.27, 0.26, 0.28]}
         pixels = kind("ImageProcessorPil")(size=square, image_grid_pinpoints=points, **colours)
         more = {
             "num_image_tokens": 16 + clip,

@@ -10,7 +10,8 @@ import torch
 
 from llavakit import Exporter, LlavaModel, ModelError, Options, Registry, new_folder
 from llavakit_plugins.checkpoints.original_reader import OriginalReader
-from llavakit_plugins.checkpoints.original_source import TOKENS, is_original, read_original
+from llavakit_plugins.checkpoints.original_source import is_original, read_original
+from llavakit_plugins.checkpoints.original_text import TOKENS
 from llavakit_plugins.checkpoints.original_tower import FOLDER
 from llavakit_plugins.checkpoints.parity import prove
 from llavakit_plugins.checkpoints.parts import (

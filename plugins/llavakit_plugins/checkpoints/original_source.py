@@ -14,7 +14,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +22,13 @@ from torch import Tensor
 from llavakit import ModelError, PromptTemplate, Registry
 from llavakit_plugins.checkpoints.original_adapter import merge_adapter
 from llavakit_plugins.checkpoints.original_delta import add_base, is_delta
+from llavakit_plugins.checkpoints.original_text import (
+    TOKENS,
+    added_tokens,
+    longest_text,
+    suggested_template,
+    text_table,
+)
 from llavakit_plugins.checkpoints.original_tower import find_tower
 from llavakit_plugins.checkpoints.parts import (
     Parts,
@@ -47,26 +54,8 @@ from llavakit_plugins.huggingface.json_files import (
 from llavakit_plugins.huggingface.vocabulary import with_rows
 from llavakit_plugins.huggingface.weights import Weights
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
 ADAPTER, PROJECTOR, BESIDE = "adapter_config.json", "mm_projector.bin", "non_lora_trainables.bin"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-TOKENS = ("<im_start>", "<im_end>")
-"""What stands around an image where `mm_use_im_start_end` is true."""
-
-_TEXT_TYPES = {
-    "llava_llama": "llama",
-    "llava": "llama",  # of the first releases
-    "llama": "llama",
-    "llava_mistral": "mistral",
-    "mistral": "mistral",
-}
-_OURS = re.compile(
-    r"mm_|(un)?freeze_mm_|tune_mm_|use_mm_|image_(aspect|grid|crop|split)_|tokenizer_|s2|vision_tower|"
-    r"model_type$|architectures$|torch_dtype$|dtype$|transformers_version$|llavakit$|_name_or_path$"
-)
-"""The keys of config.json that are not the language model's own."""
 
 
 def is_original(folder: Path) -> bool:
@@ -102,21 +91,21 @@ def read_original(
     """
     config = _config(folder)
     pieces = _Pieces.of(folder, base, dtype, shapes=shapes)
-    text_table = _text_table(config, folder)
+    table = text_table(config, folder)
     # a projector's or adapter's folder may have no tokenizer: then it is that of the base
     source = folder if pieces.base is None or has_tokenizer(folder) else pieces.base
-    tokenizer = read_tokenizer(source, str(text_table["model_type"]))
-    tokenizer.add_tokens(_added(config), special_tokens=True)
-    state = _widened(pieces, len(tokenizer), text_table.get("vocab_size") or 0)
-    text_table["vocab_size"] = len(state[EMBEDDING]) if EMBEDDING in state else 0
+    tokenizer = read_tokenizer(source, str(table["model_type"]))
+    tokenizer.add_tokens(added_tokens(config), special_tokens=True)
+    state = _widened(pieces, len(tokenizer), table.get("vocab_size") or 0)
+    table["vocab_size"] = len(state[EMBEDDING]) if EMBEDDING in state else 0
     language_use, language = make_language(
-        text_table,
+        table,
         state,
         registry,
         folder if pieces.base is None else pieces.base,
-        max_length=_max_length(config, text_table),
+        max_length=longest_text(config, table),
     )
-    suggested = _suggested(config, tokenizer)
+    suggested = suggested_template(config, tokenizer)
     set_tokenizer(language, tokenizer, folder)
     if (folder / ADAPTER).is_file():
         merge_adapter(language, folder, shapes=shapes)
@@ -338,49 +327,3 @@ def _projector(config: Mapping[str, Any], state: Mapping[str, Tensor], folder: P
             "is it the config.json of these weights?"
         )
     return layers
-
-
-# -- the language model ----------------------------------------------------------------------------
-
-
-def _text_table(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """Return the language model's own configuration."""
-    kind = config.get("model_type")
-    if kind not in _TEXT_TYPES:
-        raise ModelError(
-            f"{folder}: config.json says `model_type` {kind!r}; of the original LLaVA, "
-            f"{', '.join(sorted(_TEXT_TYPES))} can be read"
-        )
-    own = {key: value for key, value in config.items() if not _OURS.match(key)}
-    return {"model_type": _TEXT_TYPES[kind], **own}
-
-
-def _max_length(config: Mapping[str, Any], table: Mapping[str, Any]) -> int | None:
-    """Return where the original truncates, if that is before the positions end."""
-    length = config.get("tokenizer_model_max_length")
-    longest = table.get("max_position_embeddings")
-    if not isinstance(length, int) or (isinstance(longest, int) and length >= longest):
-        return None
-    return length
-
-
-def _added(config: Mapping[str, Any]) -> list[str]:
-    """Return the tokens that the original adds when it loads a model."""
-    patch = ["<im_patch>"] if config.get("mm_use_im_patch_token") else []
-    return [*patch, *(TOKENS if config.get("mm_use_im_start_end") else ())]
-
-
-def _suggested(
-    config: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase
-) -> tuple[str, str] | None:
-    """Return the prompt template that tokenizer and configuration suggest, and the reason."""
-    chat = tokenizer.chat_template
-    if _TEXT_TYPES.get(str(config.get("model_type"))) == "mistral":
-        return "mistral_instruct", "the original asks its Mistral models so"
-    # v0 alone was trained with a token of its own for padding; later versions pad with `<unk>`
-    if "[PAD]" in tokenizer.get_added_vocab():
-        return "llava_v0", "the tokenizer has the token [PAD], which training with it adds"
-    if isinstance(chat, str) and "[INST]" in chat:
-        return "llava_llama_2", "the tokenizer's chat template is Llama 2's"
-    reason = "config.json does not say which; LLaVA-1.5 was tuned on it"
-    return "vicuna_v1", reason

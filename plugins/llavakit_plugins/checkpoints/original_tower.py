@@ -59,6 +59,13 @@ def find_tower(
         )
     table = _table(tower_folder, name, folder)
     check_shape(table, f"{tower_folder or folder}: config.json of the vision tower")
+    layer, select = _layer(config, folder), _select(config, folder)
+    if str(table["model_type"]).startswith("siglip"):
+        # the original takes the last layer off a SigLIP, and its head; what is left gives the
+        # features of every patch, whatever config.json says of `mm_vision_select_layer`
+        layer, select = -2, "patch"
+        if inside:
+            layer, table = -1, table | _cut(inside)
     edge = table.get("image_size", 224)
     usual = usual_pixels(str(table["model_type"]))
     pixels = (tower_folder and read_pixels(tower_folder, edge, usual)) or usual
@@ -66,10 +73,21 @@ def find_tower(
         where,
         table,
         state,
-        _layer(config, folder),
-        _select(config, folder),
+        layer,
+        select,
         pixels._replace(aspect=_aspect(config, folder, pixels)),
     )
+
+
+def _cut(inside: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return the shape of a SigLIP in an original's checkpoint, which is not the hub's."""
+    numbers = [
+        int(found[1]) for name in inside if (found := re.match(r"encoder\.layers\.(\d+)\.", name))
+    ]
+    return {
+        "num_hidden_layers": 1 + max(numbers, default=-1),
+        "vision_use_head": any(name.startswith("head.") for name in inside),
+    }
 
 
 def _find_folder(folder: Path, name: Any, *, weights: bool) -> Path | None:

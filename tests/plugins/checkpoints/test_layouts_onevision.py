@@ -10,8 +10,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
-from tests.plugins.made_checkpoints import PROMPTS, ask_hf, make_hf, read_processor, weight_files
+from safetensors.torch import load_file, save_file
+from tests.plugins.made_checkpoints import (
+    PROMPTS,
+    SIGLIP,
+    ask_hf,
+    make_hf,
+    read_processor,
+    weight_files,
+)
 
 import llavakit
 from llavakit import ModelError, save_model
@@ -157,6 +164,73 @@ def test_an_aspect_that_transformers_cannot_read_either_is_refused(
     path.write_text(json.dumps(json.loads(path.read_text()) | {"vision_aspect_ratio": aspect}))
     with pytest.raises(ModelError, match=r"`vision_aspect_ratio` is .* must be anyres_max_9"):
         llavakit.load(tmp_path / "m", device="cpu")
+
+
+# -- the original's layout -------------------------------------------------------------------------
+
+
+def make_original(made: Any, hf: Path, folder: Path, *, inside: bool) -> None:
+    """Write a checkpoint as OneVision's own code does, of the weights of transformers' class.
+
+    It cuts off SigLIP's last layer and its head: they are in the tower's folder, and not inside.
+    """
+    from transformers import SiglipVisionConfig, SiglipVisionModel
+
+    state = load_file(hf / "model.safetensors")
+    tower = {
+        name.removeprefix("vision_tower."): tensor
+        for name, tensor in state.items()
+        if name.startswith("vision_tower.") and ".head." not in name
+    }
+    layers = SIGLIP["num_hidden_layers"] + 1
+    whole = SiglipVisionModel(SiglipVisionConfig(**{**SIGLIP, "num_hidden_layers": layers}))
+    whole.load_state_dict(tower, strict=False)
+    whole.save_pretrained(folder / "tower")
+    tensors = {"model.image_newline": state["image_newline"]}
+    for number, name in ((0, "linear_1"), (2, "linear_2")):
+        for what in ("weight", "bias"):
+            tensor = state[f"multi_modal_projector.{name}.{what}"]
+            tensors[f"model.mm_projector.{number}.{what}"] = tensor
+    for name, tensor in state.items():
+        if name.startswith("language_model."):
+            tensors[name.removeprefix("language_model.")] = tensor
+    if inside:
+        prefix = "model.vision_tower.vision_tower.vision_model."
+        tensors |= {prefix + name: tensor for name, tensor in tower.items()}
+    checkpoint = folder / "checkpoint"
+    read_processor(hf).tokenizer.save_pretrained(checkpoint)
+    save_file(tensors, checkpoint / "model.safetensors")
+    text = made.config.text_config.to_dict()
+    config = text | {
+        "architectures": ["LlavaQwenForCausalLM"], "model_type": "llava",
+        "image_aspect_ratio": "anyres_max_9", "image_grid_pinpoints": "(1x1),...,(6x6)",
+        "mm_hidden_size": 32, "mm_patch_merge_type": "spatial_unpad",
+        "mm_projector_type": "mlp2x_gelu", "mm_vision_select_layer": -7,
+        "mm_vision_select_feature": "cls_patch", "mm_vision_tower": "../tower",
+        "mm_spatial_pool_mode": "bilinear", "mm_newline_position": "one_token",
+        "mm_use_im_start_end": False, "mm_use_im_patch_token": False,
+        "mm_tunable_parts": "mm_vision_tower,mm_mlp_adapter,mm_language_model",
+        "tokenizer_model_max_length": 32768, "image_token_index": IMAGE_TOKEN,
+    }  # fmt: skip
+    (checkpoint / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_the_originals_layout_is_the_same_model(inside: bool, tmp_path: Path) -> None:
+    hf = tmp_path / "hf"
+    colours = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
+    theirs = make_hf(
+        hf, grids=GRIDS, family="Onevision", vision="siglip", language="qwen2", colours=colours
+    )
+    make_original(theirs, hf, tmp_path, inside=inside)
+    ours = llavakit.load(tmp_path / "checkpoint", device="cpu")
+    processor = read_processor(hf)
+    for size in sizes()[::3]:
+        same_answer(theirs, processor, ours, QUESTION, [picture(*size)])
+    for prompt, shown in ((TWO, sizes()[4:6]), (NONE, [])):
+        same_answer(theirs, processor, ours, prompt, [picture(*size) for size in shown])
+    options = ours.tiling.options
+    assert (options.cap, options.only_alone, options.pad) == (9, True, (0.5, 0.5, 0.5))
 
 
 def test_the_original_has_no_cap(tmp_path: Path) -> None:
