@@ -96,6 +96,16 @@ def test_data_is_checked_without_torch(tmp_path: Path) -> None:
     assert not {"torch", "transformers"} & modules
 
 
+def test_built_in_components_are_listed_without_torch() -> None:
+    code, _, modules, out = probe("plugins", "--json")
+    listed = json.loads(out)
+    assert code == 0
+    assert list(listed)[: len(hooks.KINDS)] == list(hooks.KINDS)
+    others = {item["package"] for items in listed.values() for item in items} - {"llavakit"}
+    if not others:  # those of others are imported, so that what is broken is named
+        assert not {"torch", "transformers"} & modules
+
+
 def test_asking_for_one_component_imports_one() -> None:
     program = (
         "import sys; from llavakit import Registry, VisionEncoder;"

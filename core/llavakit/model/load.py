@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Container, Mapping
 from contextlib import suppress
 from inspect import signature
 from pathlib import Path
@@ -45,10 +45,9 @@ def load(
     path = Path(path)
     target = pick_device(device)
     registry = registry or Registry.installed()
-    layouts = registry.all(Exporter)
-    path = _find(path, layouts.values(), "give the folder a run or an export wrote")
+    path = _find(path, registry, "give the folder a run or an export wrote")
     given: dict[str, Any] = {
-        name: _find(Path(folder), layouts.values(), "give its folder")
+        name: _find(Path(folder), registry, "give its folder")
         for name, folder in (("base", base), ("vision", vision))
         if folder is not None
     }
@@ -61,6 +60,7 @@ def load(
             path, registry, device=target, dtype=dtype, template=template, options=options
         )
         return model.eval()  # a new module is in training mode, with dropout
+    layouts = registry.all(Exporter)  # not for a model folder: that takes a while
     for name, exporter in layouts.items():
         if exporter.recognises(path):
             if options:
@@ -121,11 +121,11 @@ def _described(folder: Path) -> ModelRecipe:
     return ModelRecipe.model_validate(parts)
 
 
-def _find(path: Path, layouts: Iterable[type[Exporter]], remedy: str) -> Path:
+def _find(path: Path, registry: Registry, remedy: str) -> Path:
     """Return a folder: `path`, or what is fetched of that name."""
     if path.exists():
         return path
-    for exporter in layouts:
+    for exporter in registry.all(Exporter).values():
         if (folder := exporter.fetch(path.as_posix())) is not None:
             return folder
     raise ModelError(f"model {path} does not exist; {remedy}")

@@ -39,7 +39,7 @@ def step_path(value: str, folders: StepFolders | None) -> str | Path:
 
 def all_kinds() -> tuple[type[Component], ...]:
     """Return every kind. Imports torch."""
-    return tuple(map(_kind_called, hooks.KINDS))
+    return tuple(map(kind_called, hooks.KINDS))
 
 
 def kind_of(use: Use[Any] | type[Use[Any]]) -> type[Component]:
@@ -48,11 +48,12 @@ def kind_of(use: Use[Any] | type[Use[Any]]) -> type[Component]:
         metadata = getattr(base, "__pydantic_generic_metadata__", None)
         if metadata and metadata["args"]:
             kind: type[Component] | str = metadata["args"][0]
-            return _kind_called(kind) if isinstance(kind, str) else kind
+            return kind_called(kind) if isinstance(kind, str) else kind
     raise TypeError(f"{use!r} names no kind; write Use[Kind]")
 
 
-def _kind_called(name: str) -> type[Component]:
+def kind_called(name: str) -> type[Component]:
+    """Return a kind by its name; most import torch."""
     return cast("type[Component]", resolve_name(f"llavakit:{name}"))
 
 

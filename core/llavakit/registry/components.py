@@ -17,7 +17,7 @@ import pluggy
 from llavakit.contracts import hooks
 from llavakit.contracts.component import Component, Options, Use
 from llavakit.contracts.errors import PluginError, RecipeError, did_you_mean
-from llavakit.registry.choices import StepFolders, kind_of, step_path, texts_in
+from llavakit.registry.choices import StepFolders, kind_called, kind_of, step_path, texts_in
 from llavakit.registry.installed import (
     check_hooks,
     explained,
@@ -174,24 +174,25 @@ class Registry:
             ) from error
         return factory(options, **context)
 
-    def origins(self, kind: type[Component]) -> dict[str, tuple[str, str]]:
-        """Return the package and version that each component of a kind comes from."""
+    def origins(self, kind: type[Component] | str) -> dict[str, tuple[str, str]]:
+        """Return the package and version of each component of a kind, or of one by its name."""
         return {
             name: self._origins.get(offer.plugin, ("", ""))
             for name, offer in self._offers(kind).items()
         }
 
-    def _offers(self, kind: type[Component]) -> dict[str, _Offer]:
-        if kind.hook not in self._found:
-            self._found[kind.hook] = self._collect(kind)
-        return self._found[kind.hook]
+    def _offers(self, kind: type[Component] | str) -> dict[str, _Offer]:
+        name = kind if isinstance(kind, str) else kind.__name__
+        if name not in self._found:
+            self._found[name] = self._collect(name)
+        return self._found[name]
 
-    def _collect(self, kind: type[Component]) -> dict[str, _Offer]:
+    def _collect(self, kind: str) -> dict[str, _Offer]:
         found: dict[str, _Offer] = {}
-        for implementation in getattr(self._manager.hook, kind.hook).get_hookimpls():
+        for implementation in getattr(self._manager.hook, hooks.KINDS[kind][0]).get_hookimpls():
             plugin = implementation.plugin_name
             offers: tuple[_Offer, ...] = ()
-            with self._sparing(plugin), explained(plugin, f"its {kind.__name__} components"):
+            with self._sparing(plugin), explained(plugin, f"its {kind} components"):
                 offers = tuple(_offers_of(plugin, implementation.function(), kind))
             for offer in offers:
                 other = found.setdefault(offer.name, offer)
@@ -241,7 +242,7 @@ class _Offer:
         return component
 
 
-def _offers_of(plugin: str, returned: object, kind: type[Component]) -> Iterator[_Offer]:
+def _offers_of(plugin: str, returned: object, kind: str) -> Iterator[_Offer]:
     """Yield what a hook's return value offers.
 
     That is a sequence of classes, or a mapping of names to import paths, `package.module:Class`.
@@ -251,18 +252,18 @@ def _offers_of(plugin: str, returned: object, kind: type[Component]) -> Iterator
         for name, path in returned.items():
             if not (isinstance(path, str) and path.count(":") == 1):
                 raise PluginError(
-                    f"the hook of {plugin} gives {path!r} for its {kind.__name__} `{name}`; write "
-                    "it as package.module:Class"
+                    f"the hook of {plugin} gives {path!r} for its {kind} `{name}`; write it as "
+                    "package.module:Class"
                 )
             yield _Offer(plugin, str(name), path)
         return
     if not isinstance(returned, Iterable):
         raise PluginError(
-            f"plugin {plugin} cannot load its {kind.__name__} components: its hook returned "
-            f"{returned!r}; return a list of classes"
+            f"plugin {plugin} cannot load its {kind} components: its hook returned {returned!r}; "
+            "return a list of classes"
         )
     for component in returned:
-        known = _checked(plugin, component, kind)
+        known = _checked(plugin, component, kind_called(kind))
         yield _Offer(plugin, known.name, known)
 
 

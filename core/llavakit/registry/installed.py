@@ -80,8 +80,6 @@ def package_of(point: EntryPoint) -> str:
 
 
 _name = lru_cache(attrgetter("name"))  # which parses the metadata each time
-
-
 _said: set[str] = set()
 
 

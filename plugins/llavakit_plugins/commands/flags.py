@@ -87,6 +87,12 @@ def load_model(
     options: Mapping[str, Any] | None = None,
 ) -> Any:
     """Return the model at `path`, with what `add_model` has added."""
+    left_out = (arguments.base, arguments.vision, arguments.template, options)
+    if device in ("auto", "cpu", "cuda") and not any(left_out):
+        from llavakit_plugins.onnx import runtime
+
+        if runtime.recognises(path):  # first: all other layouts need torch, which takes seconds
+            return runtime.load(path, device=device)
     import llavakit
 
     return llavakit.load(

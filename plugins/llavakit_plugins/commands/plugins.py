@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Container, Mapping
 from typing import Any
 
 from llavakit.contracts.commands import Commands
@@ -66,11 +67,13 @@ def _describe(name: str, *, as_json: bool) -> int:
     import json
     from dataclasses import asdict
 
-    from llavakit import RecipeError, Registry, all_kinds, did_you_mean, printable_json, shown
+    from llavakit import RecipeError, Registry, did_you_mean, printable_json, shown
+    from llavakit.contracts.hooks import KINDS
+    from llavakit.registry.choices import kind_called
     from llavakit_plugins.scaffolding.options import options_of
 
     registry = Registry.installed()
-    names = {kind: registry.origins(kind) for kind in all_kinds()}
+    names = {kind: registry.origins(kind) for kind in KINDS}
     kinds = [kind for kind, known in names.items() if name in known]
     if not kinds:
         every = sorted({one for known in names.values() for one in known})
@@ -78,15 +81,15 @@ def _describe(name: str, *, as_json: bool) -> int:
         raise RecipeError(f"no component is called `{name}`; {hint}")
     found = []
     for kind in kinds:
-        component = registry.get(kind, name)
+        component = registry.get(kind_called(kind), name)
         options = options_of(component.Options)
         package, version = names[kind][name]
         text = (inspect.getdoc(component) or "").partition("\n\n")[0]
-        found.append({"kind": kind.__name__, "name": name, "package": package, "version": version,
+        found.append({"kind": kind, "name": name, "package": package, "version": version,
                       "text": text, "options": [asdict(option) for option in options]})  # fmt: skip
         if as_json:
             continue
-        print(shown(f"{kind.__name__} {name}  ({package} {version})\n{text}"))
+        print(shown(f"{kind} {name}  ({package} {version})\n{text}"))
         width = max((len(option.name) for option in options), default=0)
         for option in options:
             default = f"; default {option.default}" if option.default else "; must be given"
@@ -101,17 +104,27 @@ def _describe(name: str, *, as_json: bool) -> int:
 
 def _look() -> tuple[dict[str, list[dict[str, Any]]], list[dict[str, Any]]]:
     """Return the components of each kind, and the plugins that are broken."""
-    from llavakit import Registry, all_kinds
+    from importlib.metadata import entry_points
+
+    from llavakit import Registry
+    from llavakit.contracts.hooks import KINDS, PROJECT
+    from llavakit.registry.choices import kind_called
 
     registry = Registry.installed()
-    found: dict[str, list[dict[str, Any]]] = {}
-    for kind in all_kinds():
-        usable = registry.all(kind)
-        found[kind.__name__] = [
+    # built-in components alone are known to work; to import them takes torch, and seconds
+    others = any(p.dist is None or p.dist.name != PROJECT for p in entry_points(group=PROJECT))
+    kinds = {kind: registry.origins(kind) for kind in KINDS}
+    usable: Mapping[str, Container[str]] = kinds
+    if others:
+        usable = {kind: registry.all(kind_called(kind)) for kind in KINDS}
+    found: dict[str, list[dict[str, Any]]] = {
+        kind: [
             {"name": name, "package": package, "version": version}
-            for name, (package, version) in sorted(registry.origins(kind).items())
-            if name in usable
+            for name, (package, version) in sorted(origins.items())
+            if name in usable[kind]
         ]
+        for kind, origins in kinds.items()
+    }
     broken = []
     for plugin, fault in registry.broken.items():
         package, _, name = plugin.rpartition(":")

@@ -454,9 +454,11 @@ _BLOCKED = """\
 import json, sys
 for name in ("torch", "transformers", "onnx"):
     sys.modules[name] = None
+from llavakit.cli import main
 from llavakit_plugins.onnx.runtime import OnnxModel, load
 from llavakit_plugins.onnx.runtime.sessions import Decoder
 folder, picture, question = sys.argv[1:]
+assert main(["chat", folder, "--image", picture, "--prompt", question]) == 0
 model = load(folder)
 ids = model.generate_ids(question, [picture], max_new_tokens=8)
 print(json.dumps([ids, model.generate(question, [picture]), list(model.logits(question).shape)]))
@@ -474,10 +476,12 @@ def test_it_runs_where_torch_cannot_be_imported(exported: Exported) -> None:
     ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    ids, answer, shape = json.loads(done.stdout)
+    chat, last = done.stdout.strip().rsplit("\n", 1)
+    ids, answer, shape = json.loads(last)
     pictures = exported.pictures[:1]
     assert ids == exported.model.generate_ids(QUESTION, pictures, max_new_tokens=8)
     assert answer == exported.model.generate(QUESTION, pictures)
+    assert chat == exported.model.generate(QUESTION, pictures, max_new_tokens=512)
     assert shape == list(exported.model.logits(QUESTION).shape)
 
 

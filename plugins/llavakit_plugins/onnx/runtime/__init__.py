@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+from llavakit_plugins.onnx.runtime.folder import recognises
 from llavakit_plugins.onnx.runtime.model import OnnxModel, load
 
-__all__ = ["OnnxModel", "load"]
+__all__ = ["OnnxModel", "load", "recognises"]
