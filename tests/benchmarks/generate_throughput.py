@@ -16,9 +16,11 @@ import json
 import multiprocessing
 import os
 import resource
+import sqlite3
 import sys
 import tempfile
 import time
+from contextlib import closing
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -136,10 +138,9 @@ def run() -> None:
             main([str(recipe), "--out", str(folder / "warm")])  # so that imports are not measured
             write_contexts(contexts, arguments.requests)
             assert main(command) == 0
-            stamps = [
-                json.loads(line)["time"]
-                for line in (folder / "run" / "01-generate" / "ledger.jsonl").open()
-            ]
+            ledger = folder / "run" / "01-generate" / "ledger.sqlite"
+            with closing(sqlite3.connect(ledger)) as database:
+                stamps = [time for (time,) in database.execute("SELECT time FROM replies")]
             seconds = max(stamps) - min(stamps)
             rate, ideal = (len(stamps) - 1) / seconds, arguments.concurrency / arguments.latency
             print(f"{'':28}{'ours':>10}{'ideal':>10}{'ratio':>10}{'limit':>10}")

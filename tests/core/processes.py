@@ -9,11 +9,13 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import sqlite3
 import sys
 import traceback
 from collections.abc import Iterator
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 WRITES = {
     "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.symlink", "os.truncate",
@@ -104,15 +106,27 @@ def _run(
 def _kill_before_write(number: int, below: str) -> None:
     count = 0
 
-    def hook(event: str, arguments: tuple[object, ...]) -> None:
+    def step(statement: str = "BEGIN") -> None:
         nonlocal count
-        opened = event == "open" and isinstance(arguments[1], str) and arguments[1][:1] in "wax"
-        if (opened or event in WRITES) and below in " ".join(map(str, arguments)):
+        if statement.startswith(("BEGIN", "COMMIT", "PRAGMA journal_mode")):
             count += 1
             if count == number:
                 os.kill(os.getpid(), signal.SIGKILL)
 
+    def hook(event: str, arguments: tuple[object, ...]) -> None:
+        opened = event == "open" and isinstance(arguments[1], str) and arguments[1][:1] in "wax"
+        if (opened or event in WRITES) and below in " ".join(map(str, arguments)):
+            step()
+
+    def connect(*arguments: Any, **settings: Any) -> sqlite3.Connection:
+        opened: sqlite3.Connection = plain(*arguments, **settings)
+        opened.set_trace_callback(step)  # what SQLite writes, no audit event tells of
+        return opened
+
     sys.addaudithook(hook)
+    plain = sqlite3.connect
+    if not below:
+        sqlite3.connect = connect  # type: ignore[assignment]
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from llavakit_plugins.generation.requests.ledger import Ledger, Request, hash_me
 
 class ReplayOptions(Options):
     path: Path
-    """A file of replies, as `generate` leaves in `ledger.jsonl`."""
+    """A file of replies, as `generate` leaves in `ledger.sqlite`, or its lines of JSON."""
     record: Use[ChatModel] | None = None
     """The chat model for replies that the file lacks; they are added to the file."""
 
@@ -31,7 +31,6 @@ class Replay(ChatModel):
         self.options = options
         self._model = None if options.record is None else build(options.record)
         self._ledger: Ledger | None = None
-        self._found: dict[tuple[str, int], str] = {}
         if self._model is not None:
             self.reply_limit = self._model.reply_limit
 
@@ -56,10 +55,9 @@ class Replay(ChatModel):
 
     async def reply(self, messages: Sequence[Message], draw: int = 0) -> Reply:
         ledger = self._open()
-        request = (hash_messages(messages), draw)
-        if request in self._found:
-            entry = ledger.get(self._found[request])
-            assert entry is not None
+        # by messages and draw, not by the model: a file that another model wrote can be replayed
+        entry = ledger.reply_to(hash_messages(messages), draw)
+        if entry is not None:
             return replace(entry.reply, usd=0.0)  # it was paid for when it was recorded
         if self._model is None:
             last = messages[-1].content if messages else ""
@@ -71,7 +69,6 @@ class Replay(ChatModel):
         reply = await self._model.reply(messages, draw)
         fresh = record_of(self._model.identity, Request(tuple(messages), draw)).entry(reply)
         await ledger.write(fresh)
-        self._found[request] = fresh.key
         return reply
 
     def halt(self) -> None:
@@ -96,8 +93,4 @@ class Replay(ChatModel):
             if sentence := self.missing(self.options):
                 raise ChatError(sentence)
             self._ledger = Ledger(self.options.path, writable=self._model is not None)
-            for entry in self._ledger:
-                # by messages and draw, not by the model:
-                # a file that another model wrote can be replayed
-                self._found.setdefault((entry.prompt, entry.draw), entry.key)
         return self._ledger

@@ -12,11 +12,18 @@ from typing import Self
 from llavakit import ChatError, ChatModel, Message, Run
 from llavakit.contracts.run import Progress
 from llavakit_plugins.datasets.rows import listed
-from llavakit_plugins.generation.requests.ledger import Entry, Ledger, Request, record_of
+from llavakit_plugins.generation.requests.ledger import (
+    SUFFIX,
+    Entry,
+    Ledger,
+    Request,
+    ledgers_in,
+    record_of,
+)
 from llavakit_plugins.generation.requests.send import send_all
 from llavakit_plugins.generation.requests.thinking import without_thinking
 
-_LEDGER = "judge.jsonl"
+_LEDGER = "judge"
 
 
 def _silent(done: int, total: int, note: str = "") -> None:
@@ -41,8 +48,10 @@ class JudgeSettings:
         """Return the settings for `run`, whose folder (below a step's) keeps the replies."""
         folder, step = run.directory, run.directory.parent
         # where a run puts steps aside whose recipe has changed: their replies are paid for
-        found = (step.parent / "superseded").glob(f"{step.name}.*/{folder.name}/{_LEDGER}")
-        return cls(concurrency, folder / _LEDGER, sorted(found), run.progress, run.stopping)
+        aside = sorted((step.parent / "superseded").glob(f"{step.name}.*/{folder.name}"))
+        earlier = ledgers_in(aside, _LEDGER)
+        path = folder / f"{_LEDGER}{SUFFIX}"
+        return cls(concurrency, path, earlier, run.progress, run.stopping)
 
 
 @dataclass(frozen=True)
@@ -80,7 +89,7 @@ def replies(
         path = settings.ledger
         if path is None:
             # without a ledger of the user's, replies still pass one, for retries and budgets
-            path = Path(stack.enter_context(TemporaryDirectory())) / _LEDGER
+            path = Path(stack.enter_context(TemporaryDirectory())) / f"{_LEDGER}{SUFFIX}"
         ledger = stack.enter_context(
             Ledger(path, identity=judge.identity, earlier=settings.earlier)
         )

@@ -37,10 +37,10 @@ from llavakit_plugins.datasets.rows import read_lines
 from llavakit_plugins.evaluation.answer_files import AnswerFile, row_of
 from llavakit_plugins.evaluation.answering import Pace, ask
 from llavakit_plugins.evaluation.question_files import messages_of
-from llavakit_plugins.generation.requests.ledger import Entry, Ledger, Request, record_of
+from llavakit_plugins.generation.requests.ledger import SUFFIX, Entry, Ledger, Request, record_of
 from llavakit_plugins.generation.requests.send import send_all
 
-_SETTINGS, _ANSWERS, _LEDGER = "settings.json", "answers.jsonl", "ledger.jsonl"
+_SETTINGS, _ANSWERS, _LEDGER = "settings.json", "answers.jsonl", f"ledger{SUFFIX}"
 
 
 @dataclass(frozen=True)

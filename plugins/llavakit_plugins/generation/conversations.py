@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,10 +25,19 @@ from llavakit import (
     write_text,
 )
 from llavakit.contracts.data import ResponseKind, Sample
-from llavakit_plugins.generation.requests.ledger import Entry, Ledger, RequestRecord, short_hash
+from llavakit_plugins.generation.requests.ledger import (
+    SUFFIX,
+    Entry,
+    Ledger,
+    RequestRecord,
+    ledgers_in,
+    short_hash,
+)
 
-FILE = "conversations.jsonl"
+FILE = "conversations"
 _PATIENCE = 10  # failures without any success before the step stops
+_MOST_MADE = 1000  # conversations without a service that wait to be written to the disk
+_WRITE_EVERY = 5.0  # seconds between such writes
 _TOLD = 20  # failures whose traceback is written down
 
 
@@ -75,8 +85,9 @@ class Conversations:
             found = Conversation(turns, tuple(map(str, row["refused"])), entry.draw)
         except (KeyError, TypeError, ValueError) as error:
             raise DataError(
-                f"{self.ledger.path} holds no conversation for {entry.label} ({error!r}); remove "
-                "that line: it is then made again"
+                f"{self.ledger.path} holds no conversation for {entry.label} ({error!r}); delete "
+                "it, and it is made again: "
+                f"sqlite3 {FILE}{SUFFIX} \"DELETE FROM replies WHERE key = '{entry.key}'\""
             ) from error
         return found, entry
 
@@ -91,7 +102,8 @@ class Conversations:
 
 def earlier_conversations(path: Path) -> list[Path]:
     """Return the conversations' files of attempts that were set aside."""
-    return sorted((path.parent.parent / "superseded").glob(f"{path.parent.name}.*/{FILE}"))
+    folder = path.parent
+    return ledgers_in(sorted((folder.parent / "superseded").glob(f"{folder.name}.*")), FILE)
 
 
 def checked(turns: Any, context: ImageContext, kind: ResponseKind) -> tuple[Turn, ...]:
@@ -158,28 +170,33 @@ class Failures:
 
 
 class Keeping:
-    """Saves the conversations of a generator without a chat model if the step does not finish."""
+    """Saves the conversations of a generator without a chat model, for a step that is stopped."""
 
     def __init__(self, folder: Path, use: Use[Generator]) -> None:
-        self._path, self._use = folder / FILE, use
+        self._path, self._use = folder / f"{FILE}{SUFFIX}", use
         self._made: list[tuple[ImageContext, ResponseKind, tuple[Turn, ...]]] = []
-        self._before: Conversations | None = None
-        if self._path.is_file() or earlier_conversations(self._path):
-            self._before = Conversations(self._path, use)
+        self._kept: Conversations | None = None
+        self._written = time.monotonic()
+        if ledgers_in([folder], FILE) or earlier_conversations(self._path):
+            self._kept = Conversations(self._path, use)
 
     @property
     def count(self) -> int:
         """Number of conversations, of this attempt and of earlier ones."""
-        return len(self._made) + (0 if self._before is None else len(self._before.ledger))
+        return len(self._made) + (0 if self._kept is None else len(self._kept.ledger))
 
     def get(self, context: ImageContext, kind: ResponseKind) -> tuple[Turn, ...] | None:
         """Return the turns of a conversation that was made before, or None."""
-        found = None if self._before is None else self._before.get(context, kind)
+        found = None if self._kept is None else self._kept.get(context, kind)
         return None if found is None else found[0].turns
 
     def add(self, context: ImageContext, kind: ResponseKind, turns: tuple[Turn, ...]) -> None:
         """Record a conversation that was just made."""
         self._made.append((context, kind, turns))
+        # many together: a generator without a service makes thousands a second, and an fsync for
+        # each would take most of the time; a job that is over soon writes none at all
+        if len(self._made) >= _MOST_MADE or time.monotonic() - self._written >= _WRITE_EVERY:
+            self._write()
 
     @contextmanager
     def unless_done(self, failures: Failures) -> Iterator[None]:
@@ -192,12 +209,14 @@ class Keeping:
             if failures.errors:
                 raise failures.complaint(len(failures.errors) + self.count)
         except (LlavaError, Stopped):
-            # only now, all at once: a generator without a service makes thousands a second, and an
-            # fsync for each would take most of the time
-            if self._made:
-                self._before = kept = self._before or Conversations(self._path, self._use)
-                kept.ledger.append(*(kept.entry(c, k, Conversation(t)) for c, k, t in self._made))
+            self._write()
             raise
         finally:
-            if self._before is not None:
-                self._before.ledger.close()
+            if self._kept is not None:
+                self._kept.ledger.close()
+
+    def _write(self) -> None:
+        if self._made:
+            self._kept = kept = self._kept or Conversations(self._path, self._use)
+            kept.ledger.append(*(kept.entry(c, k, Conversation(t)) for c, k, t in self._made))
+        self._made, self._written = [], time.monotonic()

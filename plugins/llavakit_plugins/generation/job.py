@@ -13,7 +13,13 @@ from llavakit import ChatError, DataError, LlavaError, Outcome, Run, Stopped
 from llavakit_plugins.generation.conversations import Failures
 from llavakit_plugins.generation.items import Items
 from llavakit_plugins.generation.output import price_of, write_output
-from llavakit_plugins.generation.requests.ledger import Entry, Ledger, Request
+from llavakit_plugins.generation.requests.ledger import (
+    SUFFIX,
+    Entry,
+    Ledger,
+    Request,
+    ledgers_in,
+)
 from llavakit_plugins.generation.requests.prompted import PromptedGenerator
 from llavakit_plugins.generation.requests.send import send_all
 from llavakit_plugins.generation.review import Review
@@ -23,7 +29,7 @@ if TYPE_CHECKING:
     from llavakit_plugins.generation.contexts import Contexts
     from llavakit_plugins.generation.options import GenerateOptions
 
-LEDGER = "ledger.jsonl"
+LEDGER = "ledger"
 _LOOK = 256  # items between checks whether the user asked to stop
 _EVERY = 15.0  # seconds between events about the cost
 
@@ -48,7 +54,8 @@ def run_job(options: GenerateOptions, generator: PromptedGenerator, run: Run) ->
             )
             jobs.append((name, contexts, items))
         identity, earlier = generator.chat.identity, earlier_ledgers(run.directory)
-        with Ledger(run.directory / LEDGER, identity=identity, earlier=earlier) as ledger:
+        path = run.directory / f"{LEDGER}{SUFFIX}"
+        with Ledger(path, identity=identity, earlier=earlier) as ledger:
             return _work_off(options, generator, run, ledger, jobs, failures)
 
 
@@ -76,7 +83,7 @@ def _work_off(
             run.event("asked", **totals(ledger))
             write_output(jobs, ledger, unanswered.reasons, review, run)
         else:
-            ledger.path.unlink(missing_ok=True)
+            ledger.discard()
         raise
     return finish(jobs, ledger, unanswered, review, run)
 
@@ -210,4 +217,4 @@ def totals(ledger: Ledger) -> dict[str, float | int | None]:
 def earlier_ledgers(folder: Path) -> list[Path]:
     """Return the ledgers of attempts that were set aside: their replies are paid for, so they are
     used again."""
-    return sorted((folder.parent / "superseded").glob(f"{folder.name}.*/{LEDGER}"))
+    return ledgers_in(sorted((folder.parent / "superseded").glob(f"{folder.name}.*")), LEDGER)

@@ -43,7 +43,13 @@ from llavakit_plugins.generation.job import (
 )
 from llavakit_plugins.generation.output import write_output
 from llavakit_plugins.generation.requests.desk import Desk, EmptyReply, attempt
-from llavakit_plugins.generation.requests.ledger import Entry, Ledger, Request, RequestRecord
+from llavakit_plugins.generation.requests.ledger import (
+    SUFFIX,
+    Entry,
+    Ledger,
+    Request,
+    RequestRecord,
+)
 from llavakit_plugins.generation.requests.prompted import Verdict
 from llavakit_plugins.generation.requests.rounds import Collected, Waiting
 from llavakit_plugins.generation.requests.send import Sender, Tally, send_all
@@ -114,7 +120,7 @@ def run_own_job(options: GenerateOptions, generator: Generator, desk: Desk, run:
     Raises the errors of `run_job`.
     """
     failures = Failures(generator.name, run.directory / "failures.txt")
-    path = run.directory / FILE
+    path = run.directory / f"{FILE}{SUFFIX}"
     # a generator may build its chat model later: then replies of every model are taken over
     identities = frozenset(chat.identity for chat in desk.chats) or None
     earlier = earlier_ledgers(run.directory)
@@ -122,7 +128,9 @@ def run_own_job(options: GenerateOptions, generator: Generator, desk: Desk, run:
         conversations = Conversations(path, options.generator)
         with (
             conversations.ledger as made,
-            Ledger(run.directory / LEDGER, identity=identities, earlier=earlier) as ledger,
+            Ledger(
+                run.directory / f"{LEDGER}{SUFFIX}", identity=identities, earlier=earlier
+            ) as ledger,
         ):
             state = _State(conversations, failures)
             jobs = []
@@ -142,8 +150,8 @@ def run_own_job(options: GenerateOptions, generator: Generator, desk: Desk, run:
                 if len(ledger) or len(made) or failures.errors:
                     write_output(jobs, ledger, state.unanswered.reasons, review, run)
                 else:
-                    ledger.path.unlink(missing_ok=True)
-                    path.unlink(missing_ok=True)
+                    ledger.discard()
+                    made.discard()
                 raise
             return finish(jobs, ledger, state.unanswered, review, run)
 

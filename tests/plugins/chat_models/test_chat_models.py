@@ -860,7 +860,7 @@ def test_what_was_recorded_is_given_again_without_asking(service: Service, tmp_p
     assert len(service.asked) == 2
     with pytest.raises(ChatError, match=r"has no reply \(draw 2\).*'Is it red\?'"):
         ask(player, 2)
-    assert KEY not in file.read_text()
+    assert KEY.encode() not in file.read_bytes()
 
 
 def test_a_file_of_replies_that_is_not_there_is_named(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ import llavakit
 from llavakit import Recipe, Registry
 from llavakit.cli import main
 from llavakit.model.folder import create_model, save_model
+from llavakit_plugins.generation.requests.ledger import Ledger
 
 SHORT = ("--device", "cpu", "--max-new-tokens", "6")
 
@@ -437,7 +438,15 @@ def test_killed_it_asks_the_service_nothing_twice(
     out = tmp_path / "a.jsonl"
     command = ("predict", service.url, questions, out, "--concurrency", 2)
     process = processes.start(tmp_path, *command)
-    settle(tmp_path / "a.jsonl.work" / "ledger.jsonl", 8, process)
+    ledger, end = tmp_path / "a.jsonl.work" / "ledger.sqlite", time.monotonic() + 60
+
+    def replies() -> int:
+        with Ledger(ledger, writable=False) as found:
+            return len(found)
+
+    while process.is_alive() and (not ledger.exists() or replies() < 8):
+        assert time.monotonic() < end
+        time.sleep(0.001)
     process.kill()
     assert processes.finish(process) == -signal.SIGKILL
     assert processes.run(tmp_path, *command) == 0

@@ -1,4 +1,4 @@
-"""The ledger and asking by it: nothing twice, nothing lost, never beyond a budget."""
+"""Asking by a ledger: nothing twice, nothing lost, never beyond a budget."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
-from tests.core.processes import small_disk
 from tests.plugins.chat_server import KEY, Handler, Service, completion, serve, user_text
 
 from llavakit import (
@@ -49,123 +48,6 @@ def requests(count: int, first: int = 0) -> list[Request]:
 def entry(number: int = 0, **changes: Any) -> Any:
     facts = record_of("a model", requests(1, number)[0])
     return replace(facts.entry(Reply(f"text {number}", usd=0.5)), **changes)
-
-
-# -- the ledger ------------------------------------------------------------------------------------
-
-
-def test_what_is_written_is_there_when_it_is_opened_again(tmp_path: Path) -> None:
-    path = tmp_path / "ledger.jsonl"
-    odd = "naïve 東京 🍩 \u2028 \ud800 \x00"
-    with Ledger(path) as ledger:
-        ledger.append(entry(0))
-        ledger.append(entry(1, text=odd))
-        ledger.append(entry(0, text="another"))  # of the same key: the first one counts
-        assert len(ledger) == 2
-    with Ledger(path) as again:
-        assert [item.text for item in again] == ["text 0", odd]
-        assert again.get(entry(1).key) == entry(1, text=odd, time=again.get(entry(1).key).time)  # type: ignore[union-attr]
-        assert again.get(entry(7).key) is None
-        assert again.spent == 1.0
-
-
-@pytest.mark.parametrize("cut", range(1, 60, 7))
-def test_half_a_line_is_cut_and_the_rest_is_whole(tmp_path: Path, cut: int) -> None:
-    path = tmp_path / "ledger.jsonl"
-    with Ledger(path) as ledger:
-        for number in range(3):
-            ledger.append(entry(number))
-    data = path.read_bytes()
-    path.write_bytes(data[:-cut])
-    with Ledger(path) as ledger:
-        assert [item.text for item in ledger] == ["text 0", "text 1"]
-        ledger.append(entry(2))
-    with Ledger(path) as ledger:
-        assert [item.text for item in ledger] == ["text 0", "text 1", "text 2"]
-
-
-LINE = entry(1)
-WRONG: dict[str, list[Any]] = {
-    "key": ["zz", "", 7, None, "A" * 32, "é" * 32],
-    "identity": [None, 1], "prompt": [[]], "label": [None, True], "text": [True, None, ["x"], 7],
-    "finish": [5], "model": [None, {}], "draw": ["0", True, 1.5, None, -1, 10**400],
-    "time": ["1", None, True, float("nan")], "usd": ["0.1", True, [], -1, float("inf"), 10**400],
-    "input_tokens": [True, "5", 1.5, -3, 10**300], "output_tokens": [[], "x"],
-}  # fmt: skip
-WRONG_LINES = [
-    json.dumps({**LINE.__dict__, name: value}).encode() + b"\n"
-    for name, values in WRONG.items()
-    for value in values
-]
-
-
-@pytest.mark.parametrize(
-    "line",
-    [
-        b"{}\n",
-        b"\xff\n",
-        b"[1]\n",
-        b'{"key": "zz"}\n',
-        b"\n",
-        b"1\n",
-        b'"x"\n',
-        b"[" * 99999 + b"\n",
-        *WRONG_LINES,
-    ],
-    ids=lambda line: line[:40],
-)
-def test_a_damaged_line_is_named(tmp_path: Path, line: bytes) -> None:
-    path = tmp_path / "ledger.jsonl"
-    with Ledger(path) as ledger:
-        ledger.append(entry(0))
-    path.write_bytes(path.read_bytes() + line)
-    with pytest.raises(DataError, match=r"ledger\.jsonl:2 is no line of a ledger"):
-        Ledger(path)
-
-
-def test_a_full_disk_leaves_whole_lines_and_a_sentence(tmp_path: Path) -> None:
-    with small_disk(tmp_path / "disk", 64):
-        path = tmp_path / "disk" / "ledger.jsonl"
-        padding = tmp_path / "disk" / "padding"
-        padding.write_bytes(bytes(40_000))
-
-        def fill(ledger: Ledger) -> None:
-            for number in range(1000):
-                ledger.append(entry(number, text="x" * 700))
-
-        with Ledger(path) as ledger:
-            with pytest.raises(LlavaError, match=r"cannot write .*No space left"):
-                fill(ledger)
-            count = len(ledger)
-            assert 0 < count < 1000
-            padding.unlink()  # the same ledger goes on, and nothing is between its lines
-            ledger.append(entry(1000))
-        with Ledger(path) as again:
-            assert len(again) == count + 1
-            assert [item.label for item in again] == [f"q{n}" for n in (*range(count), 1000)]
-
-
-def test_a_ledger_that_is_only_read_stays_as_it_is(tmp_path: Path) -> None:
-    path = tmp_path / "ledger.jsonl"
-    with Ledger(path) as ledger:
-        ledger.append(entry(0))
-    half = path.read_bytes() + b'{"key"'  # another process is writing this line
-    path.write_bytes(half)
-    with Ledger(path, writable=False) as ledger:
-        assert [item.text for item in ledger] == ["text 0"]
-    assert path.read_bytes() == half
-
-
-def test_what_earlier_attempts_paid_for_is_taken_over(tmp_path: Path) -> None:
-    for name, identity in (("one", "a model"), ("two", "another")):
-        with Ledger(tmp_path / name) as ledger:
-            facts = record_of(identity, requests(1)[0])
-            ledger.append(facts.entry(Reply(name)))
-    earlier = [tmp_path / "one", tmp_path / "two"]
-    with Ledger(tmp_path / "new", identity="a model", earlier=earlier) as ledger:
-        assert [item.text for item in ledger] == ["one"]
-    with Ledger(tmp_path / "new") as ledger:
-        assert [item.text for item in ledger] == ["one"]
 
 
 # -- asking ----------------------------------------------------------------------------------------
@@ -639,6 +521,6 @@ def test_the_key_is_nowhere(service: Service, batching: Service, tmp_path: Path)
     with Ledger(tmp_path / "batch" / "ledger") as ledger:
         send_all(model(batching, batch=True), lambda: requests(3), ledger)
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
-    assert len(files) == 3
+    assert len([path for path in files if path.suffix != ".lock"]) == 3
     for path in files:
-        assert KEY not in path.read_text()
+        assert KEY.encode() not in path.read_bytes()

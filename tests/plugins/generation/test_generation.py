@@ -135,7 +135,7 @@ def test_a_job_from_contexts_to_data(
     assert not (step / "rejected.jsonl").read_text()
     captions = json.loads((step / "captions.json").read_text())
     assert len(captions) == 12
-    with Ledger(step / "ledger.jsonl") as ledger:
+    with Ledger(step / "ledger.sqlite") as ledger:
         assert len(ledger) == 37
         assert ledger.spent == pytest.approx(37 * 0.002)
     artifact = json.loads((step / "artifact.json").read_text())
@@ -486,7 +486,7 @@ def test_given_replies_make_the_same_bytes(service: Service, tmp_path: Path) -> 
     count = len(service.asked)
     text = recipe.read_text()
     head = text[: text.index("[steps.generator.chat]")]
-    ledger = tmp_path / "a" / "01-generate" / "ledger.jsonl"
+    ledger = tmp_path / "a" / "01-generate" / "ledger.sqlite"
     replay = tmp_path / "replay.toml"
     replay.write_text(f'{head}[steps.generator.chat]\nuse = "replay"\npath = "{ledger}"\n')
     assert main([str(replay), "--out", str(tmp_path / "c")]) == 0
@@ -538,7 +538,7 @@ def test_a_budget_stops_and_more_money_goes_on(
     assert "stopped at budget_usd = 0.04" in capsys.readouterr().err
     before = len(service.asked)
     assert 0 < before < 36
-    with Ledger(out / "01-generate" / "ledger.jsonl") as ledger:
+    with Ledger(out / "01-generate" / "ledger.sqlite") as ledger:
         assert ledger.spent <= 0.04
         asked = [row for row in rows_of(out / "events.jsonl") if row["event"] == "asked"]
         assert asked[-1]["replies"] == len(ledger)
@@ -605,7 +605,7 @@ def test_killed_at_any_time_it_asks_nothing_twice_and_loses_nothing(
     service.otherwise = valve.answer
     recipe, out = write_recipe(tmp_path, service, count), tmp_path / "run"
     recipe.write_text(untold(recipe.read_text()))
-    ledger = out / "01-generate" / "ledger.jsonl"
+    ledger = out / "01-generate" / "ledger.sqlite"
     draw = random.Random(1)
     kept: dict[str, str] = {}
     for _ in range(kills):
@@ -622,8 +622,10 @@ def test_killed_at_any_time_it_asks_nothing_twice_and_loses_nothing(
         assert finish(process) == -signal.SIGKILL, terminal(tmp_path)
         again = {prompt_hash(body) for body in service.asked[before:]} & set(kept)
         assert not again, "what is in the ledger was asked for again"
-        whole = ledger.read_bytes().rpartition(b"\n")[0] if ledger.is_file() else b""
-        now = {row["prompt"]: row["text"] for row in map(json.loads, whole.splitlines())}
+        now = {}
+        if ledger.is_file():
+            with Ledger(ledger, writable=False) as found:
+                now = {entry.prompt: entry.text for entry in found}
         assert now.items() >= kept.items(), "a reply that was in the ledger is lost"
         kept = now
     assert kept
@@ -660,7 +662,7 @@ def test_killed_before_each_of_its_writes_it_ends_with_the_same_data(
     assert made(out) == expected
     # a kill right before a reply is written loses it, and the one that was on its way beside it
     assert len(service.asked) <= 2 * needed + 2 * needed
-    with Ledger(out / "01-generate" / "ledger.jsonl") as found:
+    with Ledger(out / "01-generate" / "ledger.sqlite") as found:
         assert len(found) == needed
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import sqlite3
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -258,7 +260,7 @@ def test_its_replies_are_in_the_ledger_and_their_price_in_the_report(
     service.actions = [lambda h, b: h.fail(500, "oh")]  # and what passes is tried again
     job.run()
     assert len(service.asked) == 21
-    with Ledger(job.step / "ledger.jsonl") as ledger:
+    with Ledger(job.step / "ledger.sqlite") as ledger:
         assert len(ledger) == 20
         assert Counter(entry.label for entry in ledger) == dict.fromkeys(ALL, 2)
         assert ledger.spent == pytest.approx(20 * 0.002)
@@ -292,7 +294,7 @@ def test_its_budget_is_never_passed(service: Service, tmp_path: Path, generator:
     job = Job(tmp_path, service, generator, "budget_usd = 0.02")
     with pytest.raises(ChatError, match=r"stopped at budget_usd = 0\.02"):
         job.run("steps.1.generator.chat.max_tokens=20")
-    with Ledger(job.step / "ledger.jsonl") as ledger:
+    with Ledger(job.step / "ledger.sqlite") as ledger:
         assert 0 < len(ledger) == len(service.asked) <= 10
         assert ledger.spent <= 0.02
     job.run("steps.1.generator.chat.max_tokens=20", "steps.1.budget_usd=5")
@@ -453,10 +455,9 @@ def test_a_resume_after_a_kill_pays_for_nothing_again(service: Service, tmp_path
     job.run()
     for name in ("artifact.json", "instruct.json", "provenance.jsonl"):
         (job.step / name).unlink()
-    made = job.step / "conversations.jsonl"
-    made.write_bytes(b"".join(made.read_bytes().splitlines(True)[:4]) + b'{"key"')
-    ledger = job.step / "ledger.jsonl"
-    ledger.write_bytes(b"".join(ledger.read_bytes().splitlines(True)[:15]))
+    for name, kept in (("conversations", 4), ("ledger", 15)):
+        with closing(sqlite3.connect(job.step / f"{name}.sqlite")) as database, database:
+            database.execute("DELETE FROM replies WHERE number > ?", (kept,))
     job.run(resume=True)
     assert job.ids() == ALL
     assert len(service.asked) == 25
