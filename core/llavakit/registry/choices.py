@@ -39,22 +39,19 @@ def step_path(value: str, folders: StepFolders | None) -> str | Path:
 
 def all_kinds() -> tuple[type[Component], ...]:
     """Return every kind. Imports torch."""
-    return tuple(map(kind_called, hooks.KINDS))
+    return tuple(map(kind_of, hooks.KINDS))
 
 
-def kind_of(use: Use[Any] | type[Use[Any]]) -> type[Component]:
-    """Return the `Kind` of a `Use[Kind]`; that of `Use["Kind"]` is imported only now."""
+def kind_of(use: Use[Any] | type[Use[Any]] | str) -> type[Component]:
+    """Return the `Kind` of a `Use[Kind]`; that of `Use["Kind"]`, or "Kind", is imported only now."""
+    if isinstance(use, str):
+        return cast("type[Component]", resolve_name(f"llavakit:{use}"))
     for base in (use if isinstance(use, type) else type(use)).__mro__:
         metadata = getattr(base, "__pydantic_generic_metadata__", None)
         if metadata and metadata["args"]:
             kind: type[Component] | str = metadata["args"][0]
-            return kind_called(kind) if isinstance(kind, str) else kind
+            return kind_of(kind) if isinstance(kind, str) else kind
     raise TypeError(f"{use!r} names no kind; write Use[Kind]")
-
-
-def kind_called(name: str) -> type[Component]:
-    """Return a kind by its name; most import torch."""
-    return cast("type[Component]", resolve_name(f"llavakit:{name}"))
 
 
 def texts_in(value: object) -> Iterator[str]:

@@ -17,7 +17,7 @@ import pluggy
 from llavakit.contracts import hooks
 from llavakit.contracts.component import Component, Options, Use
 from llavakit.contracts.errors import PluginError, RecipeError, did_you_mean
-from llavakit.registry.choices import StepFolders, kind_called, kind_of, step_path, texts_in
+from llavakit.registry.choices import StepFolders, kind_of, step_path, texts_in
 from llavakit.registry.installed import (
     check_hooks,
     explained,
@@ -263,7 +263,7 @@ def _offers_of(plugin: str, returned: object, kind: str) -> Iterator[_Offer]:
             "return a list of classes"
         )
     for component in returned:
-        known = _checked(plugin, component, kind_called(kind))
+        known = _checked(plugin, component, kind_of(kind))
         yield _Offer(plugin, known.name, known)
 
 

@@ -67,9 +67,8 @@ def _describe(name: str, *, as_json: bool) -> int:
     import json
     from dataclasses import asdict
 
-    from llavakit import RecipeError, Registry, did_you_mean, printable_json, shown
+    from llavakit import RecipeError, Registry, did_you_mean, kind_of, printable_json, shown
     from llavakit.contracts.hooks import KINDS
-    from llavakit.registry.choices import kind_called
     from llavakit_plugins.scaffolding.options import options_of
 
     registry = Registry.installed()
@@ -81,7 +80,7 @@ def _describe(name: str, *, as_json: bool) -> int:
         raise RecipeError(f"no component is called `{name}`; {hint}")
     found = []
     for kind in kinds:
-        component = registry.get(kind_called(kind), name)
+        component = registry.get(kind_of(kind), name)
         options = options_of(component.Options)
         package, version = names[kind][name]
         text = (inspect.getdoc(component) or "").partition("\n\n")[0]
@@ -106,9 +105,8 @@ def _look() -> tuple[dict[str, list[dict[str, Any]]], list[dict[str, Any]]]:
     """Return the components of each kind, and the plugins that are broken."""
     from importlib.metadata import entry_points
 
-    from llavakit import Registry
+    from llavakit import Registry, kind_of
     from llavakit.contracts.hooks import KINDS, PROJECT
-    from llavakit.registry.choices import kind_called
 
     registry = Registry.installed()
     # built-in components alone are known to work; to import them takes torch, and seconds
@@ -116,7 +114,7 @@ def _look() -> tuple[dict[str, list[dict[str, Any]]], list[dict[str, Any]]]:
     kinds = {kind: registry.origins(kind) for kind in KINDS}
     usable: Mapping[str, Container[str]] = kinds
     if others:
-        usable = {kind: registry.all(kind_called(kind)) for kind in KINDS}
+        usable = {kind: registry.all(kind_of(kind)) for kind in KINDS}
     found: dict[str, list[dict[str, Any]]] = {
         kind: [
             {"name": name, "package": package, "version": version}
