@@ -43,7 +43,7 @@ def all_kinds() -> tuple[type[Component], ...]:
 
 
 def kind_of(use: Use[Any] | type[Use[Any]] | str) -> type[Component]:
-    """Return the `Kind` of a `Use[Kind]`; that of `Use["Kind"]`, or "Kind", is imported only now."""
+    """Return the kind of a `Use[Kind]`, or of its name alone, which is imported only now."""
     if isinstance(use, str):
         return cast("type[Component]", resolve_name(f"llavakit:{use}"))
     for base in (use if isinstance(use, type) else type(use)).__mro__:
