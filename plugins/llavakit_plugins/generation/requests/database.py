@@ -19,8 +19,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from llavakit import DataError, LlavaError
-from llavakit.recipe.files import sync
+from llavakit import DataError, LlavaError, sync
 from llavakit_plugins.generation.requests.entries import Entry, read_entry, read_line
 
 VERSION = 1
