@@ -9,13 +9,15 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import socket
 import sqlite3
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 WRITES = {
     "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.symlink", "os.truncate",
@@ -35,6 +37,8 @@ _SERVER.set_forkserver_preload(
         "transformers.models.clip.modeling_clip",
         "transformers.models.llama.modeling_llama",
         "torch._dynamo",
+        "torch.distributed.fsdp",
+        "llavakit_plugins.training.sharded_checkpoints",
         "llavakit_plugins.generation.job",
         "openai",
         "httpx_aiohttp",
@@ -42,22 +46,96 @@ _SERVER.set_forkserver_preload(
 )
 
 
+Program = Callable[[list[str]], int | None]
+"""What a process runs in the place of the command; it must be a function of a module."""
+
+
 def start(
-    folder: Path, *arguments: object, kill_at: int | None = None, below: str = ""
+    folder: Path,
+    *arguments: object,
+    kill_at: int | None = None,
+    below: str = "",
+    program: Program | None = None,
+    environment: Mapping[str, str] | None = None,
 ) -> BaseProcess:
     """Start `llava-run` with these arguments; its output goes to `folder/terminal.txt`.
 
     With `kill_at` the process kills itself (SIGKILL) right before its so-many-th write, of those
-    to paths that hold `below`.
+    to paths that hold `below`. `environment` is set besides this process's.
     """
     texts = [str(argument) for argument in arguments]
     # the server's environment is that of whichever test was the first to start a process
-    environment = dict(os.environ)
+    whole = {**os.environ, **(environment or {})}
     process = _SERVER.Process(
-        target=_run, args=(folder / "terminal.txt", texts, environment, kill_at, below)
+        target=_run, args=(folder / "terminal.txt", texts, whole, kill_at, below, program)
     )
     process.start()
     return process
+
+
+class Ended(NamedTuple):
+    """How processes ended that ran together."""
+
+    code: int
+    """0, or that of the first process that failed."""
+    said: str
+    """All that they wrote to the terminal."""
+
+
+def run_ranks(
+    folder: Path,
+    number: int,
+    *arguments: object,
+    restarts: int = 0,
+    program: Program | None = None,
+) -> Ended:
+    """Run so many processes of one run, as torchrun would, but each at the cost of a fork.
+
+    As with torchrun, one that fails ends the others, and then all start again, up to `restarts`
+    times.
+    """
+    terminal = folder / "terminal.txt"
+    before = terminal.stat().st_size if terminal.exists() else 0
+    for attempt in range(restarts + 1):
+        together = {
+            "WORLD_SIZE": str(number), "LOCAL_WORLD_SIZE": str(number), "MASTER_PORT": free_port(),
+            "MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1",
+            "TORCHELASTIC_RESTART_COUNT": str(attempt),
+        }  # fmt: skip
+        processes = []
+        for rank in map(str, range(number)):
+            own = {**together, "RANK": rank, "LOCAL_RANK": rank}
+            processes.append(start(folder, *arguments, program=program, environment=own))
+        code = _first_failure(processes)
+        if code == 0:
+            break
+    return Ended(code, terminal.read_bytes()[before:].decode())
+
+
+def free_port() -> str:
+    """Return a port that nothing listens at just now."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return str(server.getsockname()[1])
+
+
+def _first_failure(processes: Sequence[BaseProcess], seconds: float = 240) -> int:
+    """Wait for all processes, or for the first that fails, which ends the others."""
+    running = {process.sentinel: process for process in processes}
+    code = 0
+    while running and code == 0:
+        ended = wait(list(running), seconds)
+        for process in [running.pop(sentinel) for sentinel in ended if isinstance(sentinel, int)]:
+            process.join()
+            code = code or process.exitcode or 0
+        if not ended:
+            code = -signal.SIGALRM
+    for process in running.values():
+        process.terminate()
+    for process in running.values():
+        process.join(30)
+        process.kill()
+        process.join()
+    return code
 
 
 def finish(process: BaseProcess, seconds: float = 120) -> int:
@@ -80,6 +158,7 @@ def _run(
     environment: dict[str, str],
     kill_at: int | None,
     below: str,
+    program: Program | None,
 ) -> None:
     os.environ.clear()
     os.environ.update(environment)
@@ -94,7 +173,7 @@ def _run(
     if kill_at is not None:
         _kill_before_write(kill_at, below)
     try:
-        code = main(arguments)
+        code = (program or main)(arguments) or 0
     except BaseException:
         traceback.print_exc()
         code = 1

@@ -10,6 +10,7 @@ from typing import Any
 from llavakit import LanguageModel, ModelError
 from llavakit_plugins.huggingface.hub import quietly
 from llavakit_plugins.huggingface.json_files import read_json
+from llavakit_plugins.huggingface.unread import being_left
 from llavakit_plugins.huggingface.weights import Weights
 
 _FILES = ("adapter_model.safetensors", "adapter_model.bin")
@@ -37,6 +38,8 @@ def merge_adapter(language: LanguageModel, folder: Path, *, shapes: bool = False
         )
     network: Any = language
     library: Any = peft
+    if (unread := being_left()) is not None:
+        unread.read(language)  # what is added to must be there
     model = network.model.to("meta") if shapes else network.model
     # a key may have the adapter's name in it, which peft leaves out when it saves
     state = {

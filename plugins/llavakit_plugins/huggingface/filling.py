@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -10,7 +11,9 @@ from torch import Tensor
 
 from llavakit import ModelError, and_more
 from llavakit_plugins.huggingface.hub import explain_config, quietly
+from llavakit_plugins.huggingface.unread import being_left
 
+_log = logging.getLogger("llavakit")
 _RECOMPUTED = ("rotary_emb.inv_freq", "embeddings.position_ids")
 """Tensors that older versions of transformers saved."""
 _NAMED = 4  # tensors that an error lists
@@ -33,18 +36,34 @@ def fill(
 ) -> Any:
     """Return a model of class `network`, made of `config`, that holds the tensors in `state`.
 
-    A tensor with the right `dtype` is used without a copy. `how` are further options of
-    transformers' `from_pretrained`. Raises ModelError, which begins with `where`, for tensors that
-    are missing, unused or of another shape.
+    A tensor with the right `dtype` is used without a copy, and within `leave_unread` none is read.
+    `how` are further options of transformers' `from_pretrained`. Raises ModelError, which begins
+    with `where`, for tensors that are missing, unused or of another shape.
     """
     state = needed(state)
     _refuse_another_size(network, config, state, where)
+    unread = being_left()
+    if unread is not None and not how:
+        stand_ins = {name: unread.stand_in(tensor, dtype) for name, tensor in state.items()}
+        model = _filled(network, config, stand_ins, where, dtype=dtype)
+        if unread.stands_for(model) and not _lost_tie(model):
+            return model
+        _log.info("%s: not all weights are tensors of its files: they are read whole", where)
+    return _filled(network, config, state, where, dtype=dtype, **how)
+
+
+def _filled(
+    network: type[Any],
+    config: Any,
+    state: Mapping[str, Tensor],
+    where: object,
+    **how: Any,
+) -> Any:
     with quietly(report=False):
         model, found = network.from_pretrained(
             None,
             config=config,
-            state_dict=state,
-            dtype=dtype,
+            state_dict=dict(state),
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are named below
             **how,
@@ -60,6 +79,13 @@ def fill(
     if any(wrong.values()) or found["error_msgs"]:
         raise _misfit(network, where, wrong, found["error_msgs"])
     return model
+
+
+def _lost_tie(model: Any) -> bool:
+    """Return whether head and embedding, both in the files, were not compared: they are unread."""
+    tied = getattr(model.config, "tie_word_embeddings", False)
+    head = model.get_output_embeddings() if tied else None
+    return head is not None and head.weight is not model.get_input_embeddings().weight
 
 
 def _refuse_another_size(

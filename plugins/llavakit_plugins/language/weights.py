@@ -16,6 +16,7 @@ from llavakit import ModelError, cast_weights
 from llavakit_plugins.huggingface.filling import fill
 from llavakit_plugins.huggingface.hub import fetch_folder
 from llavakit_plugins.huggingface.json_files import end_tokens
+from llavakit_plugins.huggingface.unread import being_left
 from llavakit_plugins.huggingface.weights import Weights
 from llavakit_plugins.huggingface.writing import write_weights
 from llavakit_plugins.language import four_bits
@@ -52,7 +53,8 @@ def read_weights(network: type[Any], config: Any, options: LanguageOptions) -> A
     # Weights for another device, or for 4 bits, are converted one by one on their way there.
     # Converting them here first would hold all of them in the CPU's memory.
     elsewhere = options.quantize is not None or options.device not in (None, "cpu")
-    weights = Weights.within(folder, None if elsewhere else dtype)
+    later = elsewhere or being_left() is not None
+    weights = Weights.within(folder, None if later else dtype)
     if weights is None:
         raise ModelError(f"{folder} holds no weights of a language model; copy them there")
     try:

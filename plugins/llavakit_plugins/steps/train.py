@@ -24,7 +24,7 @@ from llavakit.contracts.sections import Card, Curves, Gallery, Section
 from llavakit_plugins.reporting.pictures import save_thumbnail
 from llavakit_plugins.training.corpus import Corpus
 from llavakit_plugins.training.features import preparation
-from llavakit_plugins.training.initial import missing_model, own_row, sketch_start, start
+from llavakit_plugins.training.initial import missing_model, own_row, sketch_start, start_unread
 from llavakit_plugins.training.loop import Trainer
 from llavakit_plugins.training.options import TrainOptions
 from llavakit_plugins.training.parallel import parts_of_weights
@@ -51,11 +51,9 @@ class _Train(Step):
                 "note: most CPUs compute slower in bf16 than in float32: try --set "
                 "steps.%s.precision=fp32", self.name,
             )  # fmt: skip
-        # what is divided is read into the memory that all processes share, mapped, and each device
-        # takes its share from there, a block at a time
-        whole = run.process_group.size == 1 or options.shard is False
-        model = start(run, options, **({} if whole else {"device": "cpu"}))
+        model, unread = start_unread(run, options)
         if parts_of_weights(model, options, run.process_group.size) == 1:
+            unread.read(model, run.device)
             model.to(run.device)
         own_tiling = model.tiling
         if options.tiling is not None:
@@ -80,7 +78,7 @@ class _Train(Step):
             held_out = Corpus(run.build(options.held_out), model, template, options.max_length)
         run.event("corpus", samples=len(corpus), tokens=sum(corpus.lengths), cut=corpus.cut)
         with _explain_memory(_less_memory(options)):
-            trainer = Trainer(model, corpus, options, run, held_out, template)
+            trainer = Trainer(model, corpus, options, run, held_out, template, unread)
             progress = trainer.train()
         if not run.process_group.is_main:
             return Outcome({})

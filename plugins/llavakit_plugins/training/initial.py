@@ -26,6 +26,7 @@ from llavakit import (
 from llavakit.contracts.component import ModelPath
 from llavakit.contracts.run import Planner
 from llavakit_plugins.huggingface.hub import PretrainedOptions, find_file, missing_source
+from llavakit_plugins.huggingface.unread import Unread, being_left, leave_unread
 from llavakit_plugins.training.checkpoints import write_whole
 
 _ALONE = ("adapter_config.json", "mm_projector.bin")
@@ -114,20 +115,34 @@ def start(run: Run, options: StartOptions, **given: Any) -> LlavaModel:
         return change_parts(model, changes)
 
 
+def start_unread(run: Run, options: StartOptions) -> tuple[LlavaModel, Unread]:
+    """Return the model that a step starts from, and its weights that are not read yet.
+
+    One process reads all at once. Of several, each will keep its share alone, or a whole copy.
+    """
+    if run.process_group.size == 1:
+        return start(run, options), Unread()
+    with leave_unread() as unread:
+        return start(run, options, device="cpu"), unread
+
+
 def start_with(run: Run, options: StartOptions, weights: Mapping[str, Tensor]) -> LlavaModel | None:
     """Return the model that a step started from with trained `weights`, in the main process.
 
-    All processes must call it. The weights, which may be divided, pass through a mapped file, so
-    neither a device nor the memory has to hold all of them.
+    All processes must call it. The weights, which may be divided, pass through a mapped file, and
+    so do others whose dtype is not that of their file: neither a device nor the memory has to hold
+    all of them.
     """
     file, is_main = run.directory / "trained.safetensors", run.process_group.is_main
     write_whole(weights, file if is_main else None)
     if not is_main:
         return None
-    model = start(run, options, device="cpu")
+    with leave_unread() as unread:
+        model = start(run, options, device="cpu")
     for name, value in load_file(file).items():
         model.get_parameter(name).data = value
     file.unlink()  # what is mapped stays
+    unread.read_mapped(model, file)
     return model.requires_grad_(False).eval()
 
 
@@ -147,7 +162,10 @@ def _read_again(
     try:
         if group.is_main:
             rmtree(folder, ignore_errors=True)  # an earlier attempt's, that was killed
-            save_model(run.model(options.init, **options.given, **given), folder)
+            whole = run.model(options.init, **options.given, **given)
+            if (unread := being_left()) is not None:
+                unread.read(whole)
+            save_model(whole, folder)
         group.broadcast(None)
         model: LlavaModel = run.model(folder, options=again, **given)
         group.broadcast(None)

@@ -23,6 +23,7 @@ from llavakit import (
     TrainingError,
     and_more,
 )
+from llavakit_plugins.huggingface.unread import Unread
 from llavakit_plugins.training.checkpoints import Best, Checkpoints
 from llavakit_plugins.training.corpus import Batch, Corpus
 from llavakit_plugins.training.features import Cached, features_of
@@ -72,7 +73,8 @@ class _Due(NamedTuple):
 class Trainer:
     """Trains a model in place; `run` gives the folder, the seed and the events.
 
-    `held_out` is used for validation only, with the prompts of `template`.
+    `held_out` is used for validation only, with the prompts of `template`. The model's weights that
+    are `unread` are read where they are divided.
     """
 
     def __init__(
@@ -83,6 +85,7 @@ class Trainer:
         run: Run,
         held_out: Corpus | None = None,
         template: PromptTemplate | None = None,
+        unread: Unread | None = None,
     ) -> None:
         self.model, self.corpus, self.options, self.run = model, corpus, options, run
         self.process_group = run.process_group
@@ -91,8 +94,8 @@ class Trainer:
         self.encoder = "vision" in options.train
         if self.sharded:  # first: in float32 the whole weights might not fit into one device
             half = options.precision == "bf16"
-            device, encoder = run.device, self.encoder
-            shard(model, self.process_group, device, parts, half=half, encoder=encoder)
+            how: dict[str, Any] = {"half": half, "encoder": self.encoder, "unread": unread}
+            shard(model, self.process_group, run.device, parts, **how)
         self.parts = Parts(model, options, remember=not self.sharded)
         if self.sharded:
             begin_sharded(model)

@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from llavakit import LlavaModel, TrainingError
 from llavakit.contracts.run import ProcessGroup
+from llavakit_plugins.huggingface.unread import Unread, read_shares
 from llavakit_plugins.training.corpus import Corpus
 from llavakit_plugins.training.options import TrainOptions
 
@@ -103,11 +104,13 @@ def shard(
     *,
     half: bool,
     encoder: bool,
+    unread: Unread | None = None,
 ) -> None:
     """Divide weights into `parts`, each held by as many devices as there are groups of `parts`.
 
-    Weights may lie in a mapped file: each unit goes to the `device`, and its
-    share stays there.
+    Weights that are `unread` are divided on the meta device, and each process then reads its share
+    of them from their files. Others may lie in mapped files: each unit goes to the `device`, and
+    its share stays there.
 
     With `half`, weights are gathered as bfloat16. Gradients are always summed in float32: in
     bfloat16 a sum over many devices loses small terms. A frozen encoder stays whole; `encoder`
@@ -131,6 +134,11 @@ def shard(
         reduce_dtype=torch.float32,
         cast_forward_inputs=False,  # rotary angles need float32
     )
+    sources: dict[str, Tensor] = {}
+    if unread is not None:
+        if not encoder:
+            unread.read(model.vision, device)
+        sources = unread.to_meta(model)
     if not encoder:
         model.vision.to(device)
     else:  # computes in float32 on one device, too: it runs outside of autocast
@@ -145,6 +153,7 @@ def shard(
         reshard_after_forward=False,  # the outermost unit is needed again at once, in the backward
         ignored_params=None if encoder else set(model.vision.parameters()),
     )
+    read_shares(model, sources, device)
     # training calls `loss`, not `forward`: FSDP's hooks have to gather weights there, too
     register_fsdp_forward_method(model, "loss")
     setattr(model, _BEGIN, lambda: None)

@@ -33,6 +33,7 @@ from llavakit_plugins.huggingface.hub import (
     read_config,
 )
 from llavakit_plugins.huggingface.json_files import read_json
+from llavakit_plugins.huggingface.unread import being_left
 from llavakit_plugins.huggingface.weights import Weights
 from llavakit_plugins.vision.pixels import colour_of, filter_of
 from llavakit_plugins.vision.preprocessing import (
@@ -279,7 +280,7 @@ def vision_state(folder: Path, dtype: torch.dtype | None) -> dict[str, Tensor]:
     The folder may hold a vision model alone, a whole CLIP, or a LLaVA. Raises ModelError if there
     are none, or if a file is damaged.
     """
-    weights = Weights.within(folder, dtype)
+    weights = Weights.within(folder, None if being_left() is not None else dtype)
     if weights is None:
         raise ModelError(f"{folder} holds no weights of a vision encoder; copy them there")
     # LLaVA of transformers 4 and 5, then a whole CLIP
