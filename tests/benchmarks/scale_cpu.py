@@ -4,29 +4,157 @@
 
 Without a name all sections run, one after another. Each prints one small table: what was measured,
 the ratio, the limit. A section is a function without arguments, listed in `SECTIONS`.
+
+Memory is what a process has for itself (the private pages of /proc/self/smaps_rollup), less what it
+has once everything is imported and the model is there; `shared` is what it shows of mapped files,
+which all processes of a machine have together, and which the system takes back when it needs it.
 """
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
 import sys
+import time
 from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from threading import Thread
+from typing import Any
+
+COUNTS = (10_000, 100_000, 1_000_000, 10_000_000)
+MOST_MB, MOST_SECONDS, MOST_GROWTH = 300, 10.0, 1.10
 
 
 def data() -> None:
-    """Start-up and memory of a rank, from 10,000 samples to 10 million."""
-    print("data: see below")
+    """Tokenising, and then the start and the memory of a resumed step, for synthetic samples.
+
+    Samples of 12 to 59 tokens, every second one about one of 4,096 images. The first pass is made
+    by two processes, the later one by each of two.
+    """
+    counts = [int(text) for text in os.environ.get("SCALE_COUNTS", "").split()] or COUNTS
+    print(
+        f"{'samples':>10} {'tokenise us':>12} {'MB':>5} {'on disk':>8} | {'start s':>8} {'MB':>5} "
+        f"{'shared':>7} {'us a step':>10}"
+    )
+    first: dict[str, float] = {}
+    for count in counts:
+        with TemporaryDirectory(dir=os.environ.get("SCALE_FOLDER")) as name:
+            folder = Path(name)
+            made = max(_processes("make", folder, count), key=lambda found: found["mb"])
+            size = sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
+            started = max(_processes("start", folder, count), key=lambda found: found["mb"])
+            print(
+                f"{count:10,} {made['us']:12.1f} {made['mb']:5.0f} {size / 1e6:7.0f}M | "
+                f"{started['seconds']:8.2f} {started['mb']:5.0f} {started['shared']:7.0f} "
+                f"{started['us']:10.1f}",
+                flush=True,
+            )
+            first = first or {"make": made["us"], "step": started["us"]}
+    tokenise, step = made["us"] / first["make"], started["us"] / first["step"]
+    memory, start = max(made["mb"], started["mb"]), started["seconds"]
+    print(
+        f"\nof {counts[-1]:,} against {counts[0]:,}, a sample costs {tokenise:.2f}x to tokenise "
+        f"and {step:.2f}x in a step\n(limit {MOST_GROWTH}x); memory {memory:.0f} MB "
+        f"(limit {MOST_MB}), start {start:.1f} s (limit {MOST_SECONDS:.0f})"
+    )
+
+
+def _processes(what: str, folder: Path, count: int) -> list[dict[str, float]]:
+    """Run two processes of this file under torchrun; return what each measured."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
+    command += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", __file__]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command += ["measure", what, str(folder), str(count)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    if len(found) != 2:
+        sys.exit(done.stdout + done.stderr)
+    return found
+
+
+def _measure(what: str, folder: Path, count: int) -> None:
+    """Tokenise synthetic samples, or find them tokenised; print what that took as JSON."""
+    from tests.benchmarks.synthetic import Synthetic, small_model
+
+    from llavakit import Use
+    from llavakit.contracts.run import Run
+    from llavakit_plugins.training.features import images_recur
+    from llavakit_plugins.training.tokenised import corpus_of
+    from llavakit_plugins.training.torchrun import join
+
+    model, template = small_model()
+    step = folder / "01-pretrain"
+    step.mkdir(exist_ok=True)
+    stamp = step / "begun.json"  # what the key of data without files hangs on
+    with join("cpu") as (group, device):
+        if group.is_main and not stamp.exists():
+            stamp.write_text("{}")
+        group.broadcast(None)
+
+        def build(use: Any, /, **context: Any) -> Any:
+            if what == "start":
+                sys.exit("the data was read again")
+            return Synthetic(count)
+
+        nothing: Any = lambda *_, **__: None  # noqa: E731
+        resume = what == "start"
+        run = Run(
+            step, {}, build, 0, resume, lambda: device, nothing, nothing, nothing, nothing, group
+        )
+        before, _ = _memory()
+        most = [before]
+        Thread(target=_look, args=(most,), daemon=True).start()
+        begun, cpu = time.perf_counter(), time.process_time()
+        corpus, _ = corpus_of(run, Use.model_validate({"use": "synthetic"}), model, template, 256)
+        spent = time.process_time() - cpu
+        found = {"us": 2e6 * spent / count}
+        if what == "start":
+            images_recur(corpus, 1, 1 << 20)
+            corpus.steps(128)
+            batches = corpus.epoch(0, 0, 128, 8192, done=corpus.steps(128) // 2)
+            corpus.pack(next(batches).samples[0])
+            found["seconds"] = time.perf_counter() - begun
+            cpu = time.process_time()
+            for batch in islice(batches, 30):
+                for micro in batch.samples:
+                    corpus.pack(micro)
+            found["us"] = (time.process_time() - cpu) / 30 / 128 * 1e6
+        last, shared = _memory()
+        print(json.dumps({**found, "mb": max(*most, last) - before, "shared": shared}), flush=True)
+        group.broadcast(None)
+
+
+def _look(most: list[float]) -> None:
+    """Keep the most private memory so far, as far as a look now and then finds it."""
+    while True:
+        most[0] = max(most[0], _memory()[0])
+        time.sleep(0.1)
+
+
+def _memory() -> tuple[float, float]:
+    """Return the private and the shared memory of this process, in MB."""
+    rows = Path("/proc/self/smaps_rollup").read_text().splitlines()[1:]
+    sizes = {row.split()[0].rstrip(":"): int(row.split()[1]) / 1024 for row in rows}
+    private = sizes["Private_Dirty"] + sizes["Private_Clean"]
+    return private, sizes["Rss"] - private
 
 
 SECTIONS: dict[str, Callable[[], None]] = {"data": data}
 
 
 def main() -> None:
+    if sys.argv[1:2] == ["measure"]:  # one of our own processes
+        return _measure(sys.argv[2], Path(sys.argv[3]), int(sys.argv[4]))
     names = sys.argv[1:] or list(SECTIONS)
     if unknown := [name for name in names if name not in SECTIONS]:
         sys.exit(f"no section `{unknown[0]}`, but {', '.join(SECTIONS)}")
     for name in names:
         print(f"\n{name}: {SECTIONS[name].__doc__}\n", flush=True)
         SECTIONS[name]()
+    return None
 
 
 if __name__ == "__main__":

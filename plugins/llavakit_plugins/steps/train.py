@@ -22,13 +22,13 @@ from llavakit.contracts.data import IMAGE
 from llavakit.contracts.run import Planner, StepPlan
 from llavakit.contracts.sections import Card, Curves, Gallery, Section
 from llavakit_plugins.reporting.pictures import save_thumbnail
-from llavakit_plugins.training.corpus import Corpus
 from llavakit_plugins.training.features import preparation
 from llavakit_plugins.training.initial import missing_model, own_row, sketch_start, start_unread
 from llavakit_plugins.training.loop import Trainer
 from llavakit_plugins.training.options import TrainOptions
 from llavakit_plugins.training.parallel import parts_of_weights
 from llavakit_plugins.training.parts import PARTS, require_weights
+from llavakit_plugins.training.tokenised import corpus_of
 from llavakit_plugins.training.work import measure_work
 
 _log = logging.getLogger("llavakit")
@@ -60,23 +60,17 @@ class _Train(Step):
             tiling = own_row(model, run.build(options.tiling))
             model.tiling = tiling if tiling.varies else None
         template = run.build(options.template) if options.template else model.template
-        data = run.build(options.data)
-
-        def tokenising(done: int, total: int) -> None:
-            run.progress(done, total, "tokenising")
-
-        corpus = Corpus(
-            data, model, template, options.max_length, tokenising, unlearned=options.unlearned
+        corpus, notes = corpus_of(
+            run, options.data, model, template, options.max_length, unlearned=options.unlearned
         )
-        notes = list(data.notes())
         if corpus.skipped:
             notes.append(f"Nothing is learned from {corpus.name_skipped()}: they are left out.")
         for note in notes:
             run.event("note", text=note)
         held_out = None
         if options.held_out is not None:
-            held_out = Corpus(run.build(options.held_out), model, template, options.max_length)
-        run.event("corpus", samples=len(corpus), tokens=sum(corpus.lengths), cut=corpus.cut)
+            held_out, _ = corpus_of(run, options.held_out, model, template, options.max_length)
+        run.event("corpus", samples=len(corpus), tokens=corpus.tokens, cut=corpus.cut)
         with _explain_memory(_less_memory(options)):
             trainer = Trainer(model, corpus, options, run, held_out, template, unread)
             progress = trainer.train()

@@ -8,10 +8,10 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from hashlib import blake2b
-from typing import Any, Protocol
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 from pydantic import ValidationError
 from torch import Tensor
@@ -27,14 +27,16 @@ from llavakit import (
     Use,
     VisionEncoder,
 )
-from llavakit.contracts.data import ImageFile, ImageSource
 from llavakit.contracts.packing import upload
+from llavakit_plugins.training.columns import Column
 from llavakit_plugins.training.corpus import Corpus
+from llavakit_plugins.training.image_paths import ImagePaths
 from llavakit_plugins.training.options import TrainOptions
 
 _START = "fork" if sys.platform == "linux" else "spawn"
 _MOST_WORKERS = 8
 _ENCODE_BATCH = 32  # images that are encoded at once for the cache
+_LOOKED_AT = 1 << 20  # samples whose images are looked at together
 CACHE_BYTES = 4 << 30
 """Most bytes of CPU memory that the cache may take when nothing is stated."""
 
@@ -184,76 +186,97 @@ class Cached:
         preparing: VisionEncoder | None = None,
     ) -> None:
         self._corpus, self._device = corpus, model.device
-        vision = preparing or model.vision
-        self._rows_of, distinct = _index(corpus)
-        count = max((rows.stop for rows in self._rows_of.values()), default=0)
+        self._images = distinct_images(corpus)
+        first_views = self._images.first_views
         self._features: Tensor | None = None
         filled = 0
-        with torch.no_grad():
-            for begin in range(0, len(distinct), _ENCODE_BATCH):
-                part = distinct[begin : begin + _ENCODE_BATCH]
-                pixels = torch.cat([corpus.pixels(vision, *image) for image in part])
-                for batch in pixels.split(_ENCODE_BATCH):  # an image may have many views
-                    found = model.features(batch.to(model.device, dtype))
-                    if self._features is None:  # allocated once: `torch.cat` would need it twice
-                        self._features = torch.empty(count, *found.shape[1:], dtype=found.dtype)
-                    self._features[filled : filled + len(batch)] = found
-                    filled += len(batch)
-                progress(begin + len(part), len(distinct), "encoding images")
+        for found in encoded(corpus, model, self._images.distinct, dtype, progress, preparing):
+            if self._features is None:  # allocated once: `torch.cat` would need it twice
+                shape = (int(first_views[-1]), *found.shape[1:])
+                self._features = torch.empty(shape, dtype=found.dtype)
+            self._features[filled : filled + len(found)] = found
+            filled += len(found)
 
     def load(self, micros: Iterable[Sequence[int]]) -> Generator[tuple[PackedBatch, Tensor | None]]:
         for samples in micros:
             batch = self._corpus.pack(samples)
             features = None
             if batch.images and self._features is not None:
-                rows = torch.tensor([r for image in batch.images for r in self._rows_of[image]])
+                images = [self._images.number(*image) for image in batch.images]
+                views = [range(*self._images.first_views[n : n + 2]) for n in images]
+                rows = torch.tensor([row for of_image in views for row in of_image])
                 features = upload(self._features.index_select(0, rows), self._device)
             yield batch.to(self._device), features
 
 
-_Image = tuple[int, int]  #: A sample, and which of its images.
+def encoded(
+    corpus: Corpus,
+    model: LlavaModel,
+    images: Sequence[Image],
+    dtype: torch.dtype,
+    progress: Callable[[int, int, str], None],
+    preparing: VisionEncoder | None = None,
+) -> Iterator[Tensor]:
+    """Yield the features of the views of images, a batch at a time, in their order."""
+    vision = preparing or model.vision
+    for begin in range(0, len(images), _ENCODE_BATCH):
+        part = images[begin : begin + _ENCODE_BATCH]
+        pixels = torch.cat([corpus.pixels(vision, *image) for image in part])
+        for batch in pixels.split(_ENCODE_BATCH):  # an image may have many views
+            with torch.no_grad():
+                yield model.features(batch.to(model.device, dtype))
+        progress(begin + len(part), len(images), "encoding images")
 
 
-def _index(corpus: Corpus) -> tuple[dict[_Image, range], list[_Image]]:
-    """Return the rows of each image's views in the cache, and where each distinct one is first."""
-    known: dict[object, range] = {}
-    rows_of: dict[_Image, range] = {}
-    distinct: list[_Image] = []
-    held = []  # or the next image could be where one was that is gone, and pass for it
-    end = 0
-    for sample in corpus.samples:
-        shown = corpus.shown(sample)
-        for number, image in enumerate(corpus.images[sample]):
-            seen = shown[number] if shown else None  # views may depend on a sample's other images
-            key = (_identity(image), seen)
-            if key not in known:
-                views = 1 if seen is None else corpus.views.of(seen).views
-                known[key] = range(end, end + views)
-                end += views
-                distinct.append((sample, number))
-                held += [] if isinstance(image, ImageFile | bytes) else [image]
-            rows_of[sample, number] = known[key]
-    return rows_of, distinct
+Image = tuple[int, int]  #: A sample, and which of its images.
+
+
+class DistinctImages(NamedTuple):
+    """The images of a corpus, each once, in the order in which samples first show them."""
+
+    distinct: Sequence[Image]
+    first_views: Column  #: The first view of each among the views of all, then how many there are.
+    numbers: Column  #: `[I]` int32: of each use of an image, which of the distinct ones it is.
+    images: ImagePaths
+
+    def number(self, sample: int, image: int) -> int:
+        """Return which of the distinct images a sample's image is."""
+        return int(self.numbers[self.images.uses(sample)[image]])
+
+
+def distinct_images(corpus: Corpus) -> DistinctImages:
+    """Return the images that the samples of training show."""
+    uses = corpus.images.uses_of(corpus.samples)
+    identities = corpus.images.identities[uses]
+    order = np.lexsort((identities[:, 1], identities[:, 0]))  # stable: the first use comes first
+    begins = np.ones(len(order), np.bool_)
+    begins[1:] = (identities[order[1:]] != identities[order[:-1]]).any(axis=1)
+    firsts = order[begins]
+    place = np.empty(len(firsts), np.int32)
+    place[np.argsort(firsts)] = np.arange(len(firsts), dtype=np.int32)
+    numbers = np.full(len(corpus.images.identities), -1, np.int32)
+    numbers[uses[order]] = place[np.cumsum(begins) - 1]
+    distinct = [corpus.images.of_use(int(use)) for use in uses[np.sort(firsts)]]
+    views = np.ones(len(distinct), np.int64)
+    if corpus.views.tiling is not None:
+        shown = (corpus.shown(sample)[image] for sample, image in distinct)
+        views[:] = [corpus.views.of(one).views for one in shown]
+    first_views = np.concatenate([[0], np.cumsum(views)])
+    return DistinctImages(distinct, first_views, numbers, corpus.images)
 
 
 def images_recur(corpus: Corpus, epochs: int, most: int) -> bool:
     """Return whether images are used more than once in training, and at most `most` are distinct.
 
-    Stops at the first image beyond `most`, so that a huge data set is not read to its end.
+    Stops once there are more than `most`, so that a huge data set is not read to its end.
     """
-    seen: set[object] = set()
+    seen: Column = np.zeros(0, np.uint64)
     mentions = 0
-    for index in corpus.samples:
-        for image in corpus.images[index]:
-            seen.add(_identity(image))
-            mentions += 1
+    for begin in range(0, len(corpus), _LOOKED_AT):
+        uses = corpus.images.uses_of(corpus.samples[begin : begin + _LOOKED_AT])
+        # half of an identity is enough to count by
+        seen = np.union1d(seen, corpus.images.identities[uses, 0])
+        mentions += len(uses)
         if len(seen) > most:
             return False
     return mentions * epochs > len(seen)
-
-
-def _identity(image: ImageSource) -> object:
-    # pixels in memory have no name: only the same object counts as the same image
-    if isinstance(image, bytes):  # of a file: read anew each time it is asked for
-        return blake2b(image, digest_size=16).digest()
-    return str(image) if isinstance(image, ImageFile) else id(image)

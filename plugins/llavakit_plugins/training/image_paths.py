@@ -1,59 +1,92 @@
 """Where the images of each sample lie, so that no row is parsed again for them.
 
-I images of all samples, N samples.
+I uses of images by all samples, N samples.
 """
 
 from __future__ import annotations
 
-import os
-from array import array
 from collections.abc import Sequence
+from hashlib import blake2b
 from pathlib import Path
 
-from llavakit import Dataset, ImageSource
+import numpy as np
+
+from llavakit import Dataset, ImageFile, ImageSource
+from llavakit.contracts.data import Video
+from llavakit_plugins.training.columns import Column, Columns
 
 
 class ImagePaths:
     """The images of a data set's samples: paths are kept, all else is asked of the data set.
 
-    File names stand end to end in one text with the offset of each, folders are kept once: a Python
-    object for each of a million paths would take ten times as much, and each process that reads
-    images would come to hold a copy of it.
+    Paths stand end to end in one column of bytes with the end of each: a Python object for each of
+    a million paths would take ten times as much, and each process that reads images would come to
+    hold a copy of it.
     """
 
-    def __init__(self, data: Dataset) -> None:
+    def __init__(self, columns: Columns, data: Dataset) -> None:
         self._data = data
-        self._names = bytearray()
-        self._ends = array("q", [0])  # [I + 1]
-        self._folders: list[str] = []  # each with the separator behind it
-        self._folder_numbers: dict[str, int] = {}
-        self._folder_of = array("i")  # [I]
-        self._firsts = array("q", [0])  # [N + 1]: of each sample the number of its first image
-        self._asked: set[int] = set()  # samples with images that are no paths
+        self._names, self._ends = columns["names"], columns["name_ends"]  # [I]
+        self._of_samples = columns["image_ends"]  # [N]
+        self.identities: Column = columns["identities"]
+        """`[I, 2]` of uint64: equal for two uses of one image, which look the same in both."""
 
-    def append(self, images: Sequence[ImageSource]) -> None:
-        """Add the images of the next sample."""
-        if all(isinstance(image, Path) for image in images):
-            for image in images:
-                folder, separator, name = str(image).rpartition(os.sep)
-                # names in JSON may hold lone surrogates, and those of files any byte
-                self._names += name.encode("utf-8", "surrogatepass")
-                self._ends.append(len(self._names))
-                number = self._folder_numbers.setdefault(folder + separator, len(self._folders))
-                if number == len(self._folders):
-                    self._folders.append(folder + separator)
-                self._folder_of.append(number)
-        else:
-            self._asked.add(len(self._firsts) - 1)
-        self._firsts.append(len(self._folder_of))
+    def uses(self, sample: int) -> range:
+        """Return the numbers of a sample's images among all uses of images."""
+        begin = int(self._of_samples[sample - 1]) if sample else 0
+        return range(begin, int(self._of_samples[sample]))
+
+    def uses_of(self, samples: range | Column) -> Column:
+        """Return the numbers of many samples' images, in order."""
+        if isinstance(samples, range):
+            return np.arange(self.uses(samples[0]).start, self.uses(samples[-1]).stop)
+        numbers = np.asarray(samples, np.int64)
+        ends = self._of_samples[numbers]
+        begins = np.where(numbers > 0, self._of_samples[numbers - 1], 0)
+        counts = ends - begins
+        before = np.cumsum(counts) - counts
+        uses: Column = np.arange(counts.sum()) + np.repeat(begins - before, counts)
+        return uses
+
+    def of_use(self, use: int) -> tuple[int, int]:
+        """Return the sample of a use of an image, and which of its images it is."""
+        sample = int(np.searchsorted(self._of_samples, use, side="right"))
+        return sample, use - self.uses(sample).start
 
     def __getitem__(self, sample: int) -> Sequence[ImageSource]:
         """Return the images of a sample, in the order of its placeholders."""
-        if sample in self._asked:
-            return self._data[sample].images
-        return [self._path(image) for image in range(*self._firsts[sample : sample + 2])]
+        names = [self._name(use) for use in self.uses(sample)]
+        if all(names):
+            return [Path(name) for name in names]
+        return self._data[sample].images
 
-    def _path(self, image: int) -> Path:
-        begin, end = self._ends[image : image + 2]
-        name = self._names[begin:end].decode("utf-8", "surrogatepass")
-        return Path(self._folders[self._folder_of[image]] + name)
+    def _name(self, use: int) -> str:
+        begin = int(self._ends[use - 1]) if use else 0
+        name = self._names[begin : int(self._ends[use])].tobytes()
+        return name.decode("utf-8", "surrogatepass")
+
+
+def name_of(image: ImageSource) -> bytes:
+    """Return the bytes under which a path is kept; none for what is no path."""
+    # names in JSON may hold lone surrogates, and those of files any byte
+    return str(image).encode("utf-8", "surrogatepass") if isinstance(image, Path) else b""
+
+
+def identity_of(image: ImageSource, where: tuple[int, int], seen: object) -> bytes:
+    """Return 16 bytes that are the same for one image only; `seen` is what its views depend on.
+
+    Pixels in memory have no name: each of them, the `where[1]`th of sample `where[0]`, is one of
+    its own.
+    """
+    kind = type(image).__name__.encode()[:16]
+    if isinstance(image, Video):
+        image = image.source
+    if isinstance(image, bytes):
+        content = image
+    elif isinstance(image, str | ImageFile):
+        content = str(image).encode("utf-8", "surrogatepass")
+    else:
+        kind, content = b"", repr(where).encode()
+    found = blake2b(content, digest_size=16, person=kind)
+    found.update(b"" if seen is None else repr(seen).encode())
+    return found.digest()

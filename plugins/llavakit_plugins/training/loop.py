@@ -211,9 +211,9 @@ class Trainer:
         epoch, before = self.progress.epoch, self.progress.batch
         while done < self.steps:
             batches = self.corpus.epoch(
-                self.run.seed, epoch, options.batch_size, options.micro_batch_tokens
+                self.run.seed, epoch, options.batch_size, options.micro_batch_tokens, before
             )
-            for batch in islice(batches, before, before + self.steps - done):
+            for batch in islice(batches, self.steps - done):
                 before += 1
                 done += 1
                 yield _Due(epoch, before, batch, self._micros(batch))
@@ -226,7 +226,7 @@ class Trainer:
         """
         self._reseed()
         batch = due.batch
-        targets = sum(self.corpus.supervised_counts[sample] for sample in batch.all_samples)
+        targets = self.corpus.supervised_of(batch.all_samples)
         total = torch.zeros((), device=self.model.device)
         # Nested autocast regions share the cache of rounded weights until the outermost one ends:
         # so weights are cast to bfloat16 once per step and not once per micro-batch.
@@ -246,12 +246,12 @@ class Trainer:
         self.process_group.sum(total)
         sum_gradients(self.optimiser.named.values(), self.process_group)
         if self.process_group.size > 1:
-            drop_zeros(self.model, any(self.corpus.images[s] for s in batch.all_samples))
+            drop_zeros(self.model, any(map(self.corpus.images.uses, batch.all_samples)))
         norm, rate = self.optimiser.step(self.progress.step, total)
         self.progress.step += 1
         self.progress.epoch, self.progress.batch = due.epoch, due.number
         self.progress.samples += len(batch.all_samples)
-        self.progress.tokens += sum(self.corpus.lengths[s] for s in batch.all_samples)
+        self.progress.tokens += sum(self.corpus.lengths_of(batch.all_samples))
         self.progress.targets += targets
         self._unread.append(_Taken(self.progress.step, batch, torch.stack((total, norm))))
         return rate
@@ -297,7 +297,7 @@ class Trainer:
                 if not torch.isfinite(self.model.loss(packed, features)):
                     bad.append(packed.samples[0])
         named = bad or batch.all_samples
-        names = and_more(named, _NAMED, lambda sample: f"`{self.corpus.data[sample].id}`")
+        names = and_more(named, _NAMED, lambda sample: f"`{self.corpus.name(sample)}`")
         return (
             f"{what}; samples: {names}. Lower the learning rate, or look at these samples; "
             "--resume goes on from the last checkpoint"

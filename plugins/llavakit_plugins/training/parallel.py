@@ -34,7 +34,7 @@ def own_micros(
     corpus: Corpus, samples: Sequence[int], capacity: int, process_group: ProcessGroup
 ) -> list[Micro]:
     """Return this device's micro-batches of a step; the number is the same on every device."""
-    lengths = [corpus.lengths[sample] for sample in samples]
+    lengths = corpus.lengths_of(samples)
     shares = [
         corpus.batch([samples[index] for index in share], capacity).samples
         for share in deal(lengths, process_group.size)

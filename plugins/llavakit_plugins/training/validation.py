@@ -72,7 +72,7 @@ class Validation:
         self._template, self._capacity = template, capacity
         self._answering, self._alive = answering, alive
         count = min(samples, len(corpus))
-        indices = (corpus.samples[number * len(corpus) // count] for number in range(count))
+        indices = (int(corpus.samples[number * len(corpus) // count]) for number in range(count))
         self.samples: list[Sample] = [corpus.data[index] for index in indices]
 
     def look(self, step: int) -> Look:
@@ -108,7 +108,7 @@ def held_out_loss(
     """
     # the sum stays on the device and is read once, at the end: one wait for all micro-batches
     total, targets = torch.zeros((), device=model.device), 0
-    micros: Sequence[Sequence[int]] = corpus.batch(corpus.samples, capacity).samples
+    micros: Sequence[Sequence[int]] = corpus.batch(list(corpus.samples), capacity).samples
     for packed, found in features.load(micros):
         alive()
         total += model.loss(packed, found)

@@ -29,7 +29,6 @@ from llavakit.stream.images import read_pixels
 from llavakit_plugins.datasets.conversations import Conversations
 from llavakit_plugins.training.corpus import Corpus
 from llavakit_plugins.training.features import Cached, Encoding, Features, images_recur
-from llavakit_plugins.training.image_paths import ImagePaths
 
 
 def row(identity: str, images: list[str], answer: str = "it is red .") -> dict[str, Any]:
@@ -169,13 +168,13 @@ def test_images_that_are_no_paths_are_asked_of_the_data_set(model: LlavaModel) -
     assert source.asked == {0: 3, 1: 1, 2: 1}
 
 
-def test_a_path_of_any_characters_is_kept_as_it_is() -> None:
+def test_a_path_and_an_id_of_any_characters_are_kept_as_they_are(model: LlavaModel) -> None:
     odd = [Path("a b/\udcff.png"), Path("ü/图/\ud83d.png"), Path("x\n.png")]
-    kept = ImagePaths(Counted([]))
-    kept.append(odd[:1])
-    kept.append([])
-    kept.append(odd[1:])
-    assert [kept[n] for n in range(3)] == [odd[:1], [], odd[1:]]
+    source = Counted([about("\ud83d", odd[0]), about("", *[]), about("ü", *odd[1:])])
+    corpus = Corpus(source, model, model.template, 256)
+    assert [corpus.images[n] for n in range(3)] == [odd[:1], [], odd[1:]]
+    assert [corpus.name(n) for n in range(3)] == ["\ud83d", "", "ü"]
+    assert source.asked == dict.fromkeys(range(3), 1)
 
 
 def test_a_missing_image_names_its_sample(model: LlavaModel, tmp_path: Path) -> None:

@@ -1,0 +1,162 @@
+"""Renders and tokenises the rows of a data set, a block of them at a time, into columns.
+
+A sample's record is its ids, in two bytes each where the vocabulary allows it, and behind them its
+loss mask, a bit a token. N samples, I uses of images.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from llavakit import Dataset, Encoded, PromptTemplate, Views, encode
+from llavakit_plugins.training.columns import Column, Columns, joined
+from llavakit_plugins.training.image_paths import identity_of, name_of
+
+MOST, _LEAST = 1 << 14, 1 << 8  # samples of a block: seconds of work
+_SHOWN_EVERY = 256
+
+Shows = Callable[[int], None]
+"""Is told how many samples of a block are done."""
+
+
+class Reading(NamedTuple):
+    """What makes rows of the stream of a data set's rows."""
+
+    data: Dataset
+    template: PromptTemplate
+    tokenizer: Any
+    views: Views
+    max_length: int
+
+    @property
+    def token_type(self) -> str:
+        """How ids are stored; negative numbers stand for images."""
+        return "<i2" if len(self.tokenizer) < 1 << 15 else "<i4"
+
+    def block(self, begin: int, end: int, shows: Shows = lambda done: None) -> Columns:
+        """Return the samples from `begin` to `end`. Raises DataError as `encode` does."""
+        # arrays, not lists: a Python number takes 32 bytes
+        records, names, ids = bytearray(), bytearray(), bytearray()
+        ends: dict[str, array[int]] = {
+            f"{of}_ends": array("q") for of in ("record", "image", "name", "id")
+        }
+        lengths, supervised, sizes = array("i"), array("i"), array("i")
+        identities = bytearray()
+        cut = views = 0
+        paths = True
+        visual = self.views.view.tokens
+        for number in range(begin, end):
+            sample = self.data[number]
+            item = encode(sample, self.template, self.tokenizer, self.max_length)
+            shown = self.views.shown(sample.images, f"sample `{sample.id}`")
+            item = self.views.place(item, shown)
+            views += sum(image.views for image in item.arranged or ())
+            cut += item.length(visual, whole=True) > self.max_length
+            records += item.ids.astype(self.token_type).tobytes()
+            records += np.packbits(item.supervised).tobytes()
+            ends["record_ends"].append(len(records))
+            lengths.append(item.length(visual))
+            supervised.append(item.supervised_count(visual))
+            ids += sample.id.encode("utf-8", "surrogatepass")
+            ends["id_ends"].append(len(ids))
+            for at, image in enumerate(sample.images):
+                name = name_of(image)
+                paths &= bool(name)
+                names += name
+                ends["name_ends"].append(len(names))
+                seen = shown[at] if shown else None
+                identities += identity_of(image, (number, at), seen)
+            ends["image_ends"].append(len(ends["name_ends"]))
+            sizes.extend(n for one in shown for n in (one.width, one.height, one.frames))
+            if (number - begin) % _SHOWN_EVERY == _SHOWN_EVERY - 1:
+                shows(number + 1 - begin)
+        shows(end - begin)
+        columns: dict[str, Column] = {
+            "records": np.frombuffer(bytes(records), np.uint8),
+            "names": np.frombuffer(bytes(names), np.uint8),
+            "ids": np.frombuffer(bytes(ids), np.uint8),
+            "identities": np.frombuffer(bytes(identities), "<u8").reshape(-1, 2),
+            "lengths": np.asarray(lengths),
+            "supervised": np.asarray(supervised),
+            "sizes": np.asarray(sizes).reshape(-1, 3),
+            **{name: np.asarray(column, np.int64) for name, column in ends.items()},
+        }
+        facts = {"token_type": self.token_type, "samples": end - begin, "cut": int(cut)}
+        return Columns(columns, {**facts, "views": views, "paths": paths})
+
+    def facts(self, blocks: Sequence[Columns]) -> dict[str, Any]:
+        """Return what is known of all samples together."""
+        every = [block.facts for block in blocks]
+        sums = {name: sum(facts[name] for facts in every) for name in ("samples", "cut", "views")}
+        return {
+            "token_type": self.token_type,
+            **sums,
+            "paths": all(facts["paths"] for facts in every),  # whether all images are paths
+            "notes": list(self.data.notes()),
+        }
+
+
+def blocks_of(samples: int) -> list[range]:
+    """Return the blocks of so many samples: the same for any number of processes."""
+    size = min(MOST, max(_LEAST, -(-samples // 64)))
+    return [range(begin, min(begin + size, samples)) for begin in range(0, samples, size)]
+
+
+def read_all(reading: Reading, progress: Callable[[int, int], None]) -> Columns:
+    """Return all samples in memory."""
+    total = len(reading.data)
+    blocks = []
+    for block in blocks_of(total):
+
+        def shows(done: int, begin: int = block.start) -> None:
+            progress(begin + done, total)
+
+        blocks.append(reading.block(block.start, block.stop, shows))
+    return joined(blocks, reading.facts(blocks))
+
+
+def check(columns: Columns) -> None:
+    """Raise ValueError for columns that do not fit together."""
+    samples, kind = columns.facts["samples"], np.dtype(columns.facts["token_type"])
+    if kind not in (np.dtype("<i2"), np.dtype("<i4")) or columns.facts["views"] < 0:
+        raise ValueError("it says something else than what is written there")
+    for name in ("lengths", "supervised", "record_ends", "image_ends", "id_ends"):
+        if len(columns[name]) != samples:
+            raise ValueError(f"`{name}` has {len(columns[name])} rows for {samples} samples")
+    uses = len(columns["name_ends"])
+    held = {"record": "records", "id": "ids", "name": "names"}
+    lasts = {of: len(columns[name]) for of, name in held.items()} | {"image": uses}
+    for of, last in lasts.items():
+        ends = columns[f"{of}_ends"]
+        if (int(ends[-1]) if len(ends) else 0) != last or not ascending(ends):
+            raise ValueError(f"`{of}_ends` does not count up to what is there")
+    if len(columns["identities"]) != uses or len(columns["sizes"]) not in (0, uses):
+        raise ValueError("its images are not all there")
+
+
+def ascending(ends: Column) -> bool:
+    """Say whether a column counts up from 0 or more, looking at a part of it at a time."""
+    last = 0
+    for begin in range(0, len(ends), 1 << 20):
+        part = ends[begin : begin + (1 << 20)]
+        if part[0] < last or (np.diff(part) < 0).any():
+            return False
+        last = part[-1]
+    return True
+
+
+def read_record(columns: Columns, sample: int, max_length: int) -> Encoded:
+    """Return the ids (int64) and the loss mask (bool) of one sample."""
+    ends, kind = columns["record_ends"], np.dtype(columns.facts["token_type"])
+    begin = int(ends[sample - 1]) if sample else 0
+    record = columns["records"][begin : int(ends[sample])]
+    # n tokens take n * width + ceil(n / 8) bytes
+    count = 8 * len(record) // (8 * kind.itemsize + 1)
+    ids, bits = np.split(record, [count * kind.itemsize])
+    supervised = np.unpackbits(bits, count=count).astype(np.bool_)
+    # a copy is aligned, and a record in the file need not be
+    return Encoded(np.frombuffer(ids.tobytes(), kind).astype(np.int64), supervised, max_length)

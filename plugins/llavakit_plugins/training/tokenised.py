@@ -1,0 +1,240 @@
+"""Data sets that are tokenised once for a run: by all processes, into a file that they all map.
+
+    runs/NAME/tokenised/KEY.safetensors     one for each data set, template, tokenizer and length
+    runs/NAME/tokenised/KEY.blocks/         what is done of one that is not whole yet
+
+Each process takes every n-th block of samples and writes it when it is whole, so a kill loses no
+more than the blocks at work. The main one joins them. Later steps and runs of the same folder find
+the file by its key.
+"""
+
+from __future__ import annotations
+
+import logging
+import pickle
+import shutil
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from functools import cached_property
+from pathlib import Path
+from typing import Literal, TypeVar
+
+import numpy as np
+import torch
+
+from llavakit import (
+    Dataset,
+    LlavaError,
+    LlavaModel,
+    PromptTemplate,
+    Run,
+    Sample,
+    Stopped,
+    TrainingError,
+    Use,
+    explain_write,
+)
+from llavakit.contracts.run import ProcessGroup
+from llavakit_plugins.training.columns import Columns, Stored, write_columns
+from llavakit_plugins.training.corpus import Corpus, reading
+from llavakit_plugins.training.corpus_key import key_of
+from llavakit_plugins.training.rows import Reading, blocks_of, check
+
+FOLDER = "tokenised"
+_PATIENCE = 60.0  # seconds until a shared file system shows on one machine what another wrote
+_LONGEST = 4000  # bytes of an error that is sent to the other processes
+
+_log = logging.getLogger("llavakit")
+T = TypeVar("T")
+
+
+def corpus_of(
+    run: Run,
+    use: Use[Dataset],
+    model: LlavaModel,
+    template: PromptTemplate,
+    max_length: int,
+    *,
+    unlearned: Literal["refuse", "skip"] = "refuse",
+    note: str = "tokenising",
+) -> tuple[Corpus, list[str]]:
+    """Return a data set as training reads it, and what a reader of the run should know of it.
+
+    All of `run.process_group` must call it. Where it was tokenised before, the data set is not
+    even built. Raises as `Corpus` does, in every process; Stopped where that is asked for; and
+    TrainingError where the processes do not see the same folder.
+    """
+    group = run.process_group
+    data: Dataset | None = None
+
+    def find() -> Path:
+        nonlocal data
+        folder = run.directory.parent / FOLDER
+        path = folder / f"{key_of(run, use, model, template, max_length)}.safetensors"
+        if _opened(path) is None:
+            data = run.build(use)
+            reading(data, model, template, max_length)  # for its error
+            with explain_write(folder):
+                path.with_suffix(".blocks").mkdir(parents=True, exist_ok=True)
+        return path
+
+    found = agreed(group, find)
+    path, absent = group.broadcast((found or Path(), data is not None))
+    if absent:
+        data = _sent(group, data, lambda: run.build(use))
+        _tokenise(run, reading(data, model, template, max_length), path, note)
+    columns = _opened(path) if _appears(path) else None
+    if group.any(columns is None):
+        raise _unseen(path)
+    assert columns is not None
+    # most data is never asked again: then it need not stay in memory, nor be built
+    later = Later(lambda: run.build(use)) if (columns.facts["paths"] or data is None) else data
+    corpus = Corpus(later, model, template, max_length, unlearned=unlearned, columns=columns)
+    return corpus, list(columns.facts["notes"])
+
+
+def agreed(group: ProcessGroup, make: Callable[[], T]) -> T | None:
+    """Return what `make` gives in the main process, and None in others; raise its error in all."""
+    found, problem = None, None
+    if group.is_main:
+        try:
+            found = make()
+        except LlavaError as error:
+            problem = error
+    said = group.broadcast(None if problem is None else str(problem))
+    if problem is not None:
+        raise problem
+    if said is not None:
+        raise LlavaError(said)
+    return found
+
+
+class Later(Dataset):
+    """A data set that is built when it is first asked for something."""
+
+    def __init__(self, build: Callable[[], Dataset]) -> None:
+        self._build = build
+
+    @cached_property
+    def _built(self) -> Dataset:
+        return self._build()
+
+    def __len__(self) -> int:
+        return len(self._built)
+
+    def __getitem__(self, index: int) -> Sample:
+        return self._built[index]
+
+    def __reduce__(self) -> tuple[Callable[[Dataset], Dataset], tuple[Dataset]]:
+        return _same, (self._built,)  # what builds it has no name that another process knows
+
+
+def _same(data: Dataset) -> Dataset:
+    return data
+
+
+def _tokenise(run: Run, made: Reading, path: Path, note: str) -> None:
+    """Write what is not written yet of a data set's blocks, and join them to `path`."""
+    group, folder = run.process_group, path.with_suffix(".blocks")
+    if group.any(not _appears(folder)):
+        raise _unseen(folder)
+    total = len(made.data)
+    blocks = blocks_of(total)
+    files = [folder / f"{number:06}.safetensors" for number in range(len(blocks))]
+    for first in range(0, len(blocks), group.size):
+        mine, problem = first + group.rank, None
+        if mine < len(blocks):
+            block = blocks[mine]
+
+            def shows(done: int, begin: int = blocks[first].start) -> None:
+                run.progress(min(begin + done * group.size, total), total, note)
+
+            try:
+                _write_block(made, block, files[mine], shows)
+            except LlavaError as error:
+                problem = error
+        _raise_first(group, problem)
+        if run.stopping():
+            raise Stopped
+
+    def join() -> None:
+        if not all(map(_appears, files)):
+            raise _unseen(folder)
+        write_columns(path, Stored(files), made.facts(Stored(files)))
+        shutil.rmtree(folder, ignore_errors=True)
+
+    agreed(group, join)
+
+
+def _write_block(made: Reading, block: range, file: Path, shows: Callable[[int], None]) -> None:
+    before = None
+    with suppress(FileNotFoundError, ValueError, KeyError, TypeError):
+        before = Columns.open(file)  # by an attempt that was interrupted
+        check(before)
+    if before is None or before.facts["samples"] != len(block):
+        read = made.block(block.start, block.stop, shows)
+        write_columns(file, [read], read.facts)
+
+
+def _raise_first(group: ProcessGroup, problem: LlavaError | None) -> None:
+    """Raise in every process the problem of the first that has one: its samples come first."""
+    if group.size == 1:
+        if problem is not None:
+            raise problem
+        return
+    has = torch.zeros(group.size, dtype=torch.int64)
+    has[group.rank] = problem is not None
+    first = next((rank for rank, found in enumerate(group.sum(has).tolist()) if found), None)
+    if first is None:
+        return
+    text = torch.zeros(_LONGEST, dtype=torch.int64)
+    if problem is not None and first == group.rank:
+        said = np.frombuffer(str(problem).encode()[:_LONGEST], np.uint8).astype(np.int64)
+        text[: len(said)] = torch.from_numpy(said)
+    sent = group.sum(text).numpy().astype(np.uint8).tobytes().rstrip(b"\0")
+    if problem is not None and first == group.rank:
+        raise problem
+    raise LlavaError(sent.decode(errors="replace"))
+
+
+def _sent(group: ProcessGroup, data: Dataset | None, build: Callable[[], Dataset]) -> Dataset:
+    """Return the main process's data set in every process: it was read and checked there."""
+    goes = False
+    if data is not None and group.size > 1:
+        with suppress(Exception):  # a plugin's may hold what cannot be sent: each builds its own
+            goes = bool(pickle.dumps(data))
+    sent = group.broadcast(data) if group.broadcast(goes) else data
+    return build() if sent is None else sent
+
+
+def _opened(path: Path) -> Columns | None:
+    """Return what was tokenised before, or None; what is damaged is removed, and that is said."""
+    try:
+        columns = Columns.open(path)
+        check(columns)
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        _log.warning("note: %s is damaged (%s): its data is tokenised again", path, error)
+        with suppress(OSError):
+            path.unlink()
+        return None
+    return columns
+
+
+def _appears(path: Path) -> bool:
+    """Say whether a file or folder is there, soon: another machine may have written it just now."""
+    until = time.monotonic() + _PATIENCE
+    while not path.exists():
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+def _unseen(path: Path) -> TrainingError:
+    return TrainingError(
+        f"not all processes see {path}: put the run's folder (--out) on a file system that all "
+        "machines share"
+    )

@@ -1,0 +1,333 @@
+"""A data set is tokenised once: by all processes, for all later steps, and never half."""
+
+from __future__ import annotations
+
+import copy
+import json
+import multiprocessing
+import os
+import pickle
+import sys
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from socket import socket
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file
+from tests.conftest import RecipeWriter
+
+from llavakit import (
+    DataError,
+    Dataset,
+    LlavaError,
+    LlavaModel,
+    Recipe,
+    Registry,
+    Run,
+    Sample,
+    Stopped,
+    Turn,
+    Use,
+)
+from llavakit.contracts.run import ProcessGroup
+from llavakit.model.folder import create_model
+from llavakit_plugins.training import rows
+from llavakit_plugins.training.columns import Columns, write_columns
+from llavakit_plugins.training.corpus import Batch, Corpus
+from llavakit_plugins.training.tokenised import corpus_of
+from llavakit_plugins.training.torchrun import join
+
+COUNT = 700  # samples: three blocks
+
+
+@pytest.fixture
+def model(write_recipe: RecipeWriter) -> LlavaModel:
+    registry = Registry.installed()
+    return create_model(Recipe.load(write_recipe(), registry).parts(), registry, seed=0).eval()
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """A file of conversations of many lengths, some about images."""
+    path = tmp_path / "rows.json"
+    found = []
+    for number in range(COUNT):
+        question = "<image>\nwhat colour is it ?" * (number % 3 == 0) or "and now ?"
+        turns = [
+            {"from": "human", "value": question},
+            {"from": "gpt", "value": "it is red . " * (number % 7)},
+        ]
+        row: dict[str, Any] = {"id": f"r{number}", "conversations": turns}
+        found.append(row | ({"image": f"{number % 5}.png"} if number % 3 == 0 else {}))
+    path.write_text(json.dumps(found))
+    return path
+
+
+class Counting:
+    """Builds data sets, and counts them."""
+
+    def __init__(self) -> None:
+        self.built = 0
+
+    def __call__(self, use: Use[Any], /, **context: Any) -> Any:
+        self.built += 1
+        return Registry.installed().build(use, **context)
+
+
+def run_in(
+    folder: Path, build: Callable[..., Any], stopping: Callable[[], bool] = lambda: False
+) -> Run:
+    folder.mkdir(parents=True, exist_ok=True)
+    return Run(
+        directory=folder,
+        earlier={},
+        build=build,
+        seed=0,
+        resume=False,
+        find_device=lambda: torch.device("cpu"),
+        model=None,  # type: ignore[arg-type]
+        progress=lambda done, total, note="": None,
+        event=lambda name, /, **values: None,
+        stopping=stopping,
+        process_group=ProcessGroup(),
+    )
+
+
+def use_of(source: Path, data: Path) -> Use[Dataset]:
+    chosen = {"use": "conversations", "path": str(source), "images": str(data / "images")}
+    return Use[Dataset].model_validate(chosen)
+
+
+def same(one: Corpus, other: Corpus) -> None:
+    """Assert that two corpora are the same to the last bit."""
+    assert len(one) == len(other)
+    assert one.skipped == other.skipped
+    assert (one.cut, one.tokens, one.mean_views) == (other.cut, other.tokens, other.mean_views)
+    for sample in range(len(one.lengths)):
+        mine, theirs = one.encoded(sample), other.encoded(sample)
+        np.testing.assert_array_equal(mine.ids, theirs.ids)
+        np.testing.assert_array_equal(mine.supervised, theirs.supervised)
+        assert list(one.images[sample]) == list(other.images[sample])
+        assert one.name(sample) == other.name(sample)
+    assert [*one.epoch(1, 2, 16, 300)] == [*other.epoch(1, 2, 16, 300)]
+
+
+def test_a_later_step_takes_what_was_tokenised_and_builds_no_data(
+    model: LlavaModel, source: Path, data: Path, tmp_path: Path
+) -> None:
+    build = Counting()
+    use = use_of(source, data)
+    get = partial(corpus_of, use=use, model=model, template=model.template, unlearned="skip")
+    first, notes = get(run_in(tmp_path / "run" / "01-pretrain", build), max_length=256)
+    plain = Corpus(build(use), model, model.template, 256, unlearned="skip")
+    same(first, plain)
+    assert notes == []
+    assert build.built == 2
+    again, _ = get(run_in(tmp_path / "run" / "02-finetune", build), max_length=256)
+    same(again, plain)
+    assert build.built == 2  # it was not even built
+    files = [path.name for path in (tmp_path / "run" / "tokenised").iterdir()]
+    assert len(files) == 1
+    # any reader of safetensors reads it
+    read = load_file(tmp_path / "run" / "tokenised" / files[0])
+    assert read["lengths"].tolist() == plain.lengths.tolist()
+    # another length, another file; then other rows
+    get(run_in(tmp_path / "run" / "02-finetune", build), max_length=40)
+    assert build.built == 3
+    source.write_text(source.read_text().replace("red", "blue"))
+    changed, _ = get(run_in(tmp_path / "run" / "02-finetune", build), max_length=256)
+    assert build.built == 4
+    assert any((changed.encoded(n).ids != plain.encoded(n).ids).any() for n in range(1, 7))
+
+
+def test_what_was_done_of_an_interrupted_one_is_not_done_again(
+    model: LlavaModel,
+    source: Path,
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked = Counter[int]()
+    own = rows.Reading.block
+
+    def block(self: rows.Reading, begin: int, end: int, *more: Any) -> Columns:
+        asked[begin] += 1
+        return own(self, begin, end, *more)
+
+    monkeypatch.setattr(rows.Reading, "block", block)
+    looks = iter([False, True])
+    get = partial(
+        corpus_of, use=use_of(source, data), model=model, template=model.template, max_length=256
+    )
+    folder = tmp_path / "run" / "01-pretrain"
+    with pytest.raises(Stopped):
+        get(run_in(folder, Registry.installed().build, lambda: next(looks)), unlearned="skip")
+    assert sorted(asked) == [0, 256]
+    (kept,) = (tmp_path / "run" / "tokenised").iterdir()
+    half = next(iter(sorted(kept.iterdir())))
+    half.write_bytes(half.read_bytes()[:-7])  # as no kill of ours leaves it, but a disk may
+    corpus, _ = get(run_in(folder, Registry.installed().build), unlearned="skip")
+    assert asked == {0: 2, 256: 1, 512: 1}
+    plain = Corpus(Registry.installed().build(use_of(source, data)), model, model.template, 256,
+                   unlearned="skip")  # fmt: skip
+    same(corpus, plain)
+    assert [path.suffix for path in (tmp_path / "run" / "tokenised").iterdir()] == [".safetensors"]
+
+
+@pytest.mark.parametrize("damage", ["cut", "longer", "header", "counts", "empty"])
+def test_a_damaged_file_is_said_and_made_again(
+    model: LlavaModel,
+    source: Path,
+    data: Path,
+    tmp_path: Path,
+    damage: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    get = partial(
+        corpus_of, use=use_of(source, data), model=model, template=model.template, max_length=256,
+        unlearned="skip",
+    )  # fmt: skip
+    run = run_in(tmp_path / "run" / "01-pretrain", Registry.installed().build)
+    plain, _ = get(run)
+    (path,) = (tmp_path / "run" / "tokenised").iterdir()
+    content = path.read_bytes()
+    if damage == "counts":
+        columns = Columns.open(path)
+        found = {name: np.array(columns[name]) for name in columns}
+        found["record_ends"][5] += 1 << 40
+        write_columns(path, [Columns(found, columns.facts)], columns.facts)
+    else:
+        damaged = {
+            "cut": content[:-1],
+            "longer": content + b"\0",
+            "header": b"\xff" * 8 + content[8:],
+            "empty": b"",
+        }
+        path.unlink()  # `plain` is mapped from the old one
+        path.write_bytes(damaged[damage])
+    again, _ = get(run)
+    assert f"{path} is damaged" in caplog.text
+    same(again, plain)
+    assert path.read_bytes() == content
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_nothing_half(tmp_path: Path) -> None:
+    columns = Columns({"names": np.zeros(1 << 20, np.uint8)}, {})
+    path = tmp_path / "full.safetensors"
+    if not os.access("/dev/full", os.W_OK):
+        pytest.skip("this system has no /dev/full")
+    (tmp_path / f".{path.name}.partial").symlink_to("/dev/full")
+    with pytest.raises(LlavaError, match=r"No space left on device; free some space"):
+        write_columns(path, [columns], {})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_sample_that_cannot_be_read_is_named_and_the_rest_is_kept(
+    model: LlavaModel, tmp_path: Path
+) -> None:
+    class Broken(Dataset):
+        name = "broken"
+
+        def __len__(self) -> int:
+            return 600
+
+        def __getitem__(self, index: int) -> Sample:
+            if index == 300:
+                raise DataError(f"row {index} cannot be read; fix it")
+            return Sample(str(index), (Turn("human", "a ?"), Turn("gpt", "b .")))
+
+    run = run_in(tmp_path / "run" / "01-pretrain", lambda use: Broken())
+    with pytest.raises(DataError, match="row 300 cannot be read"):
+        corpus_of(run, Use[Dataset](use="broken"), model, model.template, 256)
+    (kept,) = (tmp_path / "run" / "tokenised").iterdir()
+    assert [path.name for path in kept.iterdir()] == ["000000.safetensors"]
+
+
+def test_columns_travel_as_their_file_s_name(tmp_path: Path) -> None:
+    path = tmp_path / "big.safetensors"
+    columns = Columns({"lengths": np.arange(1 << 16, dtype=np.int32)}, {"a": 1})
+    write_columns(path, [columns, columns], {"b": 2})
+    mapped = Columns.open(path)
+    assert len(pickle.dumps(mapped)) < 1000
+    read = copy.copy(mapped)  # by what pickle takes, too
+    assert read.facts == {"b": 2}
+    np.testing.assert_array_equal(read["lengths"], np.tile(np.arange(1 << 16), 2))
+
+
+def _rank(
+    rank: int, size: int, port: int, breaks: Sequence[int], get: Callable[[Run], Any],
+    folder: Path, said: Any,
+) -> None:  # fmt: skip
+    """Take part as torchrun's process of this rank, and say what was done."""
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size)}
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    made: list[int] = []
+    own = rows.Reading.block
+
+    def block(self: rows.Reading, begin: int, end: int, *more: Any) -> Columns:
+        made.append(begin)
+        if begin in breaks:
+            raise DataError(f"row {begin} is broken; fix it")
+        return own(self, begin, end, *more)
+
+    rows.Reading.block = block  # type: ignore[assignment,method-assign]
+    build = Counting()
+    with join("cpu") as (group, _):
+        try:
+            corpus, _ = get(replace(run_in(folder, build), process_group=group))
+        except LlavaError as error:
+            said.put((rank, type(error).__name__, str(error)))
+        else:
+            said.put((rank, made, build.built, [batch.samples for batch in epoch_of(corpus)]))
+
+
+def epoch_of(corpus: Corpus) -> list[Batch]:
+    return list(corpus.epoch(1, 2, 16, 300))
+
+
+def together(size: int, get: Callable[[Run], Any], folder: Path, *breaks: int) -> list[Any]:
+    """Return what each of several processes said."""
+    fork = multiprocessing.get_context("fork")
+    said = fork.Queue()
+    with socket() as found:
+        found.bind(("localhost", 0))
+        port = found.getsockname()[1]
+    given = (size, port, breaks, get, folder, said)
+    processes = [fork.Process(target=_rank, args=(rank, *given)) for rank in range(size)]
+    for process in processes:
+        process.start()
+    answers = sorted(said.get(timeout=120) for _ in processes)
+    for process in processes:
+        process.join()
+    return answers
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the test forks")
+def test_every_process_takes_its_share(
+    model: LlavaModel, source: Path, data: Path, tmp_path: Path
+) -> None:
+    get = partial(
+        corpus_of, use=use_of(source, data), model=model, template=model.template, max_length=256,
+        unlearned="skip",
+    )  # fmt: skip
+    folder = tmp_path / "run" / "01-pretrain"
+    own = Corpus(Registry.installed().build(use_of(source, data)), model, model.template, 256,
+                 unlearned="skip")  # fmt: skip
+    steps = [batch.samples for batch in epoch_of(own)]
+    assert together(2, get, folder) == [(0, [0, 512], 1, steps), (1, [256], 0, steps)]
+    # now with another number of processes: nothing is left to do
+    assert together(4, get, folder) == [(rank, [], 0, steps) for rank in range(4)]
+    # what one process stumbles over ends all of them, with the sentence of the first sample
+    source.write_text(source.read_text().replace("red", "blue"))
+    sentence = "row 256 is broken; fix it"
+    failed = together(3, get, folder, 512, 256)
+    assert failed == [
+        (0, "LlavaError", sentence), (1, "DataError", sentence), (2, "LlavaError", sentence),
+    ]  # fmt: skip
