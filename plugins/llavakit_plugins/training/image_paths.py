@@ -79,12 +79,11 @@ def identity_of(image: ImageSource, where: tuple[int, int], seen: object) -> byt
     its own.
     """
     kind = type(image).__name__.encode()[:16]
-    if isinstance(image, Video):
-        image = image.source
-    if isinstance(image, bytes):
-        content = image
-    elif isinstance(image, str | ImageFile):
-        content = str(image).encode("utf-8", "surrogatepass")
+    source = image.source if isinstance(image, Video) else image
+    if isinstance(source, bytes):
+        content = source
+    elif isinstance(source, str | ImageFile):
+        content = str(source).encode("utf-8", "surrogatepass")
     else:
         kind, content = b"", repr(where).encode()
     found = blake2b(content, digest_size=16, person=kind)
