@@ -27,7 +27,8 @@ from llavakit.stream.encode import Encoded
 from llavakit_plugins.connectors.mlp import Mlp, MlpOptions
 from llavakit_plugins.language.vicuna import Vicuna, VicunaOptions
 from llavakit_plugins.training.best_fit import best_fit
-from llavakit_plugins.training.optimiser import Group, Optimiser, Schedule
+from llavakit_plugins.training.kinds import Group
+from llavakit_plugins.training.optimiser import Updates
 from llavakit_plugins.vision.clip import Clip, ClipOptions
 
 
@@ -342,7 +343,7 @@ def _time(way: Packed | Padded, case: Case, device: torch.device) -> tuple[float
     """Return seconds of a step, the loss before the first, and the peak of memory in GB."""
     steps = 1 if device.type == "cpu" else 2
     # a rate of 0: the other ways shall see the same weights
-    optimiser = Optimiser([Group(way.learning(), 0.0)], Schedule(steps + 1, 0.0, "constant"))
+    optimiser = Updates([Group(way.learning(), 0.0)], lambda step: 1.0)
 
     def step(number: int) -> Tensor:
         total = torch.zeros((), device=device)

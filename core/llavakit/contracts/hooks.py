@@ -12,6 +12,7 @@ only for what it uses.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import entry_points
 from typing import TypeAlias
 
 import pluggy
@@ -38,7 +39,10 @@ KINDS = {
     "Tracker": ("llava_trackers", "observers of a run's events"),
     "Step": ("llava_steps", "the things a recipe does, one after another"),
 }
-"""Every kind of component, a public name of llavakit, with its hook; listed in this order."""
+"""Every kind of the core, a public name of llavakit, with its hook; listed in this order."""
+
+OWN = {point.name: point.value for point in entry_points(group=f"{PROJECT}.kinds")}
+"""The hooks of kinds that plugin packages declare, and where the kind is: `package.module:Kind`."""
 
 
 def _specify(kind: str, what: str) -> Callable[[], Components]:
@@ -51,3 +55,4 @@ def _specify(kind: str, what: str) -> Callable[[], Components]:
 
 # functions of this module, as pluggy reads them
 globals().update({name: _specify(kind, what) for kind, (name, what) in KINDS.items()})
+globals().update({name: _specify(path, "a plugin package's own") for name, path in OWN.items()})

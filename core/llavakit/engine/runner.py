@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from llavakit.contracts.errors import PluginError
+from llavakit.contracts.errors import PluginError, and_more
 from llavakit.contracts.run import (
     Build,
     Event,
@@ -41,8 +41,6 @@ from llavakit.engine.step_models import StepModel, link_newest
 from llavakit.recipe.files import explain_write, one_writer, write_text
 from llavakit.recipe.recipe import Recipe, StepUse
 from llavakit.registry import Registry
-
-_SHOWN = 3  # reasons why a step of another run is not the same
 
 
 def run(
@@ -157,10 +155,8 @@ def _done_before(work: _Work, name: str, record: Record, reuse: Finder) -> bool:
         say(f"{name}: done before")
         return True
     found, problems = reuse(name, record, work.directory)
-    for problem in problems[:_SHOWN]:
-        say(f"{name}: not taken: {problem}")
-    if len(problems) > _SHOWN:
-        say(f"{name}: nor are {len(problems) - _SHOWN} others")
+    if problems:
+        say(f"{name}: not taken: {and_more(problems)}")
     if found is None:
         return False
     if folder.exists():

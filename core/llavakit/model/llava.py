@@ -145,8 +145,6 @@ class LlavaModel(nn.Module, Answering[Tensor]):
         merged = LlavaModel(*parts, choices=choices, **same)  # type: ignore[arg-type]
         return merged.train(self.training)  # a new module is in training mode
 
-    # -- trying it -----------------------------------------------------------------------------
-
     def prepare(self, images: Images, where: str = "the prompt") -> Tensor | None:
         """Return the pixels `[I, 3, H, W]` of all views of a prompt's images, or None for none."""
         if not images:

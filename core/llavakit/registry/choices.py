@@ -10,6 +10,7 @@ from typing import Any, cast
 from llavakit.contracts import hooks
 from llavakit.contracts.component import Component, Use
 from llavakit.contracts.errors import did_you_mean
+from llavakit.registry.installed import explained, package_of
 
 StepFolders = Mapping[str, Path]  #: Folders of earlier steps, by their names in a recipe.
 
@@ -38,14 +39,17 @@ def step_path(value: str, folders: StepFolders | None) -> str | Path:
 
 
 def all_kinds() -> tuple[type[Component], ...]:
-    """Return every kind. Imports torch."""
+    """Return every kind, those of plugin packages, too. Imports torch."""
     return tuple(map(kind_of, hooks.KINDS))
 
 
 def kind_of(use: Use[Any] | type[Use[Any]] | str) -> type[Component]:
     """Return the kind of a `Use[Kind]`, or of its name alone, which is imported only now."""
-    if isinstance(use, str):
+    if isinstance(use, str) and use not in hooks.OWN:
         return cast("type[Component]", resolve_name(f"llavakit:{use}"))
+    if isinstance(use, str):
+        with explained(package_of(hooks.OWN[use]), f"its kind {use}"):
+            return cast("type[Component]", hooks.OWN[use].load())
     for base in (use if isinstance(use, type) else type(use)).__mro__:
         metadata = getattr(base, "__pydantic_generic_metadata__", None)
         if metadata and metadata["args"]:

@@ -22,6 +22,10 @@ from llavakit_plugins.scaffolding.scripts import Command
 
 _USUAL_DEVICES = 8  # of the paper's runs
 _TEMPLATES = {"pretrain": "plain", "llama": "vicuna_v1", "v1": "vicuna_v1"}
+_SCHEDULES = {
+    "cosine": "cosine", "linear": "linear", "constant": "constant",
+    "constant_with_warmup": "constant", "warmup_stable_decay": "wsd",
+}  # fmt: skip
 
 
 @dataclass
@@ -307,9 +311,15 @@ class _Reading:
             how["warmup"] = 0.0
         if self.whole("warmup_steps", 0):
             self.say("warmup_steps", "`warmup` is a share of the steps; work it out")
-        how["schedule"] = "constant" if schedule.startswith("constant") else "cosine"
-        if schedule not in ("cosine", "constant", "constant_with_warmup"):
+        known = _SCHEDULES.get(schedule)
+        how["schedule"] = known or "cosine"
+        if known is None:
             self.say("lr_scheduler_type", f"there is no schedule `{schedule}`: `cosine` is taken")
+        optimiser = self.text("optim", "adamw_torch")
+        if "8bit" in optimiser and "adamw" in optimiser:
+            how["optimiser"] = "adamw8bit"
+        elif not optimiser.startswith("adamw"):
+            self.say("optim", f"there is no optimiser `{optimiser}`: `adamw` is taken")
         how["weight_decay"] = self.number("weight_decay", 0.0)
         betas = [self.number("adam_beta1", 0.9), self.number("adam_beta2", 0.999)]
         how |= {"betas": betas} if betas != [0.9, 0.999] else {}

@@ -41,6 +41,8 @@ _COMMON = {
 def known_kinds() -> dict[str, type[Component] | None]:
     """Return what a package can be made for: each kind, as `vision-encoder`; commands, recipes."""
     kinds = {_spelt(kind.__name__): kind for kind in all_kinds()}
+    templates = Path(__file__).parent / "templates"  # another package's own kind has none
+    kinds = {name: kind for name, kind in kinds.items() if (templates / name).is_dir()}
     return {**kinds, COMMAND: None, RECIPE: None}
 
 

@@ -208,13 +208,14 @@ def _tail_mean(losses: list[float]) -> float:
 
 
 def _memory_gb(options: TrainOptions, planner: Planner) -> float:
-    """Return a device's memory of weights, gradients, AdamW and one micro-batch's activations."""
+    """Return a device's memory of weights, gradients, moments and a micro-batch's activations."""
     half = 2 if options.precision == "bf16" else 4
+    each = 8 + planner.build(options.optimiser).state_bytes  # weight and gradient in float32
     divided = parts_of_weights(planner.model, options, planner.devices)
     weights = 0.0
     for part in PARTS:
         learns = planner.trainable(part) if part in options.train else 0
-        own = getattr(planner.model, part).frozen_bytes(half) + learns * (16 - half)
+        own = getattr(planner.model, part).frozen_bytes(half) + learns * (each - half)
         weights += own / (1 if part == "vision" and not learns else divided)
     language = planner.model.language
     layers, _, _ = language.cache_shape()

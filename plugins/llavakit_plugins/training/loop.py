@@ -28,7 +28,7 @@ from llavakit_plugins.training.checkpoints import Best, Checkpoints
 from llavakit_plugins.training.corpus import Batch, Corpus
 from llavakit_plugins.training.features import Cached, features_of
 from llavakit_plugins.training.initial import start_with
-from llavakit_plugins.training.optimiser import Optimiser, Schedule
+from llavakit_plugins.training.optimiser import Rates, Updates
 from llavakit_plugins.training.options import TrainOptions
 from llavakit_plugins.training.parallel import (
     Micro,
@@ -102,10 +102,10 @@ class Trainer:
         per_epoch = corpus.steps(options.batch_size)
         whole = per_epoch * options.epochs
         self.steps = min(whole, options.max_steps or whole)
-        self.optimiser = Optimiser(
+        self.optimiser = Updates(
             self.parts.groups(),
-            Schedule(self.steps, options.warmup, options.schedule),
-            betas=options.betas,
+            Rates(run.build(options.schedule), self.steps, options.warmup),
+            optimiser=run.build(options.optimiser),
             clip=options.clip,
         )
         self.checkpoints = Checkpoints(run.directory / "checkpoints", options.keep)

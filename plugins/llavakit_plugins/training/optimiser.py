@@ -1,87 +1,77 @@
-"""AdamW with a learning-rate schedule, whose state is saved and restored as plain tensors."""
+"""Steps of optimisers at scheduled rates, with a state that is saved and restored as tensors."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from llavakit import TrainingError
+from llavakit_plugins.training.adamw import AdamW, AdamWOptions
+from llavakit_plugins.training.kinds import Group, Optimiser, Schedule, Stateful
 from llavakit_plugins.training.parallel import divided_like
 
+ADAMW = AdamW(AdamWOptions())
 
-@dataclass(frozen=True)
-class Schedule:
-    """The learning rate at each step, as a share of its peak."""
 
-    steps: int
-    warmup: float
-    """Share of the steps in which the rate rises from 0, 0 to 1."""
-    kind: Literal["cosine", "constant"] = "cosine"
+class Rates:
+    """The learning rate at each step, counted from 0, as a share of its peak.
+
+    It rises from 0 to 1 in a share `warmup` of the steps, and then goes the way of the schedule.
+    """
+
+    def __init__(self, schedule: Schedule, steps: int, warmup: float) -> None:
+        self._schedule, self._steps = schedule, steps
+        self._rising = math.ceil(warmup * steps)  # rounded up, as by transformers' Trainer
 
     def __call__(self, step: int) -> float:
-        """Return the share of the peak at `step`, counted from 0.
-
-        The same as transformers' `get_cosine_schedule_with_warmup`: with a warm-up, 0 at step 0.
-        """
-        rising = math.ceil(self.warmup * self.steps)  # rounded up, as by transformers' Trainer
-        if step < rising:
-            return step / rising
-        if self.kind == "constant":
-            return 1.0
-        done = (step - rising) / max(1, self.steps - rising)
-        return 0.5 * (1.0 + math.cos(math.pi * done))
+        if step < self._rising:
+            return step / self._rising
+        return self._schedule.share(step - self._rising, self._steps - self._rising)
 
 
-@dataclass(frozen=True)
-class Group:
-    """Parameters, by name, that share a peak learning rate and a weight decay."""
+class Updates:
+    """Clips all gradients by their common norm and updates every group of parameters.
 
-    named: Mapping[str, nn.Parameter]
-    peak: float
-    weight_decay: float = 0.0
-
-
-class Optimiser:
-    """Clips all gradients by their common norm and updates every group with fused AdamW."""
+    `rates` gives the share of the peak at each step.
+    """
 
     def __init__(
         self,
-        groups: list[Group],
-        schedule: Schedule,
+        groups: Sequence[Group],
+        rates: Callable[[int], float],
         *,
-        betas: tuple[float, float] = (0.9, 0.999),
+        optimiser: Optimiser = ADAMW,
         clip: float = 1.0,
     ) -> None:
-        self.schedule, self.clip = schedule, clip
+        self.clip = clip
         self.named = {name: p for group in groups for name, p in group.named.items()}
+        self.rates = [group.peak for group in groups]
+        """The learning rate of each group in the last step; before the first one, the peak."""
+        self._peaks, self._share = [group.peak for group in groups], rates
         self._stopped: Tensor | None = None
-        self._adamw = torch.optim.AdamW(
-            [
-                {
-                    "params": list(group.named.values()),
-                    "lr": group.peak,
-                    "peak": group.peak,
-                    "weight_decay": group.weight_decay,
-                }
-                for group in groups
-            ],
-            betas=betas,
-            fused=True,
-        )
+        self._optimizers = optimiser.optimizers(groups)
+        self._of: dict[nn.Parameter, torch.optim.Optimizer] = {}
+        for one in self._optimizers:
+            for table in one.param_groups:
+                table["peak"] = table["lr"]
+                self._of |= dict.fromkeys(table["params"], one)
+        if missing := [name for name, p in self.named.items() if p not in self._of]:
+            raise TrainingError(
+                f"optimiser `{optimiser.name}` leaves out {len(missing)} parameters, the first is "
+                f"`{missing[0]}`; its `optimizers` must take all of them"
+            )
 
     def step(self, step: int, loss: Tensor | None = None) -> tuple[Tensor, float]:
         """Update the weights and clear the gradients.
 
         Returns the gradient norm before clipping (a tensor on the device) and the learning rate of
         the first group. If the norm or `loss` of a step is not finite, this step and all later ones
-        leave weights and state unchanged. The device decides this by itself, so nothing here waits
-        for the device; the caller reads the returned norm later.
+        leave weights and state unchanged. With AdamW the device decides this by itself, so nothing
+        here waits for the device; the caller reads the returned norm later.
         """
         norm = nn.utils.clip_grad_norm_(list(self.named.values()), self.clip)
         if isinstance(norm, DTensor):  # of sharded parameters: the norm is summed over the devices
@@ -91,31 +81,34 @@ class Optimiser:
         if self._stopped is not None:
             stopped = torch.maximum(stopped, self._stopped)
         self._stopped = stopped
-        # AdamW's fused kernel skips the update where `found_inf` is 1; GradScaler sets it likewise
-        self._adamw.found_inf = stopped  # type: ignore[attr-defined]
-        for group in self._adamw.param_groups:
-            group["lr"] = group["peak"] * self.schedule(step)
-        self._adamw.step()
-        # None: no memory is held for gradients until the next ones come
-        self._adamw.zero_grad(set_to_none=True)
-        return norm, self._adamw.param_groups[0]["lr"]
-
-    @property
-    def rates(self) -> list[float]:
-        """The learning rate of each group in the last step."""
-        return [group["lr"] for group in self._adamw.param_groups]
+        share = self._share(step)
+        self.rates = [peak * share for peak in self._peaks]
+        for optimizer in self._optimizers:
+            for table in optimizer.param_groups:
+                table["lr"] = table["peak"] * share
+            if getattr(optimizer, "_step_supports_amp_scaling", False):
+                # a fused kernel skips the update where `found_inf` is 1, as GradScaler sets it
+                optimizer.found_inf = stopped  # type: ignore[attr-defined]
+                optimizer.step()
+            elif not stopped.item():  # the others cannot: the host has to look
+                optimizer.step()
+        for parameter in self.named.values():
+            parameter.grad = None  # no memory is held for gradients until the next ones come
+        return norm, self.rates[0]
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return parameters and their AdamW state as `parameter/NAME`, `exp_avg/NAME`, …"""
+        """Return parameters and their state as `parameter/NAME`, `exp_avg/NAME`, …"""
         return {
             f"{kind}/{name}": tensor
             for name, parameter in self.named.items()
-            for kind, tensor in self._state(parameter)
+            for kind, tensor in (("parameter", parameter.detach()), *self._state(parameter))
         }
 
-    def _state(self, parameter: nn.Parameter) -> Iterator[tuple[str, Tensor]]:
-        yield "parameter", parameter.detach()
-        yield from self._adamw.state[parameter].items()
+    def _state(self, parameter: nn.Parameter) -> Iterable[tuple[str, Tensor]]:
+        optimizer = self._of[parameter]
+        if isinstance(optimizer, Stateful):
+            return optimizer.saved(parameter).items()
+        return optimizer.state[parameter].items() if parameter in optimizer.state else ()
 
     def place(self, key: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         """Return a tensor, divided as its parameter is, to read a tensor of a checkpoint into."""
@@ -141,9 +134,14 @@ class Optimiser:
                     "to another recipe: start over without --resume"
                 )
             parameter.copy_(divided_like(parameter, value))
-            self._adamw.state[parameter] = {
+            whole = {
                 # the fused kernel needs the step count on the parameter's device, and undivided
                 kind: tensor.to(parameter.device).reshape(()) if kind == "step"
                 else divided_like(parameter, tensor)
                 for kind, tensor in state.items()
             }  # fmt: skip
+            optimizer = self._of[parameter]
+            if isinstance(optimizer, Stateful):
+                optimizer.restore(parameter, whole)
+            else:
+                optimizer.state[parameter] = whole

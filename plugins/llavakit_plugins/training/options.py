@@ -8,10 +8,11 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from llavakit import Dataset, Options, PromptTemplate, Tiling, Use
+from llavakit_plugins.training.adamw import Beta
 from llavakit_plugins.training.initial import StartOptions
+from llavakit_plugins.training.kinds import Optimiser, Schedule
 
 Part = Literal["vision", "connector", "language"]
-Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Parallel(Options):
@@ -57,9 +58,13 @@ class TrainOptions(StartOptions):
     """Changed options of the vision encoder for this step's images: `{ aspect = "crop" }`."""
     warmup: float = Field(default=0.03, ge=0, lt=1)
     """Share of the steps in which the learning rate rises, 0 to 1."""
-    schedule: Literal["cosine", "constant"] = "cosine"
+    schedule: Use[Schedule] = Use[Schedule](use="cosine")
+    """How the rate goes behind that: `"cosine"`, or `{ use = "wsd", decay = 0.2 }`."""
+    optimiser: Use[Optimiser] = Use[Optimiser](use="adamw")
+    """What updates the weights: `"adamw"`, or `{ use = "muon", momentum = 0.9 }`."""
     weight_decay: float = Field(default=0.0, ge=0, allow_inf_nan=False)
-    betas: tuple[Beta, Beta] = (0.9, 0.999)
+    betas: tuple[Beta, Beta] | None = None
+    """`betas` of the optimiser, stated here."""
     clip: float = Field(default=1.0, gt=0)
     """Largest norm of the gradient over all trained parts."""
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -87,6 +92,22 @@ class TrainOptions(StartOptions):
     checkpoint_every: int = Field(default=500, ge=1)
     keep: int = Field(default=1, ge=1)
     """Number of checkpoints to keep."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _reads_names(cls, stated: Any) -> Any:
+        if not isinstance(stated, dict):
+            return stated
+        found = dict(stated)
+        for key in ("schedule", "optimiser"):
+            if isinstance(found.get(key), str):
+                found[key] = {"use": found[key]}
+        optimiser = found.get("optimiser", {"use": "adamw"})
+        if found.get("betas") is not None and isinstance(optimiser, dict):
+            if "betas" in optimiser:
+                raise ValueError("`betas` are in `optimiser` already: state them once")
+            found["optimiser"] = {**optimiser, "betas": found["betas"]}
+        return found
 
     @field_validator("train")
     @classmethod

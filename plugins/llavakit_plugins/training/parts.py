@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from llavakit import LlavaModel, TrainingError
-from llavakit_plugins.training.optimiser import Group
+from llavakit_plugins.training.kinds import Group
 from llavakit_plugins.training.options import TrainOptions
 
 PARTS = ("vision", "connector", "language")

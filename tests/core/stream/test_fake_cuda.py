@@ -26,7 +26,9 @@ from llavakit_plugins.connectors.mlp import Mlp, MlpOptions
 from llavakit_plugins.language import varlen
 from llavakit_plugins.language.causal_lm import CausalLM, CausalLMOptions
 from llavakit_plugins.language.vicuna import Vicuna, VicunaOptions
-from llavakit_plugins.training.optimiser import Group, Optimiser, Schedule
+from llavakit_plugins.training.kinds import Group
+from llavakit_plugins.training.optimiser import Rates, Updates
+from llavakit_plugins.training.schedules import Constant
 from llavakit_plugins.vision.clip import Clip, ClipOptions
 
 GPU = torch.device("cuda", 0)
@@ -129,7 +131,7 @@ def test_a_checkpoint_is_restored_to_where_the_fused_optimiser_reads_it() -> Non
     }
     with FakeTensorMode(allow_non_fake_inputs=True):
         weight = nn.Parameter(torch.empty(3, device=GPU))
-        optimiser = Optimiser([Group({"w": weight}, 0.1)], Schedule(10, 0.0))
+        optimiser = Updates([Group({"w": weight}, 0.1)], Rates(Constant(), 10, 0.0))
         optimiser.restore(saved)
         found = optimiser.tensors()
     assert set(found) == set(saved)

@@ -120,13 +120,13 @@ def test_every_flag_is_in_the_recipe_or_is_said(name: str, tmp_path: Path) -> No
 
 def test_what_has_no_counterpart_is_said(tmp_path: Path, converted: Convert) -> None:
     path = write_script(
-        tmp_path, "v1_5/finetune", tf32="True", some_new_flag="7", lr_scheduler_type="linear",
+        tmp_path, "v1_5/finetune", tf32="True", some_new_flag="7", lr_scheduler_type="polynomial",
         optim="adafactor", mm_use_im_start_end="True", image_aspect_ratio="anyres",
         warmup_steps="100", bits="8",
     )  # fmt: skip
     said = converted(path)["said"]
     for flag in ("tf32 True", "some_new_flag 7: no counterpart is known", "optim adafactor",
-                 "lr_scheduler_type linear: there is no schedule `linear`", "warmup_steps 100",
+                 "lr_scheduler_type polynomial: there is no schedule", "warmup_steps 100",
                  "mm_use_im_start_end True", "image_aspect_ratio anyres", "bits 8",
                  "group_by_modality_length True", "per_device_eval_batch_size 4"):  # fmt: skip
         assert f"# --{flag}" in said, flag

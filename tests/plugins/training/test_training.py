@@ -21,7 +21,9 @@ from llavakit import Dataset, Recipe, Registry, Use
 from llavakit.model.folder import create_model, load_model
 from llavakit.stream.images import open_image
 from llavakit_plugins.training.corpus import Corpus
-from llavakit_plugins.training.optimiser import Group, Optimiser, Schedule
+from llavakit_plugins.training.kinds import Group
+from llavakit_plugins.training.optimiser import Rates, Updates
+from llavakit_plugins.training.schedules import Constant, Cosine, FallingOptions
 from llavakit_plugins.vision.clip import Clip
 
 Trained = tuple[list[float], list[float], dict[str, Tensor]]
@@ -248,7 +250,7 @@ def test_the_learning_rate_is_that_of_transformers(steps: int, share: float) -> 
     parameter = torch.nn.Parameter(torch.zeros(1))
     peer = torch.optim.SGD([parameter], lr=2.0)
     schedule = get_cosine_schedule_with_warmup(peer, math.ceil(share * steps), steps)
-    ours = Schedule(steps, share)
+    ours = Rates(Cosine(FallingOptions()), steps, share)
     for step in range(steps):
         assert 2.0 * ours(step) == pytest.approx(schedule.get_last_lr()[0], abs=1e-12)
         peer.step()
@@ -259,7 +261,7 @@ def test_steps_are_those_of_adamw_behind_a_clipped_gradient() -> None:
     torch.manual_seed(0)
     start, gradients = torch.randn(5, 3), torch.randn(6, 5, 3)
     mine, peer = (torch.nn.Parameter(start.clone()) for _ in range(2))
-    ours = Optimiser([Group({"w": mine}, 0.1, 0.01)], Schedule(6, 0.0, "constant"), clip=0.5)
+    ours = Updates([Group({"w": mine}, 0.1, 0.01)], Rates(Constant(), 6, 0.0), clip=0.5)
     theirs: Any = torch.optim.AdamW([peer], lr=0.1, weight_decay=0.01)
     for step in range(6):
         mine.grad, peer.grad = gradients[step].clone(), gradients[step].clone()
@@ -276,7 +278,7 @@ def test_steps_are_those_of_adamw_behind_a_clipped_gradient() -> None:
 def test_after_what_is_no_number_no_weight_and_no_state_changes(fault: str) -> None:
     torch.manual_seed(0)
     weight = torch.nn.Parameter(torch.randn(5, 3))
-    optimiser = Optimiser([Group({"w": weight}, 0.1)], Schedule(6, 0.0, "constant"))
+    optimiser = Updates([Group({"w": weight}, 0.1)], Rates(Constant(), 6, 0.0))
     kept: dict[str, Tensor] = {}
     for step in range(6):
         weight.grad = torch.randn(5, 3)

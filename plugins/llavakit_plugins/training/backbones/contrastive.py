@@ -19,8 +19,11 @@ from torch.nn import functional as F
 from llavakit import ImageContext, ModelError, Run, VisionEncoder, read_pixels
 from llavakit_plugins.datasets.image_files import inside
 from llavakit_plugins.generation.scenes import FAMILY
+from llavakit_plugins.training.adamw import AdamW, AdamWOptions
 from llavakit_plugins.training.backbones.loop import optimise, shuffled
-from llavakit_plugins.training.optimiser import Group, Optimiser, Schedule
+from llavakit_plugins.training.kinds import Group
+from llavakit_plugins.training.optimiser import Rates, Updates
+from llavakit_plugins.training.schedules import Cosine, FallingOptions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -100,8 +103,9 @@ def train_clip(
             nn.init.normal_(module.weight, std=options.loudness)
     # all images are read once and stay in memory: they are small, and every step needs some
     pixels = _read(contexts, images, vision, run)
-    schedule = Schedule(options.steps, options.warmup)
-    optimiser = Optimiser(_groups(clip, options), schedule, betas=(0.9, 0.98))
+    rates = Rates(Cosine(FallingOptions()), options.steps, options.warmup)
+    adamw = AdamW(AdamWOptions(betas=(0.9, 0.98)))
+    updates = Updates(_groups(clip, options), rates, optimiser=adamw)
     order = _Order(len(files[0]), len(contexts), options, run.seed)
 
     def loss_of(step: int) -> Tensor:
@@ -123,7 +127,7 @@ def train_clip(
         loss: Tensor = (F.cross_entropy(logits_BB, truth) + F.cross_entropy(logits_BB.T, truth)) / 2
         return loss
 
-    losses = optimise(run, "contrastive", optimiser, loss_of)
+    losses = optimise(run, "contrastive", updates, options.steps, loss_of)
     # older versions of transformers wrap the transformer once more, on either side
     inner = getattr(target, "vision_model", target)
     trained = getattr(clip.vision_model, "vision_model", clip.vision_model)

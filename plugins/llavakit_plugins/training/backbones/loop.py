@@ -13,7 +13,7 @@ from torch import Tensor
 
 from llavakit import Run, Stopped, TrainingError
 from llavakit_plugins.training.checkpoints import Checkpoints
-from llavakit_plugins.training.optimiser import Optimiser
+from llavakit_plugins.training.optimiser import Updates
 
 _CHECKPOINT_EVERY = 200
 _LOG_EVERY = 20
@@ -25,20 +25,19 @@ class _State:
 
 
 def optimise(
-    run: Run, name: str, optimiser: Optimiser, loss_of: Callable[[int], Tensor]
+    run: Run, name: str, updates: Updates, steps: int, loss_of: Callable[[int], Tensor]
 ) -> list[tuple[int, float]]:
-    """Run every step of the optimiser's schedule; return (step, loss) pairs, steps from 1.
+    """Run so many steps of updates; return (step, loss) pairs, steps from 1.
 
     `loss_of(step)` must depend on the step and the weights only: then a resumed run computes what
     an uninterrupted run computes. Saves a checkpoint every 200 steps. Raises TrainingError if loss
     or gradient is not finite, and Stopped, after saving, if the user asked to stop.
     """
     checkpoints = Checkpoints(run.directory / f"{name}-checkpoints", keep=1)
-    steps = optimiser.schedule.steps
     losses: list[tuple[int, float]] = []
     if run.resume and (found := checkpoints.load(_State)) is not None:
         tensors, state = found
-        optimiser.restore(tensors)
+        updates.restore(tensors)
         losses = state.losses
     for step in range(len(losses), steps):
         loss = loss_of(step)
@@ -48,7 +47,7 @@ def optimise(
             raise TrainingError(
                 f"the loss of {name} is not a number at step {step + 1}; lower its learning rate"
             )
-        norm, _ = optimiser.step(step)
+        norm, _ = updates.step(step)
         if not math.isfinite(norm.item()):
             raise TrainingError(
                 f"the gradient of {name} overflows at step {step + 1}; lower its learning rate"
@@ -60,7 +59,7 @@ def optimise(
         run.progress(step + 1, steps, f"{name} loss {value:.3f}")
         stopping = run.stopping()
         if stopping or last or (step + 1) % _CHECKPOINT_EVERY == 0:
-            checkpoints.save(step + 1, optimiser.tensors(), {"losses": losses})
+            checkpoints.save(step + 1, updates.tensors(), {"losses": losses})
         if stopping:
             raise Stopped
     return losses

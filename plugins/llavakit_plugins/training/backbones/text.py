@@ -24,8 +24,11 @@ from llavakit import (
     tokenise,
 )
 from llavakit.contracts.data import IMAGE, ResponseKind
+from llavakit_plugins.training.adamw import AdamW, AdamWOptions
 from llavakit_plugins.training.backbones.loop import optimise, shuffled
-from llavakit_plugins.training.optimiser import Group, Optimiser, Schedule
+from llavakit_plugins.training.kinds import Group
+from llavakit_plugins.training.optimiser import Rates, Updates
+from llavakit_plugins.training.schedules import Cosine, FallingOptions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -102,8 +105,9 @@ def train_language(
     decayed = {name: p for name, p in named.items() if p.ndim > 1 and "embed" not in name}
     others = {name: p for name, p in named.items() if name not in decayed}
     groups = [Group(decayed, options.lr, options.weight_decay), Group(others, options.lr)]
-    schedule = Schedule(options.steps, options.warmup)
-    optimiser = Optimiser(groups, schedule, betas=(0.9, 0.98))
+    rates = Rates(Cosine(FallingOptions()), options.steps, options.warmup)
+    adamw = AdamW(AdamWOptions(betas=(0.9, 0.98)))
+    updates = Updates(groups, rates, optimiser=adamw)
 
     def batch(step: int) -> PackedBatch:
         begin = step * options.batch_size
@@ -118,6 +122,6 @@ def train_language(
         )
         return language.loss(hidden_ME, packed.targets_M) / len(packed.targets_M)
 
-    losses = optimise(run, "language", optimiser, loss_of)
+    losses = optimise(run, "language", updates, options.steps, loss_of)
     language.eval()
     return losses
