@@ -11,15 +11,10 @@ only for what it uses.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from importlib.metadata import entry_points
-from typing import TypeAlias
 
 import pluggy
-
-from llavakit.contracts.component import Component
-
-Components: TypeAlias = Sequence[type[Component]] | Mapping[str, str] | None
 
 PROJECT = "llavakit"  #: pluggy project name, and the entry-point group of plugins
 
@@ -45,9 +40,9 @@ OWN = {point.name: point.value for point in entry_points(group=f"{PROJECT}.kinds
 """The hooks of kinds that plugin packages declare, and where the kind is: `package.module:Kind`."""
 
 
-def _specify(kind: str, what: str) -> Callable[[], Components]:
-    def hook() -> Components:
-        return None
+def _specify(kind: str, what: str) -> Callable[[], None]:
+    def hook() -> None:
+        pass
 
     hook.__doc__ = f"Return components of the kind {kind}: {what}."
     return pluggy.HookspecMarker(PROJECT)(hook)
