@@ -8,7 +8,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from pkgutil import resolve_name
 
 import llavakit
 from llavakit.contracts import hooks
@@ -53,8 +52,9 @@ def test_top_level_folders_are_source_roots_and_no_packages() -> None:
 def test_every_kind_is_public() -> None:
     for kind in all_kinds():
         # what a package declares is imported from there
-        own = hooks.OWN.get(kind.hook, f"llavakit:{kind.__name__}")
-        assert resolve_name(own) is kind
+        own = hooks.OWN.get(kind.__name__)
+        assert (own.load() if own else getattr(llavakit, kind.__name__)) is kind
+        assert hooks.KINDS[kind.__name__][0] == kind.hook
 
 
 def test_every_hook_has_a_kind_and_every_kind_a_hook() -> None:

@@ -34,10 +34,11 @@ KINDS = {
     "Tracker": ("llava_trackers", "observers of a run's events"),
     "Step": ("llava_steps", "the things a recipe does, one after another"),
 }
-"""Every kind of the core, a public name of llavakit, with its hook; listed in this order."""
+"""Every kind with its hook, listed in this order; the core's are public names of llavakit."""
 
-OWN = {point.name: point.value for point in entry_points(group=f"{PROJECT}.kinds")}
-"""The hooks of kinds that plugin packages declare, and where the kind is: `package.module:Kind`."""
+OWN = {point.value.rpartition(":")[2]: point for point in entry_points(group=f"{PROJECT}.kinds")}
+"""Kinds that plugin packages declare: the entry point has the hook's name, and says the class."""
+KINDS |= {kind: (point.name, "of a plugin's") for kind, point in OWN.items() if kind not in KINDS}
 
 
 def _specify(kind: str, what: str) -> Callable[[], None]:
@@ -50,4 +51,3 @@ def _specify(kind: str, what: str) -> Callable[[], None]:
 
 # functions of this module, as pluggy reads them
 globals().update({name: _specify(kind, what) for kind, (name, what) in KINDS.items()})
-globals().update({name: _specify(path, "a plugin package's own") for name, path in OWN.items()})

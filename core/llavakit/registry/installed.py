@@ -18,7 +18,7 @@ from llavakit.contracts.errors import PluginError, did_you_mean
 
 def check_hooks(plugin: object, name: str) -> None:
     """Raise PluginError for hooks that are misspelt or lack their mark; warn of what looks so."""
-    known = [*(hook for hook, _ in hooks.KINDS.values()), *hooks.OWN]
+    known = [hook for hook, _ in hooks.KINDS.values()]
     for found in dir(plugin):
         function = getattr(plugin, found, None)
         marked = hasattr(function, f"{hooks.PROJECT}_impl")

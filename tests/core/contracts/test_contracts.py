@@ -667,7 +667,6 @@ def test_a_step_that_asks_for_a_model_needs_one(tmp_path: Path) -> None:
 def test_every_kind_has_a_contract() -> None:
     for kind in all_kinds():
         # a package that adds a kind brings its contract, too
-        tests = (
-            llavakit.testing if kind.hook not in hooks.OWN else llavakit_plugins.training.testing
-        )
+        own = kind.__name__ in hooks.OWN
+        tests = llavakit_plugins.training.testing if own else llavakit.testing
         assert getattr(tests, f"{kind.__name__}Contract").kind is kind
