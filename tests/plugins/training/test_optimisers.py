@@ -12,7 +12,8 @@ import torch
 from tests.conftest import Command, RecipeWriter
 from tests.core import processes
 from tests.core.engine.test_distributed import llava_run as torchrun
-from tests.plugins.training.test_sharded import GENTLE, as_if_killed, losses, same, sets, tensors
+from tests.plugins.training.test_sharded import losses, same, sets, tensors
+from tests.plugins.training.test_sharded_checkpoints import GENTLE, as_if_killed
 from torch import Tensor, nn
 
 from llavakit import TrainingError
