@@ -15,16 +15,17 @@ if TYPE_CHECKING:
     from llavakit_plugins.datasets.inspection_report import Report, Tokens
 
 _SHOWN = 5  # findings of each sort
+_NAMED_ELSEWHERE = ("huggingface", "webdataset")  # what these read may lie elsewhere
 
 
 def add(commands: Commands) -> None:
     check = commands.add_parser("check-data", help="look at training data before using it")
     check.add_argument(
         "file",
-        type=Path,
         nargs="?",
-        help="the data: LLaVA's JSON, JSON lines (.jsonl), what the package `datasets` reads, or "
-        "a name on the hub; for a --dataset without an option `path`, leave it out and give --set",
+        help="the data: LLaVA's JSON, JSON lines (.jsonl), tar shards ('shard-{000..099}.tar'), "
+        "what the package `datasets` reads, or a name on the hub; for a --dataset without an "
+        "option `path`, leave it out and give --set",
     )
     check.add_argument("--images", type=Path, metavar="DIR", help="the folder of its images")
     check.add_argument(
@@ -54,7 +55,7 @@ def add(commands: Commands) -> None:
         "--view-size", type=int, default=336, metavar="N", help="edge of a view in pixels (336)"
     )
     check.add_argument(
-        "--dataset", metavar="NAME", help="what reads the file (conversations, or huggingface)"
+        "--dataset", metavar="NAME", help="what reads the file (by default its name tells)"
     )
     add_settings(check, "its other options")
     check.set_defaults(command=_check_data)
@@ -71,15 +72,16 @@ def _check_data(arguments: argparse.Namespace) -> int:
     from llavakit_plugins.datasets.inspection import inspect_data
     from llavakit_plugins.datasets.lengths import Lengths
 
-    paths = {"path": arguments.file, "images": arguments.images}
+    given = {"path": arguments.file, "images": arguments.images}
     registry = Registry.installed()
-    flags = {key: str(path) for key, path in paths.items() if path is not None}
+    flags = {key: str(value) for key, value in given.items() if value is not None}
     named = arguments.dataset or reader_of(flags.get("path", ""))
     reader = registry.get(Dataset, named)
-    # a name on the hub is no path; everything else has to be there
-    for path in filter(None, paths.values()):
-        if not path.exists() and (named != "huggingface" or path is arguments.images):
-            raise DataError(f"{path} does not exist; check its spelling")
+    # a name on the hub is no path, and shards are named as patterns; all else has to be there
+    named_here = [flags[key] for key in flags if key == "images" or named not in _NAMED_ELSEWHERE]
+    for name in named_here:
+        if not Path(name).exists():
+            raise DataError(f"{name} does not exist; check its spelling")
     known = list(reader.Options.model_fields)
     for key, word in (("path", "FILE"), ("images", "--images")):
         if key in flags and key not in known:

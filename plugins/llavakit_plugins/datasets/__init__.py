@@ -12,4 +12,5 @@ def llava_datasets() -> Mapping[str, str]:
         "huggingface": "llavakit_plugins.datasets.huggingface:HuggingFace",
         "mix": "llavakit_plugins.datasets.mix:Mix",
         "scienceqa": "llavakit_plugins.datasets.scienceqa:ScienceQA",
+        "webdataset": "llavakit_plugins.datasets.webdataset:WebDataset",
     }

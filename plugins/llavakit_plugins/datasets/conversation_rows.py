@@ -89,7 +89,7 @@ class RowReader:
         if isinstance(named, Mapping) and _is_inside(named):
             return bytes(named["bytes"])
         if isinstance(named, Mapping) and isinstance(named.get("path"), str):
-            return self._inside(named["path"], where)
+            return self.named(named["path"], where)
         if isinstance(named, bytes):
             return named
         if isinstance(named, str) and named[:5].lower() == "data:":
@@ -103,10 +103,11 @@ class RowReader:
                     f"{where}: the image `{head:.80}` is no address of base64: {error}; fix it"
                 ) from None
         if isinstance(named, str):
-            return self._inside(named, where)
+            return self.named(named, where)
         raise DataError(f"{where}: an image is a path, or a list of paths, got {named!r:.80}")
 
-    def _inside(self, name: str, where: str) -> Path:
+    def named(self, name: str, where: str) -> ImageSource:
+        """Return the image of a name. Raises DataError for one that leaves the folder."""
         return inside(self.folder, name, where)
 
     def _content(self, row: Row, identity: str, where: str) -> Sample:

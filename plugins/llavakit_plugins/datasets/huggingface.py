@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from pydantic import Field
@@ -21,11 +21,13 @@ from llavakit_plugins.datasets.conversation_rows import RowReader
 from llavakit_plugins.datasets.expected import CHARACTERS_A_TOKEN, Expected
 from llavakit_plugins.datasets.image_files import check_image
 from llavakit_plugins.datasets.kept_rows import KeptRows
+from llavakit_plugins.datasets.stored_files import find_files, is_elsewhere, is_pattern
 
 COLUMNS = ("id", "image", "images", "conversations", "messages", "system")
 """What is read of a row; other columns are not even loaded."""
 
 _FILES = {".parquet": "parquet", ".arrow": "arrow", ".json": "json", ".jsonl": "json"}
+_SHARDS = (".tar", ".tar.gz", ".tgz", ".tar.zst", ".tar.bz2", ".tar.xz")
 _NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _NAMED = 3
 _LOOKED_AT = 4096  # rows that a plan reads to learn how long they are
@@ -35,7 +37,11 @@ _SHOWN_EVERY = 256
 class HuggingFaceOptions(Options):
     path: str
     """A parquet or Arrow file, a folder of them or one that `save_to_disk` wrote, or a name on the
-    hub, such as `HuggingFaceH4/llava-instruct-mix-vsft`."""
+    hub, such as `HuggingFaceH4/llava-instruct-mix-vsft`. Files may be named with braces and stars,
+    `part-{000..011}.parquet`, and by addresses that fsspec reads, such as `s3://`."""
+    storage: dict[str, Any] = Field(default_factory=dict)
+    """What fsspec is told about the storage of addresses, such as `{ anon = true }`; keys belong in
+    the environment."""
     subset: str | None = None
     """Which of its configurations, where it has several."""
     split: str = "train"
@@ -111,7 +117,10 @@ class HuggingFace(KeptRows):
 
     @classmethod
     def expect(cls, options: HuggingFaceOptions) -> tuple[int, int] | None:
-        if cls.missing(options) or not Path(options.path).exists():  # a plan fetches nothing
+        is_here = Path(options.path).exists() or (
+            is_pattern(options.path) and not is_elsewhere(options.path)
+        )
+        if cls.missing(options) or not is_here:  # a plan fetches nothing
             return options.expect.upto(options.limit) if options.expect else None
         rows = _load(options, images=False)
         looked_at = range(min(_LOOKED_AT, len(rows)))
@@ -130,9 +139,11 @@ class HuggingFace(KeptRows):
 
 def reader_of(path: str) -> str:
     """Return the data set that reads what a command line names: this one for parquet, Arrow, a
-    folder or a name on the hub, else `conversations`."""
-    found = Path(path)
-    known = found.suffix.lower() in (".parquet", ".arrow")
+    folder or a name on the hub, `webdataset` for tar shards, else `conversations`."""
+    found = Path(path.partition("?")[0] if is_elsewhere(path) else path)
+    if found.name.lower().endswith(_SHARDS):
+        return "webdataset"
+    known = found.suffix.lower() in (".parquet", ".arrow") or is_elsewhere(path)
     if found.exists():
         mine = found.is_dir() or known
     else:
@@ -201,6 +212,12 @@ def _load(options: HuggingFaceOptions, *, images: bool = True) -> Rows:
 
 def _open(datasets: Any, options: HuggingFaceOptions) -> Any:
     path, split = Path(options.path), options.split
+    if is_elsewhere(options.path) or is_pattern(options.path):
+        files = [file.address for file in find_files((options.path,), options.storage)]
+        kind = _kind_of_file(files[0])
+        return datasets.load_dataset(
+            kind, data_files=files, split=split, storage_options=options.storage or None
+        )
     if path.is_dir() and any(
         (path / name).exists() for name in ("state.json", "dataset_dict.json")
     ):
@@ -215,18 +232,25 @@ def _open(datasets: Any, options: HuggingFaceOptions) -> Any:
             return found
         raise DataError(f"{path} was saved whole: state `limit` in place of a part in `split`")
     if path.is_file():
-        kind = _FILES.get(path.suffix.lower())
-        if kind is None:
-            raise DataError(
-                f"{path} is none of {', '.join(_FILES)}; name such a file, a folder or a name on "
-                "the hub"
-            )
+        kind = _kind_of_file(options.path)
         return datasets.load_dataset(kind, data_files=options.path, split=split)
     if not path.exists() and not _NAME.fullmatch(options.path):
         raise DataError(f"{path} does not exist, and is no name on the hub (OWNER/NAME) either")
     return datasets.load_dataset(
         options.path, options.subset, split=split, revision=options.revision
     )
+
+
+def _kind_of_file(name: str) -> str:
+    """Return what the package calls files of this kind."""
+    plain = name.partition("?")[0] if is_elsewhere(name) else name
+    kind = _FILES.get(PurePosixPath(plain).suffix.lower())
+    if kind is None:
+        raise DataError(
+            f"{name} is none of {', '.join(_FILES)}; name such a file, a folder or a name on the "
+            "hub"
+        )
+    return kind
 
 
 def _undecoded(datasets: Any, table: Any) -> Any:

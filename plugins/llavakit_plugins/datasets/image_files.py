@@ -28,7 +28,9 @@ Read = Callable[[int, int], bytes]
 class PartlyRead(Protocol):
     """An image's file of which parts can be read."""
 
-    length: int
+    @property
+    def length(self) -> int:
+        """In bytes."""
 
     def read(self, start: int, count: int) -> bytes:
         """Return so many bytes from an offset; fewer at the end."""
@@ -67,12 +69,17 @@ def check_image(image: ImageSource, where: str) -> None:
     if isinstance(image, bytes):
         whole = _is_whole(image, image[-_TAIL:], len(image), lambda at, n: image[at : at + n])
     elif isinstance(image, PartlyRead):
-        head, tail = image.read(0, _HEAD), image.read(max(0, image.length - _TAIL), _TAIL)
-        whole = _is_whole(head, tail, image.length, _behind(head, image.read))
+        whole = seems_whole(image)
     else:
         whole = isinstance(image, Path | str) and _seems_whole(image)
     if not whole:
         open_image(image, where)
+
+
+def seems_whole(image: PartlyRead) -> bool:
+    """Return whether beginning and end of an image's file are those of a usable image."""
+    head, tail = image.read(0, _HEAD), image.read(max(0, image.length - _TAIL), _TAIL)
+    return _is_whole(head, tail, image.length, _behind(head, image.read))
 
 
 def whole_images(paths: Iterable[ImagePath], *, thorough: bool = False) -> Iterator[bool]:

@@ -23,7 +23,7 @@ def read_json(path: Path) -> Any:
     Raises DataError where it cannot be read, with line and column where it is broken, and where an
     object has one key twice: which of the two counts, nobody could say.
     """
-    return _parse(read_text(path), path)
+    return parse_json(read_text(path), path)
 
 
 def read_lines(path: Path) -> Iterator[tuple[str, Row]]:
@@ -34,7 +34,7 @@ def read_lines(path: Path) -> Iterator[tuple[str, Row]]:
     # not `splitlines`, which also splits at U+2028 and others that JSON allows within a text
     for number, line in enumerate(read_text(path).split("\n"), start=1):
         if line.strip():
-            row = _parse(line, path, number)
+            row = parse_json(line, path, number)
             if not isinstance(row, dict):
                 raise DataError(f"{path}:{number}: a row is a JSON object, got {line.strip():.60}")
             yield f"{path}:{number}", row
@@ -45,7 +45,7 @@ def read_rows(path: Path) -> list[tuple[str, Row]]:
     text = read_text(path).lstrip()
     if not text.startswith("["):
         return list(read_lines(path))
-    rows = _parse(text, path)
+    rows = parse_json(text, path)
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, dict):
             raise DataError(f"{path}: row {number} is no JSON object; fix or remove it")
@@ -89,7 +89,11 @@ def listed(ids: Sequence[object]) -> str:
     return and_more(ids, _NAMED, "`{}`".format)
 
 
-def _parse(text: str, path: Path, line: int | None = None) -> Any:
+def parse_json(text: str, path: Path | str, line: int | None = None) -> Any:
+    """Return what a JSON text holds; `path`, and perhaps a line, say in errors what it is.
+
+    Raises DataError as `read_json` does.
+    """
     where = f"{path}:{line}" if line else f"{path}"
     try:
         found = json.loads(text, object_pairs_hook=partial(_object, where))
