@@ -1,10 +1,10 @@
-"""Reading images on one core: ours, exact and fast, against transformers' processors.
+"""Reading images on one core: ours, of both backends and fast, against transformers' processors.
 
     python tests/benchmarks/images_cpu.py [--rounds 5] [--images 24]
 
 From JPEG files to normalised pixels of 224 and 336 pixels, decoding included. CPU time, the ways in
-alternation, median of the rounds. Exits with 1 where our exact path is not transformers' PIL
-processor to the last bit.
+alternation, median of the rounds. Exits with 1 where our pixels are not those of transformers'
+processor of the same backend to the last bit.
 """
 
 from __future__ import annotations
@@ -52,9 +52,9 @@ def write_photographs(folder: Path, size: tuple[int, int], count: int) -> list[P
 def ways(size: int) -> dict[str, Way]:
     edges = {"height": size, "width": size}
     shape: dict[str, Any] = {"size": {"shortest_edge": size}, "crop_size": edges}
-    pil, default = CLIPImageProcessorPil(**shape), CLIPImageProcessor(**shape)
+    pil, torchvision = CLIPImageProcessorPil(**shape), CLIPImageProcessor(**shape)
     exact = Square(size, "crop", MEAN, STD)
-    fast = exact._replace(fast=True)
+    fast, default = exact._replace(fast=True), exact._replace(backend="torchvision")
 
     def theirs(processor: Any, path: Path) -> Tensor:
         with Image.open(path) as file:
@@ -64,8 +64,9 @@ def ways(size: int) -> dict[str, Way]:
 
     return {
         "transformers, PIL": lambda path: theirs(pil, path),
-        "transformers, default": lambda path: theirs(default, path),
+        "transformers, default": lambda path: theirs(torchvision, path),
         "ours": lambda path: to_square(open_image(path, "x"), exact),
+        "ours, torchvision": lambda path: to_square(open_image(path, "x"), default),
         "ours, fast": lambda path: to_square(open_image(path, "x", size), fast),
     }
 
@@ -105,6 +106,11 @@ def main() -> int:
                     (torch.stack(apart) * torch.tensor(STD)[:, None, None]).abs().mean()
                 )
                 equal &= name != "ours" or levels == 0
+                if name == "ours, torchvision":
+                    equal &= all(
+                        torch.equal(way(path), made["transformers, default"](path))
+                        for path in files
+                    )
                 print(f"  {name:22}{size:8}{rate:9.0f}{ratio:7.2f}x{levels:14.3f}")
     return 0 if equal else 1
 

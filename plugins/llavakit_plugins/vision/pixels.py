@@ -177,19 +177,17 @@ def filter_of(table: Mapping[str, Any], path: Path) -> Interpolation | None:
 def make_processor(
     pixels: Square, pinpoints: list[list[int]] | None = None, *, whole: bool = False
 ) -> Any:
-    """Return transformers' image processor (PIL backend) that does the same as `pixels`.
+    """Return transformers' image processor that does the same as `pixels`, of the same backend.
 
     With `pinpoints` it is LLaVA-NeXT's, which cuts images into tiles, or OneVision's, which leaves
     the images of a sample of several `whole`.
-    The PIL backend, because the other one resizes with torchvision, whose results differ slightly.
+    Tiles are always of the PIL backend: what cuts them here resizes with Pillow.
     """
-    from transformers import (
-        CLIPImageProcessorPil,
-        LlavaImageProcessorPil,
-        LlavaNextImageProcessorPil,
-        LlavaOnevisionImageProcessorPil,
-        SiglipImageProcessorPil,
-    )
+    import transformers
+
+    def processor(name: str, **settings: Any) -> Any:
+        ours = "Pil" if pixels.backend == "pil" or pinpoints else ""
+        return getattr(transformers, f"{name}ImageProcessor{ours}")(**settings)
 
     edge = pixels.size
     square = {"height": edge, "width": edge}
@@ -200,14 +198,11 @@ def make_processor(
     }
     cropped: dict[str, Any] = {"size": {"shortest_edge": edge}, "crop_size": square}
     if pinpoints and whole:
-        return LlavaOnevisionImageProcessorPil(
-            image_grid_pinpoints=pinpoints, size=square, **shared
-        )
+        return processor("LlavaOnevision", image_grid_pinpoints=pinpoints, size=square, **shared)
     if pinpoints:
-        return LlavaNextImageProcessorPil(image_grid_pinpoints=pinpoints, **cropped, **shared)
+        return processor("LlavaNext", image_grid_pinpoints=pinpoints, **cropped, **shared)
     if pixels.aspect == "squash":
-        return SiglipImageProcessorPil(size=square, do_center_crop=False, **shared)
-    shared |= cropped
+        return processor("Siglip", size=square, do_center_crop=False, **shared)
     if pixels.aspect == "pad":
-        return LlavaImageProcessorPil(do_pad=True, **shared)
-    return CLIPImageProcessorPil(**shared)
+        return processor("Llava", do_pad=True, **cropped, **shared)
+    return processor("CLIP", **cropped, **shared)

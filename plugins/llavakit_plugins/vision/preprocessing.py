@@ -1,7 +1,8 @@
 """Turns an RGB image into the normalised square that vision transformers read.
 
-The result equals that of transformers' image processors (PIL backend) to the last bit. They are not
-used themselves, because they are slower (tests/benchmarks/images_cpu.py measures both).
+The result equals that of transformers' image processors to the last bit, of the PIL backend or the
+torchvision backend. They are not used themselves, because they are slower
+(tests/benchmarks/images_cpu.py measures both).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional
 
 from llavakit_plugins.vision.thin_images import (
     RGB as RGB,
@@ -22,7 +24,10 @@ from llavakit_plugins.vision.thin_images import (
 )
 
 Aspect = Literal["crop", "pad", "squash"]
+Backend = Literal["pil", "torchvision"]
 Interpolation = Literal["nearest", "lanczos", "bilinear", "bicubic", "box", "hamming"]
+
+TORCH_FILTERS = ("bilinear", "bicubic")  # those that PyTorch's kernel for bytes has
 
 MEAN: RGB = (0.48145466, 0.4578275, 0.40821073)
 """Mean of each colour over CLIP's training images; values are 0..1."""
@@ -39,6 +44,8 @@ class Square(NamedTuple):
     interpolation: Interpolation = "bicubic"
     fast: bool = False
     """Whether large images are first shrunk by averaging whole blocks: faster, and not exact."""
+    backend: Backend = "pil"
+    """Whose pixels they are, to the last bit: transformers' processors have two backends."""
 
 
 def to_square(image: Image.Image, square: Square) -> Tensor:
@@ -61,10 +68,25 @@ def to_square(image: Image.Image, square: Square) -> Tensor:
         # rounded down, as transformers does
         longest = int(size * max(image.size) / min(image.size))
         width, height = (longest, size) if image.width > image.height else (size, longest)
-    image = image.resize((width, height), Image.Resampling[square.interpolation.upper()])
+    resized_HWC = _resize(image, width, height, square)
     left, top = (width - size) // 2, (height - size) // 2
-    image = image.crop((left, top, left + size, top + size))
-    return normalise(np.asarray(image), square.mean, square.std)
+    cropped_HWC = resized_HWC[top : top + size, left : left + size]
+    return normalise(cropped_HWC, square.mean, square.std, square.backend)
+
+
+def _resize(image: Image.Image, width: int, height: int, square: Square) -> npt.NDArray[np.uint8]:
+    how = square.interpolation
+    # PyTorch's kernel for bytes is twice as fast; its results differ by a level here and there
+    if square.backend == "pil" and not (square.fast and how in TORCH_FILTERS):
+        return np.asarray(image.resize((width, height), Image.Resampling[how.upper()]))
+    if image.size == (width, height):
+        return np.asarray(image)
+    pixels_HWC = torch.from_numpy(np.array(image))  # a copy: Pillow's own memory is not writable
+    resized_1CHW = functional.interpolate(
+        pixels_HWC.permute(2, 0, 1)[None], (height, width), mode=how, antialias=True
+    )
+    resized_HWC: npt.NDArray[np.uint8] = resized_1CHW[0].permute(1, 2, 0).numpy()
+    return resized_HWC
 
 
 def shrink(image: Image.Image, size: int) -> Image.Image:
@@ -77,13 +99,15 @@ def shrink(image: Image.Image, size: int) -> Image.Image:
     return image.reduce(factor) if factor > 1 else image
 
 
-def normalise(pixels_HWC: npt.NDArray[np.uint8], mean: RGB, std: RGB) -> Tensor:
+def normalise(
+    pixels_HWC: npt.NDArray[np.uint8], mean: RGB, std: RGB, backend: Backend = "pil"
+) -> Tensor:
     """Return `(pixels / 255 - mean) / std` as `[3, H, W]`, float32.
 
     The result for each of the 256 values of a byte is looked up in a table: the same bits as the
     arithmetic gives, and faster.
     """
-    table = _table(mean, std)
+    table = _table(mean, std, backend)
     height, width, _ = pixels_HWC.shape
     found = np.empty((3, height, width), np.float32)
     for colour in range(3):
@@ -93,8 +117,13 @@ def normalise(pixels_HWC: npt.NDArray[np.uint8], mean: RGB, std: RGB) -> Tensor:
 
 
 @lru_cache(maxsize=16)  # a run has one or two pairs of mean and deviation
-def _table(mean: RGB, std: RGB) -> npt.NDArray[np.float32]:
+def _table(mean: RGB, std: RGB, backend: Backend) -> npt.NDArray[np.float32]:
     """Return the normalised value of each byte for each colour, `[3, 256]`, float32."""
+    if backend == "torchvision":  # which scales mean and deviation instead of the pixels
+        scaled_mean, scaled_std = (torch.tensor(colour) * (1 / (1 / 255)) for colour in (mean, std))
+        bytes_N3 = torch.arange(256, dtype=torch.float32)[:, None]
+        found: npt.NDArray[np.float32] = ((bytes_N3 - scaled_mean) / scaled_std).T.numpy()
+        return np.ascontiguousarray(found)
     # multiplied by 1/255 in float64 and then rounded, as transformers does: other orders of these
     # operations differ in the last bit
     values = (np.arange(256) * (1 / 255)).astype(np.float32)[:, None]

@@ -825,6 +825,19 @@ def test_the_preparation_is_found(aspect: str) -> None:
     assert found.mean == pytest.approx((0.48145466, 0.4578275, 0.40821073), abs=1e-6)
 
 
+@pytest.mark.parametrize("option", [{"backend": "torchvision"}, {"fast": True}])
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+def test_pixels_that_are_not_pillows_are_exported_as_the_nearest_with_a_warning(
+    option: dict[str, Any], interpolation: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    from llavakit_plugins.vision.clip import Clip, ClipOptions
+
+    options = {"config": _SHALLOW, "aspect": "pad", "interpolation": interpolation, **option}
+    found = find_preparation(Clip(ClipOptions.model_validate(options)))
+    assert (found.aspect, found.resample) == ("pad", interpolation)
+    assert "differ by up to 2 of 255 levels" in caplog.text
+
+
 def test_a_squashed_square_with_another_filter_is_found() -> None:
     found = find_preparation(Patches(Options()))
     assert (found.aspect, found.resample) == ("squash", "bilinear")

@@ -16,6 +16,7 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 
 from llavakit.stream.images import open_image
 from llavakit_plugins.onnx.runtime.pictures import Preparation
+from llavakit_plugins.vision.pixels import make_processor
 from llavakit_plugins.vision.preprocessing import MEAN, RGB, STD, Square, pad_to_square, to_square
 
 PHOTOS = sorted((published.folder() / "images").glob("*.jpg"))
@@ -79,6 +80,20 @@ def test_pad_equals_padding_before_transformers_processor(image: Image.Image) ->
     found = to_square(image, Square(336, "pad", MEAN, STD))
     assert torch.equal(found, theirs(processor, expand(image, MEAN)))
     assert pad_to_square(image, MEAN).tobytes() == expand(image, MEAN).tobytes()
+
+
+@pytest.mark.parametrize("image", pictures())
+@pytest.mark.parametrize(
+    ("aspect", "interpolation"),
+    [("crop", "bicubic"), ("pad", "bicubic"), ("squash", "bicubic"), ("squash", "bilinear")],
+)
+def test_the_other_backend_equals_transformers_default(
+    image: Image.Image, aspect: Any, interpolation: Any
+) -> None:
+    square = Square(112, aspect, MEAN, STD, interpolation, backend="torchvision")
+    processor = make_processor(square)
+    assert type(processor).__mro__[1].__name__ == "TorchvisionBackend"
+    assert torch.equal(to_square(image, square), theirs(processor, image))
 
 
 @pytest.mark.parametrize("size", [(64, 1), (1, 64), (3200, 50), (50, 3200), (7, 440)])

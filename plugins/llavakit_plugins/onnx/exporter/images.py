@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from itertools import product
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ from PIL import Image
 from llavakit import ModelError
 from llavakit_plugins.checkpoints.parity import sample_images
 from llavakit_plugins.onnx.runtime.pictures import RESAMPLES, Preparation
+from llavakit_plugins.vision.preprocessing import Square
 
 if TYPE_CHECKING:
     from llavakit import VisionEncoder
@@ -19,12 +21,16 @@ if TYPE_CHECKING:
 _NUMBERS = {name: int(filter) for name, filter in RESAMPLES.items()}
 """The filters by name, with the numbers that image processors use."""
 _CLOSE = 1e-4  # largest difference of a normalised pixel
+_LEVELS = 2  # of 255 between two ways to resize bytes with one filter; other filters differ by more
+_log = logging.getLogger("llavakit")
 
 
 def find_preparation(vision: VisionEncoder) -> Preparation:
     """Return the preparation that gives the same pixels as the encoder's own `prepare`.
 
-    Raises ModelError if none of those that clients support does.
+    Of an encoder whose pixels are not Pillow's (its `fast`, or `backend = "torchvision"`), those of
+    Pillow that are nearest, with a warning: no client has another way. Raises ModelError if none
+    that clients support does.
     """
     size = vision.image_size
     flat = [Image.new("RGB", (size, size), (level,) * 3) for level in (0, 255)]
@@ -36,10 +42,19 @@ def find_preparation(vision: VisionEncoder) -> Preparation:
     # one wide and one high image: a crop, a padding and a filter all show in them
     tries = sample_images()
     expected = [vision.prepare(image).float().numpy() for image in tries]
+    close = _CLOSE
+    square = getattr(vision, "square", None)
+    if isinstance(square, Square) and (square.fast or square.backend != "pil"):
+        close = _LEVELS / 255 / min(known[1])
+        _log.warning(
+            "vision encoder `%s` prepares images with PyTorch's resize; clients of the ONNX folder "
+            "do it with Pillow's, whose pixels differ by up to %d of 255 levels",
+            vision.name, _LEVELS,
+        )  # fmt: skip
     for candidate in _candidates(size, *known):
         got = [candidate.prepare(image) for image in tries]
         if all(
-            g.shape == e.shape and np.abs(g - e).max() <= _CLOSE
+            g.shape == e.shape and np.abs(g - e).max() <= close
             for g, e in zip(got, expected, strict=True)
         ):
             return candidate
