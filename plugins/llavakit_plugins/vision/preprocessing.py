@@ -68,25 +68,33 @@ def to_square(image: Image.Image, square: Square) -> Tensor:
         # rounded down, as transformers does
         longest = int(size * max(image.size) / min(image.size))
         width, height = (longest, size) if image.width > image.height else (size, longest)
-    resized_HWC = _resize(image, width, height, square)
     left, top = (width - size) // 2, (height - size) // 2
-    cropped_HWC = resized_HWC[top : top + size, left : left + size]
-    return normalise(cropped_HWC, square.mean, square.std, square.backend)
-
-
-def _resize(image: Image.Image, width: int, height: int, square: Square) -> npt.NDArray[np.uint8]:
     how = square.interpolation
     # PyTorch's kernel for bytes is twice as fast; its results differ by a level here and there
-    if square.backend == "pil" and not (square.fast and how in TORCH_FILTERS):
-        return np.asarray(image.resize((width, height), Image.Resampling[how.upper()]))
+    if square.backend == "torchvision" or (square.fast and how in TORCH_FILTERS):
+        resized_CHW = _resize_bytes(image, width, height, how)
+        return _normalise_bytes(
+            resized_CHW[:, top : top + size, left : left + size], square.mean, square.std
+        )
+    image = image.resize((width, height), Image.Resampling[how.upper()])
+    image = image.crop((left, top, left + size, top + size))
+    return normalise(np.asarray(image), square.mean, square.std)
+
+
+def _resize_bytes(image: Image.Image, width: int, height: int, how: Interpolation) -> Tensor:
+    """Return an image `[3, height, width]`, uint8, as torchvision resizes it."""
+    pixels_CHW = torch.from_numpy(np.array(image)).permute(2, 0, 1)  # Pillow's own cannot be shared
     if image.size == (width, height):
-        return np.asarray(image)
-    pixels_HWC = torch.from_numpy(np.array(image))  # a copy: Pillow's own memory is not writable
-    resized_1CHW = functional.interpolate(
-        pixels_HWC.permute(2, 0, 1)[None], (height, width), mode=how, antialias=True
-    )
-    resized_HWC: npt.NDArray[np.uint8] = resized_1CHW[0].permute(1, 2, 0).numpy()
-    return resized_HWC
+        return pixels_CHW
+    return functional.interpolate(pixels_CHW[None], (height, width), mode=how, antialias=True)[0]
+
+
+def _normalise_bytes(pixels_CHW: Tensor, mean: RGB, std: RGB) -> Tensor:
+    """Return `normalise` in the order of torchvision's backend: mean and deviation are scaled."""
+    scale = 1 / (1 / 255)
+    mean_C11, std_C11 = (torch.tensor(colour)[:, None, None] * scale for colour in (mean, std))
+    found = pixels_CHW.to(torch.float32, memory_format=torch.contiguous_format)
+    return found.sub_(mean_C11).div_(std_C11)
 
 
 def shrink(image: Image.Image, size: int) -> Image.Image:
@@ -99,15 +107,13 @@ def shrink(image: Image.Image, size: int) -> Image.Image:
     return image.reduce(factor) if factor > 1 else image
 
 
-def normalise(
-    pixels_HWC: npt.NDArray[np.uint8], mean: RGB, std: RGB, backend: Backend = "pil"
-) -> Tensor:
+def normalise(pixels_HWC: npt.NDArray[np.uint8], mean: RGB, std: RGB) -> Tensor:
     """Return `(pixels / 255 - mean) / std` as `[3, H, W]`, float32.
 
     The result for each of the 256 values of a byte is looked up in a table: the same bits as the
     arithmetic gives, and faster.
     """
-    table = _table(mean, std, backend)
+    table = _table(mean, std)
     height, width, _ = pixels_HWC.shape
     found = np.empty((3, height, width), np.float32)
     for colour in range(3):
@@ -117,13 +123,8 @@ def normalise(
 
 
 @lru_cache(maxsize=16)  # a run has one or two pairs of mean and deviation
-def _table(mean: RGB, std: RGB, backend: Backend) -> npt.NDArray[np.float32]:
+def _table(mean: RGB, std: RGB) -> npt.NDArray[np.float32]:
     """Return the normalised value of each byte for each colour, `[3, 256]`, float32."""
-    if backend == "torchvision":  # which scales mean and deviation instead of the pixels
-        scaled_mean, scaled_std = (torch.tensor(colour) * (1 / (1 / 255)) for colour in (mean, std))
-        bytes_N3 = torch.arange(256, dtype=torch.float32)[:, None]
-        found: npt.NDArray[np.float32] = ((bytes_N3 - scaled_mean) / scaled_std).T.numpy()
-        return np.ascontiguousarray(found)
     # multiplied by 1/255 in float64 and then rounded, as transformers does: other orders of these
     # operations differ in the last bit
     values = (np.arange(256) * (1 / 255)).astype(np.float32)[:, None]
