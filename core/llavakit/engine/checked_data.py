@@ -16,13 +16,18 @@ from llavakit.recipe.recipe import Recipe
 from llavakit.registry import KindT, Registry, kind_of, texts_in
 
 
-def check_data(recipe: Recipe, registry: Registry, directory: Path) -> CheckedData:
-    """Build every data set that is there already, of the steps that are to be done."""
+def check_data(recipe: Recipe, registry: Registry, directory: Path, since: int = 0) -> CheckedData:
+    """Build every data set that is there already, of the steps that are to be done.
+
+    Not what was checked before, at the time `since` in nanoseconds, and has not changed.
+    """
     checked = CheckedData(registry)
     for name, use in recipe.active_steps():
         done = read_done(directory / name)
         if done is None or done["record"] != record_of(recipe, name):
             for data in _data_sets(use, registry):
+                if since and all(time < since for _, time in _stamps(data.options).values()):
+                    continue
                 with show_if_slow(f"{name}: checking its data") as progress:
                     built = registry.build(data, progress=progress)
                 for note in built.notes():

@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 _PACKAGES = ("llavakit", "torch", "transformers", "tokenizers", "numpy", "pillow", "triton")
 
 
-def write_recipe(recipe: Recipe, directory: Path) -> None:
-    """Write recipe.toml, from which the same run can be made again; it holds no key."""
+def recipe_text(recipe: Recipe) -> str:
+    """Return a recipe.toml from which the same run can be made again; it holds no key."""
     table = redacted(without_none(recipe.model_dump(mode="json", exclude_defaults=True)))
-    write_text(directory / "recipe.toml", tomli_w.dumps(table))
+    return tomli_w.dumps(table)
 
 
 def write_environment(device: torch.device | None, directory: Path) -> None:

@@ -23,7 +23,7 @@ from llavakit.contracts.run import (
 )
 from llavakit.engine.checked_data import check_data
 from llavakit.engine.distributed import Device, join_process_group, was_restarted
-from llavakit.engine.environment import write_environment, write_recipe
+from llavakit.engine.environment import recipe_text, write_environment
 from llavakit.engine.events import EventLog
 from llavakit.engine.interrupts import interrupts
 from llavakit.engine.plan import make_plan
@@ -86,11 +86,14 @@ def _lead(work: _Work, *, resume: bool, reuse: Finder) -> None:
     """Run every step, write what is to be written, and report."""
     recipe, directory = work.recipe, work.directory
     plan = make_plan(recipe, work.registry)
-    work.build = check_data(recipe, work.registry, directory).build
+    path, text = directory / "recipe.toml", recipe_text(recipe)
+    same = resume and path.is_file() and path.read_text("utf-8", "replace") == text
+    since = path.stat().st_mtime_ns if same else 0
+    work.build = check_data(recipe, work.registry, directory, since).build
     with explain_write(directory):
         directory.mkdir(parents=True, exist_ok=True)
     with one_writer(directory), interrupts(work.process_group) as stopping:
-        write_recipe(recipe, directory)
+        write_text(path, text)
         write_environment(work.device.known, directory)
         write_text(directory / "plan.json", plan.model_dump_json(indent=2))  # as it was promised
         log = EventLog(directory, [work.registry.build(use) for use in recipe.trackers])

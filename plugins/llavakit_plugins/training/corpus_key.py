@@ -49,10 +49,10 @@ def key_of(
         llavakit.__version__,
         use.model_dump(mode="json"),
         _stamps(run, use),
-        _component(template),
+        facts_of(template),
         _rendered(template, model.language.tokenizer),
         _tokenizer(model.language.tokenizer),
-        None if views.tiling is None else _component(views.tiling),
+        None if views.tiling is None else facts_of(views.tiling),
         [*views.view, views.upright],
         min(max_length, model.language.max_length),
     ]
@@ -110,7 +110,8 @@ def _texts(value: object) -> list[str]:
     return []
 
 
-def _component(component: Any) -> list[Any]:
+def facts_of(component: Any) -> list[Any]:
+    """Return what tells one component from another: its class and its options."""
     options = getattr(component, "options", None)
     stated = options.model_dump(mode="json") if isinstance(options, BaseModel) else repr(options)
     kind = type(component)

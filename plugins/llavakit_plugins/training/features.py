@@ -8,8 +8,8 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -30,12 +30,12 @@ from llavakit import (
 from llavakit.contracts.packing import upload
 from llavakit_plugins.training.columns import Column
 from llavakit_plugins.training.corpus import Corpus
-from llavakit_plugins.training.image_paths import ImagePaths
+from llavakit_plugins.training.encoding import distinct_images, encode_images
+from llavakit_plugins.training.feature_cache import Kept
 from llavakit_plugins.training.options import TrainOptions
 
 _START = "fork" if sys.platform == "linux" else "spawn"
 _MOST_WORKERS = 8
-_ENCODE_BATCH = 32  # images that are encoded at once for the cache
 _LOOKED_AT = 1 << 20  # samples whose images are looked at together
 CACHE_BYTES = 4 << 30
 """Most bytes of CPU memory that the cache may take when nothing is stated."""
@@ -69,6 +69,12 @@ def features_of(corpus: Corpus, model: LlavaModel, options: TrainOptions, run: R
     learns = "vision" in options.train
     dtype = next(model.vision.parameters()).dtype
     preparing = preparation(model, options.prepare, run.build)
+    if options.feature_cache is not None:
+        most = int(options.feature_cache_gb * 1e9)
+        return Kept(
+            corpus, model, dtype=dtype, run=run, folder=options.feature_cache, most=most,
+            preparing=preparing, changes=options.prepare,
+        )  # fmt: skip
     if not learns and worth_caching(corpus, model, options):
         return Cached(corpus, model, dtype=dtype, progress=run.progress, preparing=preparing)
     workers = options.workers
@@ -190,7 +196,9 @@ class Cached:
         first_views = self._images.first_views
         self._features: Tensor | None = None
         filled = 0
-        for found in encoded(corpus, model, self._images.distinct, dtype, progress, preparing):
+        for found in encode_images(
+            corpus, model, self._images.distinct, dtype, progress, preparing
+        ):
             if self._features is None:  # allocated once: `torch.cat` would need it twice
                 shape = (int(first_views[-1]), *found.shape[1:])
                 self._features = torch.empty(shape, dtype=found.dtype)
@@ -207,62 +215,6 @@ class Cached:
                 rows = torch.tensor([row for of_image in views for row in of_image])
                 features = upload(self._features.index_select(0, rows), self._device)
             yield batch.to(self._device), features
-
-
-def encoded(
-    corpus: Corpus,
-    model: LlavaModel,
-    images: Sequence[Image],
-    dtype: torch.dtype,
-    progress: Callable[[int, int, str], None],
-    preparing: VisionEncoder | None = None,
-) -> Iterator[Tensor]:
-    """Yield the features of the views of images, a batch at a time, in their order."""
-    vision = preparing or model.vision
-    for begin in range(0, len(images), _ENCODE_BATCH):
-        part = images[begin : begin + _ENCODE_BATCH]
-        pixels = torch.cat([corpus.pixels(vision, *image) for image in part])
-        for batch in pixels.split(_ENCODE_BATCH):  # an image may have many views
-            with torch.no_grad():
-                yield model.features(batch.to(model.device, dtype))
-        progress(begin + len(part), len(images), "encoding images")
-
-
-Image = tuple[int, int]  #: A sample, and which of its images.
-
-
-class DistinctImages(NamedTuple):
-    """The images of a corpus, each once, in the order in which samples first show them."""
-
-    distinct: Sequence[Image]
-    first_views: Column  #: The first view of each among the views of all, then how many there are.
-    numbers: Column  #: `[I]` int32: of each use of an image, which of the distinct ones it is.
-    images: ImagePaths
-
-    def number(self, sample: int, image: int) -> int:
-        """Return which of the distinct images a sample's image is."""
-        return int(self.numbers[self.images.uses(sample)[image]])
-
-
-def distinct_images(corpus: Corpus) -> DistinctImages:
-    """Return the images that the samples of training show."""
-    uses = corpus.images.uses_of(corpus.samples)
-    identities = corpus.images.identities[uses]
-    order = np.lexsort((identities[:, 1], identities[:, 0]))  # stable: the first use comes first
-    begins = np.ones(len(order), np.bool_)
-    begins[1:] = (identities[order[1:]] != identities[order[:-1]]).any(axis=1)
-    firsts = order[begins]
-    place = np.empty(len(firsts), np.int32)
-    place[np.argsort(firsts)] = np.arange(len(firsts), dtype=np.int32)
-    numbers = np.full(len(corpus.images.identities), -1, np.int32)
-    numbers[uses[order]] = place[np.cumsum(begins) - 1]
-    distinct = [corpus.images.of_use(int(use)) for use in uses[np.sort(firsts)]]
-    views = np.ones(len(distinct), np.int64)
-    if corpus.views.tiling is not None:
-        shown = (corpus.shown(sample)[image] for sample, image in distinct)
-        views[:] = [corpus.views.of(one).views for one in shown]
-    first_views = np.concatenate([[0], np.cumsum(views)])
-    return DistinctImages(distinct, first_views, numbers, corpus.images)
 
 
 def images_recur(corpus: Corpus, epochs: int, most: int) -> bool:

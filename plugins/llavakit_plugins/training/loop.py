@@ -26,6 +26,7 @@ from llavakit import (
 from llavakit_plugins.huggingface.unread import Unread
 from llavakit_plugins.training.checkpoints import Best, Checkpoints
 from llavakit_plugins.training.corpus import Batch, Corpus
+from llavakit_plugins.training.feature_cache import Kept
 from llavakit_plugins.training.features import Cached, features_of
 from llavakit_plugins.training.initial import start_with
 from llavakit_plugins.training.optimiser import Rates, Updates
@@ -117,7 +118,9 @@ class Trainer:
         self._unread: list[_Taken] = []
         self.watch = Watch(self.process_group, options.timeout)
         self.features = features_of(corpus, model, options, run)
-        self.meter = Meter(self.progress, model, options, cached=isinstance(self.features, Cached))
+        self.meter = Meter(
+            self.progress, model, options, cached=isinstance(self.features, Cached | Kept)
+        )
         self.validation: Validation | None = None
         if held_out is not None:
             self.validation = Validation(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -83,6 +84,11 @@ class TrainOptions(StartOptions):
     cache_features: bool | None = None
     """Encode each image once and keep the features; only for a frozen encoder. By default if
     images are used more than once and the features fit into 4 GiB."""
+    feature_cache: Path | None = None
+    """A folder in which the features of a frozen encoder are kept on the disk, for all processes,
+    steps and runs that name it. It may be removed at any time that no run is at work."""
+    feature_cache_gb: float = Field(default=100.0, gt=0, allow_inf_nan=False)
+    """Most GB that the features of one encoder take there; images beyond are encoded each time."""
     workers: int | None = Field(default=None, ge=0)
     """Processes that read images ahead; 0 reads them in the training process. By default 0 on a
     CPU and up to 8 on a GPU."""
@@ -122,6 +128,8 @@ class TrainOptions(StartOptions):
             raise ValueError("`validate_every` looks at `held_out`: name a data set there")
         if self.shard is False and self.parallel is not None:
             raise ValueError("`parallel` divides weights and `shard = false` does not: state one")
+        if self.feature_cache is not None and "vision" in self.train:
+            raise ValueError("`feature_cache` is for a frozen encoder: `train` names `vision`")
         if self.keep_best and self.validate_every is None:
             raise ValueError("`keep_best` needs `validate_every`, or there is only the last model")
         return self

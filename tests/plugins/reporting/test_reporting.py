@@ -20,7 +20,7 @@ from PIL import Image
 
 from llavakit.contracts.errors import LlavaError
 from llavakit.contracts.sections import Card, Curves, Gallery, Section, Table
-from llavakit.engine.environment import write_recipe
+from llavakit.engine.environment import recipe_text
 from llavakit.recipe.recipe import Recipe
 from llavakit_plugins.reporting.charts import Chart, draw_lines
 from llavakit_plugins.reporting.markdown import code, escape, table
@@ -105,7 +105,7 @@ def make_record(
 def report(run: Path, records: Sequence[StepRecord], recipe: Recipe | None = None) -> None:
     """Write the report of a run, beside the recipe where there is none."""
     if run.is_dir() and not (run / "recipe.toml").exists():
-        write_recipe(recipe or make_recipe(), run)
+        (run / "recipe.toml").write_text(recipe_text(recipe or make_recipe()))
     write_report(run, records)
 
 
@@ -135,7 +135,7 @@ def test_the_report_shows_steps_model_options_and_metrics(run: Path) -> None:
     plan = {"parts": {"vision": {"parameters": 1262592}}}
     (run / "plan.json").write_text(json.dumps(plan))
     (run / "environment.json").write_text(json.dumps({"packages": {"torch": "2.12"}, "cpus": 2}))
-    write_recipe(make_recipe(), run)
+    (run / "recipe.toml").write_text(recipe_text(make_recipe()))
     with (run / "recipe.toml").open("a") as file:
         file.write("# ours\n")
     page = write(run, accuracy=0.9375, blind_accuracy=0.25)

@@ -72,6 +72,17 @@ def test_left_out_samples_are_said_and_checked_data_is_not_built_again(
     assert "02-finetune: " in said
     assert "1 of 8 samples are left out" in said
     assert "none.png" in said
+    # a step that goes on takes what was tokenised: no row is read, nor looked at, once more
+    (tmp_path / "run" / "02-finetune" / "artifact.json").unlink()
+    assert main([str(path), "--out", str(tmp_path / "run"), "--resume"]) == 0
+    assert len(built) == 2
+    (artifact,) = (tmp_path / "run").glob("02-*/artifact.json")
+    assert "1 of 8 samples are left out" in artifact.read_text()
+    # unless the file was changed: then it is another one
+    (tmp_path / "own.json").write_text(json.dumps(rows[:-1]))
+    artifact.unlink()
+    assert main([str(path), "--out", str(tmp_path / "run"), "--resume"]) == 0
+    assert len(built) == 3
 
 
 def test_text_and_several_images_share_a_batch(

@@ -1,0 +1,76 @@
+"""The images of a corpus, each once, and their features by a frozen encoder.
+
+I uses of images, P patches of a view, D width of the vision encoder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llavakit import LlavaModel, VisionEncoder
+from llavakit_plugins.training.columns import Column
+from llavakit_plugins.training.corpus import Corpus
+from llavakit_plugins.training.image_paths import ImagePaths
+
+_ENCODE_BATCH = 32  # images that are encoded at once
+
+Image = tuple[int, int]
+"""A sample, and which of its images."""
+
+
+def encode_images(
+    corpus: Corpus,
+    model: LlavaModel,
+    images: Sequence[Image],
+    dtype: torch.dtype,
+    progress: Callable[[int, int, str], None],
+    preparing: VisionEncoder | None = None,
+) -> Iterator[Tensor]:
+    """Yield the features of the views of images, a batch at a time, in their order."""
+    vision = preparing or model.vision
+    for begin in range(0, len(images), _ENCODE_BATCH):
+        part = images[begin : begin + _ENCODE_BATCH]
+        pixels = torch.cat([corpus.pixels(vision, *image) for image in part])
+        for batch in pixels.split(_ENCODE_BATCH):  # an image may have many views
+            with torch.no_grad():
+                yield model.features(batch.to(model.device, dtype))
+        progress(begin + len(part), len(images), "encoding images")
+
+
+class DistinctImages(NamedTuple):
+    """The images of a corpus, each once, in the order in which samples first show them."""
+
+    distinct: Sequence[Image]
+    first_views: Column  #: The first view of each among the views of all, then how many there are.
+    numbers: Column  #: `[I]` int32: of each use of an image, which of the distinct ones it is.
+    images: ImagePaths
+
+    def number(self, sample: int, image: int) -> int:
+        """Return which of the distinct images a sample's image is."""
+        return int(self.numbers[self.images.uses(sample)[image]])
+
+
+def distinct_images(corpus: Corpus) -> DistinctImages:
+    """Return the images that the samples of training show."""
+    uses = corpus.images.uses_of(corpus.samples)
+    identities = corpus.images.identities[uses]
+    order = np.lexsort((identities[:, 1], identities[:, 0]))  # stable: the first use comes first
+    begins = np.ones(len(order), np.bool_)
+    begins[1:] = (identities[order[1:]] != identities[order[:-1]]).any(axis=1)
+    firsts = order[begins]
+    place = np.empty(len(firsts), np.int32)
+    place[np.argsort(firsts)] = np.arange(len(firsts), dtype=np.int32)
+    numbers = np.full(len(corpus.images.identities), -1, np.int32)
+    numbers[uses[order]] = place[np.cumsum(begins) - 1]
+    distinct = [corpus.images.of_use(int(use)) for use in uses[np.sort(firsts)]]
+    views = np.ones(len(distinct), np.int64)
+    if corpus.views.tiling is not None:
+        shown = (corpus.shown(sample)[image] for sample, image in distinct)
+        views[:] = [corpus.views.of(one).views for one in shown]
+    first_views = np.concatenate([[0], np.cumsum(views)])
+    return DistinctImages(distinct, first_views, numbers, corpus.images)

@@ -1,0 +1,232 @@
+"""Features on the disk: the same bits as without, for all who see the same encoder."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from threading import Barrier, get_ident
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tests.conftest import RecipeWriter
+from torch import Tensor
+
+from llavakit import Dataset, LlavaModel, PackedBatch, Recipe, Registry, Sample, Turn
+from llavakit.contracts.run import ProcessGroup, Run
+from llavakit.model.folder import create_model
+from llavakit_plugins.training.corpus import Corpus
+from llavakit_plugins.training.feature_cache import Kept, positions
+from llavakit_plugins.training.features import Cached
+
+
+@pytest.fixture
+def model(write_recipe: RecipeWriter) -> LlavaModel:
+    registry = Registry.installed()
+    return create_model(Recipe.load(write_recipe(), registry).parts(), registry, seed=0).eval()
+
+
+class Pictures(Dataset):
+    """Each sample shows one image; `images` may be paths or files' bytes."""
+
+    name = "pictures"
+
+    def __init__(self, images: Sequence[Any]) -> None:
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Sample:
+        turns = Turn("human", "<image> what colour is it ?"), Turn("gpt", "it is red .")
+        return Sample(str(index), turns, (self.images[index],))
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> list[Path]:
+    draw = np.random.default_rng(0)
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for number in range(70):
+        pixels = draw.integers(0, 256, (30, 20, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+    return [folder / f"{number}.png" for number in range(70)]
+
+
+RUN = Run(
+    Path(), {}, None, 0, False, lambda: torch.device("cpu"), None,  # type: ignore[arg-type]
+    lambda done, total, note="": None, lambda *_, **__: None, lambda: False, ProcessGroup(),
+)  # fmt: skip
+
+
+def kept(
+    model: LlavaModel, images: Sequence[Any], folder: Path, *, most: int = 1 << 40,
+    changes: dict[str, Any] | None = None, run: Run = RUN,
+) -> tuple[Kept, list[int]]:  # fmt: skip
+    """Return the cache of these images, and how many views the encoder reads from now on."""
+    corpus = Corpus(Pictures(images), model, model.template, 256)
+    counted: list[int] = []
+    model.vision.register_forward_hook(lambda _, given, __: counted.append(len(given[0])))
+    found = Kept(
+        corpus, model, dtype=torch.float32, run=run, folder=folder, most=most,
+        preparing=model.vision, changes=changes or {},
+    )  # fmt: skip
+    return found, counted
+
+
+def loaded(features: Any, count: int) -> list[Tensor]:
+    """Return the features of each sample, in micro-batches of three."""
+    micros = [range(begin, min(begin + 3, count)) for begin in range(0, count, 3)]
+    found: list[tuple[PackedBatch, Tensor | None]] = list(features.load(micros))
+    rows = [features for _, features in found if features is not None]
+    return list(torch.cat(rows))
+
+
+def equal(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:
+    return len(one) == len(other) and all(map(torch.equal, one, other))
+
+
+def test_the_features_are_those_of_memory_and_encoded_once(
+    model: LlavaModel, pictures: list[Path], tmp_path: Path
+) -> None:
+    memory = Cached(
+        Corpus(Pictures(pictures), model, model.template, 256), model, dtype=torch.float32,
+        progress=lambda *_: None,
+    )  # fmt: skip
+    plain = loaded(memory, 70)
+    first, counted = kept(model, pictures, tmp_path / "cache")
+    assert sum(counted) == 70
+    assert equal(loaded(first, 70), plain)
+    again, counted = kept(model, pictures, tmp_path / "cache")
+    assert equal(loaded(again, 70), plain)
+    assert counted == []
+    # a file of the same content elsewhere, and one's bytes, are the same image; a new one is not
+    copies = [tmp_path / f"copy{n}.png" for n in range(3)]
+    for copy, picture in zip(copies, pictures, strict=False):
+        copy.write_bytes(picture.read_bytes())
+    Image.new("RGB", (20, 30), "teal").save(tmp_path / "teal.png")
+    mixed = [*copies, pictures[3].read_bytes(), tmp_path / "teal.png", tmp_path / "teal.png"]
+    third, counted = kept(model, mixed, tmp_path / "cache")
+    assert counted == [1]
+    assert equal(loaded(third, 6)[:4], plain[:4])
+
+
+def test_another_encoder_and_another_preparation_are_kept_apart(
+    model: LlavaModel, pictures: list[Path], tmp_path: Path
+) -> None:
+    kept(model, pictures[:4], tmp_path / "cache")
+    _, counted = kept(model, pictures[:4], tmp_path / "cache", changes={"aspect": "pad"})
+    assert sum(counted) == 4
+    with torch.no_grad():
+        next(model.vision.parameters()).flatten()[0] += 1
+    _, counted = kept(model, pictures[:4], tmp_path / "cache")
+    assert sum(counted) == 4
+    assert len(list((tmp_path / "cache").glob("*/features-*"))) == 3
+    # a file that was replaced is another image
+    pictures[0].write_bytes(pictures[5].read_bytes())
+    os.utime(pictures[0], ns=(1, 1))
+    _, counted = kept(model, pictures[:4], tmp_path / "cache")
+    assert sum(counted) == 1
+
+
+@pytest.mark.parametrize("damage", ["cut", "bits", "text", "pickle"])
+def test_what_is_damaged_is_said_and_encoded_again(
+    model: LlavaModel, pictures: list[Path], tmp_path: Path, damage: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    first, _ = kept(model, pictures, tmp_path / "cache")
+    plain = loaded(first, 70)
+    (file,) = (tmp_path / "cache").glob("*/features-*")
+    content = bytearray(file.read_bytes())
+    if damage == "bits":
+        content[-2000] ^= 1  # of one image's features
+    damaged = {
+        "cut": bytes(content[:-9]),
+        "bits": bytes(content),
+        "text": b"{}",
+        "pickle": b"\x80\x04N.",
+    }
+    file.unlink()  # `first` is mapped from the old one
+    file.write_bytes(damaged[damage])
+    again, _ = kept(model, pictures, tmp_path / "cache")
+    found = loaded(again, 70)
+    assert caplog.text.count(f"{file} is damaged") == 1
+    for mine, theirs in zip(found, plain, strict=True):
+        torch.testing.assert_close(mine, theirs)
+    caplog.clear()
+    last, counted = kept(model, pictures, tmp_path / "cache")
+    assert sum(counted) == (70 if damage == "bits" else 0)  # removed when it was found
+    assert equal(loaded(last, 70), plain)
+    assert caplog.text == ""
+
+
+def test_no_more_is_kept_than_was_allowed(
+    model: LlavaModel, pictures: list[Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    first, _ = kept(model, pictures, tmp_path / "all")
+    plain = loaded(first, 70)
+    each = plain[0].nbytes
+    some, counted = kept(model, pictures, tmp_path / "cache", most=50 * each)
+    assert sum(counted) == 50
+    assert "the features of 20 images need" not in caplog.text
+    assert "70 images need" in caplog.text
+    found = loaded(some, 70)
+    assert sum(counted) == 70
+    for mine, theirs in zip(found, plain, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+class Rank(ProcessGroup):
+    """One of several processes, here threads, that wait for each other."""
+
+    size = 2
+
+    def __init__(self, rank: int, barrier: Barrier, flags: list[bool]) -> None:
+        self.rank, self._barrier, self._flags = rank, barrier, flags
+
+    def any(self, flag: bool) -> bool:
+        self._flags[self.rank] = flag
+        self._barrier.wait(60)
+        found = any(self._flags)
+        self._barrier.wait(60)
+        return found
+
+
+def test_each_process_encodes_its_share(
+    model: LlavaModel, pictures: list[Path], tmp_path: Path
+) -> None:
+    alone, _ = kept(model, pictures, tmp_path / "other")
+    counted: list[tuple[int, int]] = []
+    model.vision.register_forward_hook(
+        lambda _, given, __: counted.append((get_ident(), len(given[0])))
+    )
+    barrier, flags = Barrier(2), [False, False]
+
+    def of_rank(rank: int) -> Kept:
+        run = replace(RUN, process_group=Rank(rank, barrier, flags))
+        return kept(model, pictures, tmp_path / "cache", run=run)[0]
+
+    with ThreadPoolExecutor(2) as pool:
+        whole = list(pool.map(of_rank, range(2)))
+    shares = Counter[int]()
+    for thread, views in counted:
+        shares[thread] += views
+    assert sorted(shares.values()) == [35, 35]
+    for cache in whole:
+        for mine, theirs in zip(loaded(cache, 70), loaded(alone, 70), strict=True):
+            torch.testing.assert_close(mine, theirs)
+    assert sum(views for _, views in counted) == 70  # what the other one encoded is read
+
+
+def test_positions() -> None:
+    draw = np.random.default_rng(1)
+    keys = draw.integers(0, 1 << 63, (50, 2)).astype(np.uint64)
+    wanted = np.concatenate([keys[[7, 3, 49]], keys[:1] + np.uint64(1)])
+    assert positions(keys, wanted).tolist() == [7, 3, 49, -1]
+    assert positions(keys[:0], wanted).tolist() == [-1] * 4
