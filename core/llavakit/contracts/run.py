@@ -161,6 +161,7 @@ class StepPlan(BaseModel):
     steps: int | None = None  #: Optimisation steps.
     tflop: float | None = None  #: Necessary work in 10^12 floating-point operations.
     memory_gb: float | None = None  #: Of a device: weights, gradients, optimiser, activations.
+    memory: dict[str, float] = {}  #: The same by what takes it, in GB.
     trained: tuple[str, ...] = ()
     cost_usd: float | None = None  #: What services will charge, as far as it can be known before.
     note: str = ""

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from llavakit.contracts.commands import Commands
 
 if TYPE_CHECKING:
-    from llavakit import Plan
+    from llavakit import Plan, Recipe
 
 
 def add(commands: Commands) -> None:
@@ -30,6 +30,10 @@ def add(commands: Commands) -> None:
         help="change one key, for example steps.finetune.epochs=2",
     )
     run.add_argument("--plan", action="store_true", help="print what it will cost; run nothing")
+    run.add_argument(
+        "--devices", type=int, metavar="N", help="with --plan: for so many of such devices"
+    )
+    run.add_argument("--json", action="store_true", help="with --plan: as JSON")
     run.add_argument("--resume", action="store_true", help="go on where an attempt was interrupted")
     run.add_argument(
         "--reuse",
@@ -56,14 +60,21 @@ def _end_at_once(number: int, frame: FrameType | None) -> None:
 
 
 def _plan_or_run(arguments: argparse.Namespace) -> int:
-    from llavakit import Recipe, Registry, Stopped, find_recipe, make_plan, run, shown
+    from llavakit import Recipe, RecipeError, Registry, Stopped, find_recipe, make_plan, run, shown
     from llavakit_plugins.commands.reuse import finished_in, runs_below
+
+    for flag, given in (("--devices", arguments.devices), ("--json", arguments.json)):
+        if given is not None and given is not False and not arguments.plan:
+            raise RecipeError(f"{flag} is about a plan; add --plan (torchrun says how many run)")
 
     registry = Registry.installed()
     path = find_recipe(arguments.recipe)
     recipe = Recipe.load(path, registry, arguments.set, inputs=not arguments.plan)
     if arguments.plan:
-        print(shown(_as_text(make_plan(recipe, registry))))
+        if arguments.devices is not None:
+            recipe = _on_devices(recipe, arguments.devices)
+        plan = make_plan(recipe, registry)
+        print(shown(plan.model_dump_json(indent=2) if arguments.json else _as_text(plan)))
         return 0
     directory = arguments.out or Path("runs") / recipe.name
     reuse = runs_below(arguments.reuse)
@@ -86,6 +97,23 @@ def _plan_or_run(arguments: argparse.Namespace) -> int:
         seen = report if report.is_file() else directory
         print(shown(f"{recipe.name}: done, see {seen}"))
     return 0
+
+
+def _on_devices(recipe: Recipe, number: int) -> Recipe:
+    """Return the recipe for so many devices of its machine's kind, each at the same price."""
+    from llavakit import RecipeError
+
+    if number < 1:
+        raise RecipeError(f"--devices {number}: a plan needs one device at least")
+    machine = recipe.machine
+    if machine.devices == number:
+        return recipe
+    changes = {
+        "name": f"{number} devices like those of {machine.name}",
+        "devices": number,
+        "usd_per_hour": machine.usd_per_hour / machine.devices * number,
+    }
+    return recipe.model_copy(update={"machine": machine.model_copy(update=changes)})
 
 
 def _as_text(plan: Plan) -> str:

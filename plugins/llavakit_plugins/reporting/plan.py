@@ -36,6 +36,7 @@ def render(plan: Plan) -> str:
             ]
         )
     lines += _table(rows)
+    lines += _memory(plan)
     frozen = {
         name: ", ".join(part for part in plan.parts if part not in step.trained)
         for name, step in plan.steps.items()
@@ -55,6 +56,20 @@ def render(plan: Plan) -> str:
             "language model learns"
         )
     return "\n".join(lines)
+
+
+def _memory(plan: Plan) -> list[str]:
+    """Return a table of what takes a device's memory, in GB; empty where no step knows it."""
+    known = {name: step.memory for name, step in plan.steps.items() if step.memory}
+    if not known:
+        return []
+    kinds = list(dict.fromkeys(kind for memory in known.values() for kind in memory))
+    devices = plan.machine.devices
+    rows = [["GB a device", f"{devices} device{'s' * (devices > 1)}", *kinds, "together"]]
+    for name, memory in known.items():
+        sizes = [*(memory.get(kind, 0.0) for kind in kinds), sum(memory.values())]
+        rows.append([name, "", *(f"{size:,.3g}" for size in sizes)])
+    return ["", *_table(rows)]
 
 
 def _total(plan: Plan, known: list[float]) -> list[str]:

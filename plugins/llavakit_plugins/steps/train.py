@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -25,6 +26,7 @@ from llavakit_plugins.reporting.pictures import save_thumbnail
 from llavakit_plugins.training.features import preparation
 from llavakit_plugins.training.initial import missing_model, own_row, sketch_start, start_unread
 from llavakit_plugins.training.loop import Trainer
+from llavakit_plugins.training.memory import device_memory, network_note
 from llavakit_plugins.training.options import TrainOptions
 from llavakit_plugins.training.parallel import parts_of_weights
 from llavakit_plugins.training.parts import PARTS, require_weights
@@ -145,14 +147,15 @@ class _Train(Step):
                 f"an image takes {visual} tokens and a sample is cut at "
                 f"{length}: nothing is learned from samples with an image"
             )
-        memory = _memory_gb(options, planner)
+        memory = device_memory(options, planner)
+        need: dict[str, Any] = {"memory": memory, "memory_gb": sum(memory.values())}
         expected = planner.expect(options.data)
         if expected is None:
             notes.append(
                 f"`{options.data.use}` cannot say yet how much data there is; its option `expect`, "
                 "where it has that, says it for plans"
             )
-            return StepPlan(trained=trained, memory_gb=memory, note="; ".join(notes))
+            return StepPlan(trained=trained, **need, note="; ".join(notes))
         samples, text = expected
         length = min(visual + text, options.max_length)
         steps = -(-samples // options.batch_size) * options.epochs
@@ -161,14 +164,16 @@ class _Train(Step):
             steps = options.max_steps
             seen = steps * options.batch_size
         work = measure_work(planner.model, options.train, planner.parameters, planner.trainable)
+        if network := network_note(options, planner, options.batch_size * length):
+            notes.append(network)
         sample = work.of(views.of().views, visual, [length], text * _SUPERVISED)
         return StepPlan(
             samples=seen,
             tokens=seen * length,
             steps=steps,
             tflop=seen * sample / 1e12,
-            memory_gb=memory,
             trained=trained,
+            **need,
             note="; ".join(notes),
         )
 
@@ -205,23 +210,6 @@ def _tail_mean(losses: list[float]) -> float:
     """Return the mean of the last tenth: one step's loss is noise."""
     tail = losses[-max(1, len(losses) // 10) :]
     return sum(tail) / len(tail)
-
-
-def _memory_gb(options: TrainOptions, planner: Planner) -> float:
-    """Return a device's memory of weights, gradients, moments and a micro-batch's activations."""
-    half = 2 if options.precision == "bf16" else 4
-    each = 8 + planner.build(options.optimiser).state_bytes  # weight and gradient in float32
-    divided = parts_of_weights(planner.model, options, planner.devices)
-    weights = 0.0
-    for part in PARTS:
-        learns = planner.trainable(part) if part in options.train else 0
-        own = getattr(planner.model, part).frozen_bytes(half) + learns * (each - half)
-        weights += own / (1 if part == "vision" and not learns else divided)
-    language = planner.model.language
-    layers, _, _ = language.cache_shape()
-    values = (2 if options.recompute else 17) * layers + 17  # a row's stored values, in widths
-    activations: float = options.micro_batch_tokens * values * language.width * half
-    return (weights + activations) / 1e9
 
 
 class Pretrain(_Train):
