@@ -7,7 +7,6 @@ torchvision backend. They are not used themselves, because they are slower
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -92,9 +91,7 @@ def _resize_bytes(image: Image.Image, width: int, height: int, how: Interpolatio
 def _normalise_bytes(pixels_CHW: Tensor, mean: RGB, std: RGB) -> Tensor:
     """Return `normalise` in the order of torchvision's backend: mean and deviation are scaled."""
     scale = 1 / (1 / 255)
-    mean_C11, std_C11 = (torch.tensor(colour)[:, None, None] * scale for colour in (mean, std))
-    found = pixels_CHW.to(torch.float32, memory_format=torch.contiguous_format)
-    return found.sub_(mean_C11).div_(std_C11)
+    return _floats(pixels_CHW).sub_(_colour(mean) * scale).div_(_colour(std) * scale)
 
 
 def shrink(image: Image.Image, size: int) -> Image.Image:
@@ -108,25 +105,15 @@ def shrink(image: Image.Image, size: int) -> Image.Image:
 
 
 def normalise(pixels_HWC: npt.NDArray[np.uint8], mean: RGB, std: RGB) -> Tensor:
-    """Return `(pixels / 255 - mean) / std` as `[3, H, W]`, float32.
-
-    The result for each of the 256 values of a byte is looked up in a table: the same bits as the
-    arithmetic gives, and faster.
-    """
-    table = _table(mean, std)
-    height, width, _ = pixels_HWC.shape
-    found = np.empty((3, height, width), np.float32)
-    for colour in range(3):
-        # mode "clip" lets numpy write to `out` without a buffer; no index is out of range
-        np.take(table[colour], pixels_HWC[..., colour], out=found[colour], mode="clip")
-    return torch.from_numpy(found)
+    """Return `(pixels / 255 - mean) / std` as `[3, H, W]`, float32."""
+    # transformers multiplies by 1/255 in float64 and rounds: for each byte the same bits
+    found = _floats(torch.from_numpy(np.array(pixels_HWC)).permute(2, 0, 1)).div_(255)
+    return found.sub_(_colour(mean)).div_(_colour(std))
 
 
-@lru_cache(maxsize=16)  # a run has one or two pairs of mean and deviation
-def _table(mean: RGB, std: RGB) -> npt.NDArray[np.float32]:
-    """Return the normalised value of each byte for each colour, `[3, 256]`, float32."""
-    # multiplied by 1/255 in float64 and then rounded, as transformers does: other orders of these
-    # operations differ in the last bit
-    values = (np.arange(256) * (1 / 255)).astype(np.float32)[:, None]
-    scaled = (values - np.asarray(mean, np.float32)) / np.asarray(std, np.float32)
-    return np.ascontiguousarray(scaled.T, np.float32)
+def _floats(pixels_CHW: Tensor) -> Tensor:
+    return pixels_CHW.to(torch.float32, memory_format=torch.contiguous_format)
+
+
+def _colour(values: RGB) -> Tensor:
+    return torch.tensor(values)[:, None, None]
