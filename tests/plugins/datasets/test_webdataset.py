@@ -567,6 +567,9 @@ def test_shards_in_memory_of_fsspec(tmp_path: Path) -> None:
             assert list(map(plain, data)) == EXPECTED
         assert str(data[0].images[0]) == "memory://train/s-00.tar/0001.png"
         assert open_image(data[0].images[0], "s").size == (12, 10)
+        kept = {"simplecache": {"cache_storage": str(tmp_path / "copies")}}
+        assert list(map(plain, build(f"simplecache::{name}", storage=kept))) == EXPECTED
+        assert len(list((tmp_path / "copies").iterdir())) >= 2
         with pytest.raises(DataError, match=r"1 of 3 files do not exist: memory://train/s-02.tar"):
             build("memory://train/s-{00..02}.tar")
         with pytest.raises(DataError, match="no file fits memory://train/x"):

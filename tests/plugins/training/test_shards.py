@@ -1,0 +1,90 @@
+"""Training on tar shards: as on files, each image once an epoch whoever reads it, exact resume."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from tests.conftest import RecipeWriter
+from tests.core import processes
+from tests.plugins.datasets.shards import write_rows
+from tests.plugins.training.test_sharded import events, losses, same, sets
+from tests.plugins.training.test_sharded_checkpoints import as_if_killed
+
+from llavakit_plugins.datasets.tar_shards import TarImage
+
+OPTIONS = {
+    "trackers": "[]",
+    "steps.1.skip": "true",
+    "steps.finetune.epochs": "1",
+    "steps.finetune.cache_features": "false",
+    "steps.finetune.checkpoint_every": "1",
+    "steps.finetune.keep": "9",
+    "steps.finetune.micro_batch_tokens": "512",
+    "steps.finetune.train": "{ connector = 1e-4, language = 1e-4 }",
+}
+
+
+def noting(arguments: list[str]) -> int:
+    """Run the command; which image of a shard is read, and by whom, is written down."""
+    from torch.utils.data import get_worker_info
+
+    from llavakit.cli import main
+
+    plain = TarImage.read_bytes
+
+    def read(self: TarImage) -> bytes:
+        with open(os.environ["NOTES"], "a") as file:
+            file.write(f"{self.member} {get_worker_info() is not None}\n")
+        return plain(self)
+
+    TarImage.read_bytes = read  # type: ignore[method-assign]
+    return main(arguments)
+
+
+@pytest.mark.slow
+def test_every_image_is_read_once_an_epoch_by_any_number_of_processes_and_workers(
+    write_recipe: RecipeWriter, tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """24 rows in 5 shards: on 1 process, on 4 of 2 workers each, on 2 from the 4's checkpoint."""
+    rows = json.loads((data / "train.json").read_text())
+    path = write_rows(tmp_path, rows, data / "images", 5)
+    old = f'use = "conversations", path = "{data}/train.json", images = "{data}/images"'
+    new = f'use = "webdataset", path = "{path}", index = "{tmp_path}/index"'
+    files, shards = write_recipe(), write_recipe((old, new), name="shards.toml")
+    monkeypatch.setenv("NOTES", str(tmp_path / "notes"))
+
+    def train(ranks: int, workers: int, name: str, *more: str) -> Counter[str]:
+        """Return how often each image was read."""
+        notes = tmp_path / "notes"
+        notes.write_text("")
+        own = sets(**OPTIONS, **{"steps.finetune.workers": str(workers)})
+        given = (shards, *own, "--out", tmp_path / name, *more)
+        ended = processes.run_ranks(tmp_path, ranks, *given, program=noting)
+        assert ended.code == 0, ended.said
+        read = [line.split() for line in notes.read_text().splitlines()]
+        assert {by for _, by in read} == {str(workers > 0)}
+        return Counter(image for image, _ in read)
+
+    plain = tmp_path / "plain"
+    assert processes.run(tmp_path, files, *sets(**OPTIONS), "--out", plain) == 0
+    shown = Counter(f"{n:06}.png" for n, row in enumerate(rows) if row.get("image"))
+
+    assert train(1, 0, "one") == shown
+    assert losses(tmp_path / "one") == losses(plain)
+    same(plain / "model", tmp_path / "one" / "model", atol=0)
+    assert train(4, 2, "four") == shown
+    assert losses(tmp_path / "four") == pytest.approx(losses(plain), abs=5e-6)
+    same(plain / "model", tmp_path / "four" / "model")
+
+    # 8 samples a step: what is read of the second and third step was not read in the first
+    two = as_if_killed(tmp_path / "four", tmp_path / "two", 1)
+    again = train(2, 2, "two", "--resume")
+    assert [event["at"] for event in events(two, "resumed")] == [1]
+    assert again < shown
+    assert shown.total() - again.total() <= 8
+    assert losses(two)[-2:] == pytest.approx(losses(plain)[-2:], abs=5e-6)
+    same(plain / "model", two / "model")
