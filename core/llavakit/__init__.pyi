@@ -180,16 +180,15 @@ from .stream.encode import (
     tokenise as tokenise,
 )
 from .stream.images import (
-    MAX_PIXELS as MAX_PIXELS,
     USUAL as USUAL,
-    MissingImage as MissingImage,
     Views as Views,
     image_size as image_size,
     open_image as open_image,
     read_pixels as read_pixels,
-    refusal as refusal,
 )
 from .stream.messages import (
+    VIDEO as VIDEO,
+    Visuals as Visuals,
     read_asked as read_asked,
     read_messages as read_messages,
 )

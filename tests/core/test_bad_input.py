@@ -154,7 +154,7 @@ HUMAN, GPT = ("human", "<image>\nwhat ?"), ("gpt", "red .")
         ({"image": "x" * 5000}, "1 of 3 images are missing"),
         ({"image": "a\0b.png"}, "1 of 3 images are missing"),
         ({"image": ""}, "`image` is an empty text; name a file"),
-        ({"video": "b.mp4"}, "`video` is not read"),
+        ({"audio": "b.mp3"}, "`audio` is not read"),
         ({"conversations": turns(HUMAN, ("gpt", "half \ud83d"))}, "turn 2 has half a character"),
     ],
 )

@@ -59,14 +59,13 @@ class LlavaModel(nn.Module, Answering[Tensor]):
             image_newline = nn.Parameter(torch.randn(language.width) * language.width**-0.5)
         self.image_newline = image_newline  #: The learned row `[E]`; a new one as in LLaVA-NeXT.
         self.choices = choices  #: What a recipe says of each part: makes the same again.
-        if self.tiling is not None and self.tiling.pools:
-            patches = vision.tokens(vision.image_size)
-            if self.visual_tokens != patches:
-                raise ModelError(
-                    f"tiling `{self.tiling.name}` pools features before the connector, and "
-                    f"connector `{connector.name}` makes {self.visual_tokens} tokens of {patches}; "
-                    "use `mlp`, or pool behind it"
-                )
+        patches = vision.tokens(vision.image_size)
+        if self.tiling is not None and self.tiling.pools and self.visual_tokens != patches:
+            raise ModelError(
+                f"tiling `{self.tiling.name}` pools features before the connector, and connector "
+                f"`{connector.name}` makes {self.visual_tokens} tokens of {patches}; use `mlp`, or "
+                "pool behind it"
+            )
 
     @property
     def device(self) -> torch.device:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from llavakit.contracts.data import ImageSource, Video
-from llavakit.contracts.errors import DataError, ModelError
+from llavakit.contracts.errors import ModelError
 from llavakit.stream.encode import Encoded
 from llavakit.stream.media import media
 from llavakit.stream.tiling import Arrangement, Shown, Tiling, View
@@ -21,15 +21,7 @@ if TYPE_CHECKING:
 
     from llavakit.contracts.networks import VisionEncoder
 
-MAX_PIXELS = 178_956_970  #: Pillow's own limit for a decompression bomb (twice its warning level).
 USUAL = Shown(640, 480)  #: The size of most of COCO's images: what plans reckon with.
-MAX_RATIO = 200  #: Of the sides, as Qwen2-VL has it: a resize makes thin images huge.
-
-
-class MissingImage(DataError):
-    """There is no such image file."""
-
-    remedy = "check the images folder"
 
 
 def open_image(
@@ -51,20 +43,6 @@ def open_image(
 def image_size(source: ImageSource, where: str, *, upright: bool = False) -> tuple[int, int]:
     """Return the width and height that `open_image` gives, from the header alone; as it raises."""
     return media().image_size(source, where, upright=upright)
-
-
-def refusal(width: int, height: int) -> str | None:
-    """Say why images of this size are refused, and what to do; None where they are not."""
-    if not width or not height:
-        return "has no pixels; replace it"
-    if width * height > MAX_PIXELS:
-        return f"has {width}x{height} pixels, more than is safe to decode; shrink it"
-    if max(width, height) > MAX_RATIO * min(width, height):
-        return (
-            f"has {width}x{height} pixels: one side is more than {MAX_RATIO} times the other; "
-            "crop or pad it"
-        )
-    return None
 
 
 def read_pixels(
@@ -100,16 +78,13 @@ class Views(NamedTuple):
         """
         videos = any(isinstance(image, Video) for image in images)
         read = images if videos or self.tiling is not None else ()
-        return [self._shown(image, where, len(images)) for image in read]
+        return [self._shown(image, where, len(images))[0] for image in read]
 
-    def _shown(self, image: ImageSource, where: str, images: int) -> Shown:
-        if isinstance(image, Video):
-            return self._sampled(image, where, images)[0]
-        return Shown(*image_size(image, where, upright=self.upright), images)
-
-    def _sampled(self, video: Video, where: str, images: int) -> tuple[Shown, Sequence[int]]:
-        """Return what is shown of a video, and which of its frames those are."""
-        clip = media().clip(video, where)
+    def _shown(self, image: ImageSource, where: str, images: int) -> tuple[Shown, Sequence[int]]:
+        """Return what the rows of an image depend on, and which frames of a video are shown."""
+        if not isinstance(image, Video):
+            return Shown(*image_size(image, where, upright=self.upright), images), ()
+        clip = media().clip(image, where)
         frames = None if self.tiling is None else self.tiling.sample(clip)
         if frames is None:
             name = "single" if self.tiling is None else self.tiling.name
@@ -131,7 +106,7 @@ class Views(NamedTuple):
         if self.tiling is None:
             return (open_image(source, where, edge, upright=self.upright),)
         if isinstance(source, Video):
-            shown, kept = self._sampled(source, where, images)
+            shown, kept = self._shown(source, where, images)
             frames = media().frames(source, kept, where)
             return [view for one in frames for view in self.tiling.cut(one, shown, self.view)]
         image = open_image(source, where, upright=self.upright)  # whole: its size decides

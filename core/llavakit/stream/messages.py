@@ -2,15 +2,51 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
-from llavakit.contracts.data import IMAGE, ImageSource, Role, Sample, Turn
+from llavakit.contracts.data import IMAGE, ImageSource, Role, Sample, Turn, Video
 from llavakit.contracts.errors import DataError
 from llavakit.contracts.model import Asked
 
 _ROLES = {"system": "system", "developer": "system", "user": "human", "assistant": "gpt"}
-_IMAGES = {"image": "", "url": "", "path": "", "base64": "data:image;base64,", "image_url": ""}
+_PARTS = ("image", "image_url", "video", "video_url")
+_NAMED = (*_PARTS, "url", "path")
+VIDEO = "<video>"  #: Where a video goes in a question; a sample has `<image>` there, too.
+_HTML = re.compile(r"(?si)(?!\s*<video>|.*<video>\s*$).*(html|\btag|\belement|</video|<source)")
+
+
+class Visuals:
+    """Images and videos that wait for their placeholders; errors begin with `where`."""
+
+    def __init__(self, given: Sequence[ImageSource], where: str) -> None:
+        self._where, self.shown = where, list[Any]()  #: In order; None: a mark too many.
+        self.videos = [one for one in given if isinstance(one, Video)]  #: Those left.
+        self.images = [one for one in given if not isinstance(one, Video)]
+
+    def place(self, text: str) -> str:
+        """Return a question with `<image>` for both. DataError for a `<video>` too many.
+
+        Without images left, an `<image>` shows a video: so LLaVA-Video's data has it.
+        """
+        return re.sub(f"{IMAGE}|{VIDEO}", self._show, text)
+
+    def _show(self, mark: re.Match[str]) -> str:
+        left = self.videos if mark[0] == VIDEO or not self.images else self.images
+        if mark[0] == VIDEO and not left:
+            if _HTML.match(mark.string):
+                return VIDEO
+            raise DataError(
+                f"{self._where}: a `{VIDEO}` has no video to show; give one, or remove it"
+            )
+        self.shown.append(left.pop(0) if left else None)
+        return IMAGE
+
+    @property
+    def all(self) -> tuple[ImageSource, ...]:
+        """What the placeholders show, and what has none."""
+        return (*(one for one in self.shown if one is not None), *self.images, *self.videos)
 
 
 def read_messages(
@@ -19,6 +55,7 @@ def read_messages(
     *,
     where: str = "the messages",
     source: Callable[[Any], ImageSource] = lambda named: named,
+    video: Callable[[Any], Video] = Video,
     id: str = "prompt",
     kind: str = "",
 ) -> Sample:
@@ -26,13 +63,13 @@ def read_messages(
 
     Roles are system (first, at most once), then user and assistant in turn. Content is a text or a
     list of parts, a line each: `{"type": "text", "text": ...}`, `{"type": "image", "image": ...}`
-    as transformers has it (`url`, `path` and `base64`, too), or OpenAI's `image_url`. A part that
-    names nothing, and `<image>` in a user's text, stand for the next of `images`. `source` is
-    called with what a part names, and decides what may be read. Raises DataError.
+    as transformers has it (`url`, `path` and `base64`, too), or OpenAI's `image_url`; `video` too.
+    A part that names nothing, and marks in a user's text, stand for the next of `images`. `source`
+    and `video` are called with what a part names, and decide what may be read. Raises DataError.
     """
     if not isinstance(messages, list | tuple) or not messages:
         raise DataError(f"{where} are no list of `role` and `content`: got {messages!r:.80}")
-    given, shown = iter(images), list[Any]()
+    visuals = Visuals(images, where)
     system, turns = None, list[Turn]()
     for number, message in enumerate(messages, start=1):
         fields = message if isinstance(message, dict) else {"role": message}
@@ -48,37 +85,32 @@ def read_messages(
         for part in parts if isinstance(parts, list | tuple) else [parts]:
             sort = str(part.get("type")) if isinstance(part, dict) else None
             if sort == "text" and isinstance(part.get("text"), str):
-                lines.append(part["text"])
-                count = part["text"].count(IMAGE) if role == "human" else 0
-                shown += [next(given, None) for _ in range(count)]
-            elif sort in ("image", "image_url") and role == "human":
+                lines.append(visuals.place(part["text"]) if role == "human" else part["text"])
+            elif sort in _PARTS and role == "human":
+                named = next((part[key] for key in _NAMED if part.get(key) is not None), None)
+                named = named.get("url", "") if isinstance(named, dict) else named  # OpenAI's
+                if named is None and part.get("base64") is not None:
+                    named = f"data:{sort};base64,{part['base64']}"
+                moves = sort.startswith("video")
+                if named is None:
+                    visuals.place(VIDEO if moves else IMAGE)
+                else:
+                    visuals.shown.append((video if moves else source)(named))
                 lines.append(IMAGE)
-                named = _named(part, source)
-                shown.append(next(given, None) if named is None else named)
             else:
                 raise DataError(
-                    f"{where}: message {number} has a part that is no text, and no image of the "
-                    f"user's: {part!r:.80}; fix or remove it"
+                    f"{where}: message {number} has a part that is no text, and no image or video "
+                    f"of the user's: {part!r:.80}; fix or remove it"
                 )
         if role == "system":
             system = "\n".join(lines)
         else:
             turns.append(Turn(cast("Role", role), "\n".join(lines)))
-    if any(image is None for image in shown):
+    if any(one is None for one in visuals.shown):
         raise DataError(f"{where} show more images than are given with them; give those, too")
-    # an image that is left has no placeholder: `check` says so
-    sample = Sample(id, tuple(turns), (*shown, *given), kind, system)
+    sample = Sample(id, tuple(turns), visuals.all, kind, system)
     sample.check(where)
     return sample
-
-
-def _named(part: dict[str, Any], source: Callable[[Any], ImageSource]) -> ImageSource | None:
-    for key, prefix in _IMAGES.items():
-        named = part.get(key)
-        named = named.get("url", "") if isinstance(named, dict) else named  # OpenAI's
-        if named is not None:
-            return source(f"{prefix}{named}" if prefix else named)
-    return None
 
 
 def read_asked(asked: Asked, images: Sequence[ImageSource] = ()) -> Sample:
@@ -89,9 +121,10 @@ def read_asked(asked: Asked, images: Sequence[ImageSource] = ()) -> Sample:
     if isinstance(asked, Sample):
         sample = asked
     elif isinstance(asked, str):
-        if IMAGE not in asked:
+        if IMAGE not in asked and VIDEO not in asked:
             asked = f"{IMAGE}\n" * len(images) + asked  # where the original puts them
-        sample = Sample("prompt", (Turn("human", asked),), tuple(images))
+        visuals = Visuals(images, "the prompt")
+        sample = Sample("prompt", (Turn("human", visuals.place(asked)),), visuals.all)
     else:
         sample = read_messages(asked, images)
     sample.check()

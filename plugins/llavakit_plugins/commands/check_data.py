@@ -155,6 +155,11 @@ def _render(report: Report) -> Iterator[object]:
         ("images", report.distinct_images, f"{report.images:,} mentions"),
         ("  missing", report.missing_images, ""),
         ("  broken", report.broken_images, ""),
+        *(
+            (("videos", report.distinct_videos, f"{report.videos:,} mentions"),)
+            if report.videos
+            else ()
+        ),
         ("duplicate ids", report.duplicate_ids, ""),
         ("cut samples", report.cut, f"longer than {report.max_length:,} tokens"),
         ("nothing learned", report.nothing_learned, ""),

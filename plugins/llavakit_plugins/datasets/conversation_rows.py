@@ -10,12 +10,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from llavakit import DataError, ImageSource, Sample, Turn, read_messages
+from llavakit import VIDEO, DataError, ImageSource, Sample, Turn, Video, Visuals, read_messages
 from llavakit.contracts.data import Finding
 from llavakit_plugins.datasets.image_files import inside
 
 _ROLES = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt"}
-_OF_ROWS = frozenset(("id", "image", "images", "conversations", "messages", "system"))
+_OF_ROWS = frozenset(
+    ("id", "image", "images", "video", "videos", "conversations", "messages", "system")
+)
 _OF_TURNS = frozenset(("from", "value", "role", "content"))
 # Keys are matched whole where training would refuse the row, and in part for a report's remarks:
 # `image_id` is no image, but its author may want to know that it is not read.
@@ -24,7 +26,9 @@ _OF_OTHERS = re.compile(r"(video|audio|sound|speech|frame)s?(_?(path|file|url)s?
 _OF_MEDIA = re.compile(
     r"image|img|picture|photo|video|audio|sound|speech|frame|media|pixel", re.IGNORECASE
 )
-_PLACEHOLDER = re.compile(r"^\s*<(?:video|audio)>|<(?:video|audio)>\s*$")
+# in the middle of an answer they are HTML's
+_VIDEO = re.compile(r"^\s*<video>|<video>\s*$")
+_AUDIO = re.compile(r"^\s*<audio>|<audio>\s*$")
 _LONGEST_NAME = 200  # characters of an id that messages show
 
 Row = Mapping[str, Any]
@@ -60,7 +64,7 @@ class RowReader:
         """Return a row's sample, or what is wrong with the row; and its images, where known."""
         identity, where = self.name(row, number)
         media = attempt(partial(refuse_media, row, where), "unread media")
-        images = attempt(partial(self._images, row, where), "image paths")
+        images = attempt(partial(self._visuals, row, where), "image paths")
         content: object = attempt(
             partial(self._content, row, identity, where)
             if "messages" in row
@@ -83,13 +87,17 @@ class RowReader:
         known = sample.images if sample is not None else shown
         return sample, problems, known if isinstance(known, tuple) else ()
 
-    def image(self, named: object, where: str) -> ImageSource:
+    def video(self, named: object, where: str) -> Video:
+        """Return a video that a row names, as `image` does: a file, or a folder of frames."""
+        return Video(self.image(named, where, "video"))  # type: ignore[arg-type]  # no pixels
+
+    def image(self, named: object, where: str, what: str = "image") -> ImageSource:
         """Return an image that a row names: a path below the folder, a `data:` address, or what a
         data set with images inside has, `{"bytes": ..., "path": ...}`."""
         if isinstance(named, Mapping) and _is_inside(named):
             return bytes(named["bytes"])
         if isinstance(named, Mapping) and isinstance(named.get("path"), str):
-            return self.named(named["path"], where)
+            return self.named(named["path"], where, what)
         if isinstance(named, bytes):
             return named
         if isinstance(named, str) and named[:5].lower() == "data:":
@@ -100,20 +108,23 @@ class RowReader:
                 return b64decode(content, validate=True)
             except ValueError as error:
                 raise DataError(
-                    f"{where}: the image `{head:.80}` is no address of base64: {error}; fix it"
+                    f"{where}: the {what} `{head:.80}` is no address of base64: {error}; fix it"
                 ) from None
         if isinstance(named, str):
-            return self.named(named, where)
-        raise DataError(f"{where}: an image is a path, or a list of paths, got {named!r:.80}")
+            return self.named(named, where, what)
+        an = "an image" if what == "image" else f"a {what}"
+        raise DataError(f"{where}: {an} is a path, or a list of paths, got {named!r:.80}")
 
-    def named(self, name: str, where: str) -> ImageSource:
-        """Return the image of a name. Raises DataError for one that leaves the folder."""
-        return inside(self.folder, name, where)
+    def named(self, name: str, where: str, what: str = "image") -> ImageSource:
+        """Return the image, or what it is, of a name. DataError for one that leaves the folder."""
+        return inside(self.folder, name, where, what)
 
     def _content(self, row: Row, identity: str, where: str) -> Sample:
-        images = self._images(row, where)
+        images = self._visuals(row, where)
         if "messages" not in row:
             turns, system = _conversation(row, where)
+            if any(VIDEO in turn.text for turn in turns) or row.get("video") or row.get("videos"):
+                turns, images = _with_videos(turns, images, where)
             return Sample(identity, turns, images, self.kind, system)
         if row.get("conversations") is not None:
             raise DataError(f"{where} has `conversations` and `messages`; keep one of them")
@@ -122,9 +133,11 @@ class RowReader:
             images,
             where=f"{where}: `messages`",
             source=lambda named: self.image(named, where),
+            video=lambda named: self.video(named, where),
             id=identity,
             kind=self.kind,
         )
+        _refuse_answers(sample.turns, where)
         system = _system(row, where)
         if system is not None and sample.system is not None:
             raise DataError(f"{where} has `system` and a message from system; keep one of them")
@@ -139,8 +152,8 @@ class RowReader:
             content = rows_of(message.get("content")) if isinstance(message, dict) else None
             if isinstance(content, list):
                 parts = [
-                    {**part, "image": self.image(part["image"], where)}
-                    if isinstance(part, dict) and _is_inside(part.get("image"))
+                    {**part, key: self.image(part[key], where, key)}
+                    if isinstance(part, dict) and _is_inside(part.get(key := str(part.get("type"))))
                     else part
                     for part in content
                 ]
@@ -148,11 +161,17 @@ class RowReader:
             found.append(message)
         return found
 
-    def _images(self, row: Row, where: str) -> Images:
-        names, more = row.get("image"), row.get("images")
+    def _visuals(self, row: Row, where: str) -> Images:
+        """Return a row's images, and its videos behind them."""
+        images = [self.image(name, where) for name in self._names(row, "image", where)]
+        videos = [self.video(name, where) for name in self._names(row, "video", where)]
+        return (*images, *videos)
+
+    def _names(self, row: Row, key: str, where: str) -> list[Any]:
+        names, more = row.get(key), row.get(f"{key}s")
         if names is not None and more is not None:
-            raise DataError(f"{where} has `image` and `images`; keep one of them")
-        key, names = ("image", names) if more is None else ("images", more)
+            raise DataError(f"{where} has `{key}` and `{key}s`; keep one of them")
+        key, names = (key, names) if more is None else (f"{key}s", more)
         names = [] if names is None else names if isinstance(names, list) else [names]
         if not all(isinstance(name, str | bytes | Mapping) for name in names):
             raise DataError(f"{where}: `{key}` is a path, or a list of paths, got {names!r:.80}")
@@ -161,7 +180,7 @@ class RowReader:
                 f"{where}: `{key}` is an empty text; name a file, or leave `{key}` out of a row of "
                 "text"
             )
-        return tuple(self.image(name, where) for name in names)
+        return names
 
 
 def _is_inside(named: object) -> bool:
@@ -192,8 +211,8 @@ def refuse_media(row: Row, where: str) -> None:
         others, images = _OF_OTHERS.fullmatch(key), _OF_IMAGES.fullmatch(key)
         if table[key] and (others or (images and not (row.get("image") or row.get("images")))):
             raise DataError(
-                f"{where}: `{key:.80}` is not read: only images under `image` are; put them there, "
-                "or remove the sample"
+                f"{where}: `{key:.80}` is not read: only images under `image` and videos under "
+                "`video` are; put them there, or remove the sample"
             )
 
 
@@ -205,8 +224,8 @@ def _unread(row: Row, where: str) -> list[Finding]:
         if _OF_MEDIA.search(key) and table[key] and isinstance(table[key], str | list | dict)
     ]
     values = [turn.get("value", turn.get("content")) for turn in _turns_of(row)]
-    if any(isinstance(value, str) and _PLACEHOLDER.search(value) for value in values):
-        found.append("`<video>` or `<audio>` is a word like others: there is nothing to see there")
+    if any(isinstance(value, str) and _AUDIO.search(value) for value in values):
+        found.append("`<audio>` is a word like others: there is nothing to hear there")
     return [Finding("media keys", f"{where}: {text}", stops=False) for text in found]
 
 
@@ -250,6 +269,29 @@ def _conversation(row: Row, where: str) -> tuple[tuple[Turn, ...], str | None]:
         elif turns or role == "human":
             turns.append(Turn(role, turn["value"]))  # type: ignore[arg-type]
     return tuple(turns), system
+
+
+def _with_videos(
+    turns: tuple[Turn, ...], visuals: Images, where: str
+) -> tuple[tuple[Turn, ...], Images]:
+    """Return turns with one placeholder for images and videos, and both in their order."""
+    found = Visuals(visuals, where)
+    turns = tuple(
+        replace(turn, text=found.place(turn.text)) if turn.role == "human" else turn
+        for turn in turns
+    )
+    _refuse_answers(turns, where)
+    return turns, found.all
+
+
+def _refuse_answers(turns: tuple[Turn, ...], where: str) -> None:
+    """Raise DataError for an answer that begins or ends with a video's placeholder."""
+    for turn in turns:
+        if turn.role == "gpt" and VIDEO in turn.text and _VIDEO.search(turn.text):
+            raise DataError(
+                f"{where}: an answer begins or ends with `{VIDEO}`, which only a question may; "
+                "remove it"
+            )
 
 
 def _system(row: Row, where: str) -> str | None:

@@ -12,10 +12,11 @@ from pydantic import Field
 
 from llavakit import (
     DataError,
+    ImageSource,
     InputPath,
-    MissingImage,
     Options,
     Sample,
+    Video,
     and_more,
 )
 from llavakit.contracts.data import Finding, Inspected
@@ -27,6 +28,7 @@ from llavakit_plugins.datasets.image_files import check_image, whole_images
 from llavakit_plugins.datasets.json_stream import Row
 from llavakit_plugins.datasets.kept_rows import KeptRows
 from llavakit_plugins.datasets.streaming import StoredRows, count_rows, read_rows
+from llavakit_plugins.media import MissingImage
 
 _LOOKED_AT = 4096  # rows that a plan reads to learn how long they are
 _NAMED = 3
@@ -80,6 +82,7 @@ class Conversations(KeptRows):
         skip = options.unusable == "skip"
         bad: set[int] = set()
         images: dict[str, int] = {}
+        videos: dict[str, Video] = {}
         # a missing file is reported by the reader, with its remedy
         size = max(1, options.path.stat().st_size) if options.path.is_file() else 1
         for number, row in enumerate(islice(read_rows(options.path), options.limit)):
@@ -96,10 +99,13 @@ class Conversations(KeptRows):
                 self._left_out.append(str(error))
                 continue
             for image in sample.images:
+                # each is looked at once, and named by the first sample that shows it
                 if isinstance(image, Path):
-                    # each image is looked at once, and named by the first sample that shows it
                     images.setdefault(str(image), number)
-        broken = self._broken(images, progress)
+                elif isinstance(image, Video):
+                    videos.setdefault(_name(image), image)
+                    images.setdefault(_name(image), number)
+        broken = self._broken(images, videos, progress)
         if broken and not skip:
             raise self._refusal(broken, images)
         if broken:
@@ -164,17 +170,21 @@ class Conversations(KeptRows):
             identity = reader.name(row.value, number)[0]
             yield Inspected(identity, sample, tuple(problems), images, read)
 
-    def _broken(self, images: Mapping[str, int], progress: Progress) -> dict[str, DataError]:
-        """Return the images that cannot be used: hours of work may depend on them."""
+    def _broken(
+        self, images: Mapping[str, int], videos: Mapping[str, Video], progress: Progress
+    ) -> dict[str, DataError]:
+        """Return the images and videos that cannot be used: hours of work may depend on them."""
         found: dict[str, DataError] = {}
-        looks = zip(images.items(), whole_images(images), strict=True)
+        files = (image for image in images if image not in videos)
+        whole_ones = whole_images(files)
+        looks = ((item, item[0] not in videos and next(whole_ones)) for item in images.items())
         for done, ((image, number), whole) in enumerate(looks):
             if done % _SHOWN_EVERY == 0:
                 note = f", {len(found):,} cannot be used" if found else ""
                 progress(done, len(images), f"images looked at{note}")
             if not whole:
                 try:
-                    check_image(image, f"sample `{self._id(number)}`")
+                    check_image(videos.get(image, image), f"sample `{self._id(number)}`")
                 except DataError as error:
                     found[image] = error
         return found
@@ -205,9 +215,13 @@ class Conversations(KeptRows):
                 sample = self._reader.sample(self._rows[number], number)
             except DataError:  # left out already, with its reason
                 continue
-            if any(str(image) in images for image in sample.images):
+            if any(_name(image) in images for image in sample.images):
                 found.add(number)
         return found
+
+
+def _name(image: ImageSource) -> str:
+    return str(image.source if isinstance(image, Video) else image)
 
 
 def _refuse_doubled(row: Row, number: int, reader: RowReader) -> None:

@@ -23,7 +23,7 @@ from llavakit_plugins.datasets.image_files import check_image
 from llavakit_plugins.datasets.kept_rows import KeptRows
 from llavakit_plugins.datasets.stored_files import find_files, is_elsewhere, is_pattern
 
-COLUMNS = ("id", "image", "images", "conversations", "messages", "system")
+COLUMNS = ("id", "image", "images", "video", "videos", "conversations", "messages", "system")
 """What is read of a row; other columns are not even loaded."""
 
 _FILES = {".parquet": "parquet", ".arrow": "arrow", ".json": "json", ".jsonl": "json"}
@@ -202,7 +202,7 @@ def _load(options: HuggingFaceOptions, *, images: bool = True) -> Rows:
     if not len(table):
         raise DataError(f"{where} holds no samples; choose another")
     if not images:
-        names = [name for name in names if name not in ("image", "images")]
+        names = [name for name in names if name not in ("image", "images", "video", "videos")]
     # parquet is stored by column: those that are left out are never read from the disk
     table = table.select_columns(names)
     if options.limit is not None:
@@ -254,7 +254,7 @@ def _kind_of_file(name: str) -> str:
 
 
 def _undecoded(datasets: Any, table: Any) -> Any:
-    """Return a table whose images, wherever they are in a row, stay bytes."""
+    """Return a table whose images and videos, wherever they are in a row, stay bytes."""
     features = {name: _plain(datasets, kind) for name, kind in table.features.items()}
     if features == dict(table.features):
         return table
@@ -262,8 +262,8 @@ def _undecoded(datasets: Any, table: Any) -> Any:
 
 
 def _plain(datasets: Any, kind: Any) -> Any:
-    if isinstance(kind, datasets.Image):
-        return datasets.Image(decode=False)
+    if isinstance(kind, datasets.Image | datasets.Video):
+        return type(kind)(decode=False)
     if isinstance(kind, dict):
         return {name: _plain(datasets, inner) for name, inner in kind.items()}
     if isinstance(kind, list):

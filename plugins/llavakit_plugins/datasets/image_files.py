@@ -16,8 +16,9 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
-from llavakit import DataError, ImageSource, open_image, refusal
+from llavakit import DataError, ImageSource, Video, open_image
 from llavakit_plugins.datasets.offsets import open_file, read_at
+from llavakit_plugins.media import check_video, refusal
 
 ImagePath = Path | str
 Read = Callable[[int, int], bytes]
@@ -47,7 +48,7 @@ _PNG_DEPTHS = {0: (1, 2, 4, 8, 16), 2: (8, 16), 3: (1, 2, 4, 8), 4: (8, 16), 6: 
 """Bits a channel by colour type."""
 
 
-def inside(folder: Path, name: str, where: str) -> Path:
+def inside(folder: Path, name: str, where: str, what: str = "image") -> Path:
     """Return `folder/name`. Raises DataError if `name` leaves the folder.
 
     Symbolic links within the folder may lead elsewhere: its owner made them.
@@ -55,17 +56,20 @@ def inside(folder: Path, name: str, where: str) -> Path:
     # by the text alone: to resolve the links of a million paths would take minutes
     if os.path.isabs(name) or os.path.normpath(name).split(os.sep)[0] == os.pardir:
         raise DataError(
-            f"image `{name:.1000}` of {where} lies outside {folder}; use a path within it"
+            f"{what} `{name:.1000}` of {where} lies outside {folder}; use a path within it"
         )
     return folder / name
 
 
 def check_image(image: ImageSource, where: str) -> None:
-    """Raise DataError if an image is missing, cut short, too large, or no image.
+    """Raise DataError if an image or a video is missing, cut short, too large, or none.
 
     Takes microseconds: a file with the right beginning and end, or the bytes of one, counts as
     complete; any other is decoded.
     """
+    if isinstance(image, Video):
+        check_video(image, where)
+        return
     if isinstance(image, bytes):
         whole = _is_whole(image, image[-_TAIL:], len(image), lambda at, n: image[at : at + n])
     elif isinstance(image, PartlyRead):

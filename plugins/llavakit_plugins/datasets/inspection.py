@@ -12,12 +12,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from llavakit import (
-    MissingImage,
     kind_of,
     open_image,
 )
@@ -28,12 +27,14 @@ from llavakit.contracts.data import (
     ImageSource,
     Inspected,
     Sample,
+    Video,
 )
-from llavakit.contracts.errors import DataError
+from llavakit.contracts.errors import DataError, ModelError
 from llavakit.contracts.interfaces import Dataset
 from llavakit_plugins.datasets.image_files import check_image, whole_images
 from llavakit_plugins.datasets.inspection_report import KEPT, Report, Sort, distribution
 from llavakit_plugins.datasets.lengths import Lengths
+from llavakit_plugins.media import MissingImage, check_video
 
 if TYPE_CHECKING:
     from llavakit import Registry
@@ -147,11 +148,12 @@ class _Seen:
         self._findings: dict[str, Sort] = {}
         self._ids: set[int] = set()  # hashes take a third of the texts' room
         self._images: set[int] = set()
+        self._clips: set[int] = set()
         self._left_out: set[int] = set()  # faulty images that stopped nothing so far
         self._waiting: list[tuple[str, str]] = []  # images to look at, and whose they are
         self._tokens, self._supervised = array("q"), array("q")
         self._by_images = [0, 0, 0]  # samples with none, one, several
-        self._turns = self._most_turns = self._mentions = self._cut = 0
+        self._turns = self._most_turns = self._mentions = self._cut = self._videos = 0
 
     @property
     def stops(self) -> bool:
@@ -180,9 +182,14 @@ class _Seen:
         self._ids.add(key)
         self._mentions += len(row.images)
         for image in row.images:
-            if not isinstance(image, Path | str):  # in memory, or in another file
-                named = str(image) if isinstance(image, ImageFile) else image
-                self._images.add(hash(named) if isinstance(named, str | bytes) else id(image))
+            if isinstance(image, Video):
+                self._videos += 1
+                clip = _key(image.source)
+                if clip not in self._clips or self.leaves_out:
+                    self._judge(image, row.id)
+                self._clips.add(clip)
+            elif not isinstance(image, Path | str):  # in memory, or in another file
+                self._images.add(_key(image))
                 self._judge(image, row.id)
             elif (key := hash(str(image))) not in self._images or (
                 not self.leaves_out and key in self._left_out
@@ -207,18 +214,27 @@ class _Seen:
         self._waiting.clear()
 
     def _judge(self, image: ImageSource, identity: str) -> None:
-        look = open_image if self._thorough else check_image
+        where, what = f"sample `{identity:.200}`", "images"
         try:
-            look(image, f"sample `{identity:.200}`")
+            if isinstance(image, Video):
+                what = "videos"
+                check_video(image, where, thorough=self._thorough)
+            elif self._thorough:
+                open_image(image, where)
+            else:
+                check_image(image, where)
         except MissingImage as error:
-            self.find(Finding("missing images", str(error)))
+            self.find(Finding(f"missing {what}", str(error)))
         except DataError as error:
-            self.find(Finding("broken images", str(error)))
+            self.find(Finding(f"broken {what}", str(error)))
 
     def measure(self, sample: Sample) -> None:
         """Count a sample's turns and tokens."""
         try:
             tokens, supervised = self._lengths.count(sample)
+        except ModelError as error:  # the tiling shows no videos
+            self.find(Finding("videos that are not shown", str(error), stops=False))
+            tokens, supervised = self._lengths.count(sample, as_images=True)
         except DataError as error:
             self.find(Finding("prompt template", str(error)))
             return
@@ -267,7 +283,9 @@ class _Seen:
             text_samples=text,
             turns=self._turns,
             most_turns=self._most_turns,
-            images=self._mentions,
+            images=self._mentions - self._videos,
+            videos=self._videos,
+            distinct_videos=len(self._clips),
             distinct_images=len(self._images),
             missing_images=self.count("missing images"),
             broken_images=self.count("broken images"),
@@ -284,3 +302,9 @@ class _Seen:
             seconds=round(seconds, 2),
             rows_per_second=round(self.rows / max(seconds, 1e-9), 1),
         )
+
+
+def _key(source: Any) -> int:
+    """Return what tells a file from others; of pixels, the object."""
+    named = str(source) if isinstance(source, ImageFile) else source
+    return hash(named) if isinstance(named, str | bytes) else id(source)

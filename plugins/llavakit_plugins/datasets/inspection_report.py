@@ -54,6 +54,9 @@ class Report(BaseModel):
     most_turns: int
     images: int
     """Uses of images in samples."""
+    videos: int
+    """Uses of videos in samples; to other counts a video is an image of its sample."""
+    distinct_videos: int
     distinct_images: int
     missing_images: int
     broken_images: int

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from llavakit import USUAL, Shown, View, Views, encode, image_size
+from llavakit import USUAL, Shown, View, Views, encode
 from llavakit.contracts.data import IMAGE, Sample
 from llavakit.contracts.errors import DataError
 from llavakit_plugins.datasets.expected import CHARACTERS_A_TOKEN
@@ -31,10 +31,15 @@ class Lengths:
     template: PromptTemplate | None = None
     """Needed beside a tokenizer."""
 
-    def count(self, sample: Sample) -> tuple[int, int]:
-        """Return the number of tokens of a sample, and of its supervised ones after the cut."""
+    def count(self, sample: Sample, *, as_images: bool = False) -> tuple[int, int]:
+        """Return the number of tokens of a sample, and of its supervised ones after the cut.
+
+        With `as_images`, each image and video counts as a usual image. Raises ModelError for videos
+        where the tiling shows none.
+        """
         views, longest = self.views, self.max_length
-        visual, shown = views.view.tokens, self._shown(sample)
+        usual = [] if views.tiling is None else [USUAL] * len(sample.images)
+        visual, shown = views.view.tokens, usual if as_images else self._shown(sample)
         template, tokenizer = self.template, self.tokenizer
         if tokenizer is not None and template is not None:
             encoded = views.place(encode(sample, template, tokenizer, longest), shown)
@@ -56,13 +61,11 @@ class Lengths:
 
     def _shown(self, sample: Sample) -> list[Shown]:
         """Return the sizes of a sample's images, where its rows depend on them."""
-        if self.views.tiling is None:
-            return []
         shown = []
         for image in sample.images:
             try:
-                size = image_size(image, f"sample `{sample.id:.200}`")
+                found = self.views.shown([image], f"sample `{sample.id:.200}`")
             except DataError:  # found with the images
-                size = USUAL.width, USUAL.height
-            shown.append(Shown(*size, len(sample.images)))
+                found = [USUAL] if self.views.tiling is not None else []
+            shown += [one._replace(images=len(sample.images)) for one in found]
         return shown

@@ -26,7 +26,7 @@ class MemberReader(RowReader):
     images: Mapping[str, ImageSource] = field(default_factory=dict)
     """By extension."""
 
-    def named(self, name: str, where: str) -> ImageSource:
+    def named(self, name: str, where: str, what: str = "image") -> ImageSource:
         """Return the member that a name stands for; of a single image, any name will do."""
         found = find_member(name, self.key, tuple(self.images))
         if found is not None:

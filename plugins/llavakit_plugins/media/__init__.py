@@ -1,6 +1,15 @@
 """Opens images and videos: what the core reads them with."""
 
-from llavakit_plugins.media.images import image_size, open_image
-from llavakit_plugins.media.videos import clip, frames
+from llavakit_plugins.media.images import MAX_PIXELS, MissingImage, image_size, open_image, refusal
+from llavakit_plugins.media.videos import check_video, clip, frames
 
-__all__ = ["clip", "frames", "image_size", "open_image"]
+__all__ = [
+    "MAX_PIXELS",
+    "MissingImage",
+    "check_video",
+    "clip",
+    "frames",
+    "image_size",
+    "open_image",
+    "refusal",
+]

@@ -17,14 +17,23 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from llavakit import DataError, ImageSource, MissingImage, refusal
+from llavakit import DataError, ImageSource
 from llavakit.contracts.data import ImageFile
+
+MAX_PIXELS = 178_956_970  #: Pillow's own limit for a decompression bomb (twice its warning level).
+MAX_RATIO = 200  #: Of the sides, as Qwen2-VL has it: a resize makes thin images huge.
 
 _ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG)
 _ADDRESS = re.compile(r"(?:^|/)(?:https?|ftps?|s3|gs|hdfs|file|data):", re.IGNORECASE)
 _ROWS = 256  # of a grey image of many bits that are scaled at once
 _BITS, _SAMPLE_FORMAT, _SIGNED = 258, 339, 2  # tags of a TIFF, and a value of the second
 _ORIENTATION = 274  # the tag of a camera's note; above 4 its sides are exchanged
+
+
+class MissingImage(DataError):
+    """There is no such image file."""
+
+    remedy = "check the images folder"
 
 
 def open_image(
@@ -56,6 +65,20 @@ def image_size(source: ImageSource, where: str, *, upright: bool = False) -> tup
     if reason := refusal(width, height):
         raise DataError(f"{name} {reason}")
     return (height, width) if turned else (width, height)
+
+
+def refusal(width: int, height: int) -> str | None:
+    """Say why images of this size are refused, and what to do; None where they are not."""
+    if not width or not height:
+        return "has no pixels; replace it"
+    if width * height > MAX_PIXELS:
+        return f"has {width}x{height} pixels, more than is safe to decode; shrink it"
+    if max(width, height) > MAX_RATIO * min(width, height):
+        return (
+            f"has {width}x{height} pixels: one side is more than {MAX_RATIO} times the other; "
+            "crop or pad it"
+        )
+    return None
 
 
 def _opened(source: ImageSource, where: str) -> tuple[Image.Image, str]:

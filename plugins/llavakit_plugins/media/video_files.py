@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from PIL import Image
 
@@ -29,6 +29,20 @@ def clip(source: Path | bytes, name: str) -> Clip:
         return Clip(context.width, context.height, frames, float(rate or 0))
 
 
+def check(source: Path | bytes, expected: int, name: str) -> None:
+    """Raise DataError where a file holds fewer frames than it should; none is decoded."""
+    with _opened(source, name) as (container, stream):
+        _check_end(sum(packet.size > 0 for packet in container.demux(stream)), expected, name)
+
+
+def _check_end(count: int, expected: int, name: str) -> None:
+    if not count or expected - count > max(_FEW, expected // _SHARE):
+        raise DataError(
+            f"{name} ends after {count} of {expected} frames; it may be truncated: fetch it again "
+            "or remove the sample"
+        )
+
+
 def frames(
     source: Path | bytes, kept: Sequence[int], expected: int, name: str
 ) -> list[Image.Image]:
@@ -38,18 +52,14 @@ def frames(
     """
     found: list[Image.Image] = []
     with _opened(source, name) as (container, stream):
-        count, last = 0, None
+        count, last = 0, cast("Any", None)
         for last in container.decode(stream):
             while len(found) < len(kept) and kept[len(found)] == count:
                 found.append(Image.fromarray(last.to_ndarray(format="rgb24")))
             count += 1
             if len(found) == len(kept):
                 return found
-        if last is None or expected - count > max(_FEW, expected // _SHARE):
-            raise DataError(
-                f"{name} ends after {count} of {expected} frames; it may be truncated: fetch it "
-                "again or remove the sample"
-            )
+        _check_end(count, expected, name)
         rest = Image.fromarray(last.to_ndarray(format="rgb24"))
         return found + [rest] * (len(kept) - len(found))
 
@@ -75,7 +85,10 @@ def _opened(source: Path | bytes, name: str) -> Iterator[tuple[Any, Any]]:
             )
             if not container.streams.video:
                 raise DataError(f"{name} has no video in it, only sound; remove the sample")
-            yield container, container.streams.video[0]
+            stream = container.streams.video[0]
+            if stream.codec_context is None:  # of a codec that nobody knows
+                raise DataError(f"{name} is not a video that PyAV can read; replace it")
+            yield container, stream
         except av.FFmpegError as error:
             if isinstance(error, av.error.ArgumentError):  # what is not in the list of formats
                 raise DataError(f"{name} is not a video that PyAV can read; replace it") from None

@@ -8,14 +8,15 @@ from base64 import b64decode
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from urllib.parse import unquote, unquote_to_bytes, urlsplit
 
 from PIL.Image import Image
 
-from llavakit import Clip, DataError, ImageSource, MissingImage, Video, refusal
+from llavakit import Clip, DataError, ImageSource, Video
+from llavakit.contracts.data import ImageFile
 from llavakit_plugins.media import video_files
-from llavakit_plugins.media.images import image_size, open_image
+from llavakit_plugins.media.images import MissingImage, image_size, open_image, refusal
 
 FRAMES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm"))
 """Suffixes of the files of a folder that are frames."""
@@ -66,14 +67,37 @@ def frames(video: Video, kept: Sequence[int], where: str) -> list[Image]:
         raise DataError(f"{name} has {len(found)} frames, fewer than before") from None
 
 
+def check_video(video: Video, where: str, *, thorough: bool = False) -> None:
+    """Raise DataError for a video that cannot be used.
+
+    A file is read to its end, and decoded only if `thorough`; of a folder every frame is looked at.
+    """
+    header = clip(video, where)
+    found, name = _source(video, where)
+    if isinstance(found, Path) and found.is_dir():
+        found = _images_of(found, name)
+    if isinstance(found, Path | bytes):
+        if thorough:
+            frames(video, [header.frames - 1], where)
+        else:
+            video_files.check(found, header.frames, name)
+        return
+    for image in found:
+        open_image(image, where) if thorough else image_size(image, where)
+
+
 def _source(video: Video, where: str) -> tuple[Path | bytes | Sequence[ImageSource], str]:
     """Return a path, the bytes of a file, or frames; and a name for errors."""
-    source = video.source
+    source: Any = video.source
+    if isinstance(source, Video):
+        return _source(source, where)
+    if isinstance(source, ImageFile) and not isinstance(source, Path):
+        return source.read_bytes(), f"video {source!s:.1000} of {where}"
     if isinstance(source, str) and source[:5].lower() == "data:":
         kind, _, written = source.partition(",")
         plain = unquote_to_bytes(written)
         try:
-            source = b64decode(plain) if kind.endswith(";base64") else plain
+            source = b64decode(plain, validate=True) if kind.endswith(";base64") else plain
         except ValueError as error:
             raise DataError(
                 f"the video of {where} is no address of base64 ({error}); fix it"
@@ -91,9 +115,13 @@ def _source(video: Video, where: str) -> tuple[Path | bytes | Sequence[ImageSour
         missing = MissingImage(f"{name} does not exist; check the folder of videos")
         missing.remedy = "check the folder of videos"
         raise missing
-    if not isinstance(source, Sequence) or not source:
+    try:
+        frames = tuple(source)  # also of an array [F, H, W, 3], or a tensor [F, 3, H, W]
+    except TypeError:
+        frames = ()
+    if not frames:
         raise DataError(f"the video of {where} has no frames; give a file, a folder, or images")
-    return source, f"the video of {where}"
+    return frames, f"the video of {where}"
 
 
 @lru_cache(maxsize=4096)

@@ -6,7 +6,7 @@ from math import isqrt
 
 from PIL import Image
 
-from llavakit import MAX_PIXELS
+from llavakit_plugins.media import MAX_PIXELS
 
 RGB = tuple[float, float, float]
 

@@ -25,13 +25,9 @@ from PIL import Image
 from tests.core.processes import small_disk
 
 from llavakit import DataError, LlavaError
-from llavakit.stream.images import (
-    MissingImage,
-    image_size,
-    open_image,
-    refusal,
-)
+from llavakit.stream.images import image_size, open_image
 from llavakit_plugins.datasets.image_files import check_image, inside, whole_images
+from llavakit_plugins.media import MissingImage, refusal
 from llavakit_plugins.reporting.pictures import save_image, save_thumbnail
 
 GREY = np.linspace(0, 255, 12 * 10).reshape(12, 10)

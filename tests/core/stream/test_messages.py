@@ -167,7 +167,7 @@ def test_every_way_to_write_an_image_is_read() -> None:
         ([user("a"), user("b")], "message 2 is from 'user', expected `assistant`"),
         ([SYSTEM, SYSTEM], "message 2 is from 'system', expected `user`"),
         ([user("a"), SYSTEM], "message 2 is from 'system', expected `assistant`"),
-        ([user([{"type": "video"}])], "a part that is no text, and no image"),
+        ([user([{"type": "audio"}])], "a part that is no text, and no image"),
         ([user(["a"])], "a part that is no text, and no image"),
         ([user([{"type": np.zeros(2)}])], "a part that is no text, and no image"),
         ([user([{"type": "text", "text": 3}])], "a part that is no text"),
@@ -175,7 +175,7 @@ def test_every_way_to_write_an_image_is_read() -> None:
         ([user(f"What is {IMAGE}?")], "show more images than are given"),
         (
             [user("a"), assistant([image()])],
-            "message 2 has a part .* image of the user's",
+            "message 2 has a part .* image or video of the user's",
         ),
         ([user("a"), assistant(f"{IMAGE}")], "an answer has `<image>`"),
         ([{"role": "system", "content": [image()]}, user("a")], "message 1 has a part"),

@@ -280,8 +280,8 @@ def test_an_image_that_would_stop_a_training_stops_the_check(
 @pytest.mark.parametrize(
     ("change", "sort", "sentence"),
     [
-        ({"video": "a.mp4"}, "unread media", "`video` is not read"),
-        ({"videos": ["a.mp4"]}, "unread media", "`videos` is not read"),
+        ({"audio": "a.mp3"}, "unread media", "`audio` is not read"),
+        ({"video_path": "a.mp4"}, "unread media", "`video_path` is not read"),
         ({"Audio": "a.wav"}, "unread media", "`Audio` is not read"),
         ({"audio_path": "a.wav"}, "unread media", "`audio_path` is not read"),
         ({"frames": ["a.png"]}, "unread media", "`frames` is not read"),
@@ -344,13 +344,13 @@ def test_a_list_of_images_may_be_called_images(check: Check, folder: Path) -> No
 def test_other_keys_about_media_are_reported_and_hinder_nothing(check: Check) -> None:
     known = {"image_width": 640, "model": "gpt-4", "video": None, "audio": ""}
     more = {"image_source": "coco", "video_id": "v_12"}
-    lost = row("lost", "<video>\nwhat ?", "red .")
+    lost = row("lost", "<audio>\nwhat ?", "red .")
     html = row("html", "what does the tag <video> do ?", "it shows one .")
     code, report, _ = check([{**GOOD[0], **known}, {**GOOD[1], **more}, lost, html])
     assert code == 0
     (finding,) = report["findings"]
     assert (finding["sort"], finding["count"], finding["stops"]) == ("media keys", 3, False)
-    assert "`<video>` or `<audio>` is a word" in finding["messages"][2]
+    assert "`<audio>` is a word" in finding["messages"][2]
     assert "`image_source` is not read" in finding["messages"][0]
 
 

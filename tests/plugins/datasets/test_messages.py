@@ -129,8 +129,8 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"messages": "hello"}, "`messages` are no list of `role` and `content`"),
     ({"messages": [{"role": "tool", "content": "x"}, RED]}, "is from 'tool'"),
     (
-        {"messages": [user({"type": "video", "video": "a.mp4"}), RED]},
-        "no text, and no image of the user's",
+        {"messages": [user({"type": "audio", "audio": "a.mp3"}), RED]},
+        "no text, and no image or video of the user's",
     ),
     ({"messages": [user({"type": "image"}), RED]}, "show more images than are given with them"),
     ({"image": "a.png", "messages": [user(TEXT), RED]}, "1 image for 0 `<image>` placeholders"),
