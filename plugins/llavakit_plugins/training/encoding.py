@@ -17,7 +17,7 @@ from llavakit_plugins.training.columns import Column
 from llavakit_plugins.training.corpus import Corpus
 from llavakit_plugins.training.image_paths import ImagePaths
 
-_ENCODE_BATCH = 32  # images that are encoded at once
+_ENCODE_BATCH = 32  # views that are encoded at once
 
 Image = tuple[int, int]
 """A sample, and which of its images."""
@@ -33,13 +33,17 @@ def encode_images(
 ) -> Iterator[Tensor]:
     """Yield the features of the views of images, a batch at a time, in their order."""
     vision = preparing or model.vision
-    for begin in range(0, len(images), _ENCODE_BATCH):
-        part = images[begin : begin + _ENCODE_BATCH]
-        pixels = torch.cat([corpus.pixels(vision, *image) for image in part])
-        for batch in pixels.split(_ENCODE_BATCH):  # an image may have many views
+    waiting: list[Tensor] = []
+    for done, image in enumerate(images, start=1):
+        waiting.append(corpus.pixels(vision, *image))
+        # an image may have many views, and a video has: no more than needed are held
+        if done < len(images) and sum(map(len, waiting)) < _ENCODE_BATCH:
+            continue
+        for batch in torch.cat(waiting).split(_ENCODE_BATCH):
             with torch.no_grad():
                 yield model.features(batch.to(model.device, dtype))
-        progress(begin + len(part), len(images), "encoding images")
+        waiting.clear()
+        progress(done, len(images), "encoding images")
 
 
 class DistinctImages(NamedTuple):
