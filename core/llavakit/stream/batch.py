@@ -12,7 +12,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -86,8 +85,9 @@ def pack(encoded: Sequence[Encoded], samples: Sequence[int], visual_tokens: int)
     (index_RK, weights_RK), embeddings, pooled = joined(arranged, visual_tokens)
     index_RK = index_RK[left]
     shows = index_RK[:, 0] >= 0  # the other rows are separators
-    index_KN = _turned(index_RK[shows])
-    weights_KN = None if weights_RK is None else _turned(weights_RK[left][shows])
+    index_KN = torch.from_numpy(index_RK[shows].T.copy())
+    weights_KN = None if weights_RK is None else torch.from_numpy(weights_RK[left][shows].T.copy())
+    shares = None if pooled is None else pooled.weights_RK
     visual_kept_N: Tensor | None = index_KN
     if weights_KN is None:
         in_order = np.array_equal(index_RK[:, 0], np.arange(embeddings))
@@ -103,10 +103,6 @@ def pack(encoded: Sequence[Encoded], samples: Sequence[int], visual_tokens: int)
         images=tuple(images),
         separator_rows_L=torch.from_numpy(visual_rows[~shows]),
         weights_KN=weights_KN,
-        pooled_KQ=None if pooled is None else _turned(pooled.index_RK),
-        shares_KQ=None if pooled is None or pooled[1] is None else _turned(pooled[1]),
+        pooled_KQ=None if pooled is None else torch.from_numpy(pooled.index_RK.T.copy()),
+        shares_KQ=None if shares is None else torch.from_numpy(shares.T.copy()),
     )
-
-
-def _turned(rows: npt.NDArray[Any]) -> Tensor:
-    return torch.from_numpy(rows.T.copy())
