@@ -6,23 +6,70 @@ import asyncio
 import json
 import logging
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable
+from io import BytesIO
+from pathlib import Path
+from tempfile import TemporaryFile, gettempdir
 from typing import Any, TypeVar
 from urllib.parse import quote
 
-from llavakit import ChatError, Reply, ReplyError
+from llavakit import ChatError, Reply, ReplyError, explain_write
 from llavakit_plugins.chat_models.faults import Fault, Refused, Withheld, read_complaint
 from llavakit_plugins.chat_models.pacing import backoff
 from llavakit_plugins.chat_models.service import Service
-from llavakit_plugins.generation.requests.batches import BatchService, BatchState, SendAgain
+from llavakit_plugins.generation.requests.batches import (
+    BatchService,
+    BatchState,
+    Draft,
+    SendAgain,
+)
 from llavakit_plugins.generation.requests.ledger import Request
-from llavakit_plugins.generation.requests.pictures import weight
 
 _ENDED = ("completed", "failed", "expired", "cancelled")
 _MARK = "llavakit"
-_MOST_BYTES = 150_000_000  # of images in a batch's file, which OpenAI takes up to 200 MB of
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
+
+
+class _File(Draft):
+    """The file of a batch, on the disk: a line for each request."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        with explain_write(Path(gettempdir())):
+            self.file = TemporaryFile()  # noqa: SIM115 - `close` closes it
+        self._bytes = self._requests = 0
+
+    def add(self, key: str, request: Request) -> bool:
+        options = self._service.options
+        row = {
+            "custom_id": key,
+            "method": "POST",
+            "url": "/v1/chat/completions",
+            "body": self._service.body(request.messages, request.draw),
+        }
+        line = json.dumps(row).encode() + b"\n"
+        if len(line) > options.batch_bytes:
+            raise ReplyError(
+                f"a request of {len(line):,} bytes is larger than a batch's file may be "
+                f"(`batch_bytes` = {options.batch_bytes:,})",
+                lasting=True,
+            )
+        full = self._requests >= options.batch_size
+        if full or self._bytes + len(line) > options.batch_bytes:
+            return False
+        with explain_write(Path(gettempdir())):
+            self.file.write(line)
+            self.file.flush()
+        self._bytes += len(line)
+        self._requests += 1
+        return True
+
+    def __len__(self) -> int:
+        return self._requests
+
+    def close(self) -> None:
+        self.file.close()
 
 
 class OpenAIBatches(BatchService):
@@ -30,36 +77,22 @@ class OpenAIBatches(BatchService):
 
     def __init__(self, service: Service) -> None:
         self._service = service
-        self.size = service.options.batch_size
         self.poll_seconds = service.options.poll_seconds
-        self._bytes = 0
-        """Of the images of the chunk in the making, as they are sent."""
+        self.at_once = service.options.batches_at_once
 
-    def full(self, chunk: dict[str, Request]) -> bool:
-        if len(chunk) == 1:
-            self._bytes = 0
-        newest = chunk[next(reversed(chunk))]
-        most = self._service.options.image_bytes
-        self._bytes += sum(weight(image, most) for m in newest.messages for image in m.images)
-        return super().full(chunk) or self._bytes > _MOST_BYTES
+    def draft(self) -> Draft:
+        return _File(self._service)
 
-    async def submit(self, mark: str, requests: Mapping[str, Request]) -> str:
-        lines = [
-            json.dumps(
-                {
-                    "custom_id": key,
-                    "method": "POST",
-                    "url": "/v1/chat/completions",
-                    "body": self._service.body(request.messages, request.draw),
-                }
-            )
-            for key, request in requests.items()
-        ]
-        content = ("\n".join(lines) + "\n").encode()
+    async def submit(self, mark: str, draft: Draft) -> str:
+        assert isinstance(draft, _File)
         client = self._service.client()
-        file = await self._call(
-            lambda: client.files.create(file=("requests.jsonl", content), purpose="batch")
-        )
+
+        async def upload() -> Any:
+            draft.file.seek(0)
+            # sent from the disk, piece by piece
+            return await client.files.create(file=("requests.jsonl", draft.file), purpose="batch")
+
+        file = await self._call(upload)
         table = {
             "input_file_id": _id(file.id),
             "endpoint": "/v1/chat/completions",
@@ -126,7 +159,7 @@ class OpenAIBatches(BatchService):
             if not isinstance(name, str) or not name:  # some services give "" for none
                 continue
             content = await self._call(lambda name=name: client.files.content(name))  # type: ignore[misc]
-            for line in content.content.splitlines():
+            for line in BytesIO(content.content):
                 if line.strip():
                     try:
                         yield self._parse(line)

@@ -135,5 +135,10 @@ class OpenAIOptions(Options):
     """USD for a million tokens, where the packaged list is wrong or has none."""
     batch: bool = False
     """Whether to use the batch service: half the price, within a day."""
-    batch_size: int = Field(default=10_000, ge=1, le=50_000)
+    batch_size: int = Field(default=50_000, ge=1)
+    """Most requests in one batch; OpenAI takes 50,000."""
+    batch_bytes: int = Field(default=200_000_000, ge=1000)
+    """Largest file of a batch; OpenAI takes 200 MB."""
+    batches_at_once: int | None = Field(default=None, ge=1)
+    """Most batches on their way; for accounts whose waiting tokens are limited."""
     poll_seconds: float = Field(default=60.0, gt=0)

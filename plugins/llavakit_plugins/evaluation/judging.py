@@ -20,7 +20,7 @@ from llavakit_plugins.generation.requests.ledger import (
     ledgers_in,
     record_of,
 )
-from llavakit_plugins.generation.requests.send import send_all
+from llavakit_plugins.generation.requests.send_all import send_all
 from llavakit_plugins.generation.requests.thinking import without_thinking
 
 _LEDGER = "judge"

@@ -38,7 +38,7 @@ from llavakit_plugins.evaluation.answer_files import AnswerFile, row_of
 from llavakit_plugins.evaluation.answering import Pace, ask
 from llavakit_plugins.evaluation.question_files import messages_of
 from llavakit_plugins.generation.requests.ledger import SUFFIX, Entry, Ledger, Request, record_of
-from llavakit_plugins.generation.requests.send import send_all
+from llavakit_plugins.generation.requests.send_all import send_all
 
 _SETTINGS, _ANSWERS, _LEDGER = "settings.json", "answers.jsonl", f"ledger{SUFFIX}"
 

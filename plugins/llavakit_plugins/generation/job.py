@@ -21,7 +21,7 @@ from llavakit_plugins.generation.requests.ledger import (
     ledgers_in,
 )
 from llavakit_plugins.generation.requests.prompted import PromptedGenerator
-from llavakit_plugins.generation.requests.send import send_all
+from llavakit_plugins.generation.requests.send_all import send_all
 from llavakit_plugins.generation.review import Review
 from llavakit_plugins.generation.sources import open_sources
 

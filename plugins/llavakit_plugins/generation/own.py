@@ -52,7 +52,8 @@ from llavakit_plugins.generation.requests.ledger import (
 )
 from llavakit_plugins.generation.requests.prompted import Verdict
 from llavakit_plugins.generation.requests.rounds import Collected, Waiting
-from llavakit_plugins.generation.requests.send import Sender, Tally, send_all
+from llavakit_plugins.generation.requests.send import Sender, Tally
+from llavakit_plugins.generation.requests.send_all import send_all
 from llavakit_plugins.generation.review import Review
 from llavakit_plugins.generation.sources import open_sources
 

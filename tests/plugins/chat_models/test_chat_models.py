@@ -878,7 +878,7 @@ def test_a_file_of_replies_that_is_not_there_is_named(tmp_path: Path) -> None:
 
 def test_a_ledger_of_another_run_can_be_replayed(service: Service, tmp_path: Path) -> None:
     from llavakit_plugins.generation.requests.ledger import Request
-    from llavakit_plugins.generation.requests.send import send_all
+    from llavakit_plugins.generation.requests.send_all import send_all
 
     with Ledger(tmp_path / "ledger.jsonl") as ledger:
         send_all(model(service), lambda: [Request(ASK)], ledger)

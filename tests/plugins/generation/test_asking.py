@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -28,7 +29,7 @@ from llavakit import (
 from llavakit_plugins.chat_models.openai import OpenAI
 from llavakit_plugins.chat_models.options import OpenAIOptions
 from llavakit_plugins.generation.requests.ledger import Ledger, Request, record_of
-from llavakit_plugins.generation.requests.send import send_all
+from llavakit_plugins.generation.requests.send_all import send_all
 
 PRICE = {"input": 10, "output": 100}  # a reply of 100 + 10 tokens: 0.002 USD
 
@@ -360,6 +361,61 @@ def test_a_batch_on_its_way_is_collected_by_the_next_run(batching: Service, tmp_
         assert len(ledger) == 12
     assert len(batching.batches) == 4  # the two new ones
     assert set(Counter(map(user_text, batching.asked)).values()) == {1}
+
+
+def inputs(service: Service) -> list[list[bytes]]:
+    """Return the lines of the files that batches were made of."""
+    files = [data for data in service.files.values() if b'"method"' in data]
+    return [data.splitlines(keepends=True) for data in files]
+
+
+def test_a_batch_is_as_large_as_the_service_takes_in_requests_and_bytes(
+    batching: Service, tmp_path: Path
+) -> None:
+    long = [replace(request, messages=(Message("user", f"{n} {'é' * 40 * n}"),))
+            for n, request in enumerate(requests(40))]  # fmt: skip
+    chat = model(batching, batch=True, batch_size=9, batch_bytes=20_000)
+    with Ledger(tmp_path / "ledger") as ledger:
+        tally = send_all(chat, lambda: long, ledger)
+        assert (tally.answered, tally.unanswered) == (40, {})
+    sent = inputs(batching)
+    sizes = [sum(map(len, each)) for each in sent]
+    assert max(map(len, sent)) == len(sent[0]) == 9  # short ones: by their number
+    assert max(sizes) <= 20_000
+    for first, second in pairwise(sent):  # no place was left for the next one
+        assert len(first) == 9 or sum(map(len, first)) + len(second[0]) > 20_000
+    assert sum(map(len, sent)) == len(
+        {json.loads(line)["custom_id"] for each in sent for line in each}
+    )
+
+
+def test_a_request_larger_than_any_batch_is_refused_alone(
+    batching: Service, tmp_path: Path
+) -> None:
+    todo = [*requests(3), Request((Message("user", "x" * 5000),)), *requests(2, 3)]
+    with Ledger(tmp_path / "ledger") as ledger:
+        tally = send_all(model(batching, batch=True, batch_bytes=4000), lambda: todo, ledger)
+    assert tally.answered == 5
+    (reason,) = tally.unanswered.values()
+    assert "larger than a batch's file may be" in reason
+    assert len(tally.refused) == 1
+
+
+def test_so_many_batches_are_on_their_way_at_once(tmp_path: Path) -> None:
+    most = 0
+
+    class Counting(Echoing):
+        def work_on(self, batch: dict[str, Any]) -> None:
+            nonlocal most
+            on_way = [b for b in self.service.batches.values() if b["status"] != "completed"]
+            most = max(most, len(on_way))
+            super().work_on(batch)
+
+    with serve(handler=Counting) as counting, Ledger(tmp_path / "ledger") as ledger:
+        chat = model(counting, batch=True, batch_size=2, batches_at_once=2)
+        assert send_all(chat, lambda: requests(11), ledger).answered == 11
+        assert len(counting.batches) == 6
+    assert most == 2
 
 
 def test_half_a_line_of_the_journal_is_cut(batching: Service, tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
 from llavakit import Reply, ReplyError
@@ -29,20 +29,39 @@ class SendAgain(ReplyError):
     refusal; the same request, sent again, can be answered."""
 
 
+class Draft(ABC):
+    """A batch in the making."""
+
+    @abstractmethod
+    def add(self, key: str, request: Request) -> bool:
+        """Add a request; False, and nothing is added, where the service takes no more in one batch.
+
+        Raises ReplyError for a request that cannot be sent at all.
+        """
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Return the number of its requests."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Forget it."""
+
+
 class BatchService(ABC):
     """A queue of batches. `mark` identifies a job, so that a crash does not lose its batches."""
 
-    size: int
-    """Largest number of requests in one batch."""
     poll_seconds: float
-
-    def full(self, chunk: dict[str, Request]) -> bool:
-        """Say whether requests are enough for one batch; asked after each that is added."""
-        return len(chunk) >= self.size
+    at_once: int | None = None
+    """Most batches on their way; more wait until one has come back."""
 
     @abstractmethod
-    async def submit(self, mark: str, requests: Mapping[str, Request]) -> str:
-        """Submit requests, by key, as one batch; return the batch's id."""
+    def draft(self) -> Draft:
+        """Return an empty batch."""
+
+    @abstractmethod
+    async def submit(self, mark: str, draft: Draft) -> str:
+        """Submit a batch; return its id."""
 
     @abstractmethod
     async def find(self, mark: str) -> list[str]:

@@ -7,7 +7,6 @@ again: larger ones are made smaller, and turned upright where a camera's note sa
 from __future__ import annotations
 
 import io
-import os
 import warnings
 from base64 import b64encode
 from functools import lru_cache
@@ -132,10 +131,3 @@ def _moves(image: Image.Image) -> bool:
 def _shrunk(size: tuple[int, int], edge: int) -> tuple[int, int]:
     scale = min(1.0, edge / max(size))
     return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
-
-
-def weight(source: ImageSource, most_bytes: int) -> int:
-    """Return how many bytes an image takes in a request, at most."""
-    known = os.path.getsize(source) if isinstance(source, Path) and source.is_file() else most_bytes
-    # base64 writes 3 bytes as 4; 100 for the JSON around it
-    return -(-min(known, most_bytes) * 4 // 3) + 100

@@ -19,9 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from llavakit import ChatError, ChatModel, LlavaError, Message, Reply, ReplyError, Stopped, shown
-from llavakit_plugins.generation.requests.batches import BatchService, SendAgain
 from llavakit_plugins.generation.requests.booking import most_of, priced
-from llavakit_plugins.generation.requests.journal import Journal
 from llavakit_plugins.generation.requests.ledger import (
     Entry,
     Ledger,
@@ -33,7 +31,7 @@ from llavakit_plugins.generation.requests.ledger import (
 _PATIENCE = 10  # requests in a row without an answer before the job stops
 _GRACE = 120.0  # seconds that a stopping job waits for requests in flight: they are paid for
 _WRITING = 0.25  # extra workers, as a share of the concurrency, for replies being written to disk
-_LOOK = 0.5  # seconds between checks whether the user asked to stop
+LOOK = 0.5  # seconds between checks whether the user asked to stop
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
 
@@ -48,42 +46,6 @@ class Tally:
     """Why requests got no reply, by key."""
     refused: set[str] = field(default_factory=set)
     """Keys of the unanswered requests that will never get a reply."""
-
-
-def send_all(
-    chat: ChatModel,
-    requests: Callable[[], Iterable[Request]],
-    ledger: Ledger,
-    *,
-    concurrency: int = 8,
-    budget_usd: float | None = None,
-    stopping: Callable[[], bool] = lambda: False,
-    progress: Callable[[Entry], None] = lambda entry: None,
-) -> Tally:
-    """Send the requests that are not in the ledger yet; afterwards their replies are in the ledger.
-
-    `requests` returns the requests and may be called several times. They are taken one by one, so
-    that they are never in memory together; it may raise Stopped. At most `concurrency` requests are
-    in flight. `progress` gets every new entry. With `budget_usd`, no request is sent that could
-    raise `ledger.spent` above it.
-
-    Raises ChatError if the service cannot be used or the budget is too small, and Stopped if the
-    user asked to stop. In all cases the replies so far are kept.
-    """
-    sender = Sender([chat], ledger, budget_usd, stopping, progress)
-    service: BatchService | None = getattr(chat, "batches", None)
-
-    async def run() -> None:
-        try:
-            if service is not None:
-                await sender.in_batches(service, requests)
-            else:
-                await sender.live(requests(), concurrency)
-        finally:
-            await chat.close()
-
-    asyncio.run(run())
-    return sender.tally
 
 
 class Sender:
@@ -101,14 +63,12 @@ class Sender:
         self._stopping, self._progress = stopping, progress
         self.tally = Tally()
         self._in_flight: set[str] = set()
+        """Keys of requests that are being sent one by one."""
         self._slots = asyncio.Semaphore(1)
         self._reservations = 0
         self._reserved = 0.0
         """Most that the requests in flight may cost, in USD."""
         self._failed_in_a_row = 0
-        self._again, self._may_send_again = False, True
-        """Whether a batch has requests to send again in another form; and whether that is allowed,
-        once per job."""
         self._end: Exception | None = None
         """Why no further request is sent; None while the job goes on."""
 
@@ -116,7 +76,7 @@ class Sender:
 
     async def live(self, requests: Iterable[Request], concurrency: int) -> None:
         """Send the missing requests one by one to the only chat model."""
-        todo = self._missing(requests)
+        todo = self._missing(requests, self._begin)
 
         async def send(item: tuple[RequestRecord, Request]) -> None:
             record, request = item
@@ -147,7 +107,7 @@ class Sender:
         try:
             while running and self._end is None:
                 done, running = await asyncio.wait(
-                    running, timeout=_LOOK, return_when=asyncio.FIRST_COMPLETED
+                    running, timeout=LOOK, return_when=asyncio.FIRST_COMPLETED
                 )
                 for worker in done:
                     worker.result()
@@ -166,13 +126,20 @@ class Sender:
         if self._end is not None:
             raise self._end
 
-    def _missing(self, requests: Iterable[Request]) -> Iterator[tuple[RequestRecord, Request]]:
+    def _missing(
+        self, requests: Iterable[Request], is_new: Callable[[RequestRecord], bool]
+    ) -> Iterator[tuple[RequestRecord, Request]]:
         for request in requests:
             record = record_of(self.chats[0].identity, request)
             known = record.key in self._ledger or record.key in self.tally.refused
-            if not known and record.key not in self._in_flight:
-                self._in_flight.add(record.key)
+            if not known and is_new(record):
                 yield record, request
+
+    def _begin(self, record: RequestRecord) -> bool:
+        """Note that a request is being sent; False where it is already."""
+        new = record.key not in self._in_flight
+        self._in_flight.add(record.key)
+        return new
 
     async def _work(
         self, todo: Iterator[T], work: Callable[[T], Awaitable[None]], most: int | None = None
@@ -247,15 +214,18 @@ class Sender:
             # exactly 0 when nothing is in flight: sums of floats leave a remainder
             self._reserved = self._reserved - most if self._reservations else 0.0
 
-    def _no_answer(self, key: str, error: ReplyError) -> None:
-        self.tally.unanswered[key] = reason = str(error)
+    def _unanswered(self, key: str, error: ReplyError) -> None:
+        self.tally.unanswered[key] = str(error)
         if error.lasting:
             self.tally.refused.add(key)
+
+    def _no_answer(self, key: str, error: ReplyError) -> None:
+        self._unanswered(key, error)
         # a lasting refusal concerns one request; the service works if it has answered before
         self._failed_in_a_row += not (error.lasting and len(self._ledger))
         if self._failed_in_a_row >= _PATIENCE and self._end is None:
             self._end = ChatError(
-                f"{self._failed_in_a_row} requests in a row got no answer; the last: {reason}"
+                f"{self._failed_in_a_row} requests in a row got no answer; the last: {error}"
             )
 
     def _count(self, entry: Entry) -> None:
@@ -279,104 +249,3 @@ class Sender:
             f"and the next request may cost {most:.4f}; {len(self._ledger)} replies are in "
             f"{self._ledger.path}; raise `budget_usd` and run again, nothing is asked twice"
         )
-
-    # -- by the thousand ---------------------------------------------------------------------------
-
-    async def in_batches(
-        self, service: BatchService, requests: Callable[[], Iterable[Request]]
-    ) -> None:
-        journal = Journal.beside(self._ledger)
-        known = {record.key: record for record, _ in self._missing(requests())}
-        self._in_flight.clear()
-        # batches of earlier attempts first, so that their requests are not submitted again
-        running = [
-            batch
-            for mark in journal.marks
-            for batch in await service.find(mark)
-            if batch not in journal.collected
-        ]
-        await self._collect(service, journal, running, known)
-        for self._may_send_again in (True, False):
-            self._again = False
-            await self._submit(service, requests, journal, running, known)
-            if self._end is not None:
-                raise self._end
-            if not self._again:
-                return
-
-    async def _submit(
-        self,
-        service: BatchService,
-        requests: Callable[[], Iterable[Request]],
-        journal: Journal,
-        running: list[str],
-        known: dict[str, RequestRecord],
-    ) -> None:
-        """Submit the missing requests in batches, and wait for their replies."""
-        self._in_flight.clear()
-        self._reserved = 0.0
-        sent: set[str] = set()
-        chunk: dict[str, Request] = {}
-        for record, request in self._missing(requests()):
-            most = self._most(self.chats[0], request.messages)
-            if not self._affordable(self._reserved + most):
-                self._end = self._too_little(most)
-                break
-            self._reserved += most
-            chunk[record.key] = request
-            sent.add(record.key)
-            if service.full(chunk):
-                running.append(await service.submit(journal.mark, chunk))
-                chunk = {}
-        if chunk:
-            running.append(await service.submit(journal.mark, chunk))
-        await self._collect(service, journal, running, known)
-        for key in sent:
-            if key not in self._ledger and not self._again:
-                self.tally.unanswered.setdefault(key, "the batch has no line for it")
-
-    async def _collect(
-        self,
-        service: BatchService,
-        journal: Journal,
-        running: list[str],
-        known: dict[str, RequestRecord],
-    ) -> None:
-        while running:
-            for batch in list(running):
-                state = await service.state(batch)
-                if not state.done:
-                    continue
-                async for key, reply in service.collect(batch):
-                    await self._take(key, reply, known)
-                journal.note_collected(batch)
-                running.remove(batch)
-                if state.status == "failed":
-                    raise ChatError(f"the service refused batch {batch}: {state.complaint}")
-            if running:
-                await self._pause(service.poll_seconds)
-
-    async def _take(
-        self, key: str, reply: Reply | ReplyError, known: dict[str, RequestRecord]
-    ) -> None:
-        if isinstance(reply, SendAgain) and self._may_send_again:
-            self._again = True
-            return
-        if isinstance(reply, ReplyError):
-            self.tally.unanswered[key] = str(reply)
-            if reply.lasting:
-                self.tally.refused.add(key)
-            return
-        if key in self._ledger:
-            return
-        unknown = RequestRecord(key, "", "", 0, "of an earlier recipe")
-        entry = known.get(key, unknown).entry(reply)
-        await self._ledger.write(entry)
-        self._count(entry)
-
-    async def _pause(self, seconds: float) -> None:
-        end = asyncio.get_running_loop().time() + seconds
-        while (left := end - asyncio.get_running_loop().time()) > 0:
-            if self._stopping():
-                raise Stopped  # the service keeps running the batches; a resume collects them
-            await asyncio.sleep(min(left, _LOOK))
