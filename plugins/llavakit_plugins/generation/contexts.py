@@ -19,6 +19,7 @@ from llavakit import DataError, ImageContext, new_file
 from llavakit.contracts.data import Box, is_cut
 from llavakit_plugins.datasets.text_files import open_text
 
+_INDEXED = 1000  # contexts from one known offset to the next
 _BEYOND = 0.01  # rounding may move a corner out of 0..1 by this much
 
 
@@ -56,7 +57,7 @@ def as_text(context: ImageContext, *, boxes: bool) -> str:
 
 
 class Contexts(Sequence[ImageContext]):
-    """The contexts of a file. They stay on disk; memory holds only the offset of each line.
+    """The contexts of a file. They stay on disk; memory holds the offset of one in a thousand.
 
     Raises DataError if the file cannot be read, and on access to a line that cannot be used.
     """
@@ -64,20 +65,25 @@ class Contexts(Sequence[ImageContext]):
     def __init__(self, path: Path) -> None:
         self._path = path
         self._starts, self._numbers = array("Q"), array("Q")
+        self._count = 0
         self._file = open_text(path)
         try:
             # not 0: `open_text` has already passed a mark of byte order
             start = self._file.tell()
             for number, line in enumerate(self._file, start=1):
-                if line.removeprefix(BOM_UTF8).strip():
-                    self._starts.append(start)
-                    self._numbers.append(number)
+                if _holds_one(line):
+                    if self._count % _INDEXED == 0:
+                        self._starts.append(start)
+                        self._numbers.append(number)
+                    self._count += 1
                 start += len(line)
         except OSError as error:
             raise DataError(f"cannot read {path}: {error.strerror}") from error
+        self._next, self._line, self._offset = -1, 0, 0
+        """The context behind the one that was read last: its index, and where it may begin."""
 
     def __len__(self) -> int:
-        return len(self._starts)
+        return self._count
 
     @overload
     def __getitem__(self, index: int) -> ImageContext: ...
@@ -86,16 +92,36 @@ class Contexts(Sequence[ImageContext]):
     def __getitem__(self, index: int | slice) -> ImageContext | list[ImageContext]:
         if isinstance(index, slice):
             return [self[number] for number in range(*index.indices(len(self)))]
-        self._file.seek(self._starts[index])
-        where = f"{self._path}:{self._numbers[index]}"
+        index = range(self._count)[index]
+        block = index // _INDEXED
+        at = self._next
+        if not block * _INDEXED <= at <= index:  # else it goes on from the one before
+            at, self._line, self._offset = (
+                block * _INDEXED, self._numbers[block] - 1, self._starts[block]
+            )  # fmt: skip
+        self._file.seek(self._offset)
+        while True:
+            line = self._file.readline()
+            self._line += 1
+            self._offset += len(line)
+            if _holds_one(line):
+                at += 1
+                if at > index:
+                    break
+        self._next = at
+        where = f"{self._path}:{self._line}"
         try:
-            return _parse(self._file.readline().decode("utf-8-sig"), where)
+            return _parse(line.decode("utf-8-sig"), where)
         except UnicodeDecodeError as error:
             raise DataError(f"{where} is not UTF-8 text; convert the file") from error
 
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+
+def _holds_one(line: bytes) -> bool:
+    return bool(line.removeprefix(BOM_UTF8).strip())
 
 
 def read_contexts(path: Path) -> Iterator[ImageContext]:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llavakit import (
     DataError,
@@ -34,6 +34,9 @@ from llavakit_plugins.generation.requests.ledger import (
     short_hash,
 )
 
+if TYPE_CHECKING:
+    from llavakit_plugins.generation.options import GenerateOptions
+
 FILE = "conversations"
 _PATIENCE = 10  # failures without any success before the step stops
 _MOST_MADE = 1000  # conversations without a service that wait to be written to the disk
@@ -55,9 +58,10 @@ class Conversation:
 class Conversations:
     """A ledger of the conversations of one generator with certain options."""
 
-    def __init__(self, path: Path, use: Use[Generator]) -> None:
+    def __init__(self, path: Path, use: Use[Generator], joined: Sequence[Path] = ()) -> None:
         self._use = json.dumps(use.model_dump(mode="json"), sort_keys=True)
-        self.ledger = Ledger(path, identity=self._use, earlier=earlier_conversations(path))
+        earlier = [*earlier_conversations(path), *joined]
+        self.ledger = Ledger(path, identity=self._use, earlier=earlier)
 
     def record(self, context: ImageContext, kind: ResponseKind) -> RequestRecord:
         """Return the ledger's record of a conversation; its key is a hash of all its sources.
@@ -104,6 +108,18 @@ def earlier_conversations(path: Path) -> list[Path]:
     """Return the conversations' files of attempts that were set aside."""
     folder = path.parent
     return ledgers_in(sorted((folder.parent / "superseded").glob(f"{folder.name}.*")), FILE)
+
+
+def ledgers_to_join(options: GenerateOptions, name: str) -> list[Path]:
+    """Return the ledgers of this name that a job's shares left. Raises DataError for a folder
+    that the step did not leave."""
+    for folder in options.join:
+        if not any(ledgers_in([folder], name) for name in ("ledger", FILE)):
+            raise DataError(
+                f"{folder} holds no ledger; `join` names folders that the step `generate` left, "
+                "such as runs/part-1/01-generate"
+            )
+    return ledgers_in(options.join, name)
 
 
 def checked(turns: Any, context: ImageContext, kind: ResponseKind) -> tuple[Turn, ...]:
@@ -172,13 +188,15 @@ class Failures:
 class Keeping:
     """Saves the conversations of a generator without a chat model, for a step that is stopped."""
 
-    def __init__(self, folder: Path, use: Use[Generator]) -> None:
-        self._path, self._use = folder / f"{FILE}{SUFFIX}", use
+    def __init__(self, folder: Path, options: GenerateOptions) -> None:
+        self._path, self._use = folder / f"{FILE}{SUFFIX}", options.generator
         self._made: list[tuple[ImageContext, ResponseKind, tuple[Turn, ...]]] = []
         self._kept: Conversations | None = None
         self._written = time.monotonic()
-        if ledgers_in([folder], FILE) or earlier_conversations(self._path):
-            self._kept = Conversations(self._path, use)
+        # one that was soon done left no ledger: what it made is made again
+        joined = ledgers_in(options.join, FILE)
+        if joined or ledgers_in([folder], FILE) or earlier_conversations(self._path):
+            self._kept = Conversations(self._path, options.generator, joined)
 
     @property
     def count(self) -> int:

@@ -7,6 +7,7 @@ been killed, and the same replies always give the same data.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from hashlib import blake2b
 
@@ -24,6 +25,7 @@ from llavakit_plugins.generation.requests.ledger import (
     record_of,
 )
 from llavakit_plugins.generation.requests.prompted import PromptedGenerator, Verdict
+from llavakit_plugins.generation.requests.shelf import Shelf
 
 DUPLICATE = "the same as the reply on another image"
 
@@ -59,19 +61,23 @@ class Items:
         attempts: int,
         seed: int,
         failures: Failures | None = None,
+        share: range | None = None,
     ) -> None:
+        """`share` holds the indices of the contexts that this job takes; by default all."""
         self._contexts, self._kinds = contexts, kinds
         self._generator, self._attempts, self._failures = generator, attempts, failures
         self._worked = 0
         """How often the generator worked without an error."""
+        self.share = share if share is not None else range(len(contexts))
         self.chosen = choose(len(contexts), kinds, counts, seed)
 
     def __len__(self) -> int:
-        return sum(int(mask.sum()) for mask in self.chosen.values())
+        share = slice(self.share.start, self.share.stop)
+        return sum(int(np.count_nonzero(mask[share])) for mask in self.chosen.values())
 
     def pairs(self) -> Iterator[tuple[ImageContext, ResponseKind]]:
         """Yield the context and kind of each item, in order."""
-        for index in range(len(self._contexts)):
+        for index in self.share:
             kinds = [kind for kind in self._kinds if self.chosen[kind][index]]
             if kinds:
                 context = self._contexts[index]
@@ -85,8 +91,11 @@ class Items:
         generator judges the old replies, too.
         """
         identity = self._generator.chat.identity
+        with closing(Shelf()) as seen:
+            yield from self._walk(ledger, identity, seen)
+
+    def _walk(self, ledger: Ledger, identity: str, seen: Shelf) -> Iterator[Item]:
         verdict: Verdict | None
-        seen: set[bytes] = set()
         for context, kind in self.pairs():
             label = f"{context.id}-{kind}"
             try:
@@ -121,9 +130,7 @@ class Items:
                 if verdict.outcome != "rejected":
                     # teachers sometimes give one answer for two images;
                     # the second of them says nothing of its own
-                    mark = _mark(verdict)
-                    if mark not in seen:
-                        seen.add(mark)
+                    if seen.add(_mark(verdict)):
                         break
                     verdict = Verdict("rejected", notes=(DUPLICATE,))
                 refused += verdict.notes
@@ -141,11 +148,14 @@ def choose(
     total: int, kinds: Sequence[ResponseKind], counts: Mapping[ResponseKind, int], seed: int
 ) -> dict[ResponseKind, NDArray[np.bool_]]:
     """Return for each kind a mask of the contexts it uses: all, or `counts[kind]` at random."""
-    chosen = {}
+    chosen: dict[ResponseKind, NDArray[np.bool_]] = {}
     for number, kind in enumerate(kinds):
+        if counts.get(kind, total) >= total:
+            chosen[kind] = np.broadcast_to(np.bool_(True), total)  # which takes no memory
+            continue
         mask = np.zeros(total, bool)
         order = np.random.default_rng([seed, number]).permutation(total)
-        mask[order[: counts.get(kind, total)]] = True
+        mask[order[: counts[kind]]] = True
         chosen[kind] = mask
     return chosen
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llavakit import ChatError, DataError, LlavaError, Outcome, Run, Stopped
-from llavakit_plugins.generation.conversations import Failures
+from llavakit_plugins.generation.conversations import Failures, ledgers_to_join
 from llavakit_plugins.generation.items import Items
 from llavakit_plugins.generation.output import price_of, write_output
 from llavakit_plugins.generation.requests.ledger import (
@@ -50,10 +50,11 @@ def run_job(options: GenerateOptions, generator: PromptedGenerator, run: Run) ->
         for name, contexts in sources.items():
             counts = options.counts if not name else {}
             items = Items(
-                contexts, options.kinds, counts, generator, options.attempts, run.seed, failures
-            )
+                contexts, options.kinds, counts, generator, options.attempts, run.seed, failures,
+                options.share(len(contexts)),
+            )  # fmt: skip
             jobs.append((name, contexts, items))
-        identity, earlier = generator.chat.identity, earlier_ledgers(run.directory)
+        identity, earlier = generator.chat.identity, earlier_ledgers(run.directory, options)
         path = run.directory / f"{LEDGER}{SUFFIX}"
         with Ledger(path, identity=identity, earlier=earlier) as ledger:
             return _work_off(options, generator, run, ledger, jobs, failures)
@@ -214,7 +215,10 @@ def totals(ledger: Ledger) -> dict[str, float | int | None]:
     }
 
 
-def earlier_ledgers(folder: Path) -> list[Path]:
-    """Return the ledgers of attempts that were set aside: their replies are paid for, so they are
-    used again."""
-    return ledgers_in(sorted((folder.parent / "superseded").glob(f"{folder.name}.*")), LEDGER)
+def earlier_ledgers(folder: Path, options: GenerateOptions) -> list[Path]:
+    """Return the ledgers of attempts that were set aside, and of shares: their replies are paid
+    for, so they are used again."""
+    return [
+        *ledgers_in(sorted((folder.parent / "superseded").glob(f"{folder.name}.*")), LEDGER),
+        *ledgers_to_join(options, LEDGER),
+    ]

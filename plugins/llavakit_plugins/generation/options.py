@@ -43,6 +43,25 @@ class GenerateOptions(Options):
     """Most requests for one item, until a reply can be used."""
     budget_usd: float | None = Field(default=None, gt=0)
     """Most that the chat model may cost, in USD."""
+    shard: str | None = Field(default=None, pattern=r"^[1-9][0-9]{0,5}/[1-9][0-9]{0,5}$")
+    """"2/8" takes the second of eight shares of the contexts, for several runs of one job."""
+    join: tuple[InputPath, ...] = ()
+    """Folders that this step left in the runs of its shares: their replies are taken over."""
+
+    @field_validator("shard")
+    @classmethod
+    def _within(cls, shard: str | None) -> str | None:
+        if shard is not None:
+            number, count = map(int, shard.split("/"))
+            if number > count:
+                raise ValueError(f"there is no share {number} of {count}; they are 1/{count} to "
+                                 f"{count}/{count}")  # fmt: skip
+        return shard
+
+    def share(self, total: int) -> range:
+        """Return the indices of the contexts that this run takes: neighbours, in their order."""
+        number, count = map(int, (self.shard or "1/1").split("/"))
+        return range(total * (number - 1) // count, total * number // count)
 
     @field_validator("kinds", mode="before")
     @classmethod

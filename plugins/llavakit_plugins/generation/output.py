@@ -73,8 +73,11 @@ def write_output(
         draw = np.random.default_rng(run.seed)
         questions = brief_questions()
         with json_list(folder / "captions.json") as write:
-            for context in contexts:
-                write(caption_row(context, draw, questions))
+            # from the first context on, though a share may begin later: each has its own draw
+            for number, context in zip(range(items.share.stop), contexts, strict=False):
+                row = caption_row(context, draw, questions)
+                if number in items.share:
+                    write(row)
     facts = [
         f"{summary.usable:,} samples of {sum(len(items) for _, _, items in jobs):,}",
         f"{len(ledger):,} replies",

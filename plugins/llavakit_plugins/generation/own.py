@@ -31,6 +31,7 @@ from llavakit_plugins.generation.conversations import (
     Conversations,
     Failures,
     checked,
+    ledgers_to_join,
 )
 from llavakit_plugins.generation.items import Item, Items, choose
 from llavakit_plugins.generation.job import (
@@ -87,8 +88,10 @@ class _Items(Items):
         counts: dict[ResponseKind, int],
         state: _State,
         seed: int,
+        share: range,
     ) -> None:
         self._contexts, self._kinds, self._state = contexts, kinds, state
+        self.share = share
         self.chosen = choose(len(contexts), kinds, counts, seed)
 
     def walk(self, ledger: Ledger) -> Iterator[Item]:
@@ -124,9 +127,9 @@ def run_own_job(options: GenerateOptions, generator: Generator, desk: Desk, run:
     path = run.directory / f"{FILE}{SUFFIX}"
     # a generator may build its chat model later: then replies of every model are taken over
     identities = frozenset(chat.identity for chat in desk.chats) or None
-    earlier = earlier_ledgers(run.directory)
+    earlier = earlier_ledgers(run.directory, options)
     with open_sources(options, run.directory) as sources:
-        conversations = Conversations(path, options.generator)
+        conversations = Conversations(path, options.generator, ledgers_to_join(options, FILE))
         with (
             conversations.ledger as made,
             Ledger(
@@ -137,9 +140,9 @@ def run_own_job(options: GenerateOptions, generator: Generator, desk: Desk, run:
             jobs = []
             for name, contexts in sources.items():
                 counts = options.counts if not name else {}
-                jobs.append(
-                    (name, contexts, _Items(contexts, options.kinds, counts, state, run.seed))
-                )
+                share = options.share(len(contexts))
+                items = _Items(contexts, options.kinds, counts, state, run.seed, share)
+                jobs.append((name, contexts, items))
             review = Review(options.images, run.seed)
             try:
                 _make(options, generator, desk, run, ledger, [items for *_, items in jobs], state)

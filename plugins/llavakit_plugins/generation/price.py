@@ -51,7 +51,9 @@ def price_job(options: GenerateOptions, generator: PromptedGenerator, seed: int)
     ):
         for name, contexts in sources.items():
             counts = options.counts if not name else {}
-            for context, kind in Items(contexts, options.kinds, counts, generator, 1, seed).pairs():
+            share = options.share(len(contexts))
+            items = Items(contexts, options.kinds, counts, generator, 1, seed, share=share)
+            for context, kind in items.pairs():
                 count += 1
                 try:
                     messages = generator.messages(context, kind)
@@ -74,6 +76,7 @@ def _by_examples(options: GenerateOptions, generator: PromptedGenerator) -> Step
         note = "no price yet: the contexts are not there; say `counts` for each kind"
         return StepPlan(note=note)
     chat = generator.chat
+    counts = {kind: len(options.share(options.counts[kind])) for kind in options.kinds}
     nothing = ImageContext("", "", ())
     sent = made = 0
     for kind in options.kinds:
@@ -81,9 +84,9 @@ def _by_examples(options: GenerateOptions, generator: PromptedGenerator) -> Step
         told = [message for message in messages if message.role == "user"][:-1]
         each = chat.count(messages) + (chat.count(told) // len(told) if told else 0)
         reply = chat.count([Message("assistant", generator.expected_reply(kind))])
-        sent += options.counts[kind] * each
-        made += options.counts[kind] * reply
-    count = sum(options.counts[kind] for kind in options.kinds)
+        sent += counts[kind] * each
+        made += counts[kind] * reply
+    count = sum(counts.values())
     known = not generator.shows_images  # their sizes are not
     return _plan(generator, count, sent, made, "estimated", images=known)
 
@@ -103,8 +106,9 @@ def price_own(options: GenerateOptions, generator: Generator, desk: Desk, seed: 
         for name, contexts in sources.items():
             counts = options.counts if not name else {}
             chosen = choose(len(contexts), options.kinds, counts, seed)
+            share = options.share(len(contexts))
             for kind, mask in chosen.items():
-                indices = np.flatnonzero(mask)
+                indices = share.start + np.flatnonzero(mask[share.start : share.stop])
                 total += len(indices)
                 for index in indices[:: max(1, len(indices) // _TRIED)][:_TRIED]:
                     tried += 1

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
+from itertools import tee
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llavakit import DataError
 from llavakit_plugins.generation.coco import convert_coco, is_coco
 from llavakit_plugins.generation.contexts import Contexts
+from llavakit_plugins.generation.requests.shelf import Shelf
 
 if TYPE_CHECKING:
     from llavakit_plugins.generation.options import GenerateOptions
@@ -55,15 +57,14 @@ def open_sources(
 def _check(contexts: Contexts, path: Path, images: Path) -> None:
     from llavakit_plugins.datasets.image_files import inside
 
-    seen: set[str] = set()
-    for context in contexts:
-        inside(images, context.image, f"context `{context.id}` of {path}")
-        if context.id in seen:
-            raise DataError(
-                f"{path} has context `{context.id}` more than once, and samples are named after "
-                "it; keep one, or give the others ids of their own"
-            )
-        seen.add(context.id)
+    with closing(Shelf()) as seen:
+        for context in contexts:
+            inside(images, context.image, f"context `{context.id}` of {path}")
+            if not seen.add(context.id.encode()):
+                raise DataError(
+                    f"{path} has context `{context.id}` more than once, and samples are named "
+                    "after it; keep one, or give the others ids of their own"
+                )
 
 
 def _check_images(contexts: Contexts, folder: Path | None) -> None:
@@ -71,7 +72,9 @@ def _check_images(contexts: Contexts, folder: Path | None) -> None:
 
     if folder is None:
         raise DataError("the generator shows images: name their folder with the step's `images`")
-    images = {str(folder / context.image): context.id for context in contexts}
-    for (image, identity), whole in zip(images.items(), whole_images(images), strict=True):
+    # `whole_images` is some thousands of paths ahead, and no more
+    ahead, behind = tee((str(folder / context.image), context.id) for context in contexts)
+    looked = whole_images(image for image, _ in ahead)
+    for (image, identity), whole in zip(behind, looked, strict=True):
         if not whole:
             check_image(image, f"context `{identity}`")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from llavakit import (
     ChatModel,
@@ -21,7 +23,6 @@ from llavakit import (
     Use,
     explain_write,
     kind_of,
-    write_text,
 )
 from llavakit.contracts.data import IMAGE, ResponseKind
 from llavakit.contracts.run import Planner, StepPlan
@@ -30,6 +31,7 @@ from llavakit_plugins.generation.contexts import Contexts
 from llavakit_plugins.generation.conversations import Failures, Keeping, checked
 from llavakit_plugins.generation.items import choose
 from llavakit_plugins.generation.options import GenerateOptions
+from llavakit_plugins.generation.output import json_list
 from llavakit_plugins.generation.requests.desk import AtDesk, Desk
 from llavakit_plugins.generation.requests.prompted import PromptedGenerator
 from llavakit_plugins.generation.rows import (
@@ -89,25 +91,43 @@ class Generate(Step):
         """Write the data of a generator that needs no waiting, no retries and no money."""
         counts: dict[str, int] = {}
         shown: list[Card] = []
-        kept = Keeping(run.directory, self.options.generator)
+        kept = Keeping(run.directory, self.options)
         failures = Failures(generator.name, run.directory / "failures.txt")
         with open_sources(self.options, run.directory) as sources, kept.unless_done(failures):
             for name, contexts in sources.items():
-                # from the seed alone for each source,
-                # so that another source does not change this one's questions
-                draw = np.random.default_rng(run.seed)
-                captions = [caption_row(context, draw, BRIEF) for context in contexts]
-                made = list(self._samples(generator, contexts, name, run, kept, failures))
-                content = {"captions": captions, "instruct": [row for _, _, row in made]}
-                for kind in self.options.kinds:
-                    content[kind] = [row for _, own, row in made if own == kind]
                 folder = run.directory / name
                 with explain_write(folder):
                     folder.mkdir(exist_ok=True)
-                for label, rows in content.items():
-                    _write(folder / f"{label}.json", rows)
-                    counts[f"{name}/{label}".lstrip("/")] = len(rows)
-                shown = shown or _cards(run.directory, self.options, made)
+                labels = ("captions", "instruct", *self.options.kinds)
+                found = dict.fromkeys(labels, 0)
+                share = self.options.share(len(contexts))
+                chosen = choose(
+                    len(contexts), self.options.kinds, {} if name else self.options.counts, run.seed
+                )
+                cards = _Cards(run.directory, self.options, chosen, share)
+                # row by row: a job may have millions
+                with ExitStack() as stack:
+                    write = {
+                        label: stack.enter_context(json_list(folder / f"{label}.json"))
+                        for label in labels
+                    }
+                    # from the seed alone for each source,
+                    # so that another source does not change this one's questions
+                    draw = np.random.default_rng(run.seed)
+                    for index, context in zip(range(share.stop), contexts, strict=False):
+                        row = caption_row(context, draw, BRIEF)
+                        if index in share:
+                            write["captions"](row)
+                            found["captions"] += 1
+                    samples = self._samples(generator, contexts, chosen, share, name, run, kept,
+                                            failures)  # fmt: skip
+                    for context, kind, row in samples:
+                        cards.see(context, kind, row)
+                        for label in ("instruct", kind):
+                            write[label](row)
+                            found[label] += 1
+                counts |= {f"{name}/{label}".lstrip("/"): n for label, n in found.items()}
+                shown = shown or cards.cards()
         table = Table(
             title="Samples by file",
             columns=["file", "samples"],
@@ -120,15 +140,16 @@ class Generate(Step):
         self,
         generator: Generator,
         contexts: Contexts,
+        chosen: Mapping[ResponseKind, NDArray[np.bool_]],
+        share: range,
         name: str,
         run: Run,
         kept: Keeping,
         failures: Failures,
     ) -> Iterator[Made]:
         """Yield every sample, in the order of the contexts."""
-        counts = {} if name else self.options.counts
-        chosen = choose(len(contexts), self.options.kinds, counts, run.seed)
-        for index, context in enumerate(contexts):
+        for index in share:
+            context = contexts[index]
             for kind in self.options.kinds:
                 if chosen[kind][index]:
                     try:
@@ -143,10 +164,11 @@ class Generate(Step):
                         continue
                     yield context, kind, row_of(context, kind, turns)
             # every 256: asking and showing cost more than a rule-based sample does
-            if (index + 1) % 256 == 0 or index + 1 == len(contexts):
+            done = index - share.start + 1
+            if done % 256 == 0 or done == len(share):
                 if run.stopping():
                     raise Stopped
-                run.progress(index + 1, len(contexts), f"generating {name}".strip())
+                run.progress(done, len(share), f"generating {name}".strip())
 
 
 def _ask_directly(generator: PromptedGenerator) -> None:
@@ -164,22 +186,42 @@ def _names_chat(generator: Generator) -> bool:
     return any(True for _ in (*chosen, *held))
 
 
-def _write(path: Path, rows: Sequence[Row]) -> None:
-    write_text(path, json.dumps(list(rows), ensure_ascii=False, indent=1) + "\n")
+class _Cards:
+    """Some samples of each kind, from all over the data, as a report shows them."""
 
+    def __init__(
+        self,
+        folder: Path,
+        options: GenerateOptions,
+        chosen: Mapping[ResponseKind, NDArray[np.bool_]],
+        share: range,
+    ) -> None:
+        self._folder, self._images = folder, options.images
+        order = (*options.kinds,) * 3
+        self._wanted: list[tuple[ResponseKind, int]] = []
+        for number, kind in enumerate(order):
+            total = int(np.count_nonzero(chosen[kind][share.start : share.stop]))
+            if total:
+                self._wanted.append((kind, number * max(1, total // _SHOWN) % total))
+        self._seen: Counter[str] = Counter()
+        self._found: dict[tuple[ResponseKind, int], Card] = {}
 
-def _cards(folder: Path, options: GenerateOptions, made: Sequence[Made]) -> list[Card]:
-    cards = []
-    for number, kind in enumerate((*options.kinds,) * 3):
-        own = [(context, row) for context, k, row in made if k == kind]
-        if not own:
-            continue
-        context, row = own[number * max(1, len(own) // _SHOWN) % len(own)]
+    def see(self, context: ImageContext, kind: ResponseKind, row: Row) -> None:
+        """Keep a sample if it is to be shown; called with all of them, in order."""
+        which = (kind, self._seen[kind])
+        self._seen[kind] += 1
+        if which in self._wanted:
+            self._found[which] = self._card(context, kind, row)
+
+    def cards(self) -> list[Card]:
+        """Return those that there were."""
+        return [self._found[which] for which in self._wanted if which in self._found]
+
+    def _card(self, context: ImageContext, kind: ResponseKind, row: Row) -> Card:
         lines = [("told", context.captions[0])]
         for turn in row["conversations"]:
             label = "question" if turn["from"] == "human" else kind
             lines.append((label, turn["value"].replace(IMAGE, "").strip()))
-        image = find_image(options.images, context)
-        shown = None if image is None else os.path.relpath(image, folder)
-        cards.append(Card(image=shown, lines=lines))
-    return cards
+        image = find_image(self._images, context)
+        shown = None if image is None else os.path.relpath(image, self._folder)
+        return Card(image=shown, lines=lines)
