@@ -1,864 +1,309 @@
 # ruff: noqa: E402 -- the interpreter and the source roots are settled before the imports
-"""Correctness and speed of the kernels on one CUDA GPU, in one call of under eight minutes.
+"""Correctness and speed on one CUDA GPU, section by section.
 
-    python tests/benchmarks/gpu.py [--only rates,splice] [--out results.json] [--seconds 450]
+    python tests/benchmarks/gpu.py --call 1 --out results
+    python tests/benchmarks/gpu.py --only rates,splice [--seconds 300] [--out FOLDER]
 
-Every fraction is of ceilings measured in the same call. Sections run in the order of SECTIONS; one
-that finds its time spent says so and leaves the rest of its rows out. `--dry-run` walks every line
-on a CPU at toy sizes in Triton's interpreter: its numbers mean nothing.
+Each section runs in a process of its own with its own time limit: whatever happens to it, the next
+one runs. FOLDER gets results.json, rewritten after every row, log.txt, and summary.txt, which is
+printed last. Fractions are of ceilings measured in the same call. Exit code 1: something failed, or
+is wrong. `--dry-run` walks every line on a CPU at toy sizes, kernels in Triton's interpreter: its
+numbers mean nothing.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
-import json
+import contextlib
+import faulthandler
+import importlib
 import os
-import shutil
-import statistics
-import subprocess
+import select
+import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 DRY = "--dry-run" in sys.argv
 os.environ["TRITON_INTERPRET"] = "1" if DRY else "0"
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # no context before the fork
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 sys.path[:0] = [
     str(Path(__file__).parents[2] / root) for root in ("core", "plugins", "kernels", ".")
 ]
 
-import torch
-import triton
-from torch import Tensor
-from torch.nn import functional as F
+from tests.benchmarks.gpu_results import Outcome, Results
 
-from llavakit_kernels import (
-    launch,
-    linear_cross_entropy,
-    linear_gelu,
-    project_splice,
-    row_sources,
-)
-from llavakit_kernels.linear_cross_entropy import liger
-from llavakit_kernels.linear_gelu import triton as gelu_kernels
-from llavakit_kernels.project_splice import (
-    triton as forward_kernels,
-    triton_backward as backward_kernels,
-)
-
-DEVICE = torch.device("cpu" if DRY else "cuda")
-Run = Callable[[], object]
-
-
-@dataclass
-class Session:
-    """What the sections share: the clock, the ceilings, and everything measured."""
-
-    seconds: float
-    started: float = field(default_factory=time.monotonic)
-    flops: float = 1e12
-    bytes: float = 1e12
-    results: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
-
-    def left(self) -> float:
-        return self.seconds - (time.monotonic() - self.started)
-
-    def row(self, section: str, **values: Any) -> None:
-        """Keep a row and print it; a section's first row prints its heading."""
-        rows = self.results.setdefault(section, [])
-        if not rows:
-            print(f"\n## {section}", flush=True)
-        if not rows or list(rows[-1]) != list(values):
-            print("| " + " | ".join(values) + " |\n|" + "---|" * len(values))
-        rows.append(values)
-        print("| " + " | ".join(_text(value) for value in values.values()) + " |", flush=True)
-
-
-def _text(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
-
-
-def milliseconds(run: Run, repeat: int = 100) -> float:
-    """Median time of a call, the cache of the chip flushed before each."""
-    if DRY:
-        begin = time.perf_counter()
-        run()
-        return (time.perf_counter() - begin) * 1e3
-    return float(triton.testing.do_bench(run, warmup=20, rep=repeat, return_mode="median"))
-
-
-def peak_gigabytes(run: Run) -> float:
-    """Memory that a call allocates above what was there before it."""
-    if DRY:
-        run()
-        return 0.0
-    torch.cuda.synchronize()
-    torch.cuda.empty_cache()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    run()
-    torch.cuda.synchronize()
-    return (torch.cuda.max_memory_allocated() - before) / 1e9
-
-
-def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """Norm-wise; infinite where anything is not a number."""
-    expected = expected.double()
-    error = float((actual.double() - expected).norm() / expected.norm().clamp_min(1e-30))
-    return error if error == error else float("inf")
-
-
-# --- data -------------------------------------------------------------------------------------
+PRELOADED = ("torch", "triton", "transformers", "tests.benchmarks.gpu_training")
+"""What is imported once, before the sections' processes are forked: each import takes seconds."""
 
 
 @dataclass(frozen=True)
-class Shape:
-    """A packed micro-batch: `batch` samples of `text` text tokens around one image each."""
+class Section:
+    module: str
+    function: str
+    seconds: float
+    """The most that it may take."""
+    what: str
+    given: tuple[tuple[str, Any], ...] = ()
 
-    D: int
-    E: int
-    tokens: int  # visual tokens of an image
-    batch: int
-    text: int
-    V: int = 32_000
-
-    @property
-    def N(self) -> int:
-        return self.tokens * self.batch
-
-    @property
-    def T(self) -> int:
-        return (self.tokens + self.text) * self.batch
-
-
-@dataclass
-class Data:
-    """Random arguments at a shape. Ids at visual rows are valid, for the peers' sake."""
-
-    shape: Shape
-    features: Tensor
-    weight: Tensor
-    bias: Tensor
-    ids: Tensor
-    embedding: Tensor
-    rows: Tensor
-    sources: Tensor
-    grad: Tensor
-
-    def spliced(self, features: Tensor | None = None, **options: Any) -> Tensor:
-        return project_splice(
-            self.features if features is None else features,
-            self.weight,
-            self.bias,
-            self.ids,
-            self.embedding,
-            self.rows,
-            sources=self.sources,
-            **options,
+    def __call__(self, session: Any) -> None:
+        run: Callable[..., None] = getattr(
+            importlib.import_module(f"tests.benchmarks.{self.module}"), self.function
         )
-
-
-def random_data(shape: Shape, dtype: torch.dtype, shuffled: bool = False) -> Data:
-    def normal(*size: int, scale: float = 1.0) -> Tensor:
-        return (torch.randn(size, device=DEVICE) * scale).to(dtype)
-
-    at = torch.arange(shape.T, device=DEVICE).view(shape.batch, -1)
-    begin = min(5, shape.text)
-    rows = at[:, begin : begin + shape.tokens].reshape(-1)
-    if shuffled:
-        rows = torch.randperm(shape.T, device=DEVICE)[: shape.N]
-    ids = torch.randint(0, shape.V - 1, (shape.T,), device=DEVICE)
-    ids[rows] = shape.V - 1
-    return Data(
-        shape,
-        normal(shape.N, shape.D),
-        normal(shape.E, shape.D, scale=shape.D**-0.5),
-        normal(shape.E),
-        ids,
-        normal(shape.V, shape.E),
-        rows,
-        row_sources(rows, shape.T),
-        normal(shape.T, shape.E),
-    )
-
-
-def shapes() -> Iterator[Shape]:
-    if DRY:
-        yield Shape(D=16, E=32, tokens=4, batch=2, text=6, V=20)
-        yield Shape(D=16, E=32, tokens=6, batch=2, text=6, V=20)
-        return
-    for E in (4096, 5120):
-        for tokens, text in ((256, 22), (576, 300)):
-            for batch in (16, 32, 64):
-                yield Shape(D=1024, E=E, tokens=tokens, batch=batch, text=text)
-
-
-# --- sections ---------------------------------------------------------------------------------
-
-
-def rates(session: Session) -> None:
-    """The ceilings: a copy larger than the cache, and a product of random matrices."""
-    size, edge = (2**20, 64) if DRY else (2**32, 8192)
-    source = torch.randint(0, 127, (size,), dtype=torch.int8, device=DEVICE)
-    target = torch.empty_like(source)
-    session.bytes = 2 * size / milliseconds(lambda: target.copy_(source)) * 1e3
-    a, b = (torch.randn(edge, edge, device=DEVICE).bfloat16() for _ in range(2))
-    session.flops = 2 * edge**3 / milliseconds(lambda: a @ b, repeat=200) * 1e3
-    name = "CPU (dry run)" if DRY else torch.cuda.get_device_name()
-    session.row(
-        "rates",
-        device=name,
-        torch=torch.__version__,
-        triton=triton.__version__,
-        copy_TBs=session.bytes / 1e12,
-        product_TFLOPs=session.flops / 1e12,
-    )
-
-
-# Widths of a real model, which every fast path takes, and widths that none takes.
-EVEN: dict[str, int] = {"D": 1024, "E": 5120}
-ODD: dict[str, int] = {"D": 1001, "E": 4099}
-LIMITS = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
-
-
-def correctness(session: Session) -> None:
-    """Forward and backward at real sizes against float64, poisoned memory, exit code 1 if wrong."""
-    toy = Shape(D=24, E=40, tokens=5, batch=3, text=4, V=17)
-    real = toy if DRY else Shape(**EVEN, tokens=576, batch=32, text=300)
-    odd = toy if DRY else Shape(**ODD, tokens=577, batch=7, text=33, V=152_064)
-    for dtype in LIMITS:
-        for shape, shuffled in ((real, False), (odd, True)):
-            _check_splice(session, random_data(shape, dtype, shuffled))
-    _check_long_stream(session)
-    wrong = [row for row in session.results["correctness"] if row["error"] > row["limit"]]
-    if wrong:
-        raise SystemExit(f"wrong results: {wrong}")
-
-
-def _check_splice(session: Session, data: Data) -> None:
-    dtype, shape = data.features.dtype, data.shape
-
-    def report(what: str, actual: Tensor, expected: Tensor) -> None:
-        session.row(
-            "correctness",
-            what=what,
-            dtype=str(dtype).removeprefix("torch."),
-            N=shape.N,
-            T=shape.T,
-            D=shape.D,
-            E=shape.E,
-            error=relative_error(actual, expected),
-            limit=LIMITS[dtype],
-        )
-
-    _poison(shape.T * shape.E, dtype)
-    wide = [tensor.double() for tensor in (data.features, data.weight, data.bias)]
-    expected = torch.empty(shape.T, shape.E, dtype=torch.float64, device=DEVICE)
-    text = (data.sources < 0).nonzero()[:, 0]
-    expected[text] = data.embedding[data.ids[text]].double()
-    expected[data.rows] = F.linear(*wide)
-    report("forward", data.spliced(impl="triton"), expected)
-
-    # What each configuration computes, and not only the one that tuning prefers.
-    arguments = (data.features, data.weight, data.bias)
-    rest = (data.ids, data.embedding, data.rows, data.sources)
-    for config in product_tiles(data):
-        out = torch.full((shape.T, shape.E), float("nan"), dtype=dtype, device=DEVICE)
-        forward_kernels.forward(*arguments, *rest, out=out, config=config)
-        report(f"forward {_short(config)}", out, expected)
-    del expected, out
-
-    leaves = [data.features, data.weight, data.bias, data.embedding]
-    learning = [leaf.detach().requires_grad_() for leaf in leaves]
-    grad_rows = data.grad[data.rows].double()
-    for deterministic in (True, False):
-        features, weight, bias, embedding = learning
-        out = project_splice(
-            features,
-            weight,
-            bias,
-            data.ids,
-            embedding,
-            data.rows,
-            sources=data.sources,
-            impl="triton",
-            deterministic=deterministic,
-        )
-        _poison(shape.T * shape.E, dtype)
-        gradients = torch.autograd.grad(out, learning, data.grad)
-        if deterministic:
-            report("d features", gradients[0], grad_rows @ wide[1])
-            report("d weight", gradients[1], grad_rows.t() @ wide[0])
-            report("d bias", gradients[2], grad_rows.sum(0))
-        table = torch.zeros(shape.V, shape.E, dtype=torch.float64, device=DEVICE)
-        table.index_add_(0, data.ids[text], data.grad[text].double())
-        report(f"d embedding, sorted={deterministic}", gradients[3], table)
-        del table, out, gradients
-    before = F.linear(*wide)
-    share = 0.5 * torch.special.erfc(-before / 2**0.5)
-    slope = share + before * torch.exp(-0.5 * before**2) / (2 * torch.pi) ** 0.5
-    for save in (True, False):
-        out, kept = gelu_kernels.forward(*arguments, save)
-        report(f"gelu, saved={save}", out, before * share)
-        if save:
-            report("gelu's argument", kept, before)
-    out = gelu_kernels.before_grad(data.grad[: shape.N], *arguments)
-    report("d gelu, recomputed", out, data.grad[: shape.N].double() * slope)
-
-
-def _poison(numel: int, dtype: torch.dtype) -> None:
-    """Leave NaN in the memory that the next output of this size is likely to get."""
-    torch.full((numel,), float("nan"), dtype=dtype, device=DEVICE)
-
-
-def _check_long_stream(session: Session) -> None:
-    """A stream of more than 2^31 elements, compared at its ends."""
-    T, E, D, V = (60, 32, 16, 20) if DRY else (2**31 // 4096 + 4096, 4096, 64, 128)
-    rows = torch.cat([torch.arange(0, 10), torch.arange(T - 10, T)]).to(DEVICE)
-    ids = torch.randint(0, V, (T,), device=DEVICE)
-    features = torch.randn(20, D, device=DEVICE).bfloat16()
-    weight = torch.randn(E, D, device=DEVICE).bfloat16()
-    embedding = torch.randn(V, E, device=DEVICE).bfloat16()
-    out = project_splice(features, weight, None, ids, embedding, rows, impl="triton")
-    ends = torch.cat([torch.arange(0, 20), torch.arange(T - 20, T)]).to(DEVICE)
-    expected = embedding[ids[ends]].double()
-    expected[:10], expected[-10:] = (
-        F.linear(features.double(), weight.double())[part] for part in (slice(10), slice(10, 20))
-    )
-    session.row(
-        "correctness",
-        what="over 2^31 elements",
-        dtype="bfloat16",
-        N=20,
-        T=T,
-        D=D,
-        E=E,
-        error=relative_error(out[ends], expected),
-        limit=LIMITS[torch.bfloat16],
-    )
-
-
-def product_tiles(data: Data) -> list[Any]:
-    return [launch.SMALL] if DRY else launch.PRODUCT_TILES[launch.family(data.features)]
-
-
-def gelu_tiles(data: Data) -> list[Any]:
-    return [launch.SMALL] if DRY else launch.GELU_TILES[launch.family(data.features)]
-
-
-def weight_grad_tiles(data: Data) -> list[Any]:
-    """The one in use, and for Hopper what else might be."""
-    chosen = [launch.weight_grad_tile(data.features)]
-    if DRY or launch.family(data.features) != "hopper":
-        return chosen
-    others = [(128, 256, 4, 8), (128, 256, 7, 8), (256, 128, 5, 8), (128, 128, 5, 4)]
-    return chosen + [launch.tile(m, n, 64, warps, stages) for m, n, stages, warps in others]
-
-
-def compile_jobs() -> list[Callable[[], object]]:
-    """Every variant of every kernel that the other sections launch, each launched once."""
-    jobs: list[Callable[[], object]] = []
-    for dtype in LIMITS:
-        for widths in (EVEN, ODD):
-            toy = {"D": 24, "E": 40} if DRY else widths
-            data = random_data(Shape(**toy, tokens=50, batch=2, text=7, V=100), dtype)
-            arguments = (data.features, data.weight, data.bias)
-            rest = (data.ids, data.embedding, data.rows, data.sources)
-            call = functools.partial
-            for config in product_tiles(data):
-                jobs.append(call(forward_kernels.forward, *arguments, *rest, config=config))
-                rows = (data.grad, data.weight, data.rows)
-                jobs.append(call(backward_kernels.features_grad, *rows, config=config))
-            for config in weight_grad_tiles(data):
-                rows = (data.grad, data.features, data.rows)
-                jobs.append(call(backward_kernels.weight_grad, *rows, True, config=config))
-            for config in gelu_tiles(data):
-                for save in (True, False):
-                    jobs.append(call(gelu_kernels.forward, *arguments, save, config=config))
-                grad = data.grad[: data.shape.N]
-                jobs.append(call(gelu_kernels.before_grad, grad, *arguments, config=config))
-    return jobs
-
-
-def compilation(session: Session) -> None:
-    """Fill Triton's cache from many processes at once: one after another would take minutes."""
-    workers = 1 if DRY else max(1, min(12, (os.cpu_count() or 2) - 2))
-    command = [sys.executable, str(Path(__file__))] + (["--dry-run"] if DRY else [])
-    running = [
-        subprocess.Popen(
-            [*command, "--compile", f"{worker}/{workers}"],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for worker in range(workers)
-    ]
-    failed = []
-    for process in running:
-        said, _ = process.communicate()
-        if process.returncode:
-            failed.append(said)
-    session.row("compilation", variants=len(compile_jobs()), workers=workers, failed=len(failed))
-    if failed:
-        print(failed[0][-4000:])
-
-
-def compile_share(share: str) -> None:
-    worker, workers = map(int, share.split("/"))
-    for job in compile_jobs()[worker::workers]:
-        try:
-            job()
-        except triton.runtime.errors.OutOfResources:  # a tile for a larger chip: tuning skips it
-            continue
-
-
-def _short(config: Any) -> str:
-    sizes = "x".join(str(config.kwargs[f"BLOCK_{letter}"]) for letter in "MNK")
-    more = "".join(
-        f" {name.lower()}={config.kwargs[name]}"
-        for name in ("FLATTEN", "PIECES", "PER_SM")
-        if name in config.kwargs
-    )
-    return f"{sizes} warps={config.num_warps} stages={config.num_stages}{more}"
-
-
-# The ways to splice. Each takes the data and the projected features' function, and gives [T, E].
-
-Project = Callable[[Tensor], Tensor]
-
-
-def by_index_copy(data: Data, project: Project) -> Tensor:
-    """The best by hand: a gather of the stream, a product, one index copy."""
-    stream = data.embedding.index_select(0, data.ids)
-    return stream.index_copy_(0, data.rows, project(data.features))
-
-
-def by_masked_scatter(data: Data, project: Project) -> Tensor:
-    """As transformers' LlavaModel does."""
-    stream = F.embedding(data.ids, data.embedding)
-    mask = (data.ids == data.shape.V - 1).unsqueeze(-1).expand_as(stream)
-    return stream.masked_scatter(mask, project(data.features).to(stream.dtype))
-
-
-def by_cat(data: Data, project: Project) -> Tensor:
-    """As the original's prepare_inputs: sample by sample, text, image, text."""
-    visual = project(data.features).view(data.shape.batch, data.shape.tokens, -1)
-    samples = []
-    for ids, image in zip(data.ids.view(data.shape.batch, -1), visual, strict=True):
-        begin = int((ids == data.shape.V - 1).nonzero()[0, 0])
-        before = F.embedding(ids[:begin], data.embedding)
-        after = F.embedding(ids[begin + data.shape.tokens :], data.embedding)
-        samples.append(torch.cat([before, image, after]))
-    return torch.stack(samples).view(data.shape.T, -1)
-
-
-@functools.cache
-def compiled() -> Any:
-    return torch.compile(
-        lambda features, weight, bias, ids, embedding, rows: embedding.index_select(
-            0, ids
-        ).index_copy(0, rows, F.linear(features, weight, bias)),
-        dynamic=True,
-        backend="eager" if DRY else "inductor",
-    )
-
-
-def splice(session: Session) -> None:
-    """linear: one product into the stream; weight and bias learn."""
-    for shape in shapes():
-        if not _time_for(session, "splice", 12):
-            return
-        data = random_data(shape, torch.bfloat16)
-        weight, bias = (tensor.detach().requires_grad_() for tensor in (data.weight, data.bias))
-        data.weight, data.bias = weight, bias
-
-        def project(features: Tensor, weight: Tensor = weight, bias: Tensor = bias) -> Tensor:
-            return F.linear(features, weight, bias)
-
-        ways: dict[str, Callable[[], Tensor]] = {
-            "ours": lambda data=data: data.spliced(),  # type: ignore[misc]
-            "torch.compile": lambda data=data: compiled()(  # type: ignore[misc]
-                data.features, data.weight, data.bias, data.ids, data.embedding, data.rows
-            ),
-            "index_copy": functools.partial(by_index_copy, data, project),
-            "masked_scatter": functools.partial(by_masked_scatter, data, project),
-            "cat loop": functools.partial(by_cat, data, project),
-        }
-        element = 2
-        product = 2 * shape.N * shape.D * shape.E
-        read = (shape.N * shape.D + shape.E * shape.D + (shape.T - shape.N) * shape.E) * element
-        forward = max(product / session.flops, (read + shape.T * shape.E * element) / session.bytes)
-        again = (shape.N * (shape.D + shape.E) + shape.E * shape.D) * element
-        backward = max(product / session.flops, again / session.bytes)
-        _compare(
-            session, "splice", shape, ways, [weight, bias], data.grad, forward * 1e3, backward * 1e3
-        )
-        del data, ways, weight, bias
-    _goals(
-        session,
-        "splice",
-        {
-            "masked_scatter / ours, forward": 3.5,
-            "index_copy / ours, forward": 1.2,
-            "of the limit, forward": 0.70,
-            "masked_scatter / ours, both": 5.0,
-        },
-    )
-
-
-def mlp(session: Session) -> None:
-    """mlp: a hidden layer with GELU, then the product into the stream; both layers learn."""
-    for shape in shapes():
-        if not _time_for(session, "mlp", 15):
-            return
-        data = random_data(shape, torch.bfloat16)
-        first = data.weight.detach().requires_grad_()
-        first_bias = data.bias.detach().requires_grad_()
-        second = torch.randn(shape.E, shape.E, device=DEVICE).mul_(shape.E**-0.5).bfloat16()
-        second.requires_grad_()
-        second_bias = torch.zeros_like(data.bias).requires_grad_()
-        learning = [first, first_bias, second, second_bias]
-
-        def project(features: Tensor, learning: list[Tensor] = learning) -> Tensor:
-            hidden = F.gelu(F.linear(features, learning[0], learning[1]))
-            return F.linear(hidden, learning[2], learning[3])
-
-        def ours(
-            data: Data = data, learning: list[Tensor] = learning, recompute: bool = False
-        ) -> Tensor:
-            hidden = linear_gelu(data.features, learning[0], learning[1], recompute=recompute)
-            return project_splice(
-                hidden,
-                learning[2],
-                learning[3],
-                data.ids,
-                data.embedding,
-                data.rows,
-                sources=data.sources,
-            )
-
-        ways: dict[str, Callable[[], Tensor]] = {
-            "ours": ours,
-            "recomputed": functools.partial(ours, recompute=True),
-            "index_copy": functools.partial(by_index_copy, data, project),
-            "masked_scatter": functools.partial(by_masked_scatter, data, project),
-        }
-        products = 2 * shape.N * shape.E * (shape.D + shape.E)
-        forward = products / session.flops
-        backward = 2 * shape.N * shape.E * (shape.D + 2 * shape.E) / session.flops
-        _compare(session, "mlp", shape, ways, learning, data.grad, forward * 1e3, backward * 1e3)
-        del data, ways, learning, first, second
-    _goals(
-        session,
-        "mlp",
-        {"masked_scatter / ours, forward": 1.4, "index_copy / ours, forward": 1.0},
-    )
-
-
-def _compare(
-    session: Session,
-    section: str,
-    shape: Shape,
-    ways: dict[str, Callable[[], Tensor]],
-    learning: list[Tensor],
-    grad: Tensor,
-    forward_limit: float,
-    backward_limit: float,
-) -> None:
-    """Time the ways forward (without autograd) and forward with backward, in milliseconds."""
-    expected: Tensor | None = None
-    for name, way in ways.items():
-
-        def forward(way: Callable[[], Tensor] = way) -> None:
-            with torch.no_grad():
-                way()
-
-        def both(way: Callable[[], Tensor] = way) -> None:
-            torch.autograd.grad(way(), learning, grad)
-
-        try:
-            with torch.no_grad():
-                out = way()
-            expected = out if expected is None else expected
-            forward_ms, both_ms = milliseconds(forward), milliseconds(both)
-        except Exception as error:
-            if name == "ours":
-                raise
-            session.row(section, E=shape.E, batch=shape.batch, way=name, failed=repr(error)[:200])
-            continue
-        session.row(
-            section,
-            E=shape.E,
-            visual=shape.tokens,
-            text=shape.text,
-            batch=shape.batch,
-            way=name,
-            forward_ms=forward_ms,
-            of_limit=forward_limit / forward_ms,
-            both_ms=both_ms,
-            both_of_limit=(forward_limit + backward_limit) / both_ms,
-            peak_GB=peak_gigabytes(both),
-            differs=relative_error(out, expected) if out is not expected else 0.0,
-        )
-
-
-def _goals(session: Session, section: str, goals: dict[str, float]) -> None:
-    """The issue's goals beside what was measured: median, and the worst shape."""
-    by_shape: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
-    for row in session.results.get(section, []):
-        if "failed" in row:
-            continue
-        key = (row["E"], row["visual"], row["text"], row["batch"])
-        by_shape.setdefault(key, {})[row["way"]] = row
-    for goal, wanted in goals.items():
-        part = "both" if goal.endswith("both") else "forward"
-        measured = [
-            ways["ours"]["of_limit"]
-            if goal.startswith("of the limit")
-            else ways[goal.split(" / ")[0]][f"{part}_ms"] / ways["ours"][f"{part}_ms"]
-            for ways in by_shape.values()
-            if goal.split(" / ")[0] in ways or goal.startswith("of the limit")
-        ]
-        if measured:
-            session.row(
-                f"{section}: goals",
-                goal=goal,
-                wanted=wanted,
-                median=statistics.median(measured),
-                worst=min(measured),
-                best=max(measured),
-            )
-
-
-def configurations(session: Session) -> None:
-    """Every tile of every kernel, to see whether the choices of launch.py are right here."""
-    shape = next(iter(shapes())) if DRY else Shape(**EVEN, tokens=576, batch=32, text=300)
-    data = random_data(shape, torch.bfloat16)
-    arguments = (data.features, data.weight, data.bias)
-    rest = (data.ids, data.embedding, data.rows, data.sources)
-    product = 2 * shape.N * shape.D * shape.E
-    kernels: dict[str, tuple[list[Any], Callable[[Any, bool], object]]] = {
-        "forward": (
-            product_tiles(data),
-            lambda config, tma: forward_kernels.forward(*arguments, *rest, config=config, tma=tma),
-        ),
-        "gelu": (
-            gelu_tiles(data),
-            lambda config, tma: gelu_kernels.forward(*arguments, True, config=config, tma=tma),
-        ),
-        "d features": (
-            product_tiles(data),
-            lambda config, tma: backward_kernels.features_grad(
-                data.grad, data.weight, data.rows, config=config, tma=tma
-            ),
-        ),
-        "d weight": (
-            weight_grad_tiles(data),
-            lambda config, tma: backward_kernels.weight_grad(
-                data.grad, data.features, data.rows, True, config=config, tma=tma
-            ),
-        ),
-    }
-    for name, (configs, run) in kernels.items():
-        # Without descriptors only the first: those variants are not compiled yet.
-        for config, tma in [(config, True) for config in configs] + [(configs[0], False)]:
-            if not _time_for(session, "configurations", 8):
-                return
-            try:
-                taken = milliseconds(functools.partial(run, config, tma), repeat=50)
-            except Exception as error:  # a tile that does not fit this chip is a finding
-                session.row("configurations", kernel=name, tile=_short(config), failed=repr(error))
-                continue
-            session.row(
-                "configurations",
-                kernel=name,
-                tile=_short(config),
-                tma=tma,
-                ms=taken,
-                of_product_rate=product / session.flops * 1e3 / taken,
-            )
-
-
-def loss(session: Session) -> None:
-    """The head's loss with its gradients: chunks, liger-kernel, and all logits at once."""
-    cases = [
-        (4096, 4096, 32_000),
-        (9600, 4096, 32_000),
-        (9600, 5120, 32_000),
-        (4096, 3584, 152_064),
-    ]
-    for M, E, V in [(20, 16, 30)] if DRY else cases:
-        for head_learns in (True, False):
-            if not _time_for(session, "loss", 15):
-                return
-            hidden = torch.randn(M, E, device=DEVICE).bfloat16().requires_grad_()
-            head = (torch.randn(V, E, device=DEVICE) * E**-0.5).bfloat16()
-            head.requires_grad_(head_learns)
-            targets = torch.randint(0, V, (M,), device=DEVICE)
-            leaves = [hidden, head] if head_learns else [hidden]
-
-            def whole(hidden: Tensor = hidden, head: Tensor = head, to: Tensor = targets) -> Tensor:
-                return F.cross_entropy(F.linear(hidden, head).float(), to, reduction="sum")
-
-            ways: dict[str, Callable[[], Tensor]] = {"all logits": whole}
-            for impl in ("reference", "liger") if liger.INSTALLED and not DRY else ("reference",):
-                ways[impl] = functools.partial(
-                    linear_cross_entropy, hidden, head, targets, reduction="sum", impl=impl
-                )
-            products = 2 * M * E * V * (3 if head_learns else 2)
-            expected = float(whole().detach())
-            for name, way in ways.items():
-
-                def both(way: Callable[[], Tensor] = way, leaves: list[Tensor] = leaves) -> object:
-                    return torch.autograd.grad(way() / 1000, leaves)
-
-                taken = milliseconds(both, repeat=200)
-                session.row(
-                    "loss",
-                    M=M,
-                    E=E,
-                    V=V,
-                    head="learns" if head_learns else "frozen",
-                    way=name,
-                    ms=taken,
-                    of_product_rate=products / session.flops * 1e3 / taken,
-                    peak_GB=peak_gigabytes(both),
-                    differs=abs(float(way().detach()) - expected) / abs(expected),
-                )
-            del hidden, head, targets, leaves, ways
-
-
-def sanitizer(session: Session) -> None:
-    """compute-sanitizer's memcheck over every kernel at a small size, where it works."""
-    tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
-    if not DRY and not Path(tool).exists():
-        session.row("sanitizer", tool="memcheck", outcome="compute-sanitizer is not installed here")
-        return
-    command = [sys.executable, str(Path(__file__)), "--small-case"]
-    command += ["--dry-run"] if DRY else []
-    command = command if DRY else [tool, "--tool", "memcheck", "--error-exitcode", "9", *command]
-    limit = min(120.0, max(session.left(), 30.0))
-    try:
-        run = subprocess.run(
-            command,
-            capture_output=True,
-            text=True,
-            timeout=limit,
-            # Each tensor an allocation of its own: an access past its end is then one past memory.
-            env=os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
-        )
-    except subprocess.TimeoutExpired:
-        session.row("sanitizer", tool="memcheck", outcome=f"did not end in {limit:.0f} s")
-        return
-    said = [line for line in (run.stdout + run.stderr).splitlines() if line.strip()]
-    if run.returncode:
-        print("\n".join(said[-40:]))
-    session.row(
-        "sanitizer",
-        tool="memcheck",
-        outcome=f"exit code {run.returncode}: {said[-1] if said else 'no output'}",
-    )
-
-
-def small_case() -> None:
-    """What the sanitizer watches: every kernel once for each way to load, at an odd size."""
-    shape = (
-        Shape(D=24, E=40, tokens=5, batch=3, text=4, V=17)
-        if DRY
-        else Shape(D=144, E=528, tokens=101, batch=3, text=21, V=50)
-    )
-    data = random_data(shape, torch.bfloat16, shuffled=True)
-    product, polynomial = product_tiles(data)[::4], gelu_tiles(data)[:1]
-    arguments = (data.features, data.weight, data.bias)
-    for tma in (True, False):
-        for config in product:
-            given = (*arguments, data.ids, data.embedding, data.rows, data.sources)
-            forward_kernels.forward(*given, config=config, tma=tma)
-            backward_kernels.features_grad(
-                data.grad, data.weight, data.rows, config=config, tma=tma
-            )
-        backward_kernels.weight_grad(data.grad, data.features, data.rows, True, tma=tma)
-        for config in polynomial:
-            gelu_kernels.forward(*arguments, True, config=config, tma=tma)
-            gelu_kernels.before_grad(data.grad[: shape.N], *arguments, config=config, tma=tma)
-    for deterministic in (True, False):
-        torch.ops.llavakit.project_splice_embedding_grad(
-            data.grad, data.ids, data.sources, shape.V, shape.N, "triton", deterministic
-        )
-    if not DRY:
-        torch.cuda.synchronize()
-    print("every kernel ran")
-
-
-def training(session: Session) -> None:
-    """Steps of training at real size; imported here, since the other sections need no plugin."""
-    from tests.benchmarks import gpu_training
-
-    gpu_training.training(session, DEVICE)
-
-
-def _time_for(session: Session, section: str, seconds: float) -> bool:
-    if session.left() > seconds:
-        return True
-    print(f"({section}: the rest is left out, {session.left():.0f} s are left)", flush=True)
-    return False
-
-
-SECTIONS: dict[str, Callable[[Session], None]] = {
-    "rates": rates,
-    "compilation": compilation,
-    "correctness": correctness,
-    "splice": splice,
-    "mlp": mlp,
-    "loss": loss,
-    "training": training,
-    "sanitizer": sanitizer,
-    "configurations": configurations,
+        run(session, **dict(self.given))
+
+
+SECTIONS: dict[str, Section] = {
+    "environment": Section("gpu_models", "environment", 30, "versions, and what is missing"),
+    "rates": Section("gpu_kernels", "rates", 20, "the ceilings"),
+    "compilation": Section("gpu_kernels", "compilation", 90, "every kernel, by many processes"),
+    "correctness": Section("gpu_kernels", "correctness", 60, "kernels against float64"),
+    "attention": Section("gpu_attention", "attention", 60, "attention's kernels against float64"),
+    "models": Section("gpu_models", "models", 60, "steps and answers against the CPU's"),
+    "smoke": Section("gpu_training", "smoke", 50, "2 layers of a 13B against transformers"),
+    "splice1": Section("gpu_kernels", "splice", 25, "splice at one shape", (("brief", True),)),
+    "mlp1": Section("gpu_kernels", "mlp", 25, "mlp at one shape", (("brief", True),)),
+    "stage1": Section("gpu_training", "stage1", 110, "a step of stage 1, 13B"),
+    "stage2": Section("gpu_training", "stage2", 80, "a step of stage 2, 7B"),
+    "layers16": Section("gpu_training", "layers16", 50, "stage 2 of 16 layers in float32"),
+    "splice": Section("gpu_kernels", "splice", 60, "splice at every shape"),
+    "mlp": Section("gpu_kernels", "mlp", 60, "mlp at every shape"),
+    "loss": Section("gpu_kernels", "loss", 40, "the loss, and liger-kernel's"),
+    "tiny": Section("gpu_models", "tiny", 130, "recipes/tiny.toml, stopped and resumed"),
+    "decode": Section("gpu_decoding", "decode", 70, "answers of a 7B, beside transformers"),
+    "small": Section("gpu_training", "small", 50, "a step of a model of 135M"),
+    "profile": Section("gpu_training", "profile", 40, "kernels of a step, by time"),
+    "configurations": Section("gpu_kernels", "configurations", 60, "every tile"),
+    "compile": Section("gpu_models", "compiled", 60, "torch.compile of a training step"),
+    "sanitizer": Section("gpu_kernels", "sanitizer", 90, "compute-sanitizer's memcheck"),
+    "rates-after": Section("gpu_kernels", "rates", 15, "the ceilings again"),
 }
+# What goes wrong, for the test of this script.
+TROUBLE = {
+    name: Section("gpu_trouble", name, 60, "")
+    for name in ("hangs", "crashes", "fails", "exhausts", "errs")
+}
+
+CALLS: dict[str, tuple[float, str]] = {
+    "1": (
+        210,
+        "environment rates compilation correctness attention models smoke splice1 mlp1 rates-after",
+    ),
+    "2": (290, "rates stage1 stage2 layers16 splice mlp loss rates-after"),
+    "3": (160, "rates tiny decode small profile configurations compile sanitizer"),
+}
+"""Three calls that share a quarter of an hour: seconds, and sections in the order of their value."""
+
+SPARE = 3.0  # seconds that the end of a call takes
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--call", choices=CALLS, help="the sections of one call")
     parser.add_argument("--only", help="sections to run, by commas: " + ", ".join(SECTIONS))
-    parser.add_argument("--out", type=Path, help="write every row to this JSON file")
-    parser.add_argument("--seconds", type=float, default=450, help="time for all sections")
+    parser.add_argument("--out", type=Path, help="a folder for results.json, log.txt, summary.txt")
+    parser.add_argument("--seconds", type=float, help="time for all sections")
+    parser.add_argument("--limit", type=float, help="most seconds of each section")
     parser.add_argument("--dry-run", action="store_true", help="toy sizes on a CPU")
-    parser.add_argument("--compile", help=argparse.SUPPRESS)
+    parser.add_argument("--list", action="store_true", help="list the sections and end")
+    for name in ("section", "ceilings", "compile"):
+        parser.add_argument(f"--{name}", help=argparse.SUPPRESS)
     parser.add_argument("--small-case", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    chosen = options.only.split(",") if options.only else list(SECTIONS)
-    unknown = [name for name in chosen if name not in SECTIONS]
+    if options.list:
+        for name, section in SECTIONS.items():
+            print(f"{name:15}{section.seconds:5.0f} s at most  {section.what}")
+        return 0
+    seconds, names = CALLS[options.call] if options.call else (450.0, " ".join(SECTIONS))
+    chosen = options.only.split(",") if options.only else names.split()
+    unknown = [name for name in chosen if name not in SECTIONS | TROUBLE]
     if unknown:
         print(f"no section is named {unknown[0]!r}: take of {', '.join(SECTIONS)}", file=sys.stderr)
         return 2
-    if not DRY and not torch.cuda.is_available():
-        print(
-            "tests/benchmarks/gpu.py measures on a CUDA GPU and this machine has none: run it "
-            "where torch.cuda.is_available(), or with --dry-run to check the script itself",
-            file=sys.stderr,
-        )
+    if reason := _cannot_run():
+        print(reason, file=sys.stderr)
         return 2
+    seconds = options.seconds or seconds
+    if options.section:
+        ceilings = tuple(map(float, options.ceilings.split(",")))
+        _run(options.section, seconds, ceilings, options.out)
+    if options.compile or options.small_case:
+        from tests.benchmarks import gpu_kernels
+
+        if options.small_case:
+            gpu_kernels.small_case()
+        else:
+            gpu_kernels.compile_share(options.compile)
+        return 0
+    if options.out is not None:
+        options.out.mkdir(parents=True, exist_ok=True)
+    return Call(chosen, seconds, options.limit, options.out).run()
+
+
+def _cannot_run() -> str | None:
+    """Return why nothing can be measured here, or None."""
+    import numpy
+    import torch
+    import triton
+
+    if not DRY and not torch.cuda.is_available():
+        return (
+            "tests/benchmarks/gpu.py measures on a CUDA GPU and this machine has none: run it "
+            "where torch.cuda.is_available(), or with --dry-run to check the script itself"
+        )
+    new = numpy.lib.NumpyVersion(numpy.__version__) >= "2.4.0"
+    if DRY and triton.__version__.startswith("3.6.") and new:
+        return (
+            "--dry-run needs the interpreter of Triton, and that of 3.6 does not run with "
+            f"NumPy {numpy.__version__}: install numpy<2.4"
+        )
+    return None
+
+
+class Call:
+    """Runs sections one after another, each in a process of its own, and keeps what they find."""
+
+    def __init__(
+        self, names: list[str], seconds: float, limit: float | None, out: Path | None
+    ) -> None:
+        self.names, self.limit, self.out = names, limit, out
+        self.deadline = time.monotonic() + seconds
+        self.results = Results(out)
+        self.ceilings = (8e14, 3e12)  # an H100's, until they are measured
+        self.running = 0
+
+    def run(self) -> int:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._stop)
+        for name in PRELOADED:
+            try:
+                importlib.import_module(name)
+            except Exception as error:  # then each section that needs it says so
+                self.results.say(f"cannot import {name}: {error!r:.200}")
+        for name in self.names:
+            left = self.deadline - time.monotonic() - SPARE
+            section = (SECTIONS | TROUBLE)[name]
+            limit = min(section.seconds if self.limit is None else self.limit, left)
+            if left < min(5.0, section.seconds):
+                self.results.ended(name, 0.0, Outcome.LEFT_OUT, "no time was left")
+                continue
+            self._section(name, limit)
+            self._read_ceilings()
+        return self.results.close()
+
+    def _stop(self, number: int, frame: Any) -> NoReturn:
+        """Somebody ends the whole call: keep what there is."""
+        if self.running:
+            with contextlib.suppress(OSError):
+                os.killpg(self.running, signal.SIGKILL)
+        self.results.say(f"ended from outside by {signal.Signals(number).name}")
+        self.results.close()
+        os._exit(1)
+
+    def _read_ceilings(self) -> None:
+        for row in self.results.rows.get("rates", [])[-1:]:
+            self.ceilings = (row["product_TFLOPs"] * 1e12, row["copy_TBs"] * 1e12)
+
+    def _section(self, name: str, limit: float) -> None:
+        print(f"\n# {name} (at most {limit:.0f} s)", flush=True)
+        begun = time.monotonic()
+        reader, writer = os.pipe()
+        child = os.fork()
+        if child == 0:
+            os.setsid()  # so that what it starts ends with it
+            os.close(reader)
+            os.dup2(writer, 1)
+            os.dup2(writer, 2)
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, signal.SIG_DFL)
+            _run(name, limit, self.ceilings, self.out)
+        os.close(writer)
+        self.running = child
+        over, code = self._listen(reader, child, begun + limit)
+        self.running = 0
+        os.close(reader)
+        seconds = time.monotonic() - begun
+        if over:
+            self.results.ended(name, seconds, Outcome.TOO_LONG, f"ended after {limit:.0f} s")
+        elif code is None:
+            self.results.ended(name, seconds, Outcome.FAILED, "its process cannot be ended")
+        elif code < 0:
+            died = f"killed by {signal.Signals(-code).name}"
+            self.results.ended(name, seconds, Outcome.FAILED, died)
+        elif code:
+            self.results.ended(name, seconds, Outcome.FAILED, f"exit code {code}")
+        else:
+            self.results.ended(name, seconds, Outcome.DONE, "")
+
+    def _listen(self, reader: int, child: int, end: float) -> tuple[bool, int | None]:
+        """Take the section's lines until it ends; return whether it took too long, and its code."""
+        rest, over, code = b"", False, None
+        while True:
+            if select.select([reader], [], [], 0.2)[0]:
+                data = os.read(reader, 1 << 16)
+                *lines, rest = (rest + data).split(b"\n")
+                for line in lines:
+                    self.results.line(line.decode(errors="replace"))
+                if data:
+                    if time.monotonic() < end:
+                        continue
+                elif code is not None:
+                    break
+            if code is None:
+                code = _code(child)
+            if code is not None or time.monotonic() > end:
+                over = code is None
+                with contextlib.suppress(OSError):  # what it started, too
+                    os.killpg(child, signal.SIGKILL)
+                gone = time.monotonic() + 5  # a process in the driver may never end
+                while code is None and time.monotonic() < gone:
+                    time.sleep(0.05)
+                    code = _code(child)
+                while select.select([reader], [], [], 0.1)[0] and (data := os.read(reader, 1 << 16)):
+                    rest += data
+                break
+        for line in rest.split(b"\n"):
+            self.results.line(line.decode(errors="replace"))
+        return over, code
+
+
+def _code(child: int) -> int | None:
+    """Return a process's exit code, negative for a signal, or None while it runs."""
+    found, status = os.waitpid(child, os.WNOHANG)
+    return os.waitstatus_to_exitcode(status) if found else None
+
+
+def _run(name: str, seconds: float, ceilings: tuple[float, ...], out: Path | None) -> NoReturn:
+    """Run one section and end the process."""
+    import torch
+
+    if not DRY and torch._C._cuda_isInBadFork():  # an import has opened the device: start afresh
+        given = ["--section", name, "--seconds", str(seconds), "--ceilings", "{},{}".format(*ceilings)]
+        given += [] if out is None else ["--out", str(out)]
+        os.execv(sys.executable, [sys.executable, __file__, *given])
+    from tests.benchmarks.gpu_session import Session
+
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    faulthandler.enable()
+    faulthandler.dump_traceback_later(max(0.5, seconds - 1.5), exit=False)  # where it hangs
     torch.manual_seed(0)
-    if options.compile:
-        compile_share(options.compile)
-        return 0
-    if options.small_case:
-        small_case()
-        return 0
-    session = Session(options.seconds)
+    code = 0
     try:
-        # Every fraction needs the ceilings.
-        for name in dict.fromkeys(["rates", *chosen]):
-            begin = time.monotonic()
-            SECTIONS[name](session)
-            print(f"({name}: {time.monotonic() - begin:.0f} s)", flush=True)
-    finally:
-        if options.out:
-            options.out.write_text(json.dumps(session.results, indent=1, default=str) + "\n")
-    return 0
+        (SECTIONS | TROUBLE)[name](Session(seconds, *ceilings, out=out))
+    except BaseException:  # SystemExit, too: the process ends here in any case
+        import traceback
+
+        traceback.print_exc()
+        code = 1
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code)  # no library's clean-up may hang
 
 
 if __name__ == "__main__":

@@ -108,14 +108,10 @@ def flex_attention(
     """FlexAttention by torch's two functions, or by what their compilation gave."""
     from torch.nn.attention.flex_attention import AuxRequest
 
-    def score(value: Tensor, b: Tensor, h: Tensor, row: Tensor, column: Tensor) -> Tensor:
-        cap = scoring.softcap
-        return value if cap is None else torch.tanh(value / cap) * cap
-
     q_BHTK, k_BGTK, v_BGTK = (x.transpose(0, 1)[None] for x in (q_THK, k_TGK, v_TGK))
     attended_BHTK, extra = flex(
         q_BHTK, k_BGTK, v_BGTK,
-        score_mod=None if scoring.softcap is None else score,
+        score_mod=None if scoring.softcap is None else _capped(scoring.softcap, q_THK.device),
         block_mask=_block_mask(packing, scoring.window, create_block_mask),
         scale=scoring.scale,
         enable_gqa=q_THK.shape[1] != k_TGK.shape[1],
@@ -126,6 +122,17 @@ def flex_attention(
         attended_BHTK = attended_BHTK * share_BHT[..., None].to(attended_BHTK.dtype)
     attended: Tensor = attended_BHTK[0].transpose(0, 1)
     return attended
+
+
+def _capped(softcap: float, device: torch.device) -> Callable[..., Tensor]:
+    """Return what caps a score."""
+    # a tensor: for a number of Python's, compilation for any length has no name ("unbacked_bindings")
+    cap = torch.full((), softcap, device=device)
+
+    def score(value: Tensor, b: Tensor, h: Tensor, row: Tensor, column: Tensor) -> Tensor:
+        return torch.tanh(value / cap) * cap
+
+    return score
 
 
 def _block_mask(packing: Packing, window: int | None, create: Callable[..., Any]) -> Any:

@@ -1,0 +1,160 @@
+"""What the sections of gpu.py share: rows of results, times, ceilings, and devices.
+
+A section runs in a process of its own. Its rows leave that process as lines of its output, so that
+whatever ends it, what it had found stays.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tests.benchmarks.gpu_results import MARK
+
+DRY = "--dry-run" in sys.argv
+DEVICE = torch.device("cpu" if DRY else "cuda")
+
+Run = Callable[[], object]
+
+
+@dataclass
+class Session:
+    """A section's clock, the ceilings that its fractions are of, and what it found."""
+
+    seconds: float
+    flops: float = 8e14  # of an H100, until they are measured
+    bytes: float = 3e12
+    out: Path | None = None
+    """A folder for texts that are too long for rows."""
+    device: torch.device = DEVICE
+    results: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    started: float = field(default_factory=time.monotonic)
+
+    def left(self) -> float:
+        return self.seconds - (time.monotonic() - self.started)
+
+    def time_for(self, what: str, seconds: float) -> bool:
+        """Say whether so many seconds are left; if not, note what is left out."""
+        if self.left() > seconds:
+            return True
+        self.row("left out", what=what, needs=seconds, left=round(self.left()))
+        return False
+
+    def row(self, section: str, **values: Any) -> None:
+        """Keep a row. One with `error` and `limit` is wrong where the first is the larger."""
+        self.results.setdefault(section, []).append(values)
+        print(f"{MARK}{json.dumps([section, values], default=str)}", flush=True)
+
+    def say(self, text: str) -> None:
+        """Keep a line for the summary, which is short: the most important numbers alone."""
+        self.row("said", text=text)
+
+    def goal(self, section: str, goal: str, wanted: float, measured: float, **more: Any) -> None:
+        """Keep what was aimed at beside what was measured; `more` may lie in the spread."""
+        values = {"goal": goal, "wanted": wanted, "measured": measured, **more}
+        self.row(f"{section}: goals", **values)
+
+    def text(self, name: str, text: str) -> None:
+        """Keep a long text in a file of its own."""
+        if self.out is not None:
+            with (self.out / name).open("a", encoding="utf-8") as file:
+                file.write(text + "\n")
+
+
+def milliseconds(run: Run, repeat: int = 100) -> float:
+    """Median time of a call, the cache of the chip flushed before each."""
+    if DRY:
+        begin = time.perf_counter()
+        run()
+        return (time.perf_counter() - begin) * 1e3
+    from triton.testing import do_bench
+
+    return float(do_bench(run, warmup=20, rep=repeat, return_mode="median"))
+
+
+def replayed_milliseconds(run: Run, repeat: int = 20) -> float:
+    """Mean time of a call as part of a CUDA graph, so without the host's work; NaN if it has none.
+
+    A small call takes the host longer than the device, and then `milliseconds` measures the host.
+    """
+    if DRY:
+        return milliseconds(run)
+    try:
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # warmed up where capture is allowed
+            for _ in range(3):
+                run()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            run()
+        graph.replay()
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        for _ in range(repeat):
+            graph.replay()
+        end.record()
+        end.synchronize()
+    except RuntimeError as error:  # it waits for the device, which a graph cannot
+        print(f"no CUDA graph: {str(error).splitlines()[0]}", flush=True)
+        return math.nan
+    return begin.elapsed_time(end) / repeat
+
+
+def peak_gigabytes(run: Run) -> float:
+    """Memory that a call allocates above what was there before it."""
+    if DRY:
+        run()
+        return 0.0
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    run()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 1e9
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """Norm-wise; infinite where anything is not a number."""
+    expected = expected.double()
+    error = float((actual.double() - expected).norm() / expected.norm().clamp_min(1e-30))
+    return error if error == error else math.inf
+
+
+def release() -> None:
+    """Give back memory that nothing holds any more."""
+    gc.collect()
+    if not DRY:
+        torch.cuda.empty_cache()
+
+
+def device_memory() -> float:
+    """Bytes of the device."""
+    return 0.0 if DRY else float(torch.cuda.get_device_properties(DEVICE).total_memory)
+
+
+_ASKED = ("clocks.sm", "clocks.mem", "power.draw", "temperature.gpu")
+
+
+def clocks() -> dict[str, str]:
+    """The device's clocks, power and temperature, as nvidia-smi says them."""
+    command = ["nvidia-smi", f"--query-gpu={','.join(_ASKED)}", "--format=csv,noheader"]
+    try:
+        said = subprocess.run(command, capture_output=True, text=True, timeout=10).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return dict.fromkeys(_ASKED, "?")
+    values = [value.strip() for value in said.split(",")]
+    return dict(zip(_ASKED, values, strict=False))
