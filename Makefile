@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 EXTRAS := datasets,demo,gguf,onnx,openai,lora,mlflow,serve,tensorboard,wandb
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-minimum lint docs format clean
+.PHONY: demo test test-minimum gpu-wheels lint docs format clean
 
 demo: $(STAMP)
 	$(BIN)/llava-run recipes/tiny.toml --resume
@@ -18,6 +18,10 @@ test-minimum:
 	mkdir -p $(VENV)-minimum
 	$(PYTHON) tests/minimum.py > $(VENV)-minimum/constraints.txt
 	PIP_CONSTRAINT=$(abspath $(VENV)-minimum/constraints.txt) $(MAKE) test VENV=$(VENV)-minimum
+
+# What a machine with a GPU and no network lacks, in .wheels: see docs/benchmarks.md.
+gpu-wheels: $(STAMP)
+	$(BIN)/python tests/benchmarks/gpu_wheels.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

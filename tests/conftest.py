@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 from PIL import Image
+
 from tests import published
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny, and several tests run at once

@@ -22,6 +22,7 @@ from pathlib import Path
 from tempfile import mkdtemp
 
 import pytest
+
 from tests import llama_like, own_data
 
 VARIABLE = "LLAVAKIT_TEST_DATA"

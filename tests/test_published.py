@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from sentencepiece import SentencePieceProcessor
+
 from tests import llama_like, published
 
 CHOSEN = {

@@ -18,6 +18,16 @@ from typing import Any
 
 import torch
 import triton
+from tests.benchmarks.gpu_session import (
+    DEVICE,
+    DRY,
+    Session,
+    clocks,
+    milliseconds,
+    peak_gigabytes,
+    relative_error,
+    replayed_milliseconds,
+)
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -33,17 +43,6 @@ from llavakit_kernels.linear_gelu import triton as gelu_kernels
 from llavakit_kernels.project_splice import (
     triton as forward_kernels,
     triton_backward as backward_kernels,
-)
-from tests.benchmarks.gpu_session import (
-    DEVICE,
-    DRY,
-    Run,
-    Session,
-    clocks,
-    milliseconds,
-    peak_gigabytes,
-    relative_error,
-    replayed_milliseconds,
 )
 
 SCRIPT = str(Path(__file__).with_name("gpu.py"))
@@ -303,7 +302,11 @@ def compile_jobs() -> dict[str, Callable[[], object]]:
             rest = (data.ids, data.embedding, data.rows, data.sources)
 
             def add(
-                what: str, config: Any, run: Run, *given: Any, kind: str = f"{dtype} {widths}"
+                what: str,
+                config: Any,
+                run: Callable[..., object],
+                *given: Any,
+                kind: str = f"{dtype} {widths}",
             ) -> None:
                 name = f"{what}, {kind}, {_short(config)}"
                 jobs[name] = functools.partial(run, *given, config=config)

@@ -139,8 +139,7 @@ class Results:
         lines.append("sections: " + "; ".join(ended))
         for name, found in self.sections.items():
             if found["outcome"] != Outcome.DONE.value and found["outcome"] != "left out":
-                last = next((line for line in reversed(found["last"]) if line.strip()), "")
-                lines.append(f"! {name}: {found['why']} | {last.strip()[:160]}")
+                lines.append(f"! {name}: {found['why']} | {_telling(found['last'])[:160]}")
         lines += [f"! {note}" for note in self.notes]
         for section, rows in self.rows.items():
             checks = [row for row in rows if "limit" in row and "error" in row]
@@ -187,6 +186,15 @@ def _share(row: dict[str, Any]) -> float:
     if not math.isfinite(error):
         return math.inf
     return error / limit if limit else math.inf if error else 0.0
+
+
+def _telling(lines: list[str]) -> str:
+    """Return the line of a section's last ones that says most of its end."""
+    for begin, from_end in (("Error", True), ("  File ", False)):
+        found = [line.strip() for line in lines if begin in line]
+        if found:  # of an exception the last line, of a stack of calls the first
+            return found[-1 if from_end else 0]
+    return lines[-1].strip() if lines else ""
 
 
 def _text(value: Any) -> str:

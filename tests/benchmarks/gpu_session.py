@@ -18,9 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-
 from tests.benchmarks.gpu_results import MARK
+from torch import Tensor
 
 DRY = "--dry-run" in sys.argv
 DEVICE = torch.device("cpu" if DRY else "cuda")
@@ -110,7 +109,7 @@ def replayed_milliseconds(run: Run, repeat: int = 20) -> float:
     except RuntimeError as error:  # it waits for the device, which a graph cannot
         print(f"no CUDA graph: {str(error).splitlines()[0]}", flush=True)
         return math.nan
-    return begin.elapsed_time(end) / repeat
+    return float(begin.elapsed_time(end)) / repeat
 
 
 def peak_gigabytes(run: Run) -> float:

@@ -1,21 +1,22 @@
-"""One optimisation step at real size with random weights: ours, packed, beside transformers' LLaVA.
+"""One optimisation step with random weights: ours, packed, beside transformers' LLaVA.
 
-The training section of gpu.py. Stage 1 of a 13B and stage 2 of a 7B at 224 pixels; both models
-share every weight, so that their losses can be compared, and see the same samples.
+Sections of gpu.py: stage 1 of a 13B and stage 2 of a 7B at 224 pixels, parts of them, and a small
+model. Both models share every weight, so that their losses can be compared, and see the same
+samples.
 """
 
 from __future__ import annotations
 
-import gc
 import importlib.util
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
+from tests.benchmarks.gpu_session import DEVICE, DRY, Session, device_memory, release
 from tests.benchmarks.train_cpu import make_samples
 from tests.core.peer import IMAGE_TOKEN, Bare
 from torch import Tensor, nn
@@ -29,17 +30,12 @@ from llavakit_plugins.language.vicuna import Vicuna, VicunaOptions
 from llavakit_plugins.training.best_fit import best_fit
 from llavakit_plugins.training.kinds import Group
 from llavakit_plugins.training.optimiser import Updates
+from llavakit_plugins.training.work import work_of
 from llavakit_plugins.vision.clip import Clip, ClipOptions
 
-
-class Session(Protocol):
-    """What gpu.py gives a section."""
-
-    flops: float
-
-    def left(self) -> float: ...
-
-    def row(self, section: str, **values: Any) -> None: ...
+LARGE = device_memory() > 1.3e11  # an H200
+SAME = 0.02
+"""How far the losses of two ways may lie apart: of as many layers in bfloat16."""
 
 
 @dataclass(frozen=True)
@@ -51,17 +47,17 @@ class Case:
     vision: dict[str, Any]
     learns: bool
     """Whether the language model learns, beside the connector."""
+    batch: int
+    rows: int
+    """Rows of a micro-batch; three times as many where activations are recomputed."""
     text: float
     """Mean text tokens of a sample, beside its image."""
     spread: float
-    batch: int
-    capacity: int
-    """Rows of a micro-batch."""
-    tflop: float
-    """Necessary work of a sample at these lengths: no padding, no recomputation, no gradient that
-    nothing learns from."""
-    rate_goal: float
-    goals: tuple[float, float]
+    weights: torch.dtype
+    """Of the language model; what learns is float32 in a real run."""
+    share_goal: float = 0.0
+    """Of the rate of large products, for work that is necessary."""
+    goals: tuple[float, float] = (0.0, 0.0)
     """Ratio to the peer without and with checkpointing."""
 
 
@@ -69,21 +65,41 @@ CLIP_L = {
     "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24,
     "num_attention_heads": 16, "image_size": 224, "patch_size": 14,
 }  # fmt: skip
+CLIP_B = {
+    "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
+    "num_attention_heads": 12, "image_size": 224, "patch_size": 16,
+}  # fmt: skip
 LLAMA: dict[str, Any] = {"vocab_size": 32000, "max_position_embeddings": 2048}
-CASES = (
-    Case(
-        "stage 1, 13B",
-        LLAMA | {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40,
-                 "num_attention_heads": 40},
-        CLIP_L, False, 22, 0.35, 128, 18432, 14.1, 30.0, (1.35, 1.8),
-    ),
-    Case(
-        "stage 2, 7B",
-        LLAMA | {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
-                 "num_attention_heads": 32},
-        CLIP_L, True, 298, 0.55, 32, 4096, 21.7, 20.0, (1.7, 2.2),
-    ),
+WIDE = LLAMA | {
+    "hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40,
+    "num_attention_heads": 40,
+}  # fmt: skip
+SEVEN = LLAMA | {
+    "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+}  # fmt: skip
+SMALL = {
+    "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+    "num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49152,
+    "max_position_embeddings": 2048,
+}  # fmt: skip
+STAGE_1 = Case(
+    "stage 1, 13B", WIDE, CLIP_L, False, 64, 18432 if LARGE else 6144, 22, 0.35, torch.bfloat16,
+    0.60, (1.35, 1.8),
 )  # fmt: skip
+# Weights and moments of 7B in float32 fit a large device only: elsewhere all are bfloat16, which is
+# no way to train, but takes the same time for all but the optimiser.
+STAGE_2 = Case(
+    "stage 2, 7B", SEVEN, CLIP_L, True, 16, 2048 if LARGE else 4096, 298, 0.55,
+    torch.float32 if LARGE else torch.bfloat16, 0.60, (1.7, 2.2),
+)  # fmt: skip
+LAYERS_16 = replace(
+    STAGE_2, name="stage 2, 16 layers of 7B", language=SEVEN | {"num_hidden_layers": 16},
+    rows=2048, weights=torch.float32, goals=(0.0, 0.0),
+)  # fmt: skip
+MODEL_135M = Case(
+    "stage 2, 135M", SMALL, CLIP_B, True, 64, 8192, 298, 0.55, torch.float32, 0.0, (2.5, 0.0)
+)
 TINY_VISION = {
     "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2,
     "image_size": 32, "patch_size": 8,
@@ -94,91 +110,192 @@ TINY_LANGUAGE = {
     "initializer_range": 0.5,  # a loss that tells weights apart
 }  # fmt: skip
 TINY = tuple(
-    Case(name, TINY_LANGUAGE, TINY_VISION, learns, 22, 0.35, 4, 96, 1e-6, 0.0, (0.0, 0.0))
+    Case(name, TINY_LANGUAGE, TINY_VISION, learns, 4, 96, 22, 0.35, torch.float32)
     for name, learns in (("stage 1, tiny", False), ("stage 2, tiny", True))
 )
 
 
-def training(session: Session, device: torch.device) -> None:
-    """Time every way of every case; a CPU takes tiny ones, whose numbers mean nothing."""
-    for case in TINY if device.type == "cpu" else CASES:
-        if session.left() < 60 and device.type == "cuda":
-            print(f"({case.name}: left out, {session.left():.0f} s are left)", flush=True)
-            continue
-        _measure(session, case, device)
-        _release(device)
+def stage1(session: Session) -> None:
+    measure(session, "stage1", TINY[0] if DRY else STAGE_1)
 
 
-def _measure(session: Session, case: Case, device: torch.device) -> None:
-    dtype = _weights_dtype(case, device)
-    theirs, ours = make_pair(case, device, dtype)
+def stage2(session: Session) -> None:
+    measure(session, "stage2", TINY[1] if DRY else STAGE_2)
+
+
+def layers16(session: Session) -> None:
+    measure(session, "layers16", TINY[1] if DRY else LAYERS_16)
+
+
+def small(session: Session) -> None:
+    """Where the host launches kernels more slowly than the device runs them."""
+    measure(session, "small", TINY[1] if DRY else MODEL_135M)
+
+
+def smoke(session: Session) -> None:
+    """Both stages of 2 layers at the width of a 13B: that they run, and that losses agree."""
+    two = WIDE | {"num_hidden_layers": 2}
+    cases = [
+        replace(STAGE_1, name="stage 1, 2 layers", language=two, batch=32, rows=4096),
+        replace(
+            STAGE_2, name="stage 2, 2 layers", language=two, batch=8, rows=2048,
+            weights=torch.float32,
+        ),
+    ]  # fmt: skip
+    for case in TINY if DRY else cases:
+        measure(session, "smoke", replace(case, share_goal=0.0, goals=(0.0, 0.0)))
+        release()
+
+
+def profile(session: Session) -> None:
+    """Where the time of a step goes: of the small model, and of 2 layers of a large one."""
+    from torch.profiler import ProfilerActivity, profile as watch
+
+    two = replace(STAGE_2, language=SEVEN | {"num_hidden_layers": 2}, weights=torch.float32)
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (not DRY)
+    for case in TINY[1:] if DRY else (MODEL_135M, replace(two, name="stage 2, 2 layers of 7B")):
+        if not session.time_for(case.name, 0 if DRY else 10):
+            return
+        _, ours = make_pair(case)
+        way = Packed(ours, *_data(case, ours), case, case.rows)
+        step = _stepper(way, case)
+        for number in range(2):
+            step(number)
+        _wait()
+        begun = time.perf_counter()
+        step(2)
+        _wait()
+        seconds = time.perf_counter() - begun
+        with watch(activities=activities) as found:
+            step(3)
+            _wait()
+        averages = found.key_averages()
+        by = "cpu" if DRY else "device"
+        ranked = sorted(averages, key=lambda e: -getattr(e, f"self_{by}_time_total"))
+        busy = sum(getattr(e, f"self_{by}_time_total") for e in ranked) / 1e6
+        launches = sum(e.count for e in averages if "LaunchKernel" in e.key)
+        for event in ranked[:12]:
+            taken = getattr(event, f"self_{by}_time_total") / 1e3
+            session.row(
+                "profile", case=case.name, kernel=event.key[:90], ms=taken, calls=event.count,
+                share=taken / 1e3 / max(busy, 1e-9),
+            )  # fmt: skip
+        session.say(
+            f"profile {case.name}: a step {seconds * 1e3:.1f} ms, device busy {busy * 1e3:.1f} ms, "
+            f"{launches} launches, most: {ranked[0].key[:60]}"
+        )
+        order = "self_cpu_time_total" if DRY else "self_cuda_time_total"
+        session.text("profile.txt", case.name + "\n" + averages.table(sort_by=order, row_limit=40))
+        del ours, way, step, found, averages, ranked
+        release()
+
+
+def _wait() -> None:
+    if not DRY:
+        torch.cuda.synchronize()
+
+
+def _data(case: Case, ours: LlavaModel) -> tuple[list[Encoded], Tensor]:
     samples = make_samples(case.batch, case.text, case.spread, seed=1)
     edge = case.vision["image_size"]
-    pixels = torch.randn(case.batch, 3, edge, edge, device=device).to(
-        next(ours.vision.parameters()).dtype
-    )
-    tokens = sum(sample.length(ours.visual_tokens) for sample in samples)
-    ways: dict[str, tuple[Callable[[int], Packed | Padded], bool]] = {
-        "ours": (lambda rows: Packed(ours, samples, pixels, case, rows), False),
-        "ours, recomputing": (lambda rows: Packed(ours, samples, pixels, case, rows), True),
-        "transformers": (lambda rows: Padded(theirs, samples, pixels, case, rows), False),
-        "transformers, checkpointing": (
-            lambda rows: Padded(theirs, samples, pixels, case, rows), True,
-        ),
-    }  # fmt: skip
+    dtype = next(ours.vision.parameters()).dtype
+    return samples, torch.randn(case.batch, 3, edge, edge, device=DEVICE).to(dtype)
+
+
+def measure(session: Session, section: str, case: Case) -> None:
+    """Time every way; one that does not fit is tried with fewer rows."""
+    theirs, ours = make_pair(case)
+    samples, pixels = _data(case, ours)
+    lengths = [sample.length(ours.visual_tokens) for sample in samples]
+    many = case.rows if case.learns or LARGE else 3 * case.rows
+
+    def packed(rows: int) -> Packed:
+        return Packed(ours, samples, pixels, case, rows)
+
+    def padded(rows: int) -> Padded:
+        return Padded(theirs, samples, pixels, case, rows)
+
+    ways: dict[str, tuple[Callable[[int], Packed | Padded], bool, int]] = {
+        "ours": (packed, False, case.rows),
+        "transformers": (padded, False, case.rows),
+        "ours, recomputing": (packed, True, many),
+        "transformers, checkpointing": (padded, True, many),
+    }
     rates: dict[str, float] = {}
+    shares: dict[str, float] = {}
     expected: float | None = None
-    for name, (make, recompute) in ways.items():
-        for rows in (case.capacity, case.capacity // 2, case.capacity // 4):
-            _release(device)  # what the way before, or one that did not fit, has left
+    for name, (make, recompute, most) in ways.items():
+        if not session.time_for(f"{case.name}, {name}", 0 if DRY else 8):
+            continue
+        for rows in (most, most // 2, most // 4):
             way = make(rows)
             way.recompute(recompute)
+            found = None
             try:
-                seconds, loss, peak = _time(way, case, device)
+                found = _time(way, case)
             except torch.OutOfMemoryError:
+                print(f"{case.name}, {name}: {rows} rows do not fit", flush=True)
+            finally:
+                way.model.zero_grad(set_to_none=True)  # what it had got, or did not use
+                release()
+            if found is None:
                 continue
+            seconds, loss, peak = found
             expected = loss if expected is None else expected
+            if name == "ours":
+                targets = [int(sample.supervised[1:].sum()) for sample in samples]
+                train = ("connector", "language") if case.learns else ("connector",)
+                work = work_of(ours, train).of(
+                    case.batch, case.batch * ours.visual_tokens, lengths, sum(targets)
+                )
             rates[name] = case.batch / seconds
+            shares[name] = work / seconds / session.flops
             session.row(
-                "training",
+                section,
                 case=case.name,
                 way=name,
                 attention=way.attention,
-                weights=str(dtype).removeprefix("torch."),
+                weights=str(case.weights).removeprefix("torch."),
                 micro_rows=rows,
                 samples_per_s=rates[name],
-                tokens_per_s=tokens / seconds,
-                of_limit=rates[name] * case.tflop * 1e12 / session.flops,
+                tokens_per_s=sum(lengths) / seconds,
+                of_limit=shares[name],
                 peak_GB=peak,
-                differs=abs(loss - expected) / abs(expected),
+                error=abs(loss - expected) / abs(expected),
+                limit=1e-5 if DRY else SAME,
+            )
+            session.say(
+                f"{case.name}, {name}: {rates[name]:.4g} samples/s, {shares[name]:.3f} of the "
+                f"matrix rate, {rows} rows, {peak:.0f} GB"
             )
             break
         else:
-            session.row("training", case=case.name, way=name, outcome="does not fit this device")
-    _compare(session, case, rates)
+            session.say(f"{case.name}, {name}: does not fit this device")
+        if "ours" not in rates:  # the work is counted with it
+            break
+    _compare(session, section, case, rates, shares)
 
 
-def _compare(session: Session, case: Case, rates: dict[str, float]) -> None:
-    mine = rates.get("ours", rates.get("ours, recomputing"))
-    if mine is None:
+def _compare(
+    session: Session,
+    section: str,
+    case: Case,
+    rates: dict[str, float],
+    shares: dict[str, float],
+) -> None:
+    mine = max(rates, key=lambda name: rates[name] if name.startswith("ours") else 0.0, default="")
+    if not mine:
         return
-    goals = {"samples/s": (mine, case.rate_goal)}
+    if case.share_goal:
+        share = shares[mine]
+        session.goal(section, f"{mine}, share", case.share_goal, share, case=case.name)
     for name, wanted in zip(("transformers", "transformers, checkpointing"), case.goals):  # noqa: B905
-        if name in rates:
-            goals[f"ours / {name}"] = (mine / rates[name], wanted)
-    for goal, (measured, wanted) in goals.items():
-        session.row("training: goals", case=case.name, goal=goal, wanted=wanted, measured=measured)
+        if name in rates and (wanted or DRY):
+            ratio = rates[mine] / rates[name]
+            session.goal(section, f"ours / {name}", wanted, ratio, case=case.name)
 
 
-def _weights_dtype(case: Case, device: torch.device) -> torch.dtype:
-    """Return the type of the language model's weights: float32 where it learns and that fits."""
-    if device.type == "cpu":
-        return torch.float32
-    room = torch.cuda.get_device_properties(device).total_memory
-    return torch.float32 if case.learns and room > 130e9 else torch.bfloat16
-
-
-def make_pair(case: Case, device: torch.device, dtype: torch.dtype) -> tuple[Any, LlavaModel]:
+def make_pair(case: Case) -> tuple[Any, LlavaModel]:
     """Return (theirs, ours), which share every weight; the connector's are float32."""
     from transformers import (
         CLIPVisionConfig,
@@ -188,7 +305,7 @@ def make_pair(case: Case, device: torch.device, dtype: torch.dtype) -> tuple[Any
         LlavaForConditionalGeneration,
     )
 
-    flash = device.type == "cuda" and importlib.util.find_spec("flash_attn") is not None
+    flash = not DRY and importlib.util.find_spec("flash_attn") is not None
     attention = "flash_attention_2" if flash else "sdpa"
     options: dict[str, Any] = {"attn_implementation": attention}
     config = LlavaConfig(
@@ -200,8 +317,8 @@ def make_pair(case: Case, device: torch.device, dtype: torch.dtype) -> tuple[Any
         vision_feature_select_strategy="default",
         **options,
     )
-    half = torch.float32 if device.type == "cpu" else torch.bfloat16
-    with device, _default(dtype):
+    half = torch.float32 if DRY else torch.bfloat16
+    with DEVICE, _default(case.weights):
         theirs = LlavaForConditionalGeneration(config)
         llama = LlamaForCausalLM(LlamaConfig(**case.language))
         vision = Clip(ClipOptions(config=case.vision))
@@ -236,8 +353,8 @@ def _default(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def _precision(device: torch.device) -> AbstractContextManager[Any]:
-    return nullcontext() if device.type == "cpu" else torch.autocast("cuda", torch.bfloat16)
+def _precision() -> AbstractContextManager[Any]:
+    return nullcontext() if DRY else torch.autocast("cuda", torch.bfloat16)
 
 
 class Packed:
@@ -339,22 +456,28 @@ def _thaw(parts: list[Any]) -> dict[str, nn.Parameter]:
     return named
 
 
-def _time(way: Packed | Padded, case: Case, device: torch.device) -> tuple[float, float, float]:
-    """Return seconds of a step, the loss before the first, and the peak of memory in GB."""
-    steps = 1 if device.type == "cpu" else 2
+def _stepper(way: Packed | Padded, case: Case) -> Callable[[int], Tensor]:
+    """Return what takes a step of that number and gives the loss, on the device."""
     # a rate of 0: the other ways shall see the same weights
     optimiser = Updates([Group(way.learning(), 0.0)], lambda step: 1.0)
 
     def step(number: int) -> Tensor:
-        total = torch.zeros((), device=device)
-        with _precision(device):
+        total = torch.zeros((), device=DEVICE)
+        with _precision():
             for loss in way.losses():
                 loss.backward()
                 total += loss.detach()
         optimiser.step(number, total)
         return total
 
-    if device.type == "cuda":
+    return step
+
+
+def _time(way: Packed | Padded, case: Case) -> tuple[float, float, float]:
+    """Return seconds of a step, the loss before the first, and the peak of memory in GB."""
+    steps = 1 if DRY else 2
+    step = _stepper(way, case)
+    if not DRY:
         torch.cuda.reset_peak_memory_stats()
     first = float(step(0))
     begun = time.perf_counter()
@@ -364,11 +487,5 @@ def _time(way: Packed | Padded, case: Case, device: torch.device) -> tuple[float
     seconds = (time.perf_counter() - begun) / steps
     if not np.isclose(loss, first, rtol=1e-3):
         raise SystemExit(f"{case.name}: the loss went from {first} to {loss} at a rate of 0")
-    peak = torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else 0.0
+    peak = 0.0 if DRY else torch.cuda.max_memory_allocated() / 1e9
     return seconds, first, peak
-
-
-def _release(device: torch.device) -> None:
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()

@@ -8,7 +8,6 @@ import subprocess
 import time
 
 import torch
-
 from tests.benchmarks.gpu_session import Session
 
 

@@ -51,8 +51,8 @@ def close() -> Close:
 def interpreter() -> None:
     """Leave out the tests that cannot run in the interpreter of this Triton with this NumPy."""
     old = triton.__version__.startswith("3.6.")
-    if old and np.lib.NumpyVersion(np.__version__) >= "2.5.0":
-        pytest.skip("Triton 3.6's interpreter does not run with NumPy 2.5: install numpy<2.5")
+    if old and np.lib.NumpyVersion(np.__version__) >= "2.4.0":
+        pytest.skip("Triton 3.6's interpreter does not run with NumPy 2.4: install numpy<2.4")
 
 
 @pytest.fixture(autouse=True)

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,8 +12,6 @@ from torch.nn import functional as F
 from llavakit_kernels import launch, project_splice, row_sources
 from llavakit_kernels.linear_gelu import triton as gelu
 from llavakit_kernels.project_splice import triton, triton_backward
-
-GPU_SCRIPT = Path(__file__).parents[1] / "benchmarks" / "gpu.py"
 
 
 @pytest.fixture
@@ -105,53 +99,6 @@ def test_tf32_only_on_demand() -> None:
         assert launch.precision(matrix.half()) == "ieee"
     finally:
         torch.set_float32_matmul_precision(before)
-
-
-def test_the_benchmark_walks_through_on_a_cpu(tmp_path: Path) -> None:
-    out = tmp_path / "rows.json"
-    sections = "rates,splice,mlp,loss,configurations"
-    command = [sys.executable, str(GPU_SCRIPT), "--dry-run", "--only", sections, "--out", str(out)]
-    run = subprocess.run(command, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    assert "## splice: goals" in run.stdout
-    assert out.exists()
-
-
-def test_the_training_benchmark_compares_the_same_losses(tmp_path: Path) -> None:
-    out = tmp_path / "rows.json"
-    command = [sys.executable, str(GPU_SCRIPT), "--dry-run", "--only", "training"]
-    run = subprocess.run([*command, "--out", str(out)], capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    rows = json.loads(out.read_text())
-    assert [(row["case"], row["way"]) for row in rows["training"]] == [
-        (case, way)
-        for case in ("stage 1, tiny", "stage 2, tiny")
-        for way in (
-            "ours",
-            "ours, recomputing",
-            "transformers",
-            "transformers, checkpointing",
-        )
-    ]
-    assert all(row["differs"] < 1e-5 for row in rows["training"])
-    assert all(row["samples_per_s"] > 0 for row in rows["training"])
-    assert len(rows["training: goals"]) == 6
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to measure on")
-def test_the_benchmark_says_that_it_needs_a_gpu() -> None:
-    run = subprocess.run([sys.executable, GPU_SCRIPT], capture_output=True, text=True)
-    assert run.returncode == 2
-    assert "measures on a CUDA GPU and this machine has none" in run.stderr
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_correct_on_this_gpu() -> None:
-    # Its own process, since this one interprets.
-    command = [sys.executable, str(GPU_SCRIPT), "--only", "compilation,correctness"]
-    run = subprocess.run(command, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-4000:]
 
 
 def test_the_public_function_takes_the_kernels_on_demand_only() -> None:

@@ -126,7 +126,7 @@ def flex_attention(
 
 def _capped(softcap: float, device: torch.device) -> Callable[..., Tensor]:
     """Return what caps a score."""
-    # a tensor: for a number of Python's, compilation for any length has no name ("unbacked_bindings")
+    # a tensor: compilation for streams of any length takes no float ("unbacked_bindings")
     cap = torch.full((), softcap, device=device)
 
     def score(value: Tensor, b: Tensor, h: Tensor, row: Tensor, column: Tensor) -> Tensor:

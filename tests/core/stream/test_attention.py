@@ -123,6 +123,33 @@ def test_flex_attention_gives_what_the_formula_gives(scoring: dict[str, Any]) ->
     assert len(made) == 1, "the mask of a stream is made once, for all layers"
 
 
+@pytest.mark.parametrize("scoring", [Scoring(softcap=2.0), Scoring(window=4, softcap=2.0)])
+def test_a_soft_cap_is_compiled_once_for_streams_of_any_length(scoring: Scoring) -> None:
+    """FlexAttention's compiler takes a number of Python's for one that each call may change, and
+    cannot lower it: "unbacked_bindings"."""
+    from torch.nn.attention import flex_attention as flex
+
+    graphs: list[Any] = []
+
+    def record(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    attend = torch.compile(flex.flex_attention, dynamic=True, backend=record)
+    draw = torch.Generator().manual_seed(0)
+    for lengths in ((20, 7), (31, 2, 9), (64,)):
+        q, k, v = (torch.randn(sum(lengths), 2, 16, generator=draw) for _ in range(3))
+        packing = Packing.of(lengths)
+        found = varlen.flex_attention(q, k, v, packing, scoring, attend, flex.create_block_mask)
+        options = {"window": scoring.window, "softcap": scoring.softcap}
+        expected = packed_attention(q, k, v, packing, layer=0, **options)  # type: ignore[arg-type]
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    code = "".join(graph.print_readable(print_output=False) for graph in graphs)
+    assert "tanh" in code
+    assert ".item()" not in code, "a number that the compiler cannot name"
+    assert len(graphs) == 1
+
+
 def test_no_kernel_is_chosen_that_ignores_what_a_layer_asks_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
