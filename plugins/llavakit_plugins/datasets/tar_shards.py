@@ -52,6 +52,11 @@ class TarImage:
     start: int
     length: int
 
+    @property
+    def stamp(self) -> str:
+        """Is another once the shard was changed."""
+        return self.shard.stamp
+
     def read_bytes(self) -> bytes:
         """Return the image's file. Raises DataError where the shard cannot be read."""
         return self.shard.read(self.start, self.length)

@@ -16,6 +16,7 @@ from pydantic import BaseModel
 import llavakit
 from llavakit import (
     HASHED_BYTES,
+    DataError,
     Dataset,
     LlavaError,
     LlavaModel,
@@ -26,9 +27,11 @@ from llavakit import (
     digest,
 )
 from llavakit.contracts.data import IMAGE
+from llavakit_plugins.datasets.stored_files import find_files, is_elsewhere, is_pattern
 
 _FORMAT = 1  # of what is written; count it up where that changes
 _MOST_LISTED = 4096  # files of a folder whose sizes and times count one by one
+_KEPT = ("index",)  # options that name a folder for what is known of the data
 _ADDRESS = re.compile(r"[/*?{]")  # in what names data that is no file of this machine
 
 _PROBE = (
@@ -75,11 +78,27 @@ def _stamps(run: Run, use: Use[Dataset]) -> list[Any]:
         try:
             stamps.append(_stamp(path))
         except (OSError, ValueError):  # no path, as a rule
-            unseen |= _ADDRESS.search(text) is not None
+            stored = _stored(text, use)
+            stamps += stored
+            unseen |= not stored and _ADDRESS.search(text) is not None
     if unseen or not stamps:
         begun = run.directory / "begun.json"
         stamps.append(begun.stat().st_mtime_ns if begun.exists() else time.time_ns())
     return stamps
+
+
+def _stored(text: str, use: Use[Dataset]) -> list[Any]:
+    """Return what changes with files named by a pattern or an address; nothing where unknown."""
+    if not is_pattern(text) and not is_elsewhere(text):
+        return []
+    storage = use.options.get("storage")
+    try:
+        files = find_files((text,), storage if isinstance(storage, dict) else {})
+    except DataError:  # no name of files, or what reads them says what is wrong
+        return []
+    # a server that tells nothing of when a file was changed tells too little
+    known = all(file.stamp for file in files)
+    return [[file.address, file.size, file.stamp] for file in files] if known else []
 
 
 def _stamp(path: Path) -> list[Any]:
@@ -100,11 +119,11 @@ def _stamp(path: Path) -> list[Any]:
 
 
 def _texts(value: object) -> list[str]:
-    """Return every text in options."""
+    """Return every text in options that may name data."""
     if isinstance(value, str):
         return [value]
     if isinstance(value, Mapping):
-        value = list(value.values())
+        value = [item for key, item in value.items() if key not in _KEPT]
     if isinstance(value, list | tuple):
         return [text for item in value for text in _texts(item)]
     return []

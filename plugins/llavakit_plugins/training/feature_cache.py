@@ -275,7 +275,7 @@ def _known(folder: Path) -> tuple[Column, Column]:
 
 def _name(corpus: Corpus, image: Image) -> bytes:
     source, seen = _source(corpus, image)
-    stamp = ""
+    stamp = getattr(source, "stamp", "")  # of a file that holds it
     if isinstance(source, Path):
         with suppress(OSError):
             state = source.stat()

@@ -17,9 +17,11 @@ from PIL import Image
 from safetensors.torch import load_file
 from tests.conftest import Command, RecipeWriter
 from tests.core import processes
+from tests.plugins.datasets.shards import serving
 
 from llavakit import DataError, Dataset, Registry, Sample, Turn, Use
 from llavakit.testing import DatasetContract
+from llavakit_plugins.datasets.huggingface import HuggingFace
 
 datasets = pytest.importorskip("datasets", reason="the extra `datasets` is not installed")
 
@@ -107,6 +109,37 @@ def test_every_form_of_a_table_is_read(tmp_path: Path, write: Callable[[Path], P
     data = build(write(tmp_path))
     assert list(data) == EXPECTED  # the images' bytes are those that were put in
     assert data.notes() == []
+
+
+def test_several_files_by_braces_stars_and_addresses(
+    tmp_path: Path, llava_run: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)  # or it reads no address at all
+    data = as_folder(tmp_path)
+    names = ["train-{00000..00001}-of-00002.parquet", "train-*.parquet", "*-of-00002.parquet"]
+    for name in names:
+        assert list(build(data / name)) == EXPECTED
+    assert build(f"{data}/train-{{00001,00000}}-of-00002.parquet")[0] == EXPECTED[2]
+    options = HuggingFace.Options.model_validate({"path": str(data / names[0])})
+    assert (HuggingFace.expect(options) or (0, 0))[0] == 3
+    with pytest.raises(DataError, match=r"1 of 3 files do not exist: .*train-00002-of"):
+        build(data / "train-{00000..00002}-of-00002.parquet")
+    code, out, err = llava_run("check-data", data / names[0], "--json")
+    assert (code, json.loads(out)["samples"]) == (0, 3), err
+    system = pytest.importorskip("fsspec").filesystem("memory")
+    for file in data.iterdir():
+        system.pipe(f"/rows/{file.name}", file.read_bytes())
+    try:
+        assert list(build(f"memory://rows/{names[0]}")) == EXPECTED
+        assert list(build("memory://rows/*.parquet")) == EXPECTED
+        with pytest.raises(DataError, match=r"no file fits memory://rows/x"):
+            build("memory://rows/x*.parquet")
+    finally:
+        system.rm("/rows", recursive=True)
+    with serving(data) as (address, _):
+        assert list(build(f"{address}/{names[0]}")) == EXPECTED
+        with pytest.raises(DataError, match=r"the file does not exist: .*none.parquet"):
+            build(f"{address}/none.parquet")
 
 
 class TestHuggingFace(DatasetContract):

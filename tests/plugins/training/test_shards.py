@@ -13,8 +13,12 @@ from tests.core import processes
 from tests.plugins.datasets.shards import write_rows
 from tests.plugins.training.test_sharded import events, losses, same, sets
 from tests.plugins.training.test_sharded_checkpoints import as_if_killed
+from tests.plugins.training.test_tokenised import Counting, run_in
 
+from llavakit import Dataset, Recipe, Registry, Use
+from llavakit.model.folder import create_model
 from llavakit_plugins.datasets.tar_shards import TarImage
+from llavakit_plugins.training.tokenised import corpus_of
 
 OPTIONS = {
     "trackers": "[]",
@@ -88,3 +92,28 @@ def test_every_image_is_read_once_an_epoch_by_any_number_of_processes_and_worker
     assert shown.total() - again.total() <= 8
     assert losses(two)[-2:] == pytest.approx(losses(plain)[-2:], abs=5e-6)
     same(plain / "model", two / "model")
+
+
+def test_shards_are_tokenised_once_and_anew_where_one_changes(
+    write_recipe: RecipeWriter, tmp_path: Path, data: Path
+) -> None:
+    rows = json.loads((data / "train.json").read_text())
+    path = write_rows(tmp_path, rows, data / "images", 3)
+    registry = Registry.installed()
+    model = create_model(Recipe.load(write_recipe(), registry).parts(), registry, seed=0).eval()
+    chosen = {"use": "webdataset", "path": path, "index": str(tmp_path / "index")}
+    use, build = Use[Dataset].model_validate(chosen), Counting()
+
+    def texts() -> list[list[int]]:
+        run = run_in(tmp_path / "run" / "01-finetune", build)
+        corpus, _ = corpus_of(run, use, model, model.template, 256)
+        return [corpus.encoded(number).ids.tolist() for number in range(len(rows))]
+
+    first = texts()
+    assert texts() == first
+    assert build.built == 1
+    changed = [row | {"conversations": row["conversations"][:2]} for row in rows]
+    write_rows(tmp_path, changed, data / "images", 3)
+    again = texts()
+    assert build.built == 2
+    assert sum(map(len, again)) < sum(map(len, first))
