@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from pydantic import Field, model_validator
 
-from llavakit import Build, Dataset, Options, Sample, Use
+from llavakit import Build, Dataset, Options, Registry, Sample, Use
 
 
 class MixOptions(Options):
@@ -46,6 +46,18 @@ class Mix(Dataset):
             for number, (part, weight) in enumerate(zip(self.parts, weights, strict=True))
         ]
         self._ends = list(accumulate(map(len, self._chosen)))
+
+    @classmethod
+    def expect(cls, options: MixOptions) -> tuple[int, int] | None:
+        registry = Registry.installed()
+        parts = [registry.chosen(part).expect(registry.options(part)) for part in options.parts]
+        known = [part for part in parts if part is not None]
+        if len(known) < len(parts):
+            return None
+        weights = options.weights or (1.0,) * len(parts)
+        samples = [round(part[0] * weight) for part, weight in zip(known, weights, strict=True)]
+        tokens = sum(part[1] * count for part, count in zip(known, samples, strict=True))
+        return sum(samples), round(tokens / max(1, sum(samples)))
 
     def __len__(self) -> int:
         return self._ends[-1]

@@ -62,12 +62,15 @@ KNOWN: dict[str, dict[str, Any]] = {
     "lmsys/vicuna-13b-v1.5": _vicuna("13b", 4096, 1e-5),
     "lmsys/vicuna-7b-v1.3": _vicuna("7b", 2048, 1e-6),
     "lmsys/vicuna-13b-v1.3": _vicuna("13b", 2048, 1e-6),
-    "Qwen/Qwen2.5-0.5B-Instruct": {
-        "model_type": "qwen2",
-        "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24,
-        "num_attention_heads": 14, "num_key_value_heads": 2, "vocab_size": 151936,
-        "max_position_embeddings": 32768, "rms_norm_eps": 1e-6, "rope_theta": 1e6,
-        "tie_word_embeddings": True,
+    **{
+        f"Qwen/{version}-0.5B-Instruct": {
+            "model_type": "qwen2",
+            "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24,
+            "num_attention_heads": 14, "num_key_value_heads": 2, "vocab_size": 151936,
+            "max_position_embeddings": 32768, "rms_norm_eps": 1e-6, "rope_theta": 1e6,
+            "tie_word_embeddings": True,
+        }
+        for version in ("Qwen2", "Qwen2.5")
     },
     "HuggingFaceTB/SmolLM2-135M-Instruct": {
         "model_type": "llama",

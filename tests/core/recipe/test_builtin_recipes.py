@@ -35,6 +35,8 @@ def load(name: str, *overrides: str) -> Recipe:
 TASK = ("finetune-task", "finetune-task-lora")
 """Those that start from a published model, and have none of their own."""
 QUANTIZED = ("llava7b-qlora",)
+WHOLE = {"llava-next-7b": 1, "llava-onevision-0.5b": 3}
+"""Those of which every part learns behind the first stage, and in how many stages."""
 
 
 def plan(name: str, *overrides: str) -> Plan:
@@ -78,6 +80,10 @@ def _files(
 ) -> dict[str, object]:
     if use["use"] == "scienceqa":
         return {f"{key}.problems": science / "problems.json"}
+    if use["use"] == "mix":
+        parts = enumerate(use["parts"], start=1)
+        named = (_files(f"{key}.parts.{n}", part, file, data, science) for n, part in parts)
+        return {name: value for files in named for name, value in files.items()}
     return {f"{key}.path": file, f"{key}.images": data / "images"}
 
 
@@ -90,8 +96,8 @@ def test_it_plans_without_network_or_weights(name: str) -> None:
     assert room
     trained = [step for step in made.steps.values() if step.trained]
     stages = [("connector",), ("connector", "language")]
-    if name == "llava-next-7b":  # its encoder learns, too
-        stages[1] = ("vision", *stages[1])
+    if name in WHOLE:  # their encoder learns, too
+        stages[1:] = [("vision", *stages[1])] * WHOLE[name]
     assert [step.trained for step in trained] == stages[name in TASK :]
     for step in trained:
         assert step.samples
@@ -119,7 +125,8 @@ def test_without_weights_and_data_it_says_how_to_get_them(
     for _, step in recipe.active_steps():
         if "data" in step.options:
             data = step.options["data"]
-            assert f"{data.get('path') or data['problems']} does not exist" in text
+            for part in data.get("parts", [data]):
+                assert f"{part.get('path') or part['problems']} does not exist" in text
     assert list(tmp_path.iterdir()) == []
 
 
@@ -148,7 +155,8 @@ def test_it_runs_with_tiny_weights(
             seen.append(number)
             assert artifact["metrics"]["steps"] == 3
             assert 0 < artifact["metrics"]["loss"] < 20
-    assert seen == [1, 2][: 1 if name in TASK else 2]
+    steps = enumerate(recipe.steps, start=1)
+    assert seen == [number for number, step in steps if step.use in TRAINING]
     model = llavakit.load(tmp_path / "run" / "model", device="cpu")
     image = data / "images" / "0.png"
     assert model.generate_ids("what colour is it ?", images=[image], max_new_tokens=2)

@@ -136,6 +136,23 @@ def test_weights_that_do_not_fit_are_refused(tmp_path: Path, weights: list[float
         ids(tmp_path, weights=weights)
 
 
+def test_a_mix_expects_what_its_parts_expect() -> None:
+    sizes = [{"samples": 100, "tokens": 30}, {"samples": 10, "tokens": 80}, None]
+    parts = [
+        {"use": "conversations", "path": f"{number}.json"} | ({"expect": size} if size else {})
+        for number, size in enumerate(sizes)
+    ]
+
+    def expected(*chosen: dict[str, Any]) -> tuple[int, int] | None:
+        table = {"use": "mix", "parts": chosen, "weights": [0.5, 2, 1][: len(chosen)]}
+        use = Use[Dataset].model_validate(table)
+        registry = Registry.installed()
+        return registry.chosen(use).expect(registry.options(use))
+
+    assert expected(*parts[:2]) == (70, 44)  # 50 of 30 tokens, and 20 of 80
+    assert expected(*parts) is None
+
+
 def test_reading_tells_how_far_it_is_alone_or_in_a_mix(data: Path) -> None:
     said: list[tuple[int, int, str]] = []
 
