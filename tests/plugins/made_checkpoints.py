@@ -68,8 +68,8 @@ def make_hf(
 ) -> Any:
     """Save one of transformers' LLaVAs with its processor to `folder`, and return it.
 
-    `family` is what its class has between `Llava` and `ForConditionalGeneration`: `Onevision`, or
-    with `grids` of tiles `Next`, where it is left out.
+    `family` is what its class has between `Llava` and `ForConditionalGeneration`: `Onevision`,
+    `NextVideo`, or with `grids` of tiles `Next`, where it is left out.
     """
     import transformers
     from transformers import (
@@ -88,7 +88,8 @@ def make_hf(
     points = [[32 * rows, 32 * columns] for rows, columns in grids]
     if grids:
         table["image_grid_pinpoints"] = points
-    if family == "Onevision":
+    moves = family in ("Onevision", "NextVideo")
+    if moves:
         table["video_token_index"] = 23
 
     def kind(suffix: str) -> Any:
@@ -115,12 +116,14 @@ def make_hf(
         else SiglipImageProcessorPil(size=square)
     )
     more: dict[str, Any] = {"patch_size": 8, "num_additional_image_tokens": int(clip)}
-    if family == "Next":
-        pixels = kind("ImageProcessorPil")(
-            size={"shortest_edge": 32}, crop_size=square, image_grid_pinpoints=points
-        )
-    if family == "Onevision":
+    if moves:
         tokenizer.add_tokens(["<video>"], special_tokens=True)
+    if family in ("Next", "NextVideo"):
+        cropped: dict[str, Any] = {"size": {"shortest_edge": 32}, "crop_size": square}
+        pixels = transformers.LlavaNextImageProcessorPil(image_grid_pinpoints=points, **cropped)
+        if moves:
+            more["video_processor"] = transformers.LlavaNextVideoVideoProcessor(**cropped)
+    if family == "Onevision":
         pixels = kind("ImageProcessorPil")(size=square, image_grid_pinpoints=points, **colours)
         more = {
             "num_image_tokens": 16 + clip,
@@ -149,12 +152,22 @@ def read_processor(folder: Path) -> Any:
     return processor
 
 
-def ask_hf(processor: Any, prompt: str, images: list[Image.Image]) -> dict[str, Tensor]:
+def ask_hf(
+    processor: Any,
+    prompt: str,
+    images: list[Image.Image],
+    videos: Sequence[Sequence[Image.Image]] = (),
+) -> dict[str, Tensor]:
     """Return what transformers' own processor makes of a prompt.
 
     The images are those of one sample, which is a list within a list, as in its chats.
     """
-    inputs = processor(text=[prompt], images=[images] if images else None, return_tensors="pt")
+    more = {}
+    if videos:
+        more["videos"] = [np.stack([np.asarray(frame) for frame in video]) for video in videos]
+    inputs = processor(
+        text=[prompt], images=[images] if images else None, return_tensors="pt", **more
+    )
     return {key: value for key, value in inputs.items() if key != "token_type_ids"}
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from llavakit import DataError, LlavaError, ModelError, Reader, Turn
 from llavakit.contracts.data import IMAGE
+from llavakit_plugins.checkpoints.families import VIDEO
 from llavakit_plugins.checkpoints.prompt_format import PromptFormat
 
 if TYPE_CHECKING:
@@ -69,12 +70,13 @@ def find_format(template: PromptTemplate, tokenizer: PreTrainedTokenizerBase) ->
     return form
 
 
-def chat_template(form: PromptFormat, *, space_behind_image: bool) -> str:
+def chat_template(form: PromptFormat, *, space_behind_image: bool, videos: bool = False) -> str:
     """Return a chat template in Jinja that renders `messages` as the model's template does.
 
     A message's content is a text, or a list of `{"type": "image"}` and `{"type": "text", "text":
-    ...}`. Some tokenizers add a space before every text. We tokenise the text behind an image as a
-    text of its own, so for them `space_behind_image` writes that space out.
+    ...}`, with `videos` also of `{"type": "video"}`, which becomes `<video>`. Some tokenizers add a
+    space before every text. We tokenise the text behind an image as a text of its own, so for them
+    `space_behind_image` writes that space out.
     """
     image = form.image.replace(IMAGE, f"{IMAGE} ") if space_behind_image else form.image
     count = "content.split('<image>') | length - 1"
@@ -83,8 +85,23 @@ def chat_template(form: PromptFormat, *, space_behind_image: bool) -> str:
     listed = (
         "{%- set texts = content | selectattr('type', 'equalto', 'text') "
         "| map(attribute='text') | join('\\n') -%}\n"
-        "{%- set images = content | selectattr('type', 'equalto', 'image') | list | length -%}\n"
     )
+    mark, line = _quote(image), _quote(image + "\n")
+    if videos:
+        listed += (
+            "{%- set kinds = content | selectattr('type', 'in', ['image', 'video']) "
+            "| map(attribute='type') | list -%}\n{%- set images = kinds | length -%}\n"
+        )
+        moves = "kinds is defined and kinds[loop.index0] == 'video'"  # a text has none
+        mark, line = (
+            f"({_quote(one.replace(IMAGE, VIDEO))} if {moves} else {_quote(one)})"
+            for one in (image, image + "\n")
+        )
+    else:
+        listed += (
+            "{%- set images = content | selectattr('type', 'equalto', 'image') "
+            "| list | length -%}\n"
+        )
     if form.placement == "front":
         text = (
             f"{{%- set images = {count} -%}}\n"
@@ -95,15 +112,14 @@ def chat_template(form: PromptFormat, *, space_behind_image: bool) -> str:
     else:
         kept = f"content | replace('<image>', {_quote(image)}){' | trim' if form.trims else ''}"
         text = f"{{%- set images = 0 -%}}{{%- set texts = {kept} -%}}\n"
-    newline = _quote(image + "\n")
     if form.shows_question:
         body = (
             "{%- for _ in range(images) -%}"
-            f"{{{{- {newline} if texts or not loop.last else {_quote(image)} -}}}}"
+            f"{{{{- {line} if texts or not loop.last else {mark} -}}}}"
             "{%- endfor -%}\n{{- texts -}}\n"
         )
     else:
-        body = f"{{%- for _ in range(images) -%}}{{{{- {_quote(image)} -}}}}{{%- endfor -%}}\n"
+        body = f"{{%- for _ in range(images) -%}}{{{{- {mark} -}}}}{{%- endfor -%}}\n"
     answer, following = form.between or ("", "")
     again = (
         f"{{{{- {_quote(answer)} -}}}}{{{{- content{' | trim' if form.trims_answers else ''} -}}}}"
@@ -221,7 +237,9 @@ def _end(template: PromptTemplate, tokenizer: PreTrainedTokenizerBase) -> str:
     return next(iter(template.stop(tokenizer)), "")  # it trains with other text than it asks with
 
 
-def write_chat(template: PromptTemplate, tokenizer: PreTrainedTokenizerBase) -> str | None:
+def write_chat(
+    template: PromptTemplate, tokenizer: PreTrainedTokenizerBase, *, videos: bool = False
+) -> str | None:
     """Return a chat template that asks as `template` does; None where none can be made of it.
 
     That is so for one that rewrites or leaves out questions, as `plain` does, or takes only one.
@@ -230,7 +248,7 @@ def write_chat(template: PromptTemplate, tokenizer: PreTrainedTokenizerBase) -> 
         form = find_format(template, tokenizer)
     except LlavaError:
         return None
-    return chat_template(form, space_behind_image=False) if form.between else None
+    return chat_template(form, space_behind_image=False, videos=videos) if form.between else None
 
 
 def _trims_answers(template: PromptTemplate, tokenizer: PreTrainedTokenizerBase) -> bool:

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from llavakit.contracts.data import IMAGE
+
+VIDEO = "<video>"
 _CLIP = {
     "model_type": "clip_vision_model", "hidden_size": 1024, "intermediate_size": 4096,
     "num_hidden_layers": 24, "num_attention_heads": 16, "image_size": 336, "patch_size": 14,
@@ -39,6 +42,11 @@ class Family(NamedTuple):
         return getattr(transformers, self.architecture)
 
     @property
+    def tokens(self) -> list[str]:
+        """The tokens that stand for images and videos."""
+        return [IMAGE, VIDEO] if self in (NEXT_VIDEO, ONEVISION) else [IMAGE]
+
+    @property
     def architecture(self) -> str:
         return f"{self.prefix}ForConditionalGeneration"
 
@@ -48,4 +56,5 @@ NEXT = Family("llava_next", "LlavaNext", pinpoints=_NEXT)
 ONEVISION = Family(
     "llava_onevision", "LlavaOnevision", _SO400M, "qwen2", -1, "full", pinpoints=_ALL
 )
-FAMILIES = {family.model_type: family for family in (LLAVA, NEXT, ONEVISION)}
+NEXT_VIDEO = Family("llava_next_video", "LlavaNextVideo", pinpoints=_NEXT)
+FAMILIES = {family.model_type: family for family in (LLAVA, NEXT, NEXT_VIDEO, ONEVISION)}

@@ -21,14 +21,14 @@ from torch import Tensor
 
 from llavakit import Exporter, LlavaModel, ModelError, Options, Registry, new_folder
 from llavakit_plugins.checkpoints.chat_writing import write_chat
-from llavakit_plugins.checkpoints.families import Family
+from llavakit_plugins.checkpoints.families import NEXT_VIDEO
 from llavakit_plugins.checkpoints.hf_reader import HfReader
 from llavakit_plugins.checkpoints.hf_source import is_hf, read_hf
 from llavakit_plugins.checkpoints.language_names import embedding_name
 from llavakit_plugins.checkpoints.parity import prove
 from llavakit_plugins.checkpoints.parts import language_state, plain_encoder, stated_options
-from llavakit_plugins.checkpoints.pinpoints import grids_of
-from llavakit_plugins.checkpoints.processors import strategy_of, visual_tokens, write_processor
+from llavakit_plugins.checkpoints.pinpoints import Grids, grids_of, note_frames
+from llavakit_plugins.checkpoints.processors import strategy_of, write_processor
 from llavakit_plugins.checkpoints.projectors import Layer, projector_layers
 from llavakit_plugins.checkpoints.prompts import NOTE, note_template
 from llavakit_plugins.huggingface.hub import fetch_folder, quietly
@@ -105,7 +105,7 @@ class Hf(Exporter):
         text, state = language_state(model.language, self.name)
         text_model: Any = model.language
         tokenizer, tokens, rows = with_tokens(
-            model.language.tokenizer, visual_tokens(family), model.language.head.out_features
+            model.language.tokenizer, family.tokens, model.language.head.out_features
         )
         # `<image>` needs an id of its own there, and so a row in the table, which is never read
         state = with_rows(state, (embedding_name(text_model.model), "lm_head.weight"), rows)
@@ -131,18 +131,23 @@ class Hf(Exporter):
             "projector_hidden_act": activation,
             "vision_feature_layer": options.layer if one_layer else list(options.layer),
             "vision_feature_select_strategy": strategy_of(vision),
-            NOTE: note_template(model.choices["template"]),
+            NOTE: note_template(model.choices["template"]) | note_frames(grids),
         }
         if grids.points:
             config["image_grid_pinpoints"] = grids.points
         if grids.cap is not None:
             config["vision_aspect_ratio"] = f"anyres_max_{grids.cap}"
+        if family is NEXT_VIDEO and grids.video is not None:
+            config["spatial_pool_mode"] = grids.video.pool
+            config["spatial_pool_stride"] = grids.video.stride
         with new_folder(folder) as partial:
             files = write_weights(tensors, partial, self.options.max_shard_size)
             write_config(config, partial, model.language)
-            chat = write_chat(model.template, model.language.tokenizer)
+            chat = write_chat(
+                model.template, model.language.tokenizer, videos=len(family.tokens) > 1
+            )
             write_processor(vision, tokenizer, chat, grids, partial)
-            return {"files": files, **self._prove(model, partial, folder, family)}
+            return {"files": files, **self._prove(model, partial, folder, grids)}
 
     def check(self, model: LlavaModel) -> None:
         """Raise ModelError for a model that the layout cannot express."""
@@ -187,14 +192,15 @@ class Hf(Exporter):
         return [doubled, Layer(back, identity.bias)], "gelu"
 
     def _prove(
-        self, model: LlavaModel, partial: Path, folder: Path, family: Family
+        self, model: LlavaModel, partial: Path, folder: Path, grids: Grids
     ) -> dict[str, Any]:
         if self.options.projector == "gelu" and len(projector_layers(model.connector) or ()) < 2:
             ours = self.load(partial, device=model.device, dtype=None)
             return prove(model, ours, folder)
         with quietly(report=False):
-            reader = HfReader(partial, model, family)
-            figures = prove(model, reader, folder) | reader.processor_figures()
+            reader = HfReader(partial, model, grids.family)
+            figures = prove(model, reader, folder, videos=grids.video is not None)
+            figures |= reader.processor_figures()
         if not figures.get("processor_ids_equal", True):
             _log.warning(
                 "note: transformers' processor tokenises the text behind an image otherwise than "

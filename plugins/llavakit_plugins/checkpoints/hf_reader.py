@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from llavakit import Encoded, LlavaModel
-from llavakit.contracts.data import IMAGE, ImageSource, Turn
-from llavakit_plugins.checkpoints.families import ONEVISION, Family
+from llavakit.contracts.data import IMAGE, ImageSource, Turn, Video
+from llavakit_plugins.checkpoints.families import ONEVISION, VIDEO, Family
 from llavakit_plugins.checkpoints.parity import sample_images
 from llavakit_plugins.huggingface.hub import quietly
 
@@ -27,32 +27,44 @@ class HfReader:
             self._model: Any = family.network().from_pretrained(folder).eval()
         # the other ways leave out what they cannot do: Gemma 2's soft cap, in transformers 5.17
         self._model.set_attn_implementation("eager")
-        self._image_token: int = self._model.config.image_token_index
 
     def _inputs(
         self, prompt: str, images: Sequence[ImageSource], *, raw: bool
     ) -> dict[str, Tensor]:
         encoded = self._ours.prompt(prompt, images, raw=raw)
-        ids = self._expanded(encoded)
+        ids = self._expanded(encoded, images)
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         pixels = self._ours.prepare(images)
-        if pixels is not None:
-            inputs["pixel_values"] = pixels.to("cpu", self._model.dtype)
-        if pixels is not None and encoded.arranged is not None:
-            counts = [image.views for image in encoded.arranged]
-            views = inputs["pixel_values"].split(counts)
+        if pixels is None:
+            return inputs
+        pixels = pixels.to("cpu", self._model.dtype)
+        if encoded.arranged is None:
+            return inputs | {"pixel_values": pixels}
+        views = pixels.split([image.views for image in encoded.arranged])
+        shown = self._ours.views.shown(images, "the prompt")
+        stills = [number for number, one in enumerate(shown) if not one.frames]
+        if stills:
             # one tensor is wanted for all images: those with fewer views are filled up with zeros
-            inputs["pixel_values"] = nn.utils.rnn.pad_sequence(list(views), batch_first=True)
-            shown = self._ours.views.shown(images, "the prompt")
-            inputs["image_sizes"] = torch.tensor([[one.height, one.width] for one in shown])
+            padded = nn.utils.rnn.pad_sequence([views[n] for n in stills], batch_first=True)
+            sizes = torch.tensor([[shown[n].height, shown[n].width] for n in stills])
+            inputs |= {"pixel_values": padded, "image_sizes": sizes}
             if self._family is ONEVISION:
-                inputs["batch_num_images"] = torch.tensor([len(images)])
+                inputs["batch_num_images"] = torch.tensor([len(stills)])
+        if len(stills) < len(shown):
+            videos = [one for number, one in enumerate(views) if number not in stills]
+            inputs["pixel_values_videos"] = torch.stack(videos)
         return inputs
 
-    def _expanded(self, encoded: Encoded) -> Tensor:
-        """Return ids `[1, T]` with one image token for each of an image's rows."""
+    def _expanded(self, encoded: Encoded, images: Sequence[ImageSource]) -> Tensor:
+        """Return ids `[1, T]` with a token for each row of an image or a video."""
+        config = self._model.config
+        moves = [isinstance(image, Video) for image in images]
+        tokens = [config.video_token_index if one else config.image_token_index for one in moves]
         rows = encoded.expand(self._ours.visual_tokens)
-        return torch.from_numpy(np.where(rows.visual, self._image_token, rows.token_ids))[None]
+        lengths = [len(image.index_RK) for image in encoded.images(self._ours.visual_tokens)]
+        ids = rows.token_ids.copy()
+        ids[rows.visual] = np.repeat(tokens, lengths)
+        return torch.from_numpy(ids)[None]
 
     @torch.inference_mode()
     def logits(
@@ -88,7 +100,7 @@ class HfReader:
         from transformers import AutoImageProcessor, AutoProcessor
 
         ours, tokenizer = self._ours, self._ours.language.tokenizer
-        if self._family is ONEVISION and find_spec("torchvision") is None:
+        if VIDEO in self._family.tokens and find_spec("torchvision") is None:
             return {"processor": "not compared: transformers makes it with torchvision alone"}
         with quietly(report=False):
             processor = AutoProcessor.from_pretrained(self._folder)
@@ -106,7 +118,7 @@ class HfReader:
             add_special_tokens=ours.template.adds_bos,
             return_tensors="pt",
         )
-        expected = self._expanded(ours.prompt(question, [image]))
+        expected = self._expanded(ours.prompt(question, [image]), [image])
         pixels = ours.prepare([image])
         assert pixels is not None
         wanted = pixels.cpu().float()

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from llavakit import ModelError, Registry
-from llavakit_plugins.checkpoints.families import FAMILIES, Family
+from llavakit_plugins.checkpoints.families import FAMILIES, ONEVISION, Family
 from llavakit_plugins.checkpoints.parts import (
     Parts,
     make_language,
@@ -93,7 +93,7 @@ def read_hf(
         folder,
         layer=_layer(config, family, folder),
         select=_select(config, family, vision_table, folder),
-        pixels=_pixels(folder, vision_table, tiled=bool(family.pinpoints)),
+        pixels=_pixels(folder, vision_table, family),
     )
     language_use, language = make_language(
         text_table, states["language"], registry, folder, plain_logits=True
@@ -106,7 +106,11 @@ def read_hf(
             f"and its `model_type` is `{family.model_type}`; is it the config.json of these "
             "weights?"
         )
-    tiling = None if newline_E is None else anyres_of(family, config, vision, folder)
+    tiling = (
+        None
+        if newline_E is None
+        else anyres_of(family, config, vision, folder, language.max_length)
+    )
     tokenizer = read_tokenizer(folder, str(text_table["model_type"]))
     set_tokenizer(language, tokenizer, folder)
     return Parts(
@@ -181,7 +185,7 @@ def _select(
     return "cls_patch" if strategy == "full" and classed else "patch"
 
 
-def _pixels(folder: Path, vision: Mapping[str, Any], *, tiled: bool) -> Any:
+def _pixels(folder: Path, vision: Mapping[str, Any], family: Family) -> Any:
     usual = usual_pixels(str(vision["model_type"]))
     found = read_pixels(folder, vision.get("image_size", 224), usual)
     if found is None:
@@ -190,8 +194,10 @@ def _pixels(folder: Path, vision: Mapping[str, Any], *, tiled: bool) -> Any:
             "what is usual for a %s: %s", folder, vision["model_type"], usual.aspect,
         )  # fmt: skip
     pixels = found or usual
-    # `do_pad` of one with tiles is about the number of views of several images, which are squares
-    return pixels._replace(aspect=usual.aspect) if tiled else pixels
+    if family is ONEVISION:  # its views are squares, and its frames are squashed to one
+        return pixels._replace(aspect="squash")
+    # `do_pad` of one with tiles is about the number of views of several images
+    return pixels._replace(aspect=usual.aspect) if family.pinpoints else pixels
 
 
 def _projector(config: Mapping[str, Any], state: State, folder: Path) -> list[Layer]:

@@ -192,10 +192,13 @@ def _type_of(text: Any) -> tuple[str, str]:
 def _grids(model: LlavaModel) -> Grids:
     """Return a model's tiles. Raises ModelError for OneVision's, which the original has not."""
     grids = grids_of(model, Original.name)
-    if grids.cap is not None:
+    if grids.cap is not None or grids.video is not None:
+        what = "interpolate an image's tiles, which tiling `anyres` is set to with `cap`"
+        if grids.cap is None:
+            what = "show videos, which tiling `anyres` is set to with `video`"
         raise ModelError(
-            "the original LLaVA does not interpolate an image's tiles, which tiling `anyres` is "
-            "set to with `cap`; `--format hf` writes it, for LlavaOnevisionForConditionalGeneration"
+            f"the original LLaVA does not {what}; `--format hf` writes it, for "
+            f"{grids.family.architecture}"
         )
     return grids
 

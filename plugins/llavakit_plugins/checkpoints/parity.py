@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from llavakit import LlavaError, LlavaModel, ModelError
-from llavakit.contracts.data import IMAGE, ImageSource
+from llavakit.contracts.data import IMAGE, ImageSource, Video
 
 FloatArray = npt.NDArray[np.float32]
 
@@ -53,7 +53,7 @@ class Case:
     """A prompt with the logits and the greedy tokens that the model itself gives."""
 
     text: str
-    images: Sequence[Image.Image]
+    images: Sequence[ImageSource]
     raw: bool  #: Whether the prompt is read without the model's template.
     new_tokens: int  #: The longest answer that is compared.
     logits_TV: FloatArray
@@ -89,14 +89,20 @@ def sample_images(count: int = 2, size: tuple[int, int] = (97, 61)) -> list[Imag
     return found
 
 
-def cases(model: LlavaModel, *, new_tokens: int = _TOKENS, raw: bool = False) -> list[Case]:
+def cases(
+    model: LlavaModel, *, new_tokens: int = _TOKENS, raw: bool = False, videos: bool = False
+) -> list[Case]:
     """Return prompts without an image, with one and with two: those that the model can read.
 
-    Raises ModelError if it can read none.
+    With `videos` also one with a video. Raises ModelError if it can read none.
     """
+    shown: list[tuple[str, list[ImageSource]]] = [
+        (text, [*sample_images(text.count(IMAGE))]) for text in _TEXTS
+    ]
+    if videos:
+        shown.append((_TEXTS[1], [Video(tuple(sample_images(3)[::2]))]))
     found = []
-    for text in _TEXTS:
-        images = sample_images(text.count(IMAGE))
+    for text, images in shown:
         try:
             length = model.prompt(text, images, raw=raw).length(model.visual_tokens)
         except LlavaError:  # the template takes no such prompt
@@ -145,16 +151,18 @@ def compare(reader: Reader, tried: Sequence[Case]) -> Figures:
     )
 
 
-def prove(model: LlavaModel, reader: Reader, folder: Path) -> dict[str, Any]:
+def prove(
+    model: LlavaModel, reader: Reader, folder: Path, *, videos: bool = False
+) -> dict[str, Any]:
     """Return how much the two differ. Raises ModelError if it is more than rounding explains."""
     dtypes = {parameter.dtype for parameter in model.parameters()}
-    tried = cases(model)
+    tried = cases(model, videos=videos)
     figures = compare(reader, tried)
     if not figures.relative <= max(_LIMITS.get(dtype, 0.0) for dtype in dtypes):  # NaN, too
         raise ModelError(
             f"what was written to {folder} gives other logits than the model "
-            f"({figures.largest:.2g} apart for a prompt with {len(figures.worst.images)} images), "
-            "so nothing is left there; report this, with the model.toml"
+            f"({figures.largest:.2g} apart for a prompt with {len(figures.worst.images)} images or "
+            "videos), so nothing is left there; report this, with the model.toml"
         )
     # in half precision two logits may be equal in one reader and not in the other
     if dtypes == {torch.float32} and figures.same_tokens < figures.all_tokens:

@@ -8,10 +8,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from llavakit import LlavaModel, ModelError, Tiling, Use, VisionEncoder, without_none
-from llavakit_plugins.checkpoints.families import LLAVA, NEXT, ONEVISION, Family
+from pydantic import ValidationError
+
+from llavakit import LlavaModel, ModelError, Tiling, Use, View, VisionEncoder, without_none
+from llavakit_plugins.checkpoints.families import LLAVA, NEXT, NEXT_VIDEO, ONEVISION, Family
+from llavakit_plugins.checkpoints.prompts import NOTE
 from llavakit_plugins.huggingface.json_files import is_count, shown
 from llavakit_plugins.tilings.anyres import Anyres, AnyresOptions
+from llavakit_plugins.tilings.geometry import grid_edge
+from llavakit_plugins.tilings.video import VideoOptions
 
 
 class Grids(NamedTuple):
@@ -20,19 +25,24 @@ class Grids(NamedTuple):
     family: Family
     points: list[list[int]]  #: [height, width] in pixels; none where each image is one view.
     cap: int | None = None  #: OneVision's: the most embeddings of the tiles, in views.
+    video: VideoOptions | None = None
 
 
 def anyres_of(
-    family: Family, config: Mapping[str, Any], vision: VisionEncoder, folder: Path
+    family: Family, config: Mapping[str, Any], vision: VisionEncoder, folder: Path, longest: int
 ) -> Use[Tiling]:
     """Return the tiling of one of transformers' LLaVAs that have tiles.
 
-    Raises ModelError for pinpoints that are no multiples of the encoder's square.
+    `longest` is how many rows the language model reads. Raises ModelError for pinpoints that are no
+    multiples of the encoder's square, and for what is done to videos and not known here.
     """
     points = config.get("image_grid_pinpoints")
     if points is None:
         points = [list(point) for point in family.pinpoints]
     use = anyres_use(tiles_of(points, vision.image_size, folder), vision)
+    if family is NEXT_VIDEO:
+        pooled = _pooled(config, folder)
+        return _with(use, video=_frames(pooled, config, vision, longest, folder))
     if family is not ONEVISION:
         return use
     aspect = config.get("vision_aspect_ratio", "anyres_max_9")
@@ -42,7 +52,64 @@ def anyres_of(
             f"{folder}: `vision_aspect_ratio` is {shown(aspect)}; it must be anyres_max_9, or "
             "another number"
         )
-    return _of_onevision(use, vision, int(found[1]))
+    video = _frames({}, config, vision, longest, folder)
+    return _with(_of_onevision(use, vision, int(found[1])), video=video)
+
+
+def _with(use: Use[Tiling], **more: Any) -> Use[Tiling]:
+    return use.model_validate({"use": use.use, **without_none({**use.options, **more})})
+
+
+def _pooled(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Return how LLaVA-NeXT-Video pools the features of each frame."""
+    mode = config.get("spatial_pool_mode", "average")
+    stride = config.get("spatial_pool_stride", 2)
+    if mode not in ("average", "max") or not is_count(stride):
+        raise ModelError(
+            f"{folder}: `spatial_pool_mode` is {shown(mode)} and `spatial_pool_stride` "
+            f"{shown(stride)}; average and max can be read, with a whole number above 0"
+        )
+    return {"pool": mode, "stride": stride, "pool_features": True, "newline": "none"}
+
+
+def _frames(
+    how: Mapping[str, Any],
+    config: Mapping[str, Any],
+    vision: VisionEncoder,
+    longest: int,
+    folder: Path,
+) -> dict[str, Any]:
+    """Return options of `video`, with the frames that an export of ours noted.
+
+    No other checkpoint says how many: then they are at most 32, in half of what is read.
+    """
+    noted = config.get(NOTE)
+    found = noted.get("video") if isinstance(noted, Mapping) else None
+    try:
+        if isinstance(found, Mapping):
+            known = {key: found[key] for key in _NOTED if key in found}
+            return VideoOptions.model_validate({**how, **known}).model_dump(exclude_unset=True)
+        options = VideoOptions.model_validate(how)
+    except ValidationError as error:
+        reason = str(error).partition("\n")[0]
+        raise ModelError(
+            f"{folder}: config.json says of videos what cannot be used ({reason}); fix it, or "
+            "remove `video` from what an export noted under `llavakit`"
+        ) from error
+    edge = grid_edge(View(vision.image_size, vision.tokens(vision.image_size)))
+    rows = max(1, edge // options.stride) ** 2
+    return {"frames": max(1, min(options.frames, longest // 2 // rows)), **how}
+
+
+_NOTED = ("frames", "rate", "spread")
+
+
+def note_frames(grids: Grids) -> dict[str, Any]:
+    """Return what an export notes of videos, for `anyres_of`: no layout says it."""
+    video = grids.video
+    if video is None:
+        return {}
+    return {"video": without_none({key: getattr(video, key) for key in _NOTED})}
 
 
 def _of_onevision(use: Use[Tiling], vision: VisionEncoder, cap: int) -> Use[Tiling]:
@@ -53,7 +120,7 @@ def _of_onevision(use: Use[Tiling], vision: VisionEncoder, cap: int) -> Use[Tili
     more: dict[str, Any] = {"cap": cap, "only_alone": True}
     if (colour := _colour(vision)) is not None:
         more["pad"] = list(colour)
-    return use.model_validate({"use": use.use, **use.options, **more})
+    return _with(use, **more)
 
 
 def _colour(vision: VisionEncoder) -> tuple[float, float, float] | None:
@@ -85,8 +152,7 @@ def anyres_of_original(
     if merge == "spatial_unpad":
         return use
     # the original interpolates what is unpadded, and nothing else
-    whole = {"unpad": False, "newline": False, "cap": None}
-    return use.model_validate({"use": use.use, **without_none({**use.options, **whole})})
+    return _with(use, unpad=False, newline=False, cap=None)
 
 
 def _listed(points: Any, edge: int) -> Any:
@@ -135,7 +201,7 @@ def anyres_use(grids: Sequence[Sequence[int]], vision: VisionEncoder) -> Use[Til
 def grids_of(model: LlavaModel, layout: str) -> Grids:
     """Return a model's family and grids.
 
-    Raises ModelError for a tiling that neither LLaVA-NeXT nor OneVision has.
+    Raises ModelError for a tiling that none of LLaVA-NeXT, its video model and OneVision has.
     """
     if model.tiling is None:
         return Grids(LLAVA, [])
@@ -156,6 +222,25 @@ def grids_of(model: LlavaModel, layout: str) -> Grids:
             "without `max_tiles`, resized with the encoder's `interpolation`); the model folder "
             "and `--format onnx` keep it"
         )
+    family = _family_of(own, layout)
     edge = model.vision.image_size
     points = [[rows * edge, columns * edge] for rows, columns in own.grids]
-    return Grids(NEXT if own.cap is None else ONEVISION, points, own.cap)
+    return Grids(family, points, own.cap, own.video)
+
+
+def _family_of(own: AnyresOptions, layout: str) -> Family:
+    """Return the family whose tiles and videos a tiling has; raises ModelError for videos alone."""
+    video = own.video
+    if video is None:
+        return NEXT if own.cap is None else ONEVISION
+    how = (video.pool, video.stride, video.pool_features, video.newline)
+    if own.cap is not None and how == ("interpolate", 2, False, "end"):
+        return ONEVISION
+    if own.cap is None and how in (("average", 2, True, "none"), ("max", 2, True, "none")):
+        return NEXT_VIDEO
+    raise ModelError(
+        f"tiling `anyres` with this `video` does not fit into the layout `{layout}`, which has "
+        'LLaVA-NeXT-Video\'s (`pool = "average"` or "max", `pool_features = true`, `newline = '
+        '"none"`) and, with `cap`, OneVision\'s (`pool = "interpolate"`, `newline = "end"`), both '
+        "with `stride = 2`; the model folder keeps it"
+    )

@@ -6,20 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from llavakit.contracts.data import IMAGE
-from llavakit_plugins.checkpoints.families import LLAVA, ONEVISION, Family
+from llavakit_plugins.checkpoints.families import LLAVA, ONEVISION, VIDEO
 from llavakit_plugins.checkpoints.pinpoints import Grids
 from llavakit_plugins.huggingface.tokenizer_writing import complete_tokenizer
 from llavakit_plugins.vision.pixels import make_processor
 from llavakit_plugins.vision.vision_transformer import TransformersEncoder
 
-_VIDEO = "<video>"
 _FILE = "processor_config.json"
-
-
-def visual_tokens(family: Family) -> list[str]:
-    """Return the tokens that stand for images and videos."""
-    return [IMAGE, _VIDEO] if family is ONEVISION else [IMAGE]
 
 
 def strategy_of(vision: TransformersEncoder) -> str:
@@ -50,12 +43,14 @@ def write_processor(
     images = table["image_processor"]
     if family is ONEVISION:
         del table["patch_size"], table["num_additional_image_tokens"]
+        table["num_image_tokens"] = (vision.image_size // vision.patch_size) ** 2 + extra
+        table["vision_aspect_ratio"] = f"anyres_max_{grids.cap}"
+    if VIDEO in family.tokens:
+        name = "VideoProcessor" if family is ONEVISION else "VideoVideoProcessor"
         table |= {
-            "processor_class": "LlavaOnevisionProcessor",
-            "num_image_tokens": (vision.image_size // vision.patch_size) ** 2 + extra,
-            "vision_aspect_ratio": f"anyres_max_{grids.cap}",
-            "video_token": _VIDEO,
-            "video_processor": _frames(images, "LlavaOnevisionVideoProcessor"),
+            "processor_class": f"{family.prefix}Processor",
+            "video_token": VIDEO,
+            "video_processor": _frames(images, f"{family.prefix.removesuffix('Video')}{name}"),
         }
         _write(folder / _FILE, table)
     _write(folder / "preprocessor_config.json", images)

@@ -44,8 +44,8 @@ def fit_tokenizer(tokenizer: PreTrainedTokenizerBase, rows: int, where: object) 
     """Remove tokens that have no row in the model's embedding, if no text needs them.
 
     These are the padding token, which the first LLaVAs have in the tokenizer but not in the
-    weights, and `<image>`, which stands for an image's rows. Raises ModelError, which begins with
-    `where`, for any other token without a row.
+    weights, and `<image>` and `<video>`, which stand for rows of theirs. Raises ModelError, which
+    begins with `where`, for any other token without a row.
     """
     from tokenizers import Tokenizer
 
@@ -55,8 +55,8 @@ def fit_tokenizer(tokenizer: PreTrainedTokenizerBase, rows: int, where: object) 
         return
     added = tokenizer.added_tokens_decoder
     more = {number: str(added.get(number, "")) for number in range(rows, count)}
-    allowed = {IMAGE, tokenizer.pad_token, *_PADS} - {tokenizer.bos_token, tokenizer.eos_token}
-    allowed -= {tokenizer.unk_token}
+    allowed = {IMAGE, "<video>", tokenizer.pad_token, *_PADS}
+    allowed -= {tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token}
     others = [token for token in more.values() if token not in allowed]
     backend: Any = getattr(tokenizer, "backend_tokenizer", None)
     if others or backend is None:
