@@ -95,11 +95,11 @@ class Original(Exporter):
         """
         registry = Registry.installed()
         options = stated_options(model, "vision", registry)
+        grids = _grids(model)
         _check_vision(model, options)
         text, state = language_state(model.language, self.name)
         kind, architecture = _type_of(text)
         projector, tensors = _projector(model)
-        grids = _grids(model)
         if model.image_newline is not None:
             tensors["model.image_newline"] = model.image_newline
         if text.tie_word_embeddings:  # the original always has a head of its own
@@ -147,9 +147,9 @@ class Original(Exporter):
 
     def check(self, model: LlavaModel) -> None:
         """Raise ModelError for a model that the layout cannot express."""
+        _grids(model)
         _check_vision(model, stated_options(model, "vision", Registry.installed()))
         _projector(model)
-        _grids(model)
         _type_of(language_state(model.language, self.name)[0])
 
     def _tower_name(self, model: LlavaModel) -> str:

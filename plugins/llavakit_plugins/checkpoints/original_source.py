@@ -124,7 +124,7 @@ def read_original(
     if config.get("mm_use_im_start_end") and "image" in options:
         around = f"{TOKENS[0]}<image>{TOKENS[1]}"
         chosen = chosen.model_validate({"use": chosen.use, "image": around, **chosen.options})
-    tiling = anyres_of_original(config, encoder, folder)
+    tiling = anyres_of_original(config, encoder, folder, language.max_length)
     newline_E = pieces.newline.get("image_newline")
     separates = tiling is not None and tiling.options.get("newline", True)
     if separates and newline_E is None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,6 +18,8 @@ from llavakit_plugins.huggingface.json_files import is_count, shown
 from llavakit_plugins.tilings.anyres import Anyres, AnyresOptions
 from llavakit_plugins.tilings.geometry import grid_edge
 from llavakit_plugins.tilings.video import VideoOptions
+
+_log = logging.getLogger("llavakit")
 
 
 class Grids(NamedTuple):
@@ -129,11 +132,12 @@ def _colour(vision: VisionEncoder) -> tuple[float, float, float] | None:
 
 
 def anyres_of_original(
-    config: Mapping[str, Any], vision: VisionEncoder, folder: Path
+    config: Mapping[str, Any], vision: VisionEncoder, folder: Path, longest: int
 ) -> Use[Tiling] | None:
     """Return the tiling of an original LLaVA; its pinpoints are [width, height] in pixels.
 
-    None where it has none. Raises ModelError for what `anyres` here does not do.
+    None where it has none. `longest` is how many rows the language model reads. Raises ModelError
+    for what `anyres` here does not do.
     """
     found = re.fullmatch(r"anyres(?:_max_(\d+))?", str(config.get("image_aspect_ratio")))
     if found is None:
@@ -149,10 +153,36 @@ def anyres_of_original(
     use = anyres_use(grids, vision)
     if found[1] is not None:
         use = _of_onevision(use, vision, int(found[1]))
+    if (how := _original_video(config, folder, unpads=merge == "spatial_unpad")) is not None:
+        use = _with(use, video=_frames(how, config, vision, longest, folder))
     if merge == "spatial_unpad":
         return use
     # the original interpolates what is unpadded, and nothing else
     return _with(use, unpad=False, newline=False, cap=None)
+
+
+def _original_video(
+    config: Mapping[str, Any], folder: Path, *, unpads: bool
+) -> dict[str, Any] | None:
+    """Return how an original LLaVA shows videos; None where config.json says nothing of them."""
+    mode = config.get("mm_spatial_pool_mode")
+    if mode is None:
+        return None
+    line = config.get("mm_newline_position", "one_token")
+    fits = str(mode) in _POOLED and str(line) in _LINES
+    if not fits or config.get("add_faster_video"):
+        _log.warning(
+            "note: %s: videos pooled by %s, with `mm_newline_position` %s%s, are not shown here; "
+            "images are", folder, shown(mode), shown(line),
+            " and `add_faster_video`" if config.get("add_faster_video") else "",
+        )  # fmt: skip
+        return None
+    newline = _LINES[line] if unpads or line != "one_token" else "none"
+    return {"pool": _POOLED[mode], "newline": newline}
+
+
+_POOLED = {"average": "average", "bilinear": "interpolate"}
+_LINES = {"one_token": "end", "frame": "frame", "grid": "row", "no_token": "none"}
 
 
 def _listed(points: Any, edge: int) -> Any:

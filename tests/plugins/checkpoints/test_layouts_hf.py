@@ -478,7 +478,7 @@ def processor(**changes: Any) -> Callable[[Path], None]:
     (with_more, "holds image_newline, the row between tiles of LLaVA-NeXT"),
     (config(model_type="llava_next"), "lacks image_newline"),
     (config(model_type="llava_onevision"), "lacks image_newline"),
-    (config(model_type="idefics"), "`llava`, `llava_next`, `llava_onevision` can be read"),
+    (config(model_type="idefics"), "`llava_next_video`, `llava_onevision` can be read"),
     (config(model_type=None), "`model_type` null"),
     (config(vision_config={"model_type": "hiera"}), "no installed vision encoder reads"),
     (config(text_config={"model_type": "nonsense"}), "knows no language model of type `nonsense`"),

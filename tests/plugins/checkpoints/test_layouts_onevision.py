@@ -231,6 +231,29 @@ def test_the_originals_layout_is_the_same_model(inside: bool, tmp_path: Path) ->
         same_answer(theirs, processor, ours, prompt, [picture(*size) for size in shown])
     options = ours.tiling.options
     assert (options.cap, options.only_alone, options.pad) == (9, True, (0.5, 0.5, 0.5))
+    assert options.video == llavakit.load(hf, device="cpu").tiling.options.video
+
+
+@pytest.mark.parametrize(("changes", "expected"), [
+    ({"mm_newline_position": "grid", "mm_spatial_pool_mode": "average"}, ("average", "row")),
+    ({"mm_newline_position": "frame"}, ("interpolate", "frame")),
+    ({"mm_patch_merge_type": "spatial"}, ("interpolate", "none")),
+    ({"mm_spatial_pool_mode": "max"}, None),
+    ({"add_faster_video": True}, None),
+    ({"mm_spatial_pool_mode": None}, None),
+    ({"mm_spatial_pool_mode": ["max"]}, None),
+])  # fmt: skip
+def test_what_the_original_says_of_videos(
+    changes: dict[str, Any], expected: Any, tmp_path: Path
+) -> None:
+    made = make_hf(
+        tmp_path / "hf", grids=GRIDS, family="Onevision", vision="siglip", language="qwen2"
+    )
+    make_original(made, tmp_path / "hf", tmp_path, inside=True)
+    path = tmp_path / "checkpoint" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    video = llavakit.load(tmp_path / "checkpoint", device="cpu").tiling.options.video
+    assert (video and (video.pool, video.newline)) == expected
 
 
 def test_the_original_has_no_cap(tmp_path: Path) -> None:
