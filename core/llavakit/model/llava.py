@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from llavakit.contracts.data import Sample
+from llavakit.contracts.data import Sample, Video
 from llavakit.contracts.errors import ModelError
 from llavakit.contracts.interfaces import PromptTemplate, Segment
 from llavakit.contracts.model import Asked, Images, Sampling
@@ -149,7 +149,8 @@ class LlavaModel(nn.Module, Answering[Tensor]):
         if not images:
             return None
         dtype = next(self.vision.parameters(), torch.empty(0)).dtype  # it may have no weights
-        pixels = [self.views.read(self.vision, one, where, len(images)) for one in images]
+        stills = sum(not isinstance(one, Video) for one in images)
+        pixels = [self.views.read(self.vision, one, where, stills) for one in images]
         return torch.cat(pixels).to(self.device, dtype)
 
     def join(self, prepared: Sequence[Tensor | None]) -> Tensor | None:

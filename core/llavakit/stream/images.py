@@ -49,8 +49,7 @@ def read_pixels(
     encoder: VisionEncoder, source: ImageSource, where: str, *, upright: bool = False
 ) -> Tensor:
     """Return the pixels `[3, H, W]` that a vision encoder reads of an image that is one view."""
-    image = open_image(source, where, encoder.decode_edge, upright=upright)
-    pixels_3HW = encoder.prepare(image)
+    pixels_3HW = encoder.prepare(open_image(source, where, encoder.decode_edge, upright=upright))
     expected = (encoder.channels, encoder.image_size, encoder.image_size)
     if tuple(pixels_3HW.shape) != expected:
         raise ModelError(
@@ -76,9 +75,9 @@ class Views(NamedTuple):
 
         Raises ModelError for a video where the tiling shows none.
         """
-        videos = any(isinstance(image, Video) for image in images)
-        read = images if videos or self.tiling is not None else ()
-        return [self._shown(image, where, len(images))[0] for image in read]
+        stills = sum(not isinstance(image, Video) for image in images)
+        read = images if stills < len(images) or self.tiling is not None else ()
+        return [self._shown(image, where, stills)[0] for image in read]
 
     def _shown(self, image: ImageSource, where: str, images: int) -> tuple[Shown, Sequence[int]]:
         """Return what the rows of an image depend on, and which frames of a video are shown."""
@@ -102,7 +101,7 @@ class Views(NamedTuple):
     def cut(
         self, source: ImageSource, where: str, images: int, edge: int | None = None
     ) -> Sequence[Image]:
-        """Return the views of one of a sample's `images`, opened as `open_image` does."""
+        """Return the views of one of a sample's, which has so many `images`; see `open_image`."""
         if self.tiling is None:
             return (open_image(source, where, edge, upright=self.upright),)
         if isinstance(source, Video):
@@ -113,7 +112,7 @@ class Views(NamedTuple):
         return self.tiling.cut(image, Shown(*image.size, images), self.view)
 
     def read(self, encoder: VisionEncoder, source: ImageSource, where: str, images: int) -> Tensor:
-        """Return the pixels `[views, 3, H, W]` of one of a sample's `images`."""
+        """Return the pixels `[views, 3, H, W]` of one of a sample's, which has so many `images`."""
         import torch
 
         views = self.cut(source, where, images, encoder.decode_edge)

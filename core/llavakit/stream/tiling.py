@@ -33,7 +33,7 @@ class Shown(NamedTuple):
 
     width: int
     height: int
-    images: int = 1  #: How many images its sample has, itself included; a video counts as one.
+    images: int = 1  #: How many images its sample has, itself included; videos do not count.
     frames: int = 0  #: How many frames of a video are shown; 0: it is an image.
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from llavakit import USUAL, Shown, View, Views, encode
-from llavakit.contracts.data import IMAGE, Sample
+from llavakit.contracts.data import IMAGE, Sample, Video
 from llavakit.contracts.errors import DataError
 from llavakit_plugins.datasets.expected import CHARACTERS_A_TOKEN
 
@@ -62,10 +62,11 @@ class Lengths:
     def _shown(self, sample: Sample) -> list[Shown]:
         """Return the sizes of a sample's images, where its rows depend on them."""
         shown = []
+        stills = sum(not isinstance(image, Video) for image in sample.images)
         for image in sample.images:
             try:
                 found = self.views.shown([image], f"sample `{sample.id:.200}`")
             except DataError:  # found with the images
                 found = [USUAL] if self.views.tiling is not None else []
-            shown += [one._replace(images=len(sample.images)) for one in found]
+            shown += [one._replace(images=stills) for one in found]
         return shown

@@ -18,6 +18,7 @@ from llavakit import (
     PackedBatch,
     PromptTemplate,
     Shown,
+    Video,
     VisionEncoder,
     and_more,
     pack,
@@ -136,12 +137,13 @@ class Corpus:
             return []
         uses = self.images.uses(sample)
         sizes: list[list[int]] = self._sizes[uses.start : uses.stop].tolist()
-        return [Shown(width, height, len(uses), frames) for width, height, frames in sizes]
+        stills = sum(not frames for _, _, frames in sizes)
+        return [Shown(width, height, stills, frames) for width, height, frames in sizes]
 
     def pixels(self, vision: VisionEncoder, sample: int, number: int) -> Tensor:
         """Return what a vision encoder reads of an image's views. Raises LlavaError."""
         images = self.images[sample]
-        image, count = images[number], len(images)
+        image, count = images[number], sum(not isinstance(one, Video) for one in images)
         try:
             return self.views.read(vision, image, "", count)
         except LlavaError:  # once more, with the sample's name, which is looked up only now

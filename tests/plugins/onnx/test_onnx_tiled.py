@@ -81,7 +81,8 @@ def test_onevision_answers_as_transformers_does(tmp_path: Path) -> None:
         marks = ["<video>" if isinstance(one, list) else "<image>" for one in shown]
         prompt = " ".join([*marks, "it is a red circle"])
         videos = [one for one in shown if isinstance(one, list)]
-        inputs = ask_hf(processor, prompt, [one for one in shown if one not in videos], videos)
+        images = [one for one in shown if isinstance(one, Image.Image)]
+        inputs = ask_hf(processor, prompt, images, videos)
         with torch.no_grad():
             expected = theirs(**inputs).logits[0]
         given = [Video(tuple(one)) if isinstance(one, list) else one for one in shown]

@@ -27,7 +27,7 @@ from llavakit import (
     special_stops,
     tokenise,
 )
-from llavakit.contracts.data import ImageSource, Sample
+from llavakit.contracts.data import ImageSource, Sample, Video
 from llavakit.contracts.errors import ModelError
 from llavakit.contracts.interfaces import Segment
 from llavakit.contracts.model import Asked, Sampling
@@ -161,7 +161,8 @@ class OnnxModel(Answering[FloatArray]):
         if not images:
             return None
         prepare = self.manifest.preparation.prepare
-        views = [self.views.cut(image, where, len(images)) for image in images]
+        stills = sum(not isinstance(image, Video) for image in images)
+        views = [self.views.cut(image, where, stills) for image in images]
         return np.stack([prepare(view) for image in views for view in image])
 
     def join(self, prepared: Sequence[FloatArray | None]) -> FloatArray | None:
