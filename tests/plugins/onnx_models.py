@@ -25,6 +25,7 @@ def make_model(
     template: Mapping[str, Any] | None = None,
     vision: Mapping[str, Any] | None = None,
     connector: str = "mlp",
+    tiling: Mapping[str, Any] | None = None,
 ) -> LlavaModel:
     """Return a LLaVA with random weights, the same each time."""
     recipe = ModelRecipe.model_validate(
@@ -33,6 +34,7 @@ def make_model(
             "connector": {"use": connector},
             "language": {"use": use, "config": dict(language)},
             "template": template or {"use": "vicuna_v1", "system": ""},
+            "tiling": tiling,
         }
     )
     model = create_model(recipe, Registry.installed(), seed=0).eval()

@@ -13,7 +13,7 @@ from llavakit.contracts.data import ImageSource, Video
 from llavakit.contracts.errors import ModelError
 from llavakit.stream.encode import Encoded
 from llavakit.stream.media import media
-from llavakit.stream.tiling import Arrangement, Shown, Tiling, View
+from llavakit.stream.tiling import Arrangement, Clip, Shown, Tiling, View
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -83,9 +83,8 @@ class Views(NamedTuple):
         """Return what the rows of an image depend on, and which frames of a video are shown."""
         if not isinstance(image, Video):
             return Shown(*image_size(image, where, upright=self.upright), images), ()
-        clip = media().clip(image, where)
-        frames = None if self.tiling is None else self.tiling.sample(clip)
-        if frames is None:
+        clip = Clip(0, 0, 0, 0.0) if self.tiling is None else media().clip(image, where)
+        if self.tiling is None or (frames := self.tiling.sample(clip)) is None:
             name = "single" if self.tiling is None else self.tiling.name
             raise ModelError(
                 f"{where} shows a video, and the tiling `{name}` shows none as it is set; give it "

@@ -26,13 +26,11 @@ class Visuals:
         self.images = [one for one in given if not isinstance(one, Video)]
 
     def place(self, text: str) -> str:
-        """Return a question with `<image>` for both. DataError for a `<video>` too many.
-
-        Without images left, an `<image>` shows a video: so LLaVA-Video's data has it.
-        """
+        """Return a question with `<image>` for both. DataError for a `<video>` too many."""
         return re.sub(f"{IMAGE}|{VIDEO}", self._show, text)
 
     def _show(self, mark: re.Match[str]) -> str:
+        # without images left, an `<image>` shows a video: so LLaVA-Video's data has it
         left = self.videos if mark[0] == VIDEO or not self.images else self.images
         if mark[0] == VIDEO and not left:
             if _HTML.match(mark.string):
@@ -121,10 +119,12 @@ def read_asked(asked: Asked, images: Sequence[ImageSource] = ()) -> Sample:
     if isinstance(asked, Sample):
         sample = asked
     elif isinstance(asked, str):
-        if IMAGE not in asked and VIDEO not in asked:
+        if VIDEO in asked:
+            visuals = Visuals(images, "the prompt")
+            asked, images = visuals.place(asked), visuals.all
+        elif IMAGE not in asked:
             asked = f"{IMAGE}\n" * len(images) + asked  # where the original puts them
-        visuals = Visuals(images, "the prompt")
-        sample = Sample("prompt", (Turn("human", visuals.place(asked)),), visuals.all)
+        sample = Sample("prompt", (Turn("human", asked),), tuple(images))
     else:
         sample = read_messages(asked, images)
     sample.check()

@@ -1,4 +1,4 @@
-"""`llava-run chat`: asks a model about images."""
+"""`llava-run chat`: asks a model about images and videos."""
 
 from __future__ import annotations
 
@@ -24,10 +24,13 @@ if TYPE_CHECKING:
 
 
 def add(commands: Commands) -> None:
-    chat = commands.add_parser("chat", help="ask a model about images")
+    chat = commands.add_parser("chat", help="ask a model about images and videos")
     add_model(chat, "model")
     chat.add_argument(
         "--image", action="append", default=[], metavar="FILE", help="may be given more than once"
+    )
+    chat.add_argument(
+        "--video", action="append", default=[], metavar="FILE", help="or a folder of frames"
     )
     chat.add_argument("--prompt", help="ask this once and print only the answer")
     chat.add_argument("--system", metavar="TEXT", help="in place of the template's system text")
@@ -48,6 +51,7 @@ def add(commands: Commands) -> None:
 
 
 def _chat(arguments: argparse.Namespace) -> int:
+    from llavakit import Video
     from llavakit_plugins.commands.dialogue import Dialogue, answer, talk
     from llavakit_plugins.fetching.images import ImageFetcher
 
@@ -58,6 +62,8 @@ def _chat(arguments: argparse.Namespace) -> int:
         raise LlavaError(
             "--heatmap draws over the image as it is: leave --upright and --system out"
         )
+    if arguments.heatmap is not None and arguments.video:
+        raise LlavaError("--heatmap draws over images: leave --video out")
     sampling = sampling_of(arguments)
     model = load_model(arguments.model, arguments, arguments.device, table_of(arguments.set))
     model.upright = arguments.upright
@@ -65,7 +71,8 @@ def _chat(arguments: argparse.Namespace) -> int:
         _chat_with_heatmap(arguments, model, sampling)
         return 0
     fetch = ImageFetcher(arguments.allow_host).source
-    dialogue = Dialogue(model, asdict(sampling), arguments.image, arguments.system, fetch)
+    shown = [*arguments.image, *map(Video, arguments.video)]
+    dialogue = Dialogue(model, asdict(sampling), shown, arguments.system, fetch)
     if arguments.prompt is None:
         talk(dialogue, verbose=arguments.verbose)
     else:

@@ -12,10 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from llavakit import (
+    VIDEO,
     ImageSource,
     Sample,
     Segment,
     Turn,
+    Video,
+    Visuals,
     did_you_mean,
     open_image,
     printable,
@@ -26,9 +29,11 @@ from llavakit import (
 )
 from llavakit.contracts.data import IMAGE
 from llavakit.contracts.errors import LlavaError
+from llavakit_plugins.media import clip
 
 HELP = """\
 /image FILE    show an image with the next question; `<image>` in it says where, else in front
+/video FILE    show a video, or a folder of frames; `<video>` says where
 /system TEXT   set the system text; without TEXT, the template's own again
 /reset         begin again, with the images and the system text that chat was started with
 /save FILE     write the dialogue as a row of training data (JSON)
@@ -43,11 +48,11 @@ class Dialogue:
         self,
         model: Any,
         options: Mapping[str, Any],
-        images: Sequence[str],
+        images: Sequence[str | Video],
         system: str | None,
         fetch: Callable[[str], ImageSource],
     ) -> None:
-        """`fetch` gives what the model reads of an image that is named."""
+        """`fetch` gives what the model reads of an image that is named; videos are as they are."""
         self._model, self._options, self._fetch = model, options, fetch
         self._start = (images, system)
         self._images: list[tuple[str, ImageSource]] = []  # of the dialogue, in order
@@ -59,7 +64,10 @@ class Dialogue:
     def reset(self) -> None:
         images, self._system = self._start
         self._images, self._turns = [], []
-        self._new = [(name, self._fetch(name)) for name in images]
+        self._new = [
+            (str(one.source), one) if isinstance(one, Video) else (one, self._fetch(one))
+            for one in images
+        ]
 
     def ask(self, question: str) -> Generator[str]:
         """Yield the answer in pieces. A question that cannot be asked changes nothing.
@@ -68,11 +76,16 @@ class Dialogue:
         """
         # new images go in front, as in LLaVA's training data;
         # a mark in the question says another place
-        if IMAGE not in question:
-            question = f"{IMAGE}\n" * len(self._new) + question
+        new = self._new
+        if VIDEO in question:
+            visuals = Visuals([image for _, image in new], "the question")
+            question = visuals.place(question)
+            new = [next(one for one in new if one[1] is image) for image in visuals.all]
+        elif IMAGE not in question:
+            question = f"{IMAGE}\n" * len(new) + question
         # new lists, so that a question that fails leaves the dialogue as it was
         turns = [*self._turns, Turn("human", question)]
-        images = [*self._images, *self._new]
+        images = [*self._images, *new]
         asked = Sample("prompt", tuple(turns), tuple(i for _, i in images), system=self._system)
         pieces = self._model.stream(asked, **self._options)
         answer = ""
@@ -96,6 +109,7 @@ class Dialogue:
         text = text.strip()
         commands: dict[str, Callable[[str], str]] = {
             "image": self._show,
+            "video": self._show_video,
             "system": self._set_system,
             "reset": self._begin_again,
             "save": self._save,
@@ -111,12 +125,16 @@ class Dialogue:
         self._turns = [*turns, Turn("gpt", answer.replace(IMAGE, "< image>"))]
         self._images, self._new = images, []
 
+    def _show_video(self, text: str) -> str:
+        video = Video(_file(text, "/video needs a file: /video clip.mp4"))
+        found = clip(video, "the next question")
+        self._new.append((str(video.source), video))
+        return (
+            f"{found.width} x {found.height} pixels, {found.frames} frames, for the next question"
+        )
+
     def _show(self, text: str) -> str:
-        if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":  # as terminals paste them
-            text = text[1:-1]
-        if not text:
-            raise LlavaError("/image needs a file: /image photo.jpg")
-        name = os.path.expanduser(text)
+        name = _file(text, "/image needs a file: /image photo.jpg")
         image = self._fetch(name)
         width, height = open_image(image, "the next question").size
         self._new.append((name, image))
@@ -144,7 +162,7 @@ class Dialogue:
     def _messages(self) -> Iterator[dict[str, Any]]:
         if self._system is not None:
             yield {"role": "system", "content": self._system}
-        names = iter([name for name, _ in self._images])
+        images = iter(self._images)
         for turn in self._turns:
             if turn.role == "gpt" or IMAGE not in turn.text:
                 role = {"human": "user", "gpt": "assistant"}[turn.role]
@@ -153,10 +171,21 @@ class Dialogue:
             parts: list[dict[str, str]] = []
             for number, text in enumerate(turn.text.split(IMAGE)):
                 if number:
-                    parts.append({"type": "image", "image": next(names)})
+                    name, image = next(images)
+                    sort = "video" if isinstance(image, Video) else "image"
+                    parts.append({"type": sort, sort: name})
                 if text.strip("\n"):
                     parts.append({"type": "text", "text": text.strip("\n")})
             yield {"role": "user", "content": parts}
+
+
+def _file(text: str, missing: str) -> str:
+    """Return the path that a command names."""
+    if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":  # as terminals paste them
+        text = text[1:-1]
+    if not text:
+        raise LlavaError(missing)
+    return os.path.expanduser(text)
 
 
 def talk(dialogue: Dialogue, *, verbose: bool = False) -> None:

@@ -54,7 +54,8 @@ _LIMITS: tuple[tuple[str, Any, str], ...] = (
     ("--max-tokens", int, "tokens of an answer"),
     ("--max-body-mb", float, "megabytes of a request (32)"),
     ("--max-image-megapixels", float, "of one image (50)"),
-    ("--max-images", int, "images of a request (8)"),
+    ("--max-video-megapixels", float, "of all frames of one video (5000)"),
+    ("--max-images", int, "images and videos of a request (8)"),
     ("--timeout", float, "seconds of a request (600)"),
     ("--grace", float, "seconds for running answers when the server stops (20)"),
 )
@@ -62,7 +63,8 @@ _FIELDS = {
     "places": ("places", 1), "queue": ("queue", 1), "chunk": ("chunk", 1),
     "cache_rows": ("cache_rows", 1), "max_tokens": ("tokens", 1),
     "max_body_mb": ("body_bytes", 10**6), "max_image_megapixels": ("image_pixels", 10**6),
-    "max_images": ("images", 1), "timeout": ("seconds", 1), "grace": ("grace_seconds", 1),
+    "max_video_megapixels": ("video_pixels", 10**6), "max_images": ("images", 1),
+    "timeout": ("seconds", 1), "grace": ("grace_seconds", 1),
 }  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, overload
 
-from llavakit import DataError, Dataset, Message, Question, Sample, and_more
+from llavakit import DataError, Dataset, Message, Question, Sample, Video, and_more
 from llavakit.contracts.data import IMAGE, ImageSource
 from llavakit.contracts.model import Asked
 from llavakit_plugins.datasets.conversation_rows import RowReader
@@ -22,6 +22,7 @@ from llavakit_plugins.datasets.json_stream import Row, read_lines, read_list
 from llavakit_plugins.datasets.streaming import LINES, StoredRows
 from llavakit_plugins.datasets.text_files import open_text
 from llavakit_plugins.evaluation.questions import question_row
+from llavakit_plugins.media import check_video
 
 
 @dataclass(frozen=True)
@@ -142,6 +143,8 @@ def of_file(path: Path, images: Path | None, limit: int | None = None) -> Sequen
             doubled.append(identity)
         ids.add(identity)
         for image in question.images:
+            if isinstance(image, Video):
+                check_video(image, f"question `{identity}` of {path}")
             if isinstance(image, Path):
                 used.setdefault(str(image), identity)
         rows.append(row)

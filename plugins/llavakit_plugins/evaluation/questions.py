@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from os.path import isfile
 from pathlib import Path
 
-from llavakit import DataError, Question, and_more
+from llavakit import DataError, Question, Video, Visuals, and_more
 from llavakit.contracts.data import IMAGE
 from llavakit_plugins.datasets.image_files import inside
 from llavakit_plugins.datasets.rows import Row, by_id, id_of, listed, read_rows, text_of
@@ -67,15 +67,22 @@ def join(items: Sequence[QuestionRow], found: dict[str, tuple[str, Row]], path: 
     return [found[str(item.question.id)][1] for item in items]
 
 
+def _names(row: Row, key: str, where: str) -> list[str]:
+    names = row.get(key) or []
+    names = [names] if isinstance(names, str) else names
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise DataError(f"{where}: `{key}` is a file's name, or a list of them, got {names!r:.80}")
+    return names
+
+
 def question_row(row: Row, where: str, folder: Path) -> QuestionRow:
     """Return the question in a row of LLaVA's format. Raises DataError where it is none."""
     identity = id_of(row, where)
-    names = row.get("image") or []
-    names = [names] if isinstance(names, str) else names
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise DataError(f"{where}: `image` is a file's name, or a list of them, got {names!r:.80}")
-    images = tuple(inside(folder, name, where) for name in names)
-    prompt = text_of(row, "text", where)
+    given = [inside(folder, name, where) for name in _names(row, "image", where)]
+    videos = [inside(folder, name, where, "video") for name in _names(row, "video", where)]
+    visuals = Visuals((*given, *map(Video, videos)), where)
+    prompt = visuals.place(text_of(row, "text", where))
+    images = visuals.all
     marks = prompt.count(IMAGE)
     if marks not in (0, len(images)):
         raise DataError(f"{where}: {len(images)} images for {marks} `{IMAGE}` in the text; fix it")

@@ -151,7 +151,7 @@ def _edge(model: LlavaModel, encoded: Encoded) -> int:
         name = model.tiling.name if model.tiling is not None else ""
         raise ModelError(
             f"tiling `{name}` does not begin the rows of these images with equal squares that show "
-            "all of each, so no heat map can be drawn"
+            "all of each (those of a video never do), so no heat map can be drawn"
         )
     return edges.pop()
 

@@ -13,8 +13,9 @@ from urllib.parse import quote
 
 from PIL import Image, ImageOps
 
-from llavakit import explain_write, open_image
+from llavakit import Video, explain_write, open_image
 from llavakit.contracts.data import ImageSource
+from llavakit_plugins.media import frames
 
 _SIDE = 384  # of an embedded image, in pixels
 _SMALL = 128  # shown magnified, so every pixel is kept: PNG
@@ -111,11 +112,14 @@ def save_image(image: Image.Image, path: Path) -> None:
 
 
 def save_thumbnail(source: ImageSource, folder: Path, name: str, edge: int = 384) -> str:
-    """Write a small PNG into `folder` and return its name.
+    """Write a small PNG into `folder` and return its name; of a video its first frame.
 
     A copy, so that a report keeps its images when the originals are moved.
     """
-    image = open_image(source, f"the report ({name})")
+    where = f"the report ({name})"
+    image = (
+        frames(source, [0], where)[0] if isinstance(source, Video) else open_image(source, where)
+    )
     image.thumbnail((edge, edge))
     with explain_write(folder):
         folder.mkdir(exist_ok=True)

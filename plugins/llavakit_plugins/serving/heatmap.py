@@ -12,7 +12,7 @@ from typing import Any
 from starlette.types import Receive, Scope
 from torch import Tensor
 
-from llavakit import LlavaModel, open_image
+from llavakit import LlavaModel, Video, open_image
 from llavakit.contracts.errors import LlavaError, ModelError
 from llavakit_plugins.heatmaps.attention_maps import AttentionMaps, grid_edge, map_answer
 from llavakit_plugins.heatmaps.drawing import Region, seen_region
@@ -77,6 +77,8 @@ class Heatmap:
         sample, encoded, length = self._preparer.conversation(request.messages)
         if not sample.images:
             raise RequestError(400, "there is no image to look at", param="messages")
+        if any(isinstance(image, Video) for image in sample.images):
+            raise RequestError(400, "heat maps show images, not videos", param="messages")
         try:
             whole, _ = self._model.ask(sample, (), begun=request.answer)
             # encoded together with the prompt,

@@ -16,7 +16,8 @@ class Limits:
     body_bytes: int = 32 * 2**20
     bodies_bytes: int = 256 * 2**20  #: Of all bodies that are being read or parsed.
     image_pixels: int = 50_000_000
-    images: int = 8  #: In one request.
+    video_pixels: int = 5_000_000_000  #: Of all frames of one video: 80 seconds of 1080p.
+    images: int = 8  #: In one request, videos included.
     choices: int = 8  #: The largest `n`.
     default_tokens: int = 512  #: Of an answer whose request names no number.
     tokens: int | None = None  #: The most of an answer; None: what the model can.

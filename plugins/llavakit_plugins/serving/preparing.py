@@ -13,9 +13,10 @@ from typing import Any
 from PIL import Image
 
 from llavakit import Encoded, read_messages
-from llavakit.contracts.data import ImageSource, Sample
+from llavakit.contracts.data import ImageSource, Sample, Video
 from llavakit.contracts.errors import DataError, LlavaError
 from llavakit_plugins.fetching.images import ImageFetcher
+from llavakit_plugins.media import clip
 from llavakit_plugins.serving.batch import Prompt
 from llavakit_plugins.serving.errors import RequestError
 from llavakit_plugins.serving.limits import Limits
@@ -83,15 +84,22 @@ class Preparer:
         """
         count = 0
 
-        def source(given: Any) -> ImageSource:
+        def add() -> None:
             nonlocal count
             count += 1
             if count > self._limits.images:
                 raise DataError(f"a request has at most {self._limits.images} images here")
+
+        def source(given: Any) -> ImageSource:
+            add()
             return read_image(self._fetcher.source(given), self._limits.image_pixels)
 
+        def video(given: Any) -> Video:
+            add()
+            return read_video(given, self._limits.video_pixels)
+
         try:
-            sample = read_messages(messages, where="messages", source=source)
+            sample = read_messages(messages, where="messages", source=source, video=video)
             self.seen(sample)
             encoded = self._model.prompt(sample, ())
             length = encoded.length(self._model.visual_tokens)
@@ -118,20 +126,8 @@ def read_image(given: object, most: int) -> bytes:
     Only its header is read here. Raises DataError for any other address, above all for files of
     this machine, and for more than `most` pixels.
     """
-    if isinstance(given, bytes):  # fetched
-        data = given
-    else:
-        head, comma, payload = given.partition(",") if isinstance(given, str) else ("", "", "")
-        if not comma or head[:5].lower() != "data:" or not head.endswith(";base64"):
-            raise DataError(
-                "an image is sent within the request, as `data:image/png;base64,...`; this server "
-                "reads no files and no other addresses"
-            )
-        try:
-            # without `validate`, Python drops characters that are not base64 and decodes the rest
-            data = base64.b64decode(payload, validate=True)
-        except (binascii.Error, ValueError):
-            raise DataError("an image's base64 is broken; send it again") from None
+    # bytes were fetched
+    data = given if isinstance(given, bytes) else _sent(given, "an image", "data:image/png")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of sizes: checked below
@@ -144,3 +140,31 @@ def read_image(given: object, most: int) -> bytes:
     if width * height > most:
         raise DataError(f"an image has more than {most} pixels; shrink it")
     return data
+
+
+def read_video(given: object, most: int) -> Video:
+    """Return a video from a `data:` address; its header is read, or what it lacks is counted.
+
+    Raises DataError for any other address, above all for files of this machine, and for more than
+    `most` pixels in all its frames together.
+    """
+    found = Video(_sent(given, "a video", "data:video/mp4"))
+    header = clip(found, "the request")
+    if header.width * header.height * header.frames > most:
+        raise DataError(f"a video has more than {most} pixels in all frames; cut or shrink it")
+    return found
+
+
+def _sent(given: object, what: str, address: str) -> bytes:
+    """Return what a `data:` address holds."""
+    head, comma, payload = given.partition(",") if isinstance(given, str) else ("", "", "")
+    if not comma or head[:5].lower() != "data:" or not head.endswith(";base64"):
+        raise DataError(
+            f"{what} is sent within the request, as `{address};base64,...`; this server reads no "
+            "files and no other addresses"
+        )
+    try:
+        # without `validate`, Python drops characters that are not base64 and decodes the rest
+        return base64.b64decode(payload, validate=True)
+    except (binascii.Error, ValueError):
+        raise DataError(f"{what}'s base64 is broken; send it again") from None
