@@ -22,7 +22,7 @@ import onnx
 import onnxruntime as runtime
 
 from llavakit_plugins.onnx.exporter.precision import convert
-from llavakit_plugins.onnx.runtime.layout import DECODER, VISION, Precision
+from llavakit_plugins.onnx.runtime.layout import DECODER, Precision
 
 SHAPES = ((768, 2304), (768, 768), (768, 4096), (2048, 768), (768, 3072), (3072, 768))
 """Packed queries, keys and values; output; gate and up; down; and the encoder's two of its MLP."""
@@ -30,9 +30,8 @@ Table = npt.NDArray[np.float32]
 KINDS: dict[str, tuple[str, Precision]] = {
     "fp32": (DECODER, "fp32"),
     "int8": (DECODER, "int8"),
-    "q8, decoder": (DECODER, "q8"),
-    "q8, vision encoder": (VISION, "q8"),
-    "q4, decoder": (DECODER, "q4"),
+    "q8": (DECODER, "q8"),
+    "q4": (DECODER, "q4"),
 }
 
 

@@ -17,8 +17,7 @@ _BLOCK = {8: 128, 4: 32}  # weights that share a scale, by bits
 _SMALLEST_BLOCK = 16  # of MatMulNBits
 _PADDING = 0.05
 """Share by which blocks may enlarge the weights: the rest of a column fills a whole block."""
-_FLOAT32, _INT8 = 1, 4
-"""Values of MatMulNBits' `accuracy_level`: the type in which it computes."""
+_INT8 = 4  # MatMulNBits' `accuracy_level`: the type in which it computes
 
 
 def convert(
@@ -38,7 +37,7 @@ def convert(
         return _half(graph, model)
     if precision == "int8":
         return _dynamic(model)
-    return _blocks(graph, model, 8 if precision == "q8" or graph == VISION else 4, block)
+    return _blocks(model, 8 if precision == "q8" or graph == VISION else 4, block)
 
 
 def _half(graph: str, model: onnx.ModelProto) -> onnx.ModelProto:
@@ -76,12 +75,12 @@ def _dynamic(model: onnx.ModelProto) -> onnx.ModelProto:
     )
 
 
-def _blocks(graph: str, model: onnx.ModelProto, bits: int, block: int | None) -> onnx.ModelProto:
+def _blocks(model: onnx.ModelProto, bits: int, block: int | None) -> onnx.ModelProto:
     """Return the graph with weights quantised in blocks.
 
-    The decoder's products are computed in int8, the fastest way for one row at a time. The vision
-    encoder's are computed in float32: it has many rows, for which CPUs without VNNI are faster if
-    they unpack the weights, and its activations lose much in 8 bits.
+    Products are computed in int8, the rows with a scale for each block as well, so that one large
+    activation costs only its own block bits: the fastest way for one row at a time, and on CPUs
+    with VNNI for many. Those without it would read images faster from weights unpacked to float32.
     """
     with _quiet():
         from onnxruntime.quantization.matmul_nbits_quantizer import (
@@ -93,7 +92,7 @@ def _blocks(graph: str, model: onnx.ModelProto, bits: int, block: int | None) ->
             block_size=block or _fitting(model, _BLOCK[bits]),
             # 4 bits have 16 levels: a zero point of its own for each block uses all of them
             is_symmetric=bits == 8,
-            accuracy_level=_FLOAT32 if graph == VISION else _INT8,
+            accuracy_level=_INT8,
             bits=bits,
         )
         quantizer = MatMulNBitsQuantizer(model, algo_config=settings)
