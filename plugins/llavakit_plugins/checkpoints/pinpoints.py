@@ -252,25 +252,30 @@ def grids_of(model: LlavaModel, layout: str) -> Grids:
             "without `max_tiles`, resized with the encoder's `interpolation`); the model folder "
             "and `--format onnx` keep it"
         )
-    family = _family_of(own, layout)
+    family = _family_of(own, getattr(square, "aspect", None), layout)
     edge = model.vision.image_size
     points = [[rows * edge, columns * edge] for rows, columns in own.grids]
     return Grids(family, points, own.cap, own.video)
 
 
-def _family_of(own: AnyresOptions, layout: str) -> Family:
-    """Return the family whose tiles and videos a tiling has; raises ModelError for videos alone."""
+def _family_of(own: AnyresOptions, aspect: str | None, layout: str) -> Family:
+    """Return the family whose tiles and videos a tiling has; raises ModelError for videos alone.
+
+    `aspect` is how the encoder makes a square of a frame.
+    """
     video = own.video
     if video is None:
         return NEXT if own.cap is None else ONEVISION
-    how = (video.pool, video.stride, video.pool_features, video.newline)
-    if own.cap is not None and how == ("interpolate", 2, False, "end"):
-        return ONEVISION
-    if own.cap is None and how in (("average", 2, True, "none"), ("max", 2, True, "none")):
+    how = (video.stride, video.pool_features, video.newline, aspect)
+    if own.cap is None and video.pool in ("average", "max") and how == (2, True, "none", "crop"):
         return NEXT_VIDEO
+    interpolates = video.pool == "interpolate" and how == (2, False, "end", "squash")
+    if own.cap is not None and interpolates:
+        return ONEVISION
     raise ModelError(
         f"tiling `anyres` with this `video` does not fit into the layout `{layout}`, which has "
         'LLaVA-NeXT-Video\'s (`pool = "average"` or "max", `pool_features = true`, `newline = '
-        '"none"`) and, with `cap`, OneVision\'s (`pool = "interpolate"`, `newline = "end"`), both '
-        "with `stride = 2`; the model folder keeps it"
+        '"none"`, the encoder\'s `aspect = "crop"`) and, with `cap`, OneVision\'s (`pool = '
+        '"interpolate"`, `newline = "end"`, `aspect = "squash"`), both with `stride = 2`; the '
+        "model folder keeps it"
     )

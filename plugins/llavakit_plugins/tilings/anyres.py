@@ -16,6 +16,7 @@ from PIL import Image
 from pydantic import BeforeValidator, Field, PositiveInt
 
 from llavakit import Arrangement, Options, Shown, View
+from llavakit_plugins.media.thin_images import RGB, pad_to_square
 from llavakit_plugins.tilings.geometry import (
     Filter,
     Grid,
@@ -30,7 +31,6 @@ from llavakit_plugins.tilings.geometry import (
     without_padding,
 )
 from llavakit_plugins.tilings.video import VideoOptions, WithVideos
-from llavakit_plugins.vision.thin_images import RGB, pad_to_square
 
 _SEPARATOR = -1  # stands for the learned row
 _ABOVE = 1.1  # how much longer than the cap an edge may be before it is interpolated (OneVision)

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
-from llavakit_plugins.vision.thin_images import (
+from llavakit_plugins.media.thin_images import (
     RGB as RGB,
     pad_to_square as pad_to_square,
     without_ends as without_ends,

@@ -169,6 +169,13 @@ def test_other_videos_do_not_fit(checkpoint: tuple[Any, Path], video: dict[str, 
         Hf().check(model)
 
 
+def test_frames_become_squares_as_transformers_makes_them(checkpoint: tuple[Any, Path]) -> None:
+    model = llavakit.load(checkpoint[1], device="cpu")
+    model.vision.square = model.vision.square._replace(aspect="pad")
+    with pytest.raises(ModelError, match="with this `video` does not fit"):
+        Hf().check(model)
+
+
 def edited(folder: Path, **changes: Any) -> Path:
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))

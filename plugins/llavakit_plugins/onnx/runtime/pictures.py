@@ -9,7 +9,7 @@ import numpy.typing as npt
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
 
-from llavakit_plugins.vision.thin_images import pad_to_square, without_ends
+from llavakit_plugins.media.thin_images import pad_to_square, without_ends
 
 FloatArray = npt.NDArray[np.float32]
 Resample = Literal["bicubic", "bilinear", "lanczos", "nearest", "box", "hamming"]
