@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from llavakit import (
+    LlavaModel,
     ModelError,
     Outcome,
     Run,
@@ -163,6 +164,10 @@ class _Train(Step):
         if options.max_steps is not None and options.max_steps < steps:
             steps = options.max_steps
             seen = steps * options.batch_size
+        if options.feature_cache is not None:
+            size = samples * views.of().views * _view_bytes(planner.model) / 1e9
+            size = min(size, options.feature_cache_gb)
+            notes.append(f"features take up to {size:,.3g} GB in {options.feature_cache}")
         work = measure_work(planner.model, options.train, planner.parameters, planner.trainable)
         if network := network_note(options, planner, options.batch_size * length):
             notes.append(network)
@@ -194,6 +199,13 @@ def _gallery(
         truth = [("truth", sample.turns[1].text)] if len(sample.turns) > 1 else []
         cards.append(Card(image=shown, lines=[("question", question), *said, *truth]))
     return Gallery(title="Held-out answers while it learns", cards=cards)
+
+
+def _view_bytes(model: LlavaModel) -> int:
+    """Return the size of the features of one view."""
+    vision = model.vision
+    dtype = next(vision.parameters()).dtype
+    return vision.tokens(vision.image_size) * vision.width * dtype.itemsize
 
 
 def _less_memory(options: TrainOptions) -> str:

@@ -15,7 +15,6 @@ from pydantic import BaseModel
 
 import llavakit
 from llavakit import (
-    HASHED_BYTES,
     DataError,
     Dataset,
     LlavaError,
@@ -32,6 +31,7 @@ from llavakit_plugins.datasets.stored_files import find_files, is_elsewhere, is_
 _FORMAT = 1  # of what is written; count it up where that changes
 _MOST_LISTED = 4096  # files of a folder whose sizes and times count one by one
 _KEPT = ("index",)  # options that name a folder for what is known of the data
+_HASHED = 1 << 26  # bytes of the largest file whose content counts, and not its size and time
 _ADDRESS = re.compile(r"[/*?{]")  # in what names data that is no file of this machine
 
 _PROBE = (
@@ -105,7 +105,7 @@ def _stamp(path: Path) -> list[Any]:
     path = Path(os.path.abspath(path))
     state = path.stat()
     if path.is_file():
-        small = state.st_size <= HASHED_BYTES
+        small = state.st_size <= _HASHED  # no start waits for many gigabytes to be read
         return [str(path), digest(path) if small else [state.st_size, state.st_mtime_ns]]
     listed: list[Any] = []
     with os.scandir(path) as entries:

@@ -27,6 +27,7 @@ from llavakit import (
     Dataset,
     LlavaError,
     LlavaModel,
+    PromptTemplate,
     Recipe,
     Registry,
     Run,
@@ -40,6 +41,7 @@ from llavakit.model.folder import create_model
 from llavakit_plugins.training import rows
 from llavakit_plugins.training.columns import Columns, write_columns
 from llavakit_plugins.training.corpus import Batch, Corpus
+from llavakit_plugins.training.corpus_key import key_of
 from llavakit_plugins.training.tokenised import corpus_of
 from llavakit_plugins.training.torchrun import join
 
@@ -331,3 +333,46 @@ def test_every_process_takes_its_share(
     assert failed == [
         (0, "LlavaError", sentence), (1, "DataError", sentence), (2, "LlavaError", sentence),
     ]  # fmt: skip
+
+
+def test_the_key_changes_with_what_a_data_set_is_made_of(
+    model: LlavaModel, source: Path, data: Path, tmp_path: Path
+) -> None:
+    run = run_in(tmp_path / "run" / "01-pretrain", Registry.installed().build)
+
+    def key(use: dict[str, Any], run: Run = run, **changed: Any) -> str:
+        given: dict[str, Any] = {"template": model.template, "max_length": 256, **changed}
+        return key_of(run, Use[Dataset].model_validate(use), model, **given)
+
+    use = {"use": "conversations", "path": str(source), "images": str(data / "images")}
+    first = key(use)
+    os.utime(source, ns=(1, 1))  # a small file's content counts, and not its time
+    assert key(use) == first
+    assert len({first, key({**use, "limit": 9}), key(use, max_length=99)}) == 3
+    plain = Registry.installed().build(Use[PromptTemplate].model_validate({"use": "plain"}))
+    assert key(use, template=plain) != first
+    (data / "images" / "new.png").write_bytes(b"")
+    try:
+        assert key(use) != first
+    finally:
+        (data / "images" / "new.png").unlink()
+    # shards by a pattern, and data of another place: those of one attempt at the step
+    shards = {"use": "webdataset", "path": str(tmp_path / "shard-{0..1}.tar")}
+    for number in range(2):
+        (tmp_path / f"shard-{number}.tar").write_bytes(b"")
+    local = key(shards)
+    assert key(shards) == local
+    (tmp_path / "shard-1.tar").write_bytes(b"more")
+    assert key(shards) != local
+    hub = {"use": "huggingface", "path": "someone/something"}
+    assert key(hub) != key(hub)
+    (run.directory / "begun.json").write_text("{}")
+    attempt = key(hub)
+    assert key(hub) == attempt
+    # what an earlier step wrote
+    (tmp_path / "earlier").mkdir()
+    (tmp_path / "earlier" / "rows.json").write_text("[1]")
+    later = replace(run, earlier={"generate": tmp_path / "earlier"})
+    of_step = key({"use": "conversations", "path": "@generate/rows.json"}, later)
+    (tmp_path / "earlier" / "rows.json").write_text("[2]")
+    assert key({"use": "conversations", "path": "@generate/rows.json"}, later) != of_step
