@@ -19,6 +19,7 @@ from tests.conftest import RecipeWriter
 from torch import Tensor
 
 from llavakit import Dataset, LlavaModel, PackedBatch, Recipe, Registry, Sample, Turn
+from llavakit.cli import main
 from llavakit.contracts.run import ProcessGroup, Run
 from llavakit.model.folder import create_model
 from llavakit_plugins.training.corpus import Corpus
@@ -230,3 +231,24 @@ def test_positions() -> None:
     wanted = np.concatenate([keys[[7, 3, 49]], keys[:1] + np.uint64(1)])
     assert positions(keys, wanted).tolist() == [7, 3, 49, -1]
     assert positions(keys[:0], wanted).tolist() == [-1] * 4
+
+
+def test_a_run_ends_with_the_same_weights_and_a_plan_says_the_size(
+    write_recipe: RecipeWriter, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = str(write_recipe())
+    option = ["--set", f"steps.pretrain.feature_cache={tmp_path}/cache"]
+    assert main([recipe, "--plan", *option]) == 0
+    assert f"GB in {tmp_path}/cache" in capsys.readouterr().out
+    for name, options in (("without", []), ("first", option), ("second", option)):
+        skip = ["--set", "steps.finetune.skip=true"]
+        assert main([recipe, "--out", str(tmp_path / name), *skip, *options]) == 0
+    weights = [
+        (tmp_path / name / "01-pretrain" / "model" / "connector.safetensors").read_bytes()
+        for name in ("without", "first", "second")
+    ]
+    assert weights[0] == weights[1] == weights[2]
+    assert len(list((tmp_path / "cache").glob("*/features-*"))) == 1
+    learns = ["--set", "steps.pretrain.train={ vision = 1e-4, connector = 1e-3 }"]
+    assert main([recipe, "--plan", *option, *learns]) == 2
+    assert "`feature_cache` is for a frozen encoder" in capsys.readouterr().err
