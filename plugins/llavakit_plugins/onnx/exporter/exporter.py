@@ -88,13 +88,15 @@ class Onnx(Exporter):
         }
 
     def check(self, model: LlavaModel) -> None:
-        """Raise ModelError if clients cannot prepare images or write prompts as the model does.
+        """Raise ModelError if clients cannot prepare images or write prompts as the model does, or
+        if videos are pooled between encoder and connector, which are one graph.
 
         Cheap, so that a recipe is refused before it trains.
         """
         from llavakit_plugins.checkpoints.chat_writing import find_format
         from llavakit_plugins.onnx.exporter.images import find_preparation
 
+        _refuse_pooling(model)
         find_preparation(model.vision)
         if hasattr(model.language, "tokenizer"):
             find_format(model.template, model.language.tokenizer)
@@ -116,6 +118,7 @@ class Onnx(Exporter):
         from llavakit_plugins.onnx.exporter import client, parity
         from llavakit_plugins.onnx.exporter.images import find_preparation
 
+        _refuse_pooling(model)
         options = self.options
         preparation = find_preparation(model.vision)
         tokenizer = model.language.tokenizer
@@ -292,3 +295,12 @@ def _versions() -> dict[str, str]:
     from importlib.metadata import version
 
     return {name: version(name) for name in ("llavakit", "torch", "transformers", "onnx")}
+
+
+def _refuse_pooling(model: LlavaModel) -> None:
+    if model.tiling is not None and model.tiling.pools:
+        raise ModelError(
+            f"tiling `{model.tiling.name}` pools the features of videos in front of the connector, "
+            "and the graph of the vision encoder has both; leave `pool_features` out, or use the "
+            "model folder"
+        )
