@@ -33,7 +33,7 @@ class ImageFile(Protocol):
 class Video:
     """A video's file, a folder of its frames, or the frames in order."""
 
-    source: ImageFile | str | bytes | tuple[ImageSource, ...]
+    source: ImageSource | tuple[ImageSource, ...]
 
 
 ImageSource: TypeAlias = Union[

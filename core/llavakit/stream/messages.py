@@ -53,7 +53,7 @@ def read_messages(
     *,
     where: str = "the messages",
     source: Callable[[Any], ImageSource] = lambda named: named,
-    video: Callable[[Any], Video] = Video,
+    video: Callable[[Any], Video] | None = None,
     id: str = "prompt",
     kind: str = "",
 ) -> Sample:
@@ -63,11 +63,11 @@ def read_messages(
     list of parts, a line each: `{"type": "text", "text": ...}`, `{"type": "image", "image": ...}`
     as transformers has it (`url`, `path` and `base64`, too), or OpenAI's `image_url`; `video` too.
     A part that names nothing, and marks in a user's text, stand for the next of `images`. `source`
-    and `video` are called with what a part names, and decide what may be read. Raises DataError.
+    (of videos, `video`) gets what a part names, and decides what may be read. Raises DataError.
     """
     if not isinstance(messages, list | tuple) or not messages:
         raise DataError(f"{where} are no list of `role` and `content`: got {messages!r:.80}")
-    visuals = Visuals(images, where)
+    visuals, moving = Visuals(images, where), video or (lambda named: Video(source(named)))
     system, turns = None, list[Turn]()
     for number, message in enumerate(messages, start=1):
         fields = message if isinstance(message, dict) else {"role": message}
@@ -93,7 +93,7 @@ def read_messages(
                 if named is None:
                     visuals.place(VIDEO if moves else IMAGE)
                 else:
-                    visuals.shown.append((video if moves else source)(named))
+                    visuals.shown.append((moving if moves else source)(named))
                 lines.append(IMAGE)
             else:
                 raise DataError(

@@ -89,7 +89,7 @@ class RowReader:
 
     def video(self, named: object, where: str) -> Video:
         """Return a video that a row names, as `image` does: a file, or a folder of frames."""
-        return Video(self.image(named, where, "video"))  # type: ignore[arg-type]  # no pixels
+        return Video(self.image(named, where, "video"))
 
     def image(self, named: object, where: str, what: str = "image") -> ImageSource:
         """Return an image that a row names: a path below the folder, a `data:` address, or what a

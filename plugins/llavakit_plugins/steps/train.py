@@ -11,12 +11,15 @@ from typing import Any
 import torch
 
 from llavakit import (
+    Clip,
     LlavaModel,
     ModelError,
     Outcome,
     Run,
     Sample,
+    Shown,
     Step,
+    Views,
     link_folder,
     save_model,
 )
@@ -148,6 +151,7 @@ class _Train(Step):
                 f"an image takes {visual} tokens and a sample is cut at "
                 f"{length}: nothing is learned from samples with an image"
             )
+        notes += _about_videos(views, length)
         memory = device_memory(options, planner)
         need: dict[str, Any] = {"memory": memory, "memory_gb": sum(memory.values())}
         expected = planner.expect(options.data)
@@ -181,6 +185,19 @@ class _Train(Step):
             **need,
             note="; ".join(notes),
         )
+
+
+def _about_videos(views: Views, length: int) -> list[str]:
+    """Return what a plan says of the longest video, where the tiling shows any."""
+    long = Clip(640, 480, 1_000_000, 30.0)
+    frames = None if views.tiling is None else views.tiling.sample(long)
+    if frames is None:
+        return []
+    rows = len(views.of(Shown(long.width, long.height, 1, len(frames))).index_RK)
+    most = f"a video of {len(frames)} frames takes {rows:,} tokens"
+    if rows < length:
+        return [most]
+    return [f"{most} and a sample is cut at {length:,}: nothing is learned from one so long"]
 
 
 def _gallery(

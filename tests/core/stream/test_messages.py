@@ -25,6 +25,7 @@ from llavakit import (
     Sample,
     Token,
     Turn,
+    Video,
     read_asked,
     read_messages,
 )
@@ -313,3 +314,22 @@ def test_an_answer_that_a_newline_ends_was_not_cut(model: LlavaModel) -> None:
         assert model._answer(tokens, ("x",)).finish == "length"
     finally:
         del words.decode
+
+
+def test_what_a_video_names_is_asked_of_who_decides() -> None:
+    """A service that gives `source` alone has it called for videos, too."""
+    named: list[object] = []
+
+    def source(what: Any) -> Any:
+        named.append(what)
+        return b"x"
+
+    part = {"type": "video", "path": "/etc/passwd"}
+    sample = read_messages(
+        [user([part, {"type": "video_url", "video_url": {"url": "u"}}])], source=source
+    )
+    assert named == ["/etc/passwd", "u"]
+    assert sample.images == (Video(b"x"), Video(b"x"))
+    own = read_messages([user([part])], source=source, video=lambda what: Video(f"{what}!"))
+    assert own.images == (Video("/etc/passwd!"),)
+    assert len(named) == 2

@@ -150,3 +150,16 @@ def test_one_view_is_as_before_where_videos_may_be_shown(write_recipe: RecipeWri
     image = np.full((30, 40, 3), 90, np.uint8)
     found = [one.logits("what colour is it ?", [image]) for one in (plain, able)]
     assert torch.equal(*found)
+
+
+def test_a_plan_counts_the_rows_of_a_video(
+    write_recipe: RecipeWriter, llava_run: Command, clips: Path
+) -> None:
+    data = f'steps.finetune.data={{ use = "conversations", path = "{clips}/rows.json" }}'
+    for tiling, rows in (("onevision", 4 * 4 + 1), ("next", 3 * 4), ("single", 4 * (4 + 1))):
+        asked = llava_run(write_recipe(), "--plan", "--set", data,
+                          "--set", f"model.tiling={TILINGS[tiling]}")  # fmt: skip
+        assert asked.code == 0, asked.err
+        frames = 3 if tiling == "next" else 4
+        said = " ".join(asked.out.split())
+        assert f"a video of {frames} frames takes {rows} tokens" in said
