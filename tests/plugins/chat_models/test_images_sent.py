@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import zipfile
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from llavakit_plugins.chat_models.openai import OpenAI
 from llavakit_plugins.chat_models.options import OpenAIOptions
 from llavakit_plugins.generation.requests.image_tokens import image_tokens
 from llavakit_plugins.generation.requests.ledger import Ledger, Request, hash_messages
-from llavakit_plugins.generation.requests.pictures import size_of
+from llavakit_plugins.generation.requests.pictures import hash_image, size_of
 from llavakit_plugins.generation.requests.send import Tally
 from llavakit_plugins.generation.requests.send_all import send_all
 
@@ -84,6 +85,11 @@ def test_a_file_that_services_read_is_sent_as_it_is(service: Service, tmp_path: 
     ask(model(service), files[0].read_bytes())  # bytes are a file, too
     assert images_of(service.asked[-1]) == found[:1]
     assert "detail" not in service.asked[-1]["messages"][0]["content"][0]["image_url"]
+    with zipfile.ZipFile(tmp_path / "all.zip", "w") as archive:  # so is a member of an archive
+        archive.write(files[0], "a.jpg")
+        ask(model(service), zipfile.Path(archive, "a.jpg"))
+        assert images_of(service.asked[-1]) == found[:1]
+        assert hash_image(zipfile.Path(archive, "a.jpg")) == hash_image(files[0])
 
 
 def test_what_services_do_not_read_is_encoded_again(service: Service, tmp_path: Path) -> None:

@@ -640,3 +640,14 @@ def test_shards_and_files_in_one_mix(tmp_path: Path) -> None:
     assert len(ids) == 10
     assert set(ids[8:]) <= {"r0", "r1", "r2", "r3"}
     assert np.asarray(open_image(data[4].images[0], "s")).shape == (10, 12, 3)
+
+
+def test_predict_answers_shards(model: Path, tmp_path: Path, llava_run: Command) -> None:
+    path, out = write_both(tmp_path), tmp_path / "answers.jsonl"
+    short = ("--device", "cpu", "--max-new-tokens", 3)
+    code, _, err = llava_run("predict", model, path, out, *short)
+    assert code == 0, err
+    answers = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [answer["question_id"] for answer in answers] == [sample.id for sample in EXPECTED]
+    assert answers[0]["image"] == [f"{tmp_path}/s-00.tar/0001.png"]
+    assert answers[0]["truth"] == "red ."

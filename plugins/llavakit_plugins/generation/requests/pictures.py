@@ -16,7 +16,7 @@ from pathlib import Path
 from PIL import Image
 
 from llavakit import DataError, open_image
-from llavakit.contracts.data import ImageSource
+from llavakit.contracts.data import ImageFile, ImageSource
 
 _SENT_AS_IS = {"JPEG": "image/jpeg", "PNG": "image/png", "WEBP": "image/webp", "GIF": "image/gif"}
 """What OpenAI's vision guide lists; a GIF that moves is not among it."""
@@ -37,6 +37,8 @@ def hash_image(source: ImageSource) -> str:
             return _hash_file(source, state.st_size, state.st_mtime_ns)
         except OSError as error:
             raise DataError(f"cannot read image {source}: {error.strerror}") from error
+    if isinstance(source, ImageFile):
+        source = source.read_bytes()
     if isinstance(source, bytes):
         return sha256(source).hexdigest()
     if isinstance(source, str):
@@ -85,6 +87,8 @@ def data_url(source: ImageSource, *, edge: int, most_bytes: int) -> str:
 
 
 def _encoded(source: ImageSource, edge: int, most_bytes: int) -> tuple[str, bytes]:
+    if isinstance(source, ImageFile) and not isinstance(source, Path):
+        source = source.read_bytes()
     known = _as_it_is(source, edge, most_bytes)
     if known is not None:
         return known
