@@ -96,7 +96,7 @@ def test_its_options_count(tmp_path: Path, check: Callable[..., Any]) -> None:
 
 def test_samples_that_only_a_tiling_makes_too_long(tmp_path: Path, llava_run: Command) -> None:
     path = write(tmp_path, [[(1200, 1100)], [(100, 90)]])
-    given = ("check-data", path, "--images", tmp_path / "images", "--json")
+    given: tuple[object, ...] = ("check-data", path, "--images", tmp_path / "images", "--json")
     given += ("--visual-tokens", 576, "--max-length", 2048)
     assert json.loads(llava_run(*given).out)["cut"] == 0
     code, out, _ = llava_run(*given, "--tiling", "anyres")
