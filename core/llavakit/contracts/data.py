@@ -60,6 +60,7 @@ class Sample:
     images: tuple[ImageSource, ...] = ()
     kind: str = ""  #: What sort of response it teaches (conversation, detail, reasoning), if known.
     system: str | None = None  #: In place of the template's own system text; "": without any.
+    rejected: str | None = None  #: A worse answer than the last one, where samples are preferences.
 
     def check(self, where: str = "") -> None:
         """Raise DataError for a sample that cannot be learned from.

@@ -151,6 +151,7 @@ def _render(report: Report) -> Iterator[object]:
         ("  with one image", report.image_samples, ""),
         ("  with several images", report.multi_image_samples, ""),
         ("  text only", report.text_samples, ""),
+        *([("  preferences", report.preferences, "")] if report.preferences else []),
         ("turns", report.turns, f"{report.most_turns} at most in one sample"),
         ("images", report.distinct_images, f"{report.images:,} mentions"),
         ("  missing", report.missing_images, ""),

@@ -13,10 +13,11 @@ from typing import Any, TypeVar
 from llavakit import VIDEO, DataError, ImageSource, Sample, Turn, Video, Visuals, read_messages
 from llavakit.contracts.data import Finding
 from llavakit_plugins.datasets.image_files import inside
+from llavakit_plugins.datasets.preferences import KEYS, as_conversation, is_preference
 
 _ROLES = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt"}
 _OF_ROWS = frozenset(
-    ("id", "image", "images", "video", "videos", "conversations", "messages", "system")
+    ("id", "image", "images", "video", "videos", "conversations", "messages", "system", *KEYS)
 )
 _OF_TURNS = frozenset(("from", "value", "role", "content"))
 # Keys are matched whole where training would refuse the row, and in part for a report's remarks:
@@ -67,7 +68,7 @@ class RowReader:
         images = attempt(partial(self._visuals, row, where), "image paths")
         content: object = attempt(
             partial(self._content, row, identity, where)
-            if "messages" in row
+            if "messages" in row or is_preference(row)
             else partial(_conversation, row, where),
             "conversations",
         )
@@ -121,6 +122,9 @@ class RowReader:
 
     def _content(self, row: Row, identity: str, where: str) -> Sample:
         images = self._visuals(row, where)
+        if is_preference(row):
+            plain, rejected = as_conversation(row, where, rows_of)
+            return replace(self._content(plain, identity, where), rejected=rejected)
         if "messages" not in row:
             turns, system = _conversation(row, where)
             if any(VIDEO in turn.text for turn in turns) or row.get("video") or row.get("videos"):

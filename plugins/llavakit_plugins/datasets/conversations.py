@@ -59,7 +59,8 @@ class ConversationsOptions(Options):
 
 
 class Conversations(KeptRows):
-    """LLaVA's training JSON, as it is; rows may also have `messages`, as transformers writes them.
+    """LLaVA's training JSON, as it is; rows may also have `messages`, as transformers writes them,
+    and preferences a `chosen` and a `rejected` answer.
 
     A first turn from `gpt` is dropped, as in the original with every template except v0. A row may
     have several images: then `image` is a list, in the order of the placeholders. The rows stay in
@@ -144,7 +145,9 @@ class Conversations(KeptRows):
             # a plan of a million rows should take a second
             if count == _LOOKED_AT:
                 count = sum(count_rows(options.path, key) for key in _KEYS)
-            text = sum(len(str(row.value.get(key, ""))) for row in rows for key in _KEYS)
+                count = count or count_rows(options.path, "chosen")
+            texts = (*_KEYS, "prompt", "chosen")
+            text = sum(len(str(row.value.get(key, ""))) for row in rows for key in texts)
             return min(count, options.limit or count), round(
                 text / CHARACTERS_A_TOKEN / max(1, len(rows))
             )

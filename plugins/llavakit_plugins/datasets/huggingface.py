@@ -21,9 +21,10 @@ from llavakit_plugins.datasets.conversation_rows import RowReader
 from llavakit_plugins.datasets.expected import CHARACTERS_A_TOKEN, Expected
 from llavakit_plugins.datasets.image_files import check_image
 from llavakit_plugins.datasets.kept_rows import KeptRows
+from llavakit_plugins.datasets.preferences import KEYS
 from llavakit_plugins.datasets.stored_files import find_files, is_elsewhere, is_pattern
 
-COLUMNS = ("id", "image", "images", "video", "videos", "conversations", "messages", "system")
+COLUMNS = ("id", "image", "images", "video", "videos", "conversations", "messages", "system", *KEYS)
 """What is read of a row; other columns are not even loaded."""
 
 _FILES = {".parquet": "parquet", ".arrow": "arrow", ".json": "json", ".jsonl": "json"}
@@ -194,7 +195,7 @@ def _load(options: HuggingFaceOptions, *, images: bool = True) -> Rows:
         splits = ", ".join(map(str, table)) if isinstance(table, Mapping) else type(table).__name__
         raise DataError(f"{where} gives no single split (it has {splits}); state `split`")
     names = [name for name in COLUMNS if name in table.column_names]
-    if not {"conversations", "messages"} & set(names):
+    if not {"conversations", "messages", "chosen"} & set(names):
         raise DataError(
             f"{where} has no column `conversations` or `messages` (it has "
             f"{and_more(table.column_names, 12)}); rename one to that"

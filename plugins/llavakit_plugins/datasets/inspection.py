@@ -27,6 +27,7 @@ from llavakit.contracts.data import (
     ImageSource,
     Inspected,
     Sample,
+    Turn,
     Video,
 )
 from llavakit.contracts.errors import DataError, ModelError
@@ -153,6 +154,7 @@ class _Seen:
         self._waiting: list[tuple[str, str]] = []  # images to look at, and whose they are
         self._tokens, self._supervised = array("q"), array("q")
         self._by_images = [0, 0, 0]  # samples with none, one, several
+        self._preferences = 0  # samples with a rejected answer, too
         self._turns = self._most_turns = self._mentions = self._cut = self._videos = 0
 
     @property
@@ -229,7 +231,22 @@ class _Seen:
             self.find(Finding(f"broken {what}", str(error)))
 
     def measure(self, sample: Sample) -> None:
-        """Count a sample's turns and tokens."""
+        """Count a sample's turns and tokens; of a preference those with either answer."""
+        if sample.rejected is not None:
+            self._preferences += 1
+            worse = (*sample.turns[:-1], Turn("gpt", sample.rejected))
+            with_worse = replace(sample, turns=worse, rejected=None)
+            try:
+                with_worse.check()
+                tokens, supervised = self._lengths.count(with_worse)
+            except DataError as error:
+                self.find(Finding("rejected answers", str(error)))
+                return
+            self._tokens.append(tokens)
+            self._supervised.append(supervised)
+            if tokens > self._lengths.max_length:
+                who = f"sample `{sample.id:.200}` with its rejected answer"
+                self.find(Finding("samples that are cut", f"{who} takes {tokens} tokens", False))
         try:
             tokens, supervised = self._lengths.count(sample)
         except ModelError as error:  # the tiling shows no videos
@@ -281,6 +298,7 @@ class _Seen:
             image_samples=one,
             multi_image_samples=several,
             text_samples=text,
+            preferences=self._preferences,
             turns=self._turns,
             most_turns=self._most_turns,
             images=self._mentions - self._videos,

@@ -50,6 +50,8 @@ class Report(BaseModel):
     """Samples with exactly one image."""
     multi_image_samples: int
     text_samples: int
+    preferences: int
+    """Samples with a rejected answer, too; their tokens are counted with either answer."""
     turns: int
     most_turns: int
     images: int

@@ -17,6 +17,7 @@ def llava_steps() -> Mapping[str, str]:
         "filter": "llavakit_plugins.steps.filter:Filter",
         "finetune": "llavakit_plugins.steps.train:Finetune",
         "generate": "llavakit_plugins.steps.generate:Generate",
+        "prefer": "llavakit_plugins.steps.prefer:Prefer",
         "pretrain": "llavakit_plugins.steps.train:Pretrain",
         "push": "llavakit_plugins.steps.push:Push",
         "scenes": "llavakit_plugins.steps.scenes:Scenes",

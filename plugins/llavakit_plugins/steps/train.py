@@ -27,6 +27,7 @@ from llavakit.contracts.data import IMAGE
 from llavakit.contracts.run import Planner, StepPlan
 from llavakit.contracts.sections import Card, Curves, Gallery, Section
 from llavakit_plugins.reporting.pictures import save_thumbnail
+from llavakit_plugins.training.answers import LastAnswer, both_answers
 from llavakit_plugins.training.features import preparation
 from llavakit_plugins.training.initial import missing_model, own_row, sketch_start, start_unread
 from llavakit_plugins.training.loop import Trainer
@@ -42,7 +43,9 @@ _SHOWN = 6  # looks of the validation in the gallery
 _SUPERVISED = 0.5  # rough share of a sample's text that is supervised, for plans only
 
 
-class _Train(Step):
+class TrainStep(Step):
+    """Trains the model of the newest earlier step, or of `init`, by an objective."""
+
     Options = TrainOptions
     needs_model = True
     together = True
@@ -66,16 +69,24 @@ class _Train(Step):
             tiling = own_row(model, run.build(options.tiling))
             model.tiling = tiling if tiling.varies else None
         template = run.build(options.template) if options.template else model.template
+        objective = run.build(options.objective)
+        data, held, as_read, together = options.data, options.held_out, template, 1
+        if objective.compares:
+            data, held = both_answers(data), None if held is None else both_answers(held)
+            as_read, together = LastAnswer(template), 2
         corpus, notes = corpus_of(
-            run, options.data, model, template, options.max_length, unlearned=options.unlearned
-        )
+            run, data, model, as_read, options.max_length, unlearned=options.unlearned,
+            together=together,
+        )  # fmt: skip
         if corpus.skipped:
             notes.append(f"Nothing is learned from {corpus.name_skipped()}: they are left out.")
         for note in notes:
             run.event("note", text=note)
         held_out = None
-        if options.held_out is not None:
-            held_out, _ = corpus_of(run, options.held_out, model, template, options.max_length)
+        if held is not None:
+            held_out, _ = corpus_of(
+                run, held, model, as_read, options.max_length, together=together
+            )
         run.event("corpus", samples=len(corpus), tokens=corpus.tokens, cut=corpus.cut)
         with _explain_memory(_less_memory(options)):
             trainer = Trainer(model, corpus, options, run, held_out, template, unread)
@@ -88,6 +99,8 @@ class _Train(Step):
             "loss": _tail_mean([loss for _, loss in progress.losses]),
             "steps": float(progress.step),
         }
+        for name, told in progress.figures.items():
+            metrics[name.replace("/", "_")] = _tail_mean([value for _, value in told])
         if corpus.skipped:
             metrics["left_out"] = float(len(corpus.skipped))
         if progress.looks:
@@ -103,7 +116,7 @@ class _Train(Step):
         curve = Curves(
             title="Training loss",
             x="step",
-            y="loss a token",
+            y="loss a pair" if objective.compares else "loss a token",
             series={self.name: [(float(at), loss) for at, loss in progress.losses]},
             caption=f"{progress.samples:,} samples, {progress.tokens:,} tokens, of which "
             f"{progress.targets:,} supervised. {' '.join(notes)}".rstrip(),
@@ -111,6 +124,9 @@ class _Train(Step):
         sections: list[Section] = [curve]
         if options.validate_every:
             curve.series["held out"] = [(float(at), loss) for at, loss, _ in progress.looks]
+        for name, told in progress.figures.items():
+            points = {self.name: [(float(at), value) for at, value in told]}
+            sections.append(Curves(title=name.capitalize(), x="step", y=name, series=points))
         if trainer.questioned:
             sections.append(_gallery(trainer.questioned, progress.looks, run.directory))
         return Outcome(metrics, sections)
@@ -163,6 +179,7 @@ class _Train(Step):
             return StepPlan(trained=trained, **need, note="; ".join(notes))
         samples, text = expected
         length = min(visual + text, options.max_length)
+        answers = 2 if planner.build(options.objective).compares else 1
         steps = -(-samples // options.batch_size) * options.epochs
         seen = samples * options.epochs
         if options.max_steps is not None and options.max_steps < steps:
@@ -178,9 +195,9 @@ class _Train(Step):
         sample = work.of(views.of().views, visual, [length], text * _SUPERVISED)
         return StepPlan(
             samples=seen,
-            tokens=seen * length,
+            tokens=seen * answers * length,
             steps=steps,
-            tflop=seen * sample / 1e12,
+            tflop=seen * answers * sample / 1e12,
             trained=trained,
             **need,
             note="; ".join(notes),
@@ -241,13 +258,13 @@ def _tail_mean(losses: list[float]) -> float:
     return sum(tail) / len(tail)
 
 
-class Pretrain(_Train):
+class Pretrain(TrainStep):
     """Stage 1, feature alignment: as a rule only the connector learns."""
 
     name = "pretrain"
 
 
-class Finetune(_Train):
+class Finetune(TrainStep):
     """Stage 2, instruction tuning: as a rule the connector and the language model learn."""
 
     name = "finetune"

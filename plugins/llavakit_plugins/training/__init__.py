@@ -15,6 +15,14 @@ def llava_optimisers() -> Mapping[str, str]:
 
 
 @hookimpl
+def llava_objectives() -> Mapping[str, str]:
+    return {
+        "dpo": "llavakit_plugins.training.objectives:Dpo",
+        "next-token": "llavakit_plugins.training.objectives:NextToken",
+    }
+
+
+@hookimpl
 def llava_schedules() -> Mapping[str, str]:
     return {
         "constant": "llavakit_plugins.training.schedules:Constant",

@@ -48,7 +48,8 @@ class Corpus:
     Each row of the data set is parsed once for all of it. A token takes two bytes and a bit (four
     bytes and a bit for large vocabularies). Samples are cut at `max_length` tokens, or at the
     language model's own limit if that is shorter. `columns` are what was read before of the same
-    data; then `data` is only asked for images that are no paths.
+    data; then `data` is only asked for images that are no paths. So many samples as `together`
+    says, one behind the other in the data set, are in one micro-batch, or are left out.
 
     Raises DataError, before training starts, for a data set without samples, and for samples
     without a supervised token unless `unlearned` is "skip"; the error names the first of them.
@@ -63,8 +64,9 @@ class Corpus:
         progress: Callable[[int, int], None] = lambda done, total: None,
         unlearned: Literal["refuse", "skip"] = "refuse",
         columns: Columns | None = None,
+        together: int = 1,
     ) -> None:
-        self.data = data
+        self.data, self.together = data, together
         self.views, self.visual_tokens = model.views, model.visual_tokens
         self.max_length = min(max_length, model.language.max_length)
         if columns is None:
@@ -88,7 +90,8 @@ class Corpus:
         self.samples: range | Column = range(len(self.lengths))
         """Indices into `data` of the samples that are trained on."""
         if self.skipped:
-            self.samples = np.flatnonzero(self.supervised_counts).astype(np.int32)
+            teaches = (self.supervised_counts > 0).reshape(-1, together).all(axis=1)
+            self.samples = np.flatnonzero(teaches.repeat(together)).astype(np.int32)
             if unlearned == "refuse" or not len(self.samples):
                 raise DataError(
                     f"nothing is learned from {self.name_skipped()}: their answers are empty or "
@@ -158,29 +161,37 @@ class Corpus:
 
         Packing is best-fit, within one step: the samples of a step stay those of the step.
         """
-        bins = best_fit(self.lengths_of(samples), capacity)
-        return Batch(tuple(tuple(int(samples[index]) for index in items) for items in bins))
+        groups = self.groups(samples)
+        bins = best_fit([sum(self.lengths_of(group)) for group in groups], capacity)
+        return Batch(tuple(tuple(s for index in items for s in groups[index]) for items in bins))
+
+    def groups(self, samples: Sequence[int]) -> list[tuple[int, ...]]:
+        """Return samples in the groups that stay together, which they make up in order."""
+        step = self.together
+        return [tuple(map(int, samples[at : at + step])) for at in range(0, len(samples), step)]
 
     def epoch(
         self, seed: int, epoch: int, batch_size: int, capacity: int, done: int = 0
     ) -> Iterator[Batch]:
-        """Yield the steps of one epoch after the first `done`.
+        """Yield the steps of one epoch after the first `done`; a step has `batch_size` groups.
 
         `seed` and `epoch` alone decide the order of samples. It is computed anew from them, so a
         resume within an epoch needs no stored state.
         """
-        order = np.random.default_rng([seed, epoch]).permutation(len(self))
+        order = np.random.default_rng([seed, epoch]).permutation(len(self) // self.together)
         # four bytes a sample: this is the only thing that each process keeps of all samples
         order = order.astype(np.int32)
         for begin in range(done * batch_size, len(order), batch_size):
             chosen = order[begin : begin + batch_size]
+            if self.together > 1:
+                chosen = (chosen[:, None] * self.together + np.arange(self.together)).ravel()
             if not isinstance(self.samples, range):
                 chosen = self.samples[chosen]
             yield self.batch(chosen.tolist(), capacity)
 
     def steps(self, batch_size: int) -> int:
         """Return the number of optimisation steps of one epoch; the last one may be smaller."""
-        return -(-len(self) // batch_size)
+        return -(-(len(self) // self.together) // batch_size)
 
 
 def reading(data: Dataset, model: LlavaModel, template: PromptTemplate, max_length: int) -> Reading:

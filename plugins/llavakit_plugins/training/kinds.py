@@ -1,4 +1,6 @@
-"""The kinds of component that training adds: optimisers, and schedules of the learning rate.
+"""The kinds of component that training adds: objectives, optimisers, and schedules of the rate.
+
+M supervised rows of a micro-batch, S samples in it, E width of the language model.
 
 They are declared as any package may declare kinds of its own: by entry points of the group
 `llavakit.kinds`. Nothing here imports torch, so that recipes are checked without it.
@@ -16,6 +18,8 @@ from llavakit import Component
 if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.optim import Optimizer
+
+    from llavakit import LanguageModel
 
 
 class Schedule(Component):
@@ -72,3 +76,39 @@ class Stateful:
     def restore(self, parameter: nn.Parameter, tensors: Mapping[str, Tensor]) -> None:
         """Take what `saved` returned, perhaps of another number of devices."""
         raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """What a model makes of the supervised rows of a micro-batch."""
+
+    language: LanguageModel  #: `logits(hidden_ME)`, `loss(hidden_ME, targets_M)`.
+    hidden_ME: Tensor  #: Final hidden states of the rows before the supervised tokens.
+    targets_M: Tensor  #: Those tokens, int64.
+    counts: tuple[int, ...]  #: How many of the rows lie in each sample, in order; on the host.
+    reference_S: Tensor | None = None
+    """Of each sample, the log-probability that the model gave its supervised tokens together
+    before training, float32; where the objective `refers` to it."""
+
+
+class Objective(Component):
+    """What training makes small. Built as `Objective(options)`."""
+
+    hook = "llava_objectives"
+    compares: ClassVar[bool] = False
+    """Whether it compares two answers: samples 2n and 2n + 1 of a micro-batch are then the chosen
+    and the rejected one, in which the last answer alone is supervised."""
+    refers: ClassVar[bool] = False  #: Whether it looks at what the model was before training.
+    figures: ClassVar[Sequence[str]] = ()  #: Names of what it reports beside the loss.
+
+    @abstractmethod
+    def loss(self, predicted: Predicted) -> tuple[Tensor, Sequence[Tensor]]:
+        """Return the loss, float32 `[]`, and one value `[]` without gradient for each of `figures`.
+
+        All are sums over a micro-batch; training adds them up over a step, on all devices, and
+        divides by `weight`.
+        """
+
+    def weight(self, samples: int, supervised: int) -> int:
+        """Return what sums over so many samples, with so many supervised rows, are divided by."""
+        return supervised

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from functools import partial
 from itertools import islice, tee
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ from llavakit_plugins.training.corpus import Batch, Corpus
 from llavakit_plugins.training.feature_cache import Kept
 from llavakit_plugins.training.features import Cached, features_of
 from llavakit_plugins.training.initial import start_with
+from llavakit_plugins.training.measure import Measure, entry_of
 from llavakit_plugins.training.optimiser import Rates, Updates
 from llavakit_plugins.training.options import TrainOptions
 from llavakit_plugins.training.parallel import (
@@ -45,30 +46,11 @@ from llavakit_plugins.training.parallel import (
 from llavakit_plugins.training.parts import Parts
 from llavakit_plugins.training.progress import Meter, Progress
 from llavakit_plugins.training.sharded_checkpoints import ShardedCheckpoints, read_shares
+from llavakit_plugins.training.taken import Due, Taken
 from llavakit_plugins.training.validation import Look, Validation, tell
 from llavakit_plugins.training.watch import Watch
 
 _NAMED = 5
-
-
-class _Taken(NamedTuple):
-    """A finished step whose loss and norm have not been read from the device yet."""
-
-    step: int
-    batch: Batch
-    values: Tensor
-    """Mean loss of a supervised row, and gradient norm, `[2]`."""
-
-
-class _Due(NamedTuple):
-    """A step to be taken."""
-
-    epoch: int
-    number: int
-    """Number of the step within the epoch, from 1."""
-    batch: Batch
-    micros: list[Micro]
-    """The micro-batches of this device."""
 
 
 class Trainer:
@@ -98,8 +80,10 @@ class Trainer:
             how: dict[str, Any] = {"half": half, "encoder": self.encoder, "unread": unread}
             shard(model, self.process_group, run.device, parts, **how)
         self.parts = Parts(model, options, remember=not self.sharded)
+        entry = entry_of(model, sharded=self.sharded)
         if self.sharded:
             begin_sharded(model)
+        self.measure = Measure(model, entry, run.build(options.objective), corpus)
         per_epoch = corpus.steps(options.batch_size)
         whole = per_epoch * options.epochs
         self.steps = min(whole, options.max_steps or whole)
@@ -115,18 +99,21 @@ class Trainer:
             self.shards = ShardedCheckpoints(self.checkpoints, self.process_group)
         self.best = Best(run.directory / "checkpoints")
         self.progress = Progress()
-        self._unread: list[_Taken] = []
+        self._unread: list[Taken] = []
         self.watch = Watch(self.process_group, options.timeout)
         self.features = features_of(corpus, model, options, run)
-        self.meter = Meter(
-            self.progress, model, options, cached=isinstance(self.features, Cached | Kept)
-        )
+        self._references = [(self.measure, self.features, "reference")]
+        cached = isinstance(self.features, Cached | Kept)
+        self.meter = Meter(self.progress, model, options, cached=cached)
         self.validation: Validation | None = None
         if held_out is not None:
+            found = features_of(held_out, model, options, run)
+            held_out_measure = Measure(model, entry, self.measure.objective, held_out)
+            self._references.append((held_out_measure, found, "held-out-reference"))
             self.validation = Validation(
                 model,
                 held_out,
-                features_of(held_out, model, options, run),
+                found,
                 template or model.template,
                 capacity=options.micro_batch_tokens,
                 alive=lambda: self.watch.beat(self.progress.step),
@@ -134,6 +121,7 @@ class Trainer:
                 answering=partial(answering, model, self.process_group)
                 if self.sharded
                 else nullcontext,
+                measure=held_out_measure,
             )
         self.questioned: Sequence[Sample] = self.validation.samples if self.validation else ()
         """Held-out samples whose first question is answered at each validation."""
@@ -154,6 +142,7 @@ class Trainer:
         return self.progress
 
     def _train(self) -> None:
+        self._refer()  # before weights of a checkpoint are read
         if self.run.resume:
             self._restore()
         if self.options.validate_every and not self.progress.looks:
@@ -184,6 +173,7 @@ class Trainer:
                         lrs=dict(zip(self.options.train, self.optimiser.rates, strict=True)),
                         grad_norm=round(norm, 6),
                         epoch=progress.epoch,
+                        **{name: round(told[-1][1], 6) for name, told in progress.figures.items()},
                         **meter.rates(progress),
                     )
                 self.run.progress(progress.step, self.steps, note)
@@ -205,7 +195,7 @@ class Trainer:
             if self.shards is not None:
                 self.shards.finish()
 
-    def _due(self) -> Iterator[_Due]:
+    def _due(self) -> Iterator[Due]:
         """Yield the remaining steps in the order that the seed decides.
 
         Image readers run ahead of training, so it keeps counters of its own, apart from `progress`.
@@ -219,18 +209,18 @@ class Trainer:
             for batch in islice(batches, self.steps - done):
                 before += 1
                 done += 1
-                yield _Due(epoch, before, batch, self._micros(batch))
+                yield Due(epoch, before, batch, self._micros(batch))
             epoch, before = epoch + 1, 0
 
-    def _step(self, due: _Due, found: Iterator[tuple[PackedBatch, Tensor | None]]) -> float:
+    def _step(self, due: Due, found: Iterator[tuple[PackedBatch, Tensor | None]]) -> float:
         """Run one optimisation step on the next micro-batches of `found`; return its learning rate.
 
         Nothing here waits for the device: `_read` reads loss and norm later.
         """
         self._reseed()
         batch = due.batch
-        targets = self.corpus.supervised_of(batch.all_samples)
-        total = torch.zeros((), device=self.model.device)
+        weight = self.measure.weight(batch.all_samples)
+        sums = torch.zeros(1 + len(self.measure.objective.figures), device=self.model.device)
         # Nested autocast regions share the cache of rounded weights until the outermost one ends:
         # so weights are cast to bfloat16 once per step and not once per micro-batch.
         with self._autocast(enabled=False):
@@ -241,22 +231,25 @@ class Trainer:
                 if features is None and self.sharded:
                     features = no_images(self.model, encoder=self.encoder)
                 with self._autocast():
-                    loss = self.model.loss(packed, features) / targets * float(micro.counts)
+                    loss, figures = self.measure(packed, features)
+                    loss = loss / weight * float(micro.counts)
                 loss.backward()
-                total += loss.detach()
+                sums[0] += loss.detach()
+                sums[1:] += figures / weight * float(micro.counts)
                 if micro.counts:
                     self.meter.add(packed, 0 if features is None else len(features))
-        self.process_group.sum(total)
+        self.process_group.sum(sums)
         sum_gradients(self.optimiser.named.values(), self.process_group)
         if self.process_group.size > 1:
             drop_zeros(self.model, any(map(self.corpus.images.uses, batch.all_samples)))
-        norm, rate = self.optimiser.step(self.progress.step, total)
+        norm, rate = self.optimiser.step(self.progress.step, sums[0])
         self.progress.step += 1
         self.progress.epoch, self.progress.batch = due.epoch, due.number
         self.progress.samples += len(batch.all_samples)
         self.progress.tokens += sum(self.corpus.lengths_of(batch.all_samples))
-        self.progress.targets += targets
-        self._unread.append(_Taken(self.progress.step, batch, torch.stack((total, norm))))
+        self.progress.targets += self.corpus.supervised_of(batch.all_samples)
+        values = torch.cat((sums[:1], norm[None], sums[1:]))
+        self._unread.append(Taken(self.progress.step, batch, values))
         return rate
 
     def _reseed(self) -> None:
@@ -274,7 +267,7 @@ class Trainer:
         the optimiser has not changed any weight.
         """
         values = torch.stack([taken.values for taken in self._unread]).tolist()
-        for taken, (loss, norm) in zip(self._unread, values, strict=True):
+        for taken, (loss, norm, *told) in zip(self._unread, values, strict=True):
             if not math.isfinite(loss):
                 what = f"the loss of step {taken.step} is {loss}"
                 raise TrainingError(self._blame(taken.batch, what))
@@ -282,6 +275,8 @@ class Trainer:
                 what = f"the gradient of step {taken.step} is not finite"
                 raise TrainingError(self._blame(taken.batch, what))
             self.progress.losses.append((taken.step, loss))
+            for name, value in zip(self.measure.objective.figures, told, strict=True):
+                self.progress.figures.setdefault(name, []).append((taken.step, value))
         self._unread.clear()
         return loss, norm
 
@@ -296,8 +291,8 @@ class Trainer:
         """Name the samples of a step with a loss that is not finite; weights are as before it."""
         bad = []
         with torch.no_grad(), self._autocast():
-            for packed, features in self.features.load([(s,) for s in batch.all_samples]):
-                if not torch.isfinite(self.model.loss(packed, features)):
+            for packed, features in self.features.load(self.corpus.groups(batch.all_samples)):
+                if not torch.isfinite(self.measure(packed, features)[0]):
                     bad.append(packed.samples[0])
         named = bad or batch.all_samples
         names = and_more(named, _NAMED, lambda sample: f"`{self.corpus.name(sample)}`")
@@ -305,6 +300,17 @@ class Trainer:
             f"{what}; samples: {names}. Lower the learning rate, or look at these samples; "
             "--resume goes on from the last checkpoint"
         )
+
+    def _refer(self) -> None:
+        """Let the objective know what the model was before training, where it asks for that."""
+        empty = partial(no_images, self.model, encoder=self.encoder) if self.sharded else None
+        with self._undisturbed():
+            for measure, features, name in self._references:
+                measure.refer(
+                    self.run, features, self.run.directory / f"{name}.safetensors",
+                    capacity=self.options.micro_batch_tokens, empty=empty,
+                    alive=lambda: self.watch.beat(self.progress.step),
+                )  # fmt: skip
 
     def _look(self) -> None:
         """Validate, and save the trained weights if their held-out loss is the lowest so far."""
@@ -390,7 +396,7 @@ class Trainer:
     def _gather(self) -> None:
         """Make the main process's model the whole trained one, its weights mapped from a file."""
         made = start_with(self.run, self.options, self._trained())
-        del self.model, self.parts, self.features, self.optimiser
+        del self.model, self.parts, self.features, self.optimiser, self.measure, self._references
         self.validation = None
         if made is not None:
             self.model = made

@@ -11,7 +11,7 @@ from pydantic import Field, field_validator, model_validator
 from llavakit import Dataset, Options, PromptTemplate, Tiling, Use
 from llavakit_plugins.training.adamw import Beta
 from llavakit_plugins.training.initial import StartOptions
-from llavakit_plugins.training.kinds import Optimiser, Schedule
+from llavakit_plugins.training.kinds import Objective, Optimiser, Schedule
 
 Part = Literal["vision", "connector", "language"]
 
@@ -63,6 +63,8 @@ class TrainOptions(StartOptions):
     """How the rate goes behind that: `"cosine"`, or `{ use = "wsd", decay = 0.2 }`."""
     optimiser: Use[Optimiser] = Use[Optimiser](use="adamw")
     """What updates the weights: `"adamw"`, or `{ use = "muon", momentum = 0.9 }`."""
+    objective: Use[Objective] = Use[Objective](use="next-token")
+    """What is made small: the loss of the next token, or a plugin's."""
     weight_decay: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     betas: tuple[Beta, Beta] | None = None
     """`betas` of the optimiser, stated here."""
@@ -105,7 +107,7 @@ class TrainOptions(StartOptions):
         if not isinstance(stated, dict):
             return stated
         found = dict(stated)
-        for key in ("schedule", "optimiser"):
+        for key in ("schedule", "optimiser", "objective"):
             if isinstance(found.get(key), str):
                 found[key] = {"use": found[key]}
         optimiser = found.get("optimiser", {"use": "adamw"})

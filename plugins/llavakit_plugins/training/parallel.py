@@ -34,13 +34,14 @@ def own_micros(
     corpus: Corpus, samples: Sequence[int], capacity: int, process_group: ProcessGroup
 ) -> list[Micro]:
     """Return this device's micro-batches of a step; the number is the same on every device."""
-    lengths = corpus.lengths_of(samples)
+    groups = corpus.groups(samples)
+    lengths = [sum(corpus.lengths_of(group)) for group in groups]
     shares = [
-        corpus.batch([samples[index] for index in share], capacity).samples
+        corpus.batch([sample for index in share for sample in groups[index]], capacity).samples
         for share in deal(lengths, process_group.size)
     ]
     own = [Micro(micro, counts=True) for micro in shares[process_group.rank]]
-    spare = Micro((samples[0],), counts=False)
+    spare = Micro(groups[0], counts=False)
     return own + [spare] * (max(map(len, shares)) - len(own))
 
 

@@ -30,6 +30,8 @@ class Progress:
     losses: list[tuple[int, float]] = field(default_factory=list)
     looks: list[tuple[int, float, Sequence[str]]] = field(default_factory=list)
     """Validations so far: step, held-out loss, answers."""
+    figures: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
+    """What the objective reported of each step beside its loss, by name."""
 
     @property
     def best(self) -> Look | None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from dataclasses import replace
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from llavakit import LanguageModel
 from llavakit.testing import Contract, hold, holding
-from llavakit_plugins.training.kinds import Group, Optimiser, Schedule
+from llavakit_plugins.training.kinds import Group, Objective, Optimiser, Predicted, Schedule
 from llavakit_plugins.training.optimiser import Updates
 
 
@@ -133,3 +136,95 @@ class OptimiserContract(Contract[Optimiser]):
                 f"`{name}` is bit for bit what an unbroken run gives", "it differs",
                 "keep all of its state in `state`, or say it in `saved`",
             )  # fmt: skip
+
+
+class _Language(nn.Module):
+    """What an objective may ask of a language model, in small."""
+
+    def __init__(self, width: int, vocabulary: int) -> None:
+        super().__init__()
+        self.head = nn.Linear(width, vocabulary, bias=False)
+
+    def logits(self, hidden_ME: Tensor) -> Tensor:
+        found: Tensor = self.head(hidden_ME)
+        return found
+
+    def loss(self, hidden_ME: Tensor, targets_M: Tensor) -> Tensor:
+        return F.cross_entropy(self.logits(hidden_ME), targets_M, reduction="sum")
+
+
+class ObjectiveContract(Contract[Objective]):
+    """Checks an `Objective`: a sum over samples, whose gradient leads to less of it."""
+
+    kind = Objective
+    counts: ClassVar[Sequence[int]] = (3, 2, 4, 3, 5, 1)
+    """Supervised rows of each sample to try it with; an even number of samples."""
+
+    def predicted(self, samples: slice = slice(None)) -> Predicted:
+        """Return what a model makes of some of the samples, always the same."""
+        draw = torch.Generator().manual_seed(0)
+        language = _Language(8, 11)
+        language.head.weight.data = torch.randn(11, 8, generator=draw)
+        hidden = torch.randn(sum(self.counts), 8, generator=draw).split(list(self.counts))
+        targets = torch.randint(11, (sum(self.counts),), generator=draw).split(list(self.counts))
+        reference = torch.randn(len(self.counts), generator=draw) - 9
+        return Predicted(
+            cast("LanguageModel", language),
+            torch.cat(hidden[samples]).requires_grad_(),
+            torch.cat(targets[samples]),
+            tuple(self.counts[samples]),
+            reference[samples] if self.build().refers else None,
+        )
+
+    def test_it_gives_a_loss_and_its_figures(self) -> None:
+        objective = self.build()
+        loss, figures = objective.loss(self.predicted())
+        hold(
+            loss.shape == () and loss.dtype == torch.float32 and torch.isfinite(loss),
+            "the loss is one finite number in float32", f"{loss.dtype} {list(loss.shape)}",
+            "return a sum over all rows, and add up in float32",
+        )  # fmt: skip
+        hold(loss.requires_grad, "the loss has a gradient", "it has none", "do not detach it")
+        hold(
+            len(figures) == len(objective.figures) and not any(f.requires_grad for f in figures),
+            f"one value without gradient for each of {list(objective.figures)}",
+            [tuple(figure.shape) for figure in figures],
+            "name them in `figures`, and return the detached sums in that order",
+        )  # fmt: skip
+        hold(
+            objective.weight(4, 100) > 0, "`weight` is above 0", objective.weight(4, 100),
+            "return the number of supervised rows, of samples or of pairs",
+        )  # fmt: skip
+
+    def test_micro_batches_add_up(self) -> None:
+        objective = self.build()
+        whole, figures = objective.loss(self.predicted())
+        parts = [objective.loss(self.predicted(slice(at, at + 2)))
+                 for at in range(0, len(self.counts), 2)]  # fmt: skip
+        summed = [sum(float(part.detach()) for part, _ in parts)]
+        summed += [sum(float(own[n]) for _, own in parts) for n in range(len(figures))]
+        for name, one, other in zip(
+            ("loss", *objective.figures), [whole, *figures], summed, strict=True
+        ):
+            hold(
+                abs(float(one.detach()) - other) <= 1e-4 * max(1, abs(other)),
+                f"`{name}` of a micro-batch is the sum over its samples, however they are cut up",
+                f"{float(one.detach()):.6g}, in parts {other:.6g}",
+                "return sums: training divides them by `weight`",
+            )  # fmt: skip
+
+    def test_its_gradient_leads_to_less_of_it(self) -> None:
+        predicted = self.predicted()
+        loss, _ = self.build().loss(predicted)
+        loss.backward()
+        gradient = predicted.hidden_ME.grad
+        hold(
+            gradient is not None and gradient.abs().max() > 0,
+            "the hidden states have a gradient", "they have none", "compute it from `hidden_ME`",
+        )  # fmt: skip
+        assert gradient is not None
+        step = 1e-3 / float(gradient.norm())
+        with torch.no_grad():
+            moved = replace(predicted, hidden_ME=predicted.hidden_ME - step * gradient)
+            less, _ = self.build().loss(moved)
+        hold(less < loss, "a step against it lowers the loss", f"{loss} to {less}", "fix its sign")

@@ -58,6 +58,7 @@ def corpus_of(
     *,
     unlearned: Literal["refuse", "skip"] = "refuse",
     note: str = "tokenising",
+    together: int = 1,
 ) -> tuple[Corpus, list[str]]:
     """Return a data set as training reads it, and what a reader of the run should know of it.
 
@@ -90,7 +91,9 @@ def corpus_of(
     assert columns is not None
     # most data is never asked again: then it need not stay in memory, nor be built
     later = Later(lambda: run.build(use)) if (columns.facts["paths"] or data is None) else data
-    corpus = Corpus(later, model, template, max_length, unlearned=unlearned, columns=columns)
+    corpus = Corpus(
+        later, model, template, max_length, unlearned=unlearned, columns=columns, together=together
+    )
     return corpus, list(columns.facts["notes"])
 
 

@@ -14,6 +14,7 @@ from llavakit.contracts.data import IMAGE
 from llavakit.contracts.model import Sampling
 from llavakit_plugins.training.corpus import Corpus
 from llavakit_plugins.training.features import Features
+from llavakit_plugins.training.measure import Measure
 
 _NEW_TOKENS = 64  # of an answer: enough for a reader to see whether the model makes sense
 
@@ -67,17 +68,21 @@ class Validation:
         samples: int,
         alive: Callable[[], None] = lambda: None,
         answering: Callable[[], AbstractContextManager[object]] = nullcontext,
+        measure: Measure | None = None,
     ) -> None:
         self._model, self._corpus, self._features = model, corpus, features
         self._template, self._capacity = template, capacity
-        self._answering, self._alive = answering, alive
-        count = min(samples, len(corpus))
-        indices = (int(corpus.samples[number * len(corpus) // count]) for number in range(count))
+        self._answering, self._alive, self._measure = answering, alive, measure
+        groups, step = len(corpus) // corpus.together, corpus.together
+        count = min(samples, groups)
+        indices = (int(corpus.samples[n * groups // count * step]) for n in range(count))
         self.samples: list[Sample] = [corpus.data[index] for index in indices]
 
     def look(self, step: int) -> Look:
         """Return loss and answers at `step`. The model must be in evaluation mode."""
-        loss = held_out_loss(self._model, self._corpus, self._capacity, self._features, self._alive)
+        loss = held_out_loss(
+            self._model, self._corpus, self._capacity, self._features, self._alive, self._measure
+        )
         self._alive()
         return Look(step, loss, self._ask())
 
@@ -101,8 +106,10 @@ def held_out_loss(
     capacity: int,
     features: Features,
     alive: Callable[[], None] = lambda: None,
+    measure: Measure | None = None,
 ) -> float:
-    """Return the mean loss of a supervised token over a corpus, in nats, without gradients.
+    """Return the mean loss over a corpus without gradients: of a supervised token, in nats, or of
+    what `measure` measures.
 
     `alive` is called for each micro-batch.
     """
@@ -111,6 +118,6 @@ def held_out_loss(
     micros: Sequence[Sequence[int]] = corpus.batch(list(corpus.samples), capacity).samples
     for packed, found in features.load(micros):
         alive()
-        total += model.loss(packed, found)
-        targets += len(packed.targets_M)
+        total += model.loss(packed, found) if measure is None else measure(packed, found)[0]
+        targets += measure.weight(packed.samples) if measure else len(packed.targets_M)
     return float(total) / targets

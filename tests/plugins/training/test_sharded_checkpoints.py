@@ -51,10 +51,10 @@ def with_faults(arguments: list[str]) -> int:
     return main(arguments)
 
 
-def as_if_killed(run: Path, folder: Path, step: int) -> Path:
-    """Return a copy of a run as it was after the checkpoint of a step."""
+def as_if_killed(run: Path, folder: Path, step: int, of: str = "finetune") -> Path:
+    """Return a copy of a run as it was after the checkpoint of a step of a part of the recipe."""
     shutil.copytree(run, folder, symlinks=True)
-    (made,) = folder.glob("0?-finetune")
+    (made,) = folder.glob(f"0?-{of}")
     for name in ("artifact.json", "model"):
         path = made / name
         shutil.rmtree(path) if path.is_dir() else path.unlink()
