@@ -42,8 +42,7 @@ KINDS |= {kind: (point.name, "of a plugin's") for kind, point in OWN.items() if 
 
 
 def _specify(kind: str, what: str) -> Callable[[], None]:
-    def hook() -> None:
-        pass
+    def hook() -> None: ...
 
     hook.__doc__ = f"Return components of the kind {kind}: {what}."
     return pluggy.HookspecMarker(PROJECT)(hook)

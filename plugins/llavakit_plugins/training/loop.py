@@ -304,13 +304,10 @@ class Trainer:
     def _refer(self) -> None:
         """Let the objective know what the model was before training, where it asks for that."""
         empty = partial(no_images, self.model, encoder=self.encoder) if self.sharded else None
+        alive, capacity = partial(self.watch.beat, 0), self.options.micro_batch_tokens
         with self._undisturbed():
             for measure, features, name in self._references:
-                measure.refer(
-                    self.run, features, self.run.directory / f"{name}.safetensors",
-                    capacity=self.options.micro_batch_tokens, empty=empty,
-                    alive=lambda: self.watch.beat(self.progress.step),
-                )  # fmt: skip
+                measure.refer(self.run, features, name, capacity, empty, alive)
 
     def _look(self) -> None:
         """Validate, and save the trained weights if their held-out loss is the lowest so far."""

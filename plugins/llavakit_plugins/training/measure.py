@@ -86,21 +86,22 @@ class Measure:
         self,
         run: Run,
         features: Features,
-        file: Path,
-        *,
+        name: str,
         capacity: int,
         empty: Callable[[], Tensor] | None,
-        alive: Callable[[], None],
+        alive: Callable[[], object],
     ) -> None:
         """Keep the model's log-probabilities of all samples, before it learns anything.
 
-        They are read from `file` where an earlier attempt kept them, all or some. All processes
-        must call it, with the model in evaluation mode and without gradients. `empty` gives the
-        features of a micro-batch without images, where weights are divided. Raises Stopped.
+        They are kept in the step's folder under a `name`, and read from there where an earlier
+        attempt kept them, all or some. All processes must call it, with the model in evaluation
+        mode and without gradients. `empty` gives the features of a micro-batch without images,
+        where weights are divided. Raises Stopped.
         """
         if not self.objective.refers:
             return
         corpus, group = self._corpus, run.process_group
+        file = run.directory / f"{name}.safetensors"
         total = len(corpus.samples)
         key = sha256(corpus.lengths.tobytes() + corpus.supervised_counts.tobytes()).hexdigest()
         done, values_N = group.broadcast(_kept(file, key) if group.is_main else (0, torch.zeros(0)))
@@ -132,7 +133,7 @@ class Measure:
         features: Features,
         capacity: int,
         empty: Callable[[], Tensor] | None,
-        alive: Callable[[], None],
+        alive: Callable[[], object],
     ) -> Tensor:
         """Return the log-probabilities of some samples, of which each process does a share."""
         place = {sample: at for at, sample in enumerate(block)}
