@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib.metadata import entry_points
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -138,16 +137,17 @@ def _decode(q_THK: Tensor, packing: Packing, layer: int, scoring: Scoring) -> Te
     keys, values = store.keys[layer], store.values[layer]
     assert keys is not None
     assert values is not None
-    longest = max(held + new for held, new in zip(store.lengths, packing.lengths, strict=True))
-    columns = torch.arange(longest, device=q_THK.device)
+    totals = [held + new for held, new in zip(store.lengths, packing.lengths, strict=True)]
+    columns = torch.arange(max(totals), device=q_THK.device)
     if packing.starts[-1] == len(store.lengths):  # one row a sequence: all at once
         mask_S11L = _band(packing.position_ids_T, columns, scoring.window)[:, None, None]
-        held = keys[:, :, :longest], values[:, :, :longest]  # behind it the cache is empty
-        return _weigh(q_THK[:, :, None], *held, mask_S11L, scoring)[:, :, 0]
+        keys, values = (x[:, :, : max(totals)] for x in (keys, values))  # behind it they are empty
+        rows = (keys.shape[1], -1) if scoring.plain else (-1, 1)  # CUDA masks no groups, but rows
+        return _weigh(q_THK.unflatten(1, rows), keys, values, mask_S11L, scoring).flatten(1, 2)
     outputs = []
-    for s, (start, end) in enumerate(pairwise(packing.starts)):
-        total = store.lengths[s] + end - start
-        mask = _band(packing.position_ids_T[start:end], columns[:total], scoring.window)
+    for s, total in enumerate(totals):
+        own = slice(packing.starts[s], packing.starts[s + 1])
+        mask = _band(packing.position_ids_T[own], columns[:total], scoring.window)
         k_CGK, v_CGK = keys[s, :, :total].transpose(0, 1), values[s, :, :total].transpose(0, 1)
-        outputs.append(_attend(q_THK[start:end], k_CGK, v_CGK, mask, scoring))
+        outputs.append(_attend(q_THK[own], k_CGK, v_CGK, mask, scoring))
     return torch.cat(outputs)

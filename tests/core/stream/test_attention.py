@@ -100,6 +100,27 @@ def test_decoding_gives_what_the_formula_gives(scoring: dict[str, Any]) -> None:
     read([(4, 5), (7, 9)])
 
 
+def test_a_step_of_decoding_asks_for_no_grouped_queries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a mask, CUDA's fast kernels take none: without them keys and values would be copied for
+    each query head, at each token."""
+    asked: list[tuple[bool, torch.Size]] = []
+    own = torch.nn.functional.scaled_dot_product_attention
+
+    def note(q: Tensor, *args: Any, **options: Any) -> Tensor:
+        asked.append((options["enable_gqa"], q.shape))
+        return own(q, *args, **options)
+
+    monkeypatch.setattr("torch.nn.functional.scaled_dot_product_attention", note)
+    cache, (q, k, v) = KVCache(1, [9, 9, 9]), stream()
+    prompt = Packing((0, 4, 5, 13), torch.tensor([*range(4), 0, *range(8)]), cache)
+    for packing in (prompt, Packing((0, 1, 2, 3), torch.tensor([4, 1, 8]), cache)):
+        asked.clear()
+        rows = packing.starts[-1]
+        packed_attention(q[:rows], k[:rows], v[:rows], packing, layer=0)
+        cache.advance(packing)
+    assert asked == [(False, torch.Size([3, GROUPS, HEADS // GROUPS, WIDTH]))]
+
+
 @pytest.mark.parametrize("scoring", SCORINGS)
 def test_flex_attention_gives_what_the_formula_gives(scoring: dict[str, Any]) -> None:
     """Uncompiled, on the CPU: the same masks and scores as the compiled kernel's."""
