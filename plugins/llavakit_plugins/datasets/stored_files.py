@@ -78,6 +78,18 @@ class StoredFile:
             )
         return data
 
+    def seen_here(self) -> StoredFile:
+        """Return the file as this machine has it. Raises DataError where it is another one."""
+        if is_elsewhere(self.address):
+            return self
+        (found,) = find_files((self.address,), self.storage)
+        if found.size != self.size:
+            raise UnreadFile(
+                f"{self.address} has {found.size:,} bytes on one machine and {self.size:,} on "
+                "another; all need the same shards"
+            )
+        return found
+
     def open(self) -> BinaryIO:
         """Return the file, to be read from its beginning on, with few requests."""
         if is_elsewhere(self.address):
@@ -219,7 +231,7 @@ def _look_at(address: str, storage: Mapping[str, Any]) -> StoredFile | None:
         if not stat.S_ISREG(state.st_mode):
             what = "a folder" if stat.S_ISDIR(state.st_mode) else "a device or a pipe"
             raise DataError(f"{address} is {what}; name its files, such as `{address}/*.tar`")
-        return StoredFile(address, state.st_size, _stamp_of(state))
+        return StoredFile(address, state.st_size, _stamp_of(state), storage)
     system, path = _system(address, storage)
     try:
         facts = system.info(path)

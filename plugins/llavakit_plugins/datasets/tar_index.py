@@ -53,9 +53,6 @@ class TarIndex:
 
     def __init__(self, path: Path, shards: Sequence[StoredFile]) -> None:
         self.path, self.shards = path, shards
-        self._open()
-
-    def _open(self) -> None:
         self._arrays, metadata = map_arrays(self.path)
         self.faults: list[str] = json.loads(metadata["faults"])
         """What is wrong with the first samples that cannot be used."""
@@ -89,12 +86,19 @@ class TarIndex:
         }
         return Entry(shard, key, extension, Span(start, length), images)
 
-    def __getstate__(self) -> tuple[Path, Sequence[StoredFile]]:
-        return self.path, self.shards
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _reopened, (self.path, self.shards)
 
-    def __setstate__(self, state: tuple[Path, Sequence[StoredFile]]) -> None:
-        self.path, self.shards = state
-        self._open()
+
+def _reopened(path: Path, shards: Sequence[StoredFile]) -> TarIndex:
+    """Return the index of a process in this one, which may be of another machine.
+
+    That has an index of its own where it has copies of the shards, or another cache folder.
+    """
+    here = [shard.seen_here() for shard in shards]
+    if here == list(shards) and _usable(path):
+        return TarIndex(path, here)
+    return open_index(here, path.parent, lambda *_, **__: None)[0]
 
 
 def index_folder() -> Path:

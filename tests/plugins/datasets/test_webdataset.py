@@ -25,6 +25,7 @@ from PIL import Image
 from safetensors.numpy import load_file
 from tests.conftest import Command
 from tests.plugins.datasets.shards import Members, picture, row, serving, talk, write_tar
+from torch.utils.data import DataLoader
 
 from llavakit import DataError, Dataset, Registry, Sample, Turn, Use, open_image
 from llavakit.testing import DatasetContract
@@ -478,6 +479,22 @@ def test_processes_share_the_work_of_indexing(tmp_path: Path) -> None:
     assert [output[1] for output in outputs] == ["80 s-39.tar/1"] * 3
 
 
+def test_a_copy_goes_to_a_machine_with_shards_of_its_own(tmp_path: Path) -> None:
+    """As where each machine keeps copies on its disk, and no machine another's cache folder."""
+    path = write_both(tmp_path)
+    sent = pickle.dumps(build(path))
+    shutil.rmtree(tmp_path / "cache")
+    for shard in tmp_path.glob("*.tar"):
+        os.utime(shard, (1, 1))
+    copy = pickle.loads(sent)  # noqa: S301
+    assert list(map(plain, copy)) == EXPECTED
+    write_tar(tmp_path / "s-01.tar", many(9))
+    with pytest.raises(
+        DataError, match=r"s-01.tar has \d\d,\d+ bytes on one machine and 10,240 on"
+    ):
+        pickle.loads(sent)  # noqa: S301
+
+
 def test_a_limit_reads_no_more_shards_than_it_takes(tmp_path: Path) -> None:
     write_both(tmp_path)
     (tmp_path / "s-02.tar").write_bytes(b"no tar")
@@ -578,6 +595,20 @@ def test_shards_in_memory_of_fsspec(tmp_path: Path) -> None:
         system.rm("/train", recursive=True)
 
 
+class Shown:
+    """What images of a data set's samples hold, as a loader's workers read them."""
+
+    def __init__(self, data: Dataset) -> None:
+        self.data = data
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> list[bytes]:
+        return shown(self.data[index])
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")  # Python 3.12
 def test_shards_of_a_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("aiohttp", reason="fsspec reads http through aiohttp")
     monkeypatch.setattr("llavakit_plugins.datasets.stored_files._PAUSES", (0.0, 0.0))
@@ -600,6 +631,10 @@ def test_shards_of_a_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         server.knows_ranges = False
         with pytest.raises(DataError, match=r"sends whole files where a part is asked for"):
             shown(data[0])
+        server.knows_ranges = True
+        # workers are forked where fsspec's threads are at work already
+        loader: DataLoader[Any] = DataLoader(Shown(data), batch_size=None, num_workers=2)  # type: ignore[arg-type]
+        assert list(loader) == [list(sample.images) for sample in EXPECTED]
     with pytest.raises(DataError, match=r"cannot read http://"):
         build(f"{address}/s-00.tar", unusable="skip")  # a network's fault leaves nothing out
 
