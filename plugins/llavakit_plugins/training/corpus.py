@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from torch import Tensor
@@ -72,13 +72,23 @@ class Corpus:
         if columns is None:
             columns = read_all(reading(data, model, template, max_length), progress)
         self._columns = columns
+        self._map()
+        if self.skipped and (unlearned == "refuse" or not len(self.samples)):
+            raise DataError(
+                f"nothing is learned from {self.name_skipped()}: their answers are empty or lie "
+                f"behind {self.max_length} tokens; remove them, raise max_length, or set "
+                'unlearned = "skip"'
+            )
+
+    def _map(self) -> None:
+        columns = self._columns
         self.lengths: Column = columns["lengths"]
         """`[N]` int32: number of stream rows of each sample, visual rows included."""
         self.supervised_counts: Column = columns["supervised"]
         """`[N]` int32: number of supervised rows of each sample."""
         self.cut: int = columns.facts["cut"]
         """Number of samples longer than `max_length`."""
-        self.images = ImagePaths(columns, data)
+        self.images = ImagePaths(columns, self.data)
         """The images of each sample."""
         self._sizes = columns["sizes"]
         self.mean_views = 1.0
@@ -90,14 +100,18 @@ class Corpus:
         self.samples: range | Column = range(len(self.lengths))
         """Indices into `data` of the samples that are trained on."""
         if self.skipped:
-            teaches = (self.supervised_counts > 0).reshape(-1, together).all(axis=1)
-            self.samples = np.flatnonzero(teaches.repeat(together)).astype(np.int32)
-            if unlearned == "refuse" or not len(self.samples):
-                raise DataError(
-                    f"nothing is learned from {self.name_skipped()}: their answers are empty or "
-                    f"lie behind {self.max_length} tokens; remove them, raise max_length, or set "
-                    'unlearned = "skip"'
-                )
+            teaches = (self.supervised_counts > 0).reshape(-1, self.together).all(axis=1)
+            self.samples = np.flatnonzero(teaches.repeat(self.together)).astype(np.int32)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # a process that shares no memory with us maps the file, and asks no data set for paths
+        kept = ("views", "visual_tokens", "max_length", "together", "_columns")
+        data = None if self._columns.facts["paths"] else self.data
+        return {**{name: vars(self)[name] for name in kept}, "data": data}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._map()
 
     def name(self, sample: int) -> str:
         """Return a sample's id."""
@@ -162,7 +176,8 @@ class Corpus:
         Packing is best-fit, within one step: the samples of a step stay those of the step.
         """
         groups = self.groups(samples)
-        bins = best_fit([sum(self.lengths_of(group)) for group in groups], capacity)
+        lengths = np.reshape(self.lengths_of(samples), (-1, self.together)).sum(axis=1)
+        bins = best_fit(lengths.tolist(), capacity)
         return Batch(tuple(tuple(s for index in items for s in groups[index]) for items in bins))
 
     def groups(self, samples: Sequence[int]) -> list[tuple[int, ...]]:

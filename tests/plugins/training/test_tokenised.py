@@ -134,6 +134,10 @@ def test_a_later_step_takes_what_was_tokenised_and_builds_no_data(
     again, _ = get(run_in(tmp_path / "run" / "02-finetune", build), max_length=256)
     same(again, plain)
     assert build.built == 2  # it was not even built
+    worker = copy.copy(again)  # by what pickle takes, too
+    assert len(pickle.dumps(again)) < 10_000
+    same(worker, plain)
+    assert build.built == 2
     files = [path.name for path in (tmp_path / "run" / "tokenised").iterdir()]
     assert len(files) == 1
     # any reader of safetensors reads it
