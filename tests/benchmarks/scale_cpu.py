@@ -38,7 +38,7 @@ MOST_MB, MOST_SECONDS, MOST_GROWTH = 300, 10.0, 1.10
 def data() -> None:
     """Tokenising, and then the start and the memory of a resumed step, for synthetic samples.
 
-    Samples of 12 to 59 tokens, every second one about one of 4,096 images; two processes. Of more
+    Samples of 4 to 40 words, every second one about one of 4,096 images; two processes. Of more
     than a million the first million are tokenised, and their blocks stand in for all others.
     """
     counts = [int(text) for text in os.environ.get("SCALE_COUNTS", "").split()] or COUNTS
