@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from llavakit import ModelError, Registry
-from llavakit_plugins.checkpoints.families import FAMILIES, ONEVISION, Family
+from llavakit_plugins.checkpoints.families import FAMILIES, ONEVISION, VIDEO, Family
 from llavakit_plugins.checkpoints.parts import (
     Parts,
     make_language,
@@ -31,7 +31,7 @@ from llavakit_plugins.huggingface.json_files import (
     shown,
 )
 from llavakit_plugins.huggingface.weights import Weights
-from llavakit_plugins.vision.pixels import read_pixels, usual_pixels
+from llavakit_plugins.vision.pixels import Pixels, read_pixels, usual_pixels
 
 _log = logging.getLogger("llavakit")
 
@@ -185,7 +185,7 @@ def _select(
     return "cls_patch" if strategy == "full" and classed else "patch"
 
 
-def _pixels(folder: Path, vision: Mapping[str, Any], family: Family) -> Any:
+def _pixels(folder: Path, vision: Mapping[str, Any], family: Family) -> Pixels:
     usual = usual_pixels(str(vision["model_type"]))
     found = read_pixels(folder, vision.get("image_size", 224), usual)
     if found is None:
@@ -194,10 +194,24 @@ def _pixels(folder: Path, vision: Mapping[str, Any], family: Family) -> Any:
             "what is usual for a %s: %s", folder, vision["model_type"], usual.aspect,
         )  # fmt: skip
     pixels = found or usual
+    if VIDEO in family.tokens and _others_for_frames(folder, pixels):
+        _log.warning(
+            "note: %s prepares frames of videos with other colours than images; here both are "
+            "prepared as images", folder,
+        )  # fmt: skip
     if family is ONEVISION:  # its views are squares, and its frames are squashed to one
         return pixels._replace(aspect="squash")
     # `do_pad` of one with tiles is about the number of views of several images
     return pixels._replace(aspect=usual.aspect) if family.pinpoints else pixels
+
+
+def _others_for_frames(folder: Path, pixels: Pixels) -> bool:
+    """Say whether a folder states another mean or spread for frames than for images."""
+    table: Any = peek_json(folder / "processor_config.json").get("video_processor")
+    if not isinstance(table, dict):
+        table = peek_json(folder / "video_preprocessor_config.json")
+    stated = (("image_mean", pixels.mean), ("image_std", pixels.std))
+    return any(table.get(key) not in (None, list(colour)) for key, colour in stated)
 
 
 def _projector(config: Mapping[str, Any], state: State, folder: Path) -> list[Layer]:

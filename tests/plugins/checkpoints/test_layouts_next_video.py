@@ -196,6 +196,18 @@ def test_what_is_not_known_of_videos_is_refused(
         llavakit.load(edited(tmp_path / "m", **changes), device="cpu")
 
 
+def test_other_colours_of_frames_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    make_hf(tmp_path / "m", grids=GRIDS["NextVideo"], family="NextVideo")
+    llavakit.load(tmp_path / "m", device="cpu")
+    assert "other colours" not in caplog.text
+    path = tmp_path / "m" / "processor_config.json"
+    table = json.loads(path.read_text())
+    table["video_processor"]["image_mean"] = [0.5, 0.5, 0.5]
+    path.write_text(json.dumps(table))
+    llavakit.load(tmp_path / "m", device="cpu")
+    assert "prepares frames of videos with other colours than images" in caplog.text
+
+
 def test_frames_fill_at_most_half_of_what_is_read(tmp_path: Path) -> None:
     make_hf(tmp_path / "m", grids=GRIDS["NextVideo"], family="NextVideo")
     assert llavakit.load(tmp_path / "m", device="cpu").tiling.options.video.frames == 32
