@@ -102,7 +102,7 @@ class VisionEncoder(Network):
 class Connector(Network):
     """Turns patch features into language-model embeddings.
 
-    Built as `Connector(options, vision_width=D, language_width=E)`.
+    Built as `Connector(options, vision_width=D, language_width=E)`, and `patches=P` if it asks.
     """
 
     hook = "llava_connectors"

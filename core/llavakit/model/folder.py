@@ -74,6 +74,7 @@ def _made_of(recipe: ModelRecipe, registry: Registry, make: Callable[..., Any]) 
     """Return the model of parts that are made one by one: `make(name, use, **widths)`."""
     vision, language = make("vision", recipe.vision), make("language", recipe.language)
     widths = {"vision_width": vision.width, "language_width": language.width}
+    widths["patches"] = vision.tokens(vision.image_size)
     connector = make("connector", recipe.connector, **widths)
     return join_model(recipe, registry, vision, connector, language)
 

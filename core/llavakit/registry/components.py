@@ -130,7 +130,7 @@ class Registry:
 
         `steps` are the folders that `@step/file` in the options refers to. A component that is made
         of others takes `build`, the same function for its own choices unless `context` has another;
-        one that takes long to build takes `progress`, to show how far it is, where there is one.
+        `progress`, to show how far it is, and `patches` are given to those that take them.
         A network has the weights that it names, or those its `save` wrote to `folder`; with
         `shapes=True` nothing is read: of these only the shapes are right.
         """
@@ -156,13 +156,12 @@ class Registry:
             factory = getattr(component, "create", component)
         # asked, not tried: a TypeError may come from within
         takes = signature(component.__init__).parameters
-        shown = {"progress": context.pop("progress")} if "progress" in context else {}
+        told = {name: context.pop(name) for name in ("progress", "patches") if name in context}
         own = context.pop("build", None)
         if "build" in takes:
             sketch = {"shapes": True} if shapes else {}
-            context["build"] = own or partial(self.build, steps=steps, **sketch, **shown)
-        if "progress" in takes:
-            context |= shown
+            context["build"] = own or partial(self.build, steps=steps, **sketch, **told)
+        context |= {name: value for name, value in told.items() if name in takes}
         try:
             # before it runs, so that its own TypeErrors stay its own
             signature(component).bind(options, **context)

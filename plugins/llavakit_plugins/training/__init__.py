@@ -30,3 +30,8 @@ def llava_schedules() -> Mapping[str, str]:
         "linear": "llavakit_plugins.training.schedules:Linear",
         "wsd": "llavakit_plugins.training.schedules:Wsd",
     }
+
+
+@hookimpl
+def llava_callbacks() -> Mapping[str, str]:
+    return {"norms": "llavakit_plugins.training.norms:Norms"}

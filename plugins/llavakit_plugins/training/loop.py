@@ -24,6 +24,7 @@ from llavakit import (
     and_more,
 )
 from llavakit_plugins.huggingface.unread import Unread
+from llavakit_plugins.training.callbacks import Callbacks
 from llavakit_plugins.training.checkpoints import Best, Checkpoints
 from llavakit_plugins.training.corpus import Batch, Corpus
 from llavakit_plugins.training.feature_cache import Kept
@@ -101,6 +102,7 @@ class Trainer:
         self.progress = Progress()
         self._unread: list[Taken] = []
         self.watch = Watch(self.process_group, options.timeout)
+        self.callbacks = Callbacks(model, run, self.steps, options.callbacks)
         self.features = features_of(corpus, model, options, run)
         self._references = [(self.measure, self.features, "reference")]
         cached = isinstance(self.features, Cached | Kept)
@@ -147,6 +149,7 @@ class Trainer:
             self._restore()
         if self.options.validate_every and not self.progress.looks:
             self._look()
+        self.callbacks.begin(self.progress.step)
         meter = self.meter
         meter.restart(self.progress)
         note = ""
@@ -157,6 +160,7 @@ class Trainer:
             for step in due:
                 rate = self._step(step, found)
                 progress = self.progress
+                self.callbacks.on_step(progress.step)
                 last = progress.step == self.steps
                 logs = progress.step % self.options.log_every == 0 or last
                 every = self.options.validate_every

@@ -10,6 +10,7 @@ from pydantic import Field, field_validator, model_validator
 
 from llavakit import Dataset, Options, PromptTemplate, Tiling, Use
 from llavakit_plugins.training.adamw import Beta
+from llavakit_plugins.training.callbacks import Callback
 from llavakit_plugins.training.initial import StartOptions
 from llavakit_plugins.training.kinds import Objective, Optimiser, Schedule
 
@@ -65,6 +66,8 @@ class TrainOptions(StartOptions):
     """What updates the weights: `"adamw"`, or `{ use = "muon", momentum = 0.9 }`."""
     objective: Use[Objective] = Use[Objective](use="next-token")
     """What is made small: the loss of the next token, or a plugin's."""
+    callbacks: tuple[Use[Callback], ...] = ()
+    """What is called after each step: `[{ use = "norms", every = 100 }]`, or a plugin's."""
     weight_decay: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     betas: tuple[Beta, Beta] | None = None
     """`betas` of the optimiser, stated here."""

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import ClassVar, cast
+from types import SimpleNamespace
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from llavakit import LanguageModel
+from llavakit import PARTS, LanguageModel
+from llavakit.contracts.run import ProcessGroup
 from llavakit.testing import Contract, hold, holding
+from llavakit_plugins.training.callbacks import Callback, Training
 from llavakit_plugins.training.kinds import Group, Objective, Optimiser, Predicted, Schedule
 from llavakit_plugins.training.optimiser import Updates
 
@@ -228,3 +232,46 @@ class ObjectiveContract(Contract[Objective]):
             moved = replace(predicted, hidden_ME=predicted.hidden_ME - step * gradient)
             less, _ = self.build().loss(moved)
         hold(less < loss, "a step against it lowers the loss", f"{loss} to {less}", "fix its sign")
+
+
+class _Small(nn.Module):
+    """A model of parts that have a layer each."""
+
+    def __init__(self, parts: Mapping[str, nn.Module]) -> None:
+        super().__init__()
+        for name, part in parts.items():
+            self.add_module(name, part)
+
+
+class CallbackContract(Contract[Callback]):
+    """Checks a `Callback`: called around a training of a model that learns."""
+
+    kind = Callback
+    changes_weights: ClassVar[bool] = False
+    """Whether it may change the model's weights."""
+
+    def model(self) -> Any:
+        """Return what trains; one that needs more of a model than parts of a layer overrides it."""
+        parts = {part: nn.Linear(4, 4) for part in PARTS}
+        return _Small(parts)
+
+    def test_it_is_called_from_the_first_step_to_the_last(self) -> None:
+        model = self.model()
+        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        told: list[str] = []
+        run: Any = SimpleNamespace(
+            directory=self.tmp_path, seed=0, resume=False, device=torch.device("cpu"),
+            event=lambda name, **values: told.append(json.dumps({"event": name, **values})),
+            progress=lambda *_: None, stopping=lambda: False, process_group=ProcessGroup(),
+        )  # fmt: skip
+        callback = self.build()
+        with holding("`begin`, `on_step` and `end` take a `Training`", "let them return"):
+            for step in range(4):
+                at = Training(model, run, step, 3)
+                callback.on_step(at) if step else callback.begin(at)
+            callback.end(Training(model, run, 3, 3))
+        changed = [name for name, t in model.state_dict().items() if not t.equal(before[name])]
+        hold(
+            self.changes_weights or not changed, "the model's weights stay as they are", changed,
+            "copy what you change, or set `changes_weights = True`",
+        )  # fmt: skip
