@@ -150,8 +150,7 @@ class Trainer:
         if self.options.validate_every and not self.progress.looks:
             self._look()
         self.callbacks.begin(self.progress.step)
-        meter = self.meter
-        meter.restart(self.progress)
+        self.meter.restart(self.progress)
         note = ""
         # One iterator of steps, read twice: by this loop, and ahead of it by the image readers.
         due, ahead = tee(self._due())
@@ -163,8 +162,7 @@ class Trainer:
                 self.callbacks.on_step(progress.step)
                 last = progress.step == self.steps
                 logs = progress.step % self.options.log_every == 0 or last
-                every = self.options.validate_every
-                looks = last or (every is not None and progress.step % every == 0)
+                looks = last or progress.step % (self.options.validate_every or self.steps) == 0
                 if logs or looks:
                     loss, norm = self._read()
                     note = f"loss {loss:.3f}"
@@ -178,12 +176,12 @@ class Trainer:
                         grad_norm=round(norm, 6),
                         epoch=progress.epoch,
                         **{name: round(told[-1][1], 6) for name, told in progress.figures.items()},
-                        **meter.rates(progress),
+                        **self.meter.rates(progress),
                     )
                 self.run.progress(progress.step, self.steps, note)
                 if looks:
                     self._look()
-                    meter.restart(progress)  # the speed must not count the time of validation
+                    self.meter.restart(progress)  # the speed must not count the time of validation
                 stopping = self.run.stopping()
                 if stopping or last or progress.step % self.options.checkpoint_every == 0:
                     self._save()
@@ -380,8 +378,7 @@ class Trainer:
             drop_others()
 
     def _restore(self) -> None:
-        read = partial(read_shares, place=self.optimiser.place)
-        found = self.checkpoints.load(Progress, read)
+        found = self.checkpoints.load(Progress, partial(read_shares, place=self.optimiser.place))
         if found is not None:
             tensors, self.progress = found
             self.optimiser.restore(tensors)
