@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from errno import EINVAL
 from io import BytesIO
 from pathlib import Path
 from typing import Any, cast
@@ -81,22 +82,34 @@ def _opened(source: Path | bytes, name: str) -> Iterator[tuple[Any, Any]]:
             file = BytesIO(source) if isinstance(source, bytes) else open(source, "rb")  # noqa: SIM115
             stack.callback(file.close)
             container = stack.enter_context(
-                av.open(file, container_options={"format_whitelist": _FORMATS})
+                av.open(
+                    file,
+                    container_options={"format_whitelist": _FORMATS},
+                    metadata_errors="replace",
+                )
             )
             if not container.streams.video:
-                raise DataError(f"{name} has no video in it, only sound; remove the sample")
+                raise DataError(f"{name} has no video in it; replace it, or remove the sample")
             stream = container.streams.video[0]
             if stream.codec_context is None:  # of a codec that nobody knows
                 raise DataError(f"{name} is not a video that PyAV can read; replace it")
             yield container, stream
         except av.FFmpegError as error:
-            if isinstance(error, av.error.ArgumentError):  # what is not in the list of formats
+            if error.errno == EINVAL:  # what is not in the list of formats
                 raise DataError(f"{name} is not a video that PyAV can read; replace it") from None
             raise DataError(
                 f"{name} cannot be decoded ({error.strerror:.200}); it may be truncated: fetch it "
                 "again or remove the sample"
             ) from error
+        except DataError:
+            raise
         except OSError as error:
             raise DataError(
                 f"{name} cannot be read: {error.strerror}; check the file and its rights"
+            ) from error
+        except Exception as error:  # PyAV raises whatever a damaged file leads it to
+            reason = str(error) or type(error).__name__
+            raise DataError(
+                f"{name} cannot be decoded ({reason:.200}); it may be truncated: fetch it again or "
+                "remove the sample"
             ) from error
