@@ -22,7 +22,7 @@ from llavakit_plugins.training.parallel import own_micros
 
 T = TypeVar("T")
 _ENTRY = "supervised"
-_BLOCK = 256  # samples whose log-probabilities are computed, and then perhaps kept
+_BLOCK = 1024  # samples whose log-probabilities are computed, and then perhaps kept
 _SECONDS = 30.0  # between two times that they are kept
 
 
