@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -72,8 +73,9 @@ def environment(session: Session) -> None:
     if missing:
         session.say(f"cannot be imported: {', '.join(missing)}")
     # entry points come with an installed distribution, and not with a folder on the path
-    kinds = Registry.installed()
-    session.row("plugins", found=len(list(kinds.names())) if hasattr(kinds, "names") else 1)
+    Registry.installed()
+    found = len(entry_points(group="llavakit"))
+    session.row("plugins", found=found, error=float(not found), limit=0.0)
 
 
 # --- steps and answers against the CPU ----------------------------------------------------------

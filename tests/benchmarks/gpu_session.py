@@ -141,19 +141,26 @@ def release() -> None:
 
 
 def device_memory() -> float:
-    """Bytes of the device."""
-    return 0.0 if DRY else float(torch.cuda.get_device_properties(DEVICE).total_memory)
+    """Bytes of the device, asked without opening it: then a process that is forked cannot."""
+    found = "" if DRY else _asked("memory.total", units=False)
+    return float(found) * 2**20 if found else 0.0
 
 
-_ASKED = ("clocks.sm", "clocks.mem", "power.draw", "temperature.gpu")
+_CLOCKS = ("clocks.sm", "clocks.mem", "power.draw", "temperature.gpu")
 
 
 def clocks() -> dict[str, str]:
     """The device's clocks, power and temperature, as nvidia-smi says them."""
-    command = ["nvidia-smi", f"--query-gpu={','.join(_ASKED)}", "--format=csv,noheader"]
+    said = _asked(",".join(_CLOCKS)) or ",".join("?" * len(_CLOCKS))
+    return dict(zip(_CLOCKS, (value.strip() for value in said.split(",")), strict=False))
+
+
+def _asked(what: str, units: bool = True) -> str:
+    """Return nvidia-smi's answer about the first device, or nothing."""
+    form = "csv,noheader" + ("" if units else ",nounits")
+    command = ["nvidia-smi", f"--query-gpu={what}", f"--format={form}"]
     try:
-        said = subprocess.run(command, capture_output=True, text=True, timeout=10).stdout
-    except (OSError, subprocess.TimeoutExpired):
-        return dict.fromkeys(_ASKED, "?")
-    values = [value.strip() for value in said.split(",")]
-    return dict(zip(_ASKED, values, strict=False))
+        said = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return next(iter(said.stdout.splitlines()), "")

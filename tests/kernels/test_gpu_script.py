@@ -63,7 +63,7 @@ def test_every_kind_of_section_walks_through_on_a_cpu(tmp_path: Path) -> None:
         for way in ("ours", "transformers", "ours, recomputing", "transformers, checkpointing")
     ]
     checked = {section for section in rows if any("limit" in row for row in rows[section])}
-    assert checked == {"correctness", "attention", "models", "smoke"}
+    assert checked == {"plugins", "correctness", "attention", "models", "smoke"}
     assert all(row["same"] == row["of"] for row in rows["decode: same"])
     assert "## " not in ended.stdout
     assert (out / "profile.txt").stat().st_size > 1000
@@ -150,6 +150,20 @@ def test_it_says_what_it_needs() -> None:
     ended = subprocess.run([sys.executable, "-c", old], capture_output=True, text=True)
     assert ended.returncode == 2
     assert "does not run with NumPy 2.5.2: install numpy<2.4" in ended.stderr
+
+
+def test_what_is_imported_before_the_fork_does_not_open_the_device() -> None:
+    """A forked process cannot use a device that its parent has opened."""
+    code = (
+        f"import sys; sys.argv = ['gpu.py']; sys.path.insert(0, {str(SCRIPT.parents[2])!r})\n"
+        "import importlib, torch\n"
+        "def opened(*given): raise SystemExit('the device is opened')\n"
+        "torch.cuda._lazy_init = opened\n"
+        "from tests.benchmarks import gpu\n"
+        "for name in gpu.PRELOADED: importlib.import_module(name)\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
 
 
 def test_a_wheel_keeps_the_library_of_one_version_of_cuda(tmp_path: Path) -> None:
