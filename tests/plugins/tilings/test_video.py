@@ -144,3 +144,32 @@ def test_ends_are_those_of_llava_next() -> None:
 def test_the_largest_is_taken_of_features_alone() -> None:
     with pytest.raises(ValidationError, match="pool_features"):
         VideoOptions(pool="max")
+
+
+@pytest.mark.parametrize(
+    ("frames", "varies", "pools", "test", "sentence"),
+    [
+        ([0, 0], True, True, "test_frames_are_a_videos_own", "ascending, each once"),
+        ([10**6], True, True, "test_frames_are_a_videos_own", "ascending, each once"),
+        ([0], False, True, "test_frames_are_a_videos_own", "`varies` where videos are shown"),
+        ([0], True, False, "test_only_one_that_pools_makes_rows_of_features", "`pools`"),
+    ],
+)
+def test_the_contract_finds_what_is_wrong(
+    frames: list[int], varies: bool, pools: bool, test: str, sentence: str
+) -> None:
+    class Wrong(Single):
+        def sample(self, clip: Clip) -> list[int]:
+            return frames
+
+    class Contract(TilingContract):
+        any_size = True
+
+        def build(self) -> Tiling:
+            video = {"pool": "average", "pool_features": True}
+            tiling = Wrong(SingleOptions.model_validate({"video": video}))
+            tiling.varies, tiling.pools = varies, pools
+            return tiling
+
+    with pytest.raises(AssertionError, match=sentence):
+        getattr(Contract(), test)()
