@@ -24,6 +24,10 @@ from tempfile import TemporaryDirectory
 from threading import Thread
 from typing import TYPE_CHECKING, Any
 
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from tests.benchmarks.ranks import pause, ranks
+
 if TYPE_CHECKING:
     from llavakit_plugins.training import rows
     from llavakit_plugins.training.columns import Columns
@@ -172,7 +176,7 @@ def _memory() -> tuple[float, float]:
     return sizes["Anonymous"], sizes["Rss"] - sizes["Anonymous"]
 
 
-SECTIONS: dict[str, Callable[[], None]] = {"data": data}
+SECTIONS: dict[str, Callable[[], None]] = {"data": data, "ranks": ranks, "pause": pause}
 
 
 def main() -> None:
