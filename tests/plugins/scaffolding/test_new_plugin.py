@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -113,6 +115,42 @@ def test_mypy_finds_nothing(made: tuple[Path, Path]) -> None:
     cache = ROOT / ".mypy_cache" / "new-plugin"  # kept: torch alone takes half a minute to read
     done = do(fresh, "-m", "mypy", "--cache-dir", cache, folder=package)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+WRONG = """\
+from llavakit import Connector, Options
+from torch import Tensor, nn
+
+
+def number(x: Tensor) -> int:
+    return x + 1
+
+
+class Bad(Connector):
+    name = "bad"
+
+    def forward(self, features_BPD: Tensor) -> str:
+        return str(nn.Linear(1, "2"))
+
+
+def make(options: Options) -> None:
+    options.missing_field
+"""
+
+
+@pytest.mark.slow
+def test_mypy_still_finds_what_an_author_gets_wrong(
+    made: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """Though most of torch is passed over: tensors, modules and the contracts are not."""
+    package, fresh = made
+    copy = shutil.copytree(package, tmp_path / "copy")
+    (copy / "src" / "llava_fine" / "wrong.py").write_text(WRONG)
+    cache = ROOT / ".mypy_cache" / "new-plugin"
+    done = do(fresh, "-m", "mypy", "--cache-dir", cache, "src", folder=copy)
+    found = re.findall(r"wrong\.py:(\d+): error: .*\[([a-z-]+)\]", done.stdout)
+    assert found == [("6", "return-value"), ("12", "override"), ("13", "arg-type"),
+                     ("17", "attr-defined")], done.stdout  # fmt: skip
 
 
 # -- the command ----------------------------------------------------------------------------------
