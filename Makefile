@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-EXTRAS := datasets,demo,gguf,onnx,openai,lora,mlflow,serve,tensorboard,wandb
+EXTRAS := datasets,demo,fsspec,gguf,onnx,openai,lora,mlflow,serve,tensorboard,video,wandb
 STAMP := $(VENV)/.installed
 
 .PHONY: demo test test-minimum gpu-wheels lint docs format clean
