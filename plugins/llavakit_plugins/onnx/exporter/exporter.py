@@ -18,7 +18,14 @@ from torch import nn
 from llavakit import Exporter, ModelError, Options, digest, new_folder
 from llavakit_plugins.onnx.exporter.attention import Attention
 from llavakit_plugins.onnx.runtime import folder as folders
-from llavakit_plugins.onnx.runtime.layout import DECODER, GRAPHS, REPORT, Precision, graph_file
+from llavakit_plugins.onnx.runtime.layout import (
+    CONNECTOR,
+    DECODER,
+    GRAPHS,
+    REPORT,
+    Precision,
+    graph_file,
+)
 from llavakit_plugins.onnx.runtime.model import OnnxModel
 from llavakit_plugins.onnx.runtime.sessions import pick_provider
 
@@ -34,7 +41,7 @@ class OnnxOptions(Options):
     """Options of `onnx`."""
 
     precisions: tuple[Precision, ...] = Field(default=("fp32",), min_length=1)
-    """Three graphs are written for each precision; clients use the first one by default."""
+    """The graphs are written in each precision; clients use the first one by default."""
     operators: Literal["microsoft", "plain"] = "microsoft"
     """`microsoft`: GroupQueryAttention and fused norms, for onnxruntime. `plain`: ONNX's own
     operators, which run elsewhere, too, and take batches with padding at any position."""
@@ -64,7 +71,7 @@ class OnnxOptions(Options):
 
 
 class Onnx(Exporter):
-    """Exports three graphs, and the files with which onnxruntime and transformers.js run them."""
+    """Exports graphs, and the files with which onnxruntime and transformers.js run them."""
 
     name = "onnx"
     Options = OnnxOptions
@@ -88,15 +95,13 @@ class Onnx(Exporter):
         }
 
     def check(self, model: LlavaModel) -> None:
-        """Raise ModelError if clients cannot prepare images or write prompts as the model does, or
-        if videos are pooled between encoder and connector, which are one graph.
+        """Raise ModelError if clients cannot prepare images or write prompts as the model does.
 
         Cheap, so that a recipe is refused before it trains.
         """
         from llavakit_plugins.checkpoints.chat_writing import find_format
         from llavakit_plugins.onnx.exporter.images import find_preparation
 
-        _refuse_pooling(model)
         find_preparation(model.vision)
         if hasattr(model.language, "tokenizer"):
             find_format(model.template, model.language.tokenizer)
@@ -116,14 +121,15 @@ class Onnx(Exporter):
         from llavakit_plugins.checkpoints.chat_writing import find_format
         from llavakit_plugins.checkpoints.parity import cases
         from llavakit_plugins.onnx.exporter import client, parity
+        from llavakit_plugins.onnx.exporter.graphs import pools_features
         from llavakit_plugins.onnx.exporter.images import find_preparation
 
-        _refuse_pooling(model)
+        pools = pools_features(model)
         options = self.options
         preparation = find_preparation(model.vision)
         tokenizer = model.language.tokenizer
         form = find_format(model.template, tokenizer)
-        tried = cases(model, new_tokens=parity.NEW_TOKENS, raw=True)
+        tried = cases(model, new_tokens=parity.NEW_TOKENS, raw=True, videos=pools)
         _, image_token = client.client_tokenizer(tokenizer, form)
         attention = self._attention(model)
         self._write_graphs(model, partial, attention, image_token + 1)
@@ -153,6 +159,7 @@ class Onnx(Exporter):
                 "kv_heads": heads,
                 "head_dim": width,
                 "max_length": model.language.max_length,
+                **({"feature_width": model.vision.width} if pools else {}),
             },
             "preparation": preparation.model_dump(mode="json"),
             "prompt": form.model_dump(mode="json"),
@@ -174,7 +181,7 @@ class Onnx(Exporter):
         report["prompts"] = [case.text for case in tried]
         # fp32 graphs are always written, for the proof; they go if they were not requested
         if "fp32" not in options.precisions:
-            for graph in GRAPHS:
+            for graph in (*GRAPHS, CONNECTOR):
                 for left in partial.glob(f"{graph_file(graph, 'fp32')}*"):
                     left.unlink()
         files = sorted(file for file in partial.rglob("*") if file.is_file())
@@ -295,12 +302,3 @@ def _versions() -> dict[str, str]:
     from importlib.metadata import version
 
     return {name: version(name) for name in ("llavakit", "torch", "transformers", "onnx")}
-
-
-def _refuse_pooling(model: LlavaModel) -> None:
-    if model.tiling is not None and model.tiling.pools:
-        raise ModelError(
-            f"tiling `{model.tiling.name}` pools the features of videos in front of the connector, "
-            "and the graph of the vision encoder has both; leave `pool_features` out, or use the "
-            "model folder"
-        )

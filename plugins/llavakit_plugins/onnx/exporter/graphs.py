@@ -1,7 +1,9 @@
-"""Traces the three graphs of a LLaVA: vision encoder with connector, embeddings, decoder.
+"""Traces the graphs of a LLaVA: vision encoder with connector, embeddings, decoder.
 
-Shapes: I images, P' visual tokens of an image, E width, B sequences, T rows, V vocabulary,
-G key-value heads, K head dimension, L = past + T.
+A connector in front of which the tiling pools features is a graph of its own.
+
+Shapes: I images, P' visual tokens of an image, D width of features, Q rows that a connector reads,
+E width, B sequences, T rows, V vocabulary, G key-value heads, K head dimension, L = past + T.
 """
 
 from __future__ import annotations
@@ -19,7 +21,16 @@ from torch import Tensor, nn
 from llavakit import ModelError
 from llavakit_plugins.onnx.exporter.attention import Attention, Trace, attention_of, own_forward
 from llavakit_plugins.onnx.exporter.rows import cut_early
-from llavakit_plugins.onnx.runtime.layout import DECODER, EMBEDDINGS, KEEP, VISION, cache_names
+from llavakit_plugins.onnx.runtime.layout import (
+    CONNECTOR,
+    DECODER,
+    EMBEDDINGS,
+    FEATURES,
+    KEEP,
+    VISION,
+    VISUAL_EMBEDS,
+    cache_names,
+)
 
 if TYPE_CHECKING:
     from llavakit import LlavaModel
@@ -79,18 +90,21 @@ class _Decoder(nn.Module):
 def trace_vision(model: LlavaModel) -> ir.Model:
     """Return the graph pixel_values `[I, 3, H, W]` -> image_features `[I, P', E]`.
 
-    Raises ModelError, which names encoder or connector, if one of them cannot be traced.
+    Where features are pooled, the graph gives them, `[I, P', D]`, without the connector. Raises
+    ModelError, which names encoder or connector, if one of them cannot be traced.
     """
     size = model.vision.image_size
     # two images: torch.export would take a number of 1 for a constant
     pixels = (torch.zeros(2, 3, size, size),)
     batch = torch.export.Dim("images")
 
+    apart = pools_features(model)
+
     def attempt(module: nn.Module) -> ir.Model:
         return _trace(module, pixels, ({0: batch},), ["pixel_values"], ["image_features"])
 
     try:
-        graph = attempt(_Vision(model).eval())
+        graph = attempt(_Vision(model, connector=not apart).eval())
     except ModelError as error:
         # which of the two is it? the connector, if the encoder alone can be traced
         part = ("connector", model.connector.name)
@@ -100,8 +114,26 @@ def trace_vision(model: LlavaModel) -> ir.Model:
             part = ("vision encoder", model.vision.name)
         raise ModelError(f"{part[0]} `{part[1]}` {error}") from error
     _shape(graph.graph.inputs[0], ["images", 3, size, size])
-    features = graph.graph.outputs[0]
-    _shape(features, ["images", model.visual_tokens, model.language.width])
+    features, width = graph.graph.outputs[0], (model.vision if apart else model.language).width
+    _shape(features, ["images", model.visual_tokens, width])
+    return graph
+
+
+def trace_connector(model: LlavaModel) -> ir.Model:
+    """Return the graph features `[I, Q, D]` -> visual_embeds `[I, Q, E]`.
+
+    Raises ModelError, which names the connector, if it cannot be traced.
+    """
+    images, rows = torch.export.Dim("images"), torch.export.Dim("rows")
+    features = (torch.zeros(2, 3, model.vision.width),)
+    try:
+        graph = _trace(
+            model.connector, features, ({0: images, 1: rows},), [FEATURES], [VISUAL_EMBEDS]
+        )
+    except ModelError as error:
+        raise ModelError(f"connector `{model.connector.name}` {error}") from error
+    _shape(graph.graph.inputs[0], ["images", "rows", model.vision.width])
+    _shape(graph.graph.outputs[0], ["images", "rows", model.language.width])
     return graph
 
 
@@ -260,8 +292,15 @@ def graphs(model: LlavaModel, attention: Attention, rows: int) -> Graphs:
 
     Functions, so that only one graph at a time is in memory.
     """
+    connector: Graphs = {CONNECTOR: lambda: trace_connector(model)}
     return {
         VISION: lambda: trace_vision(model),
+        **(connector if pools_features(model) else {}),
         EMBEDDINGS: lambda: embed_graph(model, rows),
         DECODER: lambda: trace_decoder(model, attention),
     }
+
+
+def pools_features(model: LlavaModel) -> bool:
+    """Say whether features of videos are pooled between encoder and connector."""
+    return model.tiling is not None and model.tiling.pools

@@ -6,11 +6,13 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from llavakit import ModelError, pack
 from llavakit.contracts.packing import KVCache, Packing
 from llavakit_plugins.checkpoints.parity import Case, Figures, compare
+from llavakit_plugins.onnx.exporter.graphs import pools_features
 from llavakit_plugins.onnx.runtime import OnnxModel
 
 if TYPE_CHECKING:
@@ -40,9 +42,17 @@ def first_difference(model: LlavaModel, exported: OnnxModel, case: Case, toleran
     with torch.inference_mode():
         pixels = model.prepare(case.images)
         if pixels is not None:
-            features = model.connector(model.features(pixels)).numpy()
-            if np.abs(exported.features(pixels.numpy()) - features).max() > tolerance:
-                return "the output of vision encoder and connector"
+            features = model.features(pixels)
+            apart = pools_features(model)
+            what = "the vision encoder" if apart else "vision encoder and connector"
+            ours = exported.features(pixels.numpy())
+            theirs = (features if apart else model.connector(features)).numpy()
+            if np.abs(ours - theirs).max() > tolerance:
+                return f"the output of {what}"
+            if apart:
+                theirs = model.connector(features).flatten(0, 1).numpy()
+                if np.abs(exported.connect(ours, None) - theirs).max() > tolerance:
+                    return "the output of the connector"
         embeds_TE = model.embed(batch, None if pixels is None else model.features(pixels))
         ours_TE = exported.embed(encoded, exported.prepare(case.images))
         if np.abs(ours_TE - embeds_TE.numpy()).max() > tolerance:
@@ -79,7 +89,7 @@ def prove(
         try:
             for images in (1, 3):  # it was traced with two
                 pixels = np.zeros((images, 3, *(model.vision.image_size,) * 2), np.float32)
-                if (found_images := len(candidate.features(pixels))) != images:
+                if (found_images := _images(candidate, pixels)) != images:
                     raise ModelError(
                         f"connector `{model.connector.name}` gives embeddings of {found_images} "
                         f"images for {images}: it took their number for a constant while it was "
@@ -113,3 +123,9 @@ def prove(
             )
         found[precision] = table(figures)
     return found
+
+
+def _images(exported: OnnxModel, pixels_IHW: npt.NDArray[np.float32]) -> int:
+    """Return of how many images the embeddings are that a model gives for some."""
+    found_NE = exported.connect(exported.features(pixels_IHW), None)
+    return len(found_NE) // exported.visual_tokens

@@ -11,7 +11,7 @@ from typing import Any
 
 import onnx
 
-from llavakit_plugins.onnx.runtime.layout import DECODER, EMBEDDINGS, VISION, Precision
+from llavakit_plugins.onnx.runtime.layout import CONNECTOR, DECODER, EMBEDDINGS, VISION, Precision
 
 _BLOCK = {8: 128, 4: 32}  # weights that share a scale, by bits
 _SMALLEST_BLOCK = 16  # of MatMulNBits
@@ -37,7 +37,8 @@ def convert(
         return _half(graph, model)
     if precision == "int8":
         return _dynamic(model)
-    return _blocks(model, 8 if precision == "q8" or graph == VISION else 4, block)
+    eight = precision == "q8" or graph in (VISION, CONNECTOR)
+    return _blocks(model, 8 if eight else 4, block)
 
 
 def _half(graph: str, model: onnx.ModelProto) -> onnx.ModelProto:

@@ -9,11 +9,14 @@ from typing import TYPE_CHECKING, Any
 from llavakit.contracts.errors import LlavaError, ModelError
 from llavakit_plugins.onnx.runtime.folder import Folder
 from llavakit_plugins.onnx.runtime.layout import (
+    CONNECTOR,
     DECODER,
     EMBEDDINGS,
+    FEATURES,
     KEEP,
     REPORT,
     VISION,
+    VISUAL_EMBEDS,
     cache_names,
 )
 
@@ -51,10 +54,15 @@ def _expected(folder: Folder) -> dict[str, tuple[Tensors, Tensors]]:
         for name in ("past_key_values", "present")
     )
     whole: Shape = (None, None)
-    return {
+    features = shapes.width
+    connector: dict[str, tuple[Tensors, Tensors]] = {}
+    if shapes.feature_width is not None:
+        features = shapes.feature_width
+        connector = {CONNECTOR: ({FEATURES: (None, None, features)}, {VISUAL_EMBEDS: embeds})}
+    return connector | {
         VISION: (
             {"pixel_values": (None, 3, size, size)},
-            {"image_features": (None, shapes.visual_tokens, shapes.width)},
+            {"image_features": (None, shapes.visual_tokens, features)},
         ),
         EMBEDDINGS: ({"input_ids": whole}, {"inputs_embeds": embeds}),
         DECODER: (

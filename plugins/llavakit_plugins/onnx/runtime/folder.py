@@ -14,6 +14,7 @@ from llavakit.contracts.errors import ModelError
 from llavakit_plugins.checkpoints.prompt_format import PromptFormat
 from llavakit_plugins.huggingface.json_files import read_json
 from llavakit_plugins.onnx.runtime.layout import (
+    CONNECTOR,
     DECODER,
     GRAPHS,
     REPORT,
@@ -41,6 +42,8 @@ class Shapes(BaseModel):
     """Embeddings of one view of an image (P'), which is its rows where it is one view."""
     width: Size
     """Size of one embedding (E)."""
+    feature_width: Size | None = None
+    """Size of one feature of the encoder (D), where the connector is a graph of its own."""
     vocabulary: Size
     layers: Annotated[int, Field(gt=0, le=1 << 12)]
     kv_heads: Size
@@ -78,10 +81,25 @@ class Folder:
         return self.path / name
 
     def tiling(self) -> Tiling | None:
-        """Return the tiling. Raises PluginError where it is not installed."""
+        """Return the tiling. Raises PluginError where it is not installed.
+
+        Raises ModelError for one that pools features, where the connector is no graph of its own.
+        """
         if self.manifest.tiling is None:
             return None
-        return Registry.installed().build(Use[Tiling].model_validate(self.manifest.tiling))
+        tiling = Registry.installed().build(Use[Tiling].model_validate(self.manifest.tiling))
+        if tiling.pools and CONNECTOR not in self.graphs:
+            raise ModelError(
+                f"{self.path / REPORT} has a tiling that pools features in front of the connector, "
+                "and says nothing of a graph for the connector (`shapes.feature_width`); export "
+                "the model again"
+            )
+        return tiling
+
+    @property
+    def graphs(self) -> tuple[str, ...]:
+        """The graphs that answer: with the connector, where that is one."""
+        return GRAPHS if self.manifest.shapes.feature_width is None else (*GRAPHS, CONNECTOR)
 
     def newline(self) -> Any:
         """Return the learned row `[E]` of the tiling, or None."""
@@ -141,11 +159,18 @@ def read(path: Path, precision: str | None) -> tuple[Folder, str]:
             continue
         if differs(file, known):
             raise ModelError(f"{file} differs from what {REPORT} says; copy the folder again")
-    return Folder(path, manifest), chosen
+    folder = Folder(path, manifest)
+    for name in (graph_file(graph, chosen) for graph in folder.graphs):
+        if name not in manifest.sha256:
+            raise ModelError(
+                f"{path / REPORT} does not list {name}, which the model needs; copy the whole "
+                "folder again, or export the model again"
+            )
+    return folder, chosen
 
 
 def _stems(precision: str) -> tuple[str, ...]:
-    return tuple(f"{graph}{SUFFIXES[precision]}" for graph in GRAPHS)
+    return tuple(f"{graph}{SUFFIXES[precision]}" for graph in (*GRAPHS, CONNECTOR))
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -7,6 +7,9 @@ from typing import Literal
 
 VISION, EMBEDDINGS, DECODER = "vision_encoder", "embed_tokens", "decoder_model_merged"
 GRAPHS = (VISION, EMBEDDINGS, DECODER)
+CONNECTOR = "connector"
+"""A graph of its own only where the tiling pools features in front of it; then the vision encoder's
+has none. transformers.js knows no such graph: our own runtime reads these folders."""
 Precision = Literal["fp32", "fp16", "int8", "q8", "q4"]
 SUFFIXES: dict[str, str] = {
     "fp32": "",
@@ -16,6 +19,8 @@ SUFFIXES: dict[str, str] = {
     "q4": "_q4",
 }
 """The suffix of a file's name for each precision."""
+FEATURES, VISUAL_EMBEDS = "features", "visual_embeds"
+"""What the connector's graph takes and gives."""
 REPORT = "export.json"
 KEEP = "num_logits_to_keep"
 """The decoder's input for the number of last rows that get logits; 0, its default, means all."""

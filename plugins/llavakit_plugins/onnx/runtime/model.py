@@ -1,6 +1,7 @@
 """An exported LLaVA with the methods of `llavakit.LlavaModel`, without torch.
 
-Shapes: I images, P' visual tokens of an image, B sequences, T rows, E width, V vocabulary.
+Shapes: I images, P' visual tokens of an image, D width of features, Q rows that a connector reads,
+B sequences, T rows, E width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -33,7 +34,14 @@ from llavakit.contracts.interfaces import Segment
 from llavakit.contracts.model import Asked, Sampling
 from llavakit_plugins.onnx.runtime.agreement import check_graphs, running
 from llavakit_plugins.onnx.runtime.folder import Folder, read
-from llavakit_plugins.onnx.runtime.layout import DECODER, EMBEDDINGS, VISION
+from llavakit_plugins.onnx.runtime.layout import (
+    CONNECTOR,
+    DECODER,
+    EMBEDDINGS,
+    FEATURES,
+    VISION,
+    VISUAL_EMBEDS,
+)
 from llavakit_plugins.onnx.runtime.sessions import (
     Decoder,
     give_back_memory,
@@ -47,6 +55,8 @@ if TYPE_CHECKING:
 
 FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int64]
+MadeOf = tuple[IntArray, FloatArray | None]
+"""Rows `[R, K]` that are made of others: which, and their weights; None: the largest counts."""
 
 
 def load(
@@ -86,13 +96,13 @@ class OnnxModel(Answering[FloatArray]):
         self._newline_E = folder.newline()
         self._array = array
         """Converts the numpy array that `logits` returns, for example to a tensor."""
-        self._vision, self._embeddings, decoder = (
-            open_session(folder, graph, precision, provider, threads)
-            for graph in (VISION, EMBEDDINGS, DECODER)
-        )
-        check_graphs(folder, {VISION: self._vision, EMBEDDINGS: self._embeddings, DECODER: decoder})
+        self._sessions = {
+            graph: open_session(folder, graph, precision, provider, threads)
+            for graph in folder.graphs
+        }
+        check_graphs(folder, self._sessions)
         self.decoder = Decoder(
-            decoder,
+            self._sessions.pop(DECODER),
             folder.manifest.shapes,
             in_place=folder.manifest.attention == "group_query",
             provider=provider,
@@ -170,31 +180,38 @@ class OnnxModel(Answering[FloatArray]):
         return np.concatenate(pixels) if pixels else None
 
     def features(self, pixels_IHW: FloatArray) -> FloatArray:
-        """Return the visual embeddings `[I, P', E]`, float32, of pixels `[I, 3, H, W]`."""
-        with running(VISION):
-            (features,) = self._vision.run(["image_features"], {"pixel_values": pixels_IHW})
-        return cast("FloatArray", features)
+        """Return the visual embeddings `[I, P', E]`, float32, of pixels `[I, 3, H, W]`.
+
+        Where the connector is a graph of its own, return what it reads: features `[I, P', D]`.
+        """
+        return self._run(VISION, pixels_IHW, "pixel_values", "image_features")
+
+    def connect(self, found: FloatArray, pooled: MadeOf | None) -> FloatArray:
+        """Return the embeddings `[N, E]` of a prompt's views, from what `features` gives.
+
+        `pooled` says which features the connector's Q rows are made of; None: each of its own.
+        """
+        if CONNECTOR in self._sessions:
+            if pooled is not None:
+                found = made_of(found.reshape(-1, found.shape[-1]), pooled)[None]
+            found = self._run(CONNECTOR, found, FEATURES, VISUAL_EMBEDS)
+        return found.reshape(-1, found.shape[-1])
 
     def embed(self, encoded: Encoded, pixels_IHW: FloatArray | None) -> FloatArray:
         """Return the embeddings `[T, E]`, float32, of a prompt: text rows and visual rows."""
         rows = encoded.expand(self.visual_tokens)
         embeds_TE: FloatArray = self.embed_ids(rows.token_ids[None])[0]
         if pixels_IHW is not None and len(pixels_IHW):
-            found_NE = self.features(pixels_IHW).reshape(-1, embeds_TE.shape[1])
-            embeds_TE[rows.visual] = self.arranged(found_NE, encoded)
+            embeds_TE[rows.visual] = self.arranged(self.features(pixels_IHW), encoded)
         return embeds_TE
 
-    def arranged(self, found_NE: FloatArray, encoded: Encoded) -> FloatArray:
-        """Return the visual rows `[N, E]` of a prompt, from its views' embeddings."""
+    def arranged(self, found: FloatArray, encoded: Encoded) -> FloatArray:
+        """Return the visual rows `[N, E]` of a prompt, from what `features` gives of its views."""
         tokens = self.visual_tokens
-        (index_NK, weights_NK), _, _ = joined(encoded.images(tokens), tokens)
-        if weights_NK is None:
-            rows_NE = found_NE[index_NK[:, 0]]
-        else:
-            pairs = zip(index_NK.T, weights_NK.T[..., None], strict=True)
-            rows_NE = sum(found_NE[index] * w_N1 for index, w_N1 in pairs)
+        rows, _, pooled = joined(encoded.images(tokens), tokens)
+        rows_NE = made_of(self.connect(found, pooled), rows)
         if self._newline_E is not None:
-            rows_NE[index_NK[:, 0] < 0] = self._newline_E
+            rows_NE[rows.index_RK[:, 0] < 0] = self._newline_E
         return rows_NE
 
     def logits(
@@ -330,6 +347,23 @@ class OnnxModel(Answering[FloatArray]):
         """Return the embeddings `[B, T, E]`, float32, of tokens."""
         # IMAGE_ID is negative and has no embedding; row 0 stands in until features replace it
         ids = np.where(ids_BT == IMAGE_ID, 0, ids_BT)
-        with running(EMBEDDINGS):
-            (embeds,) = self._embeddings.run(["inputs_embeds"], {"input_ids": ids})
-        return cast("FloatArray", embeds)
+        return self._run(EMBEDDINGS, ids, "input_ids", "inputs_embeds")
+
+    def _run(self, graph: str, given: npt.NDArray[Any], name: str, made: str) -> FloatArray:
+        """Return the one output, `made`, of a graph with one input, `name`."""
+        with running(graph):
+            (found,) = self._sessions[graph].run([made], {name: given})
+        return cast("FloatArray", found)
+
+
+def made_of(found_ND: FloatArray, made: MadeOf) -> FloatArray:
+    """Return rows `[R, D]` that are made of others: weighted sums, or the largest of each."""
+    index_RK, weights_RK = made
+    index_KR = index_RK.T
+    if weights_RK is not None:
+        pairs = zip(index_KR, weights_RK.T[..., None], strict=True)
+        return cast("FloatArray", sum(found_ND[index_R] * w_R1 for index_R, w_R1 in pairs))
+    rows_RD: FloatArray = found_ND[index_KR[0]]
+    for index_R in index_KR[1:]:  # not all at once, which would be K times the rows
+        np.maximum(rows_RD, found_ND[index_R], out=rows_RD)
+    return rows_RD
