@@ -57,6 +57,7 @@ class StepContract(Contract[Step]):
     stops: bool = True
     """Whether it can be stopped on the way: one that takes long looks at `run.stopping`."""
     close: float = 0.0  #: How far the numbers of a resumed run may be from those of a whole one.
+    shared: tuple[str, ...] = ()  #: Folders beside its own in which it keeps what later steps take.
 
     def model(self) -> LlavaModel:
         """Return the model before the step, the same each time, where it asks for one."""
@@ -195,7 +196,8 @@ class StepContract(Contract[Step]):
         elsewhere.mkdir()
         with _working_in(elsewhere):
             self.start(room / "step")
-        written = sorted(path.name for path in room.iterdir() if path.name != "step")
+        kept = ("step", *self.shared)
+        written = sorted(path.name for path in room.iterdir() if path.name not in kept)
         hold(not written, "it writes into `run.directory` only", f"beside it: {written}", change)
         written = sorted(path.name for path in elsewhere.iterdir())
         hold(

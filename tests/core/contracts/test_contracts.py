@@ -224,6 +224,8 @@ class TestExactMatch(llavakit.testing.BenchmarkContract):
 
 
 class TestFinetune(llavakit.testing.StepContract):
+    shared = ("tokenised",)
+
     @property
     def options(self) -> Mapping[str, Any]:  # type: ignore[override]
         train = {"connector": 1e-3, "language": 1e-3}
