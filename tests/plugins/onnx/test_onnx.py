@@ -216,6 +216,15 @@ def test_the_report_holds_the_proof(exported: Exported) -> None:
 # -- what others find ----------------------------------------------------------------------------
 
 
+def test_graphs_say_nothing_of_the_machine_that_made_them(exported: Exported) -> None:
+    graphs = sorted((exported.folder / "onnx").glob("*.onnx"))
+    assert graphs
+    for graph in graphs:
+        written = graph.read_bytes()
+        for path in (Path(__file__).parents[3], Path(torch.__file__).parents[1]):
+            assert str(path).encode() not in written, graph.name
+
+
 def test_the_graphs_are_those_clients_expect(exported: Exported) -> None:
     decoder = onnx.load(exported.folder / "onnx/decoder_model_merged.onnx")
     onnx.checker.check_model(onnx.load(exported.folder / "onnx/embed_tokens.onnx"))

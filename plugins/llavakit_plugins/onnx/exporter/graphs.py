@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx_ir as ir
 import torch
+from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 from torch import Tensor, nn
 
 from llavakit import ModelError
@@ -253,6 +254,7 @@ def _trace(
     assert program is not None
     graph = program.model
     graph.producer_name, graph.producer_version = "llavakit", ""
+    ClearMetadataAndDocStringPass()(graph)  # traces of the source, with this machine's paths
     return graph
 
 
