@@ -252,6 +252,7 @@ def _contents(corpus: Corpus, images: Sequence[Image], folder: Path, run: Run) -
     group = run.process_group
     names = _digests(_name(corpus, image) for image in images)
     missing = np.flatnonzero(positions(_known(folder)[0], names) < 0)
+    group.any(False)  # none begins to write before all have looked: else shares leave gaps
     mine = missing[group.rank :: group.size]
     read = _digests(_content(corpus, images[number]) for number in mine.tolist())
     if len(mine):
