@@ -2,39 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Sequence
 from functools import partial
 from itertools import islice
-from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
 
-from llavakit import (
-    DataError,
-    ImageSource,
-    InputPath,
-    Options,
-    Sample,
-    Video,
-    and_more,
-)
+from llavakit import DataError, InputPath, Options, Sample
 from llavakit.contracts.data import Finding, Inspected
 from llavakit.contracts.run import Progress
 from llavakit_plugins.datasets.boxes import Aspect, with_moved_boxes
 from llavakit_plugins.datasets.conversation_rows import RowReader, attempt
+from llavakit_plugins.datasets.distinct_images import DistinctImages, name_of
 from llavakit_plugins.datasets.expected import CHARACTERS_A_TOKEN, Expected
-from llavakit_plugins.datasets.image_files import check_image, whole_images
 from llavakit_plugins.datasets.json_stream import Row
 from llavakit_plugins.datasets.kept_rows import KeptRows
 from llavakit_plugins.datasets.streaming import StoredRows, count_rows, read_rows
-from llavakit_plugins.media import MissingImage
 
 _LOOKED_AT = 4096  # rows that a plan reads to learn how long they are
 _NAMED = 3
 _LONGEST_NAME = 200  # characters of an id that messages show
 _KEYS = ("conversations", "messages")  # of which each row has one
-_SHOWN_EVERY = 256  # rows or images
+_SHOWN_EVERY = 256  # rows
 
 
 class ConversationsOptions(Options):
@@ -79,17 +69,24 @@ class Conversations(KeptRows):
         self.folder = options.images or options.path.parent
         self._reader = RowReader(str(options.path), self.folder, options.kind)
         self._rows = StoredRows(options.path)
-        self._left_out: list[str] = []
+        self._reasons: list[str] = []  # why the first samples are left out
+        self._reason_count = 0
         skip = options.unusable == "skip"
         bad: set[int] = set()
-        images: dict[str, int] = {}
-        videos: dict[str, Video] = {}
+        images = DistinctImages(self._id, keep_names=skip)
         # a missing file is reported by the reader, with its remedy
         size = max(1, options.path.stat().st_size) if options.path.is_file() else 1
+
+        def reading(_: int = 0) -> None:
+            progress(round(1000 * row.start / size), 1000, f"{number:,} rows read{images.note}")
+
+        def looking(total: int) -> None:
+            progress(images.looked_at, total, f"images looked at{images.note}")
+
         for number, row in enumerate(islice(read_rows(options.path), options.limit)):
             self._rows.append(row)
             if number % _SHOWN_EVERY == 0:
-                progress(round(1000 * row.start / size), 1000, f"{number:,} rows read")
+                reading()
             try:
                 _refuse_doubled(row, number, self._reader)
                 sample = self._boxed(self._reader.sample(row.value, number))
@@ -97,21 +94,19 @@ class Conversations(KeptRows):
                 if not skip:
                     raise
                 bad.add(number)
-                self._left_out.append(str(error))
+                self._because([str(error)], 1)
                 continue
-            for image in sample.images:
-                # each is looked at once, and named by the first sample that shows it
-                if isinstance(image, Path):
-                    images.setdefault(str(image), number)
-                elif isinstance(image, Video):
-                    videos.setdefault(_name(image), image)
-                    images.setdefault(_name(image), number)
-        broken = self._broken(images, videos, progress)
-        if broken and not skip:
-            raise self._refusal(broken, images)
-        if broken:
-            bad |= self._about(broken)
-            self._left_out += map(str, broken.values())
+            images.add(sample.images, number)
+            if images.are_many:
+                images.look(reading)
+        images.look(looking)
+        if images.broken and not skip:
+            raise images.refusal(
+                options.path, 'or set unusable = "skip" to leave their samples out'
+            )
+        if images.broken:
+            bad |= self._about(images.names)
+            self._because(images.reasons, images.broken)
         if bad:
             self._leave_out(bad)
 
@@ -129,10 +124,10 @@ class Conversations(KeptRows):
         if self._numbers is None:
             return []
         out = len(self._rows) - len(self)
-        more = f"; and {len(self._left_out) - _NAMED} more" * (len(self._left_out) > _NAMED)
+        more = f"; and {self._reason_count - _NAMED} more" * (self._reason_count > _NAMED)
         return [
             f"{self.options.path}: {out} of {len(self._rows)} samples are left out: "
-            f"{'; '.join(self._left_out[:_NAMED])}{more}"
+            f"{'; '.join(self._reasons)}{more}"
         ]
 
     @classmethod
@@ -173,44 +168,15 @@ class Conversations(KeptRows):
             identity = reader.name(row.value, number)[0]
             yield Inspected(identity, sample, tuple(problems), images, read)
 
-    def _broken(
-        self, images: Mapping[str, int], videos: Mapping[str, Video], progress: Progress
-    ) -> dict[str, DataError]:
-        """Return the images and videos that cannot be used: hours of work may depend on them."""
-        found: dict[str, DataError] = {}
-        files = (image for image in images if image not in videos)
-        whole_ones = whole_images(files)
-        looks = ((item, item[0] not in videos and next(whole_ones)) for item in images.items())
-        for done, ((image, number), whole) in enumerate(looks):
-            if done % _SHOWN_EVERY == 0:
-                note = f", {len(found):,} cannot be used" if found else ""
-                progress(done, len(images), f"images looked at{note}")
-            if not whole:
-                try:
-                    check_image(videos.get(image, image), f"sample `{self._id(number)}`")
-                except DataError as error:
-                    found[image] = error
-        return found
-
-    def _refusal(self, broken: Mapping[str, DataError], images: Mapping[str, int]) -> DataError:
-        path, skip = self.options.path, 'or set unusable = "skip" to leave their samples out'
-        missing = {image: e for image, e in broken.items() if isinstance(e, MissingImage)}
-        if missing:
-            names = and_more(
-                missing, _NAMED, lambda image: f"{image:.1000} (sample `{self._id(images[image])}`)"
-            )
-            remedies = dict.fromkeys(error.remedy for error in missing.values())
-            return DataError(
-                f"{path}: {len(missing)} of {len(images)} images are missing: {names}; "
-                f"{'; '.join(remedies)}, {skip}"
-            )
-        more = f" ({len(broken) - 1} more cannot be used)" if len(broken) > 1 else ""
-        return DataError(f"{path}: {next(iter(broken.values()))}{more}; {skip}")
+    def _because(self, reasons: Sequence[str], count: int) -> None:
+        """Count what samples are left out for, and keep the first reasons."""
+        self._reasons += reasons[: max(0, _NAMED - len(self._reasons))]
+        self._reason_count += count
 
     def _id(self, number: int) -> str:
         return self._reader.name(self._rows[number], number)[0][:_LONGEST_NAME]
 
-    def _about(self, images: Mapping[str, object]) -> set[int]:
+    def _about(self, images: Container[str]) -> set[int]:
         """Return the rows about any of these images."""
         found = set()
         for number in range(len(self._rows)):
@@ -218,13 +184,9 @@ class Conversations(KeptRows):
                 sample = self._reader.sample(self._rows[number], number)
             except DataError:  # left out already, with its reason
                 continue
-            if any(_name(image) in images for image in sample.images):
+            if any(name_of(image) in images for image in sample.images):
                 found.add(number)
         return found
-
-
-def _name(image: ImageSource) -> str:
-    return str(image.source if isinstance(image, Video) else image)
 
 
 def _refuse_doubled(row: Row, number: int, reader: RowReader) -> None:
