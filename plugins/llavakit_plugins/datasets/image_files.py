@@ -97,13 +97,13 @@ def whole_images(paths: Iterable[ImagePath], *, thorough: bool = False) -> Itera
     readers = (os.cpu_count() or 1) if thorough else _READERS
     many = _DECODED_AT_ONCE if thorough else _AT_ONCE
     look = _can_be_decoded if thorough else _seems_whole
-    with ThreadPoolExecutor(readers, thread_name_prefix="whole-images") as pool:
-        while window := list(islice(remaining, readers * many)):
-            parts = [window[begin : begin + many] for begin in range(0, len(window), many)]
-            with warnings.catch_warnings():  # what each thread silences must not become loud again
-                warnings.simplefilter("ignore")
-                found = list(pool.map(partial(_each, look), parts))
-            yield from chain.from_iterable(found)
+    while window := list(islice(remaining, readers * many)):
+        parts = [window[begin : begin + many] for begin in range(0, len(window), many)]
+        # threads of this window alone: whoever stops reading leaves none behind
+        with warnings.catch_warnings(), ThreadPoolExecutor(readers, "whole-images") as pool:
+            warnings.simplefilter("ignore")  # what each thread silences must not become loud again
+            found = list(pool.map(partial(_each, look), parts))
+        yield from chain.from_iterable(found)
 
 
 def _each(look: Callable[[ImagePath], bool], paths: Sequence[ImagePath]) -> list[bool]:
