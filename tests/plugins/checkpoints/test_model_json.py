@@ -151,8 +151,12 @@ def test_a_pipe_in_a_model_folder_is_named(folders: Folders, name: str) -> None:
 
 def test_the_onnx_report_is_read_as_it_is_meant(tmp_path: Path) -> None:
     from llavakit_plugins.onnx.runtime import folder as module
+    from llavakit_plugins.onnx.runtime.layout import GRAPHS, graph_file
 
     (tmp_path / "onnx").mkdir()
+    names = [graph_file(graph, "fp32") for graph in GRAPHS]
+    for name in names:
+        (tmp_path / name).write_bytes(b"s")
     shapes = dict.fromkeys(
         ("visual_tokens", "width", "vocabulary", "layers", "kv_heads", "head_dim", "max_length"), 1
     )
@@ -163,7 +167,7 @@ def test_the_onnx_report_is_read_as_it_is_meant(tmp_path: Path) -> None:
         "prompt": {"template": "t", "head": "", "ask": "", "image": "<image>",
                    "placement": "front", "shows_question": True, "trims": False,
                    "adds_bos": True, "beginning": [], "between": None, "stops": []},
-        "end_tokens": [2], "sha256": {},
+        "end_tokens": [2], "sha256": dict.fromkeys(names, sha256(b"s").hexdigest()),
     }  # fmt: skip
     (tmp_path / "secret").write_text("s")
 
@@ -179,6 +183,7 @@ def test_the_onnx_report_is_read_as_it_is_meant(tmp_path: Path) -> None:
     (tmp_path / "export.json").write_text(json.dumps(report))
     assert module.read(tmp_path, None)[1] == "fp32"
     assert "outside of it" in refused(lambda t: t["sha256"].update({"../secret": "x"}))
+    assert f"does not list {names[0]}" in refused(lambda t: t["sha256"].pop(names[0]))
     assert "`precisions`" in refused(lambda t: t.update(precisions=[]))
     assert "`precisions" in refused(lambda t: t.update(precisions=["fp3"]))
     assert "`preparation.std" in refused(lambda t: t["preparation"].update(std=["x", 1, 1]))
