@@ -257,8 +257,14 @@ def _stamp_of(state: os.stat_result) -> str:
 
 def _system(address: str, storage: Mapping[str, Any]) -> tuple[Any, str]:
     """Return fsspec's file system for an address, and the path in it."""
+    from fsspec import __version__, asyn
     from fsspec.core import url_to_fs
 
+    if not hasattr(asyn, "reset_after_fork"):  # the processes that read ahead would wait for ever
+        raise DataError(
+            f"{address} cannot be read by several processes with fsspec {__version__}; "
+            "pip install --upgrade 'llavakit[fsspec]'"
+        )
     try:
         system, path = url_to_fs(address, **storage)
     except ImportError as error:

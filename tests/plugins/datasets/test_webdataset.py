@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader
 
 from llavakit import DataError, Dataset, Registry, Sample, Turn, Use, open_image
 from llavakit.testing import DatasetContract
-from llavakit_plugins.datasets.stored_files import expand_braces
+from llavakit_plugins.datasets.stored_files import expand_braces, find_files
 from llavakit_plugins.datasets.tar_shards import read_groups
 from llavakit_plugins.datasets.webdataset import WebDataset
 
@@ -686,3 +686,13 @@ def test_predict_answers_shards(model: Path, tmp_path: Path, llava_run: Command)
     assert [answer["question_id"] for answer in answers] == [sample.id for sample in EXPECTED]
     assert answers[0]["image"] == [f"{tmp_path}/s-00.tar/0001.png"]
     assert answers[0]["truth"] == "red ."
+
+
+def test_an_fsspec_that_hangs_in_forked_processes_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from fsspec import asyn
+
+    monkeypatch.delattr(asyn, "reset_after_fork")
+    with pytest.raises(DataError, match=r"with fsspec .*; pip install --upgrade"):
+        find_files(["memory://shards/a.tar"], {})
