@@ -12,7 +12,7 @@ from hashlib import file_digest
 from itertools import accumulate
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
-from typing import Any, TextIO
+from typing import IO, Any
 
 from llavakit.contracts.errors import LlavaError, ModelError, RecipeError
 
@@ -24,15 +24,16 @@ def write_text(path: Path, text: str) -> None:
 
 
 @contextmanager
-def new_file(path: Path) -> Iterator[TextIO]:
+def new_file(path: Path, *, binary: bool = False) -> Iterator[IO[Any]]:
     """Yield a file to write that becomes `path` when the block ends without an error.
 
-    A lone surrogate, which UTF-8 has no place for, is written as the escape that JSON has for it.
+    In text a lone surrogate, which UTF-8 has no place for, is written as JSON's escape for it.
     """
+    text: Any = {"mode": "w", "encoding": "utf-8", "errors": "backslashreplace"}
     partial = path.with_name(f".{path.name}.partial")
     with explain_write(path):
         try:
-            with partial.open("w", encoding="utf-8", errors="backslashreplace") as file:
+            with partial.open(**({"mode": "wb"} if binary else text)) as file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())

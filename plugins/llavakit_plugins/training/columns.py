@@ -10,7 +10,6 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import Any, BinaryIO, overload
@@ -18,7 +17,7 @@ from typing import Any, BinaryIO, overload
 import numpy as np
 import numpy.typing as npt
 
-from llavakit import explain_write, sync
+from llavakit import new_file
 
 Column = npt.NDArray[Any]
 
@@ -124,30 +123,12 @@ def write_columns(path: Path, parts: Sequence[Columns], facts: Mapping[str, Any]
         header[name] = {**entry, "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    with new_binary(path) as file:
+    # written, not mapped: a full disk would end a process that writes to mapped memory
+    with new_file(path, binary=True) as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in names:
             for piece in _pieces(parts, name):
                 file.write(np.ascontiguousarray(piece).data.cast("B") if piece.size else b"")
-
-
-@contextmanager
-def new_binary(path: Path) -> Iterator[BinaryIO]:
-    """Yield a file to write that becomes `path` when the block ends without an error."""
-    partial = path.with_name(f".{path.name}.partial")
-    with explain_write(path):
-        try:
-            # written, not mapped: a full disk would end a process that writes to mapped memory
-            with partial.open("wb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(path)
-        except BaseException:
-            with suppress(OSError):
-                partial.unlink()
-            raise
-        sync(path.parent)
 
 
 def _pieces(parts: Sequence[Columns], name: str) -> Iterator[Column]:
