@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from tests.conftest import LANGUAGE, VISION, make_tokenizer
 from torch import Tensor
 
 from llavakit import LlavaModel
 from llavakit.testing import ExporterContract
+from llavakit_plugins.checkpoints.hf import Hf
 
 SIGLIP: dict[str, Any] = {
     "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2,
@@ -190,3 +192,23 @@ class NativeExporter(ExporterContract):
 
     def model(self) -> LlavaModel:
         return self._native()
+
+
+def export_alike(kind: Any, model: LlavaModel, folder: Path, out: Path) -> Any:
+    """Export a model that was read from `folder`; return the result, read by transformers' class.
+
+    Fails unless answers, pixels and every byte of the weights are what they were.
+    """
+    figures = Hf().export(model, out)
+    assert figures["largest_logit_difference"] < 1e-5
+    assert figures["processor_ids_equal"] is True
+    assert figures["processor_pixel_difference"] < 1e-6
+    saved, back = (load_file(path / "model.safetensors") for path in (folder, out))
+    back = {
+        name.replace("vision_tower.vision_model.", "vision_tower."): v for name, v in back.items()
+    }
+    assert saved.keys() == back.keys()
+    assert all(torch.equal(saved[name], back[name]) for name in saved)
+    again, report = kind.from_pretrained(out, output_loading_info=True)
+    assert not any(report.values())
+    return again.eval()

@@ -5,21 +5,20 @@ from __future__ import annotations
 import json
 import random
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from sklearn.metrics import accuracy_score, precision_recall_fscore_support
 from tests.plugins.evaluation.conftest import PROBLEMS
+from tests.runs import run_in
 
 import llavakit.testing
-from llavakit import Benchmark, ChatModel, DataError, Message, Registry, Run, Stopped
-from llavakit.contracts.run import ProcessGroup
+from llavakit import Benchmark, ChatModel, DataError, Message, Registry, Stopped
 from llavakit_plugins.evaluation.benchmarks.pope import original_answer, strict_answer
 from llavakit_plugins.evaluation.vqa_text import normalise, vqa_accuracy
 
@@ -66,24 +65,6 @@ def build(name: str, **options: Any) -> Benchmark:
 def write(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
-
-
-def within(folder: Path, stopping: Callable[[], bool] = lambda: False) -> Run:
-    """Return the run that a step would give, its folder `folder`."""
-    folder.mkdir(exist_ok=True)
-    return Run(
-        directory=folder,
-        earlier={},
-        build=Registry.installed().build,
-        seed=0,
-        resume=False,
-        find_device=lambda: torch.device("cpu"),
-        model=None,  # type: ignore[arg-type]
-        progress=lambda done, total, note="": None,
-        event=lambda name, /, **values: None,
-        stopping=stopping,
-        process_group=ProcessGroup(),
-    )
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -233,7 +214,7 @@ def test_the_relative_score_is_a_ratio_of_means_over_questions_that_parse(place:
 
 def test_a_tolerant_reading_takes_what_is_meant_beyond_doubt(place: Path, tmp_path: Path) -> None:
     Judge.replies = {"it, 0": "\n**8/10** **4/10**\nwhy", "it, 1": "10 10", "it, 2": "8/9"}
-    replies = within(tmp_path / "run")
+    replies = run_in(tmp_path / "run")
     figures = {}
     for reading in ("first-line", "tolerant"):
         benchmark = bench(place, limit=3, reading=reading)
@@ -275,18 +256,18 @@ def test_every_review_is_kept_and_nothing_is_asked_twice(place: Path, tmp_path: 
     questions, answers = benchmark.questions(), [f"Number {n}." for n in range(6)]
     Judge.dies_at = 5
     with pytest.raises(Stopped):
-        benchmark.score_in(within(tmp_path), questions, answers)
+        benchmark.score_in(run_in(tmp_path), questions, answers)
     Judge.dies_at = None
-    first = benchmark.score_in(within(tmp_path), questions, answers)
+    first = benchmark.score_in(run_in(tmp_path), questions, answers)
     assert len(Judge.asked) == len(set(Judge.asked)) == 12
-    again = benchmark.score_in(within(tmp_path), questions, answers)
+    again = benchmark.score_in(run_in(tmp_path), questions, answers)
     assert len(Judge.asked) == 12
     assert dict(again.metrics) == dict(first.metrics)
     rows = [json.loads(line) for line in (tmp_path / "reviews.jsonl").read_text().splitlines()]
     assert len(rows) == 12
     assert {row["question_id"] for row in rows} == set(range(6))
     other = [*answers[:5], "another answer"]
-    benchmark.score_in(within(tmp_path), questions, other)
+    benchmark.score_in(run_in(tmp_path), questions, other)
     assert len(Judge.asked) == 14  # what changed is asked again, both ways
 
 
@@ -296,7 +277,7 @@ def test_kept_reviews_score_the_same_by_the_command(
     benchmark = bench(place, swap=True)
     Judge.replies = {"it, 2": "good"}
     answers = ["x", "It is 1.", "y", "z", "It is 4.", "w"]
-    score = benchmark.score_in(within(tmp_path), benchmark.questions(), answers)
+    score = benchmark.score_in(run_in(tmp_path), benchmark.questions(), answers)
     data = json.loads(llava_run("score", "reviews", tmp_path / "reviews.jsonl", "--json").out)
     assert data["relative"] == pytest.approx(score.metrics["relative_all"])
     assert data["stored"]["unparsed"] == data["text"]["unparsed"] == ["2"]
@@ -400,7 +381,7 @@ def test_scienceqas_judge_is_asked_where_the_two_differ(place: Path, tmp_path: P
     benchmark = build("scienceqa", **stated, ensemble="judge", judge={"use": "judge"})
     Judge.replies = {"noun": "A cat is a thing. The answer is B.", "bat": "The answer is A."}
     answers = ["It runs. The answer is A.", "The answer is B."]
-    score = benchmark.score_in(within(tmp_path / "run"), benchmark.questions(), answers)
+    score = benchmark.score_in(run_in(tmp_path / "run"), benchmark.questions(), answers)
     (text,) = Judge.asked  # both say A of the noun; the second says nothing of the bat
     assert "Is a bat a bird?" in text
     assert "The answer is B." in text
@@ -408,7 +389,7 @@ def test_scienceqas_judge_is_asked_where_the_two_differ(place: Path, tmp_path: P
     assert score.metrics["accuracy"] == 0.5
     assert score.metrics["accuracy_judge"] == 0
     assert score.metrics["accuracy_upper_bound"] == 0.5
-    benchmark.score_in(within(tmp_path / "run"), benchmark.questions(), answers)
+    benchmark.score_in(run_in(tmp_path / "run"), benchmark.questions(), answers)
     assert len(Judge.asked) == 1
     # the letter C, which the bat's two choices have not, is an answer all the same, and wrong
     write(tmp_path / "third.jsonl", [{"question_id": "13", "text": "The answer is C."}])

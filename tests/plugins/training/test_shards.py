@@ -13,7 +13,8 @@ from tests.core import processes
 from tests.plugins.datasets.shards import write_rows
 from tests.plugins.training.test_sharded import events, losses, same, sets
 from tests.plugins.training.test_sharded_checkpoints import as_if_killed
-from tests.plugins.training.test_tokenised import Counting, run_in
+from tests.plugins.training.test_tokenised import Counting
+from tests.runs import run_in
 
 from llavakit import Dataset, Recipe, Registry, Use
 from llavakit.model.folder import create_model

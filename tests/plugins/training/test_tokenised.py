@@ -21,6 +21,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 from tests.conftest import RecipeWriter
+from tests.runs import run_in
 
 from llavakit import (
     DataError,
@@ -36,7 +37,6 @@ from llavakit import (
     Turn,
     Use,
 )
-from llavakit.contracts.run import ProcessGroup
 from llavakit.model.folder import create_model
 from llavakit_plugins.training import rows
 from llavakit_plugins.training.columns import Columns, write_columns
@@ -80,25 +80,6 @@ class Counting:
     def __call__(self, use: Use[Any], /, **context: Any) -> Any:
         self.built += 1
         return Registry.installed().build(use, **context)
-
-
-def run_in(
-    folder: Path, build: Callable[..., Any], stopping: Callable[[], bool] = lambda: False
-) -> Run:
-    folder.mkdir(parents=True, exist_ok=True)
-    return Run(
-        directory=folder,
-        earlier={},
-        build=build,
-        seed=0,
-        resume=False,
-        find_device=lambda: torch.device("cpu"),
-        model=None,  # type: ignore[arg-type]
-        progress=lambda done, total, note="": None,
-        event=lambda name, /, **values: None,
-        stopping=stopping,
-        process_group=ProcessGroup(),
-    )
 
 
 def use_of(source: Path, data: Path) -> Use[Dataset]:
