@@ -21,6 +21,7 @@ import os
 import select
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -32,6 +33,8 @@ os.environ["TRITON_INTERPRET"] = "1" if DRY else "0"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # no context before the fork
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+# one for all processes: torch's own compiler would choose another in some of them
+os.environ.setdefault("TRITON_CACHE_DIR", str(Path(tempfile.gettempdir()) / "llavakit-triton"))
 sys.path[:0] = [
     str(Path(__file__).parents[2] / root) for root in ("core", "plugins", "kernels", ".")
 ]
@@ -66,6 +69,9 @@ SECTIONS: dict[str, Section] = {
     "environment": Section("gpu_models", "environment", 30, "versions, and what is missing"),
     "rates": Section("gpu_kernels", "rates", 20, "the ceilings"),
     "compilation": Section("gpu_kernels", "compilation", 90, "every kernel, by many processes"),
+    "compilation1": Section(
+        "gpu_kernels", "compilation", 60, "the kernels that are timed", (("brief", True),)
+    ),
     "correctness": Section("gpu_kernels", "correctness", 60, "kernels against float64"),
     "attention": Section("gpu_attention", "attention", 60, "attention's kernels against float64"),
     "models": Section("gpu_models", "models", 60, "steps and answers against the CPU's"),
@@ -98,8 +104,8 @@ CALLS: dict[str, tuple[float, str]] = {
         210,
         "environment rates compilation correctness attention models smoke splice1 mlp1 rates-after",
     ),
-    "2": (290, "rates stage1 stage2 layers16 splice mlp loss rates-after"),
-    "3": (160, "rates tiny decode small profile configurations compile sanitizer"),
+    "2": (285, "rates compilation1 splice mlp stage1 stage2 small decode models loss rates-after"),
+    "3": (240, "rates tiny models profile configurations compile sanitizer"),
 }
 """Three calls that share a quarter of an hour: seconds, and sections in order of their value."""
 
@@ -117,6 +123,7 @@ def main() -> int:
     parser.add_argument("--list", action="store_true", help="list the sections and end")
     for name in ("section", "ceilings", "compile"):
         parser.add_argument(f"--{name}", help=argparse.SUPPRESS)
+    parser.add_argument("--brief", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--small-case", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.list:
@@ -142,7 +149,7 @@ def main() -> int:
         if options.small_case:
             gpu_kernels.small_case()
         else:
-            gpu_kernels.compile_share(options.compile)
+            gpu_kernels.compile_share(options.compile, options.brief)
         return 0
     if options.out is not None:
         options.out.mkdir(parents=True, exist_ok=True)
@@ -308,7 +315,7 @@ def _run(name: str, seconds: float, ceilings: tuple[float, ...], out: Path | Non
     torch.manual_seed(0)
     if DRY:  # the tensors are tiny: threads only wait for each other
         torch.set_num_threads(1)
-    code = 0
+    code, heard = 0, _hear_compilations()
     try:
         (SECTIONS | TROUBLE)[name](Session(seconds, ceilings[0], ceilings[1], out))
     except BaseException:  # SystemExit, too: the process ends here in any case
@@ -316,10 +323,30 @@ def _run(name: str, seconds: float, ceilings: tuple[float, ...], out: Path | Non
 
         traceback.print_exc()
         code = 1
+    if heard:
+        longest = sorted(heard, reverse=True)[:8]
+        told = ", ".join(f"{kernel} {taken:.1f} s" for taken, kernel in longest)
+        total = sum(taken for taken, _ in heard)
+        print(f"{name}: {len(heard)} kernels were compiled in {total:.1f} s: {told}")
     with contextlib.suppress(OSError):
         sys.stdout.flush()
         sys.stderr.flush()
     os._exit(code)  # no library's clean-up may hang
+
+
+def _hear_compilations() -> list[tuple[float, str]]:
+    """Return a list that fills with seconds and name of each kernel that was in no cache."""
+    import triton
+
+    heard: list[tuple[float, str]] = []
+
+    def listen(*, src: Any, times: Any, cache_hit: bool, **more: Any) -> None:
+        if not cache_hit:
+            taken = sum(each for _, each in times.lowering_stages) / 1e6
+            heard.append((taken, str(getattr(src, "name", src))[:60]))
+
+    triton.knobs.compilation.listener = listen
+    return heard
 
 
 if __name__ == "__main__":

@@ -88,6 +88,7 @@ def _measure(
             tokens_per_s=count / step, of_memory=(size + cached) / session.bytes / step,
             prefill_of_products=work / session.flops / prefill,
         )  # fmt: skip
+    _profile(session, answers["ours"], count)
     same = sum(
         a == b
         for x, y in zip(first["ours"], first["transformers"], strict=True)
@@ -103,6 +104,25 @@ def _measure(
         f"decode batch {count}: {count / mine[1]:.1f} tokens/s, theirs {count / other[1]:.1f}; "
         f"prefill {mine[0] * 1e3:.1f} ms, theirs {other[0] * 1e3:.1f}; {same}/{4 * count} the same"
     )
+
+
+def _profile(session: Session, answer: Answer, count: int) -> None:
+    """Which kernels the time of an answer goes to, and how long the device waits for the host."""
+    from torch.profiler import ProfilerActivity, profile
+
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (not DRY)
+    with profile(activities=activities) as found:
+        seconds = _seconds(answer, 9)
+    averages = found.key_averages()
+    by = "self_cpu_time_total" if DRY else "self_device_time_total"
+    busy = sum(getattr(event, by) for event in averages) / 1e3
+    launches = sum(event.count for event in averages if "Launch" in event.key)
+    session.say(
+        f"decode batch {count}, 9 tokens: {seconds * 1e3:.0f} ms under the profiler, device busy "
+        f"{busy:.0f} ms, {launches} launches"
+    )
+    order = "self_cpu_time_total" if DRY else "self_cuda_time_total"
+    session.text("decode.txt", f"{count}\n{averages.table(sort_by=order, row_limit=45)}")
 
 
 def _seconds(answer: Answer, new: int) -> float:

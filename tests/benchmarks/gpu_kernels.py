@@ -291,11 +291,14 @@ def weight_grad_tiles(data: Data) -> list[Any]:
     return chosen + [launch.tile(m, n, 64, warps, stages) for m, n, stages, warps in others]
 
 
-def compile_jobs() -> dict[str, Callable[[], object]]:
-    """Every variant of every kernel that the other sections launch, each launched once."""
+def compile_jobs(brief: bool = False) -> dict[str, Callable[[], object]]:
+    """Every variant of every kernel that the other sections launch, each launched once.
+
+    `brief`: only those of the sections that measure time.
+    """
     jobs: dict[str, Callable[[], object]] = {}
-    for dtype in LIMITS:
-        for widths in (EVEN, ODD):
+    for dtype in (torch.bfloat16,) if brief else LIMITS:
+        for widths in (EVEN,) if brief else (EVEN, ODD):
             toy = {"D": 24, "E": 40} if DRY else widths
             data = random_data(Shape(**toy, tokens=50, batch=2, text=7, V=100), dtype)
             arguments = (data.features, data.weight, data.bias)
@@ -326,10 +329,10 @@ def compile_jobs() -> dict[str, Callable[[], object]]:
     return jobs
 
 
-def compilation(session: Session) -> None:
+def compilation(session: Session, brief: bool = False) -> None:
     """Fill Triton's cache from many processes at once: one after another would take minutes."""
     workers = 1 if DRY else max(1, min(14, (os.cpu_count() or 2) - 2))
-    command = [sys.executable, SCRIPT] + (["--dry-run"] if DRY else [])
+    command = [sys.executable, SCRIPT] + ["--dry-run"] * DRY + ["--brief"] * brief
     running = [
         subprocess.Popen(
             [*command, "--compile", f"{worker}/{workers}"],
@@ -350,7 +353,7 @@ def compilation(session: Session) -> None:
             failed += 1
             last = said.splitlines()[-12:]
             session.row("compilation: failed", code=process.returncode, said=last)
-    session.row("compilation", variants=len(compile_jobs()), workers=workers, failed=failed)
+    session.row("compilation", variants=len(compile_jobs(brief)), workers=workers, failed=failed)
     if failed:
         session.say(f"compilation: {failed} jobs failed, named in results.json")
 
@@ -358,10 +361,10 @@ def compilation(session: Session) -> None:
 _FAILED = "failed: "
 
 
-def compile_share(share: str) -> None:
+def compile_share(share: str, brief: bool) -> None:
     """Run every n-th job; one that fails is named, and the others go on."""
     worker, workers = map(int, share.split("/"))
-    for name, job in list(compile_jobs().items())[worker::workers]:
+    for name, job in list(compile_jobs(brief).items())[worker::workers]:
         print(f"{name} ...", flush=True)
         try:
             job()
