@@ -73,6 +73,9 @@ SECTIONS: dict[str, Section] = {
         "gpu_kernels", "compilation", 60, "the kernels that are timed", (("brief", True),)
     ),
     "correctness": Section("gpu_kernels", "correctness", 60, "kernels against float64"),
+    "correctness1": Section(
+        "gpu_kernels", "correctness", 45, "the kernels that are timed", (("brief", True),)
+    ),
     "attention": Section("gpu_attention", "attention", 60, "attention's kernels against float64"),
     "models": Section("gpu_models", "models", 60, "steps and answers against the CPU's"),
     "smoke": Section("gpu_training", "smoke", 50, "2 layers of a 13B against transformers"),

@@ -88,6 +88,8 @@ def models(session: Session) -> None:
         _check_step(session, expected, learns, half=True)
     if session.time_for("nf4", 0 if DRY else 8):
         _check_four_bits(session)
+    if session.time_for("recorded steps", 0 if DRY else 8):
+        _check_replay(session, copy.deepcopy(expected).to(DEVICE))
     # the kernels in float32, which nobody trains in, are compiled for many seconds
     if session.time_for("answers", 0 if DRY else 10):
         _check_answers(session, expected, copy.deepcopy(expected).to(DEVICE))
@@ -171,6 +173,28 @@ def _check_answers(session: Session, expected: LlavaModel, ours: LlavaModel) -> 
             "models", what=f"greedy tokens, {count} at once", precision="fp32",
             error=1 - same / (24 * count), limit=0.0,
         )  # fmt: skip
+
+
+def _check_replay(session: Session, ours: LlavaModel) -> None:
+    """Answers whose steps are recorded, some of which end early, beside the same step by step."""
+    if DRY:  # nothing is recorded on a CPU
+        return
+    ours.language.tokenizer.eos_token = None
+    pixels = torch.randn(3, 3, 56, 56, device=DEVICE)
+    ours.to(torch.bfloat16)
+    asked: Any = [(" ".join(["<image>", *QUESTION.split()[n:]]), [None]) for n in range(3)]
+    found = []
+    replay: Any = ours.language._replay
+    for works in (False, True):
+        replay._works = works
+        ids = ours.answer_ids(asked, Sampling(280), raw=True, pixels_IHW=pixels.bfloat16())
+        found.append([token for answer in ids for token in answer])
+    recorded = replay._works and replay._last is not None
+    wrong = sum(a != b for a, b in zip(*found, strict=True)) / len(found[0])
+    session.row(
+        "models", what=f"recorded steps ({recorded}) beside usual ones", precision="bf16",
+        error=wrong if recorded else 1.0, limit=0.0,
+    )  # fmt: skip
 
 
 def _check_four_bits(session: Session) -> None:

@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+CUDA_LENGTHS = 256  #: On CUDA, decoding looks at a multiple of so many columns of the cache.
+
 
 def upload(tensor: Tensor, device: torch.device) -> Tensor:
     """Return a tensor on `device`, without waiting for what a GPU has still to do."""
@@ -58,14 +60,13 @@ class Packing:
     @cached_property
     def samples_T(self) -> Tensor:
         """The number of the sample that each row belongs to, int32."""
-        numbers = torch.arange(len(self.lengths), dtype=torch.int32)
         # on the CPU: a GPU would have to say how long it got
-        samples_T = numbers.repeat_interleave(torch.tensor(self.lengths))
-        return upload(samples_T, self.position_ids_T.device)
+        samples_T = np.arange(len(self.lengths), dtype=np.int32).repeat(self.lengths)
+        return upload(torch.from_numpy(samples_T), self.position_ids_T.device)
 
     @cached_property
-    def block_masks(self) -> dict[int | None, Any]:
-        """FlexAttention's masks of this stream by window, kept for the layers to come."""
+    def masks(self) -> dict[Any, Any]:
+        """Attention's masks of this stream by their kind, kept for the layers to come."""
         return {}
 
     def to(self, device: torch.device) -> Packing:
@@ -118,9 +119,8 @@ class KVCache:
 
     def __init__(self, layers: int, capacities: Sequence[int]) -> None:
         self.lengths = [0] * len(capacities)  #: Tokens of each sequence, in every layer.
-        self.capacity = max(capacities)
-        # made with the first rows, which know dtype and device
-        self.keys: list[Tensor | None] = [None] * layers
+        self.capacity = -(-max(capacities) // 16) * 16  # kernels read so many at a time
+        self.keys: list[Tensor | None] = [None] * layers  # until the first rows tell their kind
         self.values: list[Tensor | None] = [None] * layers
         self.states: list[dict[str, Tensor]] = [{} for _ in range(layers)]
 

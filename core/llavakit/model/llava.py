@@ -103,14 +103,9 @@ class LlavaModel(nn.Module, Answering[Tensor]):
         if features_IPD is None:
             return self.language.embed(batch.token_ids_T)
         features_IPD = batch.pool(features_IPD)
-        stream = Stream(
-            batch.token_ids_T,
-            batch.visual_rows_N,
-            batch.visual_kept_N,
-            self.language.embed,
-            self.language.embedding_VE,
-            batch.weights_KN,
-        )
+        ids_and_rows = (batch.token_ids_T, batch.visual_rows_N, batch.visual_kept_N)
+        look_up = (self.language.embed, self.language.embedding_VE)
+        stream = Stream(*ids_and_rows, *look_up, batch.weights_KN)
         own = type(self.connector) if batch.weights_KN is None else Connector
         embeds_TE = own.project_into(self.connector, features_IPD, stream)
         if (newline_E := self.image_newline) is not None:  # without rows, for a gradient of zeros

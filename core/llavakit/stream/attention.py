@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib.metadata import entry_points
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from llavakit.contracts.packing import KVCache, Packing, Scoring
+from llavakit.contracts.packing import CUDA_LENGTHS, KVCache, Packing, Scoring
 
 # found once, at import: torch.compile cannot trace a look-up of entry points
 _CHOOSERS: tuple[Callable[..., Any], ...] = tuple(
@@ -53,7 +53,7 @@ def packed_attention(
     if packing.cache is not None:
         _store(packing.cache, layer, k_TGK, v_TGK, packing)
         if any(packing.cache.lengths):  # else it is a prompt, read as in training
-            return _decode(q_THK, packing, layer, scoring)
+            return _decode(q_THK, packing, packing.cache, layer, scoring)
     if q_THK.is_cuda and q_THK.dtype in (torch.bfloat16, torch.float16):
         for choose in _CHOOSERS:
             kernel = choose(scoring, q_THK.shape[-1], v_TGK.shape[-1], q_THK.device)
@@ -61,10 +61,9 @@ def packed_attention(
                 attended_THK: Tensor = kernel(q_THK, k_TGK, v_TGK, packing, scoring)
                 return attended_THK
     outputs = []
-    lengths = packing.lengths
     # split, not slices: the gradient of each slice would be as long as the whole stream
-    parts = zip(q_THK.split(lengths), k_TGK.split(lengths), v_TGK.split(lengths), strict=True)
-    for q, k, v in parts:
+    parts = (x_TXK.split(packing.lengths) for x_TXK in (q_THK, k_TGK, v_TGK))
+    for q, k, v in zip(*parts, strict=True):
         mask = None
         if not scoring.plain or (window is not None and len(q) > window):
             index = torch.arange(len(q), device=q.device)
@@ -125,29 +124,34 @@ def _store(cache: KVCache, layer: int, k_TGK: Tensor, v_TGK: Tensor, packing: Pa
         if packing.starts[-1] == count:  # decoding: one row a sequence, written at once
             held[sequences, :, packing.position_ids_T] = new_TGK
             continue
-        for s, new in enumerate(new_TGK.split(packing.lengths)):
-            begin = cache.lengths[s]
-            held[s, :, begin : begin + len(new)] = new.transpose(0, 1)
+        parts = zip(held, cache.lengths, new_TGK.split(packing.lengths), strict=True)
+        for held_GLK, begin, new in parts:
+            held_GLK[:, begin : begin + len(new)] = new.transpose(0, 1)
 
 
-def _decode(q_THK: Tensor, packing: Packing, layer: int, scoring: Scoring) -> Tensor:
+def _decode(q_THK: Tensor, packing: Packing, kv: KVCache, layer: int, scoring: Scoring) -> Tensor:
     """Attend from new rows to everything the cache holds, the new rows included."""
-    store = packing.cache
-    assert store is not None
-    keys, values = store.keys[layer], store.values[layer]
-    assert keys is not None
-    assert values is not None
-    totals = [held + new for held, new in zip(store.lengths, packing.lengths, strict=True)]
-    columns = torch.arange(max(totals), device=q_THK.device)
-    if packing.starts[-1] == len(store.lengths):  # one row a sequence: all at once
-        mask_S11L = _band(packing.position_ids_T, columns, scoring.window)[:, None, None]
-        keys, values = (x[:, :, : max(totals)] for x in (keys, values))  # behind it they are empty
+    keys, values = (cast("Tensor", held[layer]) for held in (kv.keys, kv.values))
+    totals = [held + new for held, new in zip(kv.lengths, packing.lengths, strict=True)]
+    if packing.starts[-1] == len(kv.lengths):  # one row a sequence: all at once
+        longest = max(totals)
+        if q_THK.is_cuda:  # few lengths: what was planned or captured for one serves again
+            longest = min(kv.capacity, -(-longest // CUDA_LENGTHS) * CUDA_LENGTHS)
+        keys, values = (x[:, :, :longest] for x in (keys, values))  # behind it they are empty
+        kind = (scoring.window, scoring.plain)
+        if kind not in packing.masks:
+            columns = torch.arange(longest, device=q_THK.device)
+            seen_S11L = _band(packing.position_ids_T, columns, scoring.window)[:, None, None]
+            added = q_THK.new_zeros(()).masked_fill(~seen_S11L, float("-inf"))
+            packing.masks[kind] = added if scoring.plain else seen_S11L
         rows = (keys.shape[1], -1) if scoring.plain else (-1, 1)  # CUDA masks no groups, but rows
-        return _weigh(q_THK.unflatten(1, rows), keys, values, mask_S11L, scoring).flatten(1, 2)
+        q_SGRK, mask_S11L = q_THK.unflatten(1, rows), packing.masks[kind]
+        return _weigh(q_SGRK, keys, values, mask_S11L, scoring).flatten(1, 2)
     outputs = []
     for s, total in enumerate(totals):
         own = slice(packing.starts[s], packing.starts[s + 1])
-        mask = _band(packing.position_ids_T[own], columns[:total], scoring.window)
+        columns = torch.arange(total, device=q_THK.device)
+        mask = _band(packing.position_ids_T[own], columns, scoring.window)
         k_CGK, v_CGK = keys[s, :, :total].transpose(0, 1), values[s, :, :total].transpose(0, 1)
         outputs.append(_attend(q_THK[own], k_CGK, v_CGK, mask, scoring))
     return torch.cat(outputs)

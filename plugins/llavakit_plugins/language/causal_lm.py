@@ -91,8 +91,7 @@ class CausalLM(PretrainedLanguage):
             "family, such as Qwen, Llama, Mistral, Phi or Gemma"
         )
 
-    def hidden(self, embeds_TE: Tensor, packing: Packing, rows: Rows | None = None) -> Tensor:
-        self._check_rows(embeds_TE, packing)
+    def _hidden(self, embeds_TE: Tensor, packing: Packing, rows: Rows | None = None) -> Tensor:
         config = self.model.config
         call = _Call(packing, _windows(config))
         with _during(call), self._recomputing(call):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from llavakit import LanguageModel, ModelError, cast_weights
-from llavakit.contracts.packing import Packing
+from llavakit.contracts.packing import Packing, Rows
 from llavakit_plugins.huggingface.hub import (
     explain_config,
     fetch_config,
@@ -34,6 +34,7 @@ from llavakit_plugins.language.lora import (
     save_adapters,
 )
 from llavakit_plugins.language.options import LanguageOptions
+from llavakit_plugins.language.replay import Replay, is_step
 from llavakit_plugins.language.weights import (
     NF4_BYTES,
     missing_bitsandbytes,
@@ -69,6 +70,7 @@ class PretrainedLanguage(LanguageModel):
         self.model = model
         self.width: int = model.get_input_embeddings().embedding_dim
         self.max_length = _longest(self.name, model.config, options.max_length)
+        self._replay = Replay()
 
     @classmethod
     @abstractmethod
@@ -215,17 +217,26 @@ class PretrainedLanguage(LanguageModel):
 
         return [m for m in self.model.modules() if isinstance(m, GradientCheckpointingLayer)]
 
+    def hidden(self, embeds_TE: Tensor, packing: Packing, rows: Rows | None = None) -> Tensor:
+        if packing.position_ids_T.shape[0] != embeds_TE.shape[0]:
+            raise ModelError(
+                f"the stream has {embeds_TE.shape[0]} rows, its packing "
+                f"{packing.position_ids_T.shape[0]}"
+            )
+        if rows is None and is_step(embeds_TE, packing):
+            return self._replay(self._hidden, embeds_TE, packing)
+        return self._hidden(embeds_TE, packing, rows)
+
+    @abstractmethod
+    def _hidden(self, embeds_TE: Tensor, packing: Packing, rows: Rows | None = None) -> Tensor:
+        """Return what `hidden` does, of a stream and a packing that fit."""
+
     def cache_shape(self) -> tuple[int, int, int]:
         config = self.model.config
         heads: int = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         per_head = config.hidden_size // config.num_attention_heads
         width: int = getattr(config, "head_dim", None) or per_head
         return config.num_hidden_layers, heads, width
-
-    def _check_rows(self, embeds_TE: Tensor, packing: Packing) -> None:
-        rows = packing.position_ids_T.shape[0]
-        if rows != embeds_TE.shape[0]:
-            raise ModelError(f"the stream has {embeds_TE.shape[0]} rows, its packing {rows}")
 
 
 def _longest(name: str, config: Any, wanted: int | None) -> int:

@@ -137,7 +137,7 @@ def _capped(softcap: float, device: torch.device) -> Callable[..., Tensor]:
 
 def _block_mask(packing: Packing, window: int | None, create: Callable[..., Any]) -> Any:
     """Return the blocks of the stream in which a row sees something; made once a packing."""
-    if window not in packing.block_masks:
+    if window not in packing.masks:
         sample_T = packing.samples_T
         length = packing.starts[-1]
         reach = length if window is None else window
@@ -146,7 +146,5 @@ def _block_mask(packing: Packing, window: int | None, create: Callable[..., Any]
             behind = (row >= column) & (row - column < reach)
             return behind & (sample_T[row] == sample_T[column])
 
-        packing.block_masks[window] = create(
-            sees, None, None, length, length, device=sample_T.device
-        )
-    return packing.block_masks[window]
+        packing.masks[window] = create(sees, None, None, length, length, device=sample_T.device)
+    return packing.masks[window]

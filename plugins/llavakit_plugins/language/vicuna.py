@@ -20,6 +20,7 @@ from llavakit import ModelError, packed_attention
 from llavakit.contracts.packing import Packing, Rows
 from llavakit_kernels.linear_cross_entropy import linear_cross_entropy
 from llavakit_plugins.huggingface.hub import explain_config
+from llavakit_plugins.language import fused
 from llavakit_plugins.language.options import LanguageOptions
 from llavakit_plugins.language.pretrained import PretrainedLanguage
 
@@ -64,9 +65,8 @@ class Vicuna(PretrainedLanguage):
             hidden_ME, head.weight, targets_M, bias=head.bias, reduction="sum"
         )
 
-    def hidden(self, embeds_TE: Tensor, packing: Packing, rows: Rows | None = None) -> Tensor:
+    def _hidden(self, embeds_TE: Tensor, packing: Packing, rows: Rows | None = None) -> Tensor:
         decoder = self.model.model
-        self._check_rows(embeds_TE, packing)
         # positions restart at 0 in each sample; the angles are the same in all layers
         cos_1TK, sin_1TK = decoder.rotary_emb(embeds_TE, packing.position_ids_T[None])
         rotary = (cos_1TK[0, :, None], sin_1TK[0, :, None])
@@ -97,18 +97,20 @@ def _block(
     """
     attention = block.self_attn
     shape = (-1, attention.head_dim)
-    normed_TE = _norm(block.input_layernorm, hidden_TE)
-    k_TGK = _rotate(attention.k_proj(normed_TE).unflatten(-1, shape), rotary)
+    normed_TE = _for_products(_norm(block.input_layernorm, hidden_TE))
+    k_TGK = attention.k_proj(normed_TE).unflatten(-1, shape)
     v_TGK = attention.v_proj(normed_TE).unflatten(-1, shape)
     # On CUDA one fused kernel serves all rows, so selecting queries before it gains little. With a
     # cache all new rows pass the attention, which stores their keys and values.
     few = rows is not None and not normed_TE.is_cuda and packing.cache is None
     if rows is not None and few:
+        k_TGK = fused.rotate_one(k_TGK, rotary)
         normed_ME, rotary = _rows(normed_TE, rows), (_rows(rotary[0], rows), _rows(rotary[1], rows))
-        q_MHK = _rotate(attention.q_proj(normed_ME).unflatten(-1, shape), rotary)
+        q_MHK = fused.rotate_one(attention.q_proj(normed_ME).unflatten(-1, shape), rotary)
         attended = _rows_attention(q_MHK, k_TGK, v_TGK, packing, rows, attention.scaling)
     else:
-        q_THK = _rotate(attention.q_proj(normed_TE).unflatten(-1, shape), rotary)
+        q_THK = attention.q_proj(normed_TE).unflatten(-1, shape)
+        q_THK, k_TGK = fused.rotate(q_THK, k_TGK, rotary)
         attended = packed_attention(
             q_THK, k_TGK, v_TGK, packing, layer=index, scale=attention.scaling
         )
@@ -117,8 +119,8 @@ def _block(
     residual = hidden_TE if rows is None else _rows(hidden_TE, rows)
     hidden = residual + attention.o_proj(attended.flatten(1))
     mlp = block.mlp
-    normed = _norm(block.post_attention_layernorm, hidden)
-    gated = mlp.act_fn(mlp.gate_proj(normed)) * mlp.up_proj(normed)
+    normed = _for_products(_norm(block.post_attention_layernorm, hidden))
+    gated = fused.gate(mlp.act_fn, mlp.gate_proj(normed), mlp.up_proj(normed))
     output: Tensor = hidden + mlp.down_proj(gated)
     return output
 
@@ -131,14 +133,11 @@ def _norm(norm: Any, hidden_TE: Tensor) -> Tensor:
     return F.rms_norm(hidden_TE, (hidden_TE.shape[-1],), norm.weight, norm.variance_epsilon)
 
 
-def _rotate(x_THK: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-    """Apply rotary positions (arXiv 2104.09864) to `[T, heads, K]`.
-
-    As in transformers, the two numbers of a pair are K/2 apart, and not neighbours as in the paper.
-    """
-    cos_T1K, sin_T1K = rotary
-    left, right = x_THK.chunk(2, dim=-1)
-    return x_THK * cos_T1K + torch.cat((-right, left), dim=-1) * sin_T1K
+def _for_products(normed_TE: Tensor) -> Tensor:
+    """Round once what autocast would round for each product that reads it."""
+    if normed_TE.is_cuda and torch.is_autocast_enabled("cuda"):
+        return normed_TE.to(torch.get_autocast_dtype("cuda"))
+    return normed_TE
 
 
 def _rows_attention(
