@@ -87,7 +87,7 @@ SECTIONS: dict[str, Section] = {
     "splice": Section("gpu_kernels", "splice", 60, "splice at every shape"),
     "mlp": Section("gpu_kernels", "mlp", 60, "mlp at every shape"),
     "loss": Section("gpu_kernels", "loss", 40, "the loss, and liger-kernel's"),
-    "tiny": Section("gpu_models", "tiny", 130, "recipes/tiny.toml, stopped and resumed"),
+    "tiny": Section("gpu_models", "tiny", 155, "recipes/tiny.toml, stopped and resumed"),
     "decode": Section("gpu_decoding", "decode", 70, "answers of a 7B, beside transformers"),
     "small": Section("gpu_training", "small", 50, "a step of a model of 135M"),
     "profile": Section("gpu_training", "profile", 40, "kernels of a step, by time"),
