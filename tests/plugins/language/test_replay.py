@@ -155,3 +155,17 @@ def test_on_a_cpu_nothing_is_recorded() -> None:
     packing = Packing((0, 1), torch.tensor([10]), filled(1, 10))
     with torch.no_grad():
         assert not replay.is_step(torch.ones(1, 3), packing)
+
+
+def test_a_recorded_step_that_gives_something_else_is_not_believed(
+    graphs: list[Graph], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Graph, "replay", lambda self: self.out.fill_(3.0))
+    run, cache = Replay(), filled(1, 10)
+    for number in range(replay._BEFORE):
+        step(run, cache, number)
+    with pytest.warns(UserWarning, match="a recorded one gave something else"):
+        step(run, cache, 8)
+    for number in range(3):
+        step(run, cache, number)
+    assert len(graphs) == 1
