@@ -112,7 +112,7 @@ def _default(field: FieldInfo) -> str:
         return _toml(made) if made else "none"
     if field.default is PydanticUndefined:
         return ""
-    return "none" if field.default is None else _toml(field.default)
+    return "none" if field.default is None else _toml(field.default) or '""'
 
 
 def _toml(value: Any) -> str:

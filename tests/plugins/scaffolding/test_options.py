@@ -36,6 +36,7 @@ class Several(Options):
     inner: Inner = Inner()
     rates: dict[str, float] = Field(default_factory=dict)
     side: Side = Side.LEFT
+    system: str = ""
 
 
 def test_a_table_says_what_each_option_takes() -> None:
@@ -50,6 +51,7 @@ def test_a_table_says_what_each_option_takes() -> None:
         "| `inner` | table of `size` | `{ size = 3 }` |  |",
         "| `rates` | table of number | none |  |",
         "| `side` | `left` | `left` |  |",
+        '| `system` | text | `""` |  |',
     ]
 
 
