@@ -5,7 +5,9 @@
 CLIP B/16 and a Llama of 12 layers x 768 (fewer with --layers), random weights. Prompts of one image
 and unequal text, which transformers pads on the left. Greedy, one thread, CPU time, the two in
 alternation, medians of paired ratios. Prefill is the time to the first token, images included;
-decode is the rest. Exits with 1 where the answers differ.
+decode is the rest, and `bandwidth` the bytes of weights and cache that a step reads, a second,
+over the rate at which one thread reads memory in the same round. Exits with 1 where the answers
+differ.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from tests.benchmarks.startup import machine
 from tests.core.peer import make_pair, their_inputs
 
 from llavakit import LlavaModel
@@ -37,6 +41,8 @@ LANGUAGE: dict[str, Any] = {
     "num_attention_heads": 12, "vocab_size": 32000, "max_position_embeddings": 2048,
     "bos_token_id": 1, "eos_token_id": None, "pad_token_id": 3,
 }  # fmt: skip
+LIMITS = {1: 1.1, 8: 1.3}  # of the ratio in decoding, by prompts at once
+BANDWIDTH = 0.92  # at one prompt; what several ask of a core is products
 QUESTION = "what colour is the circle in the picture ? what shape is the square ?"
 Answer = Callable[[int], list[list[int]]]
 
@@ -83,11 +89,41 @@ def seconds(answer: Answer, new: int) -> float:
     return time.process_time() - begun
 
 
-def compare(
-    ours: Answer, theirs: Answer, new: int, rounds: int
-) -> dict[str, list[tuple[float, float]]]:
-    """Return the seconds of ours and theirs to the first token, and for each one behind it."""
-    found: dict[str, list[tuple[float, float]]] = {"prefill": [], "decode": []}
+def memory_rate(megabytes: int = 256) -> float:
+    """Return the bytes that a thread reads a second of CPU time, at best, of a matrix that no cache
+    holds: in a sum, or times a vector."""
+    values = torch.ones(megabytes * 2**18 // 4096, 4096)
+    vector = torch.ones(4096)
+    found = []
+    for read in (torch.sum, partial(torch.mv, vec=vector)) * 3:
+        begun = time.process_time()
+        read(values)
+        found.append(values.nbytes / (time.process_time() - begun))
+    return max(found)
+
+
+def step_bytes(model: LlavaModel, texts: Sequence[str], new: int) -> float:
+    """Return the mean bytes that a step of decoding reads: each weight once, and what the cache
+    holds of each prompt halfway."""
+    language = model.language
+    weights = sum(p.nbytes for p in language.parameters())
+    table = language.embedding_VE
+    if table is not None and table is not language.head.weight:
+        weights -= table.nbytes  # of which a step reads a row
+    layers, heads, width = language.cache_shape()
+    lengths = [
+        len(their_inputs(model, text, None)["input_ids"][0]) + (new + 1) / 2 for text in texts
+    ]
+    return weights + 2 * 4 * layers * heads * width * sum(lengths)
+
+
+Rounds = dict[str, list[tuple[float, float]]]
+
+
+def compare(ours: Answer, theirs: Answer, new: int, rounds: int) -> Rounds:
+    """Return the seconds of ours and theirs to the first token, and for each one behind it; and
+    those of our steps beside the bytes a second that memory gives."""
+    found: Rounds = {"prefill": [], "decode": [], "memory": []}
     for number in range(rounds):
         pair = (ours, theirs) if number % 2 else (theirs, ours)
         first = {answer: seconds(answer, 1) for answer in pair}
@@ -95,6 +131,7 @@ def compare(
         found["prefill"].append((first[ours], first[theirs]))
         rest = {answer: (whole[answer] - first[answer]) / new for answer in pair}
         found["decode"].append((rest[ours], rest[theirs]))
+        found["memory"].append((rest[ours], memory_rate()))
     return found
 
 
@@ -111,16 +148,28 @@ def main() -> int:
     model.language.tokenizer.eos_token = None  # random weights end an answer at any time
     draw = torch.Generator().manual_seed(0)
     same = True
-    print(f"{'':16}{'ours ms':>10}{'peer ms':>10}{'ratio':>8}")
+    print(
+        f"{machine()}, torch {torch.__version__}; one thread reads {memory_rate() / 1e9:.1f} GB/s"
+    )
+    print(
+        f"{'':18}{'ours ms':>9}{'peer ms':>10}{'ratio':>8}{'goal':>8}{'bandwidth':>11}{'goal':>6}"
+    )
     for count in map(int, arguments.batches.split(",")):
         pixels = torch.randn(count, 3, 224, 224, generator=draw)
         texts = prompts(count)
         ours, theirs = ours_of(model, texts, pixels), theirs_of(peer, model, texts, pixels)
         same &= ours(8) == theirs(8)  # warms both up, too
-        for what, pairs in compare(ours, theirs, arguments.new, arguments.rounds).items():
+        found = compare(ours, theirs, arguments.new, arguments.rounds)
+        size = step_bytes(model, texts, arguments.new)
+        used = statistics.median(size / (step * rate) for step, rate in found.pop("memory"))
+        for what, pairs in found.items():
             mine, yours = (1000 * statistics.median(side) for side in zip(*pairs, strict=True))
             ratio = statistics.median(other / own for own, other in pairs)
-            print(f"batch {count}, {what:8}{mine:>9.1f}{yours:>10.1f}{ratio:>7.2f}x", flush=True)
+            line = f"batch {count}, {what:8}{mine:>9.1f}{yours:>10.1f}{ratio:>7.2f}x"
+            if what == "decode":
+                line += f"{LIMITS[count]:7.2f}x" if count in LIMITS else f"{'':8}"
+                line += f"{used:11.2f}" + (f"{BANDWIDTH:6.2f}" if count == 1 else "")
+            print(line, flush=True)
     print(f"the same tokens: {same}")
     return 0 if same else 1
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from tests.conftest import LANGUAGE, VISION, make_tokenizer
@@ -14,7 +14,8 @@ from llavakit import LlavaModel, PromptTemplate, Segment, Turn
 from llavakit_plugins.connectors.mlp import Mlp, MlpOptions
 from llavakit_plugins.language.vicuna import Vicuna, VicunaOptions
 from llavakit_plugins.tilings.anyres import Anyres
-from llavakit_plugins.vision.clip import Clip, ClipOptions
+from llavakit_plugins.vision.clip import Clip
+from llavakit_plugins.vision.vision_transformer import TransformersEncoder
 
 IMAGE_TOKEN = 63
 
@@ -33,13 +34,13 @@ def make_pair(
     language: dict[str, Any] = LANGUAGE,
     seed: int = 0,
     tiling: Anyres | None = None,
+    encoder: type[TransformersEncoder] = Clip,
 ) -> tuple[Any, LlavaModel]:
     """Return (theirs, ours), float32 on the CPU, sharing every weight's values.
 
     With a tiling theirs is LlavaNextForConditionalGeneration.
     """
     from transformers import (
-        CLIPVisionConfig,
         LlamaConfig,
         LlamaForCausalLM,
         LlavaConfig,
@@ -55,17 +56,18 @@ def make_pair(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         config = kind(
-            vision_config=CLIPVisionConfig(**vision),
+            vision_config=cast(Any, encoder.architecture().config_class)(**vision),
             text_config=LlamaConfig(**language),
+            tie_word_embeddings=language.get("tie_word_embeddings", False),
             image_token_index=IMAGE_TOKEN,
             projector_hidden_act="gelu",
             vision_feature_layer=-2,
-            vision_feature_select_strategy="default",
+            vision_feature_select_strategy="default" if encoder.prefix_tokens else "full",
         )
         theirs = network(config).eval()
         for parameter in theirs.parameters():  # zero biases would hide a forgotten one
             parameter.data += 0.02 * torch.randn_like(parameter)
-    ours_vision = Clip(ClipOptions(config=vision))
+    ours_vision = encoder(encoder.Options(config=vision))
     inner = getattr(ours_vision.model, "vision_model", ours_vision.model)
     tower = theirs.model.vision_tower
     inner.load_state_dict(getattr(tower, "vision_model", tower).state_dict())
