@@ -176,6 +176,7 @@ from .stream.detokenise import (
 from .stream.encode import (
     IMAGE_ID as IMAGE_ID,
     Encoded as Encoded,
+    Encoder as Encoder,
     encode as encode,
     tokenise as tokenise,
 )
@@ -202,7 +203,7 @@ from .stream.tiling import (
 )
 from .stream.tokenise import (
     BoolArray as BoolArray,
-    Part as Part,
+    Ids as Ids,
     QuickReader as QuickReader,
     Reader as Reader,
     SpecialTokens as SpecialTokens,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, Union, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, Union, runtime_checkable
 
 from llavakit.contracts.errors import DataError
 
@@ -36,15 +36,12 @@ class Video:
     source: ImageSource | tuple[ImageSource, ...]
 
 
-ImageSource: TypeAlias = Union[
-    ImageFile, Video, str, bytes, "Image", "npt.NDArray[np.uint8]", "Tensor"
-]
+ImageSource = Union[ImageFile, Video, str, bytes, "Image", "npt.NDArray[np.uint8]", "Tensor"]
 """A file, a `file:` or `data:` address, an image file's bytes, or pixels: Pillow's, numpy's
 `[H, W, 3]` of uint8, or a tensor `[3, H, W]` of uint8 or of floats from 0 to 1; or a video."""
 
 
-@dataclass(frozen=True)
-class Turn:
+class Turn(NamedTuple):
     """One turn of a conversation; `role` as in LLaVA's JSON."""
 
     role: Role
@@ -84,10 +81,10 @@ class Sample:
             raise DataError(f"{who}: its system text has `{IMAGE}` or half a character; remove it")
         if not self.turns:
             raise DataError(f"{who} has no turns; remove it or give it a conversation")
-        marks = sum(turn.text.count(IMAGE) for turn in self.turns if turn.role == "human")
-        if any(IMAGE in turn.text for turn in self.turns if turn.role == "gpt"):
+        counts = [turn.text.count(IMAGE) for turn in self.turns]
+        if any(counts[1::2]):
             raise DataError(f"{who}: an answer has `{IMAGE}`, which only a question may; remove it")
-        images = len(self.images)
+        marks, images = sum(counts), len(self.images)
         if marks != images:
             raise DataError(
                 f"{who} has {images} image{'s' * (images != 1)} for {marks} `{IMAGE}` "
@@ -97,7 +94,8 @@ class Sample:
 
 def is_cut(text: str) -> bool:
     """Say whether a text has a lone surrogate, as JSON may, which no tokenizer or service takes."""
-    return re.search("[\ud800-\udfff]", text) is not None  # UTF-8 has no form for them
+    # UTF-8 has no form for them; that a text is ASCII is known without looking at it
+    return not text.isascii() and re.search("[\ud800-\udfff]", text) is not None
 
 
 @dataclass(frozen=True)
@@ -139,7 +137,7 @@ class ImageContext:
     facts: Mapping[str, Any] = field(default_factory=dict)  #: What else is known of the image.
 
 
-ResponseKind: TypeAlias = str  #: A generator may write others than the paper's.
+ResponseKind = str  #: A generator may write others than the paper's.
 RESPONSE_KINDS: tuple[ResponseKind, ...] = ("conversation", "detail", "reasoning")
 
 

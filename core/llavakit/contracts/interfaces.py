@@ -9,9 +9,8 @@ from __future__ import annotations
 import asyncio
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from llavakit.contracts.component import Component
 from llavakit.contracts.data import (
@@ -126,8 +125,7 @@ class Dataset(Component):
         return ()
 
 
-@dataclass(frozen=True)
-class Segment:
+class Segment(NamedTuple):
     """A stretch of a rendered prompt. `<image>` within it stands for an image."""
 
     text: str

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from llavakit.stream.encode import IMAGE_ID, Encoded, IntArray
+from llavakit.stream.encode import IMAGE_ID, Encoded
+from llavakit.stream.tiling import IntArray
 
 
 class Kept(NamedTuple):

@@ -72,7 +72,7 @@ def pack(encoded: Sequence[Encoded], samples: Sequence[int], visual_tokens: int)
         own = item.images(visual_tokens)
         images += [(index, number) for number in range(len(own))]
         arranged += own
-        kept.append(np.arange(sum(len(image.index_RK) for image in own)) < rows.visual_count)
+        kept.append(np.arange(sum(len(image.index_RK) for image in own)) < rows.visual.sum())
         starts.append(starts[-1] + len(rows.token_ids))
     ids_T = np.concatenate(token_ids)
     supervised_T = np.concatenate(supervised)

@@ -6,8 +6,7 @@ itself, and IMAGE_ID stands between. Where this differs from the original, it do
 - The mask comes from the characters each token stands for. The original tokenises every turn a
   second time, compares lengths, and leaves a sample unlearned, with one printed line, where they
   differ: separators inside answers, a question at the end, an empty answer. No sample is left out
-  here. One whose answers lie behind `max_length` has a `supervised_count` of 0, for the caller to
-  report.
+  here. Of one whose answers lie behind `max_length` nothing is learned; the caller reports it.
 - A special token spelt out in a turn, such as `</s>` in a question about HTML, is ordinary text:
   only what the template writes (`Segment.markup`) is special. `<image>` in an answer is text too.
 - Of what a tokenizer puts around a text by itself only the beginning (BOS) is taken, never an end
@@ -16,17 +15,17 @@ itself, and IMAGE_ID stands between. Where this differs from the original, it do
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from llavakit.contracts.data import IMAGE
 from llavakit.contracts.errors import DataError
-from llavakit.stream.tiling import Arrangement
-from llavakit.stream.tokenise import BoolArray, Part, Reader
+from llavakit.stream.tiling import Arrangement, IntArray
+from llavakit.stream.tokenise import BoolArray, Ids, Reader
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -36,8 +35,6 @@ if TYPE_CHECKING:
 
 IMAGE_ID = -200  #: Stands for one image among token ids, as in the original LLaVA.
 
-IntArray = npt.NDArray[np.int64]
-
 
 class Rows(NamedTuple):
     """One sample's rows of the stream."""
@@ -45,7 +42,6 @@ class Rows(NamedTuple):
     token_ids: IntArray
     supervised: BoolArray
     visual: BoolArray  #: Separator rows included.
-    visual_count: int
 
 
 @dataclass(frozen=True)
@@ -87,11 +83,6 @@ class Encoded:
         full = len(self.ids) - self.image_count + rows
         return full if whole or self.max_length is None else min(full, self.max_length)
 
-    def supervised_count(self, visual_tokens: int) -> int:
-        """Return how many learned tokens are left after truncation."""
-        # nothing predicts the first token
-        return int(self.expand(visual_tokens).supervised[1:].sum())
-
     def expand(self, visual_tokens: int) -> Rows:
         """Give each image its rows; truncate."""
         is_image = self.ids == IMAGE_ID
@@ -100,7 +91,32 @@ class Encoded:
         visual = np.repeat(is_image, repeats)[: self.max_length]
         ids = np.repeat(np.where(is_image, 0, self.ids), repeats)[: self.max_length]
         supervised = np.repeat(self.supervised, repeats)[: self.max_length]
-        return Rows(ids, supervised, visual, int(visual.sum()))
+        return Rows(ids, supervised, visual)
+
+
+class Encoder:
+    """Renders and tokenises samples, for a tokenizer that does not change in the meantime."""
+
+    def __init__(self, template: PromptTemplate, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._template, self._tokenizer = template, tokenizer
+        self._reader = Reader.of(tokenizer)
+        self._begin = self._reader.beginning() if template.adds_bos else []
+
+    def read(self, sample: Sample, into: Ids) -> None:
+        """Add a sample's ids, IMAGE_ID for each image. Raises DataError as `encode` does."""
+        try:
+            template = self._template
+            if sample.system is not None:
+                template = template.with_system(sample.system)
+            segments = template.segments(sample.turns, self._tokenizer)
+            images = _tokenise(segments, self._reader, self._begin, into)
+        except DataError as error:
+            raise DataError(f"sample `{sample.id}`: {error}") from error
+        if images != len(sample.images):
+            raise DataError(
+                f"sample `{sample.id}` has {len(sample.images)} images, but the prompt template "
+                f"`{template.name}` renders {images}; its `segments` must keep every `{IMAGE}`"
+            )
 
 
 def encode(
@@ -111,26 +127,11 @@ def encode(
 ) -> Encoded:
     """Render a sample and tokenise it.
 
-    Raises DataError, with the sample's id, where the template cannot render it, or loses or
-    invents an image.
+    Raises DataError, with the sample's id, where the template cannot render it, or its images.
     """
-    try:
-        if sample.system is not None:
-            template = template.with_system(sample.system)
-        segments = template.segments(sample.turns, tokenizer)
-        # `adds_bos = False` on a template: it writes the beginning of the text itself
-        begin: bool = template.adds_bos
-        ids, supervised = tokenise(segments, tokenizer, begin=begin)
-    except DataError as error:
-        raise DataError(f"sample `{sample.id}`: {error}") from error
-    encoded = Encoded(ids, supervised, max_length)
-    if encoded.image_count != len(sample.images):
-        raise DataError(
-            f"sample `{sample.id}` has {len(sample.images)} images, but the prompt template "
-            f"`{template.name}` renders {encoded.image_count}; its `segments` must keep every "
-            f"`{IMAGE}`"
-        )
-    return encoded
+    into = Ids(array("i"), bytearray())
+    Encoder(template, tokenizer).read(sample, into)
+    return Encoded(*into.arrays(), max_length)
 
 
 def tokenise(
@@ -142,28 +143,26 @@ def tokenise(
     beginning (BOS) in front, where it has one. Raises ModelError for a tokenizer that cannot say
     which characters a token stands for, DataError for text that is no valid Unicode.
     """
-    reader = Reader.of(tokenizer)
-    ids: list[int] = reader.beginning() if begin else []
-    masks = [np.zeros(len(ids), dtype=np.bool_)]
-    for number, parts in enumerate(_stretches(segments)):
-        if number:
-            ids.append(IMAGE_ID)
-            masks.append(np.zeros(1, dtype=np.bool_))
-        new, supervised = reader.read(parts)
-        ids += new
-        masks.append(supervised)
-    return np.asarray(ids, dtype=np.int64), np.concatenate(masks)
+    reader, into = Reader.of(tokenizer), Ids(array("i"), bytearray())
+    _tokenise(segments, reader, reader.beginning() if begin else [], into)
+    return into.arrays()
 
 
-def _stretches(segments: Sequence[Segment]) -> Iterator[list[Part]]:
-    """Yield the text between the images, in parts."""
-    parts: list[Part] = []
+def _tokenise(segments: Sequence[Segment], reader: Reader, begin: Sequence[int], into: Ids) -> int:
+    """Add ids and mask; return the number of images."""
+    into.add(begin, bytes(len(begin)))
+    images = 0
+    parts: list[Segment] = []
     for segment in segments:
         # an answer shows no images: the original would take a later sample's image for it
-        pieces = [segment.text] if segment.supervised else segment.text.split(IMAGE)
-        for number, text in enumerate(pieces):
+        if segment.supervised or IMAGE not in segment.text:
+            parts.append(segment)
+            continue
+        for number, text in enumerate(segment.text.split(IMAGE)):
             if number:
-                yield parts
-                parts = []
-            parts.append(Part(text, segment.supervised, segment.markup))
-    yield parts
+                reader.read(parts, into)
+                into.add((IMAGE_ID,), b"\0")
+                images, parts = images + 1, []
+            parts.append(segment._replace(text=text))
+    reader.read(parts, into)
+    return images

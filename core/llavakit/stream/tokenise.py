@@ -8,37 +8,45 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import numpy as np
 import numpy.typing as npt
 
 from llavakit.contracts.errors import DataError, ModelError
+from llavakit.stream.tiling import IntArray
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
 
+    from llavakit.contracts.interfaces import Segment
+
 BoolArray = npt.NDArray[np.bool_]
 
 
-class Part(NamedTuple):
-    """A piece of text without images."""
+class Ids(NamedTuple):
+    """Ids one behind the other, in memory that grows without an object for each."""
 
-    text: str
-    supervised: bool
-    markup: bool  #: Whether special tokens in it count as such.
+    ids: array[int]  #: Of type "i".
+    supervised: bytearray  #: A byte an id: 1 where it is learned, else 0.
+
+    def add(self, ids: Iterable[int], supervised: bytes) -> None:
+        self.ids.extend(ids)
+        self.supervised.extend(supervised)
+
+    def arrays(self) -> tuple[IntArray, BoolArray]:
+        return np.array(self.ids, np.int64), np.array(self.supervised, np.bool_)
 
 
-class QuickReader(Protocol):
-    """Reads what it can as the tokenizer would, to the same ids, but faster."""
-
-    def read(self, parts: Sequence[Part]) -> tuple[list[int], BoolArray] | None:
-        """Return the ids and the mask of `Reader.read`; None for parts that it cannot read."""
+QuickReader = Callable[["Sequence[Segment]", Ids], bool]
+"""Adds what `Reader.read` would, but faster; or nothing, and returns False: it cannot read that."""
 
 
 @dataclass
@@ -76,24 +84,25 @@ class Reader:
         encoding = self.backend.encode("a")
         return list(encoding.ids[: encoding.special_tokens_mask.index(0)])
 
-    def read(self, parts: Sequence[Part]) -> tuple[list[int], BoolArray]:
-        """Return the ids of one stretch, and which of them are learned.
+    def read(self, parts: Sequence[Segment], into: Ids) -> None:
+        """Add the ids of one stretch of text, which has no images.
 
         A token that any learned character is part of is learned. Raises DataError for text that
         is no valid Unicode.
         """
         try:
+            if self.quick and self.quick(parts, into):
+                return
             if self.scheme != "never":
                 parts = list(self._doubled(parts))
-            if any(not part.markup and self.special.within(part.text) for part in parts):
-                parts = [self.special.stand_in(part) for part in parts]
-                return _read(parts, self.special.literal(self.backend))
-            quickly = self.quick.read(parts) if self.quick else None
-            return quickly or _read(parts, self.backend)
+            if self.special.spelt_out(parts):
+                _read([*map(self.special.stand_in, parts)], self.special.literal, into)
+            else:
+                _read(parts, self.backend, into)
         except (TypeError, UnicodeEncodeError) as error:  # half a surrogate pair, as JSON may hold
             raise DataError(f"the text is no valid Unicode ({error}); fix or remove it") from error
 
-    def _doubled(self, parts: Sequence[Part]) -> Iterator[Part]:
+    def _doubled(self, parts: Sequence[Segment]) -> Iterator[Segment]:
         """Yield the parts with one space more where a text that gets a space begins with one.
 
         SentencePiece puts its space in front of those texts too, and Metaspace does not.
@@ -140,10 +149,10 @@ def _scheme(backend: Tokenizer) -> str:
     return str(spaces.get("prepend_scheme", "always")) if llamas else "never"
 
 
-def _read(parts: Sequence[Part], backend: Tokenizer) -> tuple[list[int], BoolArray]:
+def _read(parts: Sequence[Segment], backend: Tokenizer, into: Ids) -> None:
     """Read with the tokenizer; the mask comes from the characters each token stands for."""
     encoding = backend.encode("".join(part.text for part in parts), add_special_tokens=False)
-    ids: list[int] = encoding.ids
+    ids = encoding.ids
     supervised = np.zeros(len(ids), dtype=np.bool_)
     if ids and any(part.supervised for part in parts):
         flat = chain.from_iterable(encoding.offsets)
@@ -156,7 +165,7 @@ def _read(parts: Sequence[Part], backend: Tokenizer) -> tuple[list[int], BoolArr
             start, position = position, position + len(part.text)
             if part.supervised and part.text:
                 supervised |= (begins < position) & (ends > start)
-    return ids, supervised
+    into.add(ids, supervised.tobytes())
 
 
 @dataclass
@@ -169,38 +178,34 @@ class SpecialTokens:
 
     ids: dict[str, int]
     pattern: re.Pattern[str]
-    _respelt: list[Tokenizer] = field(default_factory=list)
+    backend: Tokenizer
 
     @classmethod
     def of(cls, backend: Tokenizer) -> SpecialTokens:
         tokens = backend.get_added_tokens_decoder()
         ids = {token.content: number for number, token in tokens.items() if token.special}
         longest_first = sorted(filter(None, ids), key=len, reverse=True)
-        return cls(ids, re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})"))
+        pattern = re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
+        return cls(ids, pattern, backend)
 
-    def within(self, text: str) -> bool:
-        return self.pattern.search(text) is not None
+    def spelt_out(self, parts: Sequence[Segment]) -> bool:
+        """Say whether one stands where it is ordinary text."""
+        return any(not part.markup and self.pattern.search(part.text) for part in parts)
 
-    def stand_in(self, part: Part) -> Part:
+    def stand_in(self, part: Segment) -> Segment:
         """Return a part of a template with the other spellings."""
         if not part.markup:
             return part
         return part._replace(text=self.pattern.sub(lambda m: self._spelling(m[0]), part.text))
 
-    def literal(self, backend: Tokenizer) -> Tokenizer:
-        """Return the tokenizer that knows the other spellings only; made when first needed."""
-        if not self._respelt:
-            self._respelt.append(self._respell(backend))
-        return self._respelt[0]
-
     def _spelling(self, token: str) -> str:
         number = self.ids.get(token)
         return token if number is None else f"\ufdd0{number}\ufdd1"  # noncharacters: in no text
 
-    def _respell(self, backend: Tokenizer) -> Tokenizer:
-        from tokenizers import Tokenizer
-
-        data = json.loads(backend.to_str())
+    @cached_property
+    def literal(self) -> Tokenizer:
+        """The tokenizer that knows the other spellings only."""
+        data = json.loads(self.backend.to_str())
         for token in data["added_tokens"]:
             token["content"] = self._spelling(token["content"])
         model = data["model"]
@@ -212,5 +217,4 @@ class SpecialTokens:
         if isinstance(model.get("unk_token"), str):
             model["unk_token"] = self._spelling(model["unk_token"])
         data["post_processor"] = None
-        respelt: Tokenizer = Tokenizer.from_str(json.dumps(data))
-        return respelt
+        return type(self.backend).from_str(json.dumps(data))

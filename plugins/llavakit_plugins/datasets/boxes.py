@@ -35,8 +35,8 @@ def with_moved_boxes(sample: Sample, aspect: Aspect) -> Sample:
         )
     width, height = image_size(sample.images[0], where)
     turns = tuple(
-        replace(
-            turn, text=_BOX.sub(lambda box: _moved(box, width, height, aspect, where), turn.text)
+        turn._replace(
+            text=_BOX.sub(lambda box: _moved(box, width, height, aspect, where), turn.text)
         )
         for turn in sample.turns
     )

@@ -95,13 +95,15 @@ class RowReader:
     def image(self, named: object, where: str, what: str = "image") -> ImageSource:
         """Return an image that a row names: a path below the folder, a `data:` address, or what a
         data set with images inside has, `{"bytes": ..., "path": ...}`."""
+        if isinstance(named, str) and named[:5].lower() != "data:":
+            return self.named(named, where, what)
         if isinstance(named, Mapping) and _is_inside(named):
             return bytes(named["bytes"])
         if isinstance(named, Mapping) and isinstance(named.get("path"), str):
             return self.named(named["path"], where, what)
         if isinstance(named, bytes):
             return named
-        if isinstance(named, str) and named[:5].lower() == "data:":
+        if isinstance(named, str):
             head, _, content = named.partition(",")
             try:
                 if not head.endswith(";base64"):
@@ -111,8 +113,6 @@ class RowReader:
                 raise DataError(
                     f"{where}: the {what} `{head:.80}` is no address of base64: {error}; fix it"
                 ) from None
-        if isinstance(named, str):
-            return self.named(named, where, what)
         an = "an image" if what == "image" else f"a {what}"
         raise DataError(f"{where}: {an} is a path, or a list of paths, got {named!r:.80}")
 
@@ -173,10 +173,12 @@ class RowReader:
 
     def _names(self, row: Row, key: str, where: str) -> list[Any]:
         names, more = row.get(key), row.get(f"{key}s")
+        if names is None and more is None:
+            return []
         if names is not None and more is not None:
             raise DataError(f"{where} has `{key}` and `{key}s`; keep one of them")
         key, names = (key, names) if more is None else (f"{key}s", more)
-        names = [] if names is None else names if isinstance(names, list) else [names]
+        names = names if isinstance(names, list) else [names]
         if not all(isinstance(name, str | bytes | Mapping) for name in names):
             raise DataError(f"{where}: `{key}` is a path, or a list of paths, got {names!r:.80}")
         if not all(name.strip() for name in names if isinstance(name, str)):
@@ -201,6 +203,8 @@ def attempt(read: Callable[[], T], sort: str) -> T | Finding:
 
 def rows_of(value: object) -> object:
     """Return a list of tables; `datasets` may give a table of lists in its place."""
+    if isinstance(value, list):
+        return value
     if isinstance(value, Mapping) and value and all(isinstance(v, list) for v in value.values()):
         keys = list(value)
         return [
@@ -235,11 +239,8 @@ def _unread(row: Row, where: str) -> list[Finding]:
 
 def _other_keys(row: Row) -> list[tuple[Row, str]]:
     """Return the keys of a row and its turns that no reader knows, each with its table."""
-    tables: list[tuple[Row, Any]] = [(row, row.keys() - _OF_ROWS)]
-    for turn in _turns_of(row):
-        if others := turn.keys() - _OF_TURNS:
-            tables.append((turn, others))
-    return [(table, key) for table, others in tables for key in table if key in others]
+    others = [(row, key) for key in row if key not in _OF_ROWS]
+    return others + [(turn, key) for turn in _turns_of(row) for key in turn if key not in _OF_TURNS]
 
 
 def _turns_of(row: Row) -> list[Row]:
@@ -260,7 +261,7 @@ def _conversation(row: Row, where: str) -> tuple[tuple[Turn, ...], str | None]:
     for number, turn in enumerate(conversations):
         given = str(turn.get("from")) if isinstance(turn, dict) else ""
         role = _ROLES.get(given)
-        if (role is None and given != "system") or not isinstance(turn.get("value"), str):
+        if (role is None and given != "system") or not isinstance(text := turn.get("value"), str):
             raise DataError(
                 f"{where}: a turn needs `from` (human or gpt) and `value` (text), got {turn!r:.80}"
             )
@@ -269,9 +270,9 @@ def _conversation(row: Row, where: str) -> tuple[tuple[Turn, ...], str | None]:
                 raise DataError(
                     f"{where}: a turn from system stands first, and alone; keep one system text"
                 )
-            system = turn["value"]
+            system = text
         elif turns or role == "human":
-            turns.append(Turn(role, turn["value"]))  # type: ignore[arg-type]
+            turns.append(Turn(role, text))  # type: ignore[arg-type]
     return tuple(turns), system
 
 
@@ -281,7 +282,7 @@ def _with_videos(
     """Return turns with one placeholder for images and videos, and both in their order."""
     found = Visuals(visuals, where)
     turns = tuple(
-        replace(turn, text=found.place(turn.text)) if turn.role == "human" else turn
+        turn._replace(text=found.place(turn.text)) if turn.role == "human" else turn
         for turn in turns
     )
     _refuse_answers(turns, where)

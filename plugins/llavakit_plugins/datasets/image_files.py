@@ -11,7 +11,7 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import lru_cache, partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -54,10 +54,16 @@ def inside(folder: Path, name: str, where: str, what: str = "image") -> Path:
     Symbolic links within the folder may lead elsewhere: its owner made them.
     """
     # by the text alone: to resolve the links of a million paths would take minutes
-    if os.path.isabs(name) or os.path.normpath(name).split(os.sep)[0] == os.pardir:
+    leaves = os.pardir in name and os.path.normpath(name).split(os.sep)[0] == os.pardir
+    if leaves or os.path.isabs(name):
         raise DataError(
             f"{what} `{name:.1000}` of {where} lies outside {folder}; use a path within it"
         )
+    return _joined(folder, name)
+
+
+@lru_cache(maxsize=1024)  # rows about one image often stand together
+def _joined(folder: Path, name: str) -> Path:
     return folder / name
 
 

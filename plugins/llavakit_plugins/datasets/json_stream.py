@@ -182,8 +182,9 @@ class _Window:
             except ValueError as error:  # a whole number of more digits than Python reads
                 raise self.error("a number is too long") from error
             # `0`, `0.` and `0e-` at the window's end may be the beginning of a longer number
-            open_ended = not self._text[end:].strip(".eE+-") and not isinstance(value, dict | list)
-            if open_ended and self._fill():
+            # (in this order: to copy the rest of the window for each row would take half the time)
+            whole = isinstance(value, dict | list) or self._text[end:].strip(".eE+-")
+            if not whole and self._fill():
                 continue
             start = self._byte
             self.advance(end)

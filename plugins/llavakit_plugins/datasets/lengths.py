@@ -43,7 +43,8 @@ class Lengths:
         template, tokenizer = self.template, self.tokenizer
         if tokenizer is not None and template is not None:
             encoded = views.place(encode(sample, template, tokenizer, longest), shown)
-            return encoded.length(visual, whole=True), encoded.supervised_count(visual)
+            learned = encoded.expand(visual).supervised[1:]  # nothing predicts the first token
+            return encoded.length(visual, whole=True), int(learned.sum())
         position = supervised = 0
         rows = [len(views.of(one).index_RK) for one in shown] or [visual] * len(sample.images)
         for turn in sample.turns:

@@ -1,29 +1,33 @@
 """Tokenises word by word with a cache, for LLaMA's tokenizers: the same ids, several times faster.
 
 In these tokenizers no token crosses into the next word or line: spaces stand only before words, and
-a newline is a byte. So the ids of a word are always the same and can be cached.
+a newline is a byte. So the ids of a word are always the same and can be cached, and so can those of
+whole texts, such as a template's own and short answers, which come again and again.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import chain, pairwise
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
-import numpy as np
-
-from llavakit import BoolArray, Part, Reader, SpecialTokens
+from llavakit import Ids, QuickReader, Reader, Segment, SpecialTokens
 
 if TYPE_CHECKING:
     from tokenizers.models import BPE
 
+T = TypeVar("T")
 TokenizerT = TypeVar("TokenizerT")
+Piece: TypeAlias = str | int
+"""Text without special tokens, or the id of a special token."""
 
 _SPACE = "▁"  # SentencePiece's space
 _WORD = re.compile(r"\n| *[^ \n]+| +")
 _LONGEST, _MOST = 32, 200_000  # words to remember: their characters, and how many
+_LONGEST_RUN, _MOST_RUNS = 128, 1 << 16  # the same of texts: 25 MB
+_YES, _NO = b"\1", b"\0"
 
 
 def by_words(tokenizer: TokenizerT) -> TokenizerT:
@@ -33,7 +37,7 @@ def by_words(tokenizer: TokenizerT) -> TokenizerT:
     return tokenizer
 
 
-def words_of(reader: Reader) -> Words | None:
+def words_of(reader: Reader) -> QuickReader | None:
     """Return the reader by words, or None for a tokenizer that must see the whole text."""
     from tokenizers.models import BPE
     from tokenizers.pre_tokenizers import Metaspace
@@ -56,7 +60,7 @@ def words_of(reader: Reader) -> Words | None:
         return None
     if not all(f"<0x{byte:02X}>" in vocabulary for byte in range(256)):
         return None
-    return Words(model, reader.special, reader.scheme)
+    return Words(model, reader.special, reader.scheme).read
 
 
 @dataclass
@@ -66,67 +70,78 @@ class Words:
     model: BPE
     special: SpecialTokens
     scheme: str  #: As the reader's.
-    memory: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    words: dict[str, array[int]] = field(default_factory=dict)  #: The ids of each,
+    runs: dict[str, array[int]] = field(default_factory=dict)  #: and of texts that may come again.
+    pieces: dict[str, list[Piece]] = field(default_factory=dict)  #: Of what a template writes.
 
-    def read(self, parts: Sequence[Part]) -> tuple[list[int], BoolArray] | None:
-        """Return ids and loss mask; None if supervision begins or ends within a word."""
-        ids: list[int] = []
-        flags: list[bool] = []
-        counts: list[int] = []
-        for number, (runs, end) in enumerate(self._between_special(parts)):
-            if not all(map(_apart, pairwise(text for text, _ in runs))):
-                return None
-            for index, (text, supervised) in enumerate(runs):
-                if _SPACE in text:
-                    return None
-                spaced = self.scheme == "always" or (self.scheme == "first" and not number)
-                before = len(ids)
-                ids += self._ids(f" {text}" if spaced and not index and text[0] != " " else text)
-                flags.append(supervised)
-                counts.append(len(ids) - before)
-            if end is not None:
-                ids.append(self.special.ids[end.text])
-                flags.append(end.supervised)
-                counts.append(1)
-        return ids, np.repeat(np.asarray(flags, dtype=np.bool_), counts)
+    def read(self, parts: Sequence[Segment], into: Ids) -> bool:
+        """Add ids and loss mask; or nothing, and return False, if supervision begins or ends
+        within a word, or a text spells a special token out."""
+        found: list[tuple[str | int, bool]] = []
+        pieces, run, flag, space = self.pieces, "", False, self.scheme != "never"
+        for text, supervised, markup in parts:
+            for piece in (pieces.get(text) or self._pieces(text)) if markup else (text,):
+                if isinstance(piece, str):
+                    if run and piece and flag != supervised:
+                        if not _apart(run, piece):
+                            return False
+                        found.append((f" {run}" if space else run, flag))
+                        run, space = "", False
+                    run, flag = run + piece, supervised if piece else flag
+                    continue
+                if run:
+                    found.append((f" {run}" if space else run, flag))
+                found.append((piece, supervised))
+                run, space = "", self.scheme == "always"
+        if run:
+            found.append((f" {run}" if space else run, flag))
+        ids, mask = array("i"), bytearray()
+        for unit, flag in found:
+            if isinstance(unit, str):
+                known = self.runs.get(unit) or self._run(unit, parts)
+                if known is None:
+                    return False
+                ids += known
+                mask += (_YES if flag else _NO) * len(known)
+            else:
+                ids.append(unit)
+                mask.append(flag)
+        into.ids.extend(ids)
+        into.supervised.extend(mask)
+        return True
 
-    def _between_special(
-        self, parts: Sequence[Part]
-    ) -> Iterator[tuple[list[tuple[str, bool]], Part | None]]:
-        """Yield the text up to each special token, in runs, and the special token."""
-        runs: list[tuple[str, bool]] = []
-        for part in parts:
-            pieces = self.special.pattern.split(part.text) if part.markup else [part.text]
-            for number, text in enumerate(pieces):
-                if number % 2:
-                    yield runs, part._replace(text=text)
-                    runs = []
-                elif text and runs and runs[-1][1] == part.supervised:
-                    runs[-1] = (runs[-1][0] + text, part.supervised)
-                elif text:
-                    runs.append((text, part.supervised))
-        yield runs, None
+    def _pieces(self, text: str) -> list[Piece]:
+        """Return markup as texts and the ids of the special tokens between them."""
+        split = enumerate(self.special.pattern.split(text))
+        found = [self.special.ids[piece] if number % 2 else piece for number, piece in split]
+        _keep(self.pieces, text, found, _LONGEST_RUN, _MOST_RUNS)
+        return found
 
-    def _ids(self, text: str) -> Iterator[int]:
-        words = _WORD.findall(text)
-        memory = self.memory
-        try:
-            return chain.from_iterable([memory[word] for word in words])
-        except KeyError:
-            return chain.from_iterable([self._word(word) for word in words])
+    def _run(self, text: str, parts: Sequence[Segment]) -> array[int] | None:
+        """Return the ids of a text between special tokens; None where it cannot be read here."""
+        spells = self.special.pattern.search(text)
+        if _SPACE in text or (spells and self.special.spelt_out(parts)):
+            return None
+        ids, words = array("i"), self.words
+        for word in _WORD.findall(text):
+            ids += words.get(word) or self._word(word)
+        if not spells:  # whether it may be read is known then
+            _keep(self.runs, text, ids, _LONGEST_RUN, _MOST_RUNS)
+        return ids
 
-    def _word(self, word: str) -> tuple[int, ...]:
-        known = self.memory.get(word)
-        if known is None:
-            known = tuple(t.id for t in self.model.tokenize(word.replace(" ", _SPACE)))
-            if len(word) <= _LONGEST:
-                if len(self.memory) >= _MOST:
-                    self.memory.clear()
-                self.memory[word] = known
+    def _word(self, word: str) -> array[int]:
+        known = array("i", [token.id for token in self.model.tokenize(word.replace(" ", _SPACE))])
+        _keep(self.words, word, known, _LONGEST, _MOST)
         return known
 
 
-def _apart(texts: tuple[str, str]) -> bool:
+def _keep(memory: dict[str, T], text: str, found: T, longest: int, most: int) -> None:
+    if len(text) <= longest:
+        if len(memory) >= most:
+            memory.clear()
+        memory[text] = found
+
+
+def _apart(before: str, behind: str) -> bool:
     """Say whether a word or a line ends between two texts."""
-    before, behind = texts[0][-1], texts[1][0]
-    return before == "\n" or behind == "\n" or (behind == " " and before != " ")
+    return "\n" in (before[-1], behind[0]) or (behind[0] == " " and before[-1] != " ")

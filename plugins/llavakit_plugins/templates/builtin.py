@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -58,7 +57,7 @@ class BuiltinTemplate(PromptTemplate):
         pairs = exchanges(turns, self._options)
         if row.image != IMAGE:
             pairs = [
-                replace(pair, question=pair.question.replace(IMAGE, row.image)) for pair in pairs
+                pair._replace(question=pair.question.replace(IMAGE, row.image)) for pair in pairs
             ]
         frame = Frame(
             system=self._system,
@@ -70,6 +69,8 @@ class BuiltinTemplate(PromptTemplate):
             example=row.example,
         )
         segments = self._style(complete=pairs[-1].answer is not None)(frame, pairs)
+        if self._options.image == IMAGE:
+            return list(segments)
         return [part for segment in segments for part in self._wrapped(segment)]
 
     def stop(self, tokenizer: PreTrainedTokenizerBase) -> Sequence[str]:
@@ -78,15 +79,14 @@ class BuiltinTemplate(PromptTemplate):
 
     def _wrapped(self, segment: Segment) -> Iterator[Segment]:
         """Yield a segment with its images written as the options say."""
-        written = self._options.image
         # an answer may hold the text `<image>`, which is only text there
-        if written == IMAGE or segment.supervised or IMAGE not in segment.text:
+        if segment.supervised or IMAGE not in segment.text:
             yield segment
             return
         for number, text in enumerate(segment.text.split(IMAGE)):
             if number:
-                yield Segment(written, markup=True)
-            yield replace(segment, text=text)
+                yield Segment(self._options.image, markup=True)
+            yield segment._replace(text=text)
 
     def _style(self, *, complete: bool) -> Style:
         layout = self._options.layout if isinstance(self._options, HashesOptions) else "original"

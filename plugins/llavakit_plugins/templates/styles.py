@@ -8,16 +8,15 @@ token of the answer is supervised as a whole.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import TypeAlias
+from functools import lru_cache
+from typing import NamedTuple, TypeAlias
 
 from llavakit import DataError, Segment
 from llavakit.contracts.data import IMAGE
 from llavakit_plugins.templates.placement import Exchange
 
 
-@dataclass(frozen=True)
-class Frame:
+class Frame(NamedTuple):
     """What stands around the turns."""
 
     system: Segment
@@ -141,5 +140,6 @@ def chatml(frame: Frame, exchanges: Sequence[Exchange]) -> Iterator[Segment]:
             yield _markup("<|im_end|>", supervised=True)
 
 
+@lru_cache(maxsize=256)  # every sample has the same
 def _markup(text: str, supervised: bool = False) -> Segment:
     return Segment(text, supervised, markup=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from llavakit import Dataset, PromptTemplate, Segment, Turn, Use
@@ -38,7 +37,7 @@ class LastAnswer(PromptTemplate):
         # an answer and the end behind it may be segments of their own
         while begin and found[begin - 1].supervised:
             begin -= 1
-        return [replace(one, supervised=False) for one in found[:begin]] + found[begin:]
+        return [one._replace(supervised=False) for one in found[:begin]] + found[begin:]
 
     def with_system(self, system: str) -> PromptTemplate:
         return LastAnswer(self._template.with_system(system))

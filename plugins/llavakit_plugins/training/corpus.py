@@ -26,7 +26,8 @@ from llavakit import (
 from llavakit_plugins.training.best_fit import best_fit
 from llavakit_plugins.training.columns import Column, Columns
 from llavakit_plugins.training.image_paths import ImagePaths
-from llavakit_plugins.training.rows import Reading, read_all, read_record
+from llavakit_plugins.training.records import read_record
+from llavakit_plugins.training.rows import Reading, read_all
 
 _NAMED = 5  # samples that an error lists
 

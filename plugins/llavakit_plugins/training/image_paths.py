@@ -6,6 +6,7 @@ I uses of images by all samples, N samples.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from hashlib import blake2b
 from pathlib import Path
 
@@ -78,14 +79,20 @@ def identity_of(image: ImageSource, where: tuple[int, int], seen: object) -> byt
     Pixels in memory have no name: each of them, the `where[1]`th of sample `where[0]`, is one of
     its own.
     """
-    kind = type(image).__name__.encode()[:16]
     source = image.source if isinstance(image, Video) else image
-    if isinstance(source, bytes):
-        content = source
-    elif isinstance(source, str | ImageFile):
-        content = str(source).encode("utf-8", "surrogatepass")
-    else:
-        kind, content = b"", repr(where).encode()
-    found = blake2b(content, digest_size=16, person=kind)
+    if isinstance(source, str | Path | ImageFile):  # a path first: a Protocol is asked slowly
+        return _identity_of_name(type(image).__name__, str(source), seen)
+    known = isinstance(source, bytes)
+    content = source if isinstance(source, bytes) else repr(where).encode()
+    return _identity(type(image).__name__.encode() if known else b"", content, seen)
+
+
+@lru_cache(maxsize=1024)  # rows about one image often stand together
+def _identity_of_name(kind: str, name: str, seen: object) -> bytes:
+    return _identity(kind.encode(), name.encode("utf-8", "surrogatepass"), seen)
+
+
+def _identity(kind: bytes, content: bytes, seen: object) -> bytes:
+    found = blake2b(content, digest_size=16, person=kind[:16])
     found.update(b"" if seen is None else repr(seen).encode())
     return found.digest()

@@ -1,23 +1,24 @@
 """Renders and tokenises the rows of a data set, a block of them at a time, into columns.
 
-A sample's record is its ids, in two bytes each where the vocabulary allows it, and behind them its
-loss mask, a bit a token. N samples, I uses of images.
+N samples, I uses of images.
 """
 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from llavakit import Dataset, Encoded, PromptTemplate, Views, encode
+from llavakit import Dataset, Encoder, PromptTemplate, Sample, Views
 from llavakit_plugins.training.columns import Column, Columns, joined
 from llavakit_plugins.training.image_paths import identity_of, name_of
+from llavakit_plugins.training.records import Records
 
 MOST, _LEAST = 1 << 14, 1 << 8  # samples of a block: seconds of work
 _SHOWN_EVERY = 256
+_AT_ONCE = 32  # samples, which may hold an image each
 
 Shows = Callable[[int], None]
 """Is told how many samples of a block are done."""
@@ -40,53 +41,60 @@ class Reading(NamedTuple):
     def block(self, begin: int, end: int, shows: Shows = lambda done: None) -> Columns:
         """Return the samples from `begin` to `end`. Raises DataError as `encode` does."""
         # arrays, not lists: a Python number takes 32 bytes
-        records, names, ids = bytearray(), bytearray(), bytearray()
-        ends: dict[str, array[int]] = {
-            f"{of}_ends": array("q") for of in ("record", "image", "name", "id")
-        }
-        lengths, supervised, sizes = array("i"), array("i"), array("i")
-        identities = bytearray()
-        cut = views = 0
+        names, ids, identities = bytearray(), bytearray(), bytearray()
+        name_ends, id_ends, image_ends, sizes = array("q"), array("q"), array("q"), array("i")
+        encoder = Encoder(self.template, self.tokenizer)
+        records = Records(np.dtype(self.token_type), self.max_length)
         paths = True
-        visual = self.views.view.tokens
-        for number in range(begin, end):
-            sample = self.data[number]
-            item = encode(sample, self.template, self.tokenizer, self.max_length)
+        views = 0
+        plain = self.views.view.tokens
+        for number, sample in enumerate(self._samples(begin, end), start=begin):
+            encoder.read(sample, records.tokens)
             shown = self.views.shown(sample.images, f"sample `{sample.id}`")
-            item = self.views.place(item, shown)
-            views += sum(image.views for image in item.arranged or ())
-            cut += item.length(visual, whole=True) > self.max_length
-            records += item.ids.astype(self.token_type).tobytes()
-            records += np.packbits(item.supervised).tobytes()
-            ends["record_ends"].append(len(records))
-            lengths.append(item.length(visual))
-            supervised.append(item.supervised_count(visual))
+            for one in shown:
+                placed = self.views.of(one)
+                views += placed.views
+                records.images.append(len(placed.index_RK))
+                sizes.extend((one.width, one.height, one.frames))
+            if not shown:
+                records.images.extend([plain] * len(sample.images))
+            records.end()
             ids += sample.id.encode("utf-8", "surrogatepass")
-            ends["id_ends"].append(len(ids))
+            id_ends.append(len(ids))
             for at, image in enumerate(sample.images):
                 name = name_of(image)
                 paths &= bool(name)
                 names += name
-                ends["name_ends"].append(len(names))
+                name_ends.append(len(names))
                 seen = shown[at] if shown else None
                 identities += identity_of(image, (number, at), seen)
-            ends["image_ends"].append(len(ends["name_ends"]))
-            sizes.extend(n for one in shown for n in (one.width, one.height, one.frames))
+            image_ends.append(len(name_ends))
             if (number - begin) % _SHOWN_EVERY == _SHOWN_EVERY - 1:
+                records.write()
                 shows(number + 1 - begin)
+        records.write()
         shows(end - begin)
         columns: dict[str, Column] = {
-            "records": np.frombuffer(bytes(records), np.uint8),
+            "records": np.frombuffer(bytes(records.written), np.uint8),
             "names": np.frombuffer(bytes(names), np.uint8),
             "ids": np.frombuffer(bytes(ids), np.uint8),
             "identities": np.frombuffer(bytes(identities), "<u8").reshape(-1, 2),
-            "lengths": np.asarray(lengths),
-            "supervised": np.asarray(supervised),
+            "lengths": np.asarray(records.lengths),
+            "supervised": np.asarray(records.supervised),
             "sizes": np.asarray(sizes).reshape(-1, 3),
-            **{name: np.asarray(column, np.int64) for name, column in ends.items()},
+            "record_ends": np.asarray(records.ends),
+            "image_ends": np.asarray(image_ends),
+            "name_ends": np.asarray(name_ends),
+            "id_ends": np.asarray(id_ends),
         }
-        facts = {"token_type": self.token_type, "samples": end - begin, "cut": int(cut)}
+        facts = {"token_type": self.token_type, "samples": end - begin, "cut": records.cut}
         return Columns(columns, {**facts, "views": views, "paths": paths})
+
+    def _samples(self, begin: int, end: int) -> Iterator[Sample]:
+        """Yield samples, of which a few are read ahead: to do one thing several times is faster, by
+        a fifth, as the processor's caches hold one thing at a time."""
+        for first in range(begin, end, _AT_ONCE):
+            yield from [self.data[at] for at in range(first, min(first + _AT_ONCE, end))]
 
     def facts(self, blocks: Sequence[Columns]) -> dict[str, Any]:
         """Return what is known of all samples together."""
@@ -147,16 +155,3 @@ def ascending(ends: Column) -> bool:
             return False
         last = part[-1]
     return True
-
-
-def read_record(columns: Columns, sample: int, max_length: int) -> Encoded:
-    """Return the ids (int64) and the loss mask (bool) of one sample."""
-    ends, kind = columns["record_ends"], np.dtype(columns.facts["token_type"])
-    begin = int(ends[sample - 1]) if sample else 0
-    record = columns["records"][begin : int(ends[sample])]
-    # n tokens take n * width + ceil(n / 8) bytes
-    count = 8 * len(record) // (8 * kind.itemsize + 1)
-    ids, bits = np.split(record, [count * kind.itemsize])
-    supervised = np.unpackbits(bits, count=count).astype(np.bool_)
-    # a copy is aligned, and a record in the file need not be
-    return Encoded(np.frombuffer(ids.tobytes(), kind).astype(np.int64), supervised, max_length)

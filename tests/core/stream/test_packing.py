@@ -124,7 +124,7 @@ def test_the_stream_is_its_samples_end_to_end(
         assert kept.tolist() == sorted(set(kept.tolist()))
     lengths = [item.length(visual_tokens) for item in encoded]
     assert lengths == list(batch.packing.lengths)
-    counts = [item.supervised_count(visual_tokens) for item in encoded]
+    counts = [int(item.expand(visual_tokens).supervised[1:].sum()) for item in encoded]
     assert counts == list(batch.supervised_rows.counts)
 
 

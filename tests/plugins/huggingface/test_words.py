@@ -10,7 +10,7 @@ import pytest
 from tests.core.stream.test_prompts import around, llama_like
 from tests.plugins.families import their_model
 
-from llavakit import Segment
+from llavakit import Ids, Segment
 from llavakit.stream.encode import tokenise
 from llavakit_plugins.checkpoints.tokenizers import read_tokenizer
 from llavakit_plugins.huggingface.tokenizers import find_tokenizer
@@ -37,9 +37,9 @@ def read(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     calls: list[bool] = []
     whole = Words.read
 
-    def counted(self: Words, parts: Any) -> Any:
-        found = whole(self, parts)
-        calls.append(found is not None)
+    def counted(self: Words, parts: Any, into: Ids) -> bool:
+        found = whole(self, parts, into)
+        calls.append(found)
         return found
 
     monkeypatch.setattr(Words, "read", counted)

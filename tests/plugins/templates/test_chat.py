@@ -251,7 +251,7 @@ def test_templates_that_cannot_be_used_are_refused(make: Make) -> None:
     with pytest.raises(ModelError, match="leaves out, repeats or reorders"):
         encoded(make("{{ messages[-1].content }}"), "Q", "A", "Q2")
     rewrites = "{% for m in messages %}{{ m.content.split('</think>')[-1] }}|{% endfor %}"
-    assert encoded(make(rewrites), "Q", "A").supervised_count(1) > 0
+    assert encoded(make(rewrites), "Q", "A").expand(1).supervised.any()
     with pytest.raises(DataError, match=r"sample `s1`: .*rewrites the text"):
         encoded(make(rewrites), "Q", "<think>hm</think>A")
     with pytest.raises(ModelError, match="refuses a conversation"):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -81,7 +80,7 @@ def documents(
         words = " ".join(map(str, draw.permutation(_WORD.findall(captions[0].lower()))))
         if kind is None:
             text = Segment(f"\n{' '.join(captions)}", supervised=True)
-            yield [Segment(words), text, replace(end, supervised=True)]
+            yield [Segment(words), text, end._replace(supervised=True)]
             continue
         turns = generator.generate(context, kind)
         yield [
