@@ -53,7 +53,7 @@ def _write(path: Path) -> None:
             ("What colour is the canvas?", f"The canvas is {canvas}."),
             ("Where is the digit?", shows),
         ]
-        turns = []
+        turns: list[dict[str, str]] = []
         for question, answer in said[:1] if number % 3 else said:
             first = "" if turns else "<image>\n"
             turns += [
