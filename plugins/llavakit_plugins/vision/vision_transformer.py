@@ -10,6 +10,8 @@ from __future__ import annotations
 import inspect
 import json
 import re
+import tomllib
+import warnings
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -225,6 +227,7 @@ class TransformersEncoder(VisionTransformer):
 
     @classmethod
     def load(cls, options: TransformersOptions, folder: Path, **context: Any) -> Self:
+        _warn_of_other_pixels(options, folder.parent / "model.toml")
         return cls._read(options.model_copy(update={"source": str(folder), "revision": None}))
 
     @classmethod
@@ -359,3 +362,19 @@ def _edge(value: Any, name: str, what: str) -> int:
     if len(edges) != 1:
         raise ModelError(f"vision encoder `{name}`: {what} {value} is no square; choose another")
     return int(edges.pop())
+
+
+def _warn_of_other_pixels(options: TransformersOptions, path: Path) -> None:
+    """Say so where an image becomes other pixels than those that a model folder learned from."""
+    try:
+        learned = tomllib.loads(path.read_text(encoding="utf-8")).get("vision", {})
+    except (OSError, ValueError):  # an encoder without a model; a broken model was refused before
+        return
+    for name in ("aspect", "backend", "fast"):
+        before = learned.get(name, type(options).model_fields[name].default)
+        if (now := getattr(options, name)) != before:
+            warnings.warn(
+                f"the model learned from images with `vision.{name} = {before!r}` and is given "
+                f"them with {now!r}: its answers may be worse; leave `vision.{name}` as it was",
+                stacklevel=2,
+            )
