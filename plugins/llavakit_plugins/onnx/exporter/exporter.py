@@ -47,7 +47,7 @@ class OnnxOptions(Options):
     operators, which run elsewhere, too, and take batches with padding at any position."""
     block_size: int | None = Field(default=None, ge=16, le=256)
     """Number of weights that share a scale in q8 and q4, a power of two; by default 128 for 8 bits
-    and 32 for 4 bits, fewer in narrow models."""
+    and 64 for 4 bits, fewer in narrow models."""
     tolerance: float = Field(default=1e-4, gt=0)
     """Largest allowed difference between a logit of fp32 and PyTorch's."""
     least_agreement: dict[Precision, Share] = Field(default_factory=dict)

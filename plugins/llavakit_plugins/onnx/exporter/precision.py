@@ -9,14 +9,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import onnx
 
 from llavakit_plugins.onnx.runtime.layout import CONNECTOR, DECODER, EMBEDDINGS, VISION, Precision
 
-_BLOCK = {8: 128, 4: 32}  # weights that share a scale, by bits
+_BLOCK = {8: 128, 4: 64}  # weights that share a scale, by bits
 _SMALLEST_BLOCK = 16  # of MatMulNBits
 _PADDING = 0.05
 """Share by which blocks may enlarge the weights: the rest of a column fills a whole block."""
+_ROUNDING = 2**-10
+"""Largest share of itself by which a scale may change: float16's rounding, and no denormals."""
+_MICROSOFT = "com.microsoft"
+FloatArray = npt.NDArray[np.float32]
 _INT8 = 4  # MatMulNBits' `accuracy_level`: the type in which it computes
 
 
@@ -26,19 +32,22 @@ def convert(
     """Return a graph in another precision. `model`, the fp32 graph, may be changed.
 
     Inputs and outputs stay float32, except the key-value cache of fp16, which is float16. `block`
-    is the number of weights that share a scale; by default 128 for 8 bits and 32 for 4 bits, fewer
+    is the number of weights that share a scale; by default 128 for 8 bits and 64 for 4 bits, fewer
     in narrow models.
     """
     if precision == "fp32":
         return model
     if precision == "fp16":
         return _half(graph, model)
+    if graph == EMBEDDINGS and precision == "q4":
+        return _embeddings(model)
     if graph == EMBEDDINGS:  # a look-up has no products to quantise; fp16 halves its size
         return _half(graph, model)
     if precision == "int8":
         return _dynamic(model)
     eight = precision == "q8" or graph in (VISION, CONNECTOR)
-    return _blocks(model, 8 if eight else 4, block)
+    found = _blocks(model, 8 if eight else 4, block)
+    return found if eight else _halve_scales(found)
 
 
 def _half(graph: str, model: onnx.ModelProto) -> onnx.ModelProto:
@@ -100,6 +109,72 @@ def _blocks(model: onnx.ModelProto, bits: int, block: int | None) -> onnx.ModelP
         quantizer.process()
     found: onnx.ModelProto = quantizer.model.model
     return found
+
+
+def _halve_scales(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Keep the scales of 4-bit blocks in float16, a tenth of the file; a Cast widens each table.
+
+    onnxruntime computes casts of constants once, as it loads a graph: nothing runs slower. Scales
+    beyond float16's range, of weights that are all but 0, stay as they are.
+    """
+    graph = model.graph
+    tables = {table.name: table for table in graph.initializer}
+    for node in [node for node in graph.node if node.op_type == "MatMulNBits"]:
+        scales = tables[node.input[2]]
+        exact = onnx.numpy_helper.to_array(scales)
+        half = exact.astype(np.float16)
+        if not _same_within(half.astype(np.float32), exact, _ROUNDING):
+            continue
+        name = f"{scales.name}.half"
+        scales.CopyFrom(onnx.numpy_helper.from_array(half, name))
+        cast = onnx.helper.make_node("Cast", [name], [node.input[2]], to=onnx.TensorProto.FLOAT)
+        cast.name = f"{name}.cast"
+        graph.node.insert(0, cast)
+    return model
+
+
+def _same_within(found: FloatArray, exact: FloatArray, share: float) -> bool:
+    return bool((np.abs(found - exact) <= share * np.abs(exact)).all())
+
+
+def _embeddings(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Return the look-up with a table of 8 bits in blocks, whose scales are float16.
+
+    A table whose width is no multiple of the smallest block stays in float16.
+    """
+    graph = model.graph
+    (table,), (gather,) = graph.initializer, graph.node
+    table_VE = onnx.numpy_helper.to_array(table)
+    rows, width = table_VE.shape
+    block = next((b for b in (128, 64, 32, _SMALLEST_BLOCK) if width % b == 0), None)
+    if block is None:
+        return _half(EMBEDDINGS, model)
+    blocks_VNB = table_VE.reshape(rows, -1, block)
+    # rounded to float16 first, so that the levels are those of the scale that is kept
+    scales_VN = (np.abs(blocks_VNB).max(-1) / 127).astype(np.float16).astype(np.float32)
+    divisors_VN1 = np.where(scales_VN, scales_VN, 1)[..., None]
+    levels_VNB = np.rint(blocks_VNB / divisors_VN1).clip(-127, 127) + 128
+    packed = {
+        f"{table.name}.levels": levels_VNB.reshape(rows, width).astype(np.uint8),
+        f"{table.name}.half_scales": scales_VN.astype(np.float16),
+    }
+    name = f"{table.name}.scales"
+    nodes = [
+        onnx.helper.make_node(
+            "Cast", [f"{table.name}.half_scales"], [name], f"{name}.cast",
+            to=onnx.TensorProto.FLOAT,
+        ),
+        onnx.helper.make_node(
+            "GatherBlockQuantized", [f"{table.name}.levels", gather.input[1], name],
+            gather.output, gather.name, domain=_MICROSOFT,
+            bits=8, block_size=block, gather_axis=0, quantize_axis=1,
+        ),
+    ]  # fmt: skip
+    del graph.initializer[:], graph.node[:]
+    graph.initializer.extend(onnx.numpy_helper.from_array(a, n) for n, a in packed.items())
+    graph.node.extend(nodes)
+    model.opset_import.append(onnx.helper.make_opsetid(_MICROSOFT, 1))
+    return model
 
 
 def _fitting(model: onnx.ModelProto, block: int) -> int:
