@@ -29,6 +29,7 @@ from torch.distributed.checkpoint.state_dict_saver import async_save
 from llavakit import LlavaError, TrainingError, new_folder
 from llavakit.contracts.run import ProcessGroup
 from llavakit_plugins.training.checkpoints import Checkpoints
+from llavakit_plugins.training.watch import is_of_lost_process
 
 Place = Callable[[str, torch.Size, torch.dtype], Tensor]
 """Returns the tensor, whole or divided, to read that of this name, shape and dtype into."""
@@ -111,6 +112,8 @@ class ShardedCheckpoints:
             raise problem
         if isinstance(problem, CheckpointException):
             problem = next((error for error, _ in problem.failures.values()), problem)
+        if is_of_lost_process(problem):
+            raise problem  # the watch says so
         reason = " ".join(str(problem).split())
         raise TrainingError(
             f"the checkpoint of step {self._step} cannot be written: {reason:.300}; free space, or "

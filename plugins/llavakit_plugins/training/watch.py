@@ -21,6 +21,12 @@ WAITING = "computing"
 _MOST_SECONDS = 10.0  # between two signs of life
 
 
+def is_of_lost_process(error: BaseException | None) -> bool:
+    """Say whether an error means that another process is gone."""
+    by_gloo = isinstance(error, RuntimeError) and "gloo" in str(error).lower()
+    return by_gloo or isinstance(error, dist.DistError)
+
+
 class Watch:
     """Tells the others what this process is at, and ends it when that does not change.
 
@@ -55,9 +61,7 @@ class Watch:
         self._ended.set()
         if self._thread is not None:
             self._thread.join()
-        if isinstance(error, dist.DistError) or (
-            isinstance(error, RuntimeError) and "gloo" in str(error).lower()
-        ):
+        if is_of_lost_process(error):
             step = self._now[0]
             reason = " ".join(str(error).split())
             raise TrainingError(

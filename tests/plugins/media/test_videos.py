@@ -207,7 +207,7 @@ def test_without_pyav_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.Mon
 def test_damaged_files_give_frames_or_a_sentence(tmp_path: Path, name: str) -> None:
     whole = write_video(tmp_path / name, moving(12), codec=CODECS[name]).read_bytes()
     draw = np.random.default_rng(0)
-    said = []
+    said = [_read(Video(whole[:40]))]  # the others may all have frames: MPEG-TS mends much
     for _ in range(60):
         data = bytearray(whole)
         begin = 400 if draw.random() < 0.5 else len(data)  # every other one within its head
