@@ -24,7 +24,7 @@ def failed(error: Exception) -> ShardedCheckpoints:
 
 def test_a_full_disk_is_said() -> None:
     with pytest.raises(
-        TrainingError, match="step 4 cannot be written: .*No space left.*free space"
+        TrainingError, match=r"step 4 cannot be written: .*No space.*free space"
     ):
         failed(OSError(28, "No space left on device")).finish()
 
