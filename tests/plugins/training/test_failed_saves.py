@@ -23,9 +23,7 @@ def failed(error: Exception) -> ShardedCheckpoints:
 
 
 def test_a_full_disk_is_said() -> None:
-    with pytest.raises(
-        TrainingError, match=r"step 4 cannot be written: .*No space.*free space"
-    ):
+    with pytest.raises(TrainingError, match=r"step 4 cannot be written: .*No space.*free space"):
         failed(OSError(28, "No space left on device")).finish()
 
 
