@@ -62,7 +62,7 @@ def inside(folder: Path, name: str, where: str, what: str = "image") -> Path:
     return _joined(folder, name)
 
 
-@lru_cache(maxsize=1024)  # rows about one image often stand together
+@lru_cache(maxsize=64)  # rows about one image often stand together
 def _joined(folder: Path, name: str) -> Path:
     return folder / name
 
