@@ -14,7 +14,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import CommonSubexpressionEliminationPass, RemoveUnusedNodesPass
 
-_MICROSOFT = "com.microsoft"
+MICROSOFT = "com.microsoft"
 
 
 def fuse(model: ir.Model, longest: int) -> None:
@@ -25,7 +25,7 @@ def fuse(model: ir.Model, longest: int) -> None:
     join_residuals(model.graph)
     rotate_in_attention(model, longest)
     RemoveUnusedNodesPass()(model)
-    model.opset_imports[_MICROSOFT] = 1
+    model.opset_imports[MICROSOFT] = 1
 
 
 def merge_products(graph: ir.Graph) -> None:
@@ -98,7 +98,7 @@ def join_residuals(graph: ir.Graph) -> None:
             continue
         epsilon = norm.attributes["epsilon"].as_float()
         joined = ir.Node(
-            _MICROSOFT, "SkipSimplifiedLayerNormalization", [left, right, scale],
+            MICROSOFT, "SkipSimplifiedLayerNormalization", [left, right, scale],
             [ir.AttrFloat32("epsilon", epsilon)], num_outputs=4, name=f"{norm.name}.joined",
         )  # fmt: skip
         normed, _, _, added = joined.outputs
@@ -121,7 +121,7 @@ def rotate_in_attention(model: ir.Model, longest: int) -> None:
     """
     tables: dict[tuple[str, str], tuple[ir.Value, ir.Value]] = {}
     for node in list(model.graph):
-        if node.op_type != "GroupQueryAttention" or node.domain != _MICROSOFT:
+        if node.op_type != "GroupQueryAttention" or node.domain != MICROSOFT:
             continue
         query, key = (_rotated(node.inputs[index]) for index in (0, 1))
         value = _flat(node.inputs[2])
@@ -140,7 +140,7 @@ def rotate_in_attention(model: ir.Model, longest: int) -> None:
         inputs = [*taken, *node.inputs[3:7], *tables[names]]
         attributes = [*node.attributes.values(), ir.AttrInt64("do_rotary", 1)]
         turned = ir.Node(
-            _MICROSOFT, "GroupQueryAttention", inputs, attributes,
+            MICROSOFT, "GroupQueryAttention", inputs, attributes,
             num_outputs=3, name=f"{node.name}.rotary",
         )  # fmt: skip
         for new, old in zip(turned.outputs, node.outputs, strict=True):

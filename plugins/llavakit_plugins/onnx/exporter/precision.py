@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 
+from llavakit_plugins.onnx.exporter.fusion import MICROSOFT
 from llavakit_plugins.onnx.runtime.layout import CONNECTOR, DECODER, EMBEDDINGS, VISION, Precision
 
 _BLOCK = {8: 128, 4: 64}  # weights that share a scale, by bits
@@ -21,7 +22,6 @@ _PADDING = 0.05
 """Share by which blocks may enlarge the weights: the rest of a column fills a whole block."""
 _ROUNDING = 2**-10
 """Largest share of itself by which a scale may change: float16's rounding, and no denormals."""
-_MICROSOFT = "com.microsoft"
 FloatArray = npt.NDArray[np.float32]
 _INT8 = 4  # MatMulNBits' `accuracy_level`: the type in which it computes
 
@@ -39,10 +39,8 @@ def convert(
         return model
     if precision == "fp16":
         return _half(graph, model)
-    if graph == EMBEDDINGS and precision == "q4":
-        return _embeddings(model)
     if graph == EMBEDDINGS:  # a look-up has no products to quantise; fp16 halves its size
-        return _half(graph, model)
+        return _embeddings(model) if precision == "q4" else _half(graph, model)
     if precision == "int8":
         return _dynamic(model)
     eight = precision == "q8" or graph in (VISION, CONNECTOR)
@@ -166,14 +164,14 @@ def _embeddings(model: onnx.ModelProto) -> onnx.ModelProto:
         ),
         onnx.helper.make_node(
             "GatherBlockQuantized", [f"{table.name}.levels", gather.input[1], name],
-            gather.output, gather.name, domain=_MICROSOFT,
+            gather.output, gather.name, domain=MICROSOFT,
             bits=8, block_size=block, gather_axis=0, quantize_axis=1,
         ),
     ]  # fmt: skip
     del graph.initializer[:], graph.node[:]
     graph.initializer.extend(onnx.numpy_helper.from_array(a, n) for n, a in packed.items())
     graph.node.extend(nodes)
-    model.opset_import.append(onnx.helper.make_opsetid(_MICROSOFT, 1))
+    model.opset_import.append(onnx.helper.make_opsetid(MICROSOFT, 1))
     return model
 
 
