@@ -16,8 +16,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-CUDA_LENGTHS = 256  #: On CUDA, decoding looks at a multiple of so many columns of the cache.
-
 
 def upload(tensor: Tensor, device: torch.device) -> Tensor:
     """Return a tensor on `device`, without waiting for what a GPU has still to do."""
@@ -123,6 +121,10 @@ class KVCache:
         self.keys: list[Tensor | None] = [None] * layers  # until the first rows tell their kind
         self.values: list[Tensor | None] = [None] * layers
         self.states: list[dict[str, Tensor]] = [{} for _ in range(layers)]
+
+    def columns_on_cuda(self, longest: int) -> int:
+        """Return how many columns decoded rows look at: what is planned for 256 serves them all."""
+        return min(self.capacity, -(-longest // 256) * 256)
 
     def advance(self, packing: Packing) -> None:
         """Count the rows of a stream as held, once every layer has stored them."""

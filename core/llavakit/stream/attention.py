@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from llavakit.contracts.packing import CUDA_LENGTHS, KVCache, Packing, Scoring
+from llavakit.contracts.packing import KVCache, Packing, Scoring
 
 # found once, at import: torch.compile cannot trace a look-up of entry points
 _CHOOSERS: tuple[Callable[..., Any], ...] = tuple(
@@ -124,8 +124,8 @@ def _store(cache: KVCache, layer: int, k_TGK: Tensor, v_TGK: Tensor, packing: Pa
         if packing.starts[-1] == count:  # decoding: one row a sequence, written at once
             held[sequences, :, packing.position_ids_T] = new_TGK
             continue
-        parts = zip(held, cache.lengths, new_TGK.split(packing.lengths), strict=True)
-        for held_GLK, begin, new in parts:
+        news = new_TGK.split(packing.lengths)
+        for held_GLK, begin, new in zip(held, cache.lengths, news, strict=True):
             held_GLK[:, begin : begin + len(new)] = new.transpose(0, 1)
 
 
@@ -134,19 +134,18 @@ def _decode(q_THK: Tensor, packing: Packing, kv: KVCache, layer: int, scoring: S
     keys, values = (cast("Tensor", held[layer]) for held in (kv.keys, kv.values))
     totals = [held + new for held, new in zip(kv.lengths, packing.lengths, strict=True)]
     if packing.starts[-1] == len(kv.lengths):  # one row a sequence: all at once
-        longest = max(totals)
-        if q_THK.is_cuda:  # few lengths: what was planned or captured for one serves again
-            longest = min(kv.capacity, -(-longest // CUDA_LENGTHS) * CUDA_LENGTHS)
+        longest = kv.columns_on_cuda(max(totals)) if q_THK.is_cuda else max(totals)
         keys, values = (x[:, :, :longest] for x in (keys, values))  # behind it they are empty
         kind = (scoring.window, scoring.plain)
-        if kind not in packing.masks:
+        mask_S11L = packing.masks.get(kind)
+        if mask_S11L is None:
             columns = torch.arange(longest, device=q_THK.device)
-            seen_S11L = _band(packing.position_ids_T, columns, scoring.window)[:, None, None]
-            added = q_THK.new_zeros(()).masked_fill(~seen_S11L, float("-inf"))
-            packing.masks[kind] = added if scoring.plain else seen_S11L
+            mask_S11L = _band(packing.position_ids_T, columns, scoring.window)[:, None, None]
+            if scoring.plain:  # what is added to scores, which each layer would make of it
+                mask_S11L = q_THK.new_zeros(()).masked_fill(~mask_S11L, float("-inf"))
+            packing.masks[kind] = mask_S11L
         rows = (keys.shape[1], -1) if scoring.plain else (-1, 1)  # CUDA masks no groups, but rows
-        q_SGRK, mask_S11L = q_THK.unflatten(1, rows), packing.masks[kind]
-        return _weigh(q_SGRK, keys, values, mask_S11L, scoring).flatten(1, 2)
+        return _weigh(q_THK.unflatten(1, rows), keys, values, mask_S11L, scoring).flatten(1, 2)
     outputs = []
     for s, total in enumerate(totals):
         own = slice(packing.starts[s], packing.starts[s + 1])

@@ -2,8 +2,9 @@
 
 One row a sequence is little work for a GPU, and its hundreds of kernels take the host longer to
 launch than the device to run. A CUDA graph launches all of them at once. A step is recorded for one
-key-value cache and one length that attention looks at (`CUDA_LENGTHS`), after a few steps that ran
-as usual: short answers are not worth it. It is believed once it has given what the usual step gave.
+key-value cache and one length that attention looks at (`KVCache.columns_on_cuda`), after a few
+steps that ran as usual: short answers are not worth it. It is believed once it has given what the
+usual step gave.
 
 S sequences, E width.
 """
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from llavakit.contracts.packing import CUDA_LENGTHS, KVCache, Packing
+from llavakit.contracts.packing import KVCache, Packing
 
 Hidden: TypeAlias = Callable[[Tensor, Packing], Tensor]
 
@@ -81,9 +82,9 @@ class Replay:
         cache = packing.cache
         assert cache is not None
         steps = self._of.setdefault(cache, _Steps())
-        longest = -(-(max(cache.lengths) + 1) // CUDA_LENGTHS)
+        columns = cache.columns_on_cuda(max(cache.lengths) + 1)
         # a cache of which sequences were left out has other tensors
-        kind = (longest, id(cache.keys[0]), embeds_SE.shape, embeds_SE.dtype)
+        kind = (columns, id(cache.keys[0]), embeds_SE.shape, embeds_SE.dtype)
         if steps.kind != kind:
             steps.kind, steps.usual, steps.recorded = kind, 0, None
         with sdpa_kernel(_BACKENDS):

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from llavakit.contracts.packing import CUDA_LENGTHS, KVCache, Packing
+from llavakit.contracts.packing import KVCache, Packing
 from llavakit_plugins.language import replay
 from llavakit_plugins.language.replay import Replay
 
@@ -104,7 +104,7 @@ def test_sequences_that_end_begin_another_recording(graphs: list[Graph]) -> None
 
 
 def test_another_length_begins_another_recording(graphs: list[Graph]) -> None:
-    run, cache = Replay(), filled(1, CUDA_LENGTHS - 4)
+    run, cache = Replay(), filled(1, 256 - 4)
     for number in range(9):  # the fifth looks at one column more than that length has
         step(run, cache, number)
     assert [graph.replays for graph in graphs] == [2, 3]
