@@ -1,12 +1,14 @@
 """Answers on a CPU: `LlavaModel` against transformers' LLaVA with the same weights.
 
     python tests/benchmarks/decode_cpu.py [--rounds 5] [--layers 12] [--new 32] [--batches 1,8]
+        [--products torch,onednn]
 
 CLIP B/16 and a Llama of 12 layers x 768 (fewer with --layers), random weights. Prompts of one image
 and unequal text, which transformers pads on the left. Greedy, one thread, CPU time, the two in
 alternation, medians of paired ratios. Prefill is the time to the first token, images included;
 decode is the rest, and `bandwidth` the bytes of weights and cache that a step reads, a second,
-over the rate at which one thread reads memory in the same round. Exits with 1 where the answers
+over the rate at which one thread reads memory in the same round. `--products onednn` lets our
+linear layers multiply by it. Exits with 1 where the answers
 differ.
 """
 
@@ -31,6 +33,7 @@ from tests.core.peer import make_pair, their_inputs
 
 from llavakit import LlavaModel
 from llavakit.contracts.model import Sampling
+from llavakit_plugins.huggingface.products import Products
 
 VISION = {
     "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
@@ -141,15 +144,23 @@ def main() -> int:
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--new", type=int, default=32)
     parser.add_argument("--batches", default="1,8")
+    parser.add_argument("--products", default="torch")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    found = [table(products, arguments) for products in arguments.products.split(",")]
+    return 0 if all(found) else 1
+
+
+def table(products: Products, arguments: argparse.Namespace) -> bool:
+    """Print the rows of one way to multiply; return whether the answers are the peer's."""
     layers = {"num_hidden_layers": arguments.layers}
-    peer, model = make_pair(VISION | layers, LANGUAGE | layers)
+    peer, model = make_pair(VISION | layers, LANGUAGE | layers, products=products)
     model.language.tokenizer.eos_token = None  # random weights end an answer at any time
     draw = torch.Generator().manual_seed(0)
     same = True
     print(
-        f"{machine()}, torch {torch.__version__}; one thread reads {memory_rate() / 1e9:.1f} GB/s"
+        f"{machine()}, torch {torch.__version__}, products by {products}; one thread reads "
+        f"{memory_rate() / 1e9:.1f} GB/s"
     )
     print(
         f"{'':18}{'ours ms':>9}{'peer ms':>10}{'ratio':>8}{'goal':>8}{'bandwidth':>11}{'goal':>6}"
@@ -171,7 +182,7 @@ def main() -> int:
                 line += f"{used:11.2f}" + (f"{BANDWIDTH:6.2f}" if count == 1 else "")
             print(line, flush=True)
     print(f"the same tokens: {same}")
-    return 0 if same else 1
+    return same
 
 
 if __name__ == "__main__":

@@ -1,13 +1,15 @@
 """One optimisation step on a CPU: ours, packed, against transformers' own LLaVA on padded batches.
 
     python tests/benchmarks/train_cpu.py [--rounds 7] [--models tiny,smollm2]
+        [--products torch,onednn]
 
 Both have the same weights and see the same samples, with lengths like those of the paper's data:
 the visual tokens, then about 22 text tokens in stage 1 and 298 in stage 2. `tiny` has the widths of
 the recipe of that name; `smollm2` is SmolLM2-135M behind SigLIP base (random weights, 8 samples).
 One thread, CPU time, the two in alternation, median of paired ratios. `share` is the rate of the
 products that our step cannot do without over that of a product of 1024 x 1024 x 1024 in the same
-round. Prints a table, and exits with 1 where losses or gradients differ by more than 1e-5.
+round. With `--products onednn` our linear layers multiply by it, and so does what the share is
+of. Prints a table, and exits with 1 where losses or gradients differ by more than 1e-5.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,6 +36,8 @@ from tests.core.peer import IMAGE_TOKEN, make_pair
 from llavakit import LlavaModel
 from llavakit.stream.batch import pack
 from llavakit.stream.encode import IMAGE_ID, Encoded
+from llavakit_kernels import onednn
+from llavakit_plugins.huggingface.products import Products
 from llavakit_plugins.training.best_fit import best_fit
 from llavakit_plugins.vision.clip import Clip
 from llavakit_plugins.vision.siglip import Siglip
@@ -239,13 +244,14 @@ def cpu_seconds(step: Callable[[], Tensor], model: Any) -> float:
     return time.process_time() - begun
 
 
-def product_rate(size: int = 1024) -> float:
+def product_rate(products: Products, size: int = 1024) -> float:
     """Return the operations a second of CPU time of a product `[size, size] @ [size, size]`."""
     left, right, out = torch.rand(3, size, size)
+    mm = onednn.matmul if products == "onednn" else partial(torch.mm, out=out)
     found = []
     for _ in range(4):
         begun = time.process_time()
-        torch.mm(left, right, out=out)
+        mm(left, right)
         found.append(2 * size**3 / (time.process_time() - begun))
     return max(found)
 
@@ -259,13 +265,21 @@ class Row(NamedTuple):
     limit: float
 
 
-def compare(name: str, ours: Ours, theirs: Theirs, work: float, rounds: int, limit: float) -> Row:
+def compare(
+    name: str,
+    ours: Ours,
+    theirs: Theirs,
+    work: float,
+    rounds: int,
+    limit: float,
+    products: Products,
+) -> Row:
     cpu_seconds(ours.loss, ours.model)  # the peer is warm
     found = [
         (
             cpu_seconds(ours.loss, ours.model),
             cpu_seconds(theirs.loss, theirs.model),
-            work / product_rate(),
+            work / product_rate(products),
         )
         for _ in range(rounds)
     ]
@@ -295,9 +309,9 @@ def check(ours: Ours, theirs: Theirs, pairs: dict[str, tuple[Tensor, Tensor]]) -
     return worst
 
 
-def measure(name: str, shape: Shape, rounds: int) -> float:
+def measure(name: str, shape: Shape, rounds: int, products: Products) -> float:
     """Print a shape's rows; return the largest difference of losses and gradients."""
-    theirs, ours = make_pair(shape.vision, shape.language, encoder=shape.encoder)
+    theirs, ours = make_pair(shape.vision, shape.language, encoder=shape.encoder, products=products)
     worst, limits = 0.0, iter(shape.limits)
     for stage, mean, spread in (("stage 1", 22, 0.35), ("stage 2", 298, 0.55)):
         samples = make_samples(shape.samples, mean, spread, seed=1)
@@ -308,12 +322,12 @@ def measure(name: str, shape: Shape, rounds: int) -> float:
         peer = Theirs(theirs, samples, pixels, ours.visual_tokens, shape.capacity)
         worst = max(worst, check(mine, peer, pairs))  # warms both up, too
         work = operations(mine, language=language)
-        compare(f"{name}, {stage}", mine, peer, work, rounds, next(limits))
+        compare(f"{name}, {stage}", mine, peer, work, rounds, next(limits), products)
         if not language:
             mine.cache()
             work = operations(mine, language=language)
             label = f"{name}, {stage}, cached features"
-            compare(label, mine, peer, work, rounds, next(limits))
+            compare(label, mine, peer, work, rounds, next(limits), products)
     return worst
 
 
@@ -337,20 +351,29 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--models", default="tiny,smollm2")
+    parser.add_argument("--products", default="torch")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    print(f"{machine()}, torch {torch.__version__}; one thread's products: "
-          f"{product_rate() / 1e9:.0f} GFLOP/s")  # fmt: skip
-    print(f"{'samples/s':32}{'ours':>9}{'peer':>9}{'ratio':>8}{'limit':>8}{'share':>8}"
-          f"  (of which at least {SHARE})")  # fmt: skip
     worst = 0.0
-    for name in arguments.models.split(","):
-        rounds = arguments.rounds if name == "tiny" else min(3, arguments.rounds)
-        worst = max(worst, measure(name, SHAPES[name], rounds))
+    for products in arguments.products.split(","):
+        worst = max(worst, table(arguments.models.split(","), arguments.rounds, products))
     print(f"largest difference of loss and gradients: {worst:.1e} (limit 1e-05)")
     if "tiny" in arguments.models:
         growth(SHAPES["tiny"])
     return 0 if worst <= 1e-5 else 1
+
+
+def table(models: list[str], most: int, products: Products) -> float:
+    """Print the rows of these models; return the largest difference of losses and gradients."""
+    print(f"{machine()}, torch {torch.__version__}; products by {products}, one thread's: "
+          f"{product_rate(products) / 1e9:.0f} GFLOP/s")  # fmt: skip
+    print(f"{'samples/s':32}{'ours':>9}{'peer':>9}{'ratio':>8}{'limit':>8}{'share':>8}"
+          f"  (of which at least {SHARE})")  # fmt: skip
+    worst = 0.0
+    for name in models:
+        rounds = most if name == "tiny" else min(3, most)
+        worst = max(worst, measure(name, SHAPES[name], rounds, products))
+    return worst
 
 
 if __name__ == "__main__":

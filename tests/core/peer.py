@@ -12,6 +12,7 @@ from torch import Tensor
 
 from llavakit import LlavaModel, PromptTemplate, Segment, Turn
 from llavakit_plugins.connectors.mlp import Mlp, MlpOptions
+from llavakit_plugins.huggingface.products import Products
 from llavakit_plugins.language.vicuna import Vicuna, VicunaOptions
 from llavakit_plugins.tilings.anyres import Anyres
 from llavakit_plugins.vision.clip import Clip
@@ -35,10 +36,11 @@ def make_pair(
     seed: int = 0,
     tiling: Anyres | None = None,
     encoder: type[TransformersEncoder] = Clip,
+    products: Products = "torch",
 ) -> tuple[Any, LlavaModel]:
     """Return (theirs, ours), float32 on the CPU, sharing every weight's values.
 
-    With a tiling theirs is LlavaNextForConditionalGeneration.
+    With a tiling theirs is LlavaNextForConditionalGeneration. `products` says how ours multiplies.
     """
     from transformers import (
         LlamaConfig,
@@ -67,14 +69,14 @@ def make_pair(
         theirs = network(config).eval()
         for parameter in theirs.parameters():  # zero biases would hide a forgotten one
             parameter.data += 0.02 * torch.randn_like(parameter)
-    ours_vision = encoder(encoder.Options(config=vision))
+    ours_vision = encoder(encoder.Options(config=vision, products=products))
     inner = getattr(ours_vision.model, "vision_model", ours_vision.model)
     tower = theirs.model.vision_tower
     inner.load_state_dict(getattr(tower, "vision_model", tower).state_dict())
     llama = LlamaForCausalLM(LlamaConfig(**language))
     llama.model.load_state_dict(theirs.model.language_model.state_dict())
     llama.lm_head.load_state_dict(theirs.lm_head.state_dict())
-    ours_language = Vicuna(VicunaOptions(config=language), llama)
+    ours_language = Vicuna(VicunaOptions(config=language, products=products), llama)
     ours_language.tokenizer = make_tokenizer()
     widths = {"vision_width": ours_vision.width, "language_width": ours_language.width}
     connector = Mlp(MlpOptions(), **widths)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from llavakit_kernels import arguments
+from llavakit_kernels import arguments, onednn
 from llavakit_kernels.arguments import require
 from llavakit_kernels.linear_cross_entropy import liger, reference
 
@@ -33,7 +33,7 @@ def linear_cross_entropy(
     reduction: Literal["mean", "sum"] = "mean",
     ignore_index: int = -100,
     chunk_rows: int | None = None,
-    impl: Literal["auto", "reference", "liger"] = "auto",
+    impl: Literal["auto", "reference", "liger", "onednn"] = "auto",
 ) -> Tensor:
     """Return cross_entropy(hidden @ weight.T + bias, targets), a scalar in float32 (float64 for
     float64).
@@ -47,7 +47,8 @@ def linear_cross_entropy(
     chunk_rows: number of rows whose logits exist at one time; by default 2^26 logits on a CPU and
     2^27 on a GPU. Without it, at most 2^21 logits are left to torch's own functions.
     impl: chunks in eager PyTorch ("reference", and "auto"), or liger-kernel's kernels ("liger"),
-    which count the targets on the host, so that each call waits for the device.
+    which count the targets on the host, so that each call waits for the device. "onednn" is
+    "reference" with the products of `llavakit_kernels.onednn` on a CPU.
 
     Gradients are computed in the forward pass, chunk by chunk, so that no logits are computed
     twice; and only those that are needed, so that a frozen head costs no product for its weight.
@@ -73,8 +74,8 @@ def linear_cross_entropy(
         f'`reduction` must be "mean" or "sum", but is {reduction!r}',
     )
     require(
-        impl in ("auto", "reference", "liger"),
-        f'`impl` must be "auto", "reference" or "liger", but is {impl!r}',
+        impl in ("auto", "reference", "liger", "onednn"),
+        f'`impl` must be "auto", "reference", "liger" or "onednn", but is {impl!r}',
     )
     require(
         chunk_rows is None or chunk_rows > 0,
@@ -90,7 +91,8 @@ def linear_cross_entropy(
     kept = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     if chunk_rows is None and weights is None and impl != "liger" and M * weight.shape[0] <= SMALL:
         with arguments.without_autocast(hidden.device):
-            logits = F.linear(hidden, weight, bias).to(kept)
+            linear = onednn.linear if impl == "onednn" else F.linear
+            logits = linear(hidden, weight, bias).to(kept)
             return F.cross_entropy(
                 logits, targets.long(), reduction=reduction, ignore_index=ignore_index
             )
@@ -106,7 +108,8 @@ def linear_cross_entropy(
             # any valid class does: these rows have the weight 0,
             # but their loss is read before it is multiplied
             targets = targets.long().where(counts, 0)
-            loss = _chunked(hidden, weight, bias, targets, row_weights, chunk_rows)
+            own = impl == "onednn"
+            loss = _chunked(hidden, weight, bias, targets, row_weights, chunk_rows, own)
     return loss if reduction == "sum" else loss / row_weights.sum()
 
 
@@ -117,6 +120,7 @@ def _chunked(
     targets: Tensor,
     row_weights: Tensor,
     chunk_rows: int | None,
+    by_onednn: bool,
 ) -> Tensor:
     learns = torch.is_grad_enabled()
     loss: Tensor = torch.ops.llavakit.linear_cross_entropy(
@@ -129,6 +133,7 @@ def _chunked(
         learns and hidden.requires_grad,
         learns and weight.requires_grad,
         learns and bias is not None and bias.requires_grad,
+        by_onednn,
     )[0]
     return loss
 
@@ -144,9 +149,11 @@ def _forward(
     for_hidden: bool,
     for_weight: bool,
     for_bias: bool,
+    by_onednn: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     needs = reference.Needs(for_hidden, for_weight, for_bias)
-    return reference.forward(hidden, weight, bias, targets, row_weights, needs, chunk_rows)
+    given = (hidden, weight, bias, targets, row_weights)
+    return reference.forward(*given, needs, chunk_rows, by_onednn)
 
 
 @_forward.register_fake
@@ -160,6 +167,7 @@ def _(
     for_hidden: bool,
     for_weight: bool,
     for_bias: bool,
+    by_onednn: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     (M, E), V = hidden.shape, weight.shape[0]
     one_chunk = chunk_rows >= M
@@ -174,7 +182,7 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, weight, _, _, row_weights, chunk_rows, *_ = inputs
+    hidden, weight, _, _, row_weights, chunk_rows, *_, ctx.by_onednn = inputs
     # only the loss has a gradient; the other outputs are the gradients computed in the forward
     ctx.mark_non_differentiable(*output[1:])
     # otherwise autograd would fill zeros of up to [M, V] for the outputs that have no gradient
@@ -199,11 +207,12 @@ def _backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor 
         pass
     elif ctx.one_chunk:
         logits_grad, row_weights, hidden, weight = ctx.saved_tensors
+        matmul = onednn.matmul if ctx.by_onednn else torch.matmul
         scale = (grad * row_weights).to(logits_grad.dtype)
         if for_hidden:
-            gradients[0] = (logits_grad @ weight) * scale[:, None]
+            gradients[0] = matmul(logits_grad, weight) * scale[:, None]
         if for_weight:
-            gradients[1] = logits_grad.t() @ (hidden * scale[:, None])
+            gradients[1] = matmul(logits_grad.t(), hidden * scale[:, None])
         if for_bias:
             gradients[2] = scale @ logits_grad
     else:

@@ -7,11 +7,14 @@ of hidden states and weight) before the next chunk takes their memory. So nothin
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from llavakit_kernels import onednn
 
 # Number of logits in a chunk: a few hundred megabytes, with enough rows for a fast product.
 LOGITS = {"cpu": 2**26, "cuda": 2**27}
@@ -44,6 +47,7 @@ def forward(
     row_weights: Tensor,
     needs: Needs,
     rows: int,
+    by_onednn: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the weighted sum of the rows' losses, and the gradients or what gives them.
 
@@ -51,12 +55,14 @@ def forward(
     If one chunk of `rows` holds all: (loss, [0], [0], [0], the logits' gradient [M, V]).
     Otherwise: (loss, hidden's gradient [M, E], weight's [V, E], bias's [V], [0]).
     """
+    linear = onednn.linear if by_onednn else F.linear
+    matmul = onednn.matmul if by_onednn else torch.matmul
     M = hidden.shape[0]
     kept = row_weights.dtype
     loss = torch.zeros((), dtype=kept, device=hidden.device)
     none = hidden.new_empty(0)
     if rows >= M:
-        one, logits_grad = _chunk(hidden, weight, bias, targets, row_weights, needs.any())
+        one, logits_grad = _chunk(linear, hidden, weight, bias, targets, row_weights, needs.any())
         return loss + one, none, none.clone(), none.clone(), logits_grad
 
     # Sums over many chunks stay in float32 where the weights are 16 bits wide.
@@ -66,20 +72,24 @@ def forward(
     for start in range(0, M, rows):
         part = slice(start, start + rows)
         one, logits_grad = _chunk(
-            hidden[part], weight, bias, targets[part], row_weights[part], needs.any()
+            linear, hidden[part], weight, bias, targets[part], row_weights[part], needs.any()
         )
         loss += one
         scale = row_weights[part].to(hidden.dtype)
         if needs.hidden:
-            product = torch.mm(logits_grad, weight, out=hidden_grad[part])
+            product = hidden_grad[part]
+            if by_onednn:
+                product.copy_(onednn.matmul(logits_grad, weight))
+            else:
+                torch.mm(logits_grad, weight, out=product)
             product *= scale[:, None]
         if needs.weight:
             scaled = hidden[part] * scale[:, None]
             # in place, without another [V, E] for the product; `addmm_` needs equal dtypes
-            if weight_grad.dtype == weight.dtype:
+            if weight_grad.dtype == weight.dtype and not by_onednn:
                 weight_grad.addmm_(logits_grad.t(), scaled)
             else:
-                weight_grad += logits_grad.t() @ scaled
+                weight_grad += matmul(logits_grad.t(), scaled)
         if needs.bias:
             bias_grad += scale @ logits_grad
         del logits_grad  # free it before the next chunk's logits are allocated
@@ -93,6 +103,7 @@ def forward(
 
 
 def _chunk(
+    linear: Callable[..., Tensor],
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -104,7 +115,7 @@ def _chunk(
 
     Without `gradient` the second tensor is empty.
     """
-    log_p = torch.log_softmax(F.linear(hidden, weight, bias), -1, dtype=row_weights.dtype)
+    log_p = torch.log_softmax(linear(hidden, weight, bias), -1, dtype=row_weights.dtype)
     at_target = targets[:, None]
     loss = -(log_p.gather(1, at_target).squeeze(1) * row_weights).sum()
     if not gradient:

@@ -146,6 +146,7 @@ class CausalLM(PretrainedLanguage):
             targets_M,
             bias=self.head.bias,
             reduction="sum",
+            impl=self._head_impl,
         )
 
     @property

@@ -7,10 +7,11 @@ from typing import Literal
 from pydantic import Field
 
 from llavakit_plugins.huggingface.hub import PretrainedOptions
+from llavakit_plugins.huggingface.products import ProductOptions
 from llavakit_plugins.language.lora import LoraOptions
 
 
-class LanguageOptions(PretrainedOptions):
+class LanguageOptions(PretrainedOptions, ProductOptions):
     """Options of every language model."""
 
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"

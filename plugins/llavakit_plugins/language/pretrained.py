@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from llavakit_plugins.huggingface.hub import (
     quietly,
     read_config,
 )
+from llavakit_plugins.huggingface.products import choose_products
 from llavakit_plugins.huggingface.tokenizer_writing import write_tokenizer
 from llavakit_plugins.huggingface.vocabulary import fit_tokenizer
 from llavakit_plugins.language.four_bits import refuse_widths
@@ -66,6 +67,7 @@ class PretrainedLanguage(LanguageModel):
                 refuse_widths(model, options.source)
         if options.lora is not None:
             add_adapters(model, options.lora)
+        choose_products(model, options.products)
         self.options = options
         self.model = model
         self.width: int = model.get_input_embeddings().embedding_dim
@@ -192,6 +194,11 @@ class PretrainedLanguage(LanguageModel):
     def head(self) -> nn.Linear:
         head: nn.Linear = self.model.get_output_embeddings()
         return head
+
+    @property
+    def _head_impl(self) -> Literal["auto", "onednn"]:
+        """Return how the loss multiplies by the head, whose module it does not call."""
+        return "onednn" if self.options.products == "onednn" else "auto"
 
     @property
     def embedding_VE(self) -> Tensor | None:

@@ -62,7 +62,7 @@ class Vicuna(PretrainedLanguage):
     def loss(self, hidden_ME: Tensor, targets_M: Tensor) -> Tensor:
         head = self.head
         return linear_cross_entropy(
-            hidden_ME, head.weight, targets_M, bias=head.bias, reduction="sum"
+            hidden_ME, head.weight, targets_M, bias=head.bias, reduction="sum", impl=self._head_impl
         )
 
     def _hidden(self, embeds_TE: Tensor, packing: Packing, rows: Rows | None = None) -> Tensor:

@@ -18,11 +18,12 @@ from torch import Tensor
 
 from llavakit import ModelError, did_you_mean
 from llavakit_plugins.huggingface.hub import PretrainedOptions, missing_source
+from llavakit_plugins.huggingface.products import ProductOptions, choose_products
 from llavakit_plugins.vision.preprocessing import Aspect, pad_to_square, shrink, without_ends
 from llavakit_plugins.vision.vision_transformer import EncoderOptions, VisionTransformer
 
 
-class TimmOptions(EncoderOptions):
+class TimmOptions(EncoderOptions, ProductOptions):
     """Options of `timm`."""
 
     model: str | None = None
@@ -54,6 +55,7 @@ class Timm(VisionTransformer):
         super().__init__()
         self.model: Any = _build(options, pretrained=False) if model is None else model
         self.model.to(getattr(torch, options.dtype))
+        choose_products(self.model, options.products)
         self._require_patches(options)
         self.prefix_tokens = self.model.num_prefix_tokens
         self.choose(options, len(self.model.blocks))

@@ -35,6 +35,7 @@ from llavakit_plugins.huggingface.hub import (
     read_config,
 )
 from llavakit_plugins.huggingface.json_files import read_json
+from llavakit_plugins.huggingface.products import ProductOptions, choose_products
 from llavakit_plugins.huggingface.unread import being_left
 from llavakit_plugins.huggingface.weights import Weights
 from llavakit_plugins.vision.pixels import colour_of, filter_of
@@ -117,7 +118,7 @@ class VisionTransformer(VisionEncoder):
         return features[0] if len(features) == 1 else torch.cat(list(features), dim=-1)
 
 
-class TransformersOptions(PretrainedOptions, EncoderOptions):
+class TransformersOptions(PretrainedOptions, EncoderOptions, ProductOptions):
     """Options of an encoder from transformers."""
 
     aspect: Aspect = "crop"
@@ -184,6 +185,7 @@ class TransformersEncoder(VisionTransformer):
             with explain_config(cls.__name__):
                 model = cls(cast(Any, cls.config_class)(**shape))
             model = model.to(getattr(torch, options.dtype))
+        choose_products(model, options.products)
         self.model = model
         # Whether layers require an `attention_mask` argument depends on the family and on the
         # version of transformers; None means that every patch sees every patch.

@@ -1,0 +1,207 @@
+"""`products = "onednn"`: models learn and answer by oneDNN as they do by torch's own library."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import tomllib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from tests.conftest import LANGUAGE, VISION, Command, RecipeWriter
+from tests.core import processes
+from tests.core.peer import make_pair, their_inputs
+from tests.products import Counted, here
+from torch import Tensor
+
+import llavakit
+from llavakit import LlavaModel, ModelError
+from llavakit.contracts.model import Sampling
+from llavakit.contracts.packing import Packing, Rows
+from llavakit_kernels import onednn
+from llavakit_plugins.huggingface.products import Products
+from llavakit_plugins.language.causal_lm import CausalLM, CausalLMOptions
+from llavakit_plugins.language.vicuna import Vicuna, VicunaOptions
+from llavakit_plugins.vision.clip import Clip
+from llavakit_plugins.vision.siglip import Siglip
+from llavakit_plugins.vision.timm import Timm, TimmOptions
+
+LENGTHS = [5, 1, 9]
+
+
+def both(make: Callable[[Products], Any]) -> tuple[Any, Any]:
+    """Return a network with torch's products, and one with oneDNN's, of the same weights."""
+    one, other = make("torch"), make("onednn")
+    other.load_state_dict(one.state_dict())
+    return one, other
+
+
+def near(mine: Tensor | None, theirs: Tensor | None) -> None:
+    assert mine is not None
+    assert theirs is not None
+    torch.testing.assert_close(
+        mine, theirs, rtol=1e-5, atol=1e-5 * float(theirs.detach().abs().max() + 1)
+    )
+
+
+@here
+@pytest.mark.parametrize("encoder", [Clip, Siglip])
+def test_encoders_of_transformers(encoder: type[Clip] | type[Siglip]) -> None:
+    def make(products: Products) -> Any:
+        return encoder(encoder.Options(config=VISION, products=products))
+
+    plain, fast = both(make)
+    pixels = torch.randn(2, 3, 32, 32)
+    with Counted() as counted, torch.no_grad():
+        features = fast(pixels)
+    assert counted.onednn == 6 * fast.depth
+    assert counted.torch == 0
+    near(features, plain(pixels))
+
+
+@here
+def test_an_encoder_of_timm() -> None:
+    options = {"model": "vit_tiny_patch16_224", "pretrained": False, "config": {"img_size": 64}}
+
+    def make(products: Products) -> Any:
+        return Timm(TimmOptions.model_validate({**options, "products": products}))
+
+    plain, fast = both(make)
+    pixels = torch.randn(1, 3, 64, 64)
+    with Counted() as counted, torch.no_grad():
+        features = fast(pixels)
+    assert counted.onednn
+    assert counted.torch == 0
+    near(features, plain(pixels))
+
+
+def language(kind: str, products: Products, **options: Any) -> Any:
+    if kind == "vicuna":
+        return Vicuna(VicunaOptions(config=LANGUAGE, products=products, **options))
+    config = {**LANGUAGE, "model_type": kind}
+    return CausalLM(CausalLMOptions(config=config, products=products, **options))
+
+
+@here
+@pytest.mark.parametrize("kind", ["vicuna", "qwen2", "gemma2"])
+@pytest.mark.parametrize("adapted", [False, True])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_losses_and_gradients_of_language_models(kind: str, adapted: bool, recompute: bool) -> None:
+    options = {"lora": {"rank": 4, "dropout": 0.0}} if adapted else {}
+    plain, fast = both(lambda products: language(kind, products, **options))
+    fast.recompute = plain.recompute = recompute
+    ids, packing = torch.randint(4, 64, (sum(LENGTHS),)), Packing.of(LENGTHS)
+    rows = Rows(torch.tensor([1, 3, 5, 8, 14]), (2, 1, 2))
+    targets = torch.randint(4, 64, (5,))
+    losses = []
+    for model in (plain, fast):
+        with Counted() as counted:
+            hidden = model.hidden(model.embed(ids), packing, rows)
+            losses.append(model.loss(hidden, targets))
+            losses[-1].backward()
+        if model is fast:
+            assert counted.onednn > 40
+            assert counted.torch == 0
+        else:
+            assert counted.onednn == 0
+    near(losses[1], losses[0])
+    theirs = dict(plain.trainable())
+    for name, parameter in fast.trainable():
+        near(parameter.grad, theirs[name].grad)
+
+
+@here
+def test_greedy_answers_are_those_of_transformers() -> None:
+    theirs, ours = make_pair(products="onednn")
+    ours.language.tokenizer.eos_token = None
+    prompt, pixels = "<image> what colour is it ?", torch.randn(1, 3, 32, 32)
+    inputs = their_inputs(ours, prompt, pixels)
+    asked: Any = [(prompt, [None])]
+    with Counted() as counted:
+        (answer,) = ours.answer_ids(asked, Sampling(24), raw=True, pixels_IHW=pixels)
+    assert counted.onednn > 24 * 15
+    assert counted.torch <= 2  # the connector's
+    expected = theirs.generate(**inputs, do_sample=False, max_new_tokens=24, min_new_tokens=24)
+    assert answer == expected[0, inputs["input_ids"].shape[1] :].tolist()
+
+
+def with_products(write_recipe: RecipeWriter) -> Path:
+    parts = [f'use = "{use}"\n' for use in ("clip", "vicuna")]
+    return write_recipe(*((part, f'{part}products = "onednn"\n') for part in parts))
+
+
+def weights(model: Path) -> dict[str, bytes]:
+    files = model.rglob("*.safetensors")
+    return {file.relative_to(model).as_posix(): file.read_bytes() for file in files}
+
+
+@here
+def test_a_recipe_trains_with_it_and_resumes_to_the_same_bytes(
+    write_recipe: RecipeWriter, tmp_path: Path, llava_run: Command, data: Path
+) -> None:
+    recipe = with_products(write_recipe)
+    assert llava_run(recipe, "--out", tmp_path / "whole").code == 0
+    cut = (recipe, "--out", tmp_path / "cut")
+    assert processes.run(tmp_path, *cut, kill_at=78) == -signal.SIGKILL
+    assert (tmp_path / "cut" / "01-pretrain" / "model").is_dir()
+    assert not (tmp_path / "cut" / "02-finetune" / "model").exists()
+    assert processes.run(tmp_path, *cut, "--resume") == 0
+    made = tmp_path / "whole" / "model"
+    assert weights(made) == weights(tmp_path / "cut" / "model")
+    manifest = tomllib.loads((made / "model.toml").read_text())
+    assert manifest["vision"]["products"] == manifest["language"]["products"] == "onednn"
+    # and the same within rounding as by torch's own products
+    assert llava_run(write_recipe(), "--out", tmp_path / "usual").code == 0
+    usual = llavakit.load(tmp_path / "usual" / "model", device="cpu")
+    fast = llavakit.load(made, device="cpu")
+    for one, other in zip(fast.parameters(), usual.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
+    asked = ("--image", data / "images" / "0.png", "--prompt", "what colour is it ?")
+    said = llava_run("chat", made, *asked, "--max-new-tokens", 5, "--device", "cpu")
+    assert said.code == 0
+    other = ("--set", "language.products=torch", "--set", "vision.products=torch")
+    assert llava_run("chat", made, *asked, *other, "--max-new-tokens", 5).out == said.out
+
+
+@here
+def test_any_model_folder_can_be_asked_with_it(model: Path) -> None:
+    usual = llavakit.load(model, device="cpu")
+    chosen = {"vision": {"products": "onednn"}, "language": {"products": "onednn"}}
+    fast = llavakit.load(model, device="cpu", options=chosen)
+    with Counted() as counted:
+        logits = fast.logits("USER : what colour is it ?", raw=True)
+    assert counted.onednn
+    assert counted.torch == 0
+    near(logits, usual.logits("USER : what colour is it ?", raw=True))
+    with pytest.raises(ModelError, match="products"):
+        llavakit.load(model, options={"language": {"products": "mkl"}})
+
+
+@pytest.fixture
+def without_it(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(torch.ops, "mkldnn", SimpleNamespace())
+    onednn._operator.cache_clear()
+    yield
+    onednn._operator.cache_clear()
+
+
+def test_a_folder_opens_and_answers_the_same_where_there_is_no_onednn(
+    model: Path, without_it: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    manifest = model / "model.toml"
+    text = manifest.read_text()
+    for use in ("clip", "vicuna"):
+        text = text.replace(f'use = "{use}"\n', f'use = "{use}"\nproducts = "onednn"\n')
+    assert text.count("onednn") == 2
+    usual = llavakit.load(model, device="cpu")
+    manifest.write_text(text)
+    with caplog.at_level(logging.WARNING, "llavakit"):
+        fast = llavakit.load(model, device="cpu")
+        asked = [one.logits("USER : what colour is it ?", raw=True) for one in (fast, fast, usual)]
+    assert torch.equal(asked[0], asked[2])
+    assert [said for said in caplog.messages if "onednn" in said] == caplog.messages[:1]
+    assert isinstance(fast, LlavaModel)
