@@ -40,9 +40,11 @@ PICTURE = "picture.png"
 QUESTION = "What is in the picture?"
 PAIRS = (
     ("fp32", "f32"), ("int8", "q8_0"), ("q8", "q8_0"), ("q4", "q4_0"), ("q4", "q4_0-pure"),
+    ("q4/int8", "q4_0-pure"),
 )  # fmt: skip
 """Our precision, and the type of llama.cpp that is its like. `pure` has the embeddings and the head
-in 4 bits, too; else llama.cpp keeps the head in 6 bits."""
+in 4 bits, too; else llama.cpp keeps the head in 6 bits. `/int8` has an 8-bit cache; theirs has 16
+bits everywhere."""
 FTYPES = {"q4_0": (2, False), "q4_0-pure": (2, True)}
 """llama.cpp's numbers of file types (`llama_ftype`), and whether all matrices have it."""
 
@@ -96,22 +98,28 @@ def write_models(folder: Path, python: Path, layers: int) -> None:
     from llavakit_plugins.gguf.exporter import Gguf, GgufOptions
     from llavakit_plugins.onnx.exporter.exporter import Onnx, OnnxOptions
 
-    precisions = tuple(dict.fromkeys(ours for ours, _ in PAIRS))
-    if not (folder / "q8_0").exists():
+    wanted: dict[str, list[str]] = {}
+    for own in dict.fromkeys(own for own, _ in PAIRS):
+        place, precision = exported(folder, own)
+        wanted.setdefault(place.name, []).append(precision)
+    missing = [name for name in (*wanted, "f32", "q8_0") if not (folder / name).exists()]
+    if missing:
         shorter = {"num_hidden_layers": layers}
         _, model = make_pair(VISION | shorter, LANGUAGE | shorter)
         model.language.tokenizer = byte_tokenizer()
-        if not (folder / "onnx").exists():
-            options = OnnxOptions.model_validate(
-                {
-                    "precisions": precisions,
-                    "tolerance": 1e-3,
-                    "least_agreement": dict.fromkeys(("int8", "q8", "q4"), 0.0),
-                }
-            )
-            Onnx(options).export(model, folder / "onnx")
+        for name, precisions in wanted.items():
+            if name in missing:
+                options = OnnxOptions.model_validate(
+                    {
+                        "precisions": precisions,
+                        "cache": "float" if name == "onnx" else "int8",
+                        "tolerance": 1e-3,
+                        "least_agreement": dict.fromkeys(("int8", "q8", "q4"), 0.0),
+                    }
+                )
+                Onnx(options).export(model, folder / name)
         for kind in ("f32", "q8_0"):
-            if not (folder / kind).exists():
+            if kind in missing:
                 # a type for the vision encoder as well, which llama.cpp's own tools leave in f16
                 settings = GgufOptions.model_validate({"type": kind, "vision_type": "f16"})
                 Gguf(settings).export(model, folder / kind)
@@ -119,6 +127,12 @@ def write_models(folder: Path, python: Path, layers: int) -> None:
         if not (folder / kind).exists():
             command = [str(python), __file__, "--quantise", kind, str(folder)]
             subprocess.run(command, check=True, capture_output=True)
+
+
+def exported(folder: Path, own: str) -> tuple[Path, str]:
+    """Return the folder of graphs and the precision that `own` of PAIRS means."""
+    precision, slash, cache = own.partition("/")
+    return folder / ("onnx" + slash.replace("/", "-") + cache), precision
 
 
 def quantise(kind: str, folder: Path) -> None:
@@ -140,7 +154,7 @@ def quantise(kind: str, folder: Path) -> None:
 # -- one side ------------------------------------------------------------------------------------
 
 
-def ours(folder: Path, precision: str, threads: int, *, image: bool) -> Callable[[], Any]:
+def ours(folder: Path, own: str, threads: int, *, image: bool) -> Callable[[], Any]:
     """Return what runs our side once."""
     import numpy as np
 
@@ -149,12 +163,13 @@ def ours(folder: Path, precision: str, threads: int, *, image: bool) -> Callable
     from llavakit_plugins.onnx.runtime.layout import DECODER, EMBEDDINGS
     from llavakit_plugins.onnx.runtime.sessions import Decoder, open_session
 
+    place, precision = exported(folder, own)
     if image:
         from PIL import Image
 
         from llavakit import Prefixes
 
-        model = load(folder / "onnx", precision=precision, device="cpu", threads=threads)
+        model = load(place, precision=precision, device="cpu", threads=threads)
         model.prefixes = Prefixes(0)  # it would remember the image
         data = (folder / PICTURE).read_bytes()
 
@@ -165,7 +180,7 @@ def ours(folder: Path, precision: str, threads: int, *, image: bool) -> Callable
             return time.perf_counter() - begin
 
         return first
-    checked, _ = read(folder / "onnx", precision)
+    checked, _ = read(place, precision)
     embed, inner = (
         open_session(checked, graph, precision, "cpu", threads) for graph in (EMBEDDINGS, DECODER)
     )
@@ -303,7 +318,7 @@ def draw_picture(path: Path) -> None:
 def measure(folder: Path, python: Path, pair: tuple[str, str], rounds: int, threads: int) -> str:
     """Return a line of the table."""
     own, other = pair
-    cells, memory = [f"{own:>6} {other:>9}"], []
+    cells, memory = [f"{own:>7} {other:>9}"], []
     for what in ("text", "image"):
         a = Process(sys.executable, "ours", str(folder), own, str(threads), what)
         b = Process(python, "theirs", str(folder), other, str(threads), what)
@@ -332,7 +347,8 @@ def _files(folder: Path, own: str, other: str) -> list[str]:
     """Return the megabytes of the text models' files, ours and theirs."""
     from llavakit_plugins.onnx.runtime.layout import DECODER, EMBEDDINGS, graph_file
 
-    graphs = [folder / "onnx" / graph_file(graph, own) for graph in (EMBEDDINGS, DECODER)]
+    place, precision = exported(folder, own)
+    graphs = [place / graph_file(graph, precision) for graph in (EMBEDDINGS, DECODER)]
     mine = sum(path.stat().st_size for graph in graphs for path in (graph, Path(f"{graph}_data"))
                if path.exists())  # fmt: skip
     (yours,) = (folder / other).glob("model-*.gguf")
@@ -366,7 +382,7 @@ def main() -> int:
     write_models(folder, python, arguments.layers)
     draw_picture(folder / PICTURE)
     print(f"CPU: {abilities()}; {arguments.threads} threads, {arguments.rounds} rounds")
-    print(f"{'':16}{'prompt, tokens/s':>23}{'decode, tokens/s':>23}{'image to token, s':>23}"
+    print(f"{'':17}{'prompt, tokens/s':>23}{'decode, tokens/s':>23}{'image to token, s':>23}"
           f"{'files MB':>12}{'memory MB, peak: ours, theirs':>32}")  # fmt: skip
     for pair in arguments.pairs:
         own, _, other = pair.partition(":")

@@ -11,7 +11,7 @@ from shutil import rmtree
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from safetensors.torch import save_file
 from torch import nn
 
@@ -31,6 +31,7 @@ from llavakit_plugins.onnx.runtime.sessions import pick_provider
 
 if TYPE_CHECKING:
     from llavakit import LlavaModel
+    from llavakit_plugins.onnx.exporter.cache import Scales
 
 _LEAST: Mapping[str, float] = {"fp32": 1.0, "fp16": 0.95, "q8": 0.9, "int8": 0.5, "q4": 0.3}
 _WORK = "work"
@@ -46,8 +47,11 @@ class OnnxOptions(Options):
     """`microsoft`: GroupQueryAttention and fused norms, for onnxruntime. `plain`: ONNX's own
     operators, which run elsewhere, too, and take batches with padding at any position."""
     block_size: int | None = Field(default=None, ge=16, le=256)
-    """Number of weights that share a scale in q8 and q4, a power of two; by default 128 for 8 bits
-    and 64 for 4 bits, fewer in narrow models."""
+    """Number of weights that share a scale in q8 and q4, a power of two; by default 128,
+    fewer in narrow models."""
+    cache: Literal["float", "int8"] = "float"
+    """`int8`: int8, q8 and q4 keep keys and values in 8 bits, for long prompts on a CPU with
+    onnxruntime. transformers.js gives its caches in float and does not run such graphs."""
     tolerance: float = Field(default=1e-4, gt=0)
     """Largest allowed difference between a logit of fp32 and PyTorch's."""
     least_agreement: dict[Precision, Share] = Field(default_factory=dict)
@@ -68,6 +72,12 @@ class OnnxOptions(Options):
         if value is not None and value & (value - 1):
             raise ValueError("must be a power of two: 16, 32, 64, 128 or 256")
         return value
+
+    @model_validator(mode="after")
+    def _served(self) -> OnnxOptions:
+        if self.cache == "int8" and self.operators == "plain":
+            raise ValueError('a cache of 8 bits needs `operators = "microsoft"`')
+        return self
 
 
 class Onnx(Exporter):
@@ -121,6 +131,7 @@ class Onnx(Exporter):
         from llavakit_plugins.checkpoints.chat_writing import find_format
         from llavakit_plugins.checkpoints.parity import cases
         from llavakit_plugins.onnx.exporter import client, parity
+        from llavakit_plugins.onnx.exporter.cache import find_scales
         from llavakit_plugins.onnx.exporter.graphs import pools_features
         from llavakit_plugins.onnx.exporter.images import find_preparation
 
@@ -132,7 +143,8 @@ class Onnx(Exporter):
         tried = cases(model, new_tokens=parity.NEW_TOKENS, raw=True, videos=pools)
         _, image_token = client.client_tokenizer(tokenizer, form)
         attention = self._attention(model)
-        self._write_graphs(model, partial, attention, image_token + 1)
+        scales = find_scales(model, tried) if options.cache == "int8" else None
+        self._write_graphs(model, partial, attention, image_token + 1, scales)
         if (newline_E := model.image_newline) is not None:
             save_file({"image_newline": newline_E.detach()}, partial / folders.NEWLINE)
         ends = _ends(model, form.stops)
@@ -196,6 +208,11 @@ class Onnx(Exporter):
         _, _, width = model.language.cache_shape()
         if self.options.operators == "plain":
             return "plain"
+        if width % 8 and self.options.cache == "int8":
+            raise ModelError(
+                "a cache of 8 bits needs GroupQueryAttention, which takes head sizes that are a "
+                f"multiple of 8, and this model's is {width}; leave `cache` at `float`"
+            )
         if width % 8:
             logging.getLogger(__name__).warning(
                 "GroupQueryAttention takes head sizes that are a multiple of 8, and this model's "
@@ -206,15 +223,22 @@ class Onnx(Exporter):
         return "group_query"
 
     def _write_graphs(
-        self, model: LlavaModel, partial: Path, attention: Attention, rows: int
+        self,
+        model: LlavaModel,
+        partial: Path,
+        attention: Attention,
+        rows: int,
+        scales: Scales | None,
     ) -> None:
         """Write every graph in every precision, and always in fp32, for the proof.
 
-        `rows` is the least number of rows of the embedding table.
+        `rows` is the least number of rows of the embedding table; `scales` are those of an 8-bit
+        cache.
         """
         import onnx
         import onnx_ir as ir
 
+        from llavakit_plugins.onnx.exporter.cache import EIGHT_BIT_CACHES, quantise
         from llavakit_plugins.onnx.exporter.fusion import fuse
         from llavakit_plugins.onnx.exporter.graphs import graphs
         from llavakit_plugins.onnx.exporter.precision import convert
@@ -232,6 +256,8 @@ class Onnx(Exporter):
             del traced
             for precision in dict.fromkeys(("fp32", *self.options.precisions)):
                 graph = convert(name, onnx.load(source), precision, self.options.block_size)
+                if name == DECODER and scales is not None and precision in EIGHT_BIT_CACHES:
+                    graph = quantise(graph, scales)
                 self._save(graph, partial / graph_file(name, precision))
             rmtree(work)
             work.mkdir()

@@ -24,6 +24,7 @@ def fuse(model: ir.Model, longest: int) -> None:
     merge_products(model.graph)
     join_residuals(model.graph)
     rotate_in_attention(model, longest)
+    join_heads(model.graph)
     RemoveUnusedNodesPass()(model)
     model.opset_imports[MICROSOFT] = 1
 
@@ -152,6 +153,22 @@ def rotate_in_attention(model: ir.Model, longest: int) -> None:
         for new, old in zip(turned.outputs, node.outputs, strict=True):
             old.replace_all_uses_with(new)
         model.graph.remove(node, safe=True)
+
+
+def join_heads(graph: ir.Graph) -> None:
+    """Leave out the reshapes behind GroupQueryAttention to heads and back."""
+    for node in graph:
+        if node.op_type != "GroupQueryAttention" or node.domain != MICROSOFT:
+            continue
+        attended = value = node.outputs[0]
+        while (
+            len(value.uses()) == 1 and (user := next(iter(value.uses())).node).op_type == "Reshape"
+        ):
+            value = user.outputs[0]
+            if value.shape is not None and len(value.shape) == 3:
+                if _last(value) == _last(attended):
+                    value.replace_all_uses_with(attended)
+                break
 
 
 def _rotated(flat: ir.Value | None) -> tuple[ir.Value, ir.Value, ir.Value] | None:

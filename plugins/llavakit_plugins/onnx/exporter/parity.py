@@ -9,9 +9,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from llavakit import ModelError, pack
-from llavakit.contracts.packing import KVCache, Packing
+from llavakit import ModelError
 from llavakit_plugins.checkpoints.parity import Case, Figures, compare
+from llavakit_plugins.onnx.exporter.cache import embed_prompt, held_of
 from llavakit_plugins.onnx.exporter.graphs import pools_features
 from llavakit_plugins.onnx.runtime import OnnxModel
 
@@ -37,8 +37,6 @@ def first_difference(model: LlavaModel, exported: OnnxModel, case: Case, toleran
     Keys and values of each layer are compared, because the cache is what a graph returns of its
     inner layers.
     """
-    encoded = model.prompt(case.text, case.images, raw=True)
-    batch = pack([encoded], [0], model.visual_tokens)
     with torch.inference_mode():
         pixels = model.prepare(case.images)
         if pixels is not None:
@@ -53,26 +51,19 @@ def first_difference(model: LlavaModel, exported: OnnxModel, case: Case, toleran
                 theirs = model.connector(features).flatten(0, 1).numpy()
                 if np.abs(exported.connect(ours, None) - theirs).max() > tolerance:
                     return "the output of the connector"
-        embeds_TE = model.embed(batch, None if pixels is None else model.features(pixels))
-        ours_TE = exported.embed(encoded, exported.prepare(case.images))
-        if np.abs(ours_TE - embeds_TE.numpy()).max() > tolerance:
-            return "the embeddings of the text or the preparation of the images"
-        layers, _, _ = model.language.cache_shape()
-        rows = len(embeds_TE)
-        cache = KVCache(layers, [rows])
-        packing = Packing(batch.packing.starts, batch.packing.position_ids_T, cache)
-        model.language.hidden(embeds_TE, packing)
+        embeds_TE = embed_prompt(model, case)
+        cache = held_of(model, embeds_TE)
+    encoded = model.prompt(case.text, case.images, raw=case.raw)
+    ours_TE = exported.embed(encoded, exported.prepare(case.images))
+    if np.abs(ours_TE - embeds_TE.numpy()).max() > tolerance:
+        return "the embeddings of the text or the preparation of the images"
     _, held = exported.trace(ours_TE)
-    for layer in range(layers):
-        for what, ours, theirs in (
-            ("keys", held[2 * layer], cache.keys[layer]),
-            ("values", held[2 * layer + 1], cache.values[layer]),
-        ):
-            assert theirs is not None
-            if np.abs(ours[:, :, :rows] - theirs[:, :, :rows].numpy()).max() > tolerance:
-                before = f"the output of layer {layer - 1}" if layer else "the first norm"
-                return f"the {what} of layer {layer} (or {before})"
-    return f"the output of layer {layers - 1}, the last norm or the head"
+    for number, (ours, theirs) in enumerate(zip(held, cache, strict=True)):
+        if np.abs(ours[:, :, : len(embeds_TE)] - theirs.numpy()).max() > tolerance:
+            layer, what = number // 2, "values" if number % 2 else "keys"
+            before = f"the output of layer {layer - 1}" if layer else "the first norm"
+            return f"the {what} of layer {layer} (or {before})"
+    return f"the output of layer {len(cache) // 2 - 1}, the last norm or the head"
 
 
 def prove(

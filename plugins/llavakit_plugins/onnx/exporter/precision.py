@@ -16,7 +16,7 @@ import onnx
 from llavakit_plugins.onnx.exporter.fusion import MICROSOFT
 from llavakit_plugins.onnx.runtime.layout import CONNECTOR, DECODER, EMBEDDINGS, VISION, Precision
 
-_BLOCK = {8: 128, 4: 64}  # weights that share a scale, by bits
+_BLOCK = 128  # weights that share a scale
 _SMALLEST_BLOCK = 16  # of MatMulNBits
 _PADDING = 0.05
 """Share by which blocks may enlarge the weights: the rest of a column fills a whole block."""
@@ -32,7 +32,7 @@ def convert(
     """Return a graph in another precision. `model`, the fp32 graph, may be changed.
 
     Inputs and outputs stay float32, except the key-value cache of fp16, which is float16. `block`
-    is the number of weights that share a scale; by default 128 for 8 bits and 64 for 4 bits, fewer
+    is the number of weights that share a scale; by default 128, fewer
     in narrow models.
     """
     if precision == "fp32":
@@ -97,7 +97,7 @@ def _blocks(model: onnx.ModelProto, bits: int, block: int | None) -> onnx.ModelP
         )
 
         settings = DefaultWeightOnlyQuantConfig(
-            block_size=block or _fitting(model, _BLOCK[bits]),
+            block_size=block or _fitting(model, _BLOCK),
             # 4 bits have 16 levels: a zero point of its own for each block uses all of them
             is_symmetric=bits == 8,
             accuracy_level=_INT8,

@@ -27,6 +27,8 @@ IntArray = npt.NDArray[np.int64]
 CacheArray = npt.NDArray[Any]
 _CPU = "CPUExecutionProvider"
 _CUDA = "CUDAExecutionProvider"
+_KINDS = {"tensor(float16)": np.float16, "tensor(int8)": np.int8}
+"""Types of a cache that is not float32."""
 
 
 def pick_provider(device: str) -> str:
@@ -142,8 +144,7 @@ class Decoder:
         self._past = cache_names(shapes.layers)
         self._present = cache_names(shapes.layers, "present")
         kinds = {value.name: value.type for value in session.get_inputs()}
-        half = kinds[self._past[0]] == "tensor(float16)"
-        self._kind = np.float16 if half else np.float32
+        self._kind = _KINDS.get(kinds[self._past[0]], np.float32)
         self._cache: list[OrtValue] = []
         self._binding: Any = None
         self._mask_BL: IntArray = np.zeros((0, 0), np.int64)
