@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from tests.benchmarks.gpu_session import DEVICE, DRY, Session, release
+from tests.benchmarks.gpu_session import DEVICE, DRY, Session, profiled, release
 from tests.benchmarks.gpu_training import SEVEN, STAGE_2, TINY, make_pair
 from tests.conftest import make_tokenizer
 from tests.core.peer import their_inputs
@@ -108,21 +108,12 @@ def _measure(
 
 def _profile(session: Session, answer: Answer, count: int) -> None:
     """Which kernels the time of an answer goes to, and how long the device waits for the host."""
-    from torch.profiler import ProfilerActivity, profile
-
-    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (not DRY)
-    with profile(activities=activities) as found:
-        seconds = _seconds(answer, 9)
-    averages = found.key_averages()
-    by = "self_cpu_time_total" if DRY else "self_device_time_total"
-    busy = sum(getattr(event, by) for event in averages) / 1e3
-    launches = sum(event.count for event in averages if "Launch" in event.key)
+    found = profiled(lambda: answer(9), rows=45)
     session.say(
-        f"decode batch {count}, 9 tokens: {seconds * 1e3:.0f} ms under the profiler, device busy "
-        f"{busy:.0f} ms, {launches} launches"
+        f"decode batch {count}, 9 tokens: {found.seconds * 1e3:.0f} ms under the profiler, device "
+        f"busy {found.busy * 1e3:.0f} ms, {found.launches} launches"
     )
-    order = "self_cpu_time_total" if DRY else "self_cuda_time_total"
-    session.text("decode.txt", f"{count}\n{averages.table(sort_by=order, row_limit=45)}")
+    session.text("decode.txt", f"{count}\n{found.table}")
 
 
 def _seconds(answer: Answer, new: int) -> float:

@@ -112,6 +112,42 @@ def replayed_milliseconds(run: Run, repeat: int = 20) -> float:
     return float(begin.elapsed_time(end)) / repeat
 
 
+@dataclass(frozen=True)
+class Profile:
+    """Where the time of a call goes."""
+
+    seconds: float  #: On the clock, under the profiler.
+    busy: float  #: Seconds that the device had work; on a CPU those in operators.
+    launches: int
+    kernels: list[tuple[str, float, int]]  #: Names, seconds and calls, the longest first.
+    table: str
+
+
+def profiled(run: Run, rows: int = 40) -> Profile:
+    """Run once under torch's profiler; `rows` is the length of the table."""
+    from torch.profiler import ProfilerActivity, profile
+
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (not DRY)
+    with profile(activities=activities) as found:
+        begun = time.perf_counter()
+        run()
+        if not DRY:
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - begun
+    averages = found.key_averages()
+    own = "self_cpu_time_total" if DRY else "self_device_time_total"
+    kernels = [(event.key, getattr(event, own) / 1e6, event.count) for event in averages]
+    return Profile(
+        seconds,
+        busy=sum(taken for _, taken, _ in kernels),
+        launches=sum(event.count for event in averages if "Launch" in event.key),
+        kernels=sorted(kernels, key=lambda kernel: -kernel[1]),
+        table=averages.table(
+            sort_by="self_cpu_time_total" if DRY else "self_cuda_time_total", row_limit=rows
+        ),
+    )
+
+
 def peak_gigabytes(run: Run) -> float:
     """Memory that a call allocates above what was there before it."""
     if DRY:

@@ -12,11 +12,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from tests.benchmarks.gpu_session import DEVICE, DRY, Session, device_memory, release
+from tests.benchmarks.gpu_session import DEVICE, DRY, Session, device_memory, profiled, release
 from tests.benchmarks.train_cpu import make_samples
 from tests.core.peer import IMAGE_TOKEN, Bare
 from torch import Tensor, nn
@@ -162,10 +163,7 @@ def smoke(session: Session) -> None:
 
 def profile(session: Session) -> None:
     """Where the time of a step goes: of the small model, and of 2 layers of a large one."""
-    from torch.profiler import ProfilerActivity, profile as watch
-
     two = replace(STAGE_2, language=SEVEN | {"num_hidden_layers": 2}, weights=torch.float32)
-    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (not DRY)
     for case in TINY[1:] if DRY else (MODEL_135M, replace(two, name="stage 2, 2 layers of 7B")):
         if not session.time_for(case.name, 0 if DRY else 10):
             return
@@ -179,27 +177,19 @@ def profile(session: Session) -> None:
         step(2)
         _wait()
         seconds = time.perf_counter() - begun
-        with watch(activities=activities) as found:
-            step(3)
-            _wait()
-        averages = found.key_averages()
-        by = "cpu" if DRY else "device"
-        ranked = sorted(averages, key=lambda e: -getattr(e, f"self_{by}_time_total"))
-        busy = sum(getattr(e, f"self_{by}_time_total") for e in ranked) / 1e6
-        launches = sum(e.count for e in averages if "LaunchKernel" in e.key)
-        for event in ranked[:12]:
-            taken = getattr(event, f"self_{by}_time_total") / 1e3
+        found = profiled(partial(step, 3))
+        for name, taken, calls in found.kernels[:12]:
             session.row(
-                "profile", case=case.name, kernel=event.key[:90], ms=taken, calls=event.count,
-                share=taken / 1e3 / max(busy, 1e-9),
+                "profile", case=case.name, kernel=name[:90], ms=taken * 1e3, calls=calls,
+                share=taken / max(found.busy, 1e-9),
             )  # fmt: skip
         session.say(
-            f"profile {case.name}: a step {seconds * 1e3:.1f} ms, device busy {busy * 1e3:.1f} ms, "
-            f"{launches} launches, most: {ranked[0].key[:60]}"
+            f"profile {case.name}: a step {seconds * 1e3:.1f} ms, device busy "
+            f"{found.busy * 1e3:.1f} ms, {found.launches} launches, most: "
+            f"{found.kernels[0][0][:60]}"
         )
-        order = "self_cpu_time_total" if DRY else "self_cuda_time_total"
-        session.text("profile.txt", case.name + "\n" + averages.table(sort_by=order, row_limit=40))
-        del ours, way, step, found, averages, ranked
+        session.text("profile.txt", f"{case.name}\n{found.table}")
+        del ours, way, step, found
         release()
 
 
