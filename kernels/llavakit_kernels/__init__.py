@@ -11,8 +11,8 @@ layer, E width of the language model, V vocabulary, M supervised rows.
     loss = linear_cross_entropy(hidden, head_weight, targets, reduction="sum")
 
 For torch.compile, FSDP2, autocast and export each function is a single torch.library operator. Each
-takes `impl="auto" | "reference" | "triton"`; the loss has "liger" and "onednn" instead of
-"triton". `onednn` multiplies float32 matrices on a CPU by that library.
+takes `impl="auto" | "reference" | "triton" | "onednn"`; the loss has "liger" instead of "triton".
+`onednn` multiplies float32 matrices on a CPU by that library.
 """
 
 from llavakit_kernels.linear_cross_entropy import linear_cross_entropy

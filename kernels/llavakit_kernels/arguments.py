@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Impl = Literal["auto", "reference", "triton"]
+Impl = Literal["auto", "reference", "triton", "onednn"]
 KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -90,13 +90,14 @@ def without_autocast(device: torch.device) -> AbstractContextManager[object]:
 def choose(impl: str, *tensors: Tensor) -> Literal["reference", "triton"]:
     """Return the implementation for these tensors: `impl`, or for "auto" the kernels if they fit.
 
+    "onednn" is the reference with the products of `llavakit_kernels.onednn`.
     Raises ValueError if impl="triton" cannot serve the tensors.
     """
     require(
-        impl in ("auto", "reference", "triton"),
-        f'`impl` must be "auto", "reference" or "triton", but is {impl!r}',
+        impl in ("auto", "reference", "triton", "onednn"),
+        f'`impl` must be "auto", "reference", "triton" or "onednn", but is {impl!r}',
     )
-    if impl == "reference":
+    if impl in ("reference", "onednn"):
         return "reference"
     reason = _no_triton(tensors)
     if reason is None:

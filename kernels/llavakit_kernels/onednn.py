@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-__all__ = ["Linear", "linear", "matmul"]
+__all__ = ["Linear", "chosen", "linear", "matmul"]
 
 _log = logging.getLogger("llavakit")
 _Operator = Callable[..., Tensor]
@@ -47,6 +47,11 @@ def matmul(left: Tensor, right: Tensor) -> Tensor:
     if not _fits(left, right):
         return left @ right
     return _matmul(left, right)
+
+
+def chosen(impl: str) -> tuple[_Operator, _Operator]:
+    """Return `linear` and `matmul`: these for the implementation "onednn", torch's for others."""
+    return (linear, matmul) if impl == "onednn" else (F.linear, torch.matmul)
 
 
 class Linear(nn.Linear):

@@ -79,7 +79,7 @@ def make_pair(
     ours_language = Vicuna(VicunaOptions(config=language, products=products), llama)
     ours_language.tokenizer = make_tokenizer()
     widths = {"vision_width": ours_vision.width, "language_width": ours_language.width}
-    connector = Mlp(MlpOptions(), **widths)
+    connector = Mlp(MlpOptions(products=products), **widths)
     projector = theirs.model.multi_modal_projector
     connector.layers[0].load_state_dict(projector.linear_1.state_dict())
     connector.layers[2].load_state_dict(projector.linear_2.state_dict())

@@ -20,6 +20,7 @@ def tensors(dtype: torch.dtype, learn: bool = True) -> dict[str, Tensor]:
         "features": (N, D),
         "weight": (E, D),
         "bias": (E,),
+        "square": (E, E),
         "embedding": (V, E),
         "hidden": (M, E),
         "head": (V, E),
@@ -66,7 +67,17 @@ def loss_in_chunks(t: dict[str, Tensor]) -> Tensor:
     )
 
 
-FUNCTIONS = [splice, gelu, gelu_recomputed, loss, small_loss, loss_in_chunks]
+def all_by_onednn(t: dict[str, Tensor]) -> Tensor:
+    hidden = linear_gelu(t["features"], t["weight"], t["bias"], impl="onednn")
+    stream = project_splice(
+        hidden, t["square"], None, t["ids"], t["embedding"], t["rows"], impl="onednn"
+    )
+    return linear_cross_entropy(
+        stream[:M], t["head"], t["targets"], bias=t["head_bias"], chunk_rows=M, impl="onednn"
+    )
+
+
+FUNCTIONS = [splice, gelu, gelu_recomputed, loss, small_loss, loss_in_chunks, all_by_onednn]
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)

@@ -91,7 +91,7 @@ def linear_cross_entropy(
     kept = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     if chunk_rows is None and weights is None and impl != "liger" and M * weight.shape[0] <= SMALL:
         with arguments.without_autocast(hidden.device):
-            linear = onednn.linear if impl == "onednn" else F.linear
+            linear, _ = onednn.chosen(impl)
             logits = linear(hidden, weight, bias).to(kept)
             return F.cross_entropy(
                 logits, targets.long(), reduction=reduction, ignore_index=ignore_index

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llavakit_kernels import arguments
+from llavakit_kernels import arguments, onednn
 from llavakit_kernels.arguments import Impl
 from llavakit_kernels.linear_gelu import reference
 
@@ -61,7 +61,7 @@ def _forward(
     features: Tensor, weight: Tensor, bias: Tensor | None, impl: str, save: bool
 ) -> tuple[Tensor, Tensor]:
     if arguments.choose(impl, features) == "reference":
-        return reference.forward(features, weight, bias, save)
+        return reference.forward(features, weight, bias, save, impl)
     from llavakit_kernels.linear_gelu import triton
 
     return triton.forward(features, weight, bias, save)
@@ -81,7 +81,7 @@ def _before_grad(
     grad: Tensor, features: Tensor, weight: Tensor, bias: Tensor | None, impl: str
 ) -> Tensor:
     if arguments.choose(impl, features) == "reference":
-        return reference.before_grad(grad, features, weight, bias)
+        return reference.before_grad(grad, features, weight, bias, impl)
     from llavakit_kernels.linear_gelu import triton
 
     return triton.before_grad(grad, features, weight, bias)
@@ -114,9 +114,10 @@ def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
             grad, features, weight, bias, ctx.impl
         )
     # Plain products, without gather or scatter: the vendor's library is the fastest for these.
+    matmul = onednn.chosen(ctx.impl)[1]
     return (
-        before_grad @ weight if for_features else None,
-        before_grad.t() @ features if for_weight else None,
+        matmul(before_grad, weight) if for_features else None,
+        matmul(before_grad.t(), features) if for_weight else None,
         before_grad.sum(0) if for_bias else None,
         None,
         None,

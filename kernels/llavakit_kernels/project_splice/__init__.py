@@ -46,7 +46,8 @@ def project_splice(
     with the same rows; computed here if None.
     impl: the kernels ("triton"), eager PyTorch ("reference"), or the kernels on an NVIDIA GPU of
     compute capability 8.0 or newer in bfloat16, float16 or float32 ("auto"). float32 products are
-    exact unless torch.set_float32_matmul_precision allows tf32.
+    exact unless torch.set_float32_matmul_precision allows tf32. "onednn" is "reference" with the
+    products of `llavakit_kernels.onednn`.
     check: also refuse visual rows that repeat or lie outside of [0, T), and text ids outside of
     [0, V). This waits for the device. Without it such input gives wrong rows.
     deterministic: the embedding's gradient adds rows in a fixed order; otherwise by atomics.
@@ -188,7 +189,7 @@ def _forward(
 ) -> Tensor:
     given = (features, weight, bias, token_ids, embedding, visual_rows, sources)
     if arguments.choose(impl, features, embedding) == "reference":
-        return reference.forward(*given)
+        return reference.forward(*given, impl=impl)
     from llavakit_kernels.project_splice import triton
 
     return triton.forward(*given)
@@ -212,7 +213,7 @@ def _(
 @torch.library.custom_op("llavakit::project_splice_features_grad", mutates_args=())
 def _features_grad(grad: Tensor, weight: Tensor, visual_rows: Tensor, impl: str) -> Tensor:
     if arguments.choose(impl, grad, weight) == "reference":
-        return reference.features_grad(grad, weight, visual_rows)
+        return reference.features_grad(grad, weight, visual_rows, impl)
     from llavakit_kernels.project_splice import triton_backward
 
     return triton_backward.features_grad(grad, weight, visual_rows)
@@ -228,7 +229,7 @@ def _weight_grad(
     grad: Tensor, features: Tensor, visual_rows: Tensor, with_bias: bool, impl: str
 ) -> tuple[Tensor, Tensor]:
     if arguments.choose(impl, grad, features) == "reference":
-        return reference.weight_grad(grad, features, visual_rows, with_bias)
+        return reference.weight_grad(grad, features, visual_rows, with_bias, impl)
     from llavakit_kernels.project_splice import triton_backward
 
     return triton_backward.weight_grad(grad, features, visual_rows, with_bias)

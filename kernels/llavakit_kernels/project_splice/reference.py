@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+
+from llavakit_kernels import onednn
 
 
 def forward(
@@ -20,6 +21,7 @@ def forward(
     sources: Tensor,
     *,
     out: Tensor | None = None,
+    impl: str = "auto",
 ) -> Tensor:
     """Return the stream [T, E]; arguments as in project_splice, already checked.
 
@@ -31,21 +33,23 @@ def forward(
     text_rows = _text_rows(sources, N)
     text = embedding.index_select(0, token_ids.index_select(0, text_rows))
     out.index_copy_(0, text_rows, text)
-    visual = F.linear(features, weight, bias).to(out.dtype)
+    visual = onednn.chosen(impl)[0](features, weight, bias).to(out.dtype)
     return out.index_copy_(0, visual_rows.long(), visual)
 
 
-def features_grad(grad: Tensor, weight: Tensor, visual_rows: Tensor) -> Tensor:
+def features_grad(grad: Tensor, weight: Tensor, visual_rows: Tensor, impl: str = "auto") -> Tensor:
     """Return the features' gradient [N, D] from the stream's gradient [T, E]."""
-    return grad.index_select(0, visual_rows).to(weight.dtype) @ weight
+    rows = grad.index_select(0, visual_rows).to(weight.dtype)
+    return onednn.chosen(impl)[1](rows, weight)
 
 
 def weight_grad(
-    grad: Tensor, features: Tensor, visual_rows: Tensor, with_bias: bool
+    grad: Tensor, features: Tensor, visual_rows: Tensor, with_bias: bool, impl: str = "auto"
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of weight [E, D] and bias [E], or [0] without a bias."""
     rows = grad.index_select(0, visual_rows).to(features.dtype)
-    return rows.t() @ features, rows.sum(0) if with_bias else rows.new_empty(0)
+    weight_grad = onednn.chosen(impl)[1](rows.t(), features)
+    return weight_grad, rows.sum(0) if with_bias else rows.new_empty(0)
 
 
 def embedding_grad(grad: Tensor, token_ids: Tensor, sources: Tensor, V: int, N: int) -> Tensor:

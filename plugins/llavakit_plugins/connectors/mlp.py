@@ -5,22 +5,35 @@ Shapes: B images, P patches, D vision width, E language width, N visual rows, V 
 
 from __future__ import annotations
 
+from typing import Any
+
 from pydantic import Field
 from torch import Tensor, nn
 
-from llavakit import Connector, Options
+from llavakit import Connector
 from llavakit.contracts.packing import Stream
 from llavakit_kernels import linear_gelu, project_splice
+from llavakit_kernels.arguments import Impl
+from llavakit_plugins.huggingface.products import ProductOptions, Products, choose_products
+
+
+class LinearOptions(ProductOptions):
+    """Options of `linear`."""
 
 
 class Linear(Connector):
     """The connector of LLaVA: one linear layer W (arXiv 2304.08485, section 4.1)."""
 
     name = "linear"
+    Options = LinearOptions
 
-    def __init__(self, options: Options, *, vision_width: int, language_width: int) -> None:
+    def __init__(self, options: Any, *, vision_width: int, language_width: int) -> None:
         super().__init__()
         self.layers = nn.Linear(vision_width, language_width)
+        # plain options are taken, too: this connector had no others
+        products: Products = getattr(options, "products", "torch")
+        choose_products(self, products)
+        self.impl = _impl(products)
 
     def forward(self, features_BPD: Tensor) -> Tensor:
         embeddings_BPE: Tensor = self.layers(features_BPD)
@@ -30,10 +43,11 @@ class Linear(Connector):
         if stream.embedding_VE is None:
             return super().project_into(features_BPD, stream)
         # with a plain table to look up, no text row is written twice
-        return _splice(_visible(features_BPD, stream), self.layers, stream, stream.embedding_VE)
+        features_ND = _visible(features_BPD, stream)
+        return _splice(features_ND, self.layers, stream, stream.embedding_VE, self.impl)
 
 
-class MlpOptions(Options):
+class MlpOptions(ProductOptions):
     """Options of `mlp`."""
 
     depth: int = Field(default=2, ge=1)
@@ -52,6 +66,8 @@ class Mlp(Connector):
         for _ in range(1, options.depth):
             layers += [nn.GELU(), nn.Linear(language_width, language_width)]
         self.layers = nn.Sequential(*layers)
+        choose_products(self, options.products)
+        self.impl = _impl(options.products)
 
     def forward(self, features_BPD: Tensor) -> Tensor:
         embeddings_BPE: Tensor = self.layers(features_BPD)
@@ -64,8 +80,10 @@ class Mlp(Connector):
         *hidden, last = [layer for layer in self.layers if isinstance(layer, nn.Linear)]
         features_ND = _visible(features_BPD, stream)
         for layer in hidden:
-            features_ND = linear_gelu(features_ND.to(layer.weight.dtype), layer.weight, layer.bias)
-        return _splice(features_ND, last, stream, stream.embedding_VE)
+            features_ND = linear_gelu(
+                features_ND.to(layer.weight.dtype), layer.weight, layer.bias, impl=self.impl
+            )
+        return _splice(features_ND, last, stream, stream.embedding_VE, self.impl)
 
 
 def _visible(features_BPD: Tensor, stream: Stream) -> Tensor:
@@ -75,7 +93,14 @@ def _visible(features_BPD: Tensor, stream: Stream) -> Tensor:
     return features_ND if kept is None else features_ND.index_select(0, kept)
 
 
-def _splice(features_ND: Tensor, layer: nn.Linear, stream: Stream, embedding_VE: Tensor) -> Tensor:
+def _impl(products: Products) -> Impl:
+    """Return the kernels' implementation: they multiply by a layer without calling it."""
+    return "onednn" if products == "onednn" else "auto"
+
+
+def _splice(
+    features_ND: Tensor, layer: nn.Linear, stream: Stream, embedding_VE: Tensor, impl: Impl
+) -> Tensor:
     """Return the stream `[T, E]` of text rows and projected visual rows; one launch on CUDA."""
     return project_splice(
         features_ND.to(layer.weight.dtype),
@@ -84,4 +109,5 @@ def _splice(features_ND: Tensor, layer: nn.Linear, stream: Stream, embedding_VE:
         stream.token_ids_T,
         embedding_VE,
         stream.visual_rows_N,
+        impl=impl,
     )
