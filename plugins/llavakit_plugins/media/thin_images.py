@@ -11,7 +11,7 @@ from llavakit_plugins.media import MAX_PIXELS
 RGB = tuple[float, float, float]
 
 _THIN = 64  # times as long as wide: resized or padded, such an image would be huge
-_LONGEST_THIN = 4096  # pixels of a thin image's longer side that are padded to a square
+LONGEST_THIN = 4096  #: Pixels of a thin image's longer side that are padded to a square.
 
 
 def _is_thin(image: Image.Image) -> bool:
@@ -35,11 +35,15 @@ def pad_to_square(image: Image.Image, mean: RGB) -> Image.Image:
     """
     if image.width == image.height:
         return image
-    most = _LONGEST_THIN if _is_thin(image) else isqrt(MAX_PIXELS)
+    most = LONGEST_THIN if _is_thin(image) else isqrt(MAX_PIXELS)
     if max(image.size) > most:
         image = image.reduce(-(-max(image.size) // most))
     edge = max(image.size)
-    # int, not round: as in the original LLaVA
-    canvas = Image.new("RGB", (edge, edge), tuple(int(255 * value) for value in mean))
+    canvas = Image.new("RGB", (edge, edge), levels(mean))
     canvas.paste(image, ((edge - image.width) // 2, (edge - image.height) // 2))
     return canvas
+
+
+def levels(mean: RGB) -> tuple[int, ...]:
+    """Return a colour of 0..1 in bytes."""
+    return tuple(int(255 * value) for value in mean)  # int, not round: as in the original LLaVA

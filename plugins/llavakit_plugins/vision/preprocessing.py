@@ -7,6 +7,7 @@ torchvision backend. They are not used themselves, because they are slower
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -16,6 +17,8 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
+from llavakit_plugins.media.pixel_memory import pixels_of
+from llavakit_plugins.media.resizing import pad_and_resize, resize_middle
 from llavakit_plugins.media.thin_images import (
     RGB as RGB,
     pad_to_square as pad_to_square,
@@ -27,6 +30,7 @@ Backend = Literal["pil", "torchvision"]
 Interpolation = Literal["nearest", "lanczos", "bilinear", "bicubic", "box", "hamming"]
 
 TORCH_FILTERS = ("bilinear", "bicubic")  # those that PyTorch's kernel for bytes has
+_TRIED, _OFF = 8, 1 / 16  # pixels beyond what is kept, and how far off a whole one they may be
 
 MEAN: RGB = (0.48145466, 0.4578275, 0.40821073)
 """Mean of each colour over CLIP's training images; values are 0..1."""
@@ -56,9 +60,14 @@ def to_square(image: Image.Image, square: Square) -> Tensor:
     limited: an image whose sides have a ratio above 64 is cut before it is resized, or shrunk
     before it is padded.
     """
-    size = square.size
+    size, how = square.size, square.interpolation
     if square.fast:
         image = shrink(image, size)
+    # PyTorch's kernel for bytes is several times as fast; its results are a level off in places
+    by_torch = square.backend == "torchvision" or (square.fast and how in TORCH_FILTERS)
+    if square.aspect == "pad" and not by_torch:
+        image = pad_and_resize(image, square.mean, size, Image.Resampling[how.upper()])
+        return normalise(pixels_of(image), square.mean, square.std)
     if square.aspect == "pad":
         image = pad_to_square(image, square.mean)
     width, height = size, size
@@ -67,31 +76,56 @@ def to_square(image: Image.Image, square: Square) -> Tensor:
         # rounded down, as transformers does
         longest = int(size * max(image.size) / min(image.size))
         width, height = (longest, size) if image.width > image.height else (size, longest)
-    left, top = (width - size) // 2, (height - size) // 2
-    how = square.interpolation
-    # PyTorch's kernel for bytes is twice as fast; its results differ by a level here and there
-    if square.backend == "torchvision" or (square.fast and how in TORCH_FILTERS):
-        resized_CHW = _resize_bytes(image, width, height, how)
-        return _normalise_bytes(
-            resized_CHW[:, top : top + size, left : left + size], square.mean, square.std
-        )
-    image = image.resize((width, height), Image.Resampling[how.upper()])
-    image = image.crop((left, top, left + size, top + size))
-    return normalise(np.asarray(image), square.mean, square.std)
+    if not by_torch:
+        image = resize_middle(image, (width, height), size, Image.Resampling[how.upper()])
+        return normalise(pixels_of(image), square.mean, square.std)
+    pixels_CHW = _resize_bytes(image, (width, height), size, how, part=square.fast)
+    return _normalise_bytes(pixels_CHW, square.mean, square.std)
 
 
-def _resize_bytes(image: Image.Image, width: int, height: int, how: Interpolation) -> Tensor:
-    """Return an image `[3, height, width]`, uint8, as torchvision resizes it."""
-    pixels_CHW = torch.from_numpy(np.array(image)).permute(2, 0, 1)  # Pillow's own cannot be shared
-    if image.size == (width, height):
-        return pixels_CHW
-    return functional.interpolate(pixels_CHW[None], (height, width), mode=how, antialias=True)[0]
+def _resize_bytes(
+    image: Image.Image, size: tuple[int, int], edge: int, how: Interpolation, *, part: bool
+) -> Tensor:
+    """Return the middle `[3, edge, edge]`, uint8, of an image as torchvision resizes it to `size`.
+
+    With `part`, not much more than it is resized, which moves it by a fraction of a pixel.
+    """
+    pixels_CHW = torch.from_numpy(pixels_of(image)).permute(2, 0, 1)
+    (width, height), (left, top) = size, ((size[0] - edge) // 2, (size[1] - edge) // 2)
+    if part:
+        pixels_CHW, left, width = _near_part(pixels_CHW, 2, left, edge, width)
+        pixels_CHW, top, height = _near_part(pixels_CHW, 1, top, edge, height)
+    if pixels_CHW.shape[1:] != (height, width):
+        pixels_CHW = functional.interpolate(
+            pixels_CHW[None], (height, width), mode=how, antialias=True
+        )[0]
+    return pixels_CHW[:3, top : top + edge, left : left + edge]
+
+
+def _near_part(
+    pixels_CHW: Tensor, axis: int, first: int, count: int, resized: int
+) -> tuple[Tensor, int, int]:
+    """Return a part of the pixels, where in it, resized, the `first` kept is, and its length then.
+
+    Its ends are at most a sixteenth from whole pixels: among a few beyond what is kept the nearest,
+    or those of the whole.
+    """
+    scale = pixels_CHW.shape[axis] / resized
+
+    def off(end: int) -> float:
+        return abs(end * scale - round(end * scale))
+
+    start = min(range(max(0, first - _TRIED), first + 1), key=off)
+    stop = min(range(first + count, min(resized, first + count + _TRIED) + 1), key=off)
+    start, stop = start if off(start) < _OFF else 0, stop if off(stop) < _OFF else resized
+    begin, end = round(start * scale), round(stop * scale)
+    return pixels_CHW.narrow(axis, begin, end - begin), first - start, stop - start
 
 
 def _normalise_bytes(pixels_CHW: Tensor, mean: RGB, std: RGB) -> Tensor:
     """Return `normalise` in the order of torchvision's backend: mean and deviation are scaled."""
     scale = 1 / (1 / 255)
-    return _floats(pixels_CHW).sub_(_colour(mean) * scale).div_(_colour(std) * scale)
+    return _floats(pixels_CHW).sub_(_colour(mean, scale)).div_(_colour(std, scale))
 
 
 def shrink(image: Image.Image, size: int) -> Image.Image:
@@ -105,9 +139,9 @@ def shrink(image: Image.Image, size: int) -> Image.Image:
 
 
 def normalise(pixels_HWC: npt.NDArray[np.uint8], mean: RGB, std: RGB) -> Tensor:
-    """Return `(pixels / 255 - mean) / std` as `[3, H, W]`, float32."""
+    """Return `(pixels / 255 - mean) / std` as `[3, H, W]`, float32; of four channels the first."""
     # transformers multiplies by 1/255 in float64 and rounds: for each byte the same bits
-    found = _floats(torch.from_numpy(np.array(pixels_HWC)).permute(2, 0, 1)).div_(255)
+    found = _floats(torch.from_numpy(pixels_HWC).permute(2, 0, 1)[:3]).div_(255)
     return found.sub_(_colour(mean)).div_(_colour(std))
 
 
@@ -115,5 +149,6 @@ def _floats(pixels_CHW: Tensor) -> Tensor:
     return pixels_CHW.to(torch.float32, memory_format=torch.contiguous_format)
 
 
-def _colour(values: RGB) -> Tensor:
-    return torch.tensor(values)[:, None, None]
+@lru_cache(maxsize=64)
+def _colour(values: RGB, scale: float = 1.0) -> Tensor:
+    return torch.tensor(values, dtype=torch.float32, device="cpu")[:, None, None] * scale

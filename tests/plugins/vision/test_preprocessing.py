@@ -173,6 +173,17 @@ def test_the_fast_path_is_near_the_exact_one(
     assert apart.mean() <= 4  # of 255 levels, as docs/recipes.md says
 
 
+@pytest.mark.parametrize("size", [(640, 480), (480, 640), (640, 427), (500, 333)])
+def test_the_fast_path_moves_a_part_by_a_fraction_of_a_pixel(
+    tmp_path: Path, size: tuple[int, int]
+) -> None:
+    image = open_image(photograph(size, tmp_path, "png"), "x")
+    square = Square(336, "crop", MEAN, STD, backend="torchvision")  # no smaller than half the image
+    fast = levels(to_square(image, square._replace(fast=True)))
+    apart = np.abs(fast - levels(to_square(image, square)))
+    assert apart.mean() <= 0.25  # of 255 levels, as docs/benchmarks.md says
+
+
 def test_a_jpeg_is_decoded_no_smaller_than_asked(tmp_path: Path) -> None:
     for size in ((447, 600), (448, 600), (449, 700), (223, 500), (1793, 1793), (2000, 896)):
         path = tmp_path / "a.jpg"
@@ -210,4 +221,14 @@ def test_the_onnx_runtime_bounds_thin_images_as_training_does(
     ).prepare(image)
     assert all(width * height <= 4096**2 for width, height in made)
     expected = to_square(image, Square(32, aspect, MEAN, STD))
-    np.testing.assert_allclose(ours, expected.numpy(), atol=1e-6)
+    np.testing.assert_array_equal(ours, expected.numpy())
+
+
+@pytest.mark.parametrize("image", pictures())
+def test_the_onnx_runtime_looks_up_what_transformers_computes(image: Image.Image) -> None:
+    shape: dict[str, Any] = {"size": {"shortest_edge": 224}, "do_normalize": True}
+    processor = CLIPImageProcessorPil(crop_size={"height": 224, "width": 224}, **shape)
+    ours = Preparation(
+        size=224, aspect="crop", resample="bicubic", resized=224, mean=MEAN, std=STD
+    ).prepare(image)
+    np.testing.assert_array_equal(ours, theirs(processor, image).numpy())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Annotated, Literal, get_args
 
 import numpy as np
@@ -9,6 +10,8 @@ import numpy.typing as npt
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
 
+from llavakit_plugins.media.pixel_memory import pixels_of
+from llavakit_plugins.media.resizing import pad_and_resize, resize_middle
 from llavakit_plugins.media.thin_images import pad_to_square, without_ends
 
 FloatArray = npt.NDArray[np.float32]
@@ -38,23 +41,36 @@ class Preparation(BaseModel):
     def prepare(self, image: Image.Image) -> FloatArray:
         """Return normalised pixels `[3, size, size]` of an RGB image."""
         how = RESAMPLES[self.resample]
+        if self.aspect == "pad" and self.resized == self.size:
+            return self._normalised(pad_and_resize(image, self.mean, self.size, how))
         if self.aspect == "pad":
             image = pad_to_square(image, self.mean)
         if self.aspect == "crop":
             image = without_ends(image)
+        size = image.size
         if self.aspect == "squash":
-            if image.size != (self.size, self.size):
-                image = image.resize((self.size, self.size), how)
-        elif min(image.size) != self.resized:
+            size = self.size, self.size
+        elif min(size) != self.resized:
             # cut and not rounded, as in transformers and torchvision:
             # one pixel more would shift the crop
-            longest = int(self.resized * max(image.size) / min(image.size))
-            wide = image.width >= image.height
-            image = image.resize((longest, self.resized) if wide else (self.resized, longest), how)
-        top, left = (image.height - self.size) // 2, (image.width - self.size) // 2
-        image = image.crop((left, top, left + self.size, top + self.size))
-        # in float64 first, as transformers have it
-        pixels_HWC = (np.asarray(image) * (1 / 255)).astype(np.float32)
-        mean, std = np.asarray(self.mean, np.float32), np.asarray(self.std, np.float32)
-        normal_HWC: FloatArray = (pixels_HWC - mean) / std
-        return np.ascontiguousarray(normal_HWC.transpose(2, 0, 1))
+            longest = int(self.resized * max(size) / min(size))
+            wide = size[0] >= size[1]
+            size = (longest, self.resized) if wide else (self.resized, longest)
+        return self._normalised(resize_middle(image, size, self.size, how))
+
+    def _normalised(self, image: Image.Image) -> FloatArray:
+        """Return the pixels, each looked up by its byte, which is faster than to compute them."""
+        pixels_HWC, levels_3L = pixels_of(image), _levels(self.mean, self.std)
+        found_3HW: FloatArray = np.empty((3, *pixels_HWC.shape[:2]), np.float32)
+        for colour in range(3):  # no byte is out of range, which `clip` need not check
+            np.take(levels_3L[colour], pixels_HWC[..., colour], out=found_3HW[colour], mode="clip")
+        return found_3HW
+
+
+@lru_cache(maxsize=16)
+def _levels(mean: tuple[float, ...], std: tuple[float, ...]) -> FloatArray:
+    """Return the normalised values of each colour's 256 levels, `[3, 256]`."""
+    # in float64 first, as transformers have it
+    levels_L = (np.arange(256) * (1 / 255)).astype(np.float32)
+    found_L3 = (levels_L[:, None] - np.asarray(mean, np.float32)) / np.asarray(std, np.float32)
+    return np.ascontiguousarray(found_L3.T)
