@@ -76,9 +76,9 @@ def test_a_component_is_shown_with_its_options(llava_run: Command) -> None:
     code, out, _ = llava_run("plugins", "pool")
     assert code == 0
     assert out.startswith("Connector pool  (llavakit ")
-    assert "grid   integer, at least 1; default 12" in out
+    assert "grid      integer, at least 1; default 12" in out
     (shown,) = json.loads(llava_run("plugins", "pool", "--json").out)
-    assert [option["name"] for option in shown["options"]] == ["depth", "grid"]
+    assert [option["name"] for option in shown["options"]] == ["products", "depth", "grid"]
     kinds = [one["kind"] for one in json.loads(llava_run("plugins", "scienceqa", "--json").out)]
     assert kinds == ["Dataset", "Benchmark"]
 
