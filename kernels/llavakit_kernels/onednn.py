@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-__all__ = ["Linear", "chosen", "linear", "matmul"]
+__all__ = ["Linear", "PatchConv2d", "chosen", "linear", "matmul"]
 
 _log = logging.getLogger("llavakit")
 _Operator = Callable[..., Tensor]
@@ -59,6 +59,24 @@ class Linear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         return linear(input, self.weight, self.bias)
+
+
+class PatchConv2d(nn.Conv2d):
+    """nn.Conv2d of patches side by side, as one product by oneDNN. Parameters are the same.
+
+    Only for a stride as large as the kernel, without padding, dilation or groups.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return [B, O, R, C] of images [B, I, H, W]; an incomplete last patch is left out."""
+        high, wide = self.kernel_size
+        if input.dim() != 4 or not _fits(input, self.weight, self.bias):
+            return super().forward(input)
+        rows, columns = input.shape[2] // high, input.shape[3] // wide
+        cut = input[:, :, : rows * high, : columns * wide]
+        patches = cut.unflatten(3, (columns, wide)).unflatten(2, (rows, high))
+        patches = patches.permute(0, 2, 4, 1, 3, 5).flatten(3)  # [B, R, C, I * high * wide]
+        return linear(patches, self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
 
 
 def _fits(*tensors: Tensor | None) -> bool:

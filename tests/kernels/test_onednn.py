@@ -219,3 +219,32 @@ def test_without_the_operator_all_is_torchs_and_said_once(
     (said,) = caplog.messages
     assert reason in said
     assert "torch's own are used" in said
+
+
+@here
+@pytest.mark.parametrize(
+    ("size", "edges", "with_bias"),
+    [((8, 8), (24, 16), True), ((5, 7), (23, 15), False), ((3, 3), (3, 3), True)],
+)
+def test_patches_are_those_of_a_convolution(
+    size: tuple[int, int], edges: tuple[int, int], with_bias: bool
+) -> None:
+    torch.manual_seed(0)
+    plain = nn.Conv2d(3, 10, size, stride=size, bias=with_bias)
+    fast = copy.deepcopy(plain)
+    fast.__class__ = onednn.PatchConv2d
+    images = torch.randn(2, 3, *edges, requires_grad=True)
+    with Counted() as counted:
+        found = fast(images)
+    assert counted.onednn == 1
+    plain.double()
+    exact = plain(images.double())
+    near(found, exact)
+    grad = torch.randn_like(found)
+    leaves = [images, *fast.parameters()]
+    mine = torch.autograd.grad(found, leaves, grad)
+    theirs = torch.autograd.grad(exact, [images, *plain.parameters()], grad.double())
+    for one, other in zip(mine, theirs, strict=True):
+        near(one, other.double())
+    whole = fast(images.double().float()[0])  # an image without a batch is torch's to cut
+    near(whole, exact[0].double())

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, cast
 
 from llavakit import Options
 
 if TYPE_CHECKING:
     from torch import nn
+    from torch.nn import Conv2d
 
 Products = Literal["torch", "onednn"]
 
@@ -23,13 +24,28 @@ class ProductOptions(Options):
 def choose_products(network: nn.Module, products: Products) -> None:
     """Let a network's linear layers multiply so, in place. Weights and their names stay.
 
+    A convolution that cuts an image into patches is such a layer, too.
+
     Layers of other types, such as those of 4 bits, are left as they are.
     """
-    from torch.nn import Linear
+    from torch.nn import Conv2d, Linear
 
     from llavakit_kernels import onednn
 
     kinds: dict[Products, type[Linear]] = {"torch": Linear, "onednn": onednn.Linear}
+    patches: dict[Products, type[Conv2d]] = {"torch": Conv2d, "onednn": onednn.PatchConv2d}
     for module in network.modules():
         if type(module) in kinds.values():
             module.__class__ = kinds[products]
+        elif type(module) in patches.values() and _cuts_patches(cast("Conv2d", module)):
+            module.__class__ = patches[products]
+
+
+def _cuts_patches(convolution: Conv2d) -> bool:
+    """Return whether a convolution reads every pixel once: a patch at each position."""
+    return (
+        convolution.kernel_size == convolution.stride
+        and convolution.padding in ("valid", (0, 0))
+        and convolution.dilation == (1, 1)
+        and convolution.groups == 1
+    )
