@@ -11,8 +11,9 @@ from llavakit import Generator, InputPath, Options, Outcome, Run, Step, Use, sav
 from llavakit.contracts.run import Planner, StepPlan
 from llavakit.contracts.sections import Curves
 from llavakit_plugins.generation.contexts import read_contexts
-from llavakit_plugins.training.backbones.contrastive import ContrastiveOptions, train_clip
-from llavakit_plugins.training.backbones.text import TextOptions, documents, train_language
+from llavakit_plugins.training.backbones.contrastive import ContrastiveOptions, clip_training
+from llavakit_plugins.training.backbones.loop import optimise
+from llavakit_plugins.training.backbones.text import TextOptions, documents, language_training
 from llavakit_plugins.training.backbones.tokenizer import train_tokenizer
 
 _TOKENS = 60  # of a document, roughly: for plans only
@@ -52,10 +53,13 @@ class Backbones(Step):
         # the vocabulary is limited to the head's size,
         # as the recipe has fixed that before any text is seen
         language.tokenizer = train_tokenizer(texts, language.head.out_features)
-        seen = train_clip(
-            model.vision, language.tokenizer, files, options.images, options.contrastive, run
+        seen, read = optimise(
+            run,
+            clip_training(
+                model.vision, language.tokenizer, files, options.images, options.contrastive, run
+            ),
+            language_training(language, corpus, options.text, run),
         )
-        read = train_language(language, corpus, options.text, run)
         save_model(model, run.directory / "model")
         curves = [
             _curve("CLIP: contrastive loss", "contrastive", seen),

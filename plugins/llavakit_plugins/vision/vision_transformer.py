@@ -186,7 +186,7 @@ class TransformersEncoder(VisionTransformer):
                 model = cls(cast(Any, cls.config_class)(**shape))
             model = model.to(getattr(torch, options.dtype))
         choose_products(model, options.products)
-        self.model = model
+        self.model, self.products = model, options.products
         # Whether layers require an `attention_mask` argument depends on the family and on the
         # version of transformers; None means that every patch sees every patch.
         takes = [inspect.signature(block.forward).parameters for block in self.blocks]
@@ -213,8 +213,6 @@ class TransformersEncoder(VisionTransformer):
                 'backend = "torchvision" does not have for images; use backend = "pil"'
             )
         self.decode_edge = self.image_size if options.fast else None
-        self.learned: dict[str, Any] = {name: getattr(options, name) for name in _LEARNED}
-        """The options of the pixels that its model learned from; exports remember them."""
 
     def with_options(self, options: TransformersOptions) -> Self:
         """Return an encoder that shares this one's network and has other options."""
@@ -231,10 +229,8 @@ class TransformersEncoder(VisionTransformer):
 
     @classmethod
     def load(cls, options: TransformersOptions, folder: Path, **context: Any) -> Self:
-        learned = _learned_pixels(options, folder.parent / "model.toml")
-        encoder = cls._read(options.model_copy(update={"source": str(folder), "revision": None}))
-        encoder.learned |= learned
-        return encoder
+        _warn_of_other_pixels(options, folder.parent / "model.toml")
+        return cls._read(options.model_copy(update={"source": str(folder), "revision": None}))
 
     @classmethod
     def _read(cls, options: TransformersOptions) -> Self:
@@ -370,25 +366,17 @@ def _edge(value: Any, name: str, what: str) -> int:
     return int(edges.pop())
 
 
-_LEARNED = ("aspect", "backend", "fast")
-
-
-def _learned_pixels(options: TransformersOptions, path: Path) -> dict[str, Any]:
-    """Return by which options images became the pixels that a model folder learned from.
-
-    Says so where these are others. An encoder without a model learned from none.
-    """
+def _warn_of_other_pixels(options: TransformersOptions, path: Path) -> None:
+    """Say so where an image becomes other pixels than those that a model folder learned from."""
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8")).get("vision", {})
-    except (OSError, ValueError):  # no model; a broken one was refused before
-        return {}
-    fields = type(options).model_fields
-    learned = {name: table.get(name, fields[name].default) for name in _LEARNED}
-    for name, before in learned.items():
+        learned = tomllib.loads(path.read_text(encoding="utf-8")).get("vision", {})
+    except (OSError, ValueError):  # an encoder without a model; a broken model was refused before
+        return
+    for name in ("aspect", "backend", "fast"):
+        before = learned.get(name, type(options).model_fields[name].default)
         if (now := getattr(options, name)) != before:
             warnings.warn(
                 f"the model learned from images with `vision.{name} = {before!r}` and is given "
                 f"them with {now!r}: its answers may be worse; leave `vision.{name}` as it was",
-                stacklevel=3,
+                stacklevel=2,
             )
-    return learned

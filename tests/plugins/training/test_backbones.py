@@ -1,15 +1,30 @@
-"""What the language model reads before it ever meets an image."""
+"""Backbones from nothing: what they read, see and learn."""
 
 from __future__ import annotations
 
+import math
 import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
-from llavakit import PromptTemplate, Registry, Use
+import numpy as np
+import pytest
+import torch
+from tests.runs import run_in
+from torch import Tensor, nn
+
+from llavakit import PromptTemplate, Registry, Stopped, TrainingError, Use
 from llavakit.contracts.data import IMAGE
 from llavakit_plugins.generation.scenes import compose
 from llavakit_plugins.generators.offline import Offline, OfflineOptions
+from llavakit_plugins.training.backbones.distortions import Distortions
+from llavakit_plugins.training.backbones.loop import Training, optimise
 from llavakit_plugins.training.backbones.text import documents
 from llavakit_plugins.training.backbones.tokenizer import train_tokenizer
+from llavakit_plugins.training.kinds import Group
+from llavakit_plugins.training.optimiser import Rates, Updates
+from llavakit_plugins.training.schedules import Cosine, FallingOptions
 
 
 def words(text: str) -> list[str]:
@@ -40,3 +55,137 @@ def test_a_document_begins_with_the_words_of_a_caption_in_any_order() -> None:
         values = {box.category for box in context.boxes}
         assert any(value in text.lower() for value in values for text in supervised)
     assert in_order < len(found) / 4
+
+
+# -- the loop ------------------------------------------------------------------------------------
+
+
+def training(name: str, steps: int = 6, seed: int = 0, bad: int = -1) -> Training:
+    """Return a small regression; at the step `bad` its loss is no number."""
+    torch.manual_seed(seed)
+    layer = nn.Linear(64, 64)
+    group = Group(dict(layer.named_parameters()), 0.01)
+
+    def loss_of(step: int) -> Tensor:
+        draw = torch.Generator().manual_seed(step)
+        loss: Tensor = (layer(torch.randn(128, 64, generator=draw)) - 1).square().mean()
+        return loss * (math.nan if step == bad else 1)
+
+    rates = Rates(Cosine(FallingOptions()), steps, 0.0)
+    return Training(name, Updates([group], rates), steps, loss_of, lambda: ended.append(name))
+
+
+ended: list[str] = []
+
+
+def weights_of(training: Training) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in training.updates.named.items()}
+
+
+def test_side_by_side_they_learn_what_each_learns_alone(tmp_path: Path) -> None:
+    ended.clear()
+    said: list[tuple[int, int]] = []
+    told: list[tuple[str, int]] = []
+    run = replace(
+        run_in(tmp_path / "both"),
+        progress=lambda done, total, note="": said.append((done, total)),
+        event=lambda name, /, **values: told.append((values["phase"], values["at"])),
+    )
+    threads = torch.get_num_threads()
+    both = training("one", 6), training("other", 9, seed=1)
+    losses = optimise(run, *both)
+    assert torch.get_num_threads() == threads
+    assert sorted(ended) == ["one", "other"]
+    assert sorted(told) == [("one", 6), ("other", 9)]
+    assert [done for done, _ in said] == sorted(done for done, _ in said)
+    assert said[-1] == (15, 15)
+    for number, each in enumerate((training("one", 6), training("other", 9, seed=1))):
+        torch.set_num_threads(max(1, threads // 2))
+        (alone,) = optimise(run_in(tmp_path / str(number)), each)
+        torch.set_num_threads(threads)
+        assert losses[number] == alone
+        assert [step for step, _ in alone] == list(range(1, each.steps + 1))
+        mine = weights_of(both[number])
+        for name, weight in weights_of(each).items():
+            assert torch.equal(mine[name], weight)
+
+
+def test_when_one_fails_the_other_saves_and_stops(tmp_path: Path) -> None:
+    ended.clear()
+    run = run_in(tmp_path / "run")
+    with pytest.raises(TrainingError, match="the loss of bad is not a number at step 3"):
+        optimise(run, training("good", 10**6), training("bad", 9, bad=2))
+    assert ended == []
+    assert [path.name for path in tmp_path.glob("run/*-checkpoints")] == ["good-checkpoints"]
+
+
+def test_stopped_and_resumed_they_end_the_same(tmp_path: Path) -> None:
+    whole = training("one", 60), training("other", 90, seed=1)
+    expected = optimise(run_in(tmp_path / "whole"), *whole)
+    asked: list[int] = []
+
+    def stopping() -> bool:
+        asked.append(1)
+        return len(asked) > 40
+
+    run = run_in(tmp_path / "run", stopping=stopping)
+    first = training("one", 60), training("other", 90, seed=1)
+    with pytest.raises(Stopped):
+        optimise(run, *first)
+    assert len(asked) == 42, "each stops at the first step at which it is asked to"
+    again = training("one", 60, seed=7), training("other", 90, seed=8)
+    resumed = replace(run_in(tmp_path / "run"), resume=True)
+    assert optimise(resumed, *again) == expected
+    for one, other in zip(whole, again, strict=True):
+        mine = weights_of(other)
+        for name, weight in weights_of(one).items():
+            assert torch.equal(mine[name], weight)
+
+
+# -- distortions ---------------------------------------------------------------------------------
+
+
+def images(edge: int = 8) -> Tensor:
+    """Return two images of 3 x 3 patches, all of one colour but for one patch in each."""
+    torch.manual_seed(0)
+    found = torch.full((2, 3, 3 * edge, 3 * edge), 0.5)
+    found[0, :, :edge, edge : 2 * edge] = torch.rand(3, edge, edge)
+    found[1, :, edge : 2 * edge, 2 * edge :] = torch.rand(3, edge, edge)
+    return found
+
+
+def test_distortions_leave_the_other_patches_and_what_they_were_given() -> None:
+    given = images()
+    changed = Distortions(rotate=30, scale=0.2, shear=0.2, shift=2)(
+        given, 8, np.random.default_rng(0)
+    )
+    assert torch.equal(given, images())
+    moved = (changed != given).any(1)
+    assert moved[0, :8, 8:16].any()
+    assert moved[1, 8:16, 16:].any()
+    moved[0, :8, 8:16] = moved[1, 8:16, 16:] = False
+    assert not moved.any()
+    torch.testing.assert_close(Distortions()(given, 8, np.random.default_rng(0)), given)
+
+
+class Turns(np.random.Generator):
+    """Draws the upper limit of whatever is asked for."""
+
+    def __init__(self) -> None:
+        super().__init__(np.random.PCG64(0))
+
+    def uniform(self, low: float, high: float, size: Any) -> Any:  # type: ignore[override]
+        return np.full(size, high)
+
+
+def test_a_quarter_turn_and_a_shift_are_exact() -> None:
+    given = images()
+    patch = given[0, :, :8, 8:16]
+    turned = Distortions(rotate=90)(given, 8, Turns())[0, :, :8, 8:16]
+    torch.testing.assert_close(turned, patch.rot90(1, (1, 2)), atol=1e-5, rtol=0)
+    shifted = Distortions(shift=2)(given, 8, Turns())[0, :, :8, 8:16]
+    # each pixel comes from two to the right and two below, and the edge is repeated
+    far = torch.arange(8).add(2).clamp(max=7)
+    torch.testing.assert_close(shifted, patch[:, far][:, :, far], atol=1e-5, rtol=0)
+    wide = Distortions(scale=0.5)(given, 8, Turns())[0, :, :8, 8:16]
+    assert wide[:, 0, 0].tolist() == pytest.approx(patch[:, 0, 0].tolist(), abs=1e-5)

@@ -16,12 +16,13 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from llavakit import ImageContext, ModelError, Run, VisionEncoder, read_pixels
+from llavakit import ImageContext, ModelError, Run, Use, VisionEncoder, read_pixels
 from llavakit_plugins.datasets.image_files import inside
 from llavakit_plugins.generation.scenes import FAMILY
-from llavakit_plugins.training.adamw import AdamW, AdamWOptions
-from llavakit_plugins.training.backbones.loop import optimise, shuffled
-from llavakit_plugins.training.kinds import Group
+from llavakit_plugins.huggingface.products import choose_products
+from llavakit_plugins.training.backbones.distortions import Distortions
+from llavakit_plugins.training.backbones.loop import CLIPS_ADAMW, Training, shuffled
+from llavakit_plugins.training.kinds import Group, Optimiser
 from llavakit_plugins.training.optimiser import Rates, Updates
 from llavakit_plugins.training.schedules import Cosine, FallingOptions
 
@@ -48,24 +49,28 @@ class ContrastiveOptions(BaseModel):
     """Images in a batch. Families of eight neighbours in the data stay together in a batch."""
     lr: float = Field(default=1e-3, gt=0)
     weight_decay: float = Field(default=0.05, ge=0)
+    optimiser: Use[Optimiser] = CLIPS_ADAMW
     warmup: float = Field(default=0.05, ge=0, lt=1)
     first: float = Field(default=0.0, ge=0, lt=1)
     """Share of the steps that use only the first file of contexts (the easier ones), 0 to 1."""
+    distortions: Distortions | None = None
+    """Random changes of each patch at each step, against learning few images by heart."""
     loudness: float = Field(default=0.4, gt=0)
     """Standard deviation of new embeddings. The usual 0.02 is too small for a short training."""
 
 
-def train_clip(
+def clip_training(
     vision: VisionEncoder,
     tokenizer: PreTrainedTokenizerFast,
     files: Sequence[Sequence[ImageContext]],
     images: Path,
     options: ContrastiveOptions,
     run: Run,
-) -> list[tuple[int, float]]:
-    """Train `vision`, a CLIP, on images and captions, in place; return (step, loss) pairs.
+) -> Training:
+    """Return the training of a new CLIP on images and captions; in the end `vision` is its half.
 
-    Raises ModelError if `vision` is not a CLIP, DataError if an image cannot be read.
+    Images are read and weights are drawn here. Raises ModelError if `vision` is not a CLIP,
+    DataError if an image cannot be read.
     """
     from transformers import CLIPConfig, CLIPModel
 
@@ -98,14 +103,14 @@ def train_clip(
     )
     torch.manual_seed(run.seed)
     clip = CLIPModel(config).train().to(device)
+    choose_products(clip, getattr(vision, "products", "torch"))
     for module in clip.modules():
         if isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight, std=options.loudness)
     # all images are read once and stay in memory: they are small, and every step needs some
     pixels = _read(contexts, images, vision, run)
     rates = Rates(Cosine(FallingOptions()), options.steps, options.warmup)
-    adamw = AdamW(AdamWOptions(betas=(0.9, 0.98)))
-    updates = Updates(_groups(clip, options), rates, optimiser=adamw)
+    updates = Updates(_groups(clip, options), rates, optimiser=run.build(options.optimiser))
     order = _Order(len(files[0]), len(contexts), options, run.seed)
 
     def loss_of(step: int) -> Tensor:
@@ -118,21 +123,25 @@ def train_clip(
         mask = (torch.arange(longest) < torch.tensor([len(ids) for ids in chosen])[:, None]).long()
         with torch.no_grad():
             clip.logit_scale.clamp_(0, _MAX_SCALE)
+        shown = pixels[index].to(device)
+        if options.distortions is not None:
+            shown = options.distortions(shown, target.config.patch_size, draw)
         logits_BB = clip(
             input_ids=rows.to(device),
             attention_mask=mask.to(device),
-            pixel_values=pixels[index].to(device),
+            pixel_values=shown,
         ).logits_per_image
         truth = torch.arange(len(index), device=device)
         loss: Tensor = (F.cross_entropy(logits_BB, truth) + F.cross_entropy(logits_BB.T, truth)) / 2
         return loss
 
-    losses = optimise(run, "contrastive", updates, options.steps, loss_of)
-    # older versions of transformers wrap the transformer once more, on either side
-    inner = getattr(target, "vision_model", target)
-    trained = getattr(clip.vision_model, "vision_model", clip.vision_model)
-    inner.load_state_dict(trained.state_dict())
-    return losses
+    def end() -> None:
+        # older versions of transformers wrap the transformer once more, on either side
+        inner = getattr(target, "vision_model", target)
+        trained = getattr(clip.vision_model, "vision_model", clip.vision_model)
+        inner.load_state_dict(trained.state_dict())
+
+    return Training("contrastive", updates, options.steps, loss_of, end)
 
 
 def _read(

@@ -19,13 +19,13 @@ from llavakit import (
     PromptTemplate,
     Run,
     Segment,
+    Use,
     pack,
     tokenise,
 )
 from llavakit.contracts.data import IMAGE, ResponseKind
-from llavakit_plugins.training.adamw import AdamW, AdamWOptions
-from llavakit_plugins.training.backbones.loop import optimise, shuffled
-from llavakit_plugins.training.kinds import Group
+from llavakit_plugins.training.backbones.loop import CLIPS_ADAMW, Training, shuffled
+from llavakit_plugins.training.kinds import Group, Optimiser
 from llavakit_plugins.training.optimiser import Rates, Updates
 from llavakit_plugins.training.schedules import Cosine, FallingOptions
 
@@ -51,6 +51,7 @@ class TextOptions(BaseModel):
     """Documents of a step."""
     lr: float = Field(default=3e-3, gt=0)
     weight_decay: float = Field(default=0.05, ge=0)
+    optimiser: Use[Optimiser] = CLIPS_ADAMW
     warmup: float = Field(default=0.05, ge=0, lt=1)
 
 
@@ -89,10 +90,10 @@ def documents(
         ]
 
 
-def train_language(
+def language_training(
     language: LanguageModel, corpus: Sequence[Document], options: TextOptions, run: Run
-) -> list[tuple[int, float]]:
-    """Train `language` on the supervised tokens of the documents; return (step, loss) pairs."""
+) -> Training:
+    """Return the training of `language`, in place, on the supervised tokens of the documents."""
     encoded: list[Encoded] = []
     for document in corpus:
         ids, supervised = tokenise(document, language.tokenizer)
@@ -105,8 +106,7 @@ def train_language(
     others = {name: p for name, p in named.items() if name not in decayed}
     groups = [Group(decayed, options.lr, options.weight_decay), Group(others, options.lr)]
     rates = Rates(Cosine(FallingOptions()), options.steps, options.warmup)
-    adamw = AdamW(AdamWOptions(betas=(0.9, 0.98)))
-    updates = Updates(groups, rates, optimiser=adamw)
+    updates = Updates(groups, rates, optimiser=run.build(options.optimiser))
 
     def batch(step: int) -> PackedBatch:
         begin = step * options.batch_size
@@ -121,6 +121,4 @@ def train_language(
         )
         return language.loss(hidden_ME, packed.targets_M) / len(packed.targets_M)
 
-    losses = optimise(run, "language", updates, options.steps, loss_of)
-    language.eval()
-    return losses
+    return Training("language", updates, options.steps, loss_of, language.eval)

@@ -1,0 +1,61 @@
+"""Random affine changes of patches, so that a small world of images is not learned by heart.
+
+Shapes: B images of H x W pixels; N patches of E x E pixels.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+from torch.nn import functional as F
+
+
+class Distortions(BaseModel):
+    """The largest changes of a patch; each gets its own, drawn evenly."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    rotate: float = Field(default=0.0, ge=0, le=180)
+    """Degrees, either way."""
+    scale: float = Field(default=0.0, ge=0, lt=1)
+    """Natural logarithm of a change in width, and of another in height: 0.1 is about 10 %."""
+    shear: float = Field(default=0.0, ge=0, lt=1)
+    """Pixels aside for each pixel of height."""
+    shift: float = Field(default=0.0, ge=0)
+    """Pixels, in width and in height."""
+
+    def __call__(self, pixels_B3HW: Tensor, edge: int, draw: np.random.Generator) -> Tensor:
+        """Return the images with every patch of `edge` pixels changed within its own square.
+
+        A patch keeps its place, so whatever a caption says of places stays true. What lies outside
+        of a patch is the pixel at its edge. Patches of one colour stay as they are.
+        """
+        changed_B3HW = pixels_B3HW.clone()
+        # a view: what is written to it is written to the images
+        views_BRC3EE = changed_B3HW.unfold(2, edge, edge).unfold(3, edge, edge)
+        views_BRC3EE = views_BRC3EE.permute(0, 2, 3, 1, 4, 5)
+        varied_BRC = (views_BRC3EE != views_BRC3EE[..., :1, :1]).flatten(3).any(-1)
+        patches_N3EE = views_BRC3EE[varied_BRC]
+        maps_N23 = torch.from_numpy(self._draw(len(patches_N3EE), edge, draw)).to(patches_N3EE)
+        grid_NEE2 = F.affine_grid(maps_N23, list(patches_N3EE.shape), align_corners=False)
+        views_BRC3EE[varied_BRC] = F.grid_sample(
+            patches_N3EE, grid_NEE2, mode="bilinear", padding_mode="border", align_corners=False
+        )
+        return changed_B3HW
+
+    def _draw(self, count: int, edge: int, draw: np.random.Generator) -> npt.NDArray[np.float64]:
+        """Return for each patch where its pixels come from, `[count, 2, 3]`.
+
+        Positions run from -1 to 1 there, so that a pixel is 2 / E.
+        """
+        angle = np.deg2rad(draw.uniform(-self.rotate, self.rotate, count))
+        wide, high = np.exp(draw.uniform(-self.scale, self.scale, (2, count)))
+        slant = draw.uniform(-self.shear, self.shear, count)
+        right, down = draw.uniform(-self.shift, self.shift, (2, count)) * 2 / edge
+        cos, sin = np.cos(angle), np.sin(angle)
+        first = (cos * wide, cos * slant - sin * high, right)
+        second = (sin * wide, sin * slant + cos * high, down)
+        return np.stack((*first, *second), axis=1).reshape(count, 2, 3)
