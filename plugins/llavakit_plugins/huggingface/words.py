@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import re
 from array import array
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from llavakit import Ids, QuickReader, Reader, Segment, SpecialTokens
@@ -20,14 +19,15 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 TokenizerT = TypeVar("TokenizerT")
-Piece: TypeAlias = str | int
+Piece: TypeAlias = str | bytes
 """Text without special tokens, or the id of a special token."""
 
 _SPACE = "▁"  # SentencePiece's space
-_WORD = re.compile(r"\n| *[^ \n]+| +")
+_WORD = re.compile(r" *[^ ]+| +")  # of a line
 _LONGEST, _MOST = 32, 200_000  # words to remember: their characters, and how many
 _LONGEST_RUN, _MOST_RUNS = 128, 1 << 16  # the same of texts: 25 MB
 _YES, _NO = b"\1", b"\0"
+_WIDTH = array("i").itemsize  # bytes of an id
 
 
 def by_words(tokenizer: TokenizerT) -> TokenizerT:
@@ -63,76 +63,102 @@ def words_of(reader: Reader) -> QuickReader | None:
     return Words(model, reader.special, reader.scheme).read
 
 
-@dataclass
-class Words:
-    """Reads the text of a tokenizer in which no token reaches into the next word or line."""
+class _Memory(dict[str, bytes]):
+    """The ids of texts. What is not there is made, and kept where it is short."""
 
-    model: BPE
-    special: SpecialTokens
-    scheme: str  #: As the reader's.
-    words: dict[str, array[int]] = field(default_factory=dict)  #: The ids of each,
-    runs: dict[str, array[int]] = field(default_factory=dict)  #: and of texts that may come again.
-    pieces: dict[str, list[Piece]] = field(default_factory=dict)  #: Of what a template writes.
+    def __init__(self, make: Callable[[str], bytes]) -> None:
+        super().__init__()
+        self._make = make
+
+    def __missing__(self, text: str) -> bytes:
+        found = self._make(text)
+        _keep(self, text, found, _LONGEST, _MOST)
+        return found
+
+
+class Words:
+    """Reads the text of a tokenizer in which no token reaches into the next word or line.
+
+    Ids are kept as the bytes of an array, which are joined faster than anything else.
+    """
+
+    def __init__(self, model: BPE, special: SpecialTokens, scheme: str) -> None:
+        self._model, self._special, self._scheme = model, special, scheme
+        self._words = _Memory(self._ids)
+        self._spaced = _Memory(lambda word: self._ids(f" {word}"))  #: With a space in front.
+        self._runs: dict[str, bytes] = {}  #: The ids of texts that may come again.
+        self._pieces: dict[str, list[Piece]] = {}  #: Of what a template writes.
 
     def read(self, parts: Sequence[Segment], into: Ids) -> bool:
         """Add ids and loss mask; or nothing, and return False, if supervision begins or ends
         within a word, or a text spells a special token out."""
-        found: list[tuple[str | int, bool]] = []
-        pieces, run, flag, space = self.pieces, "", False, self.scheme != "never"
+        found: list[tuple[Piece, bool]] = []
+        pieces, run, flag, space = self._pieces, "", False, self._scheme != "never"
         for text, supervised, markup in parts:
-            for piece in (pieces.get(text) or self._pieces(text)) if markup else (text,):
-                if isinstance(piece, str):
-                    if run and piece and flag != supervised:
+            for piece in (pieces.get(text) or self._split(text)) if markup else (text,):
+                if isinstance(piece, bytes):
+                    if run:
+                        found.append((f" {run}" if space else run, flag))
+                    found.append((piece, supervised))
+                    run, space = "", self._scheme == "always"
+                elif piece and run:
+                    if flag != supervised:
                         if not _apart(run, piece):
                             return False
                         found.append((f" {run}" if space else run, flag))
-                        run, space = "", False
-                    run, flag = run + piece, supervised if piece else flag
-                    continue
-                if run:
-                    found.append((f" {run}" if space else run, flag))
-                found.append((piece, supervised))
-                run, space = "", self.scheme == "always"
+                        run, space, flag = "", False, supervised
+                    run += piece
+                elif piece:
+                    run, flag = piece, supervised
         if run:
             found.append((f" {run}" if space else run, flag))
-        ids, mask = array("i"), bytearray()
+        ids, mask, runs = [], [], self._runs
         for unit, flag in found:
-            if isinstance(unit, str):
-                known = self.runs.get(unit) or self._run(unit, parts)
-                if known is None:
-                    return False
-                ids += known
-                mask += (_YES if flag else _NO) * len(known)
-            else:
-                ids.append(unit)
-                mask.append(flag)
-        into.ids.extend(ids)
-        into.supervised.extend(mask)
+            known = unit if isinstance(unit, bytes) else runs.get(unit) or self._run(unit, parts)
+            if known is None:
+                return False
+            ids.append(known)
+            mask.append((_YES if flag else _NO) * (len(known) // _WIDTH))
+        into.ids.frombytes(b"".join(ids))
+        into.supervised.extend(b"".join(mask))
         return True
 
-    def _pieces(self, text: str) -> list[Piece]:
+    def _split(self, text: str) -> list[Piece]:
         """Return markup as texts and the ids of the special tokens between them."""
-        split = enumerate(self.special.pattern.split(text))
-        found = [self.special.ids[piece] if number % 2 else piece for number, piece in split]
-        _keep(self.pieces, text, found, _LONGEST_RUN, _MOST_RUNS)
+        split = enumerate(self._special.pattern.split(text))
+        found: list[Piece] = [
+            _stored([self._special.ids[piece]]) if number % 2 else piece for number, piece in split
+        ]
+        _keep(self._pieces, text, found, _LONGEST_RUN, _MOST_RUNS)
         return found
 
-    def _run(self, text: str, parts: Sequence[Segment]) -> array[int] | None:
+    def _run(self, text: str, parts: Sequence[Segment]) -> bytes | None:
         """Return the ids of a text between special tokens; None where it cannot be read here."""
-        spells = self.special.pattern.search(text)
-        if _SPACE in text or (spells and self.special.spelt_out(parts)):
+        spells = self._special.pattern.search(text)
+        if _SPACE in text or (spells and self._special.spelt_out(parts)):
             return None
-        ids, words = array("i"), self.words
-        for word in _WORD.findall(text):
-            ids += words.get(word) or self._word(word)
+        found: list[bytes] = []
+        for number, line in enumerate(text.split("\n")):
+            if number:
+                found.append(self._words["\n"])
+            if "  " in line:
+                found.extend(map(self._words.__getitem__, _WORD.findall(line)))
+                continue
+            first, *others = line.split(" ")  # several times as fast as the expression
+            if first:
+                found.append(self._words[first])
+            found.extend(map(self._spaced.__getitem__, others))
+        ids = b"".join(found)
         if not spells:  # whether it may be read is known then
-            _keep(self.runs, text, ids, _LONGEST_RUN, _MOST_RUNS)
+            _keep(self._runs, text, ids, _LONGEST_RUN, _MOST_RUNS)
         return ids
 
-    def _word(self, word: str) -> array[int]:
-        known = array("i", [token.id for token in self.model.tokenize(word.replace(" ", _SPACE))])
-        _keep(self.words, word, known, _LONGEST, _MOST)
-        return known
+    def _ids(self, word: str) -> bytes:
+        return _stored([token.id for token in self._model.tokenize(word.replace(" ", _SPACE))])
+
+
+def _stored(ids: Sequence[int]) -> bytes:
+    return array("i", ids).tobytes()
 
 
 def _keep(memory: dict[str, T], text: str, found: T, longest: int, most: int) -> None:

@@ -76,7 +76,7 @@ class TrainStep(Step):
             as_read, together = LastAnswer(template), 2
         corpus, notes = corpus_of(
             run, data, model, as_read, options.max_length, unlearned=options.unlearned,
-            together=together,
+            together=together, workers=options.workers,
         )  # fmt: skip
         if corpus.skipped:
             notes.append(f"Nothing is learned from {corpus.name_skipped()}: they are left out.")
@@ -85,8 +85,9 @@ class TrainStep(Step):
         held_out = None
         if held is not None:
             held_out, _ = corpus_of(
-                run, held, model, as_read, options.max_length, together=together
-            )
+                run, held, model, as_read, options.max_length, together=together,
+                workers=options.workers,
+            )  # fmt: skip
         run.event("corpus", samples=len(corpus), tokens=corpus.tokens, cut=corpus.cut)
         with _explain_memory(_less_memory(options)):
             trainer = Trainer(model, corpus, options, run, held_out, template, unread)

@@ -53,13 +53,15 @@ def roles_and_end_token(frame: Frame, exchanges: Sequence[Exchange]) -> Iterator
     if frame.system.text:
         yield frame.system
         yield _markup(" ")
-    for exchange in exchanges:
-        yield _markup(f"{human}: ")
-        yield Segment(exchange.question)
-        yield _markup(f" {assistant}:")
-        if exchange.answer is not None:
-            yield Segment(f" {exchange.answer}", supervised=True)
-            yield _markup(frame.end, supervised=True)
+    asks, answers = _markup(f"{human}: "), _markup(f" {assistant}:")
+    end = _markup(frame.end, supervised=True)
+    for question, answer in exchanges:
+        yield asks
+        yield Segment(question)
+        yield answers
+        if answer is not None:
+            yield Segment(f" {answer}", supervised=True)
+            yield end
 
 
 def hashes(frame: Frame, exchanges: Sequence[Exchange]) -> Iterator[Segment]:

@@ -96,7 +96,7 @@ class TrainOptions(StartOptions):
     """Most GB that the features of one encoder take there; images beyond are encoded each time."""
     workers: int | None = Field(default=None, ge=0)
     """Processes that read images ahead; 0 reads them in the training process. By default 0 on a
-    CPU and up to 8 on a GPU."""
+    CPU and up to 8 on a GPU. Also the most that tokenise: by default one a core, up to 8."""
     log_every: int = Field(default=10, ge=1)
     """Steps between log entries. Nothing waits for the device in between. A loss that is not finite
     stops the updates at once, and is reported with the next log entry."""

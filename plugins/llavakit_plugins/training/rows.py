@@ -98,13 +98,16 @@ class Reading(NamedTuple):
 
     def facts(self, blocks: Sequence[Columns]) -> dict[str, Any]:
         """Return what is known of all samples together."""
+        return {**self.counts(blocks), "notes": list(self.data.notes())}
+
+    def counts(self, blocks: Sequence[Columns]) -> dict[str, Any]:
+        """Return what the facts of these blocks come to, as if they were one."""
         every = [block.facts for block in blocks]
         sums = {name: sum(facts[name] for facts in every) for name in ("samples", "cut", "views")}
         return {
             "token_type": self.token_type,
             **sums,
             "paths": all(facts["paths"] for facts in every),  # whether all images are paths
-            "notes": list(self.data.notes()),
         }
 
 

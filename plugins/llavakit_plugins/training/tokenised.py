@@ -4,8 +4,8 @@
     runs/NAME/tokenised/KEY.blocks/         what is done of one that is not whole yet
 
 Each process takes every n-th block of samples and writes it when it is whole, so a kill loses no
-more than the blocks at work. The main one joins them. Later steps and runs of the same folder find
-the file by its key.
+more than the blocks at work. Where there are many samples, forks read them for it. The main process
+joins the blocks. Later steps and runs of the same folder find the file by its key.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import pickle
 import shutil
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import closing, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -40,6 +40,7 @@ from llavakit_plugins.training.columns import Columns, Stored, write_columns
 from llavakit_plugins.training.corpus import Corpus, reading
 from llavakit_plugins.training.corpus_key import key_of
 from llavakit_plugins.training.rows import Reading, blocks_of, check
+from llavakit_plugins.training.workers import processes_for, read_blocks
 
 FOLDER = "tokenised"
 _PATIENCE = 60.0  # seconds until a shared file system shows on one machine what another wrote
@@ -59,12 +60,14 @@ def corpus_of(
     unlearned: Literal["refuse", "skip"] = "refuse",
     note: str = "tokenising",
     together: int = 1,
+    workers: int | None = None,
 ) -> tuple[Corpus, list[str]]:
     """Return a data set as training reads it, and what a reader of the run should know of it.
 
-    All of `run.process_group` must call it. Where it was tokenised before, the data set is not
-    even built. Raises as `Corpus` does, in every process; Stopped where that is asked for; and
-    TrainingError where the processes do not see the same folder.
+    All of `run.process_group` must call it; for each of them at most `workers` processes read.
+    Where it was tokenised before, the data set is not even built. Raises as `Corpus` does, in every
+    process; Stopped where that is asked for; and TrainingError where the processes do not see the
+    same folder, or where one of them is killed.
     """
     group = run.process_group
     data: Dataset | None = None
@@ -84,7 +87,8 @@ def corpus_of(
     path, absent = group.broadcast((found or Path(), data is not None))
     if absent:
         data = _sent(group, data, lambda: run.build(use))
-        _tokenise(run, reading(data, model, template, max_length), path, note)
+        made = reading(data, model, template, max_length)
+        _tokenise(run, made, path, note, processes_for(group, workers))
     columns = _opened(path) if _appears(path) else None
     if group.any(columns is None):
         raise _unseen(path)
@@ -137,7 +141,7 @@ def _same(data: Dataset) -> Dataset:
     return data
 
 
-def _tokenise(run: Run, made: Reading, path: Path, note: str) -> None:
+def _tokenise(run: Run, made: Reading, path: Path, note: str, processes: int) -> None:
     """Write what is not written yet of a data set's blocks, and join them to `path`."""
     group, folder = run.process_group, path.with_suffix(".blocks")
     if group.any(not _appears(folder)):
@@ -145,21 +149,25 @@ def _tokenise(run: Run, made: Reading, path: Path, note: str) -> None:
     total = len(made.data)
     blocks = blocks_of(total)
     files = [folder / f"{number:06}.safetensors" for number in range(len(blocks))]
-    for first in range(0, len(blocks), group.size):
-        mine, problem = first + group.rank, None
-        if mine < len(blocks):
-            block = blocks[mine]
+    mine = range(group.rank, len(blocks), group.size)
+    left = [number for number in mine if not _is_whole(files[number], len(blocks[number]))]
+    written = sum(len(blocks[number]) for number in mine) - sum(len(blocks[n]) for n in left)
 
-            def shows(done: int, begin: int = blocks[first].start) -> None:
-                run.progress(min(begin + done * group.size, total), total, note)
+    def shows(done: int) -> None:
+        run.progress(min((written + done) * group.size, total), total, note)
 
-            try:
-                _write_block(made, block, files[mine], shows)
-            except LlavaError as error:
-                problem = error
-        _raise_first(group, problem)
-        if run.stopping():
-            raise Stopped
+    with closing(read_blocks(made, [blocks[number] for number in left], processes, shows)) as read:
+        for first in range(0, len(blocks), group.size):
+            problem = None
+            if left and left[0] == first + group.rank:
+                try:
+                    columns = next(read)
+                    write_columns(files[left.pop(0)], [columns], columns.facts)
+                except LlavaError as error:
+                    problem = error
+            _raise_first(group, problem)
+            if run.stopping():
+                raise Stopped
 
     def join() -> None:
         if not all(map(_appears, files)):
@@ -170,14 +178,13 @@ def _tokenise(run: Run, made: Reading, path: Path, note: str) -> None:
     agreed(group, join)
 
 
-def _write_block(made: Reading, block: range, file: Path, shows: Callable[[int], None]) -> None:
-    before = None
+def _is_whole(file: Path, samples: int) -> bool:
+    """Say whether an attempt that was interrupted wrote a block of so many samples."""
     with suppress(FileNotFoundError, ValueError, KeyError, TypeError):
-        before = Columns.open(file)  # by an attempt that was interrupted
+        before = Columns.open(file)
         check(before)
-    if before is None or before.facts["samples"] != len(block):
-        read = made.block(block.start, block.stop, shows)
-        write_columns(file, [read], read.facts)
+        return bool(before.facts["samples"] == samples)
+    return False
 
 
 def _raise_first(group: ProcessGroup, problem: LlavaError | None) -> None:

@@ -38,7 +38,7 @@ from llavakit import (
     Use,
 )
 from llavakit.model.folder import create_model
-from llavakit_plugins.training import rows
+from llavakit_plugins.training import rows, workers
 from llavakit_plugins.training.columns import Columns, write_columns
 from llavakit_plugins.training.corpus import Batch, Corpus
 from llavakit_plugins.training.corpus_key import key_of
@@ -318,6 +318,28 @@ def test_every_process_takes_its_share(
     assert failed == [
         (0, "LlavaError", sentence), (1, "DataError", sentence), (2, "LlavaError", sentence),
     ]  # fmt: skip
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the test forks")
+def test_every_process_may_have_others_that_read_for_it(
+    model: LlavaModel, source: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3})
+    monkeypatch.setattr(workers, "WORTH", 1)
+    monkeypatch.setattr(workers, "_PIECE", 60)
+    get = partial(
+        corpus_of, use=use_of(source, data), model=model, template=model.template, max_length=256,
+        unlearned="skip",
+    )  # fmt: skip
+    folder = tmp_path / "run" / "01-pretrain"
+    own = Corpus(Registry.installed().build(use_of(source, data)), model, model.template, 256,
+                 unlearned="skip")  # fmt: skip
+    steps = [batch.samples for batch in epoch_of(own)]
+    assert together(2, get, folder) == [(0, [], 1, steps), (1, [], 0, steps)]
+    source.write_text(source.read_text().replace("red", "blue"))
+    sentence = "row 256 is broken; fix it"
+    failed = together(2, get, folder, 512, 256)
+    assert failed == [(0, "LlavaError", sentence), (1, "DataError", sentence)]
 
 
 def test_the_key_changes_with_what_a_data_set_is_made_of(
