@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import llavakit
 from llavakit.contracts import hooks
 from llavakit.registry import all_kinds
@@ -97,6 +99,14 @@ def test_data_is_checked_without_torch(tmp_path: Path) -> None:
     code, _, modules, out = probe("check-data", str(tmp_path / "rows.json"), "--json")
     assert json.loads(out)["samples"] == 1
     assert code == 0
+    assert not {"torch", "transformers"} & modules
+
+
+@pytest.mark.parametrize("recipe", ["tiny", "llava13b"])
+def test_recipes_are_planned_without_torch(recipe: str) -> None:
+    code, _, modules, out = probe(recipe, "--plan")
+    assert code == 0
+    assert "finetune" in out
     assert not {"torch", "transformers"} & modules
 
 

@@ -102,9 +102,16 @@ def read(path: Path) -> Any:
 
 def test_what_has_networks_is_stopped_here(llava_run: Run) -> None:
     """Else the other tests would show nothing."""
-    done = llava_run("llava7b", "--plan")
+    done = llava_run("small", "--plan")  # any causal language model of transformers has no outline
     assert done.returncode != 0
     assert "torch is imported" in done.stderr
+
+
+@pytest.mark.parametrize("recipe", ["tiny", "llava13b", "llava-v1.5-7b", "llava7b-lora"])
+def test_plans_of_built_in_networks(llava_run: Run, recipe: str) -> None:
+    done = llava_run(recipe, "--plan")
+    assert done.returncode == 0, done.stderr
+    assert "GB a device" in done.stdout
 
 
 def test_the_offline_teacher_and_the_filter(llava_run: Run, tmp_path: Path) -> None:

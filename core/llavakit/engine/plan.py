@@ -56,11 +56,11 @@ class Plan(BaseModel):
 class RecipePlanner:
     """Answers what a step's `plan` asks: see `llavakit.contracts.run.Planner`."""
 
-    def __init__(self, recipe: Recipe, registry: Registry) -> None:
-        self._recipe, self._registry = recipe, registry
+    def __init__(self, recipe: Recipe, registry: Registry, sketch: Any = None) -> None:
+        self._recipe, self._registry, self._sketch = recipe, registry, sketch
         self.steps: dict[str, StepPlan] = {}  #: The plans of the steps before, by name.
         self._newest: _Known = lambda: self._of_recipe
-        self._current = self._newest
+        self._current: _Known = self._newest
         self._left: dict[str, tuple[Mapping[str, bool] | None, _Known]] = {}
 
     def plan(self, name: str, use: StepUse) -> None:
@@ -95,9 +95,9 @@ class RecipePlanner:
 
         @cache  # a step asks often, and a sketch takes seconds
         def found() -> LlavaModel | None:
-            from llavakit.model.load import sketch_any
-
             if not name.startswith("@"):
+                from llavakit.model.load import sketch_any
+
                 model = sketch_any(init, self._registry, **given)
             elif folders is not None and not folders[folder]:
                 raise RecipeError(f"`init`: {init} can be run, but no step can go on from it")
@@ -113,8 +113,7 @@ class RecipePlanner:
 
     @property
     def model(self) -> LlavaModel:
-        model = self._current()
-        if model is None:
+        if (model := self._current()) is None:
             raise RecipeError(
                 f"recipe `{self._recipe.name}` has no [model], but one of its steps needs one; add "
                 "it, or state `init`"
@@ -122,11 +121,12 @@ class RecipePlanner:
         return model
 
     @cached_property
-    def _of_recipe(self) -> LlavaModel | None:
-        from llavakit.model.folder import sketch_model  # a recipe without a model needs no torch
+    def _of_recipe(self) -> Any:  # a LlavaModel, what `sketch` has for one, or None
+        if (model := self._recipe.model) is None or self._sketch is not None:  # without torch
+            return None if model is None else self._sketch(model, self._registry)
+        from llavakit.model.folder import sketch_model
 
-        model = self._recipe.model
-        return None if model is None else sketch_model(model, self._registry)
+        return sketch_model(model, self._registry)
 
     def parameters(self, part: str) -> int:
         return count_parameters(getattr(self.model, part))
@@ -149,9 +149,9 @@ def count_parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def make_plan(recipe: Recipe, registry: Registry) -> Plan:
-    """Return the plan of a recipe. Raises LlavaError where its parts do not fit."""
-    planner = RecipePlanner(recipe, registry)
+def make_plan(recipe: Recipe, registry: Registry, sketch: Callable[..., Any] | None = None) -> Plan:
+    """Return a recipe's plan, its shapes by `sketch`. Raises LlavaError where parts do not fit."""
+    planner = RecipePlanner(recipe, registry, sketch)
     model = planner.model if recipe.model is not None else None
     if model is None and (problem := next(missing_model(recipe.steps, registry), None)):
         raise RecipeError(f"recipe `{recipe.name}`: {problem.message}: {problem.hint}")

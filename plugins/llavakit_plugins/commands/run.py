@@ -60,22 +60,26 @@ def _end_at_once(number: int, frame: FrameType | None) -> None:
 
 
 def _plan_or_run(arguments: argparse.Namespace) -> int:
-    from llavakit import Recipe, RecipeError, Registry, Stopped, find_recipe, make_plan, run, shown
+    from llavakit import Recipe, RecipeError, Registry, Stopped, find_recipe, run, shown
     from llavakit_plugins.commands.reuse import finished_in, runs_below
 
     for flag, given in (("--devices", arguments.devices), ("--json", arguments.json)):
         if given is not None and given is not False and not arguments.plan:
             raise RecipeError(f"{flag} is about a plan; add --plan (torchrun says how many run)")
 
-    registry = Registry.installed()
     path = find_recipe(arguments.recipe)
-    recipe = Recipe.load(path, registry, arguments.set, inputs=not arguments.plan)
     if arguments.plan:
-        if arguments.devices is not None:
-            recipe = _on_devices(recipe, arguments.devices)
-        plan = make_plan(recipe, registry)
+        from llavakit_plugins.outlines.plan import plan_of
+
+        def load(registry: Registry) -> Recipe:
+            recipe = Recipe.load(path, registry, arguments.set)
+            return _on_devices(recipe, arguments.devices)
+
+        plan = plan_of(load)
         print(shown(plan.model_dump_json(indent=2) if arguments.json else _as_text(plan)))
         return 0
+    registry = Registry.installed()
+    recipe = Recipe.load(path, registry, arguments.set, inputs=True)
     directory = arguments.out or Path("runs") / recipe.name
     reuse = runs_below(arguments.reuse)
     try:
@@ -99,10 +103,12 @@ def _plan_or_run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _on_devices(recipe: Recipe, number: int) -> Recipe:
+def _on_devices(recipe: Recipe, number: int | None) -> Recipe:
     """Return the recipe for so many devices of its machine's kind, each at the same price."""
     from llavakit import RecipeError
 
+    if number is None:
+        return recipe
     if number < 1:
         raise RecipeError(f"--devices {number}: a plan needs one device at least")
     machine = recipe.machine

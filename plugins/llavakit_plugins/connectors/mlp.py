@@ -7,18 +7,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import Field
 from torch import Tensor, nn
 
 from llavakit import Connector
 from llavakit.contracts.packing import Stream
 from llavakit_kernels import linear_gelu, project_splice
 from llavakit_kernels.arguments import Impl
-from llavakit_plugins.huggingface.products import ProductOptions, Products, choose_products
-
-
-class LinearOptions(ProductOptions):
-    """Options of `linear`."""
+from llavakit_plugins.connectors.options import LinearOptions, MlpOptions as MlpOptions
+from llavakit_plugins.huggingface.products import Products, choose_products
 
 
 class Linear(Connector):
@@ -45,13 +41,6 @@ class Linear(Connector):
         # with a plain table to look up, no text row is written twice
         features_ND = _visible(features_BPD, stream)
         return _splice(features_ND, self.layers, stream, stream.embedding_VE, self.impl)
-
-
-class MlpOptions(ProductOptions):
-    """Options of `mlp`."""
-
-    depth: int = Field(default=2, ge=1)
-    """Number of linear layers; 2 is LLaVA-1.5's `mlp2x_gelu`."""
 
 
 class Mlp(Connector):

@@ -6,22 +6,12 @@ Shapes: B images, P patches, D vision width, H and W edges of the patch grid.
 
 from __future__ import annotations
 
-from math import isqrt
-
-from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
-from llavakit import ModelError
 from llavakit.contracts.packing import Stream
-from llavakit_plugins.connectors.mlp import Mlp, MlpOptions
-
-
-class PoolOptions(MlpOptions):
-    """Options of `pool`."""
-
-    grid: int = Field(default=12, ge=1)
-    """Edge of the smaller grid: 12 gives 144 tokens for an image."""
+from llavakit_plugins.connectors.mlp import Mlp
+from llavakit_plugins.connectors.options import PoolOptions as PoolOptions, smaller_grid
 
 
 class Pool(Mlp):
@@ -40,7 +30,7 @@ class Pool(Mlp):
 
     def tokens(self, patches: int) -> int:
         """Return the tokens of an image. Raises ModelError if the patches form no such grid."""
-        self._edge(patches)
+        smaller_grid(patches, self.grid)
         return self.grid**2
 
     def forward(self, features_BPD: Tensor) -> Tensor:
@@ -52,21 +42,7 @@ class Pool(Mlp):
         return super().project_into(self._pooled(features_BPD), stream)
 
     def _pooled(self, features_BPD: Tensor) -> Tensor:
-        edge = self._edge(features_BPD.shape[1])
+        edge = smaller_grid(features_BPD.shape[1], self.grid)
         grid_BDHW = features_BPD.transpose(1, 2).unflatten(2, (edge, edge))
         # adaptive: `grid` need not divide the edge
         return F.adaptive_avg_pool2d(grid_BDHW, self.grid).flatten(2).transpose(1, 2)
-
-    def _edge(self, patches: int) -> int:
-        edge = isqrt(patches)  # in integers: a rounded root of a large count may be one off
-        if edge**2 != patches:
-            raise ModelError(
-                f"connector `pool` needs a square grid, but an image has {patches} visual tokens; "
-                'where the encoder keeps its class token, set `select = "patch"`'
-            )
-        if self.grid > edge:
-            raise ModelError(
-                f"connector `pool` cannot make {self.grid} x {self.grid} tokens of an image's "
-                f"{edge} x {edge}; choose `grid` up to {edge}"
-            )
-        return edge

@@ -11,27 +11,16 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field
 from torch import Tensor, nn
 
-from llavakit import ModelError, Options
+from llavakit import ModelError
 from llavakit_plugins.huggingface.hub import quietly
 from llavakit_plugins.language import four_bits
+from llavakit_plugins.language.options import LoraOptions as LoraOptions, is_adapter as is_adapter
 
 FOLDER = "adapter"
 _WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."  # peft's prefix of every tensor name in a file
-
-
-class LoraOptions(Options):
-    """Adapters that are trained instead of the weights. The defaults are the original LLaVA's."""
-
-    rank: int = Field(default=64, ge=1)
-    alpha: float = Field(default=16.0, gt=0)
-    """The adapter's output is multiplied by alpha / rank."""
-    dropout: float = Field(default=0.05, ge=0, lt=1)
-    targets: tuple[str, ...] = ()
-    """Layers with an adapter, such as `q_proj`; every linear layer but the head where empty."""
 
 
 def missing_peft() -> str | None:
@@ -71,11 +60,6 @@ def add_adapters(model: Any, options: LoraOptions) -> None:
 
 def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear)
-
-
-def is_adapter(name: str) -> bool:
-    """Return whether a parameter of this name belongs to an adapter."""
-    return ".lora_" in name
 
 
 def base_weights(model: Any) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""The options that every language model has."""
+"""The options of language models. Without torch, as plans need them."""
 
 from __future__ import annotations
 
@@ -6,9 +6,31 @@ from typing import Literal
 
 from pydantic import Field
 
+from llavakit import Options
 from llavakit_plugins.huggingface.hub import PretrainedOptions
 from llavakit_plugins.huggingface.products import ProductOptions
-from llavakit_plugins.language.lora import LoraOptions
+
+LLAMA_TYPES = ("llama", "llava", "llava_llama")
+"""What configurations call LLaMA's architecture; the last two stand in the original LLaVA's."""
+NF4_BYTES = 4.127 / 8
+"""Bytes of one NF4 weight: 4 bits, and its share of the scales, which are quantised, too (QLoRA,
+arXiv 2305.14314, section 3)."""
+
+
+def is_adapter(name: str) -> bool:
+    """Return whether a parameter of this name belongs to an adapter."""
+    return ".lora_" in name
+
+
+class LoraOptions(Options):
+    """Adapters that are trained instead of the weights. The defaults are the original LLaVA's."""
+
+    rank: int = Field(default=64, ge=1)
+    alpha: float = Field(default=16.0, gt=0)
+    """The adapter's output is multiplied by alpha / rank."""
+    dropout: float = Field(default=0.05, ge=0, lt=1)
+    targets: tuple[str, ...] = ()
+    """Layers with an adapter, such as `q_proj`; every linear layer but the head where empty."""
 
 
 class LanguageOptions(PretrainedOptions, ProductOptions):
@@ -27,3 +49,7 @@ class LanguageOptions(PretrainedOptions, ProductOptions):
     quantize: Literal["nf4"] | None = None
     """Keep the linear layers' weights in 4 bits (QLoRA, arXiv 2305.14314); then only adapters can
     be trained."""
+
+
+class VicunaOptions(LanguageOptions):
+    """Options of `vicuna`."""

@@ -28,16 +28,14 @@ from llavakit_plugins.language.lora import (
     FOLDER as ADAPTERS,
     add_adapters,
     base_weights,
-    is_adapter,
     load_adapters,
     merge_adapters,
     missing_peft,
     save_adapters,
 )
-from llavakit_plugins.language.options import LanguageOptions
+from llavakit_plugins.language.options import NF4_BYTES, LanguageOptions, is_adapter
 from llavakit_plugins.language.replay import Replay, is_step
 from llavakit_plugins.language.weights import (
-    NF4_BYTES,
     missing_bitsandbytes,
     read_weights,
     save_quantized,

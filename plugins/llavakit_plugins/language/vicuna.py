@@ -21,14 +21,8 @@ from llavakit.contracts.packing import Packing, Rows
 from llavakit_kernels.linear_cross_entropy import linear_cross_entropy
 from llavakit_plugins.huggingface.hub import explain_config
 from llavakit_plugins.language import fused
-from llavakit_plugins.language.options import LanguageOptions
+from llavakit_plugins.language.options import LLAMA_TYPES, VicunaOptions as VicunaOptions
 from llavakit_plugins.language.pretrained import PretrainedLanguage
-
-_KINDS = ("llama", "llava", "llava_llama")  # the last two stand in the original LLaVA's configs
-
-
-class VicunaOptions(LanguageOptions):
-    """Options of `vicuna`."""
 
 
 class Vicuna(PretrainedLanguage):
@@ -50,7 +44,7 @@ class Vicuna(PretrainedLanguage):
         from transformers import LlamaConfig, LlamaForCausalLM
 
         kind = table.get("model_type", "llama")
-        if kind not in _KINDS:
+        if kind not in LLAMA_TYPES:
             raise ModelError(
                 f"language model `{cls.name}` cannot run `{kind}`, only LLaMA's own architecture; "
                 "use `causal-lm`"

@@ -25,10 +25,6 @@ from llavakit_plugins.language.lora import base_weights
 if TYPE_CHECKING:
     from llavakit_plugins.language.options import LanguageOptions
 
-NF4_BYTES = 4.127 / 8
-"""Bytes of one NF4 weight: 4 bits, and its share of the scales, which are quantised, too (QLoRA,
-arXiv 2305.14314, section 3)."""
-
 
 def read_weights(network: type[Any], config: Any, options: LanguageOptions) -> Any:
     """Return transformers' model `network` with the weights of `options.source`.

@@ -5,16 +5,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
-
-from llavakit import Generator, InputPath, Options, Outcome, Run, Step, Use, save_model
+from llavakit import Generator, InputPath, Options, Outcome, Run, Step, Use
 from llavakit.contracts.run import Planner, StepPlan
 from llavakit.contracts.sections import Curves
 from llavakit_plugins.generation.contexts import read_contexts
-from llavakit_plugins.training.backbones.contrastive import ContrastiveOptions, clip_training
-from llavakit_plugins.training.backbones.loop import optimise
-from llavakit_plugins.training.backbones.text import TextOptions, documents, language_training
-from llavakit_plugins.training.backbones.tokenizer import train_tokenizer
+from llavakit_plugins.training.backbones.options import ContrastiveOptions, TextOptions
 
 _TOKENS = 60  # of a document, roughly: for plans only
 
@@ -40,6 +35,14 @@ class Backbones(Step):
         self.options = options
 
     def run(self, run: Run) -> Outcome:
+        import torch
+
+        from llavakit import save_model
+        from llavakit_plugins.training.backbones.contrastive import clip_training
+        from llavakit_plugins.training.backbones.loop import optimise
+        from llavakit_plugins.training.backbones.text import documents, language_training
+        from llavakit_plugins.training.backbones.tokenizer import train_tokenizer
+
         options = self.options
         files = [list(read_contexts(path)) for path in options.contexts]
         generator = run.build(options.generator)

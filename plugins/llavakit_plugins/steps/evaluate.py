@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from pydantic import Field
@@ -18,7 +18,6 @@ from llavakit import (
     DataError,
     Dataset,
     LlavaError,
-    LlavaModel,
     ModelError,
     Outcome,
     Question,
@@ -35,13 +34,13 @@ from llavakit.contracts.data import IMAGE
 from llavakit.contracts.model import Sampling
 from llavakit.contracts.run import Planner, ProcessGroup, StepPlan
 from llavakit.contracts.sections import Card, Gallery, Section, Table
-from llavakit_plugins.evaluation.answering import AnswerFile, Pace, ask
+from llavakit_plugins.evaluation.answer_files import AnswerFile
 from llavakit_plugins.evaluation.benchmarks.llava_bench import LlavaBench
 from llavakit_plugins.reporting.pictures import save_thumbnail
-from llavakit_plugins.training.corpus import Corpus
-from llavakit_plugins.training.features import Encoding
-from llavakit_plugins.training.initial import StartOptions, missing_model, sketch_start, start
-from llavakit_plugins.training.validation import held_out_loss
+from llavakit_plugins.training.starting import StartOptions, missing_model, sketch_start
+
+if TYPE_CHECKING:
+    from llavakit import LlavaModel
 
 _SUFFIX = {"sighted": "", "blind": "-blind"}
 
@@ -141,9 +140,11 @@ class Evaluate(Step):
         if options.init is None or options.changes:
             # only our own model can be changed;
             # any other layout (ONNX, for one) is loaded as it is, below
+            from llavakit_plugins.training.initial import start
+
             return start(run, options).eval()
         model = llavakit.load(options.init, device=run.device, **options.given)
-        if self.options.losses and not isinstance(model, LlavaModel):
+        if self.options.losses and not isinstance(model, llavakit.LlavaModel):
             raise ModelError(
                 f"{self.options.init} answers questions, but its layout tells no losses; leave "
                 "`losses` out"
@@ -154,6 +155,8 @@ class Evaluate(Step):
         self, run: Run, model: Any, questions: Sequence[Question], name: str
     ) -> tuple[AnswerFile, list[str]]:
         """Return the file of a benchmark's answers, and in the main process the answers of all."""
+        from llavakit_plugins.evaluation.answering import Pace, ask
+
         options, group = self.options, run.process_group
         model_id = options.model_id or str(options.init or run.directory.parent.name)
         path = run.directory / f"{name}.jsonl"
@@ -224,6 +227,10 @@ class Evaluate(Step):
         return Gallery(title=f"{name}: questions and answers", cards=cards)
 
     def _losses(self, run: Run, model: LlavaModel, metrics: dict[str, float]) -> Table:
+        from llavakit_plugins.training.corpus import Corpus
+        from llavakit_plugins.training.features import Encoding
+        from llavakit_plugins.training.validation import held_out_loss
+
         rows: list[list[str | float | int | None]] = []
         dtype = next(model.vision.parameters()).dtype
         data_sets = [run.build(use) for use in self.options.losses]

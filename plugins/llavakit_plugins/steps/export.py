@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from inspect import getattr_static, signature
+from typing import TYPE_CHECKING
 
 from pydantic import Field
 
@@ -11,7 +12,6 @@ import llavakit
 from llavakit import (
     Dataset,
     Exporter,
-    LlavaModel,
     ModelError,
     Outcome,
     Registry,
@@ -19,16 +19,17 @@ from llavakit import (
     Step,
     Use,
     explain_write,
-    save_model,
 )
 from llavakit.contracts.data import IMAGE, ImageSource
 from llavakit.contracts.model import Sampling
 from llavakit.contracts.run import Planner, StepPlan
 from llavakit.contracts.sections import Card, Gallery
-from llavakit_plugins.heatmaps.attention_maps import map_attention
 from llavakit_plugins.heatmaps.drawing import draw_attention_maps
 from llavakit_plugins.reporting.pictures import save_image, save_thumbnail
-from llavakit_plugins.training.initial import StartOptions, missing_model, sketch_start, start
+from llavakit_plugins.training.starting import StartOptions, missing_model, sketch_start
+
+if TYPE_CHECKING:
+    from llavakit import LlavaModel
 
 _LOOKS = (
     "Attention from the answer's tokens to the image's patches, the mean over layers and heads: "
@@ -58,6 +59,9 @@ class Export(Step):
         self.options = options
 
     def run(self, run: Run) -> Outcome:
+        from llavakit import save_model
+        from llavakit_plugins.training.initial import start
+
         model = start(run, self.options).eval()
         metrics: dict[str, float] = {}
         folder, read_back = run.directory / "model", True
@@ -119,7 +123,9 @@ class Export(Step):
             return {"model": True}
         read = Registry.installed().get(Exporter, options.format.use).load
         # a layout says by its type whether what it reads back is a model of ours
-        return {options.format.use: signature(read).return_annotation == LlavaModel.__name__}
+        return {
+            options.format.use: signature(read).return_annotation == llavakit.LlavaModel.__name__
+        }
 
     @classmethod
     def plan(cls, options: ExportOptions, planner: Planner) -> StepPlan | None:
@@ -132,6 +138,8 @@ class Export(Step):
         self, run: Run, model: LlavaModel, question: str, images: Sequence[ImageSource], name: str
     ) -> str:
         """Draw the attention maps; return the image's name in the step's folder."""
+        from llavakit_plugins.heatmaps.attention_maps import map_attention
+
         maps = map_attention(model, question, images, Sampling(self.options.max_new_tokens))
         path = run.directory / "heatmaps" / f"{name}.png"
         with explain_write(path):

@@ -12,7 +12,7 @@ from llavakit.contracts.sections import Table
 from llavakit_plugins.publishing.card import read_story, write_card
 from llavakit_plugins.publishing.layouts import lay_out
 from llavakit_plugins.publishing.push import check_name, missing_token, send_folder
-from llavakit_plugins.training.initial import StartOptions, missing_model, sketch_start, start
+from llavakit_plugins.training.starting import StartOptions, missing_model, sketch_start
 
 
 class PushOptions(StartOptions):
@@ -49,6 +49,8 @@ class Push(Step):
         self.options = options
 
     def run(self, run: Run) -> Outcome:
+        from llavakit_plugins.training.initial import start
+
         options = self.options
         model = start(run, options).eval()
         folder = run.directory / "upload"

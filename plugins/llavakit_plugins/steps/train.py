@@ -6,13 +6,10 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from llavakit import (
     Clip,
-    LlavaModel,
     ModelError,
     Outcome,
     Run,
@@ -21,22 +18,21 @@ from llavakit import (
     Step,
     Views,
     link_folder,
-    save_model,
 )
 from llavakit.contracts.data import IMAGE
 from llavakit.contracts.run import Planner, StepPlan
 from llavakit.contracts.sections import Card, Curves, Gallery, Section
 from llavakit_plugins.reporting.pictures import save_thumbnail
-from llavakit_plugins.training.answers import LastAnswer, both_answers
-from llavakit_plugins.training.features import preparation
-from llavakit_plugins.training.initial import missing_model, own_row, sketch_start, start_unread
-from llavakit_plugins.training.loop import Trainer
+from llavakit_plugins.training.division import parts_of_weights
 from llavakit_plugins.training.memory import device_memory, network_note
 from llavakit_plugins.training.options import TrainOptions
-from llavakit_plugins.training.parallel import parts_of_weights
 from llavakit_plugins.training.parts import PARTS, require_weights
-from llavakit_plugins.training.tokenised import corpus_of
+from llavakit_plugins.training.preparing import preparation
+from llavakit_plugins.training.starting import missing_model, own_row, sketch_start
 from llavakit_plugins.training.work import measure_work
+
+if TYPE_CHECKING:
+    from llavakit import LlavaModel
 
 _log = logging.getLogger("llavakit")
 _SHOWN = 6  # looks of the validation in the gallery
@@ -54,6 +50,13 @@ class TrainStep(Step):
         self.options = options
 
     def run(self, run: Run) -> Outcome:
+        # only now: a plan needs no torch
+        from llavakit import save_model
+        from llavakit_plugins.training.answers import LastAnswer, both_answers
+        from llavakit_plugins.training.initial import start_unread
+        from llavakit_plugins.training.loop import Trainer
+        from llavakit_plugins.training.tokenised import corpus_of
+
         options = self.options
         if options.precision == "bf16" and run.device.type == "cpu" and run.process_group.is_main:
             _log.warning(
@@ -277,6 +280,8 @@ def _explain_memory(remedy: str) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # torch's own on CUDA; on a CPU it raises nothing narrower
+        import torch
+
         full = isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
         if not full:
             raise

@@ -18,7 +18,7 @@ def llava_optimisers() -> Mapping[str, str]:
 def llava_objectives() -> Mapping[str, str]:
     return {
         "dpo": "llavakit_plugins.training.objectives:Dpo",
-        "next-token": "llavakit_plugins.training.objectives:NextToken",
+        "next-token": "llavakit_plugins.training.next_token:NextToken",
     }
 
 

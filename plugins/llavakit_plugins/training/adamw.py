@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 from pydantic import Field
 
 from llavakit import Options
 from llavakit_plugins.training.kinds import Group, Optimiser
+
+if TYPE_CHECKING:
+    import torch
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
@@ -34,6 +36,8 @@ class AdamW(Optimiser):
 
 def fused_adamw(groups: Sequence[Group], options: AdamWOptions) -> torch.optim.AdamW:
     """Return torch's AdamW of some groups, each at its own rate."""
+    import torch  # not before: plans ask only what its state takes
+
     tables: list[dict[str, Any]] = [
         {"params": [*group.named.values()], "lr": group.peak, "weight_decay": group.weight_decay}
         for group in groups

@@ -10,7 +10,8 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from llavakit import Component, LlavaModel, Run, Use
+from llavakit import Component, Run, Use
+from llavakit.contracts.model import LlavaModel
 
 
 @dataclass(frozen=True)

@@ -8,23 +8,19 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Generator, Iterable, Sequence
+from typing import Protocol
 
 import numpy as np
 import torch
-from pydantic import ValidationError
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset as TorchDataset
 
 from llavakit import (
-    Build,
     LlavaError,
     LlavaModel,
     PackedBatch,
     Run,
-    TrainingError,
-    Use,
     VisionEncoder,
 )
 from llavakit.contracts.packing import upload
@@ -33,35 +29,13 @@ from llavakit_plugins.training.corpus import Corpus
 from llavakit_plugins.training.encoding import distinct_images, encode_images
 from llavakit_plugins.training.feature_cache import Kept
 from llavakit_plugins.training.options import TrainOptions
+from llavakit_plugins.training.preparing import preparation
 
 _START = "fork" if sys.platform == "linux" else "spawn"
 _MOST_WORKERS = 8
 _LOOKED_AT = 1 << 20  # samples whose images are looked at together
 CACHE_BYTES = 4 << 30
 """Most bytes of CPU memory that the cache may take when nothing is stated."""
-
-
-def preparation(model: LlavaModel, changes: Mapping[str, Any], build: Build) -> VisionEncoder:
-    """Return the encoder whose `prepare` is used: the model's, or a copy with changed options.
-
-    A copy is built on the meta device and has no weights. Raises TrainingError if the encoder has
-    no such options, or if they change the size of the images that it reads.
-    """
-    if not changes:
-        return model.vision
-    choice = {**model.choices["vision"], **changes}
-    try:
-        with torch.device("meta"):
-            changed = build(Use[VisionEncoder].model_validate(choice), shapes=True)
-    except ValidationError as error:
-        found = "; ".join(f"`{'.'.join(map(str, e['loc']))}`: {e['msg']}" for e in error.errors())
-        raise TrainingError(f"`prepare` of `{model.vision.name}`: {found}; fix it") from error
-    if changed.image_size != model.vision.image_size:
-        raise TrainingError(
-            f"`prepare` changes the size of images to {changed.image_size}, but the encoder reads "
-            f"{model.vision.image_size}; change it under [model.vision]"
-        )
-    return changed
 
 
 def features_of(corpus: Corpus, model: LlavaModel, options: TrainOptions, run: Run) -> Features:

@@ -27,6 +27,7 @@ from llavakit_plugins.huggingface.unread import Unread
 from llavakit_plugins.training.callbacks import Callbacks
 from llavakit_plugins.training.checkpoints import Best, Checkpoints
 from llavakit_plugins.training.corpus import Batch, Corpus
+from llavakit_plugins.training.division import parts_of_weights
 from llavakit_plugins.training.feature_cache import Kept
 from llavakit_plugins.training.features import Cached, features_of
 from llavakit_plugins.training.initial import start_with
@@ -40,7 +41,6 @@ from llavakit_plugins.training.parallel import (
     drop_zeros,
     no_images,
     own_micros,
-    parts_of_weights,
     shard,
     sum_gradients,
 )

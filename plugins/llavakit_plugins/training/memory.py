@@ -9,8 +9,8 @@ from math import ceil
 
 from llavakit import PARTS
 from llavakit.contracts.run import Planner
+from llavakit_plugins.training.division import parts_of_weights
 from llavakit_plugins.training.options import TrainOptions
-from llavakit_plugins.training.parallel import parts_of_weights
 
 _SINGLE = 4  # bytes of float32, in which weights learn and gradients are summed
 _GATHERED = 2

@@ -1,4 +1,4 @@
-"""The built-in objectives: the next token, and the better one of two answers."""
+"""An objective that compares: the better one of two answers."""
 
 from __future__ import annotations
 
@@ -15,16 +15,6 @@ from llavakit import LanguageModel, Options
 from llavakit_plugins.training.kinds import Objective, Predicted
 
 _LOGITS = 1 << 25  # that exist at one time
-
-
-class NextToken(Objective):
-    """The cross-entropy of each supervised token: instruction tuning, as in the paper."""
-
-    name = "next-token"
-
-    def loss(self, predicted: Predicted) -> tuple[Tensor, Sequence[Tensor]]:
-        # by the language model itself, which may have a kernel that fuses its head with the loss
-        return predicted.language.loss(predicted.hidden_ME, predicted.targets_M), ()
 
 
 class DpoOptions(Options):

@@ -11,8 +11,8 @@ from pydantic import Field, field_validator, model_validator
 from llavakit import Dataset, Options, PromptTemplate, Tiling, Use
 from llavakit_plugins.training.adamw import Beta
 from llavakit_plugins.training.callbacks import Callback
-from llavakit_plugins.training.initial import StartOptions
 from llavakit_plugins.training.kinds import Objective, Optimiser, Schedule
+from llavakit_plugins.training.starting import StartOptions
 
 Part = Literal["vision", "connector", "language"]
 

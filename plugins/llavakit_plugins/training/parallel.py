@@ -14,11 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from llavakit import LlavaModel, TrainingError
+from llavakit import LlavaModel
 from llavakit.contracts.run import ProcessGroup
 from llavakit_plugins.huggingface.unread import Unread, read_shares
 from llavakit_plugins.training.corpus import Corpus
-from llavakit_plugins.training.options import TrainOptions
 
 
 class Micro(NamedTuple):
@@ -60,41 +59,6 @@ def deal(lengths: Sequence[int], size: int) -> list[list[int]]:
         groups[least].append(index)
         totals[least] += lengths[index]
     return [sorted(group) for group in groups]
-
-
-def parts_of_weights(model: LlavaModel, options: TrainOptions, devices: int) -> int:
-    """Return into how many parts the weights are divided; 1 where each device holds all of them.
-
-    Raises TrainingError if the recipe asks for what this model or number of devices does not allow.
-    """
-    parallel = options.parallel
-    if devices == 1:
-        return 1
-    if parallel is not None:
-        parts = devices // parallel.replicate if parallel.shard == "all" else parallel.shard
-        if parts * parallel.replicate != devices:
-            shown = "all" if parallel.shard == "all" else parts
-            raise TrainingError(
-                f"`parallel = {{ replicate = {parallel.replicate}, shard = {shown} }}` does not "
-                f"make up {devices} devices; replicate times shard is their number"
-            )
-    else:
-        asked = options.shard or (options.shard is None and options.train.keys() - {"connector"})
-        parts = devices if asked else 1
-    if parts == 1 or not _in_four_bits(model):
-        return parts
-    if parallel is not None or options.shard:
-        # bitsandbytes keeps the scales beside the tensor, and FSDP2 would divide the tensor alone
-        raise TrainingError(
-            "weights of 4 bits cannot be divided among devices; set shard = false, or take "
-            "`quantize` out"
-        )
-    return 1
-
-
-def _in_four_bits(model: LlavaModel) -> bool:
-    planned = model.choices["language"].get("quantize") is not None
-    return planned or not all(p.is_floating_point() for p in model.language.parameters())
 
 
 def shard(

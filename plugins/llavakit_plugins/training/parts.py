@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor, nn
-
-from llavakit import LlavaModel, TrainingError
+from llavakit import TrainingError
 from llavakit_plugins.training.kinds import Group
 from llavakit_plugins.training.options import TrainOptions
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from llavakit import LlavaModel
 
 PARTS = ("vision", "connector", "language")
 
@@ -60,6 +64,8 @@ class Parts:
     """
 
     def __init__(self, model: LlavaModel, options: TrainOptions, *, remember: bool) -> None:
+        import torch  # not before: plans ask only for weights that learn
+
         self.model, self.options = model, options
         self._before: dict[str, dict[str, _Before]] = {}
         half = torch.bfloat16 if options.precision == "bf16" else torch.float32

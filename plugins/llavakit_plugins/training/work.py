@@ -8,10 +8,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
+import numpy as np
 
-from llavakit import PARTS, LlavaModel, pick_device
+from llavakit import PARTS
+
+if TYPE_CHECKING:
+    from llavakit import LlavaModel
 
 _PEAKS = {  # 10^12/s of dense bfloat16 products, by NVIDIA's data sheets; the first name that fits
     "B200": 2250, "GH200": 989, "H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989,
@@ -96,13 +100,31 @@ def work_of(model: LlavaModel, train: Collection[str]) -> Work:
 
 def measure_tflops(name: str) -> float:
     """Return the rate of a recipe's `device`, sustained: in float32 on a CPU, bfloat16 on CUDA."""
-    kind = "cpu" if name == "cpu" else pick_device("auto").type
-    size, dtype = (8192, torch.bfloat16) if kind == "cuda" else (768, torch.float32)
-    left, right = (torch.randn(size, size, device=kind, dtype=dtype) for _ in range(2))
+    size, multiply = _numpy_product() if name == "cpu" else _torch_product()
     seconds = []
     for _ in range(4):
         begun = time.perf_counter()
-        (left @ right)[0, 0].item()  # waits for a GPU
+        multiply()
         seconds.append(time.perf_counter() - begun)
     share = 0.5  # what training reaches of a bare matrix product, roughly
     return share * 2 * size**3 / min(seconds) / 1e12
+
+
+def _numpy_product() -> tuple[int, Callable[[], object]]:
+    """Return a size of matrices and what multiplies such: plans for a CPU import no torch."""
+    size = 768
+    left, right = np.random.default_rng(0).standard_normal((2, size, size), dtype=np.float32)
+    return size, lambda: left @ right
+
+
+def _torch_product() -> tuple[int, Callable[[], object]]:
+    import torch
+
+    from llavakit import pick_device
+
+    kind = pick_device("auto").type
+    if kind == "cpu":
+        return _numpy_product()
+    size, dtype = (8192, torch.bfloat16) if kind == "cuda" else (768, torch.float32)
+    left, right = (torch.randn(size, size, device=kind, dtype=dtype) for _ in range(2))
+    return size, lambda: (left @ right)[0, 0].item()  # waits for a GPU

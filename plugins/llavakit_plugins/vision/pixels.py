@@ -21,7 +21,7 @@ from llavakit_plugins.huggingface.json_files import (
     read_json,
     shown,
 )
-from llavakit_plugins.vision.preprocessing import MEAN, RGB, STD, Aspect, Interpolation, Square
+from llavakit_plugins.vision.square import MEAN, RGB, STD, Aspect, Interpolation, Square
 
 
 class Pixels(NamedTuple):

@@ -8,7 +8,6 @@ torchvision backend. They are not used themselves, because they are slower
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -20,35 +19,19 @@ from torch.nn import functional
 from llavakit_plugins.media.pixel_memory import pixels_of
 from llavakit_plugins.media.resizing import pad_and_resize, resize_middle
 from llavakit_plugins.media.thin_images import (
-    RGB as RGB,
     pad_to_square as pad_to_square,
     without_ends as without_ends,
 )
+from llavakit_plugins.vision.square import (
+    MEAN as MEAN,
+    RGB as RGB,
+    STD as STD,
+    TORCH_FILTERS as TORCH_FILTERS,
+    Interpolation,
+    Square as Square,
+)
 
-Aspect = Literal["crop", "pad", "squash"]
-Backend = Literal["pil", "torchvision"]
-Interpolation = Literal["nearest", "lanczos", "bilinear", "bicubic", "box", "hamming"]
-
-TORCH_FILTERS = ("bilinear", "bicubic")  # those that PyTorch's kernel for bytes has
 _TRIED, _OFF = 8, 1 / 16  # pixels beyond what is kept, and how far off a whole one they may be
-
-MEAN: RGB = (0.48145466, 0.4578275, 0.40821073)
-"""Mean of each colour over CLIP's training images; values are 0..1."""
-STD: RGB = (0.26862954, 0.26130258, 0.27577711)
-
-
-class Square(NamedTuple):
-    """How an image becomes a square of `size` pixels."""
-
-    size: int
-    aspect: Aspect
-    mean: RGB
-    std: RGB
-    interpolation: Interpolation = "bicubic"
-    fast: bool = False
-    """Whether large images are first shrunk by averaging whole blocks: faster, and not exact."""
-    backend: Backend = "pil"
-    """Whose pixels they are, to the last bit: transformers' processors have two backends."""
 
 
 def to_square(image: Image.Image, square: Square) -> Tensor:

@@ -7,17 +7,11 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from llavakit_plugins.vision.preprocessing import Aspect
-from llavakit_plugins.vision.vision_transformer import TransformersEncoder, TransformersOptions
+from llavakit_plugins.vision.options import SiglipOptions as SiglipOptions
+from llavakit_plugins.vision.vision_transformer import TransformersEncoder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-
-class SiglipOptions(TransformersOptions):
-    """Options of `siglip`. SigLIP was trained on squashed images, hence the other default."""
-
-    aspect: Aspect = "squash"
 
 
 class Siglip(TransformersEncoder):

@@ -19,7 +19,8 @@ from torch import Tensor
 from llavakit_plugins.huggingface.hub import quietly
 from llavakit_plugins.huggingface.naflex import patch_grid
 from llavakit_plugins.media.pixel_memory import pixels_of
-from llavakit_plugins.vision.preprocessing import RGB, Interpolation, normalise
+from llavakit_plugins.vision.preprocessing import normalise
+from llavakit_plugins.vision.square import RGB, Interpolation
 from llavakit_plugins.vision.vision_transformer import TransformersEncoder
 
 if TYPE_CHECKING:

@@ -19,8 +19,10 @@ from torch import Tensor
 from llavakit import ModelError, did_you_mean
 from llavakit_plugins.huggingface.hub import PretrainedOptions, missing_source
 from llavakit_plugins.huggingface.products import ProductOptions, choose_products
-from llavakit_plugins.vision.preprocessing import Aspect, pad_to_square, shrink, without_ends
-from llavakit_plugins.vision.vision_transformer import EncoderOptions, VisionTransformer
+from llavakit_plugins.vision.options import EncoderOptions
+from llavakit_plugins.vision.preprocessing import pad_to_square, shrink, without_ends
+from llavakit_plugins.vision.square import Aspect
+from llavakit_plugins.vision.vision_transformer import VisionTransformer
 
 
 class TimmOptions(EncoderOptions, ProductOptions):

@@ -15,123 +15,48 @@ import warnings
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, Self, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
 
 import torch
 from PIL import Image
-from pydantic import Field
 from torch import Tensor, nn
 
-from llavakit import ModelError, Options, VisionEncoder
+from llavakit import ModelError, VisionEncoder
 from llavakit_plugins.huggingface.filling import fill
 from llavakit_plugins.huggingface.hub import (
-    PretrainedOptions,
     explain_config,
     fetch_config,
     fetch_folder,
-    find_file,
     missing_source,
     quietly,
     read_config,
 )
-from llavakit_plugins.huggingface.json_files import read_json
-from llavakit_plugins.huggingface.products import ProductOptions, choose_products
+from llavakit_plugins.huggingface.products import choose_products
 from llavakit_plugins.huggingface.unread import being_left
 from llavakit_plugins.huggingface.weights import Weights
-from llavakit_plugins.vision.pixels import colour_of, filter_of
-from llavakit_plugins.vision.preprocessing import (
-    MEAN,
-    RGB,
-    STD,
-    TORCH_FILTERS,
-    Aspect,
-    Backend,
-    Interpolation,
-    Square,
-    to_square,
+from llavakit_plugins.vision.options import (
+    PROCESSOR,
+    ChosenLayers,
+    TransformersOptions as TransformersOptions,
+    read_processor,
 )
+from llavakit_plugins.vision.preprocessing import to_square
+from llavakit_plugins.vision.square import MEAN, RGB, STD, TORCH_FILTERS, Interpolation, Square
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-Spread = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-
-
-class EncoderOptions(Options):
-    """Options of every vision transformer: which features it gives, and from which pixels."""
-
-    layer: int | Annotated[tuple[int, ...], Field(min_length=1)] = -2
-    """The layer whose output is used, as in `hidden_states[layer]`: 0 is the embedding, -1 the last
-    layer. LLaVA uses -2. Of several, `[-2, -5]`, the features are joined side by side."""
-    norm: bool = False
-    """Whether the encoder's final normalisation is applied to that output."""
-    select: Literal["patch", "cls_patch"] = "patch"
-    """`cls_patch` keeps the class token and the registers as visual tokens before the patches."""
-    mean: RGB | None = None
-    """Mean of each colour, of values 0..1; by default the value that comes with the weights."""
-    std: tuple[Spread, Spread, Spread] | None = None
-    interpolation: Interpolation | None = None
-    fast: bool = False
-    """Decode JPEGs at a fraction of their size and shrink other images in blocks: several times
-    faster, and 2 to 3 of 255 levels off on average."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-
-
-class VisionTransformer(VisionEncoder):
+class VisionTransformer(ChosenLayers, VisionEncoder):
     """A transformer over patches. Layers behind the chosen one keep their weights but do not run.
 
     They stay, so that a saved encoder is a whole one and another layer can be chosen later.
     """
 
-    def choose(self, options: EncoderOptions, layers: int) -> None:
-        """Set `depths`, the layers whose features are joined, `depth`, the number of layers to run,
-        and which prefix tokens are kept.
-
-        `layers` is the number of layers of the network. Raises ModelError if a chosen layer does
-        not exist, or if `cls_patch` is selected without a class token.
-        """
-        chosen = options.layer if isinstance(options.layer, tuple) else (options.layer,)
-        for layer in chosen:
-            if not -layers - 1 <= layer <= layers:
-                raise ModelError(
-                    f"vision encoder `{self.name}` has {layers} layers, so `layer = {layer}` "
-                    f"names none; use {-layers - 1} to {layers}"
-                )
-        # layer 0 is the embeddings; -1 the last layer, as in transformers
-        self.depths = tuple(layer % (layers + 1) for layer in chosen)
-        self.depth = max(self.depths)
-        self.normalised = options.norm
-        self.kept = 0
-        if options.select == "cls_patch":
-            if not self.prefix_tokens:
-                raise ModelError(
-                    f"vision encoder `{self.name}` has no class token, so `select = "
-                    '"cls_patch"` asks for nothing; use "patch"'
-                )
-            # what is kept is not stripped by the core
-            self.kept, self.prefix_tokens = self.prefix_tokens, 0
-
     @staticmethod
     def joined(features: Sequence[Tensor]) -> Tensor:
         """Return the features `[B, P, D]` of several layers side by side."""
         return features[0] if len(features) == 1 else torch.cat(list(features), dim=-1)
-
-
-class TransformersOptions(PretrainedOptions, EncoderOptions, ProductOptions):
-    """Options of an encoder from transformers."""
-
-    aspect: Aspect = "crop"
-    """Crop the middle square, pad to a square with the mean colour, or squash to a square."""
-    backend: Backend = "pil"
-    """Whose pixels an image gives, to the last bit: those of transformers' processors with the PIL
-    backend, or with torchvision, its default, up to a level of 255 apart, and about 1.5 times as
-    fast here. What a model learned from it should be asked with."""
-
-    def alone(self) -> Self:
-        given = {k: v for k, v in _read_processor(self)._asdict().items() if v is not None}
-        stated = {name: value for name, value in self if name in given and value is not None}
-        return super().alone().model_copy(update=given | stated)
 
 
 class TransformersEncoder(VisionTransformer):
@@ -197,7 +122,7 @@ class TransformersEncoder(VisionTransformer):
         self.choose(options, config.num_hidden_layers)
         self.width: int = config.hidden_size * len(self.depths)
         self.image_size, self.patch_size = self.edges(config)
-        given = _read_processor(options)
+        given = read_processor(options)
         self.square = Square(
             self.image_size,
             options.aspect,
@@ -267,7 +192,7 @@ class TransformersEncoder(VisionTransformer):
         with quietly():
             self.model.save_pretrained(folder)
         table = _processor(self.square)
-        (folder / _PROCESSOR).write_text(json.dumps(table, indent=2), encoding="utf-8")
+        (folder / PROCESSOR).write_text(json.dumps(table, indent=2), encoding="utf-8")
 
     @classmethod
     def missing(cls, options: TransformersOptions) -> str | None:
@@ -313,25 +238,6 @@ def vision_state(folder: Path, dtype: torch.dtype | None) -> dict[str, Tensor]:
 
 
 # -- preprocessor_config.json ----------------------------------------------------------------------
-
-_PROCESSOR = "preprocessor_config.json"
-
-
-class _Given(NamedTuple):
-    """What the source's preprocessor_config.json states; None for what it leaves out."""
-
-    mean: RGB | None = None
-    std: RGB | None = None
-    interpolation: Interpolation | None = None
-
-
-def _read_processor(options: TransformersOptions) -> _Given:
-    found = None if options.source is None else find_file(options, _PROCESSOR)
-    if found is None:
-        return _Given()
-    table = read_json(found)
-    mean, std = (colour_of(table, key, found) for key in ("image_mean", "image_std"))
-    return _Given(mean, std, filter_of(table, found))
 
 
 def _processor(square: Square) -> dict[str, Any]:

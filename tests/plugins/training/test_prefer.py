@@ -27,7 +27,8 @@ from llavakit_plugins.training.answers import LastAnswer, both_answers
 from llavakit_plugins.training.corpus import Corpus
 from llavakit_plugins.training.kinds import Objective
 from llavakit_plugins.training.measure import Measure, entry_of
-from llavakit_plugins.training.objectives import Dpo, DpoOptions, NextToken, sample_logprobs
+from llavakit_plugins.training.next_token import NextToken
+from llavakit_plugins.training.objectives import Dpo, DpoOptions, sample_logprobs
 from llavakit_plugins.training.testing import ObjectiveContract
 
 

@@ -6,23 +6,22 @@ Shapes: B images in a batch, and as many captions.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from llavakit import ImageContext, ModelError, Run, Use, VisionEncoder, read_pixels
+from llavakit import ImageContext, ModelError, Run, VisionEncoder, read_pixels
 from llavakit_plugins.datasets.image_files import inside
 from llavakit_plugins.generation.scenes import FAMILY
 from llavakit_plugins.huggingface.products import choose_products
-from llavakit_plugins.training.backbones.distortions import Distortions
-from llavakit_plugins.training.backbones.loop import CLIPS_ADAMW, Training, shuffled
-from llavakit_plugins.training.kinds import Group, Optimiser
+from llavakit_plugins.training.backbones.loop import Training, shuffled
+from llavakit_plugins.training.backbones.options import ContrastiveOptions
+from llavakit_plugins.training.kinds import Group
 from llavakit_plugins.training.optimiser import Rates, Updates
 from llavakit_plugins.training.schedules import Cosine, FallingOptions
 
@@ -30,33 +29,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 _MAX_SCALE = math.log(100)  # CLIP's limit on the logit scale, "to prevent training instability"
-
-
-class ContrastiveOptions(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    text: Mapping[str, Any] = Field(
-        default_factory=lambda: {
-            "hidden_size": 64,
-            "intermediate_size": 128,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-        }
-    )
-    """Configuration of the text half, as in a config.json. It is discarded after the training."""
-    steps: int = Field(default=1200, ge=1)
-    batch_size: int = Field(default=64, ge=2)
-    """Images in a batch. Families of eight neighbours in the data stay together in a batch."""
-    lr: float = Field(default=1e-3, gt=0)
-    weight_decay: float = Field(default=0.05, ge=0)
-    optimiser: Use[Optimiser] = CLIPS_ADAMW
-    warmup: float = Field(default=0.05, ge=0, lt=1)
-    first: float = Field(default=0.0, ge=0, lt=1)
-    """Share of the steps that use only the first file of contexts (the easier ones), 0 to 1."""
-    distortions: Distortions | None = None
-    """Random changes of each patch at each step, against learning few images by heart."""
-    loudness: float = Field(default=0.4, gt=0)
-    """Standard deviation of new embeddings. The usual 0.02 is too small for a short training."""
 
 
 def clip_training(

@@ -5,12 +5,14 @@ Shapes: B images of H x W pixels; N patches of E x E pixels.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import numpy.typing as npt
-import torch
 from pydantic import BaseModel, ConfigDict, Field
-from torch import Tensor
-from torch.nn import functional as F
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Distortions(BaseModel):
@@ -33,6 +35,9 @@ class Distortions(BaseModel):
         A patch keeps its place, so whatever a caption says of places stays true. What lies outside
         of a patch is the pixel at its edge. Patches of one colour stay as they are.
         """
+        import torch  # not before: plans only check the limits
+        from torch.nn import functional as F
+
         changed_B3HW = pixels_B3HW.clone()
         # a view: what is written to it is written to the images
         views_BRC3EE = changed_B3HW.unfold(2, edge, edge).unfold(3, edge, edge)

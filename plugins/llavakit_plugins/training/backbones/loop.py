@@ -16,16 +16,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from llavakit import Run, Stopped, TrainingError, Use
+from llavakit import Run, Stopped, TrainingError
 from llavakit_plugins.training.checkpoints import Checkpoints
-from llavakit_plugins.training.kinds import Optimiser
 from llavakit_plugins.training.optimiser import Updates
 
 _CHECKPOINT_EVERY = 200
 _LOG_EVERY = 20
-
-CLIPS_ADAMW = Use[Optimiser].model_validate({"use": "adamw", "betas": (0.9, 0.98)})
-"""The optimiser of CLIP (arXiv 2103.00020, table 18)."""
 
 Losses = list[tuple[int, float]]
 """Steps, from 1, and their losses."""

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from llavakit import (
@@ -19,13 +18,13 @@ from llavakit import (
     PromptTemplate,
     Run,
     Segment,
-    Use,
     pack,
     tokenise,
 )
 from llavakit.contracts.data import IMAGE, ResponseKind
-from llavakit_plugins.training.backbones.loop import CLIPS_ADAMW, Training, shuffled
-from llavakit_plugins.training.kinds import Group, Optimiser
+from llavakit_plugins.training.backbones.loop import Training, shuffled
+from llavakit_plugins.training.backbones.options import TextOptions
+from llavakit_plugins.training.kinds import Group
 from llavakit_plugins.training.optimiser import Rates, Updates
 from llavakit_plugins.training.schedules import Cosine, FallingOptions
 
@@ -41,18 +40,6 @@ _KINDS: tuple[ResponseKind | None, ...] = (
     "detail",
     "reasoning",
 )
-
-
-class TextOptions(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    steps: int = Field(default=500, ge=1)
-    batch_size: int = Field(default=48, ge=1)
-    """Documents of a step."""
-    lr: float = Field(default=3e-3, gt=0)
-    weight_decay: float = Field(default=0.05, ge=0)
-    optimiser: Use[Optimiser] = CLIPS_ADAMW
-    warmup: float = Field(default=0.05, ge=0, lt=1)
 
 
 Document = list[Segment]

@@ -1,0 +1,1 @@
+"""Plans without PyTorch: the shapes of the built-in networks, by arithmetic."""
