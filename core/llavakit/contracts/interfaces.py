@@ -6,7 +6,6 @@ be looked at, and files scored, without it.
 
 from __future__ import annotations
 
-import asyncio
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -61,8 +60,9 @@ class ChatModel(Component):
 
         Raises ChatError where no request would be answered, ReplyError where this one is not.
         """
-        # it may wait for seconds, and others must go on
-        return Reply(await asyncio.to_thread(self.complete, messages))
+        from asyncio import to_thread  # it may wait for seconds, and others must go on
+
+        return Reply(await to_thread(self.complete, messages))
 
     def count(self, messages: Sequence[Message]) -> int:
         """Return how many tokens a request has; here a guess of four bytes a token."""

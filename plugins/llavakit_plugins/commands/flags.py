@@ -93,6 +93,10 @@ def load_model(
 
         if runtime.recognises(path):  # first: all other layouts need torch, which takes seconds
             return runtime.load(path, device=device)
+    if arguments.program:
+        from llavakit_plugins.commands.importing import import_parts
+
+        import_parts(path)
     import llavakit
 
     return llavakit.load(
