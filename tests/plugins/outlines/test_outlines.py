@@ -60,6 +60,7 @@ LANGUAGES: dict[str, dict[str, Any]] = {
     "all biases": {"config": {**TEXT, "mlp_bias": True, "attention_bias": True, "head_dim": 16}},
     "a shorter context": {"config": TEXT, "max_length": 32},
     "half precision": {"config": TEXT, "dtype": "bfloat16"},
+    "oneDNN": {"config": TEXT, "products": "onednn"},
     "the defaults": {"config": {"num_hidden_layers": 2}},
     "named": {"source": "lmsys/vicuna-13b-v1.3", "dtype": "bfloat16", "max_length": 2048},
     "named, changed": {"source": "lmsys/vicuna-7b-v1.5", "config": {"vocab_size": 32064}},
@@ -87,6 +88,7 @@ ENCODERS: dict[str, dict[str, Any]] = {
     "several layers": {"config": SEEN, "layer": [-2, -1, 1]},
     "the embeddings": {"config": SEEN, "layer": 0},
     "half precision": {"config": SEEN, "dtype": "float16"},
+    "oneDNN": {"config": SEEN, "products": "onednn"},
     "torchvision": {"config": SEEN, "backend": "torchvision"},
 }
 CLIPS = {
