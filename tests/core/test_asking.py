@@ -18,14 +18,14 @@ PAGE = Path(__file__).parents[2] / "docs" / "asking.md"
 
 def test_the_code_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     blocks = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.M | re.S)
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     model = make_model(
         {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
          "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 64,
          "max_position_embeddings": 1024},
         tiling={"use": "single", "video": {"frames": 4}},
     )  # fmt: skip
-    monkeypatch.setattr(llavakit, "load", lambda _: model)
+    monkeypatch.setattr(llavakit, "load", lambda _, **__: model)
     monkeypatch.chdir(tmp_path)
     Image.new("RGB", (40, 30), "red").save("photo.jpg")
     write_video(Path("clip.mp4"), greys(6))

@@ -41,6 +41,7 @@ class Watch:
         self._pause = min(_MOST_SECONDS, self._limit / 10)
         self._now: tuple[int, str] = (0, WAITING)
         self._at = time.monotonic()
+        self._count = 0  # of the signs that it gave
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -74,32 +75,40 @@ class Watch:
         self._now, self._at = (step, what), time.monotonic()
 
     def _look(self) -> None:
-        count = 0
         while not self._ended.wait(self._pause):
-            count += 1
             stuck = time.monotonic() - self._at > self._limit
             try:
-                self._store.set(str(self._rank), json.dumps([count, *self._now]))
+                self._sign()
                 if stuck:
                     self._end()
             except RuntimeError:  # the store went with its process: torchrun ends this one, too
                 if stuck:
                     os._exit(2)
 
+    def _sign(self) -> None:
+        self._count += 1
+        self._store.set(str(self._rank), json.dumps([self._count, *self._now]))
+
+    def _wait(self, pauses: int) -> None:
+        """Wait, and go on giving signs: the others look for them now, too."""
+        for _ in range(2 * pauses):
+            time.sleep(self._pause / 2)
+            self._sign()
+
     def _end(self) -> None:
         """Name who is behind, and leave."""
         before = self._signs()
-        time.sleep(2.5 * self._pause)
+        self._wait(3)
         if time.monotonic() - self._at < self._limit:
             return
         after = self._signs()
         silent = [rank for rank, sign in after.items() if sign[0] == before[rank][0]]
         silent = [rank for rank in silent if rank != self._rank]
-        behind = silent or [rank for rank, (_, _, what) in after.items() if what != WAITING]
+        behind = [rank for rank in after if rank in silent or after[rank][2] != WAITING]
         step = self._now[0]
         says = next(rank for rank in after if rank not in silent)
         if self._rank != says:  # one says it for all, unless it is slow to
-            time.sleep(5 * self._pause)
+            self._wait(5)
         named = "; ".join(
             f"rank {rank}, last seen {after[rank][2]} in step {after[rank][1]},"
             + (" gives no sign of life" if rank in silent else " does not go on")
