@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from pydantic import Field
 
 from llavakit_plugins.training.adamw import AdamWOptions, Beta, fused_adamw
 from llavakit_plugins.training.kinds import Group, Optimiser
-from llavakit_plugins.training.muon_stacked import StackedMuon
+
+if TYPE_CHECKING:
+    import torch
 
 
 class MuonOptions(AdamWOptions):
@@ -40,6 +41,10 @@ class Muon(Optimiser):
     state_bytes = 4.0
 
     def optimizers(self, groups: Sequence[Group]) -> Sequence[torch.optim.Optimizer]:
+        import torch  # not before: plans ask only what its state takes
+
+        from llavakit_plugins.training.muon_stacked import StackedMuon
+
         tables: list[dict[str, Any]] = []
         others: list[Group] = []
         for group in groups:
