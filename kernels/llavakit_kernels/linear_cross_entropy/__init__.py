@@ -108,8 +108,7 @@ def linear_cross_entropy(
             # any valid class does: these rows have the weight 0,
             # but their loss is read before it is multiplied
             targets = targets.long().where(counts, 0)
-            own = impl == "onednn"
-            loss = _chunked(hidden, weight, bias, targets, row_weights, chunk_rows, own)
+            loss = _chunked(hidden, weight, bias, targets, row_weights, chunk_rows, impl)
     return loss if reduction == "sum" else loss / row_weights.sum()
 
 
@@ -120,7 +119,7 @@ def _chunked(
     targets: Tensor,
     row_weights: Tensor,
     chunk_rows: int | None,
-    by_onednn: bool,
+    impl: str,
 ) -> Tensor:
     learns = torch.is_grad_enabled()
     loss: Tensor = torch.ops.llavakit.linear_cross_entropy(
@@ -133,7 +132,7 @@ def _chunked(
         learns and hidden.requires_grad,
         learns and weight.requires_grad,
         learns and bias is not None and bias.requires_grad,
-        by_onednn,
+        impl,
     )[0]
     return loss
 
@@ -149,11 +148,11 @@ def _forward(
     for_hidden: bool,
     for_weight: bool,
     for_bias: bool,
-    by_onednn: bool = False,
+    impl: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     needs = reference.Needs(for_hidden, for_weight, for_bias)
     given = (hidden, weight, bias, targets, row_weights)
-    return reference.forward(*given, needs, chunk_rows, by_onednn)
+    return reference.forward(*given, needs, chunk_rows, impl)
 
 
 @_forward.register_fake
@@ -167,7 +166,7 @@ def _(
     for_hidden: bool,
     for_weight: bool,
     for_bias: bool,
-    by_onednn: bool = False,
+    impl: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     (M, E), V = hidden.shape, weight.shape[0]
     one_chunk = chunk_rows >= M
@@ -182,7 +181,7 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, weight, _, _, row_weights, chunk_rows, *_, ctx.by_onednn = inputs
+    hidden, weight, _, _, row_weights, chunk_rows, *_, ctx.impl = inputs
     # only the loss has a gradient; the other outputs are the gradients computed in the forward
     ctx.mark_non_differentiable(*output[1:])
     # otherwise autograd would fill zeros of up to [M, V] for the outputs that have no gradient
@@ -207,7 +206,7 @@ def _backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor 
         pass
     elif ctx.one_chunk:
         logits_grad, row_weights, hidden, weight = ctx.saved_tensors
-        matmul = onednn.matmul if ctx.by_onednn else torch.matmul
+        matmul = onednn.chosen(ctx.impl)[1]
         scale = (grad * row_weights).to(logits_grad.dtype)
         if for_hidden:
             gradients[0] = matmul(logits_grad, weight) * scale[:, None]

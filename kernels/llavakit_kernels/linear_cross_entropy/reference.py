@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from llavakit_kernels import onednn
 
@@ -47,7 +46,7 @@ def forward(
     row_weights: Tensor,
     needs: Needs,
     rows: int,
-    by_onednn: bool = False,
+    impl: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the weighted sum of the rows' losses, and the gradients or what gives them.
 
@@ -55,8 +54,7 @@ def forward(
     If one chunk of `rows` holds all: (loss, [0], [0], [0], the logits' gradient [M, V]).
     Otherwise: (loss, hidden's gradient [M, E], weight's [V, E], bias's [V], [0]).
     """
-    linear = onednn.linear if by_onednn else F.linear
-    matmul = onednn.matmul if by_onednn else torch.matmul
+    linear, matmul = onednn.chosen(impl)
     M = hidden.shape[0]
     kept = row_weights.dtype
     loss = torch.zeros((), dtype=kept, device=hidden.device)
@@ -78,7 +76,7 @@ def forward(
         scale = row_weights[part].to(hidden.dtype)
         if needs.hidden:
             product = hidden_grad[part]
-            if by_onednn:
+            if impl == "onednn":
                 product.copy_(onednn.matmul(logits_grad, weight))
             else:
                 torch.mm(logits_grad, weight, out=product)
@@ -86,7 +84,7 @@ def forward(
         if needs.weight:
             scaled = hidden[part] * scale[:, None]
             # in place, without another [V, E] for the product; `addmm_` needs equal dtypes
-            if weight_grad.dtype == weight.dtype and not by_onednn:
+            if weight_grad.dtype == weight.dtype and impl != "onednn":
                 weight_grad.addmm_(logits_grad.t(), scaled)
             else:
                 weight_grad += matmul(logits_grad.t(), scaled)

@@ -114,7 +114,6 @@ def change_parts(model: LlavaModel, changes: Mapping[str, Mapping[str, Any]]) ->
     if not changes:
         return model
     changed = type(model)(  # a model, or a plan's outline of one
-
         **parts, template=model.template, choices=choices,
         tiling=model.tiling, image_newline=model.image_newline,
     )  # fmt: skip

@@ -296,18 +296,24 @@ def together(size: int, get: Callable[[Run], Any], folder: Path, *breaks: int) -
     return answers
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="the test forks")
-def test_every_process_takes_its_share(
-    model: LlavaModel, source: Path, data: Path, tmp_path: Path
-) -> None:
+def shared(model: LlavaModel, source: Path, data: Path) -> tuple[Any, Any]:
+    """Return what gets a corpus in each of several processes, and its steps as one process has
+    them."""
     get = partial(
         corpus_of, use=use_of(source, data), model=model, template=model.template, max_length=256,
         unlearned="skip",
     )  # fmt: skip
-    folder = tmp_path / "run" / "01-pretrain"
     own = Corpus(Registry.installed().build(use_of(source, data)), model, model.template, 256,
                  unlearned="skip")  # fmt: skip
-    steps = [batch.samples for batch in epoch_of(own)]
+    return get, [batch.samples for batch in epoch_of(own)]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the test forks")
+def test_every_process_takes_its_share(
+    model: LlavaModel, source: Path, data: Path, tmp_path: Path
+) -> None:
+    get, steps = shared(model, source, data)
+    folder = tmp_path / "run" / "01-pretrain"
     assert together(2, get, folder) == [(0, [0, 512], 1, steps), (1, [256], 0, steps)]
     # now with another number of processes: nothing is left to do
     assert together(4, get, folder) == [(rank, [], 0, steps) for rank in range(4)]
@@ -327,14 +333,8 @@ def test_every_process_may_have_others_that_read_for_it(
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3})
     monkeypatch.setattr(workers, "WORTH", 1)
     monkeypatch.setattr(workers, "_PIECE", 60)
-    get = partial(
-        corpus_of, use=use_of(source, data), model=model, template=model.template, max_length=256,
-        unlearned="skip",
-    )  # fmt: skip
+    get, steps = shared(model, source, data)
     folder = tmp_path / "run" / "01-pretrain"
-    own = Corpus(Registry.installed().build(use_of(source, data)), model, model.template, 256,
-                 unlearned="skip")  # fmt: skip
-    steps = [batch.samples for batch in epoch_of(own)]
     assert together(2, get, folder) == [(0, [], 1, steps), (1, [], 0, steps)]
     source.write_text(source.read_text().replace("red", "blue"))
     sentence = "row 256 is broken; fix it"

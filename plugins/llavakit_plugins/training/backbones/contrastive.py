@@ -19,11 +19,8 @@ from llavakit import ImageContext, ModelError, Run, VisionEncoder, read_pixels
 from llavakit_plugins.datasets.image_files import inside
 from llavakit_plugins.generation.scenes import FAMILY
 from llavakit_plugins.huggingface.products import choose_products
-from llavakit_plugins.training.backbones.loop import Training, shuffled
+from llavakit_plugins.training.backbones.loop import Training, shuffled, updates_of
 from llavakit_plugins.training.backbones.options import ContrastiveOptions
-from llavakit_plugins.training.kinds import Group
-from llavakit_plugins.training.optimiser import Rates, Updates
-from llavakit_plugins.training.schedules import Cosine, FallingOptions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -81,8 +78,7 @@ def clip_training(
             nn.init.normal_(module.weight, std=options.loudness)
     # all images are read once and stay in memory: they are small, and every step needs some
     pixels = _read(contexts, images, vision, run)
-    rates = Rates(Cosine(FallingOptions()), options.steps, options.warmup)
-    updates = Updates(_groups(clip, options), rates, optimiser=run.build(options.optimiser))
+    updates = updates_of(clip, options, run)
     order = _Order(len(files[0]), len(contexts), options, run.seed)
 
     def loss_of(step: int) -> Tensor:
@@ -127,19 +123,6 @@ def _read(
         if number % 512 == 511:
             run.progress(number + 1, len(contexts), "reading images")
     return pixels
-
-
-def _groups(clip: nn.Module, options: ContrastiveOptions) -> list[Group]:
-    """Return the parameters in two groups: weight decay for matrices only, as in CLIP."""
-    decayed: dict[str, nn.Parameter] = {}
-    others: dict[str, nn.Parameter] = {}
-    for name, parameter in clip.named_parameters():
-        plain = parameter.ndim < 2 or "embedding" in name
-        (others if plain else decayed)[name] = parameter
-    return [
-        Group(decayed, options.lr, options.weight_decay),
-        Group(others, options.lr),
-    ]
 
 
 class _Order:

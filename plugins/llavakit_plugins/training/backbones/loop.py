@@ -14,11 +14,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from llavakit import Run, Stopped, TrainingError
+from llavakit_plugins.training.backbones.options import ContrastiveOptions, TextOptions
 from llavakit_plugins.training.checkpoints import Checkpoints
-from llavakit_plugins.training.optimiser import Updates
+from llavakit_plugins.training.kinds import Group
+from llavakit_plugins.training.optimiser import Rates, Updates
+from llavakit_plugins.training.schedules import Cosine, FallingOptions
 
 _CHECKPOINT_EVERY = 200
 _LOG_EVERY = 20
@@ -44,6 +47,20 @@ class Training:
 @dataclass(frozen=True)
 class _State:
     losses: Losses
+
+
+def updates_of(network: nn.Module, options: ContrastiveOptions | TextOptions, run: Run) -> Updates:
+    """Return the updates of all parameters of a network.
+
+    Weight decay is for matrices only, as in CLIP: decayed norms and embeddings of rare tokens drift
+    to zero.
+    """
+    named = dict(network.named_parameters())
+    decayed = {name: p for name, p in named.items() if p.ndim > 1 and "embed" not in name}
+    others = {name: p for name, p in named.items() if name not in decayed}
+    groups = [Group(decayed, options.lr, options.weight_decay), Group(others, options.lr)]
+    rates = Rates(Cosine(FallingOptions()), options.steps, options.warmup)
+    return Updates(groups, rates, optimiser=run.build(options.optimiser))
 
 
 def optimise(run: Run, *trainings: Training) -> list[Losses]:

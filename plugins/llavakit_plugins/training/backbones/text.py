@@ -22,11 +22,8 @@ from llavakit import (
     tokenise,
 )
 from llavakit.contracts.data import IMAGE, ResponseKind
-from llavakit_plugins.training.backbones.loop import Training, shuffled
+from llavakit_plugins.training.backbones.loop import Training, shuffled, updates_of
 from llavakit_plugins.training.backbones.options import TextOptions
-from llavakit_plugins.training.kinds import Group
-from llavakit_plugins.training.optimiser import Rates, Updates
-from llavakit_plugins.training.schedules import Cosine, FallingOptions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -86,14 +83,8 @@ def language_training(
         ids, supervised = tokenise(document, language.tokenizer)
         encoded.append(Encoded(ids, supervised, language.max_length))
     language.train()
-    named = dict(language.named_parameters())
-    device = next(iter(named.values())).device
-    # weight decay on matrices only: decayed norms and embeddings of rare tokens drift to zero
-    decayed = {name: p for name, p in named.items() if p.ndim > 1 and "embed" not in name}
-    others = {name: p for name, p in named.items() if name not in decayed}
-    groups = [Group(decayed, options.lr, options.weight_decay), Group(others, options.lr)]
-    rates = Rates(Cosine(FallingOptions()), options.steps, options.warmup)
-    updates = Updates(groups, rates, optimiser=run.build(options.optimiser))
+    updates = updates_of(language, options, run)
+    device = next(iter(updates.named.values())).device
 
     def batch(step: int) -> PackedBatch:
         begin = step * options.batch_size
