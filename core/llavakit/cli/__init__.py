@@ -15,14 +15,15 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from importlib.metadata import EntryPoint, EntryPoints, entry_points
+from importlib.metadata import entry_points
 from threading import enumerate as threads
 from traceback import format_exception
 from typing import Any
 
 from llavakit import __version__
-from llavakit.contracts.commands import GROUP, Add
+from llavakit.contracts.commands import GROUP
 from llavakit.contracts.errors import LlavaError, PluginError
+from llavakit.registry.entry_points import only
 
 _USAGE = """\
 llava-run RECIPE [--out DIR] [--set a.b.c=value ...] [--plan] [--resume]
@@ -89,15 +90,15 @@ def _run(arguments: list[str], *, program: bool) -> int:
     )
     parser.add_argument("--version", action="version", version=f"llava-run {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", title="commands", prog=parser.prog)
-    installed = entry_points(group=GROUP)
+    installed = entry_points(group=GROUP).names
     if arguments and arguments[0] not in _NEEDS_ALL:
-        if arguments[0] not in installed.names:
+        if arguments[0] not in installed:
             arguments.insert(0, "run")
-        _find(arguments[0], installed)(commands)
+        only(GROUP, arguments[0])(commands)
     else:
-        for name in sorted(installed.names, key=lambda name: (name != "run", name)):
+        for name in sorted(installed, key=lambda name: (name != "run", name)):
             try:
-                _find(name, installed)(commands)
+                only(GROUP, name)(commands)
             except PluginError as error:  # listed with the reason: it stops no other
                 commands.add_parser(name, help=str(error).replace("%", "%%"))
     known = argparse.Namespace(program=program, parser=parser)
@@ -115,28 +116,6 @@ def _run(arguments: list[str], *, program: bool) -> int:
         if error.errno != errno.ENAMETOOLONG:
             raise
         raise LlavaError(f"no file can have the name {str(error.filename)[:300]!r}") from error
-
-
-def _find(name: str, installed: EntryPoints) -> Add:
-    """Return what adds the command. Raises PluginError where it cannot be imported, or is two."""
-    found = list(installed.select(name=name))
-    if not found:  # the metadata of an installation may be older than its files
-        raise PluginError(f"llavakit's command `{name}` is not installed; pip install it again")
-    if len(found) > 1:
-        packages = " and ".join(sorted(map(_package, found)))
-        raise PluginError(f"{packages} both have a command `{name}`; uninstall one of them")
-    try:
-        add: Add = found[0].load()
-    except Exception as error:
-        raise PluginError(
-            f"command `{name}` of {_package(found[0])} cannot be imported: {error}; fix it "
-            f"(LLAVA_TRACEBACK=1 shows more), or uninstall it (pip uninstall {_package(found[0])})"
-        ) from error
-    return add
-
-
-def _package(entry_point: EntryPoint) -> str:
-    return entry_point.dist.name if entry_point.dist else "an unknown package"
 
 
 def _let_the_leader_speak() -> None:

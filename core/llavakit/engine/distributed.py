@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
-from importlib.metadata import entry_points
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
 from llavakit.contracts.run import ProcessGroup
+from llavakit.registry.entry_points import only
 
 if TYPE_CHECKING:
     import torch
@@ -50,10 +50,8 @@ def join_process_group(name: str) -> Iterator[tuple[ProcessGroup, Device]]:
 
     Raises RecipeError where there are more processes than devices, or a single device is named.
     """
-    if not {"RANK", "WORLD_SIZE"} <= os.environ.keys():  # as torchrun sets them
-        yield ProcessGroup(), Device(name)
-        return
-    (launcher,) = entry_points(group="llavakit.launchers", name="torchrun")
-    device = Device(name)
-    with launcher.load()(name) as (process_group, device.known):
+    device, joined = Device(name), nullcontext((ProcessGroup(), None))
+    if {"RANK", "WORLD_SIZE"} <= os.environ.keys():  # as torchrun sets them
+        joined = only("llavakit.launchers", "torchrun")(name)
+    with joined as (process_group, device.known):
         yield process_group, device

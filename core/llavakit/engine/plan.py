@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from functools import cache, cached_property
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +17,7 @@ from llavakit.contracts.run import Step, StepPlan
 from llavakit.recipe.model_choice import PARTS
 from llavakit.recipe.recipe import Machine, Recipe, StepUse, missing_model
 from llavakit.registry import KindT, Registry
+from llavakit.registry.entry_points import only
 
 if TYPE_CHECKING:
     from torch import nn
@@ -162,8 +162,7 @@ def make_plan(recipe: Recipe, registry: Registry, sketch: Callable[..., Any] | N
     machine = recipe.machine
     rate, measured = machine.tflops, False
     if rate is None and any(step.tflop is not None for step in planner.steps.values()):
-        (measure,) = entry_points(group="llavakit.measures", name="tflops")
-        rate, measured = measure.load()(recipe.device), True
+        rate, measured = only("llavakit.measures", "tflops")(recipe.device), True
     return Plan(
         recipe=recipe.name,
         own_model=recipe.model is not None,

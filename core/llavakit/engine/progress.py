@@ -16,6 +16,7 @@ from typing import TextIO
 
 from llavakit.contracts.run import Progress
 from llavakit.recipe.redaction import redact, shown
+from llavakit.registry.entry_points import imported
 
 _QUIET_SECONDS = 3.0  # before what is usually quick is shown
 
@@ -28,7 +29,7 @@ def show_progress(
 ) -> Iterator[Progress]:
     """Yield the display of one step, by default on stderr; it ends with the block."""
     displays = entry_points(group="llavakit.displays", name="terminal")
-    shown = (found.load()(one_line(label), stream or sys.stderr, clock) for found in displays)
+    shown = (imported(found)(one_line(label), stream or sys.stderr, clock) for found in displays)
     display = next((display for display in shown if display is not None), None)
     with nullcontext(lambda *_, **__: None) if display is None else display as progress:
         yield progress

@@ -28,6 +28,7 @@ from llavakit.contracts.run import Step
 from llavakit.recipe.overrides import Key, Source, Span
 from llavakit.recipe.redaction import brief, redact
 from llavakit.registry import LATER, Registry, StepFolders, kind_of
+from llavakit.registry.entry_points import imported
 
 _DEEPEST = 50
 
@@ -218,7 +219,7 @@ def problems_in(
         elif item["type"] == "extra_forbidden":
             hint = did_you_mean(str(last), known, f"known: {', '.join(known)}")
             for names in entry_points(group="llavakit.displays", name="names"):  # of other programs
-                hint = names.load()(str(last)) or hint
+                hint = imported(names)(str(last)) or hint
             yield Problem(where, f"unknown option `{last}`{owner}", hint)
         elif item["type"] == "tuple_type" and isinstance(item["input"], dict):
             hint = f"write [[{last}]] for a table of it" if len(loc) == 1 else "write it as [...]"

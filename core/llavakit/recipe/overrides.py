@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from llavakit.contracts.errors import RecipeError
+from llavakit.registry.entry_points import imported
 
 Key = tuple[str | int, ...]
 
@@ -121,4 +122,4 @@ def locate(text: str, *spellings: Key) -> Location:
 def find_keys(text: str) -> Mapping[Key, Span]:
     """Return where every key, table and array element of a valid TOML text is written."""
     finders = entry_points(group="llavakit.displays", name="toml")
-    return next((finder.load()(text) for finder in finders), {})
+    return next((imported(finder)(text) for finder in finders), {})

@@ -22,7 +22,7 @@ from llavakit.recipe.check import Checker, Problem, boundless, problems_in, soun
 from llavakit.recipe.model_choice import ModelRecipe
 from llavakit.recipe.overrides import Key, Source, set_key, stated, step_index
 from llavakit.registry import LATER, Registry
-from llavakit.registry.installed import imported
+from llavakit.registry.entry_points import imported
 
 
 class StepUse(SkippableUse[Step]):
@@ -188,7 +188,7 @@ def recipe_files() -> dict[str, Path]:
     """Return every installed recipe: ours by name, a plugin's as `PLUGIN/NAME`."""
     folders = {"": recipe_folder()}
     for point in entry_points(group="llavakit.recipes"):  # each names a package of TOML files
-        folders[f"{point.name}/"] = Path(cast(Any, imported(point)).__path__[0])
+        folders[f"{point.name}/"] = Path(imported(point).__path__[0])
     return {
         prefix + file.relative_to(folder).with_suffix("").as_posix(): file
         for prefix, folder in folders.items()

@@ -1,6 +1,6 @@
-"""Finds installed plugins and looks their components up by name."""
+"""Finds installed plugins and looks components up by name; what is public: `__init__.pyi`."""
 
-from llavakit.registry.choices import LATER, StepFolders, all_kinds, kind_of, texts_in
-from llavakit.registry.components import KindT, Registry
+import lazy_loader
 
-__all__ = ["LATER", "KindT", "Registry", "StepFolders", "all_kinds", "kind_of", "texts_in"]
+# a command's entry point is found without pluggy and pydantic
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

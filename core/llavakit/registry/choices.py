@@ -10,7 +10,8 @@ from typing import Any, cast
 from llavakit.contracts import hooks
 from llavakit.contracts.component import Component, Use
 from llavakit.contracts.errors import did_you_mean
-from llavakit.registry.installed import explained, package_of
+from llavakit.registry.entry_points import package_of
+from llavakit.registry.installed import explained
 
 StepFolders = Mapping[str, Path]  #: Folders of earlier steps, by their names in a recipe.
 
@@ -45,11 +46,10 @@ def all_kinds() -> tuple[type[Component], ...]:
 
 def kind_of(use: Use[Any] | type[Use[Any]] | str) -> type[Component]:
     """Return the kind of a `Use[Kind]`, or of its name alone, which is imported only now."""
-    if isinstance(use, str) and use not in hooks.OWN:
-        return cast("type[Component]", resolve_name(f"llavakit:{use}"))
     if isinstance(use, str):
-        with explained(package_of(hooks.OWN[use]), f"its kind {use}"):
-            return cast("type[Component]", hooks.OWN[use].load())
+        own = hooks.OWN.get(use)
+        with explained(package_of(own) if own else hooks.PROJECT, f"its kind {use}"):
+            return cast("type[Component]", own.load() if own else resolve_name(f"llavakit:{use}"))
     for base in (use if isinstance(use, type) else type(use)).__mro__:
         metadata = getattr(base, "__pydantic_generic_metadata__", None)
         if metadata and metadata["args"]:

@@ -18,14 +18,8 @@ from llavakit.contracts import hooks
 from llavakit.contracts.component import Component, Options, Use
 from llavakit.contracts.errors import PluginError, RecipeError, did_you_mean
 from llavakit.registry.choices import StepFolders, kind_of, step_path, texts_in
-from llavakit.registry.installed import (
-    check_hooks,
-    explained,
-    imported,
-    package_of,
-    wanted,
-    warn_once,
-)
+from llavakit.registry.entry_points import INSTALL, imported, package_of
+from llavakit.registry.installed import check_hooks, explained, wanted, warn_once
 
 KindT = TypeVar("KindT", bound=Component)
 ComponentT = TypeVar("ComponentT", bound=Component)
@@ -187,6 +181,8 @@ class Registry:
         return self._found[name]
 
     def _collect(self, kind: str) -> dict[str, _Offer]:
+        if kind not in hooks.KINDS:
+            raise PluginError(f"no entry point of `llavakit.kinds` names {kind}; {INSTALL}")
         found: dict[str, _Offer] = {}
         for implementation in getattr(self._manager.hook, hooks.KINDS[kind][0]).get_hookimpls():
             plugin = implementation.plugin_name

@@ -6,14 +6,12 @@ import logging
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from functools import lru_cache
 from importlib.metadata import EntryPoint
 from inspect import isfunction
-from operator import attrgetter
-from traceback import extract_tb
 
 from llavakit.contracts import hooks
 from llavakit.contracts.errors import PluginError, did_you_mean
+from llavakit.registry.entry_points import package_of, told
 
 
 def check_hooks(plugin: object, name: str) -> None:
@@ -48,18 +46,6 @@ def wanted(points: Iterable[EntryPoint]) -> list[EntryPoint]:
     return [p for p in known if p not in others or every or known[p] & names]
 
 
-def imported(point: EntryPoint) -> object:
-    """Return a plugin's module. Raises PluginError where that cannot be imported."""
-    try:
-        return point.load()
-    except Exception as error:
-        package = package_of(point)
-        raise PluginError(
-            f"plugin `{point.name}` of {package} failed to import: {told(error)}; fix it "
-            f"(LLAVA_TRACEBACK=1 shows more), or uninstall it (pip uninstall {package})"
-        ) from error
-
-
 @contextmanager
 def explained(plugin: str, what: str) -> Iterator[None]:
     """Say of an error whose it is, whatever it is."""
@@ -70,16 +56,10 @@ def explained(plugin: str, what: str) -> Iterator[None]:
     except Exception as error:
         raise PluginError(
             f"plugin {plugin} cannot load {what}: {told(error)}; "
-            "install what it needs (LLAVA_TRACEBACK=1 shows more), or uninstall it"
+            "install it and what it needs again (LLAVA_TRACEBACK=1 shows more), or uninstall it"
         ) from error
 
 
-def package_of(point: EntryPoint) -> str:
-    """Return the name of the package that a plugin is from."""
-    return _name(point.dist) if point.dist else "unknown package"
-
-
-_name = lru_cache(attrgetter("name"))  # which parses the metadata each time
 _said: set[str] = set()
 
 
@@ -89,13 +69,3 @@ def warn_once(text: str, cause: BaseException | None = None) -> None:
         _said.add(text)
         shown = cause if "LLAVA_TRACEBACK" in os.environ else None
         logging.getLogger("llavakit").warning("%s", text, exc_info=shown)
-
-
-def told(error: Exception) -> str:
-    """Return what an error says, and the file and line where it was raised."""
-    if isinstance(error, SyntaxError):
-        return f"{error.msg} ({error.filename}, line {error.lineno})"
-    # importlib's own frames say nothing of the plugin
-    frames = [f for f in extract_tb(error.__traceback__) if "importlib" not in f.filename]
-    where = f" ({frames[-1].filename}, line {frames[-1].lineno})" if len(frames) > 1 else ""
-    return f"{error or type(error).__name__}{where}"

@@ -15,10 +15,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from llavakit.contracts.packing import KVCache, Packing, Scoring
+from llavakit.registry.entry_points import imported
 
 # found once, at import: torch.compile cannot trace a look-up of entry points
 _CHOOSERS: tuple[Callable[..., Any], ...] = tuple(
-    found.load() for found in entry_points(group="llavakit.attention")
+    imported(found) for found in entry_points(group="llavakit.attention")
 )
 """What entry points of the group `llavakit.attention` name: called with the scoring, the widths of
 keys and values and the device, each returns a kernel `(q, k, v, packing, scoring)`, or None."""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
-from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Protocol, cast
 
+from llavakit.registry.entry_points import only
 from llavakit.stream.tiling import Clip
 
 if TYPE_CHECKING:
@@ -38,5 +38,4 @@ class Reader(Protocol):
 @cache
 def media() -> Reader:
     """Return the installed reader."""
-    (reader,) = entry_points(group="llavakit.media", name="reader")
-    return cast("Reader", reader.load())
+    return cast("Reader", only("llavakit.media", "reader"))

@@ -6,7 +6,6 @@ import io
 import subprocess
 import sys
 from collections.abc import Callable
-from importlib.metadata import EntryPoints
 from pathlib import Path
 
 import pytest
@@ -36,8 +35,6 @@ def test_no_arguments_print_the_help(llava_run: Command) -> None:
 def test_wrong_usage_is_exit_code_2(
     arguments: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from llavakit.cli import main
-
     with pytest.raises(SystemExit) as caught:
         main(arguments)
     assert caught.value.code == 2
@@ -48,8 +45,6 @@ def test_wrong_usage_is_exit_code_2(
 def test_the_help_of_a_command_begins_with_it_and_hides_none_of_its_words(
     command: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from llavakit.cli import main
-
     with pytest.raises(SystemExit) as caught:
         main([command, "--help"])
     assert caught.value.code == 0
@@ -231,8 +226,6 @@ def test_ctrl_c_is_exit_code_130(llava_run: Command, monkeypatch: pytest.MonkeyP
 
 
 def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    from llavakit.cli import main
-
     def fail(*_: object, **__: object) -> None:
         raise ZeroDivisionError
 
@@ -245,11 +238,3 @@ def test_a_closed_pipe_is_no_error() -> None:
     command = f"{sys.executable} -m llavakit.cli recipes | head -n 0"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
     assert done.stderr == ""
-
-
-def test_a_command_that_the_installation_does_not_know_is_a_sentence(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr("llavakit.cli.entry_points", lambda group: EntryPoints(()))
-    assert main(["tiny", "--plan"]) == 2
-    assert "command `run` is not installed; pip install it again" in capsys.readouterr().err

@@ -1,0 +1,55 @@
+"""What entry points of installed packages name. Needs neither pluggy nor pydantic: see --help."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from importlib.metadata import EntryPoint, entry_points
+from operator import attrgetter
+from traceback import extract_tb
+from typing import Any
+
+from llavakit.contracts.errors import PluginError
+
+INSTALL = "the installation of llavakit is older than its files: install it again by pip"
+
+
+def only(group: str, name: str) -> Any:
+    """Return what the one entry point of this group and name is. Raises PluginError."""
+    found = list(entry_points(group=group, name=name))
+    if not found:
+        raise PluginError(f"no entry point of `{group}` is called `{name}`; {INSTALL}")
+    if len(found) > 1:
+        packages = " and ".join(sorted(map(package_of, found)))
+        raise PluginError(f"{packages} both have `{name}` of `{group}`; uninstall one of them")
+    return imported(found[0])
+
+
+def imported(point: EntryPoint) -> Any:
+    """Return what an entry point names. Raises PluginError where it cannot be imported."""
+    try:
+        return point.load()
+    except Exception as error:
+        package = package_of(point)
+        raise PluginError(
+            f"plugin `{point.name}` of {package} failed to import: {told(error)}; fix it or "
+            "install it again (LLAVA_TRACEBACK=1 shows more), or uninstall it (pip uninstall "
+            f"{package})"
+        ) from error
+
+
+def package_of(point: EntryPoint) -> str:
+    """Return the name of the package that a plugin is from."""
+    return _name(point.dist) if point.dist else "unknown package"
+
+
+_name = lru_cache(attrgetter("name"))  # which parses the metadata each time
+
+
+def told(error: Exception) -> str:
+    """Return what an error says, and the file and line where it was raised."""
+    if isinstance(error, SyntaxError):
+        return f"{error.msg} ({error.filename}, line {error.lineno})"
+    # importlib's own frames say nothing of the plugin
+    frames = [f for f in extract_tb(error.__traceback__) if "importlib" not in f.filename]
+    where = f" ({frames[-1].filename}, line {frames[-1].lineno})" if len(frames) > 1 else ""
+    return f"{error or type(error).__name__}{where}"
