@@ -25,9 +25,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llavakit import LlavaError, LlavaModel, PackedBatch, Run, VisionEncoder, explain_write
+from llavakit import LlavaModel, PackedBatch, Run, VisionEncoder, explain_write
 from llavakit.contracts.data import ImageFile, ImageSource
 from llavakit.contracts.packing import upload
+from llavakit_plugins.training.agreement import in_each
 from llavakit_plugins.training.columns import Column, Columns, write_columns
 from llavakit_plugins.training.corpus import Corpus
 from llavakit_plugins.training.corpus_key import facts_of
@@ -137,41 +138,39 @@ class Kept:
     ) -> None:
         self._corpus, self._model, self._dtype = corpus, model, dtype
         self._preparing = preparing
-        self._images = distinct_images(corpus)
+        group = run.process_group
+        self._images = in_each(group, lambda: distinct_images(corpus))
         distinct, first_views = self._images.distinct, self._images.first_views
         contents = _contents(corpus, distinct, folder, run)
-        self._files = FeatureFiles(folder / encoder_key(model, preparing, changes, dtype))
-        found = self._files.find(contents)
+
+        def look() -> Column:
+            self._files = FeatureFiles(folder / encoder_key(model, preparing, changes, dtype))
+            return self._files.find(contents)
+
+        found = in_each(group, look)  # none begins to write before all have looked
         # each content once, in the order in which images are shown
         _, first = np.unique(contents, axis=0, return_index=True)
         missing = np.sort(first[(found[first] < 0) & contents[first].any(axis=1)])
         views = np.diff(first_views)
-        run.process_group.any(False)  # none begins to write before all have looked
         room = most - self._files.bytes
         if len(missing):
             view = model.vision.tokens(model.vision.image_size) * model.vision.width
             needed = np.cumsum(views[missing]) * view * dtype.itemsize
             fits = int(np.searchsorted(needed, room, side="right"))
-            if fits < len(missing) and run.process_group.is_main:
+            if fits < len(missing) and group.is_main:
                 _log.warning(
                     "note: the features of %s images need %.3g GB more than `feature_cache_gb` "
                     "leaves in %s: these are encoded each time they are due", f"{len(missing):,}",
                     (needed[-1] - max(0, room)) / 1e9, folder,
                 )  # fmt: skip
             missing = missing[:fits]
-        group = run.process_group
         share = np.array_split(missing, group.size)[group.rank]
 
         def progress(done: int, total: int, note: str) -> None:
             run.progress(min(done * group.size, len(missing)), len(missing), note)
 
-        problem = None
-        try:
-            self._encode(share, contents, views, progress)
-        except LlavaError as error:
-            problem = error
-        if group.any(problem is not None):  # all wait here until the last is done
-            raise problem or LlavaError("another process could not encode its share of the images")
+        # all wait here until the last is done
+        in_each(group, lambda: self._encode(share, contents, views, progress))
         self._files.load()
         self._where = self._files.find(contents)
 
@@ -250,14 +249,20 @@ def _contents(corpus: Corpus, images: Sequence[Image], folder: Path, run: Run) -
     share of those that are not known.
     """
     group = run.process_group
-    names = _digests(_name(corpus, image) for image in images)
-    missing = np.flatnonzero(positions(_known(folder)[0], names) < 0)
-    group.any(False)  # none begins to write before all have looked: else shares leave gaps
+
+    def look() -> tuple[Column, Column]:
+        names = _digests(_name(corpus, image) for image in images)
+        return names, np.flatnonzero(positions(_known(folder)[0], names) < 0)
+
+    def read() -> None:
+        contents = _digests(_content(corpus, images[number]) for number in mine.tolist())
+        if len(mine):
+            _add(folder, "contents", Columns({"names": names[mine], "contents": contents}, {}))
+
+    # none begins to write before all have looked: else shares leave gaps
+    names, missing = in_each(group, look)
     mine = missing[group.rank :: group.size]
-    read = _digests(_content(corpus, images[number]) for number in mine.tolist())
-    if len(mine):
-        _add(folder, "contents", Columns({"names": names[mine], "contents": read}, {}))
-    group.any(False)  # until all are there
+    in_each(group, read)
     known, contents = _known(folder)
     found = positions(known, names)
     # one that a slow file system does not show yet is encoded when it is due

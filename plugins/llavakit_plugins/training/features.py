@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Generator, Iterable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from llavakit import (
     VisionEncoder,
 )
 from llavakit.contracts.packing import upload
+from llavakit_plugins.training.agreement import in_each
 from llavakit_plugins.training.columns import Column
 from llavakit_plugins.training.corpus import Corpus
 from llavakit_plugins.training.encoding import distinct_images, encode_images
@@ -50,7 +51,8 @@ def features_of(corpus: Corpus, model: LlavaModel, options: TrainOptions, run: R
             preparing=preparing, changes=options.prepare,
         )  # fmt: skip
     if not learns and worth_caching(corpus, model, options):
-        return Cached(corpus, model, dtype=dtype, progress=run.progress, preparing=preparing)
+        how: dict[str, Any] = {"dtype": dtype, "progress": run.progress, "preparing": preparing}
+        return in_each(run.process_group, lambda: Cached(corpus, model, **how))
     workers = options.workers
     if workers is None:
         share = (os.cpu_count() or 1) // run.process_group.size

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from shutil import rmtree
 from typing import Any
 
@@ -11,7 +12,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from llavakit import LlavaModel, Run, is_model, save_model
+from llavakit.contracts.run import ProcessGroup
 from llavakit_plugins.huggingface.unread import Unread, being_left, leave_unread
+from llavakit_plugins.training.agreement import in_each, in_main
 from llavakit_plugins.training.checkpoints import write_whole
 from llavakit_plugins.training.starting import StartOptions, change_parts
 
@@ -65,8 +68,9 @@ def start_with(run: Run, options: StartOptions, weights: Mapping[str, Tensor]) -
     write_whole(weights, file if is_main else None)
     if not is_main:
         return None
+    alone = replace(run, process_group=ProcessGroup())
     with leave_unread() as unread:
-        model = start(run, options, device="cpu")
+        model = start(alone, options, device="cpu")
     for name, value in load_file(file).items():
         model.get_parameter(name).data = value
     file.unlink()  # what is mapped stays
@@ -87,16 +91,17 @@ def _read_again(
     Only a model folder can be read so: the model is made one for the moment.
     """
     folder, group = run.directory / "init", run.process_group
+
+    def make() -> None:
+        rmtree(folder, ignore_errors=True)  # an earlier attempt's, that was killed
+        whole = run.model(options.init, **options.given, **given)
+        if (unread := being_left()) is not None:
+            unread.read(whole)
+        save_model(whole, folder)
+
     try:
-        if group.is_main:
-            rmtree(folder, ignore_errors=True)  # an earlier attempt's, that was killed
-            whole = run.model(options.init, **options.given, **given)
-            if (unread := being_left()) is not None:
-                unread.read(whole)
-            save_model(whole, folder)
-        group.broadcast(None)
-        model: LlavaModel = run.model(folder, options=again, **given)
-        group.broadcast(None)
+        in_main(group, make)
+        model: LlavaModel = in_each(group, lambda: run.model(folder, options=again, **given))
     finally:
         if group.is_main:
             rmtree(folder, ignore_errors=True)

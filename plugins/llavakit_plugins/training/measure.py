@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from llavakit import LlavaModel, PackedBatch, Run, Stopped, explain_write
+from llavakit_plugins.training.agreement import in_each
 from llavakit_plugins.training.corpus import Corpus
 from llavakit_plugins.training.features import Features
 from llavakit_plugins.training.kinds import Objective, Predicted
@@ -139,18 +140,25 @@ class Measure:
         place = {sample: at for at, sample in enumerate(block)}
         values = torch.zeros(len(block))
         micros = own_micros(self._corpus, block, capacity, group)
-        found = features.load([micro.samples for micro in micros])
-        for micro, (batch, own) in zip(micros, found, strict=True):
-            alive()
-            if own is None and empty is not None:
-                own = empty()
 
-            def of(hidden_ME: Tensor, batch: PackedBatch = batch) -> Tensor:
-                return sample_logprobs(self._predicted(batch, hidden_ME, None))
+        def share() -> None:
+            found = features.load([micro.samples for micro in micros])
+            for micro, (batch, own) in zip(micros, found, strict=True):
+                alive()
+                if own is None and empty is not None:
+                    own = empty()
 
-            logprobs_S = self._entry(batch, own, of)
-            if micro.counts:
-                values[[place[sample] for sample in batch.samples]] = logprobs_S.cpu()
+                def of(hidden_ME: Tensor, batch: PackedBatch = batch) -> Tensor:
+                    return sample_logprobs(self._predicted(batch, hidden_ME, None))
+
+                logprobs_S = self._entry(batch, own, of)
+                if micro.counts:
+                    values[[place[sample] for sample in batch.samples]] = logprobs_S.cpu()
+
+        if empty is None:
+            in_each(group, share)
+        else:  # each forward pass of divided weights waits for the other processes
+            share()
         summed: Tensor = group.sum(values)
         return summed
 

@@ -28,6 +28,7 @@ from torch.distributed.checkpoint.state_dict_saver import async_save
 
 from llavakit import LlavaError, TrainingError, new_folder
 from llavakit.contracts.run import ProcessGroup
+from llavakit_plugins.training.agreement import in_main
 from llavakit_plugins.training.checkpoints import Checkpoints
 from llavakit_plugins.training.watch import is_of_lost_process
 
@@ -65,12 +66,11 @@ class ShardedCheckpoints:
         """
         self.finish()
         self._step = step
-        whole = ExitStack()
-        partial = ""
-        if self._process_group.is_main:
-            partial = str(whole.enter_context(new_folder(self._checkpoints.folder_of(step))))
+        whole, group = ExitStack(), self._process_group
+        folder = self._checkpoints.folder_of(step)
         # the others wait until the folder is there
-        partial = self._process_group.broadcast(partial)
+        made = in_main(group, lambda: str(whole.enter_context(new_folder(folder))))
+        partial = group.broadcast(made or "")
         written = json.loads(json.dumps(dict(state)))  # training goes on to change it
         # a single number has no place in a slice of a file
         found = {name: t.reshape(1) if t.ndim == 0 else t for name, t in tensors.items()}

@@ -18,10 +18,7 @@ from collections.abc import Callable
 from contextlib import closing, suppress
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, TypeVar
-
-import numpy as np
-import torch
+from typing import Literal
 
 from llavakit import (
     Dataset,
@@ -36,6 +33,7 @@ from llavakit import (
     explain_write,
 )
 from llavakit.contracts.run import ProcessGroup
+from llavakit_plugins.training.agreement import in_each, in_main, raise_first
 from llavakit_plugins.training.columns import Columns, Stored, write_columns
 from llavakit_plugins.training.corpus import Corpus, reading
 from llavakit_plugins.training.corpus_key import key_of
@@ -44,10 +42,8 @@ from llavakit_plugins.training.workers import processes_for, read_blocks
 
 FOLDER = "tokenised"
 _PATIENCE = 60.0  # seconds until a shared file system shows on one machine what another wrote
-_LONGEST = 4000  # bytes of an error that is sent to the other processes
 
 _log = logging.getLogger("llavakit")
-T = TypeVar("T")
 
 
 def corpus_of(
@@ -83,11 +79,17 @@ def corpus_of(
                 path.with_suffix(".blocks").mkdir(parents=True, exist_ok=True)
         return path
 
-    found = agreed(group, find)
+    found = in_main(group, find)
     path, absent = group.broadcast((found or Path(), data is not None))
     if absent:
-        data = _sent(group, data, lambda: run.build(use))
-        made = reading(data, model, template, max_length)
+        sent = _sent(group, data)
+
+        def read() -> Reading:
+            nonlocal data
+            data = run.build(use) if sent is None else sent
+            return reading(data, model, template, max_length)
+
+        made = in_each(group, read)
         _tokenise(run, made, path, note, processes_for(group, workers))
     columns = _opened(path) if _appears(path) else None
     if group.any(columns is None):
@@ -99,22 +101,6 @@ def corpus_of(
         later, model, template, max_length, unlearned=unlearned, columns=columns, together=together
     )
     return corpus, list(columns.facts["notes"])
-
-
-def agreed(group: ProcessGroup, make: Callable[[], T]) -> T | None:
-    """Return what `make` gives in the main process, and None in others; raise its error in all."""
-    found, problem = None, None
-    if group.is_main:
-        try:
-            found = make()
-        except LlavaError as error:
-            problem = error
-    said = group.broadcast(None if problem is None else str(problem))
-    if problem is not None:
-        raise problem
-    if said is not None:
-        raise LlavaError(said)
-    return found
 
 
 class Later(Dataset):
@@ -165,7 +151,7 @@ def _tokenise(run: Run, made: Reading, path: Path, note: str, processes: int) ->
                     write_columns(files[left.pop(0)], [columns], columns.facts)
                 except LlavaError as error:
                     problem = error
-            _raise_first(group, problem)
+            raise_first(group, problem)
             if run.stopping():
                 raise Stopped
 
@@ -175,7 +161,7 @@ def _tokenise(run: Run, made: Reading, path: Path, note: str, processes: int) ->
         write_columns(path, Stored(files), made.facts(Stored(files)))
         shutil.rmtree(folder, ignore_errors=True)
 
-    agreed(group, join)
+    in_main(group, join)
 
 
 def _is_whole(file: Path, samples: int) -> bool:
@@ -187,35 +173,16 @@ def _is_whole(file: Path, samples: int) -> bool:
     return False
 
 
-def _raise_first(group: ProcessGroup, problem: LlavaError | None) -> None:
-    """Raise in every process the problem of the first that has one: its samples come first."""
-    if group.size == 1:
-        if problem is not None:
-            raise problem
-        return
-    has = torch.zeros(group.size, dtype=torch.int64)
-    has[group.rank] = problem is not None
-    first = next((rank for rank, found in enumerate(group.sum(has).tolist()) if found), None)
-    if first is None:
-        return
-    text = torch.zeros(_LONGEST, dtype=torch.int64)
-    if problem is not None and first == group.rank:
-        said = np.frombuffer(str(problem).encode()[:_LONGEST], np.uint8).astype(np.int64)
-        text[: len(said)] = torch.from_numpy(said)
-    sent = group.sum(text).numpy().astype(np.uint8).tobytes().rstrip(b"\0")
-    if problem is not None and first == group.rank:
-        raise problem
-    raise LlavaError(sent.decode(errors="replace"))
+def _sent(group: ProcessGroup, data: Dataset | None) -> Dataset | None:
+    """Return the main process's data set in every process: it was read and checked there.
 
-
-def _sent(group: ProcessGroup, data: Dataset | None, build: Callable[[], Dataset]) -> Dataset:
-    """Return the main process's data set in every process: it was read and checked there."""
+    In others it is None where it cannot be sent: a plugin's may hold what cannot.
+    """
     goes = False
     if data is not None and group.size > 1:
-        with suppress(Exception):  # a plugin's may hold what cannot be sent: each builds its own
+        with suppress(Exception):
             goes = bool(pickle.dumps(data))
-    sent = group.broadcast(data) if group.broadcast(goes) else data
-    return build() if sent is None else sent
+    return group.broadcast(data) if group.broadcast(goes) else data
 
 
 def _opened(path: Path) -> Columns | None:

@@ -11,6 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tests.conftest import Command
+from tests.core import processes
+from tests.plugins.training.test_sharded import same
 
 import llavakit
 from llavakit import Recipe, Registry
@@ -240,6 +242,19 @@ def test_how_weights_are_read_can_be_changed_of_any_layout(
     assert kinds == {torch.bfloat16}
     assert load_file(left / "vision/model.safetensors").popitem()[1].dtype == torch.float32
     assert llavakit.load(left, device="cpu").language.max_length == 96
+
+
+def test_how_weights_are_read_can_be_changed_of_divided_weights(
+    folders: Mapping[str, Path], write: Callable[..., Path], llava_run: Command, tmp_path: Path
+) -> None:
+    """The main process alone makes the whole model at the end: it must not wait for the others."""
+    changes = 'changes = { language = { dtype = "float32", max_length = 96 } }\n'
+    path = write(f'{FINETUNE}init = "{folders["hf"]}"\nshard = true\n{changes}data = DATA')
+    ended = processes.run_ranks(tmp_path, 2, path, "--out", tmp_path / "two")
+    assert ended.code == 0, ended.said
+    alone = write(f'{FINETUNE}init = "{folders["hf"]}"\n{changes}data = DATA')
+    assert llava_run(alone, "--out", tmp_path / "one").code == 0
+    same(tmp_path / "one" / "model", tmp_path / "two" / "model")
 
 
 @pytest.mark.parametrize(

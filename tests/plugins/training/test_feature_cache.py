@@ -5,10 +5,9 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from threading import Barrier, get_ident
+from threading import get_ident
 from typing import Any
 
 import numpy as np
@@ -16,15 +15,27 @@ import pytest
 import torch
 from PIL import Image
 from tests.conftest import RecipeWriter
+from tests.plugins.training.ranks import Rank, in_ranks
 from torch import Tensor
 
-from llavakit import Dataset, LlavaModel, PackedBatch, Recipe, Registry, Sample, Turn
+from llavakit import (
+    DataError,
+    Dataset,
+    LlavaError,
+    LlavaModel,
+    PackedBatch,
+    Recipe,
+    Registry,
+    Sample,
+    Turn,
+)
 from llavakit.cli import main
 from llavakit.contracts.run import ProcessGroup, Run
 from llavakit.model.folder import create_model
 from llavakit_plugins.training.corpus import Corpus
 from llavakit_plugins.training.feature_cache import Kept, positions
-from llavakit_plugins.training.features import Cached
+from llavakit_plugins.training.features import Cached, features_of
+from llavakit_plugins.training.options import TrainOptions
 
 
 @pytest.fixture
@@ -183,22 +194,6 @@ def test_no_more_is_kept_than_was_allowed(
         torch.testing.assert_close(mine, theirs)
 
 
-class Rank(ProcessGroup):
-    """One of several processes, here threads, that wait for each other."""
-
-    size = 2
-
-    def __init__(self, rank: int, barrier: Barrier, flags: list[bool]) -> None:
-        self.rank, self._barrier, self._flags = rank, barrier, flags
-
-    def any(self, flag: bool) -> bool:
-        self._flags[self.rank] = flag
-        self._barrier.wait(60)
-        found = any(self._flags)
-        self._barrier.wait(60)
-        return found
-
-
 def test_each_process_encodes_its_share(
     model: LlavaModel, pictures: list[Path], tmp_path: Path
 ) -> None:
@@ -207,22 +202,63 @@ def test_each_process_encodes_its_share(
     model.vision.register_forward_hook(
         lambda _, given, __: counted.append((get_ident(), len(given[0])))
     )
-    barrier, flags = Barrier(2), [False, False]
 
-    def of_rank(rank: int) -> Kept:
-        run = replace(RUN, process_group=Rank(rank, barrier, flags))
+    def of_rank(rank: Rank) -> Kept:
+        run = replace(RUN, process_group=rank)
         return kept(model, pictures, tmp_path / "cache", run=run)[0]
 
-    with ThreadPoolExecutor(2) as pool:
-        whole = list(pool.map(of_rank, range(2)))
+    whole = in_ranks(2, of_rank)
     shares = Counter[int]()
     for thread, views in counted:
         shares[thread] += views
     assert sorted(shares.values()) == [35, 35]
     for cache in whole:
+        assert isinstance(cache, Kept)
         for mine, theirs in zip(loaded(cache, 70), loaded(alone, 70), strict=True):
             torch.testing.assert_close(mine, theirs)
     assert sum(views for _, views in counted) == 70  # what the other one encoded is read
+
+
+class Shard:
+    """An image in a file of many, which one of two processes cannot read."""
+
+    def __init__(self, path: Path, readers: list[int], *, damaged: bool) -> None:
+        self.path, self.damaged, self.readers = path, damaged, readers
+
+    def read_bytes(self) -> bytes:
+        self.readers.append(get_ident())
+        if self.damaged:
+            raise DataError(f"{self.path.name} is cut short")
+        return self.path.read_bytes()
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+
+@pytest.mark.parametrize("damaged", [0, 5])
+@pytest.mark.parametrize("on_the_disk", [True, False])
+def test_what_one_process_cannot_read_all_say(
+    model: LlavaModel, pictures: list[Path], tmp_path: Path, damaged: int, on_the_disk: bool
+) -> None:
+    """None waits for one that has ended."""
+    readers: list[int] = []
+    shards = [Shard(path, readers, damaged=at == damaged) for at, path in enumerate(pictures)]
+
+    def of_rank(rank: Rank) -> object:
+        # what is not on the disk each process reads for itself: only the second lacks an image
+        own = shards if on_the_disk or rank.rank == 1 else pictures
+        corpus = Corpus(Pictures(own), model, model.template, 256)
+        cache = {"feature_cache": tmp_path / "cache"} if on_the_disk else {"cache_features": True}
+        data = {"use": "conversations", "path": "unread.json"}
+        train = {"connector": 1e-3}
+        options = TrainOptions.model_validate({"data": data, "train": train, **cache})
+        return features_of(corpus, model, options, replace(RUN, process_group=rank))
+
+    errors = in_ranks(2, of_rank)
+    assert [type(error) for error in errors].count(DataError) == 1
+    assert all(isinstance(error, LlavaError) for error in errors)
+    assert str(errors[0]) == str(errors[1])
+    assert f"{damaged}.png is cut short" in str(errors[0])
 
 
 def test_positions() -> None:
