@@ -29,8 +29,8 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from tests.benchmarks.ranks import pause, ranks
 
 if TYPE_CHECKING:
+    from llavakit_plugins.datasets.columns import Columns
     from llavakit_plugins.training import rows
-    from llavakit_plugins.training.columns import Columns
     from llavakit_plugins.training.corpus import Corpus
 
 COUNTS = (10_000, 100_000, 1_000_000, 10_000_000)
@@ -92,8 +92,8 @@ def _measure(what: str, folder: Path, count: int) -> None:
 
     from llavakit import Use
     from llavakit.contracts.run import Run
+    from llavakit_plugins.datasets.columns import Columns
     from llavakit_plugins.training import rows
-    from llavakit_plugins.training.columns import Columns
     from llavakit_plugins.training.features import images_recur
     from llavakit_plugins.training.tokenised import FOLDER, corpus_of
     from llavakit_plugins.training.torchrun import join

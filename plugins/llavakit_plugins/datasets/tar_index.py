@@ -10,11 +10,12 @@ import os
 import time
 from array import array
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
+from secrets import token_hex
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,18 +23,27 @@ import numpy.typing as npt
 
 from llavakit import DataError, explain_write
 from llavakit.contracts.run import Progress
-from llavakit_plugins.datasets.array_files import Pieces, map_arrays, write_arrays
+from llavakit_plugins.datasets.columns import Columns, Stored, write_columns
 from llavakit_plugins.datasets.image_files import check_image
 from llavakit_plugins.datasets.shard_rows import choose_text, read_row
 from llavakit_plugins.datasets.stored_files import StoredFile, UnreadFile, is_elsewhere
 from llavakit_plugins.datasets.tar_shards import Group, Span, TarImage, read_groups
 
-_VERSION = 1  # of the index, and of what is checked when it is made
+_VERSION = 2  # of the index, and of what is checked when it is made
 _KEPT = 20  # sentences about samples of one shard
 _AT_ONCE = 8  # shards that come over a network
 _PAUSE = 0.1  # seconds between looks at what another process indexes
 
-Arrays = Mapping[str, npt.NDArray[Any]]
+_COLUMNS = {
+    "texts": 2,  # of each sample: where its text begins, and how many bytes it has
+    "image_ends": 1,  # of each sample, among all images
+    "name_ends": 1,  # of each sample, among all names: its key and extensions, as JSON
+    "unusable": 1,  # of each sample: whether it is
+    "images": 2,  # of each image: where it begins, and how many bytes it has
+    "shard_ends": 1,  # of each shard, among all samples
+    "names": 1,
+}
+"""The columns of an index, and how many dimensions each has."""
 
 
 class Entry(NamedTuple):
@@ -53,38 +63,39 @@ class TarIndex:
 
     def __init__(self, path: Path, shards: Sequence[StoredFile]) -> None:
         self.path, self.shards = path, shards
-        self._arrays, metadata = map_arrays(self.path)
-        self.faults: list[str] = json.loads(metadata["faults"])
+        columns = Columns.open(self.path)
+        self.faults: list[str] = columns.facts["faults"]
         """What is wrong with the first samples that cannot be used."""
-        # read at each access: as ordinary arrays, since numpy's mapped ones are slow to index
-        self._samples_N4 = self._arrays["samples"].view(np.ndarray)
-        self._images_I2 = self._arrays["images"].view(np.ndarray)
-        self._ends_S = self._arrays["shards"].tolist()
+        self._texts_N2, self._images_I2 = columns["texts"], columns["images"]
+        self._image_ends_N, self._name_ends_N = columns["image_ends"], columns["name_ends"]
+        self._unusable_N, self._names = columns["unusable"], columns["names"]
+        self._ends_S = columns["shard_ends"].tolist()
 
     @property
     def unusable(self) -> npt.NDArray[np.int64]:
         """The numbers of samples that cannot be used, ascending."""
-        return self._arrays["unusable"]
+        return np.flatnonzero(self._unusable_N)
 
     @property
     def text_bytes(self) -> npt.NDArray[np.int64]:
         """How many bytes say what each sample is."""
-        return self._samples_N4[:, 1]
+        return self._texts_N2[:, 1]
 
     def __len__(self) -> int:
-        return len(self._samples_N4)
+        return len(self._texts_N2)
 
     def __getitem__(self, number: int) -> Entry:
-        start, length, images_end, name_end = self._samples_N4[number].tolist()
-        image, name = self._samples_N4[number - 1, 2:].tolist() if number else (0, 0)
+        ends = self._image_ends_N, self._name_ends_N
+        image, name = (int(end[number - 1]) if number else 0 for end in ends)
         shard = self.shards[bisect_right(self._ends_S, number)]
-        key, extension, *extensions = json.loads(self._arrays["names"][name:name_end].tobytes())
-        spans = self._images_I2[image:images_end].tolist()
+        names = self._names[name : self._name_ends_N[number]].tobytes()
+        key, extension, *extensions = json.loads(names)
+        spans = self._images_I2[image : self._image_ends_N[number]].tolist()
         images = {
             found: TarImage(shard, f"{key}.{found}", *span)
             for found, span in zip(extensions, spans, strict=True)
         }
-        return Entry(shard, key, extension, Span(start, length), images)
+        return Entry(shard, key, extension, Span(*self._texts_N2[number].tolist()), images)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _reopened, (self.path, self.shards)
@@ -126,14 +137,14 @@ def open_index(
             break
         broken |= _make_parts(some, folder, progress)
         parts |= {_part(folder, one): one for one in some if one.address not in broken}
-        count = sum(len(map_arrays(part)[0]["samples"]) for part in parts) if limit else 0
+        count = sum(len(columns["texts"]) for columns in Stored(list(parts))) if limit else 0
     if not parts:
         more = f" ({len(broken) - 1} more cannot be used)" if len(broken) > 1 else ""
         raise DataError(f"{next(iter(broken.values()))}{more}")
     digest = sha256("\n".join(part.stem for part in parts).encode()).hexdigest()[:32]
     path = folder / f"all-{digest}.index"
     if not _usable(path):
-        _join(list(parts), path)  # two processes may: each writes the same, whole
+        _join(list(parts), path)
     return TarIndex(path, list(parts.values())), broken
 
 
@@ -195,38 +206,44 @@ def _make_part(shard: StoredFile, folder: Path) -> str | None:
 
 def _usable(path: Path) -> bool:
     try:
-        arrays, _ = map_arrays(path)
-    except (OSError, ValueError, KeyError, TypeError):  # not there, or not what we wrote
+        columns = Columns.open(path)
+        return {name: columns[name].ndim for name in columns} == _COLUMNS
+    except (OSError, ValueError):  # not there, or not what we wrote
         return False
-    return arrays.keys() == {"samples", "images", "shards", "unusable", "names"}
 
 
 def _write_part(shard: StoredFile, path: Path) -> None:
-    samples, images, unusable = array("q"), array("q"), array("q")
-    names, faults = bytearray(), list[str]()
-    for number, group in enumerate(read_groups(shard)):
+    texts, images, image_ends, name_ends = (array("q") for _ in range(4))
+    names, unusable, faults = bytearray(), bytearray(), list[str]()
+    for group in read_groups(shard):
+        usable = True
         try:
             extension = _check(group, shard)
         except UnreadFile:
             raise
         except DataError as error:
-            unusable.append(number)
+            usable = False
             if len(faults) < _KEPT:
                 faults.append(str(error))
             extension = next(iter(group.spans))
         for span in group.images.values():
             images.extend(span)
         names += json.dumps([group.key, extension, *group.images]).encode()
-        samples.extend((*group.spans[extension], len(images) // 2, len(names)))
-    found: dict[str, npt.NDArray[Any]] = {
-        "samples": np.asarray(samples).reshape(-1, 4),
+        texts.extend(group.spans[extension])
+        image_ends.append(len(images) // 2)
+        name_ends.append(len(names))
+        unusable.append(not usable)
+    columns = {
+        "texts": np.asarray(texts).reshape(-1, 2),
+        "image_ends": np.asarray(image_ends),
+        "name_ends": np.asarray(name_ends),
+        "unusable": np.frombuffer(unusable, np.uint8),
         "images": np.asarray(images).reshape(-1, 2),
-        "shards": np.asarray([len(samples) // 4]),
-        "unusable": np.asarray(unusable),
+        "shard_ends": np.asarray([len(name_ends)]),
         "names": np.frombuffer(names, np.uint8),
     }
-    arrays = {name: Pieces(a.dtype, a.shape, [a]) for name, a in found.items()}
-    write_arrays(path, arrays, {"shard": shard.address, "faults": json.dumps(faults)})
+    facts = {"shard": shard.address, "faults": faults}
+    write_columns(path, [Columns(columns, facts)], facts)
 
 
 def _check(group: Group, shard: StoredFile) -> str:
@@ -255,38 +272,10 @@ def images_of(group: Group, shard: StoredFile) -> dict[str, TarImage]:
 
 def _join(parts: Sequence[Path], path: Path) -> None:
     """Write the indices of shards as one, piece by piece: together they may exceed the memory."""
-    totals = dict.fromkeys(("samples", "images", "unusable", "names"), 0)
     faults: list[str] = []
-    for part in parts:
-        arrays, metadata = map_arrays(part)
-        for name in totals:
-            totals[name] += len(arrays[name])
-        faults += json.loads(metadata["faults"])[: max(0, _KEPT - len(faults))]
-
-    def pieces(name: str, *counted: str) -> Iterator[npt.NDArray[Any]]:
-        """Yield an array of each part; its last columns count what the parts before have."""
-        before = np.zeros(len(counted), np.int64)
-        for part in parts:
-            arrays, _ = map_arrays(part)
-            piece = arrays[name]
-            if counted:
-                piece = np.array(piece)
-                columns = piece if piece.ndim == 2 else piece[:, None]
-                columns[:, -len(counted) :] += before
-                before += [len(arrays[other]) for other in counted]
-            yield piece
-
-    ends = np.cumsum([len(map_arrays(part)[0]["samples"]) for part in parts])
-    write_arrays(
-        path,
-        {
-            "samples": Pieces(
-                np.int64, (totals["samples"], 4), pieces("samples", "images", "names")
-            ),
-            "images": Pieces(np.int64, (totals["images"], 2), pieces("images")),
-            "shards": Pieces(np.int64, ends.shape, [ends]),
-            "unusable": Pieces(np.int64, (totals["unusable"],), pieces("unusable", "samples")),
-            "names": Pieces(np.uint8, (totals["names"],), pieces("names")),
-        },
-        {"shards": str(len(parts)), "faults": json.dumps(faults)},
-    )
+    for columns in Stored(parts):
+        faults += columns.facts["faults"][: max(0, _KEPT - len(faults))]
+    own = path.with_suffix(f".{token_hex(4)}")  # two processes may write it: each its own
+    write_columns(own, Stored(parts), {"shards": len(parts), "faults": faults})
+    with explain_write(path):
+        own.replace(path)

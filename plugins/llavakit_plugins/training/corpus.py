@@ -23,8 +23,8 @@ from llavakit import (
     and_more,
     pack,
 )
+from llavakit_plugins.datasets.columns import Column, Columns
 from llavakit_plugins.training.best_fit import best_fit
-from llavakit_plugins.training.columns import Column, Columns
 from llavakit_plugins.training.image_paths import ImagePaths
 from llavakit_plugins.training.records import read_record
 from llavakit_plugins.training.rows import Reading, read_all

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from llavakit import LlavaModel, VisionEncoder
-from llavakit_plugins.training.columns import Column
+from llavakit_plugins.datasets.columns import Column
 from llavakit_plugins.training.corpus import Corpus
 from llavakit_plugins.training.image_paths import ImagePaths
 

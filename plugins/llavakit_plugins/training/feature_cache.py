@@ -28,8 +28,8 @@ from torch import Tensor
 from llavakit import LlavaModel, PackedBatch, Run, VisionEncoder, explain_write
 from llavakit.contracts.data import ImageFile, ImageSource
 from llavakit.contracts.packing import upload
+from llavakit_plugins.datasets.columns import Column, Columns, write_columns
 from llavakit_plugins.training.agreement import in_each
-from llavakit_plugins.training.columns import Column, Columns, write_columns
 from llavakit_plugins.training.corpus import Corpus
 from llavakit_plugins.training.corpus_key import facts_of
 from llavakit_plugins.training.encoding import Image, distinct_images, encode_images

@@ -24,8 +24,8 @@ from llavakit import (
     VisionEncoder,
 )
 from llavakit.contracts.packing import upload
+from llavakit_plugins.datasets.columns import Column
 from llavakit_plugins.training.agreement import in_each
-from llavakit_plugins.training.columns import Column
 from llavakit_plugins.training.corpus import Corpus
 from llavakit_plugins.training.encoding import distinct_images, encode_images
 from llavakit_plugins.training.feature_cache import Kept

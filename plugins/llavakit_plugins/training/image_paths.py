@@ -14,7 +14,7 @@ import numpy as np
 
 from llavakit import Dataset, ImageFile, ImageSource
 from llavakit.contracts.data import Video
-from llavakit_plugins.training.columns import Column, Columns
+from llavakit_plugins.datasets.columns import Column, Columns
 
 
 class ImagePaths:

@@ -11,7 +11,7 @@ from array import array
 import numpy as np
 
 from llavakit import IMAGE_ID, Encoded, Ids
-from llavakit_plugins.training.columns import Column, Columns
+from llavakit_plugins.datasets.columns import Column, Columns
 
 
 class Records:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from llavakit import Dataset, Encoder, PromptTemplate, Sample, Views
-from llavakit_plugins.training.columns import Column, Columns, joined
+from llavakit_plugins.datasets.columns import Column, Columns, joined
 from llavakit_plugins.training.image_paths import identity_of, name_of
 from llavakit_plugins.training.records import Records
 

@@ -33,8 +33,8 @@ from llavakit import (
     explain_write,
 )
 from llavakit.contracts.run import ProcessGroup
+from llavakit_plugins.datasets.columns import Columns, Stored, write_columns
 from llavakit_plugins.training.agreement import in_each, in_main, raise_first
-from llavakit_plugins.training.columns import Columns, Stored, write_columns
 from llavakit_plugins.training.corpus import Corpus, reading
 from llavakit_plugins.training.corpus_key import key_of
 from llavakit_plugins.training.rows import Reading, blocks_of, check

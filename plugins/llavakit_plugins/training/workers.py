@@ -29,7 +29,7 @@ import numpy as np
 
 from llavakit import TrainingError
 from llavakit.contracts.run import ProcessGroup
-from llavakit_plugins.training.columns import Columns, joined
+from llavakit_plugins.datasets.columns import Columns, joined
 from llavakit_plugins.training.rows import Reading, Shows
 
 WORTH = 1 << 13  # samples: a third of a second in one process, and forks take a tenth

@@ -443,10 +443,10 @@ def test_an_index_is_a_file_of_safetensors(tmp_path: Path) -> None:
     starts = arrays["images"].tolist()
     found = [shards[n][a : a + b] for n, (a, b) in zip((0, 0, 1, 1), starts, strict=True)]
     assert found == [picture(1), picture(3, "JPEG"), picture(4), picture(5, "WEBP")]
-    assert arrays["shards"].tolist() == [3, 4]
+    assert arrays["shard_ends"].tolist() == [3, 4]
     texts = [
         shards[n][a : a + b]
-        for n, (a, b, *_) in zip((0, 0, 0, 1), arrays["samples"].tolist(), strict=True)
+        for n, (a, b) in zip((0, 0, 0, 1), arrays["texts"].tolist(), strict=True)
     ]
     assert texts == [FIRST[1][1], FIRST[2][1], FIRST[4][1], SECOND[3][1]]
 

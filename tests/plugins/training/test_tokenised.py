@@ -38,8 +38,8 @@ from llavakit import (
     Use,
 )
 from llavakit.model.folder import create_model
+from llavakit_plugins.datasets.columns import Columns, write_columns
 from llavakit_plugins.training import rows, workers
-from llavakit_plugins.training.columns import Columns, write_columns
 from llavakit_plugins.training.corpus import Batch, Corpus
 from llavakit_plugins.training.corpus_key import key_of
 from llavakit_plugins.training.tokenised import corpus_of
