@@ -23,6 +23,7 @@ import onnxruntime as runtime
 
 from llavakit_plugins.onnx.exporter.precision import convert
 from llavakit_plugins.onnx.runtime.layout import DECODER, Precision
+from llavakit_plugins.onnx.runtime.saturation import saturates
 
 SHAPES = ((768, 2304), (768, 768), (768, 4096), (2048, 768), (768, 3072), (3072, 768))
 """Packed queries, keys and values; output; gate and up; down; and the encoder's two of its MLP."""
@@ -56,7 +57,8 @@ def session(model: onnx.ModelProto, threads: int) -> Callable[[Table], Table]:
     options.log_severity_level = 3
     options.intra_op_num_threads = threads
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    options.add_session_config_entry("session.x64quantprecision", "1")
+    if saturates(runtime):
+        options.add_session_config_entry("session.x64quantprecision", "1")
     content = model.SerializeToString()
     opened = runtime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     return lambda x: cast("Table", opened.run(None, {"x": x})[0])

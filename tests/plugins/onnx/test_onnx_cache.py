@@ -59,6 +59,7 @@ def test_keys_and_values_are_rounded_to_their_scales(family: str, tmp_path: Path
             assert (np.abs(held * step - wanted) <= 0.5 * step + slack).all()
         found, logits_TV = (one.logits(case.text, case.images) for one in (small, exact))
         assert np.abs(found - logits_TV).mean() <= 0.03 * logits_TV.std()
+        _read_by_rows(small, embeds_TE)
     held, whole = (
         sum(a.nbytes for a in _cache(one, model.language.width)) for one in (small, exact)
     )
@@ -99,6 +100,22 @@ def test_what_cannot_have_it_is_said(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="multiple of 8, and this model's is 12"):
         Onnx(OnnxOptions(cache="int8")).export(make_model(LANGUAGE), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def _read_by_rows(model: OnnxModel, embeds_TE: Any) -> None:
+    """Rows that are read together see the same numbers as each does alone."""
+    together_TV, held = model.trace(embeds_TE)
+    decoder = model.decoder.again()
+    rows = len(embeds_TE)
+    found = [decoder.read(embeds_TE[None, :1], np.ones((1, 1), np.int64), capacity=rows)[0, -1]]
+    for position in range(1, rows):
+        step_11E = embeds_TE[None, position : position + 1]
+        logits_V = decoder.step(step_11E, np.asarray([[position]], np.int64))[0]
+        found.append(logits_V.copy())  # the next step writes over it
+    for alone, whole in zip(decoder.held(), held, strict=True):
+        assert np.abs(alone.astype(int) - whole).max() <= 1
+        assert (alone != whole).mean() <= 0.01, "but for sums that are rounded in another order"
+    assert np.abs(np.stack(found) - together_TV).mean() <= 0.01 * together_TV.std()
 
 
 def _load(folder: Path) -> OnnxModel:

@@ -67,7 +67,7 @@ def _dynamic(model: onnx.ModelProto) -> onnx.ModelProto:
     with _quiet():
         from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    return _through_files(
+    found = _through_files(
         model,
         lambda source, target: quantize_dynamic(
             source,
@@ -81,6 +81,14 @@ def _dynamic(model: onnx.ModelProto) -> onnx.ModelProto:
             extra_options={"MatMulConstBOnly": True},
         ),
     )
+    # weights are symmetric: a zero for each column, as the converter writes it, would be read and
+    # multiplied for nothing
+    tables = {table.name: table for table in found.graph.initializer}
+    products = [node for node in found.graph.node if node.op_type == "MatMulInteger"]
+    for name in {node.input.pop() for node in products if len(node.input) == 4}:
+        assert not onnx.numpy_helper.to_array(tables[name]).any()
+        found.graph.initializer.remove(tables[name])
+    return found
 
 
 def _blocks(model: onnx.ModelProto, bits: int, block: int | None) -> onnx.ModelProto:

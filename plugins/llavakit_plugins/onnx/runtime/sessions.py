@@ -18,6 +18,7 @@ from llavakit.contracts.errors import ModelError
 from llavakit_plugins.onnx.runtime.agreement import running
 from llavakit_plugins.onnx.runtime.folder import Folder, Shapes
 from llavakit_plugins.onnx.runtime.layout import DECODER, KEEP, cache_names, graph_file
+from llavakit_plugins.onnx.runtime.saturation import saturates
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession, OrtValue
@@ -84,9 +85,10 @@ def open_session(
     options.enable_cpu_mem_arena = False
     if graph != DECODER:  # idle threads of the other sessions would spin while the decoder works
         options.add_session_config_entry("session.force_spinning_stop", "1")
-    # On CPUs without VNNI, the default kernel for signed int8 weights saturates in int16 and gives
-    # wrong sums; this setting takes another one, which is as fast.
-    options.add_session_config_entry("session.x64quantprecision", "1")
+    # It makes signed weights unsigned, which computes exactly on CPUs without VNNI, as fast as the
+    # default that saturates there. With VNNI the default is exact, and takes half the time.
+    if saturates(runtime):
+        options.add_session_config_entry("session.x64quantprecision", "1")
     if threads is not None:
         options.intra_op_num_threads = threads
     path = folder.file(graph_file(graph, precision))
