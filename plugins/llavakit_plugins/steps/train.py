@@ -56,6 +56,7 @@ class TrainStep(Step):
         from llavakit_plugins.training.initial import start_unread
         from llavakit_plugins.training.loop import Trainer
         from llavakit_plugins.training.tokenised import corpus_of
+        from llavakit_plugins.training.tokenised_steps import remove_unread
 
         options = self.options
         if options.precision == "bf16" and run.device.type == "cpu" and run.process_group.is_main:
@@ -91,6 +92,9 @@ class TrainStep(Step):
                 run, held, model, as_read, options.max_length, together=together,
                 workers=options.workers,
             )  # fmt: skip
+        if run.process_group.is_main:
+            files = (read.file for read in (corpus, held_out) if read is not None)
+            remove_unread(run, [file for file in files if file is not None])
         run.event("corpus", samples=len(corpus), tokens=corpus.tokens, cut=corpus.cut)
         with _explain_memory(_less_memory(options)):
             trainer = Trainer(model, corpus, options, run, held_out, template, unread)

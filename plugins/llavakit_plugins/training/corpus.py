@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -113,6 +114,11 @@ class Corpus:
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         self._map()
+
+    @property
+    def file(self) -> Path | None:
+        """The file of tokenised data that it maps, if any."""
+        return self._columns.path
 
     def name(self, sample: int) -> str:
         """Return a sample's id."""

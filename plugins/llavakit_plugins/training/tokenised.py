@@ -5,7 +5,8 @@
 
 Each process takes every n-th block of samples and writes it when it is whole, so a kill loses no
 more than the blocks at work. Where there are many samples, forks read them for it. The main process
-joins the blocks. Later steps and runs of the same folder find the file by its key.
+joins the blocks. Later steps and runs of the same folder find the file by its key; see
+`tokenised_steps` for when it is removed.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from llavakit_plugins.training.agreement import in_each, in_main, raise_first
 from llavakit_plugins.training.corpus import Corpus, reading
 from llavakit_plugins.training.corpus_key import key_of
 from llavakit_plugins.training.rows import Reading, blocks_of, check
+from llavakit_plugins.training.tokenised_steps import note_read
 from llavakit_plugins.training.workers import processes_for, read_blocks
 
 FOLDER = "tokenised"
@@ -72,11 +74,14 @@ def corpus_of(
         nonlocal data
         folder = run.directory.parent / FOLDER
         path = folder / f"{key_of(run, use, model, template, max_length)}.safetensors"
+        with explain_write(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        note_read(run, path)
         if _opened(path) is None:
             data = run.build(use)
             reading(data, model, template, max_length)  # for its error
             with explain_write(folder):
-                path.with_suffix(".blocks").mkdir(parents=True, exist_ok=True)
+                path.with_suffix(".blocks").mkdir(exist_ok=True)
         return path
 
     found = in_main(group, find)

@@ -119,7 +119,7 @@ def test_a_later_step_takes_what_was_tokenised_and_builds_no_data(
     assert len(pickle.dumps(again)) < 10_000
     same(worker, plain)
     assert build.built == 2
-    files = [path.name for path in (tmp_path / "run" / "tokenised").iterdir()]
+    files = [path.name for path in (tmp_path / "run" / "tokenised").glob("*.safetensors")]
     assert len(files) == 1
     # any reader of safetensors reads it
     read = load_file(tmp_path / "run" / "tokenised" / files[0])
@@ -156,7 +156,7 @@ def test_what_was_done_of_an_interrupted_one_is_not_done_again(
     with pytest.raises(Stopped):
         get(run_in(folder, Registry.installed().build, lambda: next(looks)), unlearned="skip")
     assert sorted(asked) == [0, 256]
-    (kept,) = (tmp_path / "run" / "tokenised").iterdir()
+    (kept,) = (tmp_path / "run" / "tokenised").glob("*.blocks")
     half = next(iter(sorted(kept.iterdir())))
     half.write_bytes(half.read_bytes()[:-7])  # as no kill of ours leaves it, but a disk may
     corpus, _ = get(run_in(folder, Registry.installed().build), unlearned="skip")
@@ -164,7 +164,8 @@ def test_what_was_done_of_an_interrupted_one_is_not_done_again(
     plain = Corpus(Registry.installed().build(use_of(source, data)), model, model.template, 256,
                    unlearned="skip")  # fmt: skip
     same(corpus, plain)
-    assert [path.suffix for path in (tmp_path / "run" / "tokenised").iterdir()] == [".safetensors"]
+    left = sorted(path.suffix for path in (tmp_path / "run" / "tokenised").iterdir())
+    assert left == [".json", ".safetensors"]
 
 
 @pytest.mark.parametrize("damage", ["cut", "longer", "header", "counts", "empty"])
@@ -182,7 +183,7 @@ def test_a_damaged_file_is_said_and_made_again(
     )  # fmt: skip
     run = run_in(tmp_path / "run" / "01-pretrain", Registry.installed().build)
     plain, _ = get(run)
-    (path,) = (tmp_path / "run" / "tokenised").iterdir()
+    (path,) = (tmp_path / "run" / "tokenised").glob("*.safetensors")
     content = path.read_bytes()
     if damage == "counts":
         columns = Columns.open(path)
@@ -232,7 +233,7 @@ def test_a_sample_that_cannot_be_read_is_named_and_the_rest_is_kept(
     run = run_in(tmp_path / "run" / "01-pretrain", lambda use: Broken())
     with pytest.raises(DataError, match="row 300 cannot be read"):
         corpus_of(run, Use[Dataset](use="broken"), model, model.template, 256)
-    (kept,) = (tmp_path / "run" / "tokenised").iterdir()
+    (kept,) = (tmp_path / "run" / "tokenised").glob("*.blocks")
     assert [path.name for path in kept.iterdir()] == ["000000.safetensors"]
 
 

@@ -100,13 +100,13 @@ def tokenised(
     begun.touch()
     os.utime(begun, ns=(1, 1))  # it is always the same attempt at the step
     corpus_of(run, Use[Dataset](use="counted"), model, model.template, 256, workers=most)
-    (path,) = (folder / "tokenised").iterdir()
+    (path,) = (folder / "tokenised").glob("*.safetensors")
     return path.read_bytes()
 
 
 def kept(folder: Path) -> list[str]:
     """Return the names of the files of what is not whole yet."""
-    (blocks,) = (folder / "tokenised").iterdir()
+    (blocks,) = (folder / "tokenised").glob("*.blocks")
     return sorted(path.name for path in blocks.iterdir())
 
 
