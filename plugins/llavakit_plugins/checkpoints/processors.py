@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from llavakit_plugins.vision.pixels import make_processor
 from llavakit_plugins.vision.vision_transformer import TransformersEncoder
 
 _FILE = "processor_config.json"
+_log = logging.getLogger("llavakit")
 
 
 def strategy_of(vision: TransformersEncoder) -> str:
@@ -26,6 +28,12 @@ def write_processor(
     """Write processor_config.json with all that transformers 5 reads, and what earlier ones do."""
     from transformers import LlavaNextProcessor, LlavaProcessor
 
+    if vision.square.fast:
+        _log.warning(
+            "the model's images are shrunk fast (`vision.fast`), which transformers does not do: "
+            "there its pixels differ by 2 to 3 of 255 levels on average; train it with "
+            "`fast = false` to answer alike"
+        )
     family = grids.family
     kind: Any = LlavaProcessor if family is LLAVA else LlavaNextProcessor
     extra = vision.prefix_tokens + vision.kept

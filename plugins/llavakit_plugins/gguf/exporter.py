@@ -63,13 +63,19 @@ class Gguf(Exporter):
 
         language, vision = language_tensors(model.language), vision_tensors(model.vision)
         vision |= projector(model)
-        aspect = cast("TransformersEncoder", model.vision).square.aspect
+        learned = cast("TransformersEncoder", model.vision).learned
         # mtmd has no other preparation for this projector: the file cannot ask for a crop
-        if aspect != "pad":
+        if learned["aspect"] != "pad":
             _log.warning(
-                "llama.cpp pads every image to a square, and this model's vision encoder has "
-                '`aspect = "%s"`: give llama.cpp square images, or expect other answers',
-                aspect,
+                "llama.cpp pads every image to a square, and this model learned from images with "
+                '`vision.aspect = "%s"`: give llama.cpp square images, or expect other answers',
+                learned["aspect"],
+            )
+        if learned["fast"]:
+            _log.warning(
+                "llama.cpp resizes every image whole, and this model learned from images with "
+                "`vision.fast = true`, 2 to 3 of 255 levels off on average: expect other answers, "
+                "or train it with `fast = false`"
             )
         own, other = self.options.type, self.options.vision_type
         figures: dict[str, float] = {}

@@ -22,7 +22,11 @@ from llavakit_plugins.huggingface.products import ProductOptions, choose_product
 from llavakit_plugins.vision.options import EncoderOptions
 from llavakit_plugins.vision.preprocessing import pad_to_square, shrink, without_ends
 from llavakit_plugins.vision.square import Aspect
-from llavakit_plugins.vision.vision_transformer import VisionTransformer
+from llavakit_plugins.vision.vision_transformer import (
+    VisionTransformer,
+    learned_pixels,
+    pixel_options,
+)
 
 
 class TimmOptions(EncoderOptions, ProductOptions):
@@ -77,6 +81,8 @@ class Timm(VisionTransformer):
             )
         self._patch_size: int = self.image_size // rows
         self._preprocess(options)
+        self.learned = pixel_options(options)
+        """The options of the pixels that its model learned from; exports remember them."""
 
     def _require_patches(self, options: TimmOptions) -> None:
         needed = ("blocks", "num_prefix_tokens", "patch_embed", "embed_dim")
@@ -119,7 +125,10 @@ class Timm(VisionTransformer):
 
     @classmethod
     def load(cls, options: TimmOptions, folder: Path, **context: Any) -> Self:
-        return cls.create(options.model_copy(update={"source": folder}))
+        learned = learned_pixels(options, folder.parent / "model.toml")
+        encoder = cls.create(options.model_copy(update={"source": folder}))
+        encoder.learned |= learned
+        return encoder
 
     def save(self, folder: Path) -> None:
         from timm.models import save_for_hf

@@ -37,6 +37,7 @@ from llavakit_plugins.huggingface.weights import Weights
 from llavakit_plugins.vision.options import (
     PROCESSOR,
     ChosenLayers,
+    EncoderOptions,
     TransformersOptions as TransformersOptions,
     read_processor,
 )
@@ -138,6 +139,8 @@ class TransformersEncoder(VisionTransformer):
                 'backend = "torchvision" does not have for images; use backend = "pil"'
             )
         self.decode_edge = self.image_size if options.fast else None
+        self.learned = pixel_options(options)
+        """The options of the pixels that its model learned from; exports remember them."""
 
     def with_options(self, options: TransformersOptions) -> Self:
         """Return an encoder that shares this one's network and has other options."""
@@ -154,8 +157,10 @@ class TransformersEncoder(VisionTransformer):
 
     @classmethod
     def load(cls, options: TransformersOptions, folder: Path, **context: Any) -> Self:
-        _warn_of_other_pixels(options, folder.parent / "model.toml")
-        return cls._read(options.model_copy(update={"source": str(folder), "revision": None}))
+        learned = learned_pixels(options, folder.parent / "model.toml")
+        encoder = cls._read(options.model_copy(update={"source": str(folder), "revision": None}))
+        encoder.learned |= learned
+        return encoder
 
     @classmethod
     def _read(cls, options: TransformersOptions) -> Self:
@@ -272,17 +277,31 @@ def _edge(value: Any, name: str, what: str) -> int:
     return int(edges.pop())
 
 
-def _warn_of_other_pixels(options: TransformersOptions, path: Path) -> None:
-    """Say so where an image becomes other pixels than those that a model folder learned from."""
+_LEARNED = ("aspect", "backend", "fast")
+
+
+def pixel_options(options: EncoderOptions) -> dict[str, Any]:
+    """Return the options by which an image becomes pixels; not every encoder has all of them."""
+    return {name: getattr(options, name) for name in _LEARNED if hasattr(options, name)}
+
+
+def learned_pixels(options: EncoderOptions, path: Path) -> dict[str, Any]:
+    """Return by which options images became the pixels that a model folder learned from.
+
+    Says so where these are others. An encoder without a model learned from none.
+    """
     try:
-        learned = tomllib.loads(path.read_text(encoding="utf-8")).get("vision", {})
-    except (OSError, ValueError):  # an encoder without a model; a broken model was refused before
-        return
-    for name in ("aspect", "backend", "fast"):
-        before = learned.get(name, type(options).model_fields[name].default)
-        if (now := getattr(options, name)) != before:
+        table = tomllib.loads(path.read_text(encoding="utf-8")).get("vision", {})
+    except (OSError, ValueError):  # no model; a broken one was refused before
+        return {}
+    fields = type(options).model_fields
+    given = pixel_options(options)
+    learned = {name: table.get(name, fields[name].default) for name in given}
+    for name, before in learned.items():
+        if (now := given[name]) != before:
             warnings.warn(
                 f"the model learned from images with `vision.{name} = {before!r}` and is given "
                 f"them with {now!r}: its answers may be worse; leave `vision.{name}` as it was",
-                stacklevel=2,
+                stacklevel=3,
             )
+    return learned

@@ -230,6 +230,16 @@ def test_transformers_reads_what_we_write(
     same_answers(theirs.eval(), tmp_path / "out", ours)
 
 
+def test_pixels_that_transformers_cannot_give_are_said(
+    native: Callable[..., LlavaModel], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    Hf().export(native(('use = "clip"', 'use = "clip"\nfast = true')), tmp_path / "fast")
+    assert "images are shrunk fast (`vision.fast`), which transformers does not do" in caplog.text
+    caplog.clear()
+    Hf().export(native(), tmp_path / "whole")
+    assert "shrunk fast" not in caplog.text
+
+
 def test_the_chat_template_that_is_written_asks_as_the_model_was_tuned(
     native: Callable[..., LlavaModel], tmp_path: Path
 ) -> None:

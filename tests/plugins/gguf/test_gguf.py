@@ -13,6 +13,7 @@ import torch
 from tests import published
 from tests.conftest import LANGUAGE, VISION, Command, make_tokenizer
 
+import llavakit
 from llavakit import Exporter, LlavaModel, ModelError, ModelRecipe, Registry, Turn, Use
 from llavakit.model.folder import create_model, save_model
 from llavakit.testing import ExporterContract, byte_tokenizer
@@ -356,3 +357,27 @@ def test_the_command_writes_both_files(
         "export", tmp_path / "model", tmp_path / "x", "--format", "gguf", "--set", "type=q3"
     )
     assert "option `type` of `gguf`" in said
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"aspect": "pad"}, []),
+        ({"aspect": "crop"}, ['`vision.aspect = "crop"`']),
+        ({"aspect": "pad", "fast": True}, ["`vision.fast = true`"]),
+    ],
+)
+def test_pixels_other_than_those_learned_from_are_said(
+    options: dict[str, Any], said: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """By what a model folder remembers, and not by what it was opened with."""
+    model = make_model("clip", "linear", "llama", tmp_path / "language", of_vision=options)
+    save_model(model, tmp_path / "model")
+    opened = {"aspect": "squash", "fast": not options.get("fast", False)}
+    with pytest.warns(UserWarning, match="is given them with"):
+        model = llavakit.load(tmp_path / "model", device="cpu", options={"vision": opened})
+    caplog.clear()
+    export(model, tmp_path / "out")
+    messages = [one.message for one in caplog.records if one.levelname == "WARNING"]
+    assert len(messages) == len(said)
+    assert all(words in message for words, message in zip(said, messages, strict=True))

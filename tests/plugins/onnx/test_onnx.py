@@ -7,6 +7,7 @@ import json
 import resource
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -852,6 +853,48 @@ def test_pixels_that_are_not_pillows_are_exported_as_the_nearest_with_a_warning(
     found = find_preparation(Clip(ClipOptions.model_validate(options)))
     assert (found.aspect, found.resample) == ("pad", interpolation)
     assert "differ by up to 2 of 255 levels" in caplog.text
+
+
+def test_pixels_other_than_those_learned_from_are_said(
+    exported: Exported, traced: object, tmp_path: Path
+) -> None:
+    native = tmp_path / "native"
+    copytree(exported.native, native)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load(exported.folder)
+    # what is learned is what the folder remembers, and not with what options it was opened
+    with pytest.warns(UserWarning, match="is given them with 'torchvision'"):
+        other = llavakit.load(native, device="cpu", options={"vision": {"backend": "torchvision"}})
+    near = OnnxOptions(tolerance=0.1)  # pixels a level apart
+    Onnx(near).export(other, tmp_path / "opened")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load(tmp_path / "opened")
+    path = native / "model.toml"
+    text = path.read_text("utf-8")
+    path.write_text(text.replace("[vision]", '[vision]\nbackend = "torchvision"', 1), "utf-8")
+    Onnx(near).export(llavakit.load(native, device="cpu"), tmp_path / "learned")
+    said = "learned from images with `vision.backend = 'torchvision'` and is given them with 'pil'"
+    for opened in (load, llavakit.load):
+        with pytest.warns(UserWarning, match=said):
+            opened(tmp_path / "learned")
+
+
+def test_a_preparation_that_was_changed_is_said(exported: Exported, tmp_path: Path) -> None:
+    folder = tmp_path / "changed"
+    copytree(exported.folder, folder)
+    report = json.loads((folder / "export.json").read_text("utf-8"))
+    assert report["learned"] == {"aspect": "crop", "backend": "pil", "fast": False}
+    report["preparation"]["aspect"] = "pad"
+    (folder / "export.json").write_text(json.dumps(report), "utf-8")
+    with pytest.warns(UserWarning, match=r"`vision.aspect = 'crop'` and is given them with 'pad'"):
+        load(folder)
+    del report["learned"]  # as exports before had it
+    (folder / "export.json").write_text(json.dumps(report), "utf-8")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load(folder)
 
 
 def test_a_squashed_square_with_another_filter_is_found() -> None:

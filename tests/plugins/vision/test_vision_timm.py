@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -229,6 +230,22 @@ def test_timm_reads_what_is_saved(tmp_path: Path) -> None:
     pixels = batch(encoder)
     with torch.no_grad():
         assert torch.equal(encoder(pixels), model.forward_features(pixels))
+
+
+def test_other_pixels_than_those_learned_from_are_said(tmp_path: Path) -> None:
+    folder = tmp_path / "vision"
+    Timm(options(NAME)).save(folder)
+    learned = tmp_path / "model.toml"
+    learned.write_text('[vision]\nuse = "timm"\naspect = "pad"\n', "utf-8")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        encoder = Timm.load(options(NAME, aspect="pad"), folder)
+    assert encoder.learned == {"aspect": "pad", "fast": False}
+    with pytest.warns(UserWarning, match=r"`vision.aspect = 'pad'` and is given them with 'crop'"):
+        encoder = Timm.load(options(NAME, aspect="crop"), folder)
+    assert encoder.learned["aspect"] == "pad", "and not what it was opened with"
+    with pytest.warns(UserWarning, match=r"`vision.fast = False` and is given them with True"):
+        Timm.load(options(NAME, aspect="pad", fast=True), folder)
 
 
 def test_a_larger_image_by_option(tmp_path: Path) -> None:

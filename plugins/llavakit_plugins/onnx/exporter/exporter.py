@@ -174,6 +174,7 @@ class Onnx(Exporter):
                 **({"feature_width": model.vision.width} if pools else {}),
             },
             "preparation": preparation.model_dump(mode="json"),
+            "learned": getattr(model.vision, "learned", None),
             "prompt": form.model_dump(mode="json"),
             "tiling": model.choices.get("tiling"),
             "end_tokens": sorted(model.language.end_ids),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -52,6 +53,19 @@ class Shapes(BaseModel):
     """Longest sequence in tokens, images included."""
 
 
+class Learned(BaseModel):
+    """The options of the vision encoder by which images became what the model learned from.
+
+    None: the encoder's own way, which is that of the folder's preparation.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    aspect: Literal["crop", "pad", "squash"] | None = None
+    backend: Literal["pil", "torchvision"] | None = None
+    fast: bool | None = None
+
+
 class Manifest(BaseModel):
     """The part of export.json that a runtime needs."""
 
@@ -63,6 +77,8 @@ class Manifest(BaseModel):
     """`group_query` writes into the cache that it gets; `plain` returns a new one."""
     shapes: Shapes
     preparation: Preparation
+    learned: Learned | None = None
+    """None: of an encoder without such options, or an older export."""
     prompt: PromptFormat
     tiling: dict[str, Any] | None = None
     """How images become views and rows, as in a recipe; None: each is one view."""
@@ -166,7 +182,23 @@ def read(path: Path, precision: str | None) -> tuple[Folder, str]:
                 f"{path / REPORT} does not list {name}, which the model needs; copy the whole "
                 "folder again, or export the model again"
             )
+    _warn_of_other_pixels(path / REPORT, manifest)
     return folder, chosen
+
+
+def _warn_of_other_pixels(report: Path, manifest: Manifest) -> None:
+    """Say so where images become other pixels than those that the model learned from."""
+    if manifest.learned is None:
+        return
+    given = Learned(aspect=manifest.preparation.aspect, backend="pil", fast=False)
+    for (name, before), (_, now) in zip(manifest.learned, given, strict=True):
+        if before not in (None, now):
+            warnings.warn(
+                f"the model in {report.parent} learned from images with `vision.{name} = "
+                f"{before!r}` and is given them with {now!r}: its answers may be worse; export a "
+                f"model that learned with `vision.{name} = {now!r}`, or ask it in PyTorch",
+                stacklevel=3,
+            )
 
 
 def _stems(precision: str) -> tuple[str, ...]:
