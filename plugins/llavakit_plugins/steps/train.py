@@ -52,11 +52,12 @@ class TrainStep(Step):
     def run(self, run: Run) -> Outcome:
         # only now: a plan needs no torch
         from llavakit import save_model
+        from llavakit_plugins.training.agreement import in_main
         from llavakit_plugins.training.answers import LastAnswer, both_answers
         from llavakit_plugins.training.initial import start_unread
         from llavakit_plugins.training.loop import Trainer
         from llavakit_plugins.training.tokenised import corpus_of
-        from llavakit_plugins.training.tokenised_steps import remove_unread
+        from llavakit_plugins.training.tokenised_steps import settle
 
         options = self.options
         if options.precision == "bf16" and run.device.type == "cpu" and run.process_group.is_main:
@@ -92,9 +93,8 @@ class TrainStep(Step):
                 run, held, model, as_read, options.max_length, together=together,
                 workers=options.workers,
             )  # fmt: skip
-        if run.process_group.is_main:
-            files = (read.file for read in (corpus, held_out) if read is not None)
-            remove_unread(run, [file for file in files if file is not None])
+        files = [read.file for read in (corpus, held_out) if read is not None]
+        in_main(run.process_group, lambda: settle(run, files))
         run.event("corpus", samples=len(corpus), tokens=corpus.tokens, cut=corpus.cut)
         with _explain_memory(_less_memory(options)):
             trainer = Trainer(model, corpus, options, run, held_out, template, unread)

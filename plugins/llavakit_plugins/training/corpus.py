@@ -116,8 +116,9 @@ class Corpus:
         self._map()
 
     @property
-    def file(self) -> Path | None:
-        """The file of tokenised data that it maps, if any."""
+    def file(self) -> Path:
+        """The file of tokenised data that it maps, where it is of one."""
+        assert self._columns.path is not None
         return self._columns.path
 
     def name(self, sample: int) -> str:

@@ -43,15 +43,23 @@ _PROBE = (
 
 
 def key_of(
-    run: Run, use: Use[Dataset], model: LlavaModel, template: PromptTemplate, max_length: int
+    run: Run,
+    use: Use[Dataset],
+    model: LlavaModel,
+    template: PromptTemplate,
+    max_length: int,
+    stamps: list[Any] | None = None,
 ) -> str:
-    """Return the same text for data that would be tokenised the same, and only for that."""
+    """Return the same text for data that would be tokenised the same, and only for that.
+
+    `stamps` are those of its files, where they are known.
+    """
     views = model.views
     facts = [
         _FORMAT,
         llavakit.__version__,
         use.model_dump(mode="json"),
-        _stamps(run, use),
+        stamps_of(run, use) if stamps is None else stamps,
         facts_of(template),
         _rendered(template, model.language.tokenizer),
         _tokenizer(model.language.tokenizer),
@@ -62,9 +70,10 @@ def key_of(
     return sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
 
 
-def _stamps(run: Run, use: Use[Dataset]) -> list[Any]:
+def stamps_of(run: Run, use: Use[Dataset]) -> list[Any]:
     """Return what changes with the files and folders that the options of a data set name.
 
+    Most are lists that begin with the file's path or address.
     Data of another place, such as the hub, may change unseen: then it is tokenised for one attempt
     at the step, which `--resume` goes on with.
     """

@@ -37,7 +37,7 @@ from llavakit.contracts.run import ProcessGroup
 from llavakit_plugins.datasets.columns import Columns, Stored, write_columns
 from llavakit_plugins.training.agreement import in_each, in_main, raise_first
 from llavakit_plugins.training.corpus import Corpus, reading
-from llavakit_plugins.training.corpus_key import key_of
+from llavakit_plugins.training.corpus_key import key_of, stamps_of
 from llavakit_plugins.training.rows import Reading, blocks_of, check
 from llavakit_plugins.training.tokenised_steps import note_read
 from llavakit_plugins.training.workers import processes_for, read_blocks
@@ -73,10 +73,12 @@ def corpus_of(
     def find() -> Path:
         nonlocal data
         folder = run.directory.parent / FOLDER
-        path = folder / f"{key_of(run, use, model, template, max_length)}.safetensors"
+        stamps = stamps_of(run, use)
+        key = key_of(run, use, model, template, max_length, stamps)
+        path = folder / f"{key}.safetensors"
         with explain_write(folder):
             folder.mkdir(parents=True, exist_ok=True)
-        note_read(run, path)
+        note_read(run, path, stamps)
         if _opened(path) is None:
             data = run.build(use)
             reading(data, model, template, max_length)  # for its error

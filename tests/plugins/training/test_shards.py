@@ -118,3 +118,52 @@ def test_shards_are_tokenised_once_and_anew_where_one_changes(
     again = texts()
     assert build.built == 2
     assert sum(map(len, again)) < sum(map(len, first))
+
+
+def test_a_shard_that_changes_before_a_step_goes_on_is_named(
+    write_recipe: RecipeWriter, tmp_path: Path, data: Path
+) -> None:
+    """Unless it says the same as before: then the step goes on, and ends with the same model."""
+    rows = json.loads((data / "train.json").read_text())
+    path = write_rows(tmp_path, rows, data / "images", 3)
+    old = f'use = "conversations", path = "{data}/train.json", images = "{data}/images"'
+    new = f'use = "webdataset", path = "{path}", index = "{tmp_path}/index"'
+    recipe, own = write_recipe((old, new), name="shards.toml"), sets(**OPTIONS)
+
+    def run(name: str, *more: str) -> processes.Ended:
+        return processes.run_ranks(tmp_path, 2, recipe, *own, "--out", tmp_path / name, *more)
+
+    assert run("whole").code == 0
+    for name in ("touched", "changed", "gone"):
+        as_if_killed(tmp_path / "whole", tmp_path / name, 1)
+
+    write_rows(tmp_path, rows, data / "images", 3)
+    os.utime(tmp_path / "shard-001.tar", (1, 1))  # copied again
+    ended = run("touched", "--resume")
+    assert ended.code == 0, ended.said
+    assert [event["at"] for event in events(tmp_path / "touched", "resumed")] == [1]
+    same(tmp_path / "whole" / "model", tmp_path / "touched" / "model", atol=0)
+
+    changed = [row if n < 8 else row | {"conversations": row["conversations"][:2]}
+               for n, row in enumerate(rows[:16])]  # fmt: skip
+    write_rows(tmp_path, [*changed, *rows[16:]], data / "images", 3)
+    for number in (0, 2):  # what they were
+        state = (tmp_path / "whole" / "tokenised" / "steps.json").read_text()
+        stamps = json.loads(state)["02-finetune"]["stamps"].popitem()[1]
+        when = int(stamps[number][2].partition(";")[2])
+        os.utime(tmp_path / f"shard-{number:03}.tar", ns=(when, when))
+    ended = run("changed", "--resume")
+    assert ended.code == 2, ended.said
+    assert f"error: {tmp_path}/shard-001.tar: changed since 02-finetune began" in ended.said
+    assert "or run without --resume, which starts this step over" in ended.said
+    assert run("changed", "--resume").code == 2  # and again
+    ended = run("changed")
+    assert ended.code == 0, ended.said
+    assert events(tmp_path / "changed", "resumed") == []
+    assert len(list((tmp_path / "changed" / "tokenised").glob("*.safetensors"))) == 1
+
+    for file in (tmp_path / "gone" / "tokenised").glob("*.safetensors"):
+        file.unlink()
+    ended = run("gone", "--resume")
+    assert ended.code == 0, ended.said
+    assert "shard-001.tar: not what it was when 02-finetune began" in ended.said

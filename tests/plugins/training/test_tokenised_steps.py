@@ -12,7 +12,7 @@ from tests.conftest import RecipeWriter
 from tests.core import processes
 from tests.runs import run_in
 
-from llavakit_plugins.training.tokenised_steps import note_read, remove_unread
+from llavakit_plugins.training.tokenised_steps import note_read, settle
 
 MODULE = "llavakit_plugins.training.tokenised_steps"
 
@@ -26,13 +26,13 @@ def attempt(tmp_path: Path) -> Callable[..., None]:
     def call(step: str, *keys: str, ends: bool = True) -> None:
         run, files = run_in(tmp_path / step), [folder / f"{key}.safetensors" for key in keys]
         for file in files:
-            note_read(run, file)
+            note_read(run, file, [])
             file.with_suffix(".blocks").mkdir(exist_ok=True)
             if ends:
                 file.write_bytes(b"columns")
                 file.with_suffix(".blocks").rmdir()
         if ends:
-            remove_unread(run, files)
+            settle(run, files)
 
     return call
 
@@ -84,15 +84,21 @@ def test_a_kill_leaves_what_the_next_attempt_removes(
         with monkeypatch.context() as patch:
             patch.setattr(what, killed)  # before the first removal, and behind the last
             with pytest.raises(KeyboardInterrupt):
-                remove_unread(run, [file])
+                settle(run, [file])
         assert ("a.safetensors" in left(tmp_path)) is there
     attempt("01-pretrain", "b")
     assert left(tmp_path) == ["b.safetensors"]
     table = json.loads((tmp_path / "tokenised" / "steps.json").read_text())
-    assert table == {"01-pretrain": ["b"]}
+    assert table == {"01-pretrain": {"settled": ["b"], "stamps": {"b": []}}}
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"01-pretrain": "a"}', '{"x": ["../../rows", 3]}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", "[]", '{"x": "a"}', '{"x": {"stamps": ["a"]}}',
+        '{"x": {"settled": ["../../rows"], "stamps": {"../../rows": []}}}',
+    ],
+)  # fmt: skip
 def test_a_table_that_is_not_ours_removes_nothing(
     tmp_path: Path, attempt: Callable[..., None], text: str
 ) -> None:
