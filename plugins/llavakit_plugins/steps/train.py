@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llavakit import (
-    Clip,
     ModelError,
     Outcome,
     Run,
@@ -22,6 +21,7 @@ from llavakit import (
 from llavakit.contracts.data import IMAGE
 from llavakit.contracts.run import Planner, StepPlan
 from llavakit.contracts.sections import Card, Curves, Gallery, Section
+from llavakit_plugins.datasets.usual_visuals import LONG, usual_visuals
 from llavakit_plugins.reporting.pictures import save_thumbnail
 from llavakit_plugins.training.division import parts_of_weights
 from llavakit_plugins.training.memory import device_memory, network_note
@@ -186,7 +186,10 @@ class TrainStep(Step):
             )
             return StepPlan(trained=trained, **need, note="; ".join(notes))
         samples, text = expected
-        length = min(visual + text, options.max_length)
+        found = usual_visuals(options.data, views)
+        share = 1 / sum(one.samples for one in found)
+        lengths = [min(one.rows + text, options.max_length) for one in found]
+        length = sum(one.samples * own for one, own in zip(found, lengths, strict=True)) * share
         answers = 2 if planner.build(options.objective).compares else 1
         steps = -(-samples // options.batch_size) * options.epochs
         seen = samples * options.epochs
@@ -194,16 +197,20 @@ class TrainStep(Step):
             steps = options.max_steps
             seen = steps * options.batch_size
         if options.feature_cache is not None:
-            size = samples * views.of().views * _view_bytes(planner.model) / 1e9
+            of_sample = sum(one.samples * one.views for one in found) * share
+            size = samples * of_sample * _view_bytes(planner.model) / 1e9
             size = min(size, options.feature_cache_gb)
             notes.append(f"features take up to {size:,.3g} GB in {options.feature_cache}")
         work = measure_work(planner.model, options.train, planner.parameters, planner.trainable)
-        if network := network_note(options, planner, options.batch_size * length):
+        if network := network_note(options, planner, round(options.batch_size * length)):
             notes.append(network)
-        sample = work.of(views.of().views, visual, [length], text * _SUPERVISED)
+        sample = share * sum(
+            one.samples * work.of(one.views, one.rows, [own], text * _SUPERVISED)
+            for one, own in zip(found, lengths, strict=True)
+        )
         return StepPlan(
             samples=seen,
-            tokens=seen * answers * length,
+            tokens=round(seen * answers * length),
             steps=steps,
             tflop=seen * answers * sample / 1e12,
             trained=trained,
@@ -214,11 +221,10 @@ class TrainStep(Step):
 
 def _about_videos(views: Views, length: int) -> list[str]:
     """Return what a plan says of the longest video, where the tiling shows any."""
-    long = Clip(640, 480, 1_000_000, 30.0)
-    frames = None if views.tiling is None else views.tiling.sample(long)
+    frames = None if views.tiling is None else views.tiling.sample(LONG)
     if frames is None:
         return []
-    rows = len(views.of(Shown(long.width, long.height, 1, len(frames))).index_RK)
+    rows = len(views.of(Shown(LONG.width, LONG.height, 1, len(frames))).index_RK)
     most = f"a video of {len(frames)} frames takes {rows:,} tokens"
     if rows < length:
         return [most]

@@ -14,8 +14,11 @@ from tests.conftest import Command, RecipeWriter
 from tests.made_videos import write_frames, write_video
 
 import llavakit
-from llavakit import DataError, LlavaModel, ModelError, Recipe, Registry, Video
+from llavakit import USUAL, DataError, Dataset, LlavaModel, ModelError, Recipe, Registry, Use, Video
+from llavakit.engine.plan import make_plan
 from llavakit.model.folder import create_model
+from llavakit_plugins.datasets.conversations import Conversations
+from llavakit_plugins.datasets.usual_visuals import usual_visuals
 
 TILINGS = {
     "onevision": '{ use = "anyres", grids = [[1, 2]], only_alone = true, video = { frames = 4 } }',
@@ -163,3 +166,57 @@ def test_a_plan_counts_the_rows_of_a_video(
         frames = 3 if tiling == "next" else 4
         said = " ".join(asked.out.split())
         assert f"a video of {frames} frames takes {rows} tokens" in said
+
+
+@pytest.mark.parametrize("tiling", TILINGS)
+def test_a_plan_counts_the_frames_that_training_reads(
+    write_recipe: RecipeWriter, clips: Path, tiling: str
+) -> None:
+    """And the images beside them, and that some samples have none."""
+    registry = Registry.installed()
+    rows = f'{{ use = "conversations", path = "{clips}/rows.json" }}'
+    sets = [f"model.tiling={TILINGS[tiling]}", f"steps.finetune.data={rows}"]
+    recipe = Recipe.load(write_recipe(), registry, sets)
+    views = create_model(recipe.parts(), registry, seed=0).views
+    use = Use[Dataset].model_validate({"use": "conversations", "path": f"{clips}/rows.json"})
+    shown = [views.shown(sample.images, "a sample") for sample in registry.build(use)]
+    arranged = [
+        # of images a plan does not look at the size
+        [views.of(one if one.frames else USUAL._replace(images=one.images)) for one in of_sample]
+        for of_sample in shown
+    ]
+    expected = [
+        (sum(one.views for one in of_sample), sum(len(one.index_RK) for one in of_sample))
+        for of_sample in arranged
+    ]
+    found = usual_visuals(use, views)
+    assert [(one.views, one.rows) for one in found] == expected
+    assert (0, 0) in expected
+    twice = {"use": "mix", "parts": [use.model_dump()] * 2, "weights": [1, 2]}
+    mixed = usual_visuals(Use[Dataset].model_validate(twice), views)
+    assert [(one.views, one.rows) for one in mixed] == expected * 2
+    assert [one.samples for one in mixed] == pytest.approx([1.0] * 15 + [2.0] * 15)
+
+    plan = make_plan(recipe, registry).steps["02-finetune"]
+    _, text = Conversations.expect(registry.options(use)) or (0, 0)
+    rows_of = sum(min(256, rows + text) for _, rows in expected)
+    assert plan.samples == 2 * len(expected)
+    assert plan.tokens == 2 * rows_of
+    cache = [*sets, f'steps.finetune.feature_cache="{clips}/cache"']
+    note = (
+        make_plan(Recipe.load(write_recipe(), registry, cache), registry).steps["02-finetune"].note
+    )
+    size = sum(count for count, _ in expected) * 16 * 48 * 4 / 1e9
+    assert f"features take up to {size:,.3g} GB" in note
+
+
+def test_a_plan_of_videos_that_are_not_here_yet_takes_them_for_long_ones(
+    write_recipe: RecipeWriter, tmp_path: Path
+) -> None:
+    turns = [{"from": "human", "value": "<video>"}, {"from": "gpt", "value": "red"}]
+    (tmp_path / "rows.json").write_text(json.dumps([{"video": "a.mp4", "conversations": turns}]))
+    registry = Registry.installed()
+    recipe = Recipe.load(write_recipe(), registry, [f"model.tiling={TILINGS['next']}"])
+    views = create_model(recipe.parts(), registry, seed=0).views
+    use = Use[Dataset].model_validate({"use": "conversations", "path": f"{tmp_path}/rows.json"})
+    assert [tuple(one) for one in usual_visuals(use, views)] == [(3, 12, 1.0)]
