@@ -206,7 +206,7 @@ def test_a_plan_counts_the_frames_that_training_reads(
     note = (
         make_plan(Recipe.load(write_recipe(), registry, cache), registry).steps["02-finetune"].note
     )
-    size = sum(count for count, _ in expected) * 16 * 48 * 4 / 1e9
+    size = sum(count for count, _ in expected) * 16 * 32 * 4 / 1e9
     assert f"features take up to {size:,.3g} GB" in note
 
 
