@@ -28,6 +28,7 @@ from llavakit.stream.batch import PackedBatch, pack
 from llavakit.stream.encode import Encoded
 from llavakit_plugins.connectors.mlp import Mlp, MlpOptions
 from llavakit_plugins.language.vicuna import Vicuna, VicunaOptions
+from llavakit_plugins.training import compiling
 from llavakit_plugins.training.best_fit import best_fit
 from llavakit_plugins.training.kinds import Group
 from llavakit_plugins.training.optimiser import Updates
@@ -37,6 +38,7 @@ from llavakit_plugins.vision.clip import Clip, ClipOptions
 LARGE = device_memory() > 1.3e11  # an H200
 SAME = 0.02
 """How far the losses of two ways may lie apart: of as many layers in bfloat16."""
+_COMPILING = 45  # seconds that must be left where blocks are compiled
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,8 @@ class Case:
     """Of the rate of large products, for work that is necessary."""
     goals: tuple[float, float] = (0.0, 0.0)
     """Ratio to the peer without and with checkpointing."""
+    compiles: bool = False
+    """Whether the step is measured with `compile = true`, too."""
 
 
 CLIP_L = {
@@ -113,6 +117,7 @@ MODEL_135M = Case(
     torch.float32,
     0.0,
     (2.5, 0.0),
+    compiles=True,
 )
 TINY_VISION = {
     "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2,
@@ -143,7 +148,7 @@ def layers16(session: Session) -> None:
 
 def small(session: Session) -> None:
     """Where the host launches kernels more slowly than the device runs them."""
-    measure(session, "small", TINY[1] if DRY else MODEL_135M)
+    measure(session, "small", replace(TINY[1], compiles=True) if DRY else MODEL_135M)
 
 
 def smoke(session: Session) -> None:
@@ -217,24 +222,31 @@ def measure(session: Session, section: str, case: Case) -> None:
     def padded(rows: int) -> Padded:
         return Padded(theirs, samples, pixels, case, rows)
 
+    def compiled(rows: int) -> Packed:
+        return Packed(ours, samples, pixels, case, rows, compiles=True)
+
     ways: dict[str, tuple[Callable[[int], Packed | Padded], bool, int]] = {
         "ours": (packed, False, case.rows[0]),
         "transformers": (padded, False, case.rows[1]),
         "ours, recomputing": (packed, True, case.rows[2]),
         "transformers, checkpointing": (padded, True, case.rows[3]),
     }
+    if case.compiles:
+        ways["ours, compiled"] = (compiled, False, case.rows[0])
     rates: dict[str, float] = {}
     shares: dict[str, float] = {}
     expected: float | None = None
     for name, (make, recompute, most) in ways.items():
-        if not session.time_for(f"{case.name}, {name}", 0 if DRY else 8):
+        needed = _COMPILING if name == "ours, compiled" else 8
+        if not session.time_for(f"{case.name}, {name}", 0 if DRY else needed):
             continue
         for rows in (most, most // 2, most // 4):
             way = make(rows)
             way.recompute(recompute)
             found = None
             try:
-                found = _time(way, case)
+                with way.blocks():
+                    found = _time(way, case)
             except torch.OutOfMemoryError:
                 print(f"{case.name}, {name}: {rows} rows do not fit", flush=True)
             finally:
@@ -365,9 +377,16 @@ class Packed:
     attention = "packed"
 
     def __init__(
-        self, model: LlavaModel, samples: list[Encoded], pixels: Tensor, case: Case, rows: int
+        self,
+        model: LlavaModel,
+        samples: list[Encoded],
+        pixels: Tensor,
+        case: Case,
+        rows: int,
+        *,
+        compiles: bool = False,
     ) -> None:
-        self.model, self.pixels, self.case = model, pixels, case
+        self.model, self.pixels, self.case, self.compiles = model, pixels, case, compiles
         bins = best_fit([s.length(model.visual_tokens) for s in samples], rows)
         self.batches: list[PackedBatch] = [
             pack([samples[i] for i in items], items, model.visual_tokens).to(pixels.device)
@@ -377,6 +396,20 @@ class Packed:
 
     def recompute(self, on: bool) -> None:
         self.model.language.recompute = on
+
+    @contextmanager
+    def blocks(self) -> Iterator[None]:
+        """Let blocks run as a recipe's `compile` says."""
+        if not self.compiles:
+            yield
+            return
+        if DRY:
+            compiling.BACKEND = "eager"
+        compiled = compiling.Compiled(self.model, encoder=True)
+        try:
+            yield
+        finally:
+            compiled.undo()
 
     def learning(self) -> dict[str, nn.Parameter]:
         self.model.requires_grad_(False)
@@ -419,6 +452,9 @@ class Padded:
                 mask[number, : len(values)] = 1
             on_device = [tensor.to(pixels.device) for tensor in (ids, mask, labels)]
             self.batches.append((*on_device, pixels[begin : begin + size]))
+
+    def blocks(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def recompute(self, on: bool) -> None:
         self.model.train()

@@ -41,8 +41,8 @@ def test_every_kind_of_section_walks_through_on_a_cpu(tmp_path: Path) -> None:
     (tmp_path / "other" / "tests").mkdir(parents=True)
     (tmp_path / "other" / "tests" / "__init__.py").touch()
     sections = (
-        "environment,rates,correctness,attention,models,smoke,splice1,mlp1,loss,decode,profile,"
-        "configurations,rates-after"
+        "environment,rates,correctness,attention,models,smoke,splice1,mlp1,loss,decode,small,"
+        "profile,configurations,compile,rates-after"
     )
     out = tmp_path / "out"
     ended = run(
@@ -62,8 +62,10 @@ def test_every_kind_of_section_walks_through_on_a_cpu(tmp_path: Path) -> None:
         for case in ("stage 1, tiny", "stage 2, tiny")
         for way in ("ours", "transformers", "ours, recomputing", "transformers, checkpointing")
     ]
+    assert "ours, compiled" in [row["way"] for row in rows["small"]]
     checked = {section for section in rows if any("limit" in row for row in rows[section])}
-    assert checked == {"plugins", "correctness", "attention", "models", "smoke"}
+    expected = {"plugins", "correctness", "attention", "models", "smoke", "small", "compile"}
+    assert checked == expected
     assert all(row["same"] == row["of"] for row in rows["decode: same"])
     assert "## " not in ended.stdout
     assert (out / "profile.txt").stat().st_size > 1000

@@ -49,6 +49,8 @@ def packed_attention(
         # beside float32 weights, rotary angles make queries and keys float32, and values stay half
         half = torch.get_autocast_dtype(kind)
         q_THK, k_TGK, v_TGK = q_THK.to(half), k_TGK.to(half), v_TGK.to(half)
+    if (attend := getattr(packing, "attend", None)) is not None:  # a graph's stream, not ours
+        return cast("Tensor", attend(q_THK, k_TGK, v_TGK, scoring))
     if packing.watch is not None:
         packing.watch.see(layer, q_THK, k_TGK, packing, scoring)
     if packing.cache is not None:
@@ -59,8 +61,7 @@ def packed_attention(
         for choose in _CHOOSERS:
             kernel = choose(scoring, q_THK.shape[-1], v_TGK.shape[-1], q_THK.device)
             if kernel is not None:
-                attended_THK: Tensor = kernel(q_THK, k_TGK, v_TGK, packing, scoring)
-                return attended_THK
+                return cast("Tensor", kernel(q_THK, k_TGK, v_TGK, packing, scoring))
     outputs = []
     # split, not slices: the gradient of each slice would be as long as the whole stream
     parts = (x_TXK.split(packing.lengths) for x_TXK in (q_THK, k_TGK, v_TGK))
@@ -109,8 +110,7 @@ def _weigh(
     if scoring.sinks_H is not None:
         sinks = scoring.sinks_H.float().view(1, -1, 1, 1).expand(*scores_SHQC.shape[:3], 1)
         scores_SHQC = torch.cat((scores_SHQC, sinks), dim=-1)
-    weights_SHQC = scores_SHQC.softmax(dim=-1)[..., : k_SHCK.shape[2]].to(v_SHCK.dtype)
-    return weights_SHQC @ v_SHCK
+    return scores_SHQC.softmax(dim=-1)[..., : k_SHCK.shape[2]].to(v_SHCK.dtype) @ v_SHCK
 
 
 def _store(cache: KVCache, layer: int, k_TGK: Tensor, v_TGK: Tensor, packing: Packing) -> None:

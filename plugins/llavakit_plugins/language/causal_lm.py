@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ from llavakit_kernels.linear_cross_entropy import linear_cross_entropy
 from llavakit_plugins.huggingface.hub import explain_config
 from llavakit_plugins.language.options import LanguageOptions
 from llavakit_plugins.language.pretrained import PretrainedLanguage
+from llavakit_plugins.language.traced import current
 
 _ATTENTION = "llavakit"  # the name under which our attention is registered in transformers
 _SUPPORTED = {"full_attention", "sliding_attention", "attention", "dense"}
@@ -94,15 +95,19 @@ class CausalLM(PretrainedLanguage):
     def _hidden(self, embeds_TE: Tensor, packing: Packing, rows: Rows | None = None) -> Tensor:
         config = self.model.config
         call = _Call(packing, _windows(config))
+        # the first layer of a compiled model would be another graph than the next: of a view
+        embeds_1TE = embeds_TE[None] if current.stream is None else torch.stack((embeds_TE,))
         with _during(call), self._recomputing(call):
             states_1TE = self.model.base_model(
-                inputs_embeds=embeds_TE[None],
+                inputs_embeds=embeds_1TE,
                 position_ids=packing.position_ids_T[None],
                 use_cache=False,
             ).last_hidden_state
         # A layer that computes attention in another way would mix the samples of the stream without
         # an error, so each layer must have called our attention exactly once.
-        if sorted(call.layers) != list(range(config.num_hidden_layers)):
+        compiled = 0 if current.stream is None else current.stream.blocks
+        once = len(call.layers) == len({*call.layers})
+        if not once or len(call.layers) + compiled != config.num_hidden_layers:
             self._refuse(
                 config.model_type,
                 f"of its {config.num_hidden_layers} layers, those that use transformers' attention "
@@ -122,14 +127,17 @@ class CausalLM(PretrainedLanguage):
             yield
             return
         layers: list[Any] = self.blocks
+        before = [vars(layer).get("forward") for layer in layers]
         for layer in layers:
-            own = partial(_call_during, call, partial(type(layer).forward, layer))
+            own = partial(_call_during, call, layer.forward)
             layer.forward = partial(checkpoint, own, use_reentrant=False)
         try:
             yield
         finally:
-            for layer in layers:
+            for layer, forward in zip(layers, before, strict=True):
                 del layer.forward
+                if forward is not None:
+                    layer.forward = forward
 
     def logits(self, hidden_ME: Tensor) -> Tensor:
         scaled: Tensor = self.head(hidden_ME * self._logit_scale)
@@ -208,6 +216,12 @@ def _windows(config: Any) -> tuple[int | None, ...]:
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 
 
+def _window(module: Any) -> int | None:
+    """Return the window of an attention's layer, whose number a graph sees only if it has to."""
+    windows = _windows(module.config)
+    return windows[0] if len({*windows}) == 1 else windows[module.layer_idx]
+
+
 def _attention(
     module: Any,
     q_1HTK: Tensor,
@@ -228,9 +242,11 @@ def _attention(
     Raises ModelError for what a packed stream cannot do: dropout, a mask or a bias by position,
     and attention to later tokens.
     """
-    call = _current.get()
-    layer = int(module.layer_idx)
-    call.layers.append(layer)
+    stream, layer = current.stream if torch.compiler.is_compiling() else None, 0
+    if stream is None:
+        call = _current.get()
+        layer = int(module.layer_idx)
+        call.layers.append(layer)
     if dropout:
         raise ModelError(
             f"the stream's attention has no dropout, the model asks for {dropout}; set the "
@@ -243,9 +259,13 @@ def _attention(
             "their distance; language model `causal-lm` cannot run it"
         )
     q_THK, k_TGK, v_TGK = (x[0].transpose(0, 1) for x in (q_1HTK, k_1GTK, v_1GTK))
+    if "sliding_window" in options:
+        window = options["sliding_window"]
+    else:
+        window = _window(module) if stream is not None else call.windows[layer]
     attended_THK = packed_attention(
-        q_THK, k_TGK, v_TGK, call.packing, layer=layer, scale=scaling,
-        window=options.get("sliding_window", call.windows[layer]), softcap=softcap, sinks_H=s_aux,
+        q_THK, k_TGK, v_TGK, call.packing if stream is None else cast("Packing", stream),
+        layer=layer, scale=scaling, window=window, softcap=softcap, sinks_H=s_aux,
     )  # fmt: skip
     return attended_THK[None], None
 

@@ -25,20 +25,26 @@ def choose(
     scoring: Scoring, key_width: int, value_width: int, device: torch.device
 ) -> Kernel | None:
     """Return the fastest installed kernel that honours all of `scoring` on `device`, or None."""
-    if key_width != value_width or not _is_recent(device):
+    if key_width != value_width or not is_recent(device):
         return None
     if key_width <= _FLASH_WIDEST and scoring.sinks_H is None:
         if _has_flash_attn():  # honours a soft cap, too
             return flash_attention
-        if scoring.softcap is None and key_width % _FLASH_MULTIPLE == 0:
+        if fits_torch(scoring, key_width):
             return torch_attention
     return compiled_flex_attention if key_width >= _FLEX_NARROWEST else None
 
 
+def fits_torch(scoring: Scoring, width: int) -> bool:
+    """Say whether torch's own kernel honours all of `scoring`, for heads of this width."""
+    plain = scoring.sinks_H is None and scoring.softcap is None
+    return plain and width <= _FLASH_WIDEST and width % _FLASH_MULTIPLE == 0
+
+
 @cache
-def _is_recent(device: torch.device) -> bool:
+def is_recent(device: torch.device) -> bool:
     """Say whether it is Ampere or later, for which these kernels are written."""
-    return torch.cuda.get_device_capability(device) >= (8, 0)
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 @cache
@@ -65,9 +71,15 @@ def torch_attention(
     q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, packing: Packing, scoring: Scoring
 ) -> Tensor:
     """torch's own variable-length attention."""
+    return attend_by_torch(q_THK, k_TGK, v_TGK, packing.bounds_S, max(packing.lengths), scoring)
+
+
+def attend_by_torch(
+    q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, bounds: Tensor, longest: int, scoring: Scoring
+) -> Tensor:
+    """The same, of samples within `bounds` `[S + 1]`, int32; also as a part of a graph."""
     from torch.nn.attention.varlen import varlen_attn
 
-    bounds, longest = packing.bounds_S, max(packing.lengths)
     reach = -1 if scoring.window is None else scoring.window - 1
     repeat = q_THK.shape[1] // k_TGK.shape[1]
     if repeat > 1:  # it has no grouped queries

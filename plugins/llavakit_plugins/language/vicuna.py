@@ -66,20 +66,17 @@ class Vicuna(PretrainedLanguage):
         rotary = (cos_1TK[0, :, None], sin_1TK[0, :, None])
         hidden_TE = embeds_TE
         *blocks, last = decoder.layers
-        for index, block in enumerate(blocks):
+        for block in blocks:
             if self.recompute and torch.is_grad_enabled():
-                hidden_TE = checkpoint(
-                    block, index, hidden_TE, rotary, packing, None, use_reentrant=False
-                )
+                hidden_TE = checkpoint(block, hidden_TE, rotary, packing, None, use_reentrant=False)
             else:
-                hidden_TE = block(index, hidden_TE, rotary, packing, None)
-        hidden_ME = last(len(blocks), hidden_TE, rotary, packing, rows)
+                hidden_TE = block(hidden_TE, rotary, packing, None)
+        hidden_ME = last(hidden_TE, rotary, packing, rows)
         return _norm(decoder.norm, hidden_ME)
 
 
 def _block(
     block: Any,
-    index: int,
     hidden_TE: Tensor,
     rotary: tuple[Tensor, Tensor],
     packing: Packing,
@@ -105,8 +102,10 @@ def _block(
     else:
         q_THK = attention.q_proj(normed_TE).unflatten(-1, shape)
         q_THK, k_TGK = fused.rotate(q_THK, k_TGK, rotary)
+        # nobody asks a graph for a layer's number, and with it it would hold for that layer alone
+        layer = 0 if torch.compiler.is_compiling() else attention.layer_idx
         attended = packed_attention(
-            q_THK, k_TGK, v_TGK, packing, layer=index, scale=attention.scaling
+            q_THK, k_TGK, v_TGK, packing, layer=layer, scale=attention.scaling
         )
         if rows is not None:
             attended = _rows(attended, rows)

@@ -176,6 +176,8 @@ class TrainStep(Step):
                 f"{length}: nothing is learned from samples with an image"
             )
         notes += _about_videos(views, length)
+        if options.compile:
+            notes.append("blocks are compiled in the first step, which takes longer")
         memory = device_memory(options, planner)
         need: dict[str, Any] = {"memory": memory, "memory_gb": sum(memory.values())}
         expected = planner.expect(options.data)

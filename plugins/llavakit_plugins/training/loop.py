@@ -26,6 +26,7 @@ from llavakit import (
 from llavakit_plugins.huggingface.unread import Unread
 from llavakit_plugins.training.callbacks import Callbacks
 from llavakit_plugins.training.checkpoints import Best, Checkpoints
+from llavakit_plugins.training.compiling import compiled
 from llavakit_plugins.training.corpus import Batch, Corpus
 from llavakit_plugins.training.division import parts_of_weights
 from llavakit_plugins.training.feature_cache import Kept
@@ -105,8 +106,8 @@ class Trainer:
         self.callbacks = Callbacks(model, run, self.steps, options.callbacks)
         self.features = features_of(corpus, model, options, run)
         self._references = [(self.measure, self.features, "reference")]
-        cached = isinstance(self.features, Cached | Kept)
-        self.meter = Meter(self.progress, model, options, cached=cached)
+        self.cached = isinstance(self.features, Cached | Kept)
+        self.meter = Meter(self.progress, model, options, cached=self.cached)
         self.validation: Validation | None = None
         if held_out is not None:
             found = features_of(held_out, model, options, run)
@@ -135,7 +136,7 @@ class Trainer:
         Raises Stopped, after saving, if the user asked to stop, and TrainingError, which names the
         samples, if a loss is not finite.
         """
-        with self.watch, self._saved():
+        with self.watch, self._saved(), compiled(self.model, self.options, cached=self.cached):
             self._train()
         if self.sharded:
             self._gather()
@@ -209,8 +210,7 @@ class Trainer:
                 self.run.seed, epoch, options.batch_size, options.micro_batch_tokens, before
             )
             for batch in islice(batches, self.steps - done):
-                before += 1
-                done += 1
+                before, done = before + 1, done + 1
                 yield Due(epoch, before, batch, self._micros(batch))
             epoch, before = epoch + 1, 0
 

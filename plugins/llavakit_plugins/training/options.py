@@ -86,6 +86,9 @@ class TrainOptions(StartOptions):
     its samples. Then all stop, and the one that is behind is named."""
     recompute: bool = False
     """Compute activations again in the backward pass: less memory, about a third more work."""
+    compile: bool = False
+    """Compile each block of the language model (and of an encoder whose features are not kept) by
+    torch.compile. The first step takes longer, the last bits of the result differ."""
     cache_features: bool | None = None
     """Encode each image once and keep the features; only for a frozen encoder. By default if
     images are used more than once and the features fit into 4 GiB."""

@@ -187,10 +187,10 @@ def test_no_kernel_is_chosen_that_ignores_what_a_layer_asks_for(
 
     monkeypatch.setattr(varlen, "_has_flash_attn", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    varlen._is_recent.cache_clear()
+    varlen.is_recent.cache_clear()
     assert chosen(64) == [None] * 4  # none of them runs on Turing
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    varlen._is_recent.cache_clear()
+    varlen.is_recent.cache_clear()
     assert chosen(64) == [flash, flash, flash, flex]
     monkeypatch.setattr(varlen, "_has_flash_attn", lambda: False)
     assert chosen(64) == [torchs, torchs, flex, flex]
@@ -198,4 +198,4 @@ def test_no_kernel_is_chosen_that_ignores_what_a_layer_asks_for(
     assert chosen(512) == [flex] * 4
     assert chosen(12) == [None] * 4
     assert chosen(64, 32) == [None] * 4  # values narrower than keys: one by one
-    varlen._is_recent.cache_clear()
+    varlen.is_recent.cache_clear()

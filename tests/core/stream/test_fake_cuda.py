@@ -26,6 +26,7 @@ from llavakit_plugins.connectors.mlp import Mlp, MlpOptions
 from llavakit_plugins.language import varlen
 from llavakit_plugins.language.causal_lm import CausalLM, CausalLMOptions
 from llavakit_plugins.language.vicuna import Vicuna, VicunaOptions
+from llavakit_plugins.training import compiling
 from llavakit_plugins.training.kinds import Group
 from llavakit_plugins.training.optimiser import Rates, Updates
 from llavakit_plugins.training.schedules import Constant
@@ -45,9 +46,9 @@ def recent_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(varlen, "_has_flash_attn", lambda: False)
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)  # needs a driver
-    varlen._is_recent.cache_clear()
+    varlen.is_recent.cache_clear()
     yield
-    varlen._is_recent.cache_clear()
+    varlen.is_recent.cache_clear()
 
 
 @contextmanager
@@ -86,11 +87,11 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return chosen
 
 
-def batch() -> PackedBatch:
+def batch(count: int = 2) -> PackedBatch:
     ids = np.arange(1, 12)
     ids[3] = -200
     sample = Encoded(ids, np.arange(11) > 6, max_length=24)  # cuts visual tokens, too
-    return pack([sample, sample], [0, 1], 16)
+    return pack([sample] * count, range(count), 16)
 
 
 def language(kind: str) -> LanguageModel:
@@ -119,6 +120,46 @@ def test_a_training_step_is_read_by_one_kernel_and_waits_for_nothing(
     assert loss.dtype == torch.float32
     assert loss.requires_grad
     assert kernels == [varlen.torch_attention] * 2, "one of the whole stream for each layer"
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+@pytest.mark.parametrize("kind", ["vicuna", "causal-lm"])
+@pytest.mark.parametrize("learns", [True, False])
+def test_a_compiled_block_is_one_graph_with_the_kernel_in_it(
+    kind: str, learns: bool, kernels: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For streams of any length; Vicuna's last block, which leaves rows out, is another one."""
+    graphs: list[Any] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph
+
+    monkeypatch.setattr(compiling, "BACKEND", backend)
+    vision = Clip(ClipOptions(config=VISION))
+    connector = Mlp(MlpOptions(), vision_width=32, language_width=64)
+    text = language(kind)
+    for part in (vision, *([] if learns else [text])):
+        cast_weights(part, torch.bfloat16)
+    model = LlavaModel(vision, connector, text, Bare(), choices={}).requires_grad_(False)
+    connector.requires_grad_(True)
+    text.requires_grad_(learns)
+    blocks = compiling.Compiled(model, encoder=True)
+    try:
+        with on_gpu(model):
+            for count in (2, 3, 5):
+                pixels = torch.empty(count, 3, 32, 32, dtype=torch.bfloat16, device=GPU)
+                loss = model.loss(batch(count).to(model.device), model.features(pixels))
+                assert loss.requires_grad
+    finally:
+        blocks.undo()
+        torch._dynamo.reset()
+    targets = [[str(node.target) for node in graph.graph.nodes] for graph in graphs]
+    attending = [own for own in targets if "torch_attn._varlen_attn" in own]
+    assert len(attending) == (2 if kind == "vicuna" else 1)
+    assert len([own for own in targets if own]) == len(attending) + 1, "and one of the encoder"
+    assert not any("packed_attention" in name for own in targets for name in own)
+    assert not kernels, "nothing is chosen within a graph"
 
 
 def test_a_checkpoint_is_restored_to_where_the_fused_optimiser_reads_it() -> None:
