@@ -98,6 +98,7 @@ _TRAINER = {
     "fp16": Counterpart("precision", '`"bf16"` in its place'),
     "tf32": Counterpart("", "what is not bf16 is multiplied in float32"),
     "gradient_checkpointing": Counterpart("recompute", ""),
+    "torch_compile": Counterpart("compile", "each block by itself"),
     "logging_steps": Counterpart("log_every", ""),
     "save_steps": Counterpart("checkpoint_every", ""),
     "save_total_limit": Counterpart("keep", ""),

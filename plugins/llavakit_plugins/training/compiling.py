@@ -18,7 +18,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from llavakit import LlavaModel, TrainingError
+from llavakit import LlavaModel, TrainingError, VisionEncoder
 from llavakit.contracts.packing import Packing, Rows
 from llavakit_plugins.language.traced import Traced, current, mark_rows
 from llavakit_plugins.training.options import TrainOptions
@@ -38,6 +38,12 @@ def compiled(model: LlavaModel, options: TrainOptions, *, cached: bool) -> Itera
     if not options.compile:
         yield
         return
+    given = {model.choices.get(part, {}).get("products") for part in ("vision", "language")}
+    if model.device.type == "cpu" and "onednn" in given:
+        _log.warning(
+            'note: `compile` leaves products within blocks to PyTorch: `products = "onednn"` has '
+            "no effect there"
+        )
     blocks = Compiled(model, encoder=not cached)
     try:
         yield
@@ -63,15 +69,13 @@ class Compiled:
         self._language = language
         self._hidden = language.hidden
         language.hidden = self._keep_stream  # type: ignore[method-assign]
-        self._replace(language.blocks, _LanguageRegion, named)
-        if encoder:
-            blocks = list(getattr(vision, "blocks", ()))
-            named = f"vision encoder `{vision.name}`"
-            if not blocks:
-                _log.warning(
-                    "`compile`: the %s does not say what its `blocks` are; it runs as it is", named
-                )
-            self._replace(blocks, _Region, named)
+        try:
+            self._replace(language.blocks, _LanguageRegion, named)
+            if encoder:
+                self._replace(_blocks(vision), _Region, f"vision encoder `{vision.name}`")
+        except TrainingError:
+            self.undo()
+            raise
 
     def undo(self) -> None:
         """Let all blocks run as they did before."""
@@ -102,6 +106,16 @@ class Compiled:
         trains = torch.is_grad_enabled() and packing.cache is None and packing.watch is None
         current.stream = Traced(packing) if trains else None
         return self._hidden(embeds_TE, packing, rows)
+
+
+def _blocks(vision: VisionEncoder) -> Sequence[nn.Module]:
+    blocks = list(getattr(vision, "blocks", ()))
+    if not blocks:
+        _log.warning(
+            "`compile`: the vision encoder `%s` does not say what its `blocks` are; it runs as it "
+            "is", vision.name,
+        )  # fmt: skip
+    return blocks
 
 
 class _Region:

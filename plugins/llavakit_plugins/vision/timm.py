@@ -6,6 +6,7 @@ Shapes: B images, P patches, D width.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, Self, cast
@@ -14,7 +15,7 @@ import torch
 from PIL import Image
 from pydantic import Field, model_validator
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 
 from llavakit import ModelError, did_you_mean
 from llavakit_plugins.huggingface.hub import PretrainedOptions, missing_source
@@ -160,6 +161,12 @@ class Timm(VisionTransformer):
             image = without_ends(image)
         pixels_CHW: Tensor = self._transform(image)
         return pixels_CHW
+
+    @property
+    def blocks(self) -> Iterable[nn.Module]:
+        """The transformer's layers in order."""
+        layers: nn.ModuleList = self.model.blocks
+        return layers
 
     def forward(self, pixels_BCHW: Tensor) -> Tensor:
         """Return features `[B, prefix + P, D]`."""

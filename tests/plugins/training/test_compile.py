@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tests.conftest import LANGUAGE, VISION, Command, RecipeWriter
 from tests.core import processes
 from tests.core.peer import Bare
@@ -34,6 +35,8 @@ from llavakit_plugins.language.vicuna import Vicuna, VicunaOptions
 from llavakit_plugins.training import compiling
 from llavakit_plugins.training.compiling import Compiled
 from llavakit_plugins.vision.clip import Clip, ClipOptions
+from llavakit_plugins.vision.siglip import Siglip, SiglipOptions
+from llavakit_plugins.vision.siglip2 import Siglip2Naflex
 
 # PyTorch's tracing looks at the gradient of hidden states, which have none
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
@@ -139,6 +142,36 @@ def test_one_compilation_serves_all_layers_and_lengths(
     for name, value in gradients(model, 9, 12, 30).items():
         assert torch.equal(value, expected[0][name]), name
     assert counts(graphs) == (windows, 0)
+
+
+@pytest.mark.parametrize("kind", ["siglip", "siglip2-naflex", "timm"])
+def test_every_encoder_has_blocks_that_compile(kind: str, graphs: list[Any]) -> None:
+    model = model_of("vicuna")
+    torch.manual_seed(0)
+    model.vision = encoder_of(kind)
+    pixels = [torch.randn(n, model.vision.channels, 32, 32) for n in (2, 3)]
+    if kind == "siglip2-naflex":  # the fourth channel holds the patches' places
+        pixels = [model.vision.prepare(Image.new("RGB", (40, 20)))[None].repeat(n, 1, 1, 1)
+                  for n in (2, 3)]  # fmt: skip
+    expected = [model.features(each) for each in pixels]
+    blocks = Compiled(model, encoder=True)
+    for each, plain in zip(pixels, expected, strict=True):
+        torch.testing.assert_close(model.features(each), plain, atol=1e-6, rtol=1e-5)
+    assert counts(graphs) == (0, 1)
+    blocks.undo()
+
+
+def encoder_of(kind: str) -> Any:
+    if kind == "siglip":
+        return Siglip(SiglipOptions(config=VISION)).eval()
+    if kind == "siglip2-naflex":
+        shape = {**VISION, "num_patches": 16}
+        del shape["image_size"], shape["projection_dim"]
+        return Siglip2Naflex(Siglip2Naflex.Options(config=shape)).eval()
+    timm = pytest.importorskip("llavakit_plugins.vision.timm")
+    small = {"img_size": 32, "embed_dim": 32, "depth": 3, "num_heads": 2}
+    options = timm.TimmOptions(model="vit_tiny_patch16_224", pretrained=False, config=small)
+    return timm.Timm(options).eval()
 
 
 @pytest.mark.parametrize("learns", [True, False])
@@ -398,10 +431,20 @@ def test_parts_that_do_not_say_what_their_blocks_are(
     monkeypatch.setattr(model.language.blocks[1], "forward", lambda *given: given[0])
     with pytest.raises(TrainingError, match=r"`forward` of the blocks of language model `vicuna`"):
         Compiled(model, encoder=False)
-    assert "forward" in vars(model.language.blocks[0])  # Vicuna's own
+    assert "hidden" not in vars(model.language)
     monkeypatch.setattr(Vicuna, "blocks", ())
     with pytest.raises(TrainingError, match=r"`vicuna` does not say what its `blocks` are; leave"):
         Compiled(model, encoder=False)
+
+
+def test_products_that_a_graph_leaves_out_are_named(
+    write_recipe: RecipeWriter, llava_run: Command, tmp_path: Path, graphs: list[Any],
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    products = sets(**{"model.language.products": "onednn", "steps.2.skip": "true"})
+    assert llava_run(write_recipe(), *products, *BOTH, "--out", tmp_path / "run").code == 0
+    (told,) = [message for message in caplog.messages if "onednn" in message]
+    assert told.startswith("note: `compile` leaves products within blocks to PyTorch")
 
 
 # -- with PyTorch's own compiler -------------------------------------------------------------------
