@@ -83,7 +83,7 @@ class Views(NamedTuple):
         """Return what the rows of an image depend on, and which frames of a video are shown."""
         if not isinstance(image, Video):
             return Shown(*image_size(image, where, upright=self.upright), images), ()
-        clip = Clip(0, 0, 0, 0.0) if self.tiling is None else media().clip(image, where)
+        clip = Clip(0, 0, 0, 0) if self.tiling is None else media().clip(image, where, self.upright)
         if self.tiling is None or (frames := self.tiling.sample(clip)) is None:
             name = "single" if self.tiling is None else self.tiling.name
             raise ModelError(
@@ -105,7 +105,7 @@ class Views(NamedTuple):
             return (open_image(source, where, edge, upright=self.upright),)
         if isinstance(source, Video):
             shown, kept = self._shown(source, where, images)
-            frames = media().frames(source, kept, where)
+            frames = media().frames(source, kept, where, self.upright)
             return [view for one in frames for view in self.tiling.cut(one, shown, self.view)]
         image = open_image(source, where, upright=self.upright)  # whole: its size decides
         return self.tiling.cut(image, Shown(*image.size, images), self.view)

@@ -28,10 +28,10 @@ class Reader(Protocol):
     ) -> tuple[int, int]:
         """Return the width and height of what `open_image` returns."""
 
-    def clip(self, video: Video, where: str) -> Clip:
+    def clip(self, video: Video, where: str, upright: bool) -> Clip:
         """Return what a video's header says, or counts that it lacks."""
 
-    def frames(self, video: Video, kept: Sequence[int], where: str) -> Sequence[Image]:
+    def frames(self, video: Video, kept: Sequence[int], where: str, upright: bool) -> list[Image]:
         """Return these frames, ascending, as RGB images."""
 
 

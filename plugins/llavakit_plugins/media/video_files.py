@@ -9,25 +9,48 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 from PIL import Image
 
 from llavakit import Clip, DataError
+from llavakit_plugins.media.images import refusal
 
 _FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,ogg,asf,gif,webp"
 """FFmpeg's names of containers that hold everything themselves. Playlists (`hls`, `concat`) are
 left out: they name other files and addresses, which would be read in their place."""
 _FEW, _SHARE = 2, 50  # frames that a header may count too many: so many, or this part of all
+_TURNS = {
+    (0, 1, -1, 0): Image.Transpose.ROTATE_270,
+    (-1, 0, 0, -1): Image.Transpose.ROTATE_180,
+    (0, -1, 1, 0): Image.Transpose.ROTATE_90,
+    (-1, 0, 0, 1): Image.Transpose.FLIP_LEFT_RIGHT,
+    (1, 0, 0, -1): Image.Transpose.FLIP_TOP_BOTTOM,
+    (0, 1, 1, 0): Image.Transpose.TRANSPOSE,
+    (0, -1, -1, 0): Image.Transpose.TRANSVERSE,
+}
+"""How a frame is turned by a display matrix `a b c d`: x to ax + cy, y to bx + dy, y downwards."""
+_LEVEL = (
+    Image.Transpose.ROTATE_180, Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.FLIP_TOP_BOTTOM
+)  # fmt: skip
+_UNIT = 1 << 16  # 1 in a display matrix
 
 
-def clip(source: Path | bytes, name: str) -> Clip:
-    """Return what the header says; where it counts no frames, the file's packets are counted."""
+def clip(source: Path | bytes, name: str, upright: bool = False) -> Clip:
+    """Return what the header says; where it counts no frames, the file's packets are counted.
+
+    How a file is turned upright is noted with its first frame, which is decoded then.
+    """
     with _opened(source, name) as (container, stream):
         context = stream.codec_context
         frames = stream.frames
         if frames <= 0:
             frames = sum(packet.size > 0 for packet in container.demux(stream))
         rate = stream.average_rate or stream.guessed_rate
-        return Clip(context.width, context.height, frames, float(rate or 0))
+        width, height = context.width, context.height
+    # what is too large is not decoded
+    if upright and refusal(width, height) is None and _is_sideways(source, name):
+        width, height = height, width
+    return Clip(width, height, frames, float(rate or 0))
 
 
 def check(source: Path | bytes, expected: int, name: str) -> None:
@@ -44,11 +67,35 @@ def _check_end(count: int, expected: int, name: str) -> None:
         )
 
 
+def _is_sideways(source: Path | bytes, name: str) -> bool:
+    """Say whether width and height of a file change places where it is turned upright."""
+    with _opened(source, name) as (container, stream):
+        first = next(container.decode(stream), None)
+        turn = None if first is None else _turn_of(first)
+        return turn is not None and turn not in _LEVEL
+
+
+def _turn_of(frame: Any) -> Image.Transpose | None:
+    """Return what turns a frame as its display matrix says; None for nothing, or odd angles."""
+    for data in frame.side_data:
+        if data.type.name == "DISPLAYMATRIX":
+            matrix = np.frombuffer(bytes(data), np.int32)[[0, 1, 3, 4]]
+            return _TURNS.get(tuple((matrix / _UNIT).tolist()))
+    return None
+
+
+def _image_of(frame: Any, upright: bool) -> Image.Image:
+    image = Image.fromarray(frame.to_ndarray(format="rgb24"))
+    turn = _turn_of(frame) if upright else None
+    return image if turn is None else image.transpose(turn)
+
+
 def frames(
-    source: Path | bytes, kept: Sequence[int], expected: int, name: str
+    source: Path | bytes, kept: Sequence[int], expected: int, name: str, upright: bool = False
 ) -> list[Image.Image]:
     """Return frames by their numbers, ascending; of a few that a header counts too many, the last.
 
+    They are turned as the file notes if `upright`.
     Raises DataError where the file ends much before it should.
     """
     found: list[Image.Image] = []
@@ -56,12 +103,12 @@ def frames(
         count, last = 0, cast("Any", None)
         for last in container.decode(stream):
             while len(found) < len(kept) and kept[len(found)] == count:
-                found.append(Image.fromarray(last.to_ndarray(format="rgb24")))
+                found.append(_image_of(last, upright))
             count += 1
             if len(found) == len(kept):
                 return found
         _check_end(count, expected, name)
-        rest = Image.fromarray(last.to_ndarray(format="rgb24"))
+        rest = _image_of(last, upright)
         return found + [rest] * (len(kept) - len(found))
 
 

@@ -31,24 +31,31 @@ class _State(NamedTuple):
     changed: int
 
 
-def clip(video: Video, where: str) -> Clip:
-    """Return size, number of frames and rate: from the header, where it says all of them."""
+def clip(video: Video, where: str, upright: bool = False) -> Clip:
+    """Return size, number of frames and rate: from the header, where it says all of them.
+
+    The size is that of upright frames if asked so: turned as the camera noted, see `frames`.
+    """
     found, name = _source(video, where)
     if isinstance(found, Path):
         state = found.stat()
         known = _State(state.st_size, state.st_mtime_ns)
         try:
-            return _clip_of(found, known)
+            return _clip_of(found, known, upright)
         except DataError:  # once more, with the sample's name, which the cache does not know
-            return _clip_of.__wrapped__(found, known, name, where)
+            return _clip_of.__wrapped__(found, known, upright, name, where)
     if isinstance(found, bytes):
-        return _checked(video_files.clip(found, name), name)
-    width, height = image_size(found[0], where)
+        return _checked(video_files.clip(found, name, upright), name)
+    width, height = image_size(found[0], where, upright=upright)
     return _checked(Clip(width, height, len(found), 0.0), name)
 
 
-def frames(video: Video, kept: Sequence[int], where: str) -> list[Image]:
-    """Return frames by their numbers, ascending, as RGB images."""
+def frames(video: Video, kept: Sequence[int], where: str, upright: bool = False) -> list[Image]:
+    """Return frames by their numbers, ascending, as RGB images.
+
+    What a camera noted of how it was held (a display matrix in a file, EXIF in images) is applied
+    if `upright`, as to images.
+    """
     found, name = _source(video, where)
     if isinstance(found, Path) and found.is_dir():
         found = _images_of(found, name)
@@ -60,9 +67,9 @@ def frames(video: Video, kept: Sequence[int], where: str) -> list[Image]:
                 f"{name} has {header.width}x{header.height} pixels in each of {header.frames} "
                 "frames, more than is safe to decode; cut or shrink it"
             )
-        return video_files.frames(found, kept, header.frames, name)
+        return video_files.frames(found, kept, header.frames, name, upright)
     try:
-        return [open_image(found[number], where) for number in kept]
+        return [open_image(found[number], where, upright=upright) for number in kept]
     except IndexError:
         raise DataError(f"{name} has {len(found)} frames, fewer than before") from None
 
@@ -125,15 +132,17 @@ def _source(video: Video, where: str) -> tuple[Path | bytes | Sequence[ImageSour
 
 
 @lru_cache(maxsize=4096)
-def _clip_of(path: Path, state: _State, name: str = "", where: str = "") -> Clip:
+def _clip_of(path: Path, state: _State, upright: bool, name: str = "", where: str = "") -> Clip:
     if path.is_dir():
         images = _images_of(path, name)
-        return _checked(Clip(*image_size(images[0], where), len(images), 0.0), name)
+        return _checked(
+            Clip(*image_size(images[0], where, upright=upright), len(images), 0.0), name
+        )
     if not path.is_file():
         raise DataError(f"{name} is a device or a pipe; name a video file, or a folder of frames")
     if not state.size:
         raise DataError(f"{name} is empty; fetch it again or remove the sample")
-    return _checked(video_files.clip(path, name), name)
+    return _checked(video_files.clip(path, name, upright), name)
 
 
 def _images_of(folder: Path, name: str) -> list[ImageSource]:

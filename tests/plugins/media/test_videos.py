@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from base64 import b64encode
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from PIL import Image
 from tests.made_videos import greys, write_frames, write_video
 
-from llavakit import Clip, DataError, Video
+from llavakit import Clip, DataError, Registry, Tiling, Use, Video, View, Views
 from llavakit_plugins.media import check_video, clip, frames, video_files
 
 CODECS = {
@@ -228,3 +229,75 @@ def _read(video: Video) -> str:
     except DataError as error:
         return str(error)
     return ""
+
+
+MATRICES = [
+    (1, 0, 0, 1), (0, 1, -1, 0), (-1, 0, 0, -1), (0, -1, 1, 0), (-1, 0, 0, 1), (1, 0, 0, -1),
+    (0, 1, 1, 0), (0, -1, -1, 0),
+]  # fmt: skip
+
+
+def held(path: Path, matrix: tuple[int, ...]) -> Path:
+    """Have a file say how its camera was held: the matrix of a track's header (ISO 14496-12)."""
+    content = bytearray(path.read_bytes())
+    at = content.index(b"tkhd") + 44
+    a, b, c, d = (value << 16 for value in matrix)
+    content[at : at + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
+    path.write_bytes(content)
+    return path
+
+
+def turned(pixels: Any, matrix: tuple[int, ...]) -> Any:
+    """Return pixels `[H, W, 3]` moved as the matrix says, each by itself."""
+    height, width, _ = pixels.shape
+    a, b, c, d = matrix
+    y, x = np.mgrid[:height, :width]
+    to_x, to_y = a * x + c * y, b * x + d * y
+    to_x, to_y = to_x - to_x.min(), to_y - to_y.min()
+    found = np.zeros((to_y.max() + 1, to_x.max() + 1, 3), np.uint8)
+    found[to_y, to_x] = pixels
+    return found
+
+
+@pytest.mark.parametrize("matrix", MATRICES)
+def test_a_phone_s_video_is_turned_upright_where_that_is_asked_for(
+    tmp_path: Path, matrix: tuple[int, ...]
+) -> None:
+    path = held(write_video(tmp_path / "a.mp4", moving(5)), matrix)
+    lies = [np.asarray(image) for image in frames(Video(path), [0, 3], "s")]
+    assert clip(Video(path), "s") == Clip(64, 48, 5, 10.0)
+    assert lies[0].shape == (48, 64, 3)
+    expected = [turned(pixels, matrix) for pixels in lies]
+    height, width, _ = expected[0].shape
+    for source in (path, path.read_bytes()):
+        assert clip(Video(source), "s", upright=True) == Clip(width, height, 5, 10.0)
+        found = frames(Video(source), [0, 3], "s", upright=True)
+        assert np.array_equal(np.stack([np.asarray(image) for image in found]), expected)
+
+
+def test_an_odd_angle_is_left_as_it_is(tmp_path: Path) -> None:
+    path = held(write_video(tmp_path / "a.mp4", moving(2)), (1, 1, -1, 1))
+    (found,) = frames(Video(path), [0], "s", upright=True)
+    assert found.size == (64, 48)
+
+
+def test_a_folder_of_photos_is_turned_as_photos_are(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for number in range(2):
+        Image.fromarray(moving(1)[0]).save(tmp_path / f"{number}.jpg", exif=exif)
+    assert clip(Video(tmp_path), "s", upright=True) == Clip(48, 64, 2, 0.0)
+    assert clip(Video(tmp_path), "s") == Clip(64, 48, 2, 0.0)
+    (found,) = frames(Video(tmp_path), [1], "s", upright=True)
+    assert found.size == (48, 64)
+
+
+def test_a_model_that_turns_photos_turns_videos(tmp_path: Path) -> None:
+    chosen = {"use": "single", "video": {"frames": 2}}
+    tiling = Registry.installed().build(Use[Tiling].model_validate(chosen))
+    path = held(write_video(tmp_path / "a.mp4", moving(2)), (0, 1, -1, 0))
+    for upright, size in ((False, (64, 48)), (True, (48, 64))):
+        views = Views(tiling, View(32, 16), upright)
+        (shown,) = views.shown([Video(path)], "s")
+        assert (shown.width, shown.height) == size
+        assert {view.size for view in views.cut(Video(path), "s", 0)} == {size}
