@@ -13,6 +13,7 @@ import zipfile
 from collections.abc import Iterator, Mapping
 from importlib.metadata import packages_distributions
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -103,7 +104,9 @@ def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     subprocess.run([*build, "-t", "sdist"], cwd=ROOT, check=True, env=environment)
     (archive,) = folder.glob("*.tar.gz")
     with tarfile.open(archive) as file:
-        file.extractall(folder, filter="data")
+        extract: Any = file.extractall
+        # a Python 3.11 of before 3.11.4 has no filters
+        extract(folder, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
     source = folder / archive.name.removesuffix(".tar.gz")
     subprocess.run([*build, "-t", "wheel"], cwd=source, check=True, env=environment)
     return folder

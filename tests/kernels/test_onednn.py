@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +13,10 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from tests.products import Counted, here
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
@@ -107,7 +111,7 @@ def test_the_loss_multiplies_so_in_any_number_of_chunks(M: int) -> None:
     targets = torch.randint(0, 40, (M,))
     for rows in (None, M, 7):
         # a mode sees the loss as one operator
-        with profile(activities=[ProfilerActivity.CPU]) as seen:
+        with profile(activities=[ProfilerActivity.CPU], acc_events=True) as seen:
             loss = linear_cross_entropy(hidden, head, targets, chunk_rows=rows, impl="onednn")
             torch.autograd.grad(loss, (hidden, head))
         counts = {event.key: event.count for event in seen.key_averages()}
@@ -158,6 +162,45 @@ def test_what_it_does_not_serve_is_torchs(x: Tensor, weight: Tensor) -> None:
     assert out.shape == expected.shape
     assert out.dtype == expected.dtype
     assert out.is_meta or torch.equal(out, expected)
+
+
+@pytest.fixture
+def mesh(tmp_path: Path) -> Iterator[DeviceMesh]:
+    """One device, which is enough for tensors that are divided in name."""
+    store = f"file://{tmp_path}/store"
+    distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+    try:
+        yield init_device_mesh("cpu", (1,))
+    finally:
+        distributed.destroy_process_group()
+
+
+@here
+def test_divided_tensors_are_torchs_and_what_is_gathered_of_them_is_not(mesh: DeviceMesh) -> None:
+    layer = onednn.Linear(5, 4)
+    x = torch.randn(3, 5)
+    usual = F.linear(x, layer.weight, layer.bias)
+    usual.square().sum().backward()
+    expected = [parameter.grad for parameter in layer.parameters()]
+    divided = onednn.Linear(5, 4)
+    for name, parameter in layer.named_parameters():
+        setattr(
+            divided, name, nn.Parameter(distribute_tensor(parameter.detach(), mesh, [Shard(0)]))
+        )
+    with Counted() as counted:
+        out = divided(distribute_tensor(x, mesh, [Replicate()]))
+        out.square().sum().backward()
+    assert counted.onednn == 0
+    assert isinstance(out, DTensor)
+    assert torch.equal(out.full_tensor(), usual)
+    for parameter, grad in zip(divided.parameters(), expected, strict=True):
+        assert isinstance(parameter.grad, DTensor)
+        torch.testing.assert_close(parameter.grad.full_tensor(), grad)
+    fully_shard(layer, mesh=mesh)
+    with Counted() as counted:
+        out = layer(x)
+    assert counted.onednn == 1
+    near(out, usual.double())
 
 
 def test_autocast_is_torchs() -> None:

@@ -17,6 +17,10 @@ from llavakit_plugins.huggingface.json_files import Check, check, is_flag, is_te
 Find = Callable[[str], Path | None]
 
 
+class MissingLibrary(ModelError):
+    """What reads a tokenizer is not here, or too old: nothing is wrong with its files."""
+
+
 def blame_file(find: Find) -> None:
     """Raise ModelError where one of a tokenizer's files is seen to be damaged.
 
@@ -75,7 +79,26 @@ def is_fault(error: BaseException) -> bool:
 
     A panic in Rust is a BaseException and no Exception.
     """
+    if isinstance(error, MissingLibrary):
+        return False
     return isinstance(error, Exception) or type(error).__name__ == "PanicException"
+
+
+def require_sentencepiece() -> None:
+    """Raise MissingLibrary where a bare `tokenizer.model` cannot be read here.
+
+    transformers reads it by messages that sentencepiece has for protobuf, which must not be older
+    than those; where it cannot, it takes the file for tiktoken's.
+    """
+    try:
+        from sentencepiece import sentencepiece_model_pb2  # noqa: F401
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise MissingLibrary(
+            f"a bare tokenizer.model is read by sentencepiece and protobuf, which do not go "
+            f"together here ({reason:.200}); pip install --upgrade protobuf, or install an older "
+            "sentencepiece"
+        ) from error
 
 
 @contextmanager

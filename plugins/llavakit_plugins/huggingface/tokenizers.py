@@ -9,7 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from llavakit import write_text
 from llavakit.contracts.errors import ModelError
-from llavakit_plugins.huggingface.tokenizer_faults import is_fault, refuse_large_ids, without_panics
+from llavakit_plugins.huggingface.tokenizer_faults import (
+    is_fault,
+    refuse_large_ids,
+    require_sentencepiece,
+    without_panics,
+)
 from llavakit_plugins.huggingface.words import by_words
 
 if TYPE_CHECKING:
@@ -55,9 +60,6 @@ def fast_tokenizer(
     from transformers.utils.hub import cached_file
 
     revision = revision or "main"
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-        source, revision=revision, **settings
-    )
 
     def held(name: str) -> str | None:
         found: str | None = cached_file(
@@ -70,8 +72,19 @@ def fast_tokenizer(
         )
         return found
 
+    def bare() -> str | None:
+        return held("tokenizer.model") if held("tokenizer.json") is None else None
+
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            source, revision=revision, **settings
+        )
+    except Exception:
+        if bare() is not None:
+            require_sentencepiece()
+        raise
     by_words(tokenizer)
-    if held("tokenizer.json") is None and (model := held("tokenizer.model")) is not None:
+    if (model := bare()) is not None:
         _merge_by_score(tokenizer, Path(model))
     return tokenizer
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -107,6 +109,21 @@ def test_legacy_decides_on_the_space_behind_special_tokens(tmp_path: Path) -> No
         for made in (tokenizer, load_tokenizer(str(saved))):
             ids = made("ok</s>USER")["input_ids"]
             assert made.convert_ids_to_tokens(ids) == ["<s>", "▁ok", "</s>", *pieces]
+
+
+@pytest.mark.parametrize("find", [load_tokenizer, find_tokenizer])
+def test_a_protobuf_that_sentencepiece_does_not_go_with_is_named(
+    tmp_path: Path, find: Callable[[str], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file is not: transformers takes it for tiktoken's then."""
+    shutil.copy(LLAMA, tmp_path / "tokenizer.model")
+    settings = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    monkeypatch.delattr("sentencepiece.sentencepiece_model_pb2", raising=False)
+    monkeypatch.setitem(sys.modules, "sentencepiece.sentencepiece_model_pb2", None)
+    with pytest.raises(ModelError, match=r"sentencepiece and protobuf.*upgrade protobuf") as caught:
+        find(str(tmp_path))
+    assert "copy it again" not in str(caught.value)
 
 
 def test_legacy_of_another_tokenizer_is_refused(backbones: Path) -> None:

@@ -15,6 +15,8 @@ import torch
 from tests.conftest import LANGUAGE, VISION, Command, RecipeWriter
 from tests.core import processes
 from tests.core.peer import make_pair, their_inputs
+from tests.plugins.families import qwen_tokenizer, their_model
+from tests.plugins.training.test_sharded import same, sets
 from tests.products import Counted, here
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
@@ -148,7 +150,7 @@ def test_connectors(connector: type[Linear | Mlp]) -> None:
     )
     made = []
     for one in (plain, fast):
-        with profile(activities=[ProfilerActivity.CPU]) as seen:
+        with profile(activities=[ProfilerActivity.CPU], acc_events=True) as seen:
             out = one.project_into(features, stream)
             out.square().sum().backward()
         made.append(out)
@@ -240,3 +242,63 @@ def test_a_folder_opens_and_answers_the_same_where_there_is_no_onednn(
     assert torch.equal(asked[0], asked[2])
     assert [said for said in caplog.messages if "onednn" in said] == caplog.messages[:1]
     assert isinstance(fast, LlavaModel)
+
+
+@here
+def test_adapters_beside_weights_of_4_bits(tmp_path: Path) -> None:
+    """Those weights are bitsandbytes' to multiply; the adapters', in float32, are oneDNN's."""
+    pytest.importorskip("bitsandbytes")
+    pytest.importorskip("peft")
+    their_model("llama", hidden_size=64, intermediate_size=64).save_pretrained(tmp_path / "base")
+    qwen_tokenizer().save_pretrained(tmp_path / "base")
+    options = {
+        "source": str(tmp_path / "base"), "quantize": "nf4",
+        "lora": {"rank": 4, "alpha": 8.0, "dropout": 0.0},
+    }  # fmt: skip
+
+    def make(products: Products) -> Any:
+        torch.manual_seed(0)
+        options_of = VicunaOptions.model_validate({**options, "products": products})
+        made = Vicuna.create(options_of)
+        for name, parameter in made.trainable():
+            if "lora_B" in name:  # zeros would hide what it adds
+                parameter.data = 0.1 * torch.randn_like(parameter)
+        return made
+
+    plain, fast = make("torch"), make("onednn")
+    kinds = {name: f"{type(m).__module__}.{type(m).__name__}" for name, m in fast.named_modules()}
+    adapters = [name for name in kinds if "lora_A.default" in name or "lora_B.default" in name]
+    assert {kinds[name] for name in adapters} == {"llavakit_kernels.onednn.Linear"}
+    bases = [name for name in kinds if name.endswith("base_layer")]
+    assert {kinds[name] for name in bases} == {"bitsandbytes.nn.modules.Linear4bit"}
+    ids, packing = torch.randint(4, 64, (sum(LENGTHS),)), Packing.of(LENGTHS)
+    rows, targets = Rows(torch.tensor([1, 3, 5, 8, 14]), (2, 1, 2)), torch.randint(4, 64, (5,))
+    losses, counts = [], []
+    for model in (plain, fast):
+        with Counted() as counted:
+            losses.append(model.loss(model.hidden(model.embed(ids), packing, rows), targets))
+            losses[-1].backward()
+        counts.append(counted)
+    adapted = 2 * sum(1 for name, _ in fast.trainable() if "lora_A" in name)
+    assert counts[0].onednn == 0
+    assert counts[1].onednn >= 2 * adapted  # forward, and backward
+    assert counts[0].torch - counts[1].torch >= adapted
+    near(losses[1], losses[0])
+    theirs = dict(plain.trainable())
+    for name, parameter in fast.trainable():
+        near(parameter.grad, theirs[name].grad)
+
+
+@here
+def test_divided_weights_learn_by_it(write_recipe: RecipeWriter, tmp_path: Path) -> None:
+    """What FSDP has gathered for a layer is a plain tensor: multiplied as one process does."""
+    recipe = with_products(write_recipe)
+    gentle = sets(**{
+        "steps.finetune.train": "{ vision = 1e-4, connector = 1e-4, language = 1e-4 }",
+        "steps.finetune.max_steps": "3", "steps.1.skip": "true",
+    })  # fmt: skip
+    assert processes.run(tmp_path, recipe, *gentle, "--out", tmp_path / "one") == 0
+    shard = sets(**{"steps.finetune.shard": "true"})
+    ended = processes.run_ranks(tmp_path, 2, recipe, *gentle, *shard, "--out", tmp_path / "two")
+    assert ended.code == 0, ended.said
+    same(tmp_path / "one" / "model", tmp_path / "two" / "model")
