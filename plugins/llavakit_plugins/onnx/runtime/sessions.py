@@ -148,7 +148,8 @@ class Decoder:
         kinds = {value.name: value.type for value in session.get_inputs()}
         self._kind = _KINDS.get(kinds[self._past[0]], np.float32)
         self._cache: list[OrtValue] = []
-        self._binding: Any = None
+        self._binding: Any = None  # of the steps, and the arrays that it reads and writes
+        self._bound: tuple[FloatArray, IntArray, FloatArray]
         self._mask_BL: IntArray = np.zeros((0, 0), np.int64)
 
     def again(self) -> Decoder:
@@ -181,19 +182,25 @@ class Decoder:
         for array, before in zip(caches, held if known else (), strict=bool(known)):
             array[:, :, :known] = before[:, :, :known]
         self._cache = [self._on_device(array) for array in caches]
-        self._binding = None
+        self._binding = None  # of the sequences before
         self._mask_BL = np.concatenate((np.ones((batch, known), np.int64), real_BT), axis=1)
         positions = np.arange(known, known + rows, dtype=np.int64)
-        binding = self._bind(keep)
         whole_BT = np.broadcast_to(positions, real_BT.shape).copy()
-        logits_BKV = self._run(binding, embeds_BTE, whole_BT)
-        self._binding = None  # it holds `keep`; steps use the default and need a new one
-        return logits_BKV
+        return self._run(self._bind(keep), embeds_BTE, whole_BT)
 
     def step(self, embeds_B1E: FloatArray, positions_B1: IntArray) -> FloatArray:
-        """Read one more row of each sequence; return its logits `[B, V]`."""
+        """Read one more row of each sequence; return its logits `[B, V]`, until the next step."""
         self._mask_BL = np.concatenate((self._mask_BL, np.ones_like(positions_B1)), axis=1)
-        return self._run(self._bind(), embeds_B1E, positions_B1)[:, -1]
+        if not self.in_place:
+            return self._run(self._bind(), embeds_B1E, positions_B1)[:, -1]
+        if self._binding is None:
+            self._bind_step(embeds_B1E, positions_B1)
+        rows, positions, logits_B1V = self._bound
+        rows[:], positions[:] = embeds_B1E, positions_B1
+        with running(DECODER):
+            self._binding.bind_cpu_input("attention_mask", self._mask_BL)
+            self.session.run_with_iobinding(self._binding)
+        return logits_B1V[:, -1]
 
     def held(self) -> list[CacheArray]:
         """Return copies of the keys and values `[B, G, P, K]`, layer by layer, on the CPU."""
@@ -224,12 +231,10 @@ class Decoder:
         return logits_BKV
 
     def _bind(self, keep: int | None = None) -> Any:
-        """Return a binding of the cache; a cache that is written in place is bound only once.
+        """Return a binding of the cache.
 
         `keep` is how many of the last rows get logits; steps have the default.
         """
-        if self._binding is not None:
-            return self._binding
         binding = self.session.io_binding()
         # sampling runs in numpy, so that logits are needed there; the cache stays on the device
         binding.bind_output("logits", "cpu")
@@ -242,9 +247,20 @@ class Decoder:
         if keep is not None:
             kept = runtime_module().OrtValue.ortvalue_from_numpy(np.asarray(keep, np.int64))
             binding.bind_ortvalue_input(KEEP, kept)  # `bind_cpu_input` refuses one with a default
-        if self.in_place:
-            self._binding = binding
         return binding
+
+    def _bind_step(self, embeds_B1E: FloatArray, positions_B1: IntArray) -> None:
+        """Bind all that the steps of some sequences share, once: the mask alone grows.
+
+        Weights leave no room for Python in the CPU's caches, so each call costs a token its time.
+        """
+        logits_B1V = np.empty((len(embeds_B1E), 1, self.shapes.vocabulary), np.float32)
+        self._bound = embeds_B1E.copy(), positions_B1.copy(), logits_B1V
+        self._binding = self._bind()
+        self._binding.bind_cpu_input("inputs_embeds", self._bound[0])
+        self._binding.bind_cpu_input("position_ids", self._bound[1])
+        held = runtime_module().OrtValue.ortvalue_from_numpy(logits_B1V)  # shares its memory
+        self._binding.bind_ortvalue_output("logits", held)
 
     def _on_device(self, held_BGPK: CacheArray) -> OrtValue:
         """Return a tensor of the cache on the device; on a CPU it shares the array's memory."""
