@@ -12,6 +12,8 @@ encoder's own size and a short text, from the file's bytes on. Each side is a pr
 ours and theirs take turns, ratios are medians over these pairs and above 1 where ours is faster.
 Files and memory are those of the text model (embeddings and decoder): what the process holds after
 the runs, its imports included, and its peak. llama.cpp maps its files, and their pages count.
+`--threads 1 --cpu-time` counts the seconds that each process computes: for a machine with other
+work, where two threads wait for each other.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import argparse
 import base64
 import io
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -34,6 +37,7 @@ sys.path[:0] = [str(ROOT)]
 
 SOURCES = "llama-cpp-python==0.3.36"
 ROWS, NEW, SEED = 212, 64, 0
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 PAUSE = 0.2
 """Seconds in front of a run: the other side's threads spin for a while behind one."""
 PICTURE = "picture.png"
@@ -45,6 +49,7 @@ PAIRS = (
 """Our precision, and the type of llama.cpp that is its like. `pure` has the embeddings and the head
 in 4 bits, too; else llama.cpp keeps the head in 6 bits. `/int8` has an 8-bit cache; theirs has 16
 bits everywhere."""
+Clock = Callable[[], float]
 FTYPES = {"q4_0": (2, False), "q4_0-pure": (2, True)}
 """llama.cpp's numbers of file types (`llama_ftype`), and whether all matrices have it."""
 
@@ -78,8 +83,6 @@ def build(folder: Path) -> Path:
 
 
 def _call(command: list[str], **environment: str) -> None:
-    import os
-
     done = subprocess.run(
         command, capture_output=True, text=True, env={**os.environ, **environment}, check=False
     )
@@ -154,7 +157,7 @@ def quantise(kind: str, folder: Path) -> None:
 # -- one side ------------------------------------------------------------------------------------
 
 
-def ours(folder: Path, own: str, threads: int, *, image: bool) -> Callable[[], Any]:
+def ours(folder: Path, own: str, threads: int, clock: Clock, *, image: bool) -> Callable[[], Any]:
     """Return what runs our side once."""
     import numpy as np
 
@@ -174,10 +177,10 @@ def ours(folder: Path, own: str, threads: int, *, image: bool) -> Callable[[], A
         data = (folder / PICTURE).read_bytes()
 
         def first() -> float:
-            begin = time.perf_counter()
+            begin = clock()
             shown = Image.open(io.BytesIO(data))
             model.generate_ids(f"<image>\n{QUESTION}", [shown], max_new_tokens=1, raw=True)
-            return time.perf_counter() - begin
+            return clock() - begin
 
         return first
     checked, _ = read(place, precision)
@@ -191,21 +194,23 @@ def ours(folder: Path, own: str, threads: int, *, image: bool) -> Callable[[], A
         return embed.run(None, {"input_ids": ids_BT})[0]
 
     def both() -> tuple[float, float]:
-        begin = time.perf_counter()
+        begin = clock()
         logits = decoder.read(rows(prompt_1T), np.ones_like(prompt_1T), keep=1, capacity=ROWS + NEW)
         token = int(logits[0, -1].argmax())
-        read_at = time.perf_counter()
+        read_at = clock()
         for position in range(ROWS, ROWS + NEW):
             step = rows(np.asarray([[token]], np.int64))
             token = int(decoder.step(step, np.asarray([[position]], np.int64))[0].argmax())
-        done = time.perf_counter()
+        done = clock()
         decoder.release()
         return read_at - begin, done - read_at
 
     return both
 
 
-def theirs(folder: Path, kind: str, threads: int, *, image: bool) -> Callable[[], Any]:
+def theirs(
+    folder: Path, kind: str, threads: int, clock: Clock, *, image: bool
+) -> Callable[[], Any]:
     """Return what runs llama.cpp's side once."""
     import llama_cpp
     import numpy as np
@@ -225,11 +230,11 @@ def theirs(folder: Path, kind: str, threads: int, *, image: bool) -> Callable[[]
         content = [{"type": "image_url", "image_url": {"url": url}}]
 
         def first() -> float:
-            begin = time.perf_counter()
+            begin = clock()
             model.create_chat_completion(
                 messages=[{"role": "user", "content": content}], max_tokens=1, temperature=0.0
             )
-            return time.perf_counter() - begin
+            return clock() - begin
 
         return first
     model = llama_cpp.Llama(path, **options)
@@ -246,12 +251,12 @@ def theirs(folder: Path, kind: str, threads: int, *, image: bool) -> Callable[[]
 
     def both() -> tuple[float, float]:
         llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(model.ctx), True)
-        begin = time.perf_counter()
+        begin = clock()
         token = decode(prompt)
-        read_at = time.perf_counter()
+        read_at = clock()
         for _ in range(NEW):
             token = decode((llama_cpp.llama_token * 1)(token))
-        return read_at - begin, time.perf_counter() - read_at
+        return read_at - begin, clock() - read_at
 
     return both
 
@@ -262,9 +267,9 @@ def ids() -> list[int]:
     return [int(one) for one in np.random.default_rng(SEED).integers(3, 259, ROWS)]
 
 
-def serve(side: str, folder: Path, kind: str, threads: int, what: str) -> None:
+def serve(side: str, folder: Path, kind: str, threads: int, what: str, clock: Clock) -> None:
     """Run once for each line of the input; print the seconds, and the memory behind the last."""
-    run = (ours if side == "ours" else theirs)(folder, kind, threads, image=what == "image")
+    run = (ours if side == "ours" else theirs)(folder, kind, threads, clock, image=what == "image")
     for _ in sys.stdin:
         seconds = run()
         table = dict(
@@ -315,13 +320,15 @@ def draw_picture(path: Path) -> None:
     Image.fromarray(drawn).save(path)
 
 
-def measure(folder: Path, python: Path, pair: tuple[str, str], rounds: int, threads: int) -> str:
+def measure(
+    folder: Path, python: Path, pair: tuple[str, str], rounds: int, threads: int, clock: str
+) -> str:
     """Return a line of the table."""
     own, other = pair
     cells, memory = [f"{own:>7} {other:>9}"], []
     for what in ("text", "image"):
-        a = Process(sys.executable, "ours", str(folder), own, str(threads), what)
-        b = Process(python, "theirs", str(folder), other, str(threads), what)
+        a = Process(sys.executable, "ours", str(folder), own, str(threads), what, clock)
+        b = Process(python, "theirs", str(folder), other, str(threads), what, clock)
         found = []
         for number in range(rounds + 1):  # the first is to warm up
             taken = (a.run(), b.run())
@@ -369,6 +376,7 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--keep", type=Path)
+    parser.add_argument("--cpu-time", action="store_true")
     parser.add_argument("--pairs", nargs="+", default=[f"{a}:{b}" for a, b in PAIRS])
     arguments = parser.parse_args()
     place = tempfile.TemporaryDirectory()
@@ -381,12 +389,14 @@ def main() -> int:
         return 2
     write_models(folder, python, arguments.layers)
     draw_picture(folder / PICTURE)
-    print(f"CPU: {abilities()}; {arguments.threads} threads, {arguments.rounds} rounds")
+    clock = "cpu" if arguments.cpu_time else "wall"
+    of = f"{arguments.threads} threads, {arguments.rounds} rounds, {clock} time"
+    print(f"CPU: {abilities()}; {of}; load {os.getloadavg()[0]:.1f}")
     print(f"{'':17}{'prompt, tokens/s':>23}{'decode, tokens/s':>23}{'image to token, s':>23}"
           f"{'files MB':>12}{'memory MB, peak: ours, theirs':>32}")  # fmt: skip
     for pair in arguments.pairs:
         own, _, other = pair.partition(":")
-        line = measure(folder, python, (own, other), arguments.rounds, arguments.threads)
+        line = measure(folder, python, (own, other), arguments.rounds, arguments.threads, clock)
         print(line, flush=True)
     return 0
 
@@ -395,6 +405,7 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["--quantise"]:
         quantise(sys.argv[2], Path(sys.argv[3]))
     elif sys.argv[1:2] == ["--serve"]:
-        serve(sys.argv[2], Path(sys.argv[3]), sys.argv[4], int(sys.argv[5]), sys.argv[6])
+        serve(sys.argv[2], Path(sys.argv[3]), sys.argv[4], int(sys.argv[5]), sys.argv[6],
+              CLOCKS[sys.argv[7]])  # fmt: skip
     else:
         raise SystemExit(main())
