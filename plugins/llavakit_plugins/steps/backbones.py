@@ -39,7 +39,7 @@ class Backbones(Step):
 
         from llavakit import save_model
         from llavakit_plugins.training.backbones.contrastive import clip_training
-        from llavakit_plugins.training.backbones.loop import optimise
+        from llavakit_plugins.training.backbones.side_by_side import optimise
         from llavakit_plugins.training.backbones.text import documents, language_training
         from llavakit_plugins.training.backbones.tokenizer import train_tokenizer
 

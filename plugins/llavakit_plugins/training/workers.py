@@ -15,14 +15,11 @@ import logging
 import multiprocessing
 import os
 import pickle
-import signal
-import sys
 import warnings
 from array import array
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from multiprocessing.connection import Connection, wait
-from threading import Thread
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,6 +27,7 @@ import numpy as np
 from llavakit import TrainingError
 from llavakit.contracts.run import ProcessGroup
 from llavakit_plugins.datasets.columns import Columns, joined
+from llavakit_plugins.training.forks import begin_fork, held_signals, how_ended, may_fork
 from llavakit_plugins.training.rows import Reading, Shows
 
 WORTH = 1 << 13  # samples: a third of a second in one process, and forks take a tenth
@@ -38,16 +36,13 @@ _PIECE = 1 << 10  # samples, of which a fork has two pieces to do: their columns
 _MOST_COPIED = 1 << 24  # bytes of a data set's own objects
 _BLOB = 1 << 10  # bytes; larger ones are not copied
 
-_STOPS = (signal.SIGINT, signal.SIGTERM)
-
 _log = logging.getLogger("llavakit")
 
 
 def processes_for(group: ProcessGroup, workers: int | None) -> int:
     """Return how many processes may read for this one: a recipe's `workers`, but no more than its
     share of this machine's cores."""
-    # only Linux forks safely, and what was itself begun as a helper may begin no other process
-    if sys.platform != "linux" or multiprocessing.current_process().daemon:
+    if not may_fork():
         return 1
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or group.size) if group.size > 1 else 1
     share = len(os.sched_getaffinity(0)) // ranks
@@ -164,13 +159,9 @@ class _Fork:
             return found
         except (EOFError, OSError):
             self.process.join()
-        code = self.process.exitcode
-        how = f"was ended by signal {-code}" if code < 0 else f"ended ({code})"
-        if -code == signal.SIGKILL:
-            how = "was killed, as a system does that runs out of memory"
         raise TrainingError(
-            f"a process that read data {how}; close other programs, or set workers = 0, which "
-            "reads in one process, and go on with --resume"
+            f"a process that read data {how_ended(self.process.exitcode)}; close other programs, "
+            "or set workers = 0, which reads in one process, and go on with --resume"
         )
 
 
@@ -180,7 +171,7 @@ def _forks(sent: _Packed, count: int) -> Iterator[list[_Fork]]:
     context = multiprocessing.get_context("fork")
     forks: list[_Fork] = []
     try:
-        with _held_signals():
+        with held_signals():
             for _ in range(count):
                 here, there = context.Pipe()
                 process = context.Process(target=_work, args=(sent, there))
@@ -200,18 +191,6 @@ def _forks(sent: _Packed, count: int) -> Iterator[list[_Fork]]:
         for fork in forks:
             fork.process.join()
             fork.pipe.close()
-
-
-@contextmanager
-def _held_signals() -> Iterator[None]:
-    """Keep signals until new processes have said what they do with them."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS)
-    try:
-        with warnings.catch_warnings():  # Python 3.12 advises against forks where threads are
-            warnings.simplefilter("ignore", DeprecationWarning)
-            yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _in_order(forks: Sequence[_Fork], pieces: Sequence[range]) -> Iterator[Columns | None]:
@@ -238,11 +217,7 @@ def _in_order(forks: Sequence[_Fork], pieces: Sequence[range]) -> Iterator[Colum
 def _work(sent: _Packed, pipe: Connection) -> None:
     """Read pieces until this process is ended, which the end of its parent does, too."""
     try:
-        # both often reach all processes, and the one that forked this one decides what is done
-        for number in _STOPS:
-            signal.signal(number, signal.SIG_IGN)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPS)
-        Thread(target=_end_with_parent, daemon=True).start()
+        begin_fork()
         gc.freeze()  # what is not looked at stays shared
         made: Reading | None = None
         with suppress(EOFError, OSError), _listening() as noises:
@@ -255,13 +230,6 @@ def _work(sent: _Packed, pipe: Connection) -> None:
                 pipe.send((number, None if noises() else found))
     finally:
         os._exit(1)  # nothing that was begun before the fork may end here
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
 
 
 @contextmanager

@@ -1,19 +1,14 @@
-"""A bare training loop with checkpoints, for backbones: one after the other, or side by side."""
+"""A bare training loop with checkpoints, for backbones."""
 
 from __future__ import annotations
 
 import math
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import Tensor, nn
 
 from llavakit import Run, Stopped, TrainingError
@@ -63,76 +58,12 @@ def updates_of(network: nn.Module, options: ContrastiveOptions | TextOptions, ru
     return Updates(groups, rates, optimiser=run.build(options.optimiser))
 
 
-def optimise(run: Run, *trainings: Training) -> list[Losses]:
-    """Train each network for its steps; return the losses of each, in the same order.
+def train(run: Run, training: Training) -> Losses:
+    """Train a network for its steps; return its losses.
 
-    On a CPU all are trained at the same time, and share its threads: the steps of a small network
-    gain little from more than one. On other devices they are trained one after the other. Saves a
-    checkpoint of each every 200 steps. Raises TrainingError if a loss or a gradient is not finite,
-    and Stopped, after saving, if the user asked to stop.
+    Saves a checkpoint every 200 steps and after the last. Raises TrainingError if a loss or a
+    gradient is not finite, and Stopped, after saving, if the user asked to stop.
     """
-    beside = _Beside(run, trainings)
-    devices = {p.device.type for each in trainings for p in each.updates.named.values()}
-    if devices != {"cpu"} or len(trainings) == 1:
-        return [_train(beside.run(number), each) for number, each in enumerate(trainings)]
-    with _shared_threads(len(trainings)) as share, ThreadPoolExecutor(len(trainings)) as pool:
-        # OpenMP keeps the number of threads for each thread that starts some
-        def train(number: int) -> Losses:
-            torch.set_num_threads(share)
-            return _train(beside.run(number), trainings[number])
-
-        try:
-            futures = [pool.submit(train, number) for number in range(len(trainings))]
-            wait(futures, return_when=FIRST_EXCEPTION)
-        finally:  # one has failed, or the user is impatient: the others save and stop as well
-            beside.stopped.set()
-    failures = [error for future in futures if (error := future.exception()) is not None]
-    # the others were only stopped by the one that failed
-    for error in sorted(failures, key=lambda error: isinstance(error, Stopped)):
-        raise error
-    return [future.result() for future in futures]
-
-
-@contextmanager
-def _shared_threads(among: int) -> Iterator[int]:
-    """Yield the number of threads that each of so many trainings may use."""
-    before = torch.get_num_threads()
-    try:
-        yield max(1, before // among)
-    finally:
-        torch.set_num_threads(before)
-
-
-class _Beside:
-    """Adds up the progress of several trainings, and stops all of them together."""
-
-    def __init__(self, run: Run, trainings: Sequence[Training]) -> None:
-        self.stopped = threading.Event()
-        self._run, self._lock = run, threading.Lock()
-        self._done = [0] * len(trainings)
-        self._notes = [""] * len(trainings)
-        self._total = sum(training.steps for training in trainings)
-
-    def run(self, number: int) -> Run:
-        """Return what one of the trainings is given."""
-
-        def progress(done: int, total: int, note: str = "") -> None:
-            with self._lock:
-                self._done[number], self._notes[number] = done, note
-                notes = ", ".join(filter(None, self._notes))
-                self._run.progress(sum(self._done), self._total, notes)
-
-        def event(name: str, /, **values: Any) -> None:
-            with self._lock:
-                self._run.event(name, **values)
-
-        def stopping() -> bool:
-            return self.stopped.is_set() or self._run.stopping()
-
-        return replace(self._run, progress=progress, event=event, stopping=stopping)
-
-
-def _train(run: Run, training: Training) -> Losses:
     name, updates, steps = training.name, training.updates, training.steps
     checkpoints = Checkpoints(run.directory / f"{name}-checkpoints", keep=1)
     losses: Losses = []

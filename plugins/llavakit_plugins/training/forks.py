@@ -1,0 +1,58 @@
+"""What all processes that are forked here have in common: when, how they begin and how they ended.
+
+A fork has everything that was made before it, without a copy, and is killed at any time.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from threading import Thread
+
+_STOPS = (signal.SIGINT, signal.SIGTERM)
+
+
+def may_fork() -> bool:
+    """Whether this process may be forked: only Linux does so safely, and what was itself begun as
+    a helper may begin no other process."""
+    return sys.platform == "linux" and not multiprocessing.current_process().daemon
+
+
+@contextmanager
+def held_signals() -> Iterator[None]:
+    """Keep signals until new processes have said what they do with them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS)
+    try:
+        with warnings.catch_warnings():  # Python 3.12 advises against forks where threads are
+            warnings.simplefilter("ignore", DeprecationWarning)
+            yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def begin_fork() -> None:
+    """Let this new process leave signals to the one that forked it, and end when that one does."""
+    # both often reach all processes, and the one that forked this one decides what is done
+    for number in _STOPS:
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPS)
+    Thread(target=_end_with_parent, daemon=True).start()
+
+
+def how_ended(code: int) -> str:
+    """Return what became of a process with this exit code, as the end of a clause."""
+    if -code == signal.SIGKILL:
+        return "was killed, as a system does that runs out of memory"
+    return f"was ended by signal {-code}" if code < 0 else f"ended ({code})"
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
