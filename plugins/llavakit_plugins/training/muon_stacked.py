@@ -18,6 +18,7 @@ from llavakit import TrainingError
 
 _A, _B, _C = 3.4445, -4.775, 2.0315
 """The polynomial of Muon's Newton-Schulz iteration (Keller Jordan, 2024)."""
+_WIDE = 2  # times as many columns as rows: then a Gram matrix is less to iterate than the matrix
 
 
 class StackedMuon(torch.optim.Optimizer):
@@ -78,11 +79,31 @@ def orthogonal(matrices_NRC: Tensor, iterations: int) -> Tensor:
     x_NRC = matrices_NRC.float()
     x_NRC = x_NRC.mT.contiguous() if tall else x_NRC
     x_NRC = x_NRC / torch.linalg.matrix_norm(x_NRC, keepdim=True).clamp(min=1e-7)
-    for _ in range(iterations):
-        gram_NRR = x_NRC @ x_NRC.mT
-        factor_NRR = torch.baddbmm(gram_NRR, gram_NRR, gram_NRR, beta=_B, alpha=_C)
-        x_NRC = torch.baddbmm(x_NRC, factor_NRR, x_NRC, beta=_A)
+    gram_NRR = x_NRC @ x_NRC.mT
+    if x_NRC.shape[2] >= _WIDE * x_NRC.shape[1]:
+        x_NRC = _factor(gram_NRR, iterations) @ x_NRC
+    else:
+        for number in range(iterations):
+            gram_NRR = x_NRC @ x_NRC.mT if number else gram_NRR
+            above_NRR = torch.baddbmm(gram_NRR, gram_NRR, gram_NRR, beta=_B, alpha=_C)
+            x_NRC = torch.baddbmm(x_NRC, above_NRR, x_NRC, beta=_A)
     return x_NRC.mT if tall else x_NRC
+
+
+def _factor(gram_NRR: Tensor, iterations: int) -> Tensor:
+    """Return what all iterations multiply matrices with this Gram matrix by, `[N, R, R]`.
+
+    Each multiplies by a polynomial of the Gram matrix, which so can be followed without the wide
+    matrices themselves: all of these factors are symmetric, and commute.
+    """
+    factor_NRR = None
+    for _ in range(iterations):
+        one_NRR = torch.baddbmm(gram_NRR, gram_NRR, gram_NRR, beta=_B, alpha=_C)
+        one_NRR.diagonal(dim1=1, dim2=2).add_(_A)
+        factor_NRR = one_NRR if factor_NRR is None else one_NRR @ factor_NRR
+        gram_NRR = one_NRR @ gram_NRR @ one_NRR
+    assert factor_NRR is not None  # there is at least one iteration
+    return factor_NRR
 
 
 def _shape(parameter: Tensor) -> tuple[int, ...]:

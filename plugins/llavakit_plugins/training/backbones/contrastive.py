@@ -19,12 +19,14 @@ from llavakit import ImageContext, ModelError, Run, VisionEncoder, read_pixels
 from llavakit_plugins.datasets.image_files import inside
 from llavakit_plugins.generation.scenes import FAMILY
 from llavakit_plugins.huggingface.products import choose_products
+from llavakit_plugins.training.backbones.distortions import varied_patches
 from llavakit_plugins.training.backbones.loop import Training, shuffled, updates_of
 from llavakit_plugins.training.backbones.options import ContrastiveOptions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+_AT_ONCE = 512  # images
 _MAX_SCALE = math.log(100)  # CLIP's limit on the logit scale, "to prevent training instability"
 
 
@@ -78,6 +80,8 @@ def clip_training(
             nn.init.normal_(module.weight, std=options.loudness)
     # all images are read once and stay in memory: they are small, and every step needs some
     pixels = _read(contexts, images, vision, run)
+    edge = target.config.patch_size
+    varied = torch.cat([varied_patches(images, edge) for images in pixels.split(_AT_ONCE)])
     updates = updates_of(clip, options, run)
     order = _Order(len(files[0]), len(contexts), options, run.seed)
 
@@ -93,7 +97,7 @@ def clip_training(
             clip.logit_scale.clamp_(0, _MAX_SCALE)
         shown = pixels[index].to(device)
         if options.distortions is not None:
-            shown = options.distortions(shown, target.config.patch_size, draw)
+            options.distortions.change(shown, varied[index].to(device), edge, draw)
         logits_BB = clip(
             input_ids=rows.to(device),
             attention_mask=mask.to(device),
@@ -120,7 +124,7 @@ def _read(
     for number, context in enumerate(contexts):
         where = f"context `{context.id}`"
         pixels[number] = read_pixels(vision, inside(folder, context.image, where), where)
-        if number % 512 == 511:
+        if number % _AT_ONCE == _AT_ONCE - 1:
             run.progress(number + 1, len(contexts), "reading images")
     return pixels
 

@@ -29,27 +29,24 @@ class Distortions(BaseModel):
     shift: float = Field(default=0.0, ge=0)
     """Pixels, in width and in height."""
 
-    def __call__(self, pixels_B3HW: Tensor, edge: int, draw: np.random.Generator) -> Tensor:
-        """Return the images with every patch of `edge` pixels changed within its own square.
+    def change(
+        self, pixels_B3HW: Tensor, varied_BRC: Tensor, edge: int, draw: np.random.Generator
+    ) -> None:
+        """Change patches of `edge` pixels of the images, in place, each within its own square.
 
-        A patch keeps its place, so whatever a caption says of places stays true. What lies outside
-        of a patch is the pixel at its edge. Patches of one colour stay as they are.
+        `varied_BRC` says which: see `varied_patches`. A patch keeps its place, so whatever a
+        caption says of places stays true. What lies outside of a patch is the pixel at its edge.
         """
         import torch  # not before: plans only check the limits
         from torch.nn import functional as F
 
-        changed_B3HW = pixels_B3HW.clone()
-        # a view: what is written to it is written to the images
-        views_BRC3EE = changed_B3HW.unfold(2, edge, edge).unfold(3, edge, edge)
-        views_BRC3EE = views_BRC3EE.permute(0, 2, 3, 1, 4, 5)
-        varied_BRC = (views_BRC3EE != views_BRC3EE[..., :1, :1]).flatten(3).any(-1)
+        views_BRC3EE = _patches(pixels_B3HW, edge)
         patches_N3EE = views_BRC3EE[varied_BRC]
         maps_N23 = torch.from_numpy(self._draw(len(patches_N3EE), edge, draw)).to(patches_N3EE)
         grid_NEE2 = F.affine_grid(maps_N23, list(patches_N3EE.shape), align_corners=False)
         views_BRC3EE[varied_BRC] = F.grid_sample(
             patches_N3EE, grid_NEE2, mode="bilinear", padding_mode="border", align_corners=False
         )
-        return changed_B3HW
 
     def _draw(self, count: int, edge: int, draw: np.random.Generator) -> npt.NDArray[np.float64]:
         """Return for each patch where its pixels come from, `[count, 2, 3]`.
@@ -64,3 +61,15 @@ class Distortions(BaseModel):
         first = (cos * wide, cos * slant - sin * high, right)
         second = (sin * wide, sin * slant + cos * high, down)
         return np.stack((*first, *second), axis=1).reshape(count, 2, 3)
+
+
+def varied_patches(pixels_B3HW: Tensor, edge: int) -> Tensor:
+    """Return which patches of images have more than one colour, `[B, rows, columns]`."""
+    views_BRC3EE = _patches(pixels_B3HW, edge)
+    return (views_BRC3EE != views_BRC3EE[..., :1, :1]).flatten(3).any(-1)
+
+
+def _patches(pixels_B3HW: Tensor, edge: int) -> Tensor:
+    """Return a view of the patches: what is written to it is written to the images."""
+    views_B3RCEE = pixels_B3HW.unfold(2, edge, edge).unfold(3, edge, edge)
+    return views_B3RCEE.permute(0, 2, 3, 1, 4, 5)
