@@ -116,6 +116,9 @@ def test_learned_rows_stand_where_the_option_says() -> None:
 def test_parts_are_those_of_transformers_video_processors() -> None:
     from transformers.video_utils import VideoMetadata, default_sample_indices_fn
 
+    short = VideoMetadata(total_num_frames=10, fps=1.0)
+    if default_sample_indices_fn(short, num_frames=7).tolist() == [*range(7)]:
+        pytest.skip("this transformers takes whole steps, and so no frames of a video's end")
     draw = np.random.default_rng(0)
     for frames, wanted in draw.integers(1, 400, (200, 2)).tolist():
         clip = Clip(64, 48, frames, float(draw.uniform(1, 60)))
