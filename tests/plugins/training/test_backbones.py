@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -86,10 +87,29 @@ def training(name: str, steps: int = 6, seed: int = 0, bad: int = -1) -> Trainin
 ended: list[str] = []
 
 
+def forks(test: Callable[[Path], None]) -> Callable[[Path], None]:
+    """Run a test in a new process where forks of this one could not learn: after torch.compile."""
+
+    @wraps(test)
+    def run(tmp_path: Path) -> None:
+        if side_by_side._may_learn_in_forks():
+            test(tmp_path)
+        elif "LLAVAKIT_NEW_PROCESS" in os.environ:
+            pytest.skip("forks cannot learn on this machine")
+        else:
+            command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+            one = f"{__file__}::{test.__name__}"
+            environment = {**os.environ, "LLAVAKIT_NEW_PROCESS": "1"}
+            subprocess.run([*command, one], timeout=240, check=True, env=environment)
+
+    return run
+
+
 def weights_of(training: Training) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in training.updates.named.items()}
 
 
+@forks
 def test_side_by_side_they_learn_what_each_learns_alone(tmp_path: Path) -> None:
     ended.clear()
     said: list[tuple[int, int]] = []
@@ -118,6 +138,7 @@ def test_side_by_side_they_learn_what_each_learns_alone(tmp_path: Path) -> None:
             assert torch.equal(mine[name], weight)
 
 
+@forks
 def test_when_one_fails_the_other_saves_and_stops(tmp_path: Path) -> None:
     ended.clear()
     run = run_in(tmp_path / "run")
@@ -127,6 +148,7 @@ def test_when_one_fails_the_other_saves_and_stops(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.glob("run/*-checkpoints")] == ["good-checkpoints"]
 
 
+@forks
 def test_stopped_and_resumed_they_end_the_same(tmp_path: Path) -> None:
     whole = training("one", 60), training("other", 90, seed=1)
     expected = optimise(run_in(tmp_path / "whole"), *whole)
@@ -149,6 +171,7 @@ def test_stopped_and_resumed_they_end_the_same(tmp_path: Path) -> None:
             assert torch.equal(mine[name], weight)
 
 
+@forks
 def test_one_that_is_waited_for_stops_when_asked(tmp_path: Path) -> None:
     asked: list[int] = []
 
@@ -168,10 +191,28 @@ def test_one_that_is_waited_for_stops_when_asked(tmp_path: Path) -> None:
 def test_where_processes_cannot_be_forked_they_learn_one_after_the_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    expected = optimise(run_in(tmp_path / "both"), training("one", 6), training("other", 9))
     monkeypatch.setattr(side_by_side, "may_fork", lambda: False)
-    both = training("one", 6), training("other", 9, seed=1)
-    assert [len(losses) for losses in optimise(run_in(tmp_path), *both)] == [6, 9]
-    assert ended[-2:] == ["one", "other"]
+    ended.clear()
+    found = optimise(run_in(tmp_path / "after"), training("one", 6), training("other", 9))
+    assert found == expected
+    assert ended == ["one", "other"]
+
+
+def test_after_torch_compile_they_learn_in_this_process(tmp_path: Path) -> None:
+    """PyTorch refuses gradients in the forks of a process that has compiled some."""
+    program = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parents[3])!r})
+from pathlib import Path
+import torch
+from tests.plugins.training.test_backbones import optimise, run_in, training
+weight = torch.ones(2, requires_grad=True)
+torch.compile(lambda: (weight * 2).sum(), backend="aot_eager")().backward()
+losses = optimise(run_in(Path({str(tmp_path)!r})), training("one", 6), training("other", 9))
+assert [len(each) for each in losses] == [6, 9]
+"""
+    subprocess.run([sys.executable, "-c", program], timeout=240, check=True)
 
 
 def failing(error: Callable[[], object]) -> Training:
@@ -186,7 +227,7 @@ def failing(error: Callable[[], object]) -> Training:
     return replace(good, loss_of=loss_of)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux forks")
+@forks
 def test_one_that_is_killed_is_said_and_can_be_resumed(tmp_path: Path) -> None:
     bad = failing(lambda: os.kill(os.getpid(), signal.SIGKILL))
     with pytest.raises(TrainingError, match=r"that trained bad was killed.*--resume"):
@@ -197,7 +238,7 @@ def test_one_that_is_killed_is_said_and_can_be_resumed(tmp_path: Path) -> None:
     assert optimise(resumed, training("good", 6), training("bad", 9))[1] == whole[1]
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux forks")
+@forks
 def test_a_fault_of_the_code_is_shown_where_it_was(tmp_path: Path) -> None:
     def fault() -> None:
         raise ZeroDivisionError("a fault")

@@ -28,18 +28,24 @@ _LOOK = 0.2  # seconds between two looks at whether the user asked to stop
 def optimise(run: Run, *trainings: Training) -> list[Losses]:
     """Train each network for its steps; return the losses of each, in the same order.
 
-    On a CPU all are trained at the same time, each but the first by one thread; where processes
-    cannot be forked, and on other devices, one after the other. Raises TrainingError if a loss or a
+    On a CPU all are trained at the same time, each but the first by one thread, or, to the same
+    bits, one after the other where a fork could not learn. Raises TrainingError if a loss or a
     gradient is not finite, and Stopped, after saving, if the user asked to stop.
     """
     shown = _Shown(run, trainings)
     runs = [replace(run, progress=partial(shown, number)) for number in range(len(trainings))]
     pairs = list(zip(runs, trainings, strict=True))
     devices = {p.device.type for each in trainings for p in each.updates.named.values()}
-    # beside an accelerator autograd keeps threads, and a fork has none of them
-    if devices != {"cpu"} or torch.accelerator.is_available() or not may_fork():
+    if devices != {"cpu"}:
         return [train(mine, each) for mine, each in pairs]
-    with _forked(pairs[1:]) as forks:
+    beside = max(1, torch.get_num_threads() - len(pairs[1:]))
+    if not _may_learn_in_forks():
+        losses = []
+        for number, (mine, each) in enumerate(pairs):
+            with _threads(1 if number else beside):
+                losses.append(train(mine, each))
+        return losses
+    with _threads(beside), _forked(pairs[1:]) as forks:
 
         def stopping() -> bool:
             forks.hear()
@@ -51,6 +57,44 @@ def optimise(run: Run, *trainings: Training) -> list[Losses]:
                 raise Stopped
     # what was trained elsewhere is taken from the last checkpoint
     return losses + [train(replace(mine, resume=True), each) for mine, each in pairs[1:]]
+
+
+def _may_learn_in_forks() -> bool:
+    """Whether a fork of this process can compute gradients.
+
+    Not where autograd keeps threads, of which a fork would have none: beside an accelerator, and
+    once torch.compile has been used. No function of PyTorch says so; a fork that tries it does.
+    """
+    if torch.accelerator.is_available() or not may_fork():
+        return False
+    trial = multiprocessing.get_context("fork").Process(target=_try_to_learn, daemon=True)
+    with held_signals():
+        try:
+            trial.start()
+        except OSError:
+            return False
+    trial.join()
+    return trial.exitcode == 0
+
+
+def _try_to_learn() -> None:
+    code = 1
+    try:
+        torch.set_num_threads(1)
+        torch.zeros((), requires_grad=True).backward()
+        code = 0
+    finally:
+        os._exit(code)
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class _Shown:
@@ -135,22 +179,18 @@ class _Forks:
 
 @contextmanager
 def _forked(pairs: Sequence[tuple[Run, Training]]) -> Iterator[_Forks]:
-    """Yield forks at work, beside which this process has fewer threads; in the end they are done,
-    or stopped. Raises what one of them failed of."""
+    """Yield forks at work; in the end they are done, or stopped. Raises what one failed of."""
     forks = _Forks()
     stopped: list[Exception] = []
-    before = torch.get_num_threads()
     try:
         with held_signals():
             for run, training in pairs:
                 forks.begin(run, training)
-        torch.set_num_threads(max(1, before - len(pairs)))
         yield forks
     except Stopped as asked:
         stopped.append(asked)
     finally:
         forks.end()
-        torch.set_num_threads(before)
     # those that were only stopped by one that failed say less than it does
     for error in sorted(forks.failures + stopped, key=lambda error: isinstance(error, Stopped)):
         raise error
