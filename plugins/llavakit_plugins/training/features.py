@@ -6,7 +6,6 @@ Shapes: I images, P patches of an image, D width of the vision encoder.
 from __future__ import annotations
 
 import os
-import signal
 import sys
 from collections.abc import Callable, Generator, Iterable, Sequence
 from typing import Any, Protocol
@@ -29,6 +28,7 @@ from llavakit_plugins.training.agreement import in_each
 from llavakit_plugins.training.corpus import Corpus
 from llavakit_plugins.training.encoding import distinct_images, encode_images
 from llavakit_plugins.training.feature_cache import Kept
+from llavakit_plugins.training.forks import leave_signals_to_the_parent
 from llavakit_plugins.training.options import TrainOptions
 from llavakit_plugins.training.preparing import preparation
 
@@ -111,7 +111,7 @@ class Encoding:
             # the whole model, for each worker; a fork shares them. Only Linux forks safely.
             multiprocessing_context=_START if self._workers else None,
             pin_memory=device.type == "cuda",
-            worker_init_fn=_leave_signals_to_the_parent,
+            worker_init_fn=leave_signals_to_the_parent,
             generator=torch.Generator(),  # the loader draws a seed: not from the global generator
         )
         for item in loader:
@@ -143,16 +143,6 @@ class _MicroBatches(TorchDataset[tuple[PackedBatch, Tensor | None] | LlavaError]
         except LlavaError as error:
             return error
         return batch, torch.cat(pixels) if pixels else None
-
-
-def _leave_signals_to_the_parent(worker: int) -> None:
-    """Ignore SIGINT and SIGTERM: both often reach the whole process group, also the workers.
-
-    The training process decides when to stop; it first saves a checkpoint, for which it may still
-    need the workers.
-    """
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
 
 
 class Cached:

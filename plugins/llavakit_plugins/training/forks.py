@@ -35,11 +35,19 @@ def held_signals() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def begin_fork() -> None:
-    """Let this new process leave signals to the one that forked it, and end when that one does."""
-    # both often reach all processes, and the one that forked this one decides what is done
+def leave_signals_to_the_parent(worker: int = 0) -> None:
+    """Ignore SIGINT and SIGTERM: both often reach the whole process group, also its helpers.
+
+    The process that began this one decides when to stop, and may need it until then: to save a
+    checkpoint, say. `worker` is what a DataLoader gives.
+    """
     for number in _STOPS:
         signal.signal(number, signal.SIG_IGN)
+
+
+def begin_fork() -> None:
+    """Let this new process leave signals to the one that forked it, and end when that one does."""
+    leave_signals_to_the_parent()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPS)
     Thread(target=_end_with_parent, daemon=True).start()
 
