@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ import onnx
 from llavakit_plugins.checkpoints.parity import cases
 from llavakit_plugins.onnx.exporter.exporter import Onnx, OnnxOptions
 from llavakit_plugins.onnx.runtime import OnnxModel, load
-from llavakit_plugins.onnx.runtime.layout import graph_file
+from llavakit_plugins.onnx.runtime.folder import read
+from llavakit_plugins.onnx.runtime.layout import DECODER, REPORT, SMALL_CACHE, graph_file
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": HEADS_OF_16,
@@ -66,13 +68,15 @@ def test_keys_and_values_are_rounded_to_their_scales(family: str, tmp_path: Path
     assert held * 4 == whole
 
 
-def test_batches_turns_and_samples_go_on(tmp_path: Path) -> None:
+@pytest.mark.parametrize("cache", ["auto", "int8"])
+def test_batches_turns_and_samples_go_on(cache: str, tmp_path: Path) -> None:
     """All that moves a cache about gives the answers of prompts that are read alone and anew."""
     model = make_model()
-    options = OnnxOptions(precisions=("int8", "q8", "q4"), cache="int8")
+    precisions = ("q4",) if cache == "auto" else ("int8", "q8", "q4")
+    options = OnnxOptions.model_validate({"precisions": precisions, "cache": cache})
     Onnx(options).export(model, tmp_path / "out")
     pictures = make_pictures(tmp_path)
-    for precision in ("int8", "q8", "q4"):
+    for precision in precisions:
         loaded = load(tmp_path / "out", precision=precision)
         plain = load(tmp_path / "out", precision=precision)
         plain.prefixes = Prefixes(0)
@@ -94,12 +98,113 @@ def test_batches_turns_and_samples_go_on(tmp_path: Path) -> None:
         assert drawn[0] == drawn[1]
 
 
+@pytest.mark.parametrize("beside", [False, True])
+def test_q4_has_a_second_decoder_on_the_weights_of_the_first(beside: bool, tmp_path: Path) -> None:
+    """Clients get the graph that they got before; on a CPU we run the one with an 8-bit cache."""
+    model, (picture, _) = make_model({**HEADS_OF_16, "hidden_size": 128}), make_pictures(tmp_path)
+    for cache in ("auto", "float", "int8"):
+        settings = {"precisions": ["q4", "q8"], "cache": cache, "least_agreement": {"q8": 0.5}}
+        over = {"external_data_over": 1000} if beside else {}
+        Onnx(OnnxOptions.model_validate({**settings, **over})).export(model, tmp_path / cache)
+    first = graph_file(DECODER, "q4")
+    assert (tmp_path / "auto" / first).read_bytes() == (tmp_path / "float" / first).read_bytes()
+    seconds = {path.parts[-3]: path for path in tmp_path.rglob(f"{SMALL_CACHE}*")}
+    assert list(seconds) == ["auto"], "asked for by nobody else, and not for q8"
+    tables = onnx.load(tmp_path / "int8" / first).graph.initializer
+    weights = sum(len(t.raw_data) for t in tables if t.data_type == onnx.TensorProto.UINT8)
+    whole = sum(path.stat().st_size for path in (tmp_path / "int8").glob(f"{first}*"))
+    assert seconds["auto"].stat().st_size < whole - 0.9 * weights
+    ours, floats, eights = (
+        load(tmp_path / cache, precision="q4", device="cpu", threads=1)
+        for cache in ("auto", "float", "int8")
+    )
+    found, exact, wanted = (
+        one.logits(QUESTION, [picture]).tobytes() for one in (ours, floats, eights)
+    )
+    assert found == wanted
+    assert found != exact
+    prompt = (f"{IMAGE}\n{QUESTION}", [picture])
+    assert ours.answer([prompt], Sampling(12)) == eights.answer([prompt], Sampling(12))
+    assert _kind(ours) == _kind(eights) == np.int8
+    assert _kind(floats) == np.float32
+    folder, _ = read(tmp_path / "auto", "q4")
+    assert folder.graph(DECODER, "q4", "cuda") == tmp_path / "auto" / first
+    parity = json.loads((tmp_path / "auto" / REPORT).read_text())["parity"]
+    others = json.loads((tmp_path / "int8" / REPORT).read_text())["parity"]
+    assert parity["q4, int8 cache"] == others["q4"]
+    assert parity["q4"] != others["q4"]
+
+
+def test_a_folder_without_a_second_decoder_runs_the_first(tmp_path: Path) -> None:
+    """Older exports have none."""
+    Onnx(OnnxOptions(precisions=("q4",))).export(make_model(), tmp_path / "out")
+    report = json.loads((tmp_path / "out" / REPORT).read_text())
+    second = graph_file(SMALL_CACHE, "q4")
+    (tmp_path / "out" / second).rename(tmp_path / "second")
+    with pytest.raises(ModelError, match=f"lacks {second}; copy the whole folder"):
+        load(tmp_path / "out", device="cpu")
+    (tmp_path / "out" / second).write_bytes((tmp_path / "second").read_bytes() + b"\0")
+    with pytest.raises(ModelError, match=rf"{SMALL_CACHE}_q4.onnx differs"):
+        load(tmp_path / "out", device="cpu")
+    (tmp_path / "out" / second).unlink()
+    del report["sha256"][second]
+    (tmp_path / "out" / REPORT).write_text(json.dumps(report))
+    assert _kind(load(tmp_path / "out", device="cpu")) == np.float32
+
+
+def test_a_second_decoder_that_agrees_too_little_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from llavakit_plugins.onnx.exporter import cache
+
+    found = cache.find_scales
+    steps = lambda model, tried: [1000 * scale for scale in found(model, tried)]  # noqa: E731
+    model = make_model()
+    options = OnnxOptions(precisions=("q4",), cache="float")
+    figures = Onnx(options).export(model, tmp_path / "float")
+    monkeypatch.setattr(cache, "find_scales", steps)
+    least: Any = {"q4": figures["q4 agreement"]}
+    Onnx(OnnxOptions(precisions=("q4",), least_agreement=least)).export(model, tmp_path / "auto")
+    assert "exported with a cache in float alone" in caplog.text
+    names = [
+        sorted(path.relative_to(place).as_posix() for path in place.rglob("*"))
+        for place in (tmp_path / "float", tmp_path / "auto")
+    ]
+    assert names[0] == names[1]
+    assert _kind(load(tmp_path / "auto", device="cpu")) == np.float32
+
+
+def test_a_cache_in_one_piece_or_in_many_holds_the_same(tmp_path: Path) -> None:
+    model = make_model()
+    Onnx(OnnxOptions(precisions=("fp32",))).export(model, tmp_path / "out")
+    loaded = load(tmp_path / "out", device="cpu", threads=1)
+    rows_1TE = np.random.default_rng(0).normal(size=(1, 9, model.language.width))
+    found = []
+    for capacity in (12, 80_000):  # the larger one takes 80 MB, and no page of it that has no row
+        decoder = loaded.decoder.again()
+        ones = np.ones((1, 9), np.int64)
+        logits = [decoder.read(rows_1TE.astype(np.float32), ones, capacity=capacity).tobytes()]
+        for place in range(9, 12):
+            step_11E = rows_1TE[:, place - 9 : place - 8].astype(np.float32)
+            logits.append(decoder.step(step_11E, np.asarray([[place]], np.int64)).tobytes())
+        held = [value[:, :, :12].tobytes() for value in decoder.held()]
+        found.append((logits, held))
+    assert found[0] == found[1]
+
+
 def test_what_cannot_have_it_is_said(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r'needs `operators = "microsoft"`'):
         OnnxOptions(cache="int8", operators="plain")
     with pytest.raises(ModelError, match="multiple of 8, and this model's is 12"):
         Onnx(OnnxOptions(cache="int8")).export(make_model(LANGUAGE), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+    options = OnnxOptions(precisions=("q4",), least_agreement={"q4": 0.0})
+    Onnx(options).export(make_model(LANGUAGE), tmp_path / "out")  # has none by default
+    assert _kind(load(tmp_path / "out", device="cpu")) == np.float32
+
+
+def _kind(model: OnnxModel) -> Any:
+    return _cache(model, model.manifest.shapes.width)[0].dtype
 
 
 def _read_by_rows(model: OnnxModel, embeds_TE: Any) -> None:

@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from tests.plugins.onnx_models import make_model
 from tests.plugins.serving.conftest import LIVELY, asks, picture, serving
@@ -19,15 +20,20 @@ from llavakit_plugins.onnx.runtime import OnnxModel, load
 QUESTIONS = ["what is it ?", "is the circle in the picture red ?", "what colour is a square ?"]
 
 
-@pytest.fixture(scope="module", params=["group_query", "plain"])
+@pytest.fixture(scope="module", params=["group_query", "plain", "small_cache"])
 def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> OnnxModel:
     folder: Path = tmp_path_factory.mktemp("onnx") / request.param
     # heads of 12, which GroupQueryAttention does not take, leave the plain operators
-    width = 64 if request.param == "group_query" else 48
+    width = 48 if request.param == "plain" else 64
     language = {**LIVELY, "hidden_size": width, "initializer_range": 0.2}
-    Onnx(OnnxOptions()).export(make_model(language), folder)
+    small: Any = {"precisions": ["q4"], "least_agreement": {"q4": 0.0}}
+    options = OnnxOptions.model_validate(small if request.param == "small_cache" else {})
+    Onnx(options).export(make_model(language), folder)
     model = load(folder, device="cpu", threads=1)
-    assert model.manifest.attention == request.param
+    plain = request.param == "plain"
+    assert model.manifest.attention == ("plain" if plain else "group_query")
+    _, held = model.trace(np.zeros((2, width), np.float32))
+    assert (held[0].dtype == np.int8) == (request.param == "small_cache")
     return model
 
 

@@ -49,9 +49,10 @@ class OnnxOptions(Options):
     block_size: int | None = Field(default=None, ge=16, le=256)
     """Number of weights that share a scale in q8 and q4, a power of two; by default 128,
     fewer in narrow models."""
-    cache: Literal["float", "int8"] = "float"
-    """`int8`: int8, q8 and q4 keep keys and values in 8 bits, for long prompts on a CPU with
-    onnxruntime. transformers.js gives its caches in float and does not run such graphs."""
+    cache: Literal["auto", "float", "int8"] = "auto"
+    """`auto`: q4 has a second decoder beside the one for all clients, with keys and values in 8
+    bits, which llavakit's runtime takes on a CPU. `float`: none has it. `int8`: the only decoder of
+    int8, q8 and q4 is such a one; transformers.js gives its caches in float and does not run it."""
     tolerance: float = Field(default=1e-4, gt=0)
     """Largest allowed difference between a logit of fp32 and PyTorch's."""
     least_agreement: dict[Precision, Share] = Field(default_factory=dict)
@@ -143,7 +144,8 @@ class Onnx(Exporter):
         tried = cases(model, new_tokens=parity.NEW_TOKENS, raw=True, videos=pools)
         _, image_token = client.client_tokenizer(tokenizer, form)
         attention = self._attention(model)
-        scales = find_scales(model, tried) if options.cache == "int8" else None
+        small = self._small_caches(attention)
+        scales = dict.fromkeys(small, find_scales(model, tried) if small else [])
         self._write_graphs(model, partial, attention, image_token + 1, scales)
         if (newline_E := model.image_newline) is not None:
             save_file({"image_newline": newline_E.detach()}, partial / folders.NEWLINE)
@@ -191,6 +193,11 @@ class Onnx(Exporter):
         stated = {str(name): least for name, least in options.least_agreement.items()}
         limits = {**_LEAST, **stated}
         report["parity"] = parity.prove(model, exported, limits, options.tolerance, tried)
+        del exported
+        if options.cache == "auto":
+            for precision in small:
+                found = parity.small_cache(checked, precision, limits[precision], tried)
+                report["parity"] |= {f"{precision}, int8 cache": found} if found else {}
         report["prompts"] = [case.text for case in tried]
         # fp32 graphs are always written, for the proof; they go if they were not requested
         if "fp32" not in options.precisions:
@@ -223,26 +230,37 @@ class Onnx(Exporter):
             return "plain"
         return "group_query"
 
+    def _small_caches(self, attention: Attention) -> tuple[Precision, ...]:
+        """Return the precisions that have a decoder with an 8-bit cache."""
+        from llavakit_plugins.onnx.exporter.cache import EIGHT_BIT_CACHES
+        from llavakit_plugins.onnx.exporter.small_cache import BESIDE
+
+        if self.options.cache == "float" or attention == "plain":
+            return ()
+        able = EIGHT_BIT_CACHES if self.options.cache == "int8" else BESIDE
+        return tuple(precision for precision in self.options.precisions if precision in able)
+
     def _write_graphs(
         self,
         model: LlavaModel,
         partial: Path,
         attention: Attention,
         rows: int,
-        scales: Scales | None,
+        scales: Mapping[Precision, Scales],
     ) -> None:
         """Write every graph in every precision, and always in fp32, for the proof.
 
-        `rows` is the least number of rows of the embedding table; `scales` are those of an 8-bit
-        cache.
+        `rows` is the least number of rows of the embedding table; `scales` are those of the
+        precisions that have an 8-bit cache.
         """
         import onnx
         import onnx_ir as ir
 
-        from llavakit_plugins.onnx.exporter.cache import EIGHT_BIT_CACHES, quantise
+        from llavakit_plugins.onnx.exporter.cache import quantise
         from llavakit_plugins.onnx.exporter.fusion import fuse
         from llavakit_plugins.onnx.exporter.graphs import graphs
         from llavakit_plugins.onnx.exporter.precision import convert
+        from llavakit_plugins.onnx.exporter.small_cache import write_beside
 
         (partial / "onnx").mkdir()
         work = partial / _WORK
@@ -257,9 +275,12 @@ class Onnx(Exporter):
             del traced
             for precision in dict.fromkeys(("fp32", *self.options.precisions)):
                 graph = convert(name, onnx.load(source), precision, self.options.block_size)
-                if name == DECODER and scales is not None and precision in EIGHT_BIT_CACHES:
-                    graph = quantise(graph, scales)
+                smaller = name == DECODER and precision in scales
+                if smaller and self.options.cache == "int8":
+                    graph = quantise(graph, scales[precision])
                 self._save(graph, partial / graph_file(name, precision))
+                if smaller and self.options.cache == "auto":
+                    write_beside(partial, precision, scales[precision])
             rmtree(work)
             work.mkdir()
         work.rmdir()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,8 @@ from llavakit_plugins.checkpoints.parity import Case, Figures, compare
 from llavakit_plugins.onnx.exporter.cache import embed_prompt, held_of
 from llavakit_plugins.onnx.exporter.graphs import pools_features
 from llavakit_plugins.onnx.runtime import OnnxModel
+from llavakit_plugins.onnx.runtime.folder import Folder
+from llavakit_plugins.onnx.runtime.layout import SMALL_CACHE, graph_file
 
 if TYPE_CHECKING:
     from llavakit import LlavaModel
@@ -114,6 +117,28 @@ def prove(
             )
         found[precision] = table(figures)
     return found
+
+
+def small_cache(
+    folder: Folder, precision: str, limit: float, tried: Sequence[Case]
+) -> dict[str, float] | None:
+    """Return the figures of a precision with its second decoder, whose cache has 8 bits.
+
+    None, and the decoder is deleted, where it agrees in fewer rows than the limit, which the first
+    one keeps.
+    """
+    name = graph_file(SMALL_CACHE, precision)
+    listed = folder.manifest.model_copy(update={"sha256": {name: ""}})
+    figures = compare(OnnxModel(Folder(folder.path, listed), precision), tried)
+    if figures.agreement >= limit:
+        return table(figures)
+    logging.getLogger(__name__).warning(
+        "with keys and values in 8 bits %s agrees with PyTorch on the likeliest token in %.1f %% "
+        "of the rows, fewer than %.1f %%: it is exported with a cache in float alone",
+        precision, 100 * figures.agreement, 100 * limit,
+    )  # fmt: skip
+    folder.file(name).unlink()
+    return None
 
 
 def _images(exported: OnnxModel, pixels_IHW: npt.NDArray[np.float32]) -> int:

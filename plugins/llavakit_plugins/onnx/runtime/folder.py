@@ -19,6 +19,7 @@ from llavakit_plugins.onnx.runtime.layout import (
     DECODER,
     GRAPHS,
     REPORT,
+    SMALL_CACHE,
     SUFFIXES,
     Precision,
     graph_file,
@@ -95,6 +96,16 @@ class Folder:
 
     def file(self, name: str) -> Path:
         return self.path / name
+
+    def graph(self, graph: str, precision: str, provider: str) -> Path:
+        """Return the file of a graph; on a CPU the decoder with a small cache, where there is one.
+
+        onnxruntime computes with such a cache on a CPU, and other clients give theirs in float.
+        """
+        small = graph_file(SMALL_CACHE, precision)
+        if graph == DECODER and provider == "cpu" and small in self.manifest.sha256:
+            return self.file(small)
+        return self.file(graph_file(graph, precision))
 
     def tiling(self) -> Tiling | None:
         """Return the tiling. Raises PluginError where it is not installed.
@@ -202,7 +213,8 @@ def _warn_of_other_pixels(report: Path, manifest: Manifest) -> None:
 
 
 def _stems(precision: str) -> tuple[str, ...]:
-    return tuple(f"{graph}{SUFFIXES[precision]}" for graph in (*GRAPHS, CONNECTOR))
+    graphs = (*GRAPHS, CONNECTOR, SMALL_CACHE)
+    return tuple(f"{graph}{SUFFIXES[precision]}" for graph in graphs)
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -10,6 +10,9 @@ GRAPHS = (VISION, EMBEDDINGS, DECODER)
 CONNECTOR = "connector"
 """A graph of its own only where the tiling pools features in front of it; then the vision encoder's
 has none. transformers.js knows no such graph: our own runtime reads these folders."""
+SMALL_CACHE = "decoder_int8_cache"
+"""The decoder with a key-value cache of 8 bits, for our own runtime on a CPU, where an export wrote
+one beside DECODER. It reads its weights from DECODER's file."""
 Precision = Literal["fp32", "fp16", "int8", "q8", "q4"]
 SUFFIXES: dict[str, str] = {
     "fp32": "",

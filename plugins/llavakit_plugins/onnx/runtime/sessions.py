@@ -6,6 +6,7 @@ of the mask, P rows of the cache.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from copy import copy
@@ -17,7 +18,7 @@ import numpy.typing as npt
 from llavakit.contracts.errors import ModelError
 from llavakit_plugins.onnx.runtime.agreement import running
 from llavakit_plugins.onnx.runtime.folder import Folder, Shapes
-from llavakit_plugins.onnx.runtime.layout import DECODER, KEEP, cache_names, graph_file
+from llavakit_plugins.onnx.runtime.layout import DECODER, KEEP, cache_names
 from llavakit_plugins.onnx.runtime.saturation import saturates
 
 if TYPE_CHECKING:
@@ -30,6 +31,8 @@ _CPU = "CPUExecutionProvider"
 _CUDA = "CUDAExecutionProvider"
 _KINDS = {"tensor(float16)": np.float16, "tensor(int8)": np.int8}
 """Types of a cache that is not float32."""
+_PIECE = 32 << 20
+"""Bytes of the largest cache that lies in one piece."""
 
 
 def pick_provider(device: str) -> str:
@@ -91,7 +94,7 @@ def open_session(
         options.add_session_config_entry("session.x64quantprecision", "1")
     if threads is not None:
         options.intra_op_num_threads = threads
-    path = folder.file(graph_file(graph, precision))
+    path = folder.graph(graph, precision, provider)
     providers = [_CUDA, _CPU] if provider == "cuda" else [_CPU]
     try:
         session: InferenceSession = runtime.InferenceSession(
@@ -115,6 +118,19 @@ def open_session(
             f"onnxruntime could not use CUDA for {path}; check its CUDA libraries, or use cpu"
         )
     return session
+
+
+def _zeros(count: int, shape: tuple[int, ...], kind: Any) -> list[CacheArray]:
+    """Return arrays of zeros, in one piece where that is not large.
+
+    From 4 MB on numpy asks Linux for pages of 2 MB: a twentieth of a prompt's time are page faults
+    else. A page that holds one row takes its memory whole, so that a cache with far more room than
+    rows is left in small ones.
+    """
+    whole = (count, *shape)
+    if np.dtype(kind).itemsize * math.prod(whole) <= _PIECE:
+        return list(np.zeros(whole, kind))
+    return [np.zeros(shape, kind) for _ in range(count)]
 
 
 def give_back_memory() -> None:
@@ -178,7 +194,7 @@ class Decoder:
         room = max(capacity, known + rows) if self.in_place else known
         shape = (batch, self.shapes.kv_heads, room, self.shapes.head_dim)
         # zeros and not `empty`: masked columns get weight 0, and 0 * NaN would still be NaN
-        caches = [np.zeros(shape, self._kind) for _ in self._past]
+        caches = _zeros(len(self._past), shape, self._kind)
         for array, before in zip(caches, held if known else (), strict=bool(known)):
             array[:, :, :known] = before[:, :, :known]
         self._cache = [self._on_device(array) for array in caches]
