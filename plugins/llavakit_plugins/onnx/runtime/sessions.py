@@ -123,9 +123,9 @@ def open_session(
 def _zeros(count: int, shape: tuple[int, ...], kind: Any) -> list[CacheArray]:
     """Return arrays of zeros, in one piece where that is not large.
 
-    From 4 MB on numpy asks Linux for pages of 2 MB: a twentieth of a prompt's time are page faults
-    else. A page that holds one row takes its memory whole, so that a cache with far more room than
-    rows is left in small ones.
+    From 4 MB on numpy asks Linux for pages of 2 MB, and a prompt is spared thousands of page faults,
+    a twentieth of its time. But such a page takes its memory whole, whatever it holds: a large
+    cache, which may have far more room than rows, is left in small ones.
     """
     whole = (count, *shape)
     if np.dtype(kind).itemsize * math.prod(whole) <= _PIECE:
