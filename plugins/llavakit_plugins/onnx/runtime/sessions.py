@@ -123,7 +123,7 @@ def open_session(
 def _zeros(count: int, shape: tuple[int, ...], kind: Any) -> list[CacheArray]:
     """Return arrays of zeros, in one piece where that is not large.
 
-    From 4 MB on numpy asks Linux for pages of 2 MB, and a prompt is spared thousands of page faults,
+    From 4 MB on numpy asks Linux for pages of 2 MB: a prompt is spared thousands of page faults,
     a twentieth of its time. But such a page takes its memory whole, whatever it holds: a large
     cache, which may have far more room than rows, is left in small ones.
     """
