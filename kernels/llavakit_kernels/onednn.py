@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-__all__ = ["Linear", "PatchConv2d", "chosen", "linear", "matmul"]
+__all__ = ["Linear", "PatchConv2d", "chosen", "linear", "matmul", "plain"]
 
 _log = logging.getLogger("llavakit")
 _Operator = Callable[..., Tensor]
@@ -79,19 +79,24 @@ class PatchConv2d(nn.Conv2d):
         return linear(patches, self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
 
 
-def _fits(*tensors: Tensor | None) -> bool:
+def plain(*tensors: Tensor | None) -> bool:
+    """Return whether all are plain float32 tensors on a CPU, which are multiplied as they stand."""
     if torch.compiler.is_compiling():  # first: a compiler or an export must not see the rest
         return False
     for tensor in tensors:
         if tensor is not None and not (
             type(tensor) in (Tensor, nn.Parameter)  # no DTensor, no weights of 4 bits
             and tensor.dtype == torch.float32
-            and tensor.device.type == "cpu"
+            and tensor.is_cpu
             and tensor.layout == torch.strided
             and tensor.numel()
         ):
             return False
-    return not torch.is_autocast_enabled("cpu") and _operator() is not None
+    return not torch.is_autocast_enabled("cpu")
+
+
+def _fits(*tensors: Tensor | None) -> bool:
+    return plain(*tensors) and _operator() is not None
 
 
 def _product(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -122,8 +127,8 @@ def _operator() -> _Operator | None:
     except (AttributeError, NotImplementedError, RuntimeError, TypeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         _log.warning(
-            'products = "onednn": PyTorch %s has no such products on this machine (%s); torch\'s '
-            "own are used",
+            "PyTorch %s has no products by oneDNN (`onednn`) on this machine (%s); torch's own are "
+            "used",
             torch.__version__, reason,
         )  # fmt: skip
         return None

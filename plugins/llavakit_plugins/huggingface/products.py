@@ -21,22 +21,27 @@ class ProductOptions(Options):
     or `onednn`, which is faster on AMD's CPUs and differs in the last bits. No effect elsewhere."""
 
 
-def choose_products(network: nn.Module, products: Products) -> None:
+def choose_products(network: nn.Module, products: Products, *, decodes: bool = False) -> None:
     """Let a network's linear layers multiply so, in place. Weights and their names stay.
 
-    A convolution that cuts an image into patches is such a layer, too.
+    A convolution that cuts an image into patches is such a layer, too. Where a network decodes, and
+    this machine gains by it, products of a few rows without gradients are those of `few_rows`.
 
     Layers of other types, such as those of 4 bits, are left as they are.
     """
     from torch.nn import Conv2d, Linear
 
-    from llavakit_kernels import onednn
+    from llavakit_kernels import few_rows, onednn
 
-    kinds: dict[Products, type[Linear]] = {"torch": Linear, "onednn": onednn.Linear}
+    usual: dict[Products, type[Linear]] = {"torch": Linear, "onednn": onednn.Linear}
+    few: dict[Products, type[Linear]] = {
+        "torch": few_rows.Linear, "onednn": few_rows.OnednnLinear,
+    }  # fmt: skip
+    chosen = (few if decodes and few_rows.faster_here() else usual)[products]
     patches: dict[Products, type[Conv2d]] = {"torch": Conv2d, "onednn": onednn.PatchConv2d}
     for module in network.modules():
-        if type(module) in kinds.values():
-            module.__class__ = kinds[products]
+        if type(module) in (*usual.values(), *few.values()):
+            module.__class__ = chosen
         elif type(module) in patches.values() and _cuts_patches(cast("Conv2d", module)):
             module.__class__ = patches[products]
 

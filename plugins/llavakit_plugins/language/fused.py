@@ -15,7 +15,7 @@ from torch import Tensor
 
 from llavakit_kernels.linear_cross_entropy import liger
 
-_SILU = ("SiLU", "SiLUActivation")  # torch's, and that of some versions of transformers
+SILU = ("SiLU", "SiLUActivation")  # torch's, and that of some versions of transformers
 Rotary: TypeAlias = tuple[Tensor, Tensor]
 """Cosines and sines `[T, 1, K]` of the positions' angles, each of them twice in a row."""
 
@@ -45,7 +45,7 @@ def rotate_one(x_TXK: Tensor, rotary: Rotary) -> Tensor:
 
 def gate(activation: Any, gate_TF: Tensor, up_TF: Tensor) -> Tensor:
     """Return `activation(gate_TF) * up_TF`."""
-    if type(activation).__name__ not in _SILU or not _served(gate_TF):
+    if type(activation).__name__ not in SILU or not _served(gate_TF):
         gated_TF: Tensor = activation(gate_TF) * up_TF
         return gated_TF
     from liger_kernel.ops.swiglu import LigerSiLUMulFunction

@@ -65,7 +65,7 @@ class PretrainedLanguage(LanguageModel):
                 refuse_widths(model, options.source)
         if options.lora is not None:
             add_adapters(model, options.lora)
-        choose_products(model, options.products)
+        choose_products(model, options.products, decodes=True)
         self.options = options
         self.model = model
         self.width: int = model.get_input_embeddings().embedding_dim

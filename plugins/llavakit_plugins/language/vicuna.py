@@ -20,7 +20,7 @@ from llavakit import ModelError, packed_attention
 from llavakit.contracts.packing import Packing, Rows
 from llavakit_kernels.linear_cross_entropy import linear_cross_entropy
 from llavakit_plugins.huggingface.hub import explain_config
-from llavakit_plugins.language import fused
+from llavakit_plugins.language import cpu_steps, fused
 from llavakit_plugins.language.options import LLAMA_TYPES, VicunaOptions as VicunaOptions
 from llavakit_plugins.language.pretrained import PretrainedLanguage
 
@@ -61,12 +61,15 @@ class Vicuna(PretrainedLanguage):
 
     def _hidden(self, embeds_TE: Tensor, packing: Packing, rows: Rows | None = None) -> Tensor:
         decoder = self.model.model
+        blocks = cpu_steps.blocks_of(decoder, embeds_TE, packing) if rows is None else None
+        if blocks is not None:
+            return cpu_steps.hidden(decoder, blocks, embeds_TE, packing)
         # positions restart at 0 in each sample; the angles are the same in all layers
         cos_1TK, sin_1TK = decoder.rotary_emb(embeds_TE, packing.position_ids_T[None])
         rotary = (cos_1TK[0, :, None], sin_1TK[0, :, None])
         hidden_TE = embeds_TE
-        *blocks, last = decoder.layers
-        for block in blocks:
+        *others, last = decoder.layers
+        for block in others:
             if self.recompute and torch.is_grad_enabled():
                 hidden_TE = checkpoint(block, hidden_TE, rotary, packing, None, use_reentrant=False)
             else:
