@@ -27,6 +27,7 @@ __all__ = ["Linear", "OnednnLinear", "by_vectors", "faster_here", "linear", "mul
 
 _BY_VECTORS = 4  # rows; of more, oneDNN makes better use of what it has read
 _FEW = 16
+_LARGE = 512 << 10  # bytes of a matrix that are worth oneDNN's way there
 _PIECE = 4 << 20  # bytes of a matrix that are worth waking a thread for
 
 
@@ -40,7 +41,8 @@ def linear(
 
     input: [..., I]; weight: [O, I]; bias: [O] or None.
 
-    More rows, and what is no plain float32 on a CPU or may need gradients, are left to `otherwise`.
+    More rows, more than 4 with a small matrix, and what is no plain float32 on a CPU or may need
+    gradients, are left to `otherwise`.
     """
     # compilers first, which must not see the rest
     if (
@@ -52,7 +54,7 @@ def linear(
     ):
         return otherwise(input, weight, bias)
     rows = input.numel() // weight.shape[1]
-    if rows > _BY_VECTORS:
+    if rows > _BY_VECTORS and weight.nbytes >= _LARGE:
         return onednn.linear(input, weight, bias)
     if not (by_vectors(rows, weight.nbytes) and weight.is_contiguous()):
         return otherwise(input, weight, bias)

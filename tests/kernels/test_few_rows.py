@@ -66,12 +66,13 @@ def test_products_are_those_of_float64(rows: int, shape: tuple[int, int], with_b
 @here
 @torch.inference_mode()
 @pytest.mark.parametrize("rows", [5, 16])
-def test_a_few_more_rows_are_onednns(rows: int) -> None:
-    x, weight, bias = drawn(rows, 48, 96)
-    with Counted() as counted:
-        found = few_rows.linear(x, weight, bias)
-    assert (counted.onednn, counted.torch) == (1, 0)
-    near(found, F.linear(x.double(), weight.double(), bias.double()))
+def test_a_few_more_rows_of_a_large_matrix_are_onednns(rows: int) -> None:
+    for outputs, by_onednn in ((2048, 1), (48, 0)):
+        x, weight, bias = drawn(rows, outputs, 96)
+        with Counted() as counted:
+            found = few_rows.linear(x, weight, bias)
+        assert (counted.onednn, counted.torch) == (by_onednn, 1 - by_onednn)
+        near(found, F.linear(x.double(), weight.double(), bias.double()))
 
 
 @torch.inference_mode()
