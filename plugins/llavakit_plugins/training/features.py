@@ -5,6 +5,7 @@ Shapes: I images, P patches of an image, D width of the vision encoder.
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import sys
 from collections.abc import Callable, Generator, Iterable, Sequence
@@ -102,14 +103,16 @@ class Encoding:
 
     def load(self, micros: Iterable[Sequence[int]]) -> Generator[tuple[PackedBatch, Tensor | None]]:
         device = self._model.device
+        # what was itself begun as a helper may begin no other process
+        workers = 0 if multiprocessing.current_process().daemon else self._workers
         loader = DataLoader(
             _MicroBatches(self._corpus, self._preparing),
             batch_size=None,
             sampler=micros,
-            num_workers=self._workers,
+            num_workers=workers,
             # Python 3.14 made "forkserver" the default. It would pickle the data set, and with it
             # the whole model, for each worker; a fork shares them. Only Linux forks safely.
-            multiprocessing_context=_START if self._workers else None,
+            multiprocessing_context=_START if workers else None,
             pin_memory=device.type == "cuda",
             worker_init_fn=leave_signals_to_the_parent,
             generator=torch.Generator(),  # the loader draws a seed: not from the global generator

@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from threading import Thread
 
+import torch
+
 _STOPS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -57,6 +59,45 @@ def how_ended(code: int) -> str:
     if -code == signal.SIGKILL:
         return "was killed, as a system does that runs out of memory"
     return f"was ended by signal {-code}" if code < 0 else f"ended ({code})"
+
+
+def may_learn_in_forks() -> bool:
+    """Whether a fork of this process can compute gradients.
+
+    Not where autograd keeps threads, of which a fork would have none: beside an accelerator, and
+    once torch.compile has been used. No function of PyTorch says so; a fork that tries it does.
+    """
+    if torch.accelerator.is_available() or not may_fork():
+        return False
+    trial = multiprocessing.get_context("fork").Process(target=_try_to_learn, daemon=True)
+    with held_signals():
+        try:
+            trial.start()
+        except OSError:
+            return False
+    trial.join()
+    return trial.exitcode == 0
+
+
+def _try_to_learn() -> None:
+    code = 1
+    try:
+        torch.set_num_threads(1)
+        torch.zeros((), requires_grad=True).backward()
+        code = 0
+    finally:
+        os._exit(code)
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Let PyTorch compute with so many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _end_with_parent() -> None:

@@ -6,10 +6,9 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from functools import partial
-from itertools import islice, tee
+from itertools import tee
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -36,23 +35,23 @@ from llavakit_plugins.training.measure import Measure, entry_of
 from llavakit_plugins.training.optimiser import Rates, Updates
 from llavakit_plugins.training.options import TrainOptions
 from llavakit_plugins.training.parallel import (
-    Micro,
     answering,
     begin_sharded,
     drop_zeros,
     no_images,
-    own_micros,
     shard,
     sum_gradients,
 )
 from llavakit_plugins.training.parts import Parts
 from llavakit_plugins.training.progress import Meter, Progress
 from llavakit_plugins.training.sharded_checkpoints import ShardedCheckpoints, read_shares
-from llavakit_plugins.training.taken import Due, Taken
+from llavakit_plugins.training.sharing import Learned, Sharing, shared
+from llavakit_plugins.training.taken import Due, Order, Taken, reseed
 from llavakit_plugins.training.validation import Look, Validation, tell
 from llavakit_plugins.training.watch import Watch
 
 _NAMED = 5
+_Micro = tuple[PackedBatch, Tensor | None]
 
 
 class Trainer:
@@ -89,12 +88,14 @@ class Trainer:
         per_epoch = corpus.steps(options.batch_size)
         whole = per_epoch * options.epochs
         self.steps = min(whole, options.max_steps or whole)
+        self.order = Order(corpus, options, run, model.device, self.steps)
         self.optimiser = Updates(
             self.parts.groups(),
             Rates(run.build(options.schedule), self.steps, options.warmup),
             optimiser=run.build(options.optimiser),
             clip=options.clip,
         )
+        self.sharing = Sharing(self.optimiser.named.values())
         self.checkpoints = Checkpoints(run.directory / "checkpoints", options.keep)
         self.shards: ShardedCheckpoints | None = None
         if self.sharded:
@@ -153,10 +154,10 @@ class Trainer:
         self.callbacks.begin(self.progress.step)
         self.meter.restart(self.progress)
         note = ""
-        # One iterator of steps, read twice: by this loop, and ahead of it by the image readers.
-        due, ahead = tee(self._due())
-        micros = (micro.samples for step in ahead for micro in step.micros)
-        with closing(self.features.load(micros)) as found:
+        with (
+            shared(self.sharing, self.order.shares, self._help) as self.sharing,
+            self._ready(self.sharing.own) as (due, found),
+        ):
             for step in due:
                 rate = self._step(step, found)
                 progress = self.progress
@@ -198,48 +199,59 @@ class Trainer:
             if self.shards is not None:
                 self.shards.finish()
 
-    def _due(self) -> Iterator[Due]:
-        """Yield the remaining steps in the order that the seed decides.
+    @contextmanager
+    def _ready(self, shares: Sequence[int]) -> Iterator[tuple[Iterator[Due], Iterator[_Micro]]]:
+        """Yield the remaining steps, and the micro-batches of these shares of them."""
+        # One iterator of steps, read twice: by the caller, and ahead of it by the image readers.
+        due, ahead = tee(self.order.due(self.progress, shares))
+        micros = (
+            micro.samples for step in ahead for micros in step.micros.values() for micro in micros
+        )
+        with closing(self.features.load(micros)) as found:
+            yield due, found
 
-        Image readers run ahead of training, so it keeps counters of its own, apart from `progress`.
-        """
-        options, done = self.options, self.progress.step
-        epoch, before = self.progress.epoch, self.progress.batch
-        while done < self.steps:
-            batches = self.corpus.epoch(
-                self.run.seed, epoch, options.batch_size, options.micro_batch_tokens, before
-            )
-            for batch in islice(batches, self.steps - done):
-                before, done = before + 1, done + 1
-                yield Due(epoch, before, batch, self._micros(batch))
-            epoch, before = epoch + 1, 0
+    def _help(self, share: int) -> Iterator[Learned]:
+        """Yield what comes of a share of each remaining step, in a fork: see `shared`."""
+        with self._ready([share]) as (due, found):
+            for step in due:
+                yield from self._learn(step, found)
+                self.progress.step += 1
 
-    def _step(self, due: Due, found: Iterator[tuple[PackedBatch, Tensor | None]]) -> float:
+    def _learn(self, due: Due, found: Iterator[_Micro]) -> Iterator[Learned]:
+        """Compute the gradients of this process's shares of a step, on the next micro-batches of
+        `found`; yield what each came to."""
+        weight = self.measure.weight(due.batch.all_samples)
+        for share, micros in due.micros.items():
+            reseed(self.run.seed, self.progress.step, self.process_group.rank + share)
+            sums = torch.zeros(1 + len(self.measure.objective.figures), device=self.model.device)
+            flop = 0.0
+            # Nested autocast regions share the cache of rounded weights until the outermost one
+            # ends: so weights are cast to bfloat16 once per step and not once per micro-batch.
+            with self._autocast(enabled=False):
+                for micro in micros:
+                    self.watch.beat(self.progress.step + 1, "reading samples")
+                    packed, features = next(found)
+                    self.watch.beat(self.progress.step + 1)
+                    if features is None and self.sharded:
+                        features = no_images(self.model, encoder=self.encoder)
+                    with self._autocast():
+                        loss, figures = self.measure(packed, features)
+                        loss = loss / weight * float(micro.counts)
+                    loss.backward()
+                    sums[0] += loss.detach()
+                    sums[1:] += figures / weight * float(micro.counts)
+                    if micro.counts:
+                        flop += self.meter.work(packed, 0 if features is None else len(features))
+            yield Learned(sums, flop)
+
+    def _step(self, due: Due, found: Iterator[_Micro]) -> float:
         """Run one optimisation step on the next micro-batches of `found`; return its learning rate.
 
         Nothing here waits for the device: `_read` reads loss and norm later.
         """
-        self._reseed()
         batch = due.batch
-        weight = self.measure.weight(batch.all_samples)
-        sums = torch.zeros(1 + len(self.measure.objective.figures), device=self.model.device)
-        # Nested autocast regions share the cache of rounded weights until the outermost one ends:
-        # so weights are cast to bfloat16 once per step and not once per micro-batch.
-        with self._autocast(enabled=False):
-            for micro in due.micros:
-                self.watch.beat(self.progress.step + 1, "reading samples")
-                packed, features = next(found)
-                self.watch.beat(self.progress.step + 1)
-                if features is None and self.sharded:
-                    features = no_images(self.model, encoder=self.encoder)
-                with self._autocast():
-                    loss, figures = self.measure(packed, features)
-                    loss = loss / weight * float(micro.counts)
-                loss.backward()
-                sums[0] += loss.detach()
-                sums[1:] += figures / weight * float(micro.counts)
-                if micro.counts:
-                    self.meter.add(packed, 0 if features is None else len(features))
+        sums, flop = self.sharing.add(self._learn(due, found))
+        self.meter.add(flop)
         self.process_group.sum(sums)
         sum_gradients(self.optimiser.named.values(), self.process_group)
         if self.process_group.size > 1:
@@ -253,14 +265,6 @@ class Trainer:
         values = torch.cat((sums[:1], norm[None], sums[1:]))
         self._unread.append(Taken(self.progress.step, batch, values))
         return rate
-
-    def _reseed(self) -> None:
-        """Seed the random numbers of a step, such as dropout, by seed, step and rank alone.
-
-        So a resumed run draws what an uninterrupted one draws, and each device drops other units.
-        """
-        key = np.random.SeedSequence([self.run.seed, self.progress.step, self.process_group.rank])
-        torch.manual_seed(int(key.generate_state(1, np.uint64)[0]))
 
     def _read(self) -> tuple[float, float]:
         """Wait for all steps that are not read yet; return loss and gradient norm of the last.
@@ -281,13 +285,6 @@ class Trainer:
                 self.progress.figures.setdefault(name, []).append((taken.step, value))
         self._unread.clear()
         return loss, norm
-
-    def _micros(self, batch: Batch) -> list[Micro]:
-        """Return this device's micro-batches of a step."""
-        if self.process_group.size == 1:
-            return [Micro(samples, counts=True) for samples in batch.samples]
-        capacity = self.options.micro_batch_tokens
-        return own_micros(self.corpus, sorted(batch.all_samples), capacity, self.process_group)
 
     def _blame(self, batch: Batch, what: str) -> str:
         """Name the samples of a step with a loss that is not finite; weights are as before it."""
@@ -315,7 +312,7 @@ class Trainer:
         """Validate, and save the trained weights if their held-out loss is the lowest so far."""
         if self.validation is None:
             return
-        with self._undisturbed():
+        with self._undisturbed(), self.sharing.resting():
             look = self.process_group.broadcast(self.validation.look(self.progress.step))
         self.progress.looks.append((look.step, look.loss, look.answers))
         best = self.progress.best is not None and self.progress.best.step == look.step

@@ -139,7 +139,7 @@ class Measure:
         """Return the log-probabilities of some samples, of which each process does a share."""
         place = {sample: at for at, sample in enumerate(block)}
         values = torch.zeros(len(block))
-        micros = own_micros(self._corpus, block, capacity, group)
+        micros = own_micros(self._corpus, block, capacity, group.rank, group.size)
 
         def share() -> None:
             found = features.load([micro.samples for micro in micros])

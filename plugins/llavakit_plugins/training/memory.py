@@ -39,6 +39,9 @@ def device_memory(options: TrainOptions, planner: Planner) -> dict[str, float]:
     layers, _, _ = language.cache_shape()
     values = (2 if options.recompute else 17) * layers + 17  # a row's stored values, in widths
     found["activations"] = options.micro_batch_tokens * values * language.width * half
+    if planner.devices == 1:  # each fork hands its gradients over in memory of their own
+        found["gradients"] *= 2 * options.processes - 1
+        found["activations"] *= options.processes
     return {name: size / 1e9 for name, size in found.items()}
 
 

@@ -97,6 +97,10 @@ class TrainOptions(StartOptions):
     steps and runs that name it. It may be removed at any time that no run is at work."""
     feature_cache_gb: float = Field(default=100.0, gt=0, allow_inf_nan=False)
     """Most GB that the features of one encoder take there; images beyond are encoded each time."""
+    processes: int = Field(default=1, ge=1)
+    """On a CPU, without torchrun: so many processes share the samples of each step, each with one
+    thread. Small networks learn faster so; each process has gradients of its own. The result
+    depends on the number, not on the machine's cores."""
     workers: int | None = Field(default=None, ge=0)
     """Processes that read images ahead; 0 reads them in the training process. By default 0 on a
     CPU and up to 8 on a GPU. Also the most that tokenise: by default one a core, up to 8."""
@@ -138,6 +142,8 @@ class TrainOptions(StartOptions):
             raise ValueError("`parallel` divides weights and `shard = false` does not: state one")
         if self.feature_cache is not None and "vision" in self.train:
             raise ValueError("`feature_cache` is for a frozen encoder: `train` names `vision`")
+        if self.compile and self.processes > 1:
+            raise ValueError("compiled blocks cannot learn in `processes`: state one of both")
         if self.keep_best and self.validate_every is None:
             raise ValueError("`keep_best` needs `validate_every`, or there is only the last model")
         return self

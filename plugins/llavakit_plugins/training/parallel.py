@@ -30,16 +30,16 @@ class Micro(NamedTuple):
 
 
 def own_micros(
-    corpus: Corpus, samples: Sequence[int], capacity: int, process_group: ProcessGroup
+    corpus: Corpus, samples: Sequence[int], capacity: int, rank: int, size: int
 ) -> list[Micro]:
-    """Return this device's micro-batches of a step; the number is the same on every device."""
+    """Return one device's micro-batches of a step; the number is the same on every device."""
     groups = corpus.groups(samples)
     lengths = [sum(corpus.lengths_of(group)) for group in groups]
     shares = [
         corpus.batch([sample for index in share for sample in groups[index]], capacity).samples
-        for share in deal(lengths, process_group.size)
+        for share in deal(lengths, size)
     ]
-    own = [Micro(micro, counts=True) for micro in shares[process_group.rank]]
+    own = [Micro(micro, counts=True) for micro in shares[rank]]
     spare = Micro(groups[0], counts=False)
     return own + [spare] * (max(map(len, shares)) - len(own))
 

@@ -63,14 +63,15 @@ class Meter:
             0.0,
         )
 
-    def add(self, batch: PackedBatch, views: int) -> None:
-        """Count the work of a micro-batch with so many views of images."""
-        self._flop += self._work.of(
-            views,
-            len(batch.visual_rows_N),
-            batch.packing.lengths,
-            len(batch.targets_M),
+    def work(self, batch: PackedBatch, views: int) -> float:
+        """Return the floating-point operations of a micro-batch with so many views of images."""
+        return self._work.of(
+            views, len(batch.visual_rows_N), batch.packing.lengths, len(batch.targets_M)
         )
+
+    def add(self, flop: float) -> None:
+        """Count so many floating-point operations."""
+        self._flop += flop
 
     def rates(self, progress: Progress) -> dict[str, float]:
         """Return what events say of the steps since the last call, by its names in them.

@@ -11,13 +11,13 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from functools import wraps
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from tests.forks import runs, where_forks_learn
 from tests.runs import run_in
 from torch import Tensor, nn
 
@@ -25,7 +25,7 @@ from llavakit import PromptTemplate, Registry, Stopped, TrainingError, Use
 from llavakit.contracts.data import IMAGE
 from llavakit_plugins.generation.scenes import compose
 from llavakit_plugins.generators.offline import Offline, OfflineOptions
-from llavakit_plugins.training.backbones import side_by_side
+from llavakit_plugins.training import forks
 from llavakit_plugins.training.backbones.distortions import Distortions, varied_patches
 from llavakit_plugins.training.backbones.loop import Training
 from llavakit_plugins.training.backbones.side_by_side import optimise
@@ -87,29 +87,11 @@ def training(name: str, steps: int = 6, seed: int = 0, bad: int = -1) -> Trainin
 ended: list[str] = []
 
 
-def forks(test: Callable[[Path], None]) -> Callable[[Path], None]:
-    """Run a test in a new process where forks of this one could not learn: after torch.compile."""
-
-    @wraps(test)
-    def run(tmp_path: Path) -> None:
-        if side_by_side._may_learn_in_forks():
-            test(tmp_path)
-        elif "LLAVAKIT_NEW_PROCESS" in os.environ:
-            pytest.skip("forks cannot learn on this machine")
-        else:
-            command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-            one = f"{__file__}::{test.__name__}"
-            environment = {**os.environ, "LLAVAKIT_NEW_PROCESS": "1"}
-            subprocess.run([*command, one], timeout=240, check=True, env=environment)
-
-    return run
-
-
 def weights_of(training: Training) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in training.updates.named.items()}
 
 
-@forks
+@where_forks_learn
 def test_side_by_side_they_learn_what_each_learns_alone(tmp_path: Path) -> None:
     ended.clear()
     said: list[tuple[int, int]] = []
@@ -138,7 +120,7 @@ def test_side_by_side_they_learn_what_each_learns_alone(tmp_path: Path) -> None:
             assert torch.equal(mine[name], weight)
 
 
-@forks
+@where_forks_learn
 def test_when_one_fails_the_other_saves_and_stops(tmp_path: Path) -> None:
     ended.clear()
     run = run_in(tmp_path / "run")
@@ -148,7 +130,7 @@ def test_when_one_fails_the_other_saves_and_stops(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.glob("run/*-checkpoints")] == ["good-checkpoints"]
 
 
-@forks
+@where_forks_learn
 def test_stopped_and_resumed_they_end_the_same(tmp_path: Path) -> None:
     whole = training("one", 60), training("other", 90, seed=1)
     expected = optimise(run_in(tmp_path / "whole"), *whole)
@@ -171,7 +153,7 @@ def test_stopped_and_resumed_they_end_the_same(tmp_path: Path) -> None:
             assert torch.equal(mine[name], weight)
 
 
-@forks
+@where_forks_learn
 def test_one_that_is_waited_for_stops_when_asked(tmp_path: Path) -> None:
     asked: list[int] = []
 
@@ -192,7 +174,7 @@ def test_where_processes_cannot_be_forked_they_learn_one_after_the_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = optimise(run_in(tmp_path / "both"), training("one", 6), training("other", 9))
-    monkeypatch.setattr(side_by_side, "may_fork", lambda: False)
+    monkeypatch.setattr(forks, "may_fork", lambda: False)
     ended.clear()
     found = optimise(run_in(tmp_path / "after"), training("one", 6), training("other", 9))
     assert found == expected
@@ -227,7 +209,7 @@ def failing(error: Callable[[], object]) -> Training:
     return replace(good, loss_of=loss_of)
 
 
-@forks
+@where_forks_learn
 def test_one_that_is_killed_is_said_and_can_be_resumed(tmp_path: Path) -> None:
     bad = failing(lambda: os.kill(os.getpid(), signal.SIGKILL))
     with pytest.raises(TrainingError, match=r"that trained bad was killed.*--resume"):
@@ -238,7 +220,7 @@ def test_one_that_is_killed_is_said_and_can_be_resumed(tmp_path: Path) -> None:
     assert optimise(resumed, training("good", 6), training("bad", 9))[1] == whole[1]
 
 
-@forks
+@where_forks_learn
 def test_a_fault_of_the_code_is_shown_where_it_was(tmp_path: Path) -> None:
     def fault() -> None:
         raise ZeroDivisionError("a fault")
@@ -272,19 +254,10 @@ optimise(run_in(out / "run"), replace(own, loss_of=wait), replace(other, loss_of
     assert found.returncode == -signal.SIGKILL
     process = int((tmp_path / "process").read_text())
     for _ in range(200):
-        if not _runs(process):
+        if not runs(process):
             return
         time.sleep(0.1)
     pytest.fail("the fork still runs")
-
-
-def _runs(process: int) -> bool:
-    """Return whether a process is there, and no zombie that nobody has waited for."""
-    try:
-        state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
-    except FileNotFoundError:
-        return False
-    return state != "Z"
 
 
 # -- distortions ---------------------------------------------------------------------------------

@@ -20,7 +20,13 @@ import torch
 
 from llavakit import Run, Stopped, TrainingError
 from llavakit_plugins.training.backbones.loop import Losses, Training, train
-from llavakit_plugins.training.forks import begin_fork, held_signals, how_ended, may_fork
+from llavakit_plugins.training.forks import (
+    begin_fork,
+    held_signals,
+    how_ended,
+    may_learn_in_forks,
+    threads,
+)
 
 _LOOK = 0.2  # seconds between two looks at whether the user asked to stop
 
@@ -39,13 +45,13 @@ def optimise(run: Run, *trainings: Training) -> list[Losses]:
     if devices != {"cpu"}:
         return [train(mine, each) for mine, each in pairs]
     beside = max(1, torch.get_num_threads() - len(pairs[1:]))
-    if not _may_learn_in_forks():
+    if not may_learn_in_forks():
         losses = []
         for number, (mine, each) in enumerate(pairs):
-            with _threads(1 if number else beside):
+            with threads(1 if number else beside):
                 losses.append(train(mine, each))
         return losses
-    with _threads(beside), _forked(pairs[1:]) as forks:
+    with threads(beside), _forked(pairs[1:]) as forks:
 
         def stopping() -> bool:
             forks.hear()
@@ -57,44 +63,6 @@ def optimise(run: Run, *trainings: Training) -> list[Losses]:
                 raise Stopped
     # what was trained elsewhere is taken from the last checkpoint
     return losses + [train(replace(mine, resume=True), each) for mine, each in pairs[1:]]
-
-
-def _may_learn_in_forks() -> bool:
-    """Whether a fork of this process can compute gradients.
-
-    Not where autograd keeps threads, of which a fork would have none: beside an accelerator, and
-    once torch.compile has been used. No function of PyTorch says so; a fork that tries it does.
-    """
-    if torch.accelerator.is_available() or not may_fork():
-        return False
-    trial = multiprocessing.get_context("fork").Process(target=_try_to_learn, daemon=True)
-    with held_signals():
-        try:
-            trial.start()
-        except OSError:
-            return False
-    trial.join()
-    return trial.exitcode == 0
-
-
-def _try_to_learn() -> None:
-    code = 1
-    try:
-        torch.set_num_threads(1)
-        torch.zeros((), requires_grad=True).backward()
-        code = 0
-    finally:
-        os._exit(code)
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 class _Shown:
