@@ -7,7 +7,7 @@ import time
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,7 +70,7 @@ class Conversations:
         """
         # the whole context and not its id:
         # after a change of its captions it is another conversation
-        source = short_hash(json.dumps([asdict(context), kind]))
+        source = short_hash(json.dumps([context, kind], default=vars))
         maker = short_hash(self._use)
         key = short_hash(f"{maker} {source}")
         return RequestRecord(key, maker, source, 0, f"{context.id}-{kind}")

@@ -123,7 +123,7 @@ def _origin(item: Item) -> dict[str, Any]:
 
 @contextmanager
 def json_list(path: Path) -> Iterator[Write]:
-    """Yield a function that appends a row to a JSON list in a file, in the form of `indent=1`.
+    """Yield a function that appends a row to a JSON list in a file, each on a line of its own.
 
     Rows are written one by one, because the list of a large job may not fit into memory.
     """
@@ -132,8 +132,7 @@ def json_list(path: Path) -> Iterator[Write]:
 
         def write(row: Mapping[str, Any]) -> None:
             nonlocal count
-            text = json.dumps(row, ensure_ascii=False, indent=1).replace("\n", "\n ")
-            file.write(f"{',' if count else '['}\n {text}")
+            file.write(f"{',' if count else '['}\n {json.dumps(row, ensure_ascii=False)}")
             count += 1
 
         yield write

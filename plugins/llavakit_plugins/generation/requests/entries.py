@@ -7,7 +7,7 @@ import re
 import reprlib
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from functools import lru_cache
 from hashlib import sha256
 from typing import Any
@@ -90,7 +90,7 @@ class RequestRecord:
 
     def entry(self, reply: Reply) -> Entry:
         """Return the entry for a reply that has just come."""
-        return Entry(**asdict(self), time=round(time.time(), 3), **asdict(reply))
+        return Entry(**vars(self), time=round(time.time(), 3), **vars(reply))
 
 
 def record_of(identity: str, request: Request) -> RequestRecord:
