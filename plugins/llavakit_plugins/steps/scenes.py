@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
 
-from llavakit import ImageContext, Options, Outcome, Run, Step, explain_write
+from llavakit import ImageContext, LlavaError, Options, Outcome, Run, Step, explain_write
 from llavakit.contracts.sections import Card, Gallery
 from llavakit_plugins.generation.contexts import write_contexts
 from llavakit_plugins.generation.scenes import FAMILY, Scene, Split, compose
 from llavakit_plugins.reporting.pictures import save_image
+from llavakit_plugins.training.forks import begin_fork, held_signals, may_fork
 
 _SHOWN = 12
+_TOGETHER = 256  # scenes that are drawn by one process, one behind the other
+_MOST = 8  # processes
 
 
 class ScenesOptions(Options):
@@ -51,31 +62,67 @@ class Scenes(Step):
             ("train", "train", options.train, options.most, options.squares),
             ("test", "test", options.test, options.most, options.squares),
         )
-        for name, split, count, most, squares in plans:
-            contexts: list[ImageContext] = []
-            # whole families are composed and the last one is cut,
-            # so that `count` need not be a multiple
-            families = -(-count // FAMILY)
-            for scene in compose(split, families, run.seed, most, squares):
-                if len(contexts) == count:
-                    break
-                contexts.append(_save(scene, f"{name}-{len(contexts):06}", run.directory))
-                done += 1
-                if done % 512 == 0 or done == total:
+        with _savers(run.directory / "images") as saved:
+            for name, split, count, most, squares in plans:
+                contexts: list[ImageContext] = []
+                # whole families are composed and the last one is cut,
+                # so that `count` need not be a multiple
+                scenes = compose(split, -(-count // FAMILY), run.seed, most, squares)
+                for begin in range(0, count, _TOGETHER):
+                    some = list(islice(scenes, min(_TOGETHER, count - begin)))
+                    ids = [f"{name}-{begin + number:06}" for number in range(len(some))]
+                    images = [f"{identity}.png" for identity in ids]
+                    saved(list(zip(some, images, strict=True)))
+                    contexts += map(Scene.context, some, ids, images)
+                    done += len(some)
                     run.progress(done, total, "drawing")
-            write_contexts(run.directory / f"{name}.jsonl", contexts)
-            if name == "test":
-                # neighbours belong to one family and look alike
-                stride = max(1, len(contexts) // _SHOWN)
-                shown = [_card(context) for context in contexts[::stride][:_SHOWN]]
+                write_contexts(run.directory / f"{name}.jsonl", contexts)
+                if name == "test":
+                    # neighbours belong to one family and look alike
+                    stride = max(1, len(contexts) // _SHOWN)
+                    shown = [_card(context) for context in contexts[::stride][:_SHOWN]]
         gallery = Gallery(title="Held-out scenes and what a teacher is told", cards=shown)
         return Outcome({"train": options.train + options.single, "test": options.test}, [gallery])
 
 
-def _save(scene: Scene, identity: str, folder: Path) -> ImageContext:
-    context = scene.context(identity, f"{identity}.png")
-    save_image(scene.draw(), folder / "images" / context.image)
-    return context
+_Saved = Sequence[tuple[Scene, str]]
+"""Scenes, and the names of their files."""
+
+
+@contextmanager
+def _savers(folder: Path) -> Iterator[Callable[[_Saved], object]]:
+    """Yield a function that draws scenes and writes their images, in the end all of them.
+
+    The CPU's cores do so beside this process, where it may be forked.
+    """
+    cores = len(os.sched_getaffinity(0)) if may_fork() else 1
+    if cores == 1:
+        yield partial(_save, folder)
+        return
+    context = multiprocessing.get_context("fork")
+    waiting: list[Future[None]] = []
+    with ProcessPoolExecutor(min(cores, _MOST), context, initializer=begin_fork) as pool:
+
+        def save(scenes: _Saved) -> None:
+            with held_signals():
+                waiting.append(pool.submit(_save, folder, scenes))
+
+        try:
+            yield save
+            for one in waiting:
+                one.result()
+        except BrokenProcessPool as error:
+            raise LlavaError(
+                "a process that drew scenes was killed, as a system does that runs out of memory; "
+                "close other programs"
+            ) from error
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _save(folder: Path, scenes: _Saved) -> None:
+    for scene, name in scenes:
+        save_image(scene.draw(), folder / name)
 
 
 def _card(context: ImageContext) -> Card:

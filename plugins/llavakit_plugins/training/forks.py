@@ -14,8 +14,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from threading import Thread
 
-import torch
-
 _STOPS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -67,6 +65,8 @@ def may_learn_in_forks() -> bool:
     Not where autograd keeps threads, of which a fork would have none: beside an accelerator, and
     once torch.compile has been used. No function of PyTorch says so; a fork that tries it does.
     """
+    import torch  # not before: other forks do without
+
     if torch.accelerator.is_available() or not may_fork():
         return False
     trial = multiprocessing.get_context("fork").Process(target=_try_to_learn, daemon=True)
@@ -80,6 +80,8 @@ def may_learn_in_forks() -> bool:
 
 
 def _try_to_learn() -> None:
+    import torch
+
     code = 1
     try:
         torch.set_num_threads(1)
@@ -92,6 +94,8 @@ def _try_to_learn() -> None:
 @contextmanager
 def threads(count: int) -> Iterator[None]:
     """Let PyTorch compute with so many threads."""
+    import torch
+
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -11,13 +13,17 @@ import pytest
 from sklearn.datasets import load_digits
 from tests import published
 from tests.core.processes import small_disk
+from tests.runs import run_in
 
-from llavakit import DataError, ImageContext
+from llavakit import DataError, ImageContext, LlavaError
 from llavakit.cli import main
 from llavakit.contracts.data import RESPONSE_KINDS, Box
 from llavakit_plugins.generation.contexts import read_contexts, write_contexts
 from llavakit_plugins.generation.scenes import CANVASES, COLOURS, FAMILY, SIDE, WORDS, compose
 from llavakit_plugins.generators.offline import Offline, OfflineOptions, place_of, understand
+from llavakit_plugins.steps import scenes
+from llavakit_plugins.steps.scenes import Scenes, ScenesOptions
+from llavakit_plugins.training import forks
 
 SHARED = published.folder()
 
@@ -117,6 +123,40 @@ def test_a_mark_in_front_of_contexts_does_no_harm(tmp_path: Path) -> None:
     for begin in ("\ufeff", "\ufeff\n", "\n\ufeff"):
         (tmp_path / "c.jsonl").write_text(f"{begin}{line}\n\ufeff{line}\n", encoding="utf-8")
         assert [context.id for context in read_contexts(tmp_path / "c.jsonl")] == ["0", "0"]
+
+
+def test_processes_draw_what_one_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = ScenesOptions(train=600, test=40, single=8)
+    monkeypatch.setattr(scenes, "_TOGETHER", 64)
+    Scenes(options).run(run_in(tmp_path / "some"))
+    monkeypatch.setattr(scenes, "may_fork", lambda: False)
+    Scenes(options).run(run_in(tmp_path / "one"))
+    drawn = {
+        folder: {
+            path.relative_to(tmp_path / folder): path.read_bytes()
+            for path in (tmp_path / folder).rglob("*")
+            if path.is_file()
+        }
+        for folder in ("some", "one")
+    }
+    assert len(drawn["one"]) == 648 + 3
+    assert drawn["some"] == drawn["one"]
+
+
+@pytest.mark.skipif(not forks.may_fork(), reason="only Linux forks")
+def test_a_process_that_is_killed_while_it_draws_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parent = os.getpid()
+
+    def killed(*_: object) -> None:
+        assert os.getpid() != parent
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(scenes, "save_image", killed)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    with pytest.raises(LlavaError, match="that drew scenes was killed"):
+        Scenes(ScenesOptions(train=16, test=8)).run(run_in(tmp_path / "run"))
 
 
 @pytest.mark.parametrize("kilobytes", [60, 700])
