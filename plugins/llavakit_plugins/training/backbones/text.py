@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from functools import cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -78,10 +79,13 @@ def language_training(
     language: LanguageModel, corpus: Sequence[Document], options: TextOptions, run: Run
 ) -> Training:
     """Return the training of `language`, in place, on the supervised tokens of the documents."""
-    encoded: list[Encoded] = []
-    for document in corpus:
-        ids, supervised = tokenise(document, language.tokenizer)
-        encoded.append(Encoded(ids, supervised, language.max_length))
+
+    @cache
+    def read() -> list[Encoded]:
+        # when the first step needs it, beside other trainings: in a process that is forked for it
+        both = (tokenise(document, language.tokenizer) for document in corpus)
+        return [Encoded(ids, supervised, language.max_length) for ids, supervised in both]
+
     language.train()
     updates = updates_of(language, options, run)
     device = next(iter(updates.named.values())).device
@@ -89,7 +93,7 @@ def language_training(
     def batch(step: int) -> PackedBatch:
         begin = step * options.batch_size
         positions = range(begin, begin + options.batch_size)
-        chosen = shuffled(positions, len(encoded), run.seed, 4)
+        encoded, chosen = read(), shuffled(positions, len(corpus), run.seed, 4)
         return pack([encoded[index] for index in chosen], chosen, visual_tokens=1).to(device)
 
     def loss_of(step: int) -> Tensor:
