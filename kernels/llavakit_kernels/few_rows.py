@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from llavakit_kernels import onednn
 
-__all__ = ["Linear", "OnednnLinear", "by_vectors", "faster_here", "linear", "multiply"]
+__all__ = ["Linear", "OnednnLinear", "by_vectors", "faster_here", "linear", "multiply", "seen"]
 
 _BY_VECTORS = 4  # rows; of more, oneDNN makes better use of what it has read
 _FEW = 16
@@ -61,7 +61,7 @@ def linear(
     with np.errstate(all="ignore"):
         output_RO = multiply(input.numpy().reshape(rows, -1), weight)
         if bias is not None:
-            output_RO += bias.numpy()
+            output_RO += seen(bias)
     return torch.from_numpy(output_RO).view(*input.shape[:-1], -1)
 
 
@@ -74,9 +74,17 @@ def by_vectors(rows: int, size: int = 0) -> bool:
     return rows == 1 or (rows <= _BY_VECTORS and torch.get_num_threads() <= 2 * _pieces(size))
 
 
+def seen(weight: Tensor) -> np.ndarray:
+    """Return an array on a weight's memory, which stays PyTorch's to free.
+
+    `Tensor.numpy` would fix its storage's size for ever, and FSDP frees gathered weights by size 0.
+    """
+    return np.from_dlpack(weight.detach())
+
+
 def multiply(input_RI: np.ndarray, weight: Tensor) -> np.ndarray:
     """Return input @ weight.T, [R, O]; the weight is a plain float32 matrix [O, I] on the CPU."""
-    weight_OI, pieces = weight.numpy(), _pieces(weight.nbytes)
+    weight_OI, pieces = seen(weight), _pieces(weight.nbytes)
     input_RI = np.ascontiguousarray(input_RI)  # numbers with gaps are summed in another order
     # each row of the matrix meets all rows while a cache holds it
     if pieces == 1:

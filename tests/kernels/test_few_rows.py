@@ -63,6 +63,17 @@ def test_products_are_those_of_float64(rows: int, shape: tuple[int, int], with_b
     assert torch.equal(few_rows.linear(gaps, weight, added), found)
 
 
+def test_a_weights_memory_can_be_freed_afterwards() -> None:
+    """As FSDP frees the weights that it has gathered."""
+    layer = few_rows.Linear(64, 32)
+    with torch.no_grad():
+        layer(torch.ones(1, 64))
+    for weight in layer.parameters():
+        storage = weight.untyped_storage()
+        storage.resize_(0)
+        assert storage.nbytes() == 0
+
+
 @here
 @torch.inference_mode()
 @pytest.mark.parametrize("rows", [5, 16])

@@ -128,14 +128,14 @@ def _product(layer: Any, input_SI: np.ndarray) -> np.ndarray:
     parameters = layer._parameters
     output_SO = few_rows.multiply(input_SI, parameters["weight"])
     if (bias := parameters["bias"]) is not None:
-        output_SO += bias.numpy()
+        output_SO += few_rows.seen(bias)
     return output_SO
 
 
 def _norm(norm: Any, states_SE: np.ndarray) -> np.ndarray:
     mean_S = np.vecdot(states_SE, states_SE) / states_SE.shape[1]
     scale_S = 1 / np.sqrt(mean_S + np.float32(norm.variance_epsilon))
-    normed_SE: np.ndarray = states_SE * scale_S[:, None] * norm.weight.numpy()
+    normed_SE: np.ndarray = states_SE * scale_S[:, None] * few_rows.seen(norm.weight)
     return normed_SE
 
 
