@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -16,15 +15,16 @@ from typing import Literal
 from pydantic import Field
 
 from llavakit import ImageContext, LlavaError, Options, Outcome, Run, Step, explain_write
+from llavakit.contracts.run import ProcessGroup
 from llavakit.contracts.sections import Card, Gallery
 from llavakit_plugins.generation.contexts import write_contexts
 from llavakit_plugins.generation.scenes import FAMILY, Scene, Split, compose
 from llavakit_plugins.reporting.pictures import save_image
-from llavakit_plugins.training.forks import begin_fork, held_signals, may_fork
+from llavakit_plugins.training.forks import begin_fork, held_signals
+from llavakit_plugins.training.workers import processes_for
 
 _SHOWN = 12
 _TOGETHER = 256  # scenes that are drawn by one process, one behind the other
-_MOST = 8  # processes
 
 
 class ScenesOptions(Options):
@@ -62,7 +62,7 @@ class Scenes(Step):
             ("train", "train", options.train, options.most, options.squares),
             ("test", "test", options.test, options.most, options.squares),
         )
-        with _savers(run.directory / "images") as saved:
+        with _savers(run.directory / "images", run.process_group) as saved:
             for name, split, count, most, squares in plans:
                 contexts: list[ImageContext] = []
                 # whole families are composed and the last one is cut,
@@ -90,18 +90,18 @@ _Saved = Sequence[tuple[Scene, str]]
 
 
 @contextmanager
-def _savers(folder: Path) -> Iterator[Callable[[_Saved], object]]:
+def _savers(folder: Path, group: ProcessGroup) -> Iterator[Callable[[_Saved], object]]:
     """Yield a function that draws scenes and writes their images, in the end all of them.
 
     The CPU's cores do so beside this process, where it may be forked.
     """
-    cores = len(os.sched_getaffinity(0)) if may_fork() else 1
-    if cores == 1:
+    processes = processes_for(group, None)
+    if processes == 1:
         yield partial(_save, folder)
         return
     context = multiprocessing.get_context("fork")
     waiting: list[Future[None]] = []
-    with ProcessPoolExecutor(min(cores, _MOST), context, initializer=begin_fork) as pool:
+    with ProcessPoolExecutor(processes, context, initializer=begin_fork) as pool:
 
         def save(scenes: _Saved) -> None:
             with held_signals():

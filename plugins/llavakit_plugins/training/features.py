@@ -5,7 +5,6 @@ Shapes: I images, P patches of an image, D width of the vision encoder.
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import sys
 from collections.abc import Callable, Generator, Iterable, Sequence
@@ -29,7 +28,7 @@ from llavakit_plugins.training.agreement import in_each
 from llavakit_plugins.training.corpus import Corpus
 from llavakit_plugins.training.encoding import distinct_images, encode_images
 from llavakit_plugins.training.feature_cache import Kept
-from llavakit_plugins.training.forks import leave_signals_to_the_parent
+from llavakit_plugins.training.forks import is_helper, leave_signals_to_the_parent
 from llavakit_plugins.training.options import TrainOptions
 from llavakit_plugins.training.preparing import preparation
 
@@ -104,7 +103,7 @@ class Encoding:
     def load(self, micros: Iterable[Sequence[int]]) -> Generator[tuple[PackedBatch, Tensor | None]]:
         device = self._model.device
         # what was itself begun as a helper may begin no other process
-        workers = 0 if multiprocessing.current_process().daemon else self._workers
+        workers = 0 if is_helper() else self._workers
         loader = DataLoader(
             _MicroBatches(self._corpus, self._preparing),
             batch_size=None,

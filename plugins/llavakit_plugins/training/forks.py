@@ -9,10 +9,15 @@ import multiprocessing
 import os
 import signal
 import sys
+import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from multiprocessing.connection import Connection
 from threading import Thread
+from typing import NoReturn
+
+from llavakit import LlavaError, Stopped
 
 _STOPS = (signal.SIGINT, signal.SIGTERM)
 
@@ -20,7 +25,12 @@ _STOPS = (signal.SIGINT, signal.SIGTERM)
 def may_fork() -> bool:
     """Whether this process may be forked: only Linux does so safely, and what was itself begun as
     a helper may begin no other process."""
-    return sys.platform == "linux" and not multiprocessing.current_process().daemon
+    return sys.platform == "linux" and not is_helper()
+
+
+def is_helper() -> bool:
+    """Whether this process was begun as a helper of another one."""
+    return multiprocessing.current_process().daemon
 
 
 @contextmanager
@@ -77,6 +87,29 @@ def may_learn_in_forks() -> bool:
             return False
     trial.join()
     return trial.exitcode == 0
+
+
+def learn_in_fork(pipe: Connection, learn: Callable[[], object]) -> NoReturn:
+    """Do the work of this process, which was forked for it, with one thread; then end it.
+
+    What `learn` raises is sent through the pipe; where it is a fault of the code, with its place.
+    """
+    import torch
+
+    code = 1
+    try:
+        begin_fork()
+        # GNU's OpenMP waits for ever for the threads that were not forked
+        torch.set_num_threads(1)
+        try:
+            learn()
+        except Exception as error:
+            if not isinstance(error, (Stopped, LlavaError)):
+                error.add_note(traceback.format_exc())
+            pipe.send(error)
+        code = 0
+    finally:
+        os._exit(code)  # nothing that was begun before the fork may end here
 
 
 def _try_to_learn() -> None:

@@ -9,8 +9,6 @@ learn, one process computes all shares in turn, to the same bits.
 from __future__ import annotations
 
 import multiprocessing
-import os
-import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from mmap import mmap
@@ -20,11 +18,11 @@ from typing import NamedTuple, NoReturn
 import torch
 from torch import Tensor, nn
 
-from llavakit import LlavaError, TrainingError
+from llavakit import TrainingError
 from llavakit_plugins.training.forks import (
-    begin_fork,
     held_signals,
     how_ended,
+    learn_in_fork,
     may_learn_in_forks,
     threads,
 )
@@ -188,23 +186,14 @@ class _Fork:
 
     def _work(self, pipe: Connection) -> None:
         """Compute a share of each step that is asked for, in the process that was forked for it."""
-        code = 1
-        try:
-            begin_fork()
-            # GNU's OpenMP waits for ever for the threads that were not forked
-            torch.set_num_threads(1)
-            try:
-                steps = self._learn(self._share)
-                while pipe.recv():
-                    sums, flop = next(steps)
-                    pipe.send((sums.tolist(), flop, self._left()))
-            except Exception as error:
-                if not isinstance(error, LlavaError):
-                    error.add_note(traceback.format_exc())
-                pipe.send(error)
-            code = 0
-        finally:
-            os._exit(code)  # nothing that was begun before the fork may end here
+
+        def learn() -> None:
+            steps = self._learn(self._share)
+            while pipe.recv():
+                sums, flop = next(steps)
+                pipe.send((sums.tolist(), flop, self._left()))
+
+        learn_in_fork(pipe, learn)
 
     def _left(self) -> list[bool]:
         """Put the gradients where the other process sees them; return which weights have one."""

@@ -23,7 +23,7 @@ from llavakit_plugins.generation.scenes import CANVASES, COLOURS, FAMILY, SIDE, 
 from llavakit_plugins.generators.offline import Offline, OfflineOptions, place_of, understand
 from llavakit_plugins.steps import scenes
 from llavakit_plugins.steps.scenes import Scenes, ScenesOptions
-from llavakit_plugins.training import forks
+from llavakit_plugins.training import forks, workers
 
 SHARED = published.folder()
 
@@ -129,7 +129,7 @@ def test_processes_draw_what_one_draws(tmp_path: Path, monkeypatch: pytest.Monke
     options = ScenesOptions(train=600, test=40, single=8)
     monkeypatch.setattr(scenes, "_TOGETHER", 64)
     Scenes(options).run(run_in(tmp_path / "some"))
-    monkeypatch.setattr(scenes, "may_fork", lambda: False)
+    monkeypatch.setattr(workers, "may_fork", lambda: False)
     Scenes(options).run(run_in(tmp_path / "one"))
     drawn = {
         folder: {

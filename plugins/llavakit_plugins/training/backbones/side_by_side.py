@@ -7,8 +7,6 @@ for each other's Python. A fork leaves its network where every training does: in
 from __future__ import annotations
 
 import multiprocessing
-import os
-import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -21,9 +19,9 @@ import torch
 from llavakit import Run, Stopped, TrainingError
 from llavakit_plugins.training.backbones.loop import Losses, Training, train
 from llavakit_plugins.training.forks import (
-    begin_fork,
     held_signals,
     how_ended,
+    learn_in_fork,
     may_learn_in_forks,
     threads,
 )
@@ -166,24 +164,12 @@ def _forked(pairs: Sequence[tuple[Run, Training]]) -> Iterator[_Forks]:
 
 def _work(run: Run, training: Training, pipe: Connection, stop: Any) -> None:
     """Train in this process, which was forked for it."""
-    code = 1
-    try:
-        begin_fork()
-        # GNU's OpenMP waits for ever for the threads that were not forked
-        torch.set_num_threads(1)
 
-        def progress(done: int, total: int, note: str = "") -> None:
-            pipe.send(("progress", (done, total, note), {}))
+    def progress(done: int, total: int, note: str = "") -> None:
+        pipe.send(("progress", (done, total, note), {}))
 
-        def event(name: str, /, **values: Any) -> None:
-            pipe.send(("event", (name,), values))
+    def event(name: str, /, **values: Any) -> None:
+        pipe.send(("event", (name,), values))
 
-        try:
-            train(replace(run, progress=progress, event=event, stopping=stop.is_set), training)
-        except Exception as error:
-            if not isinstance(error, (Stopped, TrainingError)):
-                error.add_note(traceback.format_exc())
-            pipe.send(error)
-        code = 0
-    finally:
-        os._exit(code)  # nothing that was begun before the fork may end here
+    own = replace(run, progress=progress, event=event, stopping=stop.is_set)
+    learn_in_fork(pipe, partial(train, own, training))
