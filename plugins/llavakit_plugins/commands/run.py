@@ -7,6 +7,7 @@ import os
 import shlex
 import signal
 import sys
+from contextlib import nullcontext
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import FrameType
@@ -61,6 +62,7 @@ def _end_at_once(number: int, frame: FrameType | None) -> None:
 
 def _plan_or_run(arguments: argparse.Namespace) -> int:
     from llavakit import Recipe, RecipeError, Registry, Stopped, find_recipe, run, shown
+    from llavakit_plugins.commands.importing import import_for_training, kept_imports
     from llavakit_plugins.commands.reuse import finished_in, runs_below
 
     for flag, given in (("--devices", arguments.devices), ("--json", arguments.json)):
@@ -78,8 +80,10 @@ def _plan_or_run(arguments: argparse.Namespace) -> int:
         plan = plan_of(load)
         print(shown(plan.model_dump_json(indent=2) if arguments.json else _as_text(plan)))
         return 0
-    registry = Registry.installed()
-    recipe = Recipe.load(path, registry, arguments.set, inputs=True)
+    with kept_imports() if arguments.program else nullcontext():
+        registry = Registry.installed()
+        recipe = Recipe.load(path, registry, arguments.set, inputs=True)
+        import_for_training(recipe.model, registry)
     directory = arguments.out or Path("runs") / recipe.name
     reuse = runs_below(arguments.reuse)
     try:

@@ -15,6 +15,8 @@ import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -178,14 +180,7 @@ def _place(
 @cache
 def _glyphs() -> tuple[dict[int, npt.NDArray[np.float32]], npt.NDArray[np.int64]]:
     """Return the glyphs as masks `[1797, size, size]` of 0 to 1, by size, and the digit of each."""
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError:
-        raise LlavaError(
-            "the scenes are drawn with scikit-learn's handwritten digits; install them with "
-            "`pip install 'llavakit[demo]'`"
-        ) from None
-    data = load_digits()
+    images, values = _digits()
     masks = {
         size: np.stack(
             [
@@ -197,9 +192,28 @@ def _glyphs() -> tuple[dict[int, npt.NDArray[np.float32]], npt.NDArray[np.int64]
                     dtype=np.float32,
                 )
                 / np.float32(255)
-                for glyph in data.images
+                for glyph in images
             ]
         )
         for size in _SIZES
     }
-    return masks, np.asarray(data.target, dtype=np.int64)
+    return masks, values
+
+
+def _digits() -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
+    """Return scikit-learn's glyphs `[1797, 8, 8]`, and the digit of each."""
+    found = find_spec("sklearn")
+    if found is None or found.origin is None:
+        raise LlavaError(
+            "the scenes are drawn with scikit-learn's handwritten digits; install them with "
+            "`pip install 'llavakit[demo]'`"
+        )
+    # its `load_digits` reads this file, but imports scipy and pandas first
+    path = Path(found.origin).parent / "datasets" / "data" / "digits.csv.gz"
+    if path.is_file():
+        table = np.loadtxt(path, delimiter=",")
+        return table[:, :-1].reshape(-1, 8, 8), table[:, -1].astype(np.int64)
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    return np.asarray(data.images), np.asarray(data.target, dtype=np.int64)

@@ -68,3 +68,31 @@ def test_what_is_wrong_with_a_folder_is_said_by_who_loads_it(
     assert said == expected
     code, enabled, *_ = json.loads(last)
     assert (code, enabled) == (2, True)
+
+
+def test_a_run_freezes_what_it_imported_and_writes_the_same(folder: Path) -> None:
+    recipe = folder / "small.toml"
+    text = (Path(__file__).parents[3] / "recipes" / "tiny.toml").read_text()
+    text = text[: text.index("# CLIP on images")]  # its model and its first step
+    recipe.write_text(text.replace("8192", "16").replace("480", "8"))
+    before = gc.get_freeze_count()
+    assert main([str(recipe), "--out", str(folder / "inside")]) == 0
+    assert gc.get_freeze_count() == before, "of a process that goes on, nothing is frozen"
+    (*_, last), _ = run([str(recipe), "--out", str(folder / "outside")])
+    code, enabled, frozen, imported = json.loads(last)
+    assert (code, enabled, imported) == (0, True, True)
+    assert frozen > 100_000
+    plans = [
+        json.loads((folder / side / "plan.json").read_text()) for side in ("inside", "outside")
+    ]
+    for plan in plans:
+        del plan["tflops"]  # measured
+    assert plans[0] == plans[1]
+
+
+def test_a_run_without_a_model_imports_no_network(folder: Path) -> None:
+    recipe = folder / "scenes.toml"
+    recipe.write_text('name = "drawn"\n[[steps]]\nuse = "scenes"\ntrain = 16\ntest = 8\n')
+    (*_, last), _ = run([str(recipe), "--out", str(folder / "drawn")])
+    code, enabled, _, imported = json.loads(last)
+    assert (code, enabled, imported) == (0, True, False)

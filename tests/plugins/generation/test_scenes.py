@@ -6,10 +6,13 @@ import json
 import os
 import re
 import signal
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
+from PIL import Image
 from sklearn.datasets import load_digits
 from tests import published
 from tests.core.processes import small_disk
@@ -18,8 +21,17 @@ from tests.runs import run_in
 from llavakit import DataError, ImageContext, LlavaError
 from llavakit.cli import main
 from llavakit.contracts.data import RESPONSE_KINDS, Box
+from llavakit_plugins.generation import scenes as world
 from llavakit_plugins.generation.contexts import read_contexts, write_contexts
-from llavakit_plugins.generation.scenes import CANVASES, COLOURS, FAMILY, SIDE, WORDS, compose
+from llavakit_plugins.generation.scenes import (
+    CANVASES,
+    COLOURS,
+    FAMILY,
+    SIDE,
+    WORDS,
+    Scene,
+    compose,
+)
 from llavakit_plugins.generators.offline import Offline, OfflineOptions, place_of, understand
 from llavakit_plugins.steps import scenes
 from llavakit_plugins.steps.scenes import Scenes, ScenesOptions
@@ -43,6 +55,41 @@ def test_every_digit_is_the_handwritten_one_it_is_said_to_be() -> None:
     for scene in compose("test", 30, 1):
         for digit in scene.digits:
             assert truth[digit.glyph] == digit.value
+
+
+def drawn(scene: Scene) -> NDArray[np.uint8]:
+    """A scene by scikit-learn's own reader of the glyphs, in float64."""
+    glyphs = load_digits().images
+    pixels = np.empty((SIDE, SIDE, 3))
+    pixels[:] = CANVASES[scene.canvas]
+    for digit in scene.digits:
+        left, top, right, bottom = digit.corners
+        glyph = Image.fromarray((glyphs[digit.glyph] * 15.9).astype(np.uint8))
+        large = glyph.resize((right - left, bottom - top), Image.Resampling.BICUBIC)
+        alpha = np.asarray(large, float)[..., None] / 255
+        under = pixels[top:bottom, left:right]
+        under += alpha * (np.array(COLOURS[digit.colour]) - under)
+    return pixels.astype(np.uint8)
+
+
+@pytest.mark.parametrize("moved", [False, True], ids=["its file", "its reader"])
+def test_glyphs_are_scikit_learns(
+    moved: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world._glyphs.cache_clear()
+    if moved:  # as another version may keep its files elsewhere
+        spec = ModuleSpec("sklearn", None, origin=str(tmp_path / "__init__.py"))
+        monkeypatch.setattr(world, "find_spec", lambda name: spec)
+    for scene in compose("train", 4, 0):
+        assert np.abs(np.asarray(scene.draw(), int) - drawn(scene)).max() <= 1  # of float32
+    world._glyphs.cache_clear()
+
+
+def test_without_scikit_learn_it_is_said_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    world._glyphs.cache_clear()
+    monkeypatch.setattr(world, "find_spec", lambda name: None)
+    with pytest.raises(LlavaError, match=r"pip install 'llavakit\[demo\]'"):
+        next(compose("train", 1, 0))
 
 
 def test_a_family_shares_everything_but_its_digits() -> None:
