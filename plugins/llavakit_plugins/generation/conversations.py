@@ -39,8 +39,9 @@ if TYPE_CHECKING:
 
 FILE = "conversations"
 _PATIENCE = 10  # failures without any success before the step stops
-_MOST_MADE = 1000  # conversations without a service that wait to be written to the disk
-_WRITE_EVERY = 5.0  # seconds between such writes
+_WRITE_EVERY = 5.0  # seconds between writes of conversations without a service to the disk
+_MOST_MADE = 1 << 15  # of them that wait in memory
+_MOST_SHARED = 1000  # the same of a share of a job, whose ledger other runs join
 _TOLD = 20  # failures whose traceback is written down
 
 
@@ -190,6 +191,7 @@ class Keeping:
 
     def __init__(self, folder: Path, options: GenerateOptions) -> None:
         self._path, self._use = folder / f"{FILE}{SUFFIX}", options.generator
+        self._most = _MOST_MADE if options.shard is None else _MOST_SHARED
         self._made: list[tuple[ImageContext, ResponseKind, tuple[Turn, ...]]] = []
         self._kept: Conversations | None = None
         self._written = time.monotonic()
@@ -197,6 +199,8 @@ class Keeping:
         joined = ledgers_in(options.join, FILE)
         if joined or ledgers_in([folder], FILE) or earlier_conversations(self._path):
             self._kept = Conversations(self._path, options.generator, joined)
+        # what this attempt makes it asks for once
+        self._earlier = self._kept if self._kept is not None and len(self._kept.ledger) else None
 
     @property
     def count(self) -> int:
@@ -205,7 +209,7 @@ class Keeping:
 
     def get(self, context: ImageContext, kind: ResponseKind) -> tuple[Turn, ...] | None:
         """Return the turns of a conversation that was made before, or None."""
-        found = None if self._kept is None else self._kept.get(context, kind)
+        found = None if self._earlier is None else self._earlier.get(context, kind)
         return None if found is None else found[0].turns
 
     def add(self, context: ImageContext, kind: ResponseKind, turns: tuple[Turn, ...]) -> None:
@@ -213,7 +217,7 @@ class Keeping:
         self._made.append((context, kind, turns))
         # many together: a generator without a service makes thousands a second, and an fsync for
         # each would take most of the time; a job that is over soon writes none at all
-        if len(self._made) >= _MOST_MADE or time.monotonic() - self._written >= _WRITE_EVERY:
+        if len(self._made) >= self._most or time.monotonic() - self._written >= _WRITE_EVERY:
             self._write()
 
     @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -127,20 +127,32 @@ def json_list(path: Path) -> Iterator[Write]:
 
     Rows are written one by one, because the list of a large job may not fit into memory.
     """
+    with text_list(path) as write:
+        yield lambda row: write(to_text(row))
+
+
+@contextmanager
+def text_list(path: Path) -> Iterator[Callable[[str], None]]:
+    """Yield a function that appends a row to a JSON list as `json_list` does: the row's text."""
     count = 0
     with new_file(path) as file:
 
-        def write(row: Mapping[str, Any]) -> None:
+        def write(row: str) -> None:
             nonlocal count
-            file.write(f"{',' if count else '['}\n {json.dumps(row, ensure_ascii=False)}")
+            file.write(f"{',' if count else '['}\n {row}")
             count += 1
 
         yield write
         file.write("\n]\n" if count else "[]\n")
 
 
+def to_text(row: Mapping[str, Any]) -> str:
+    """Return a row as JSON in one line, in its own letters."""
+    return json.dumps(row, ensure_ascii=False)
+
+
 @contextmanager
 def json_lines(path: Path) -> Iterator[Write]:
     """Yield a function that appends a row to a file as one line of JSON."""
     with new_file(path) as file:
-        yield lambda row: print(json.dumps(row, ensure_ascii=False), file=file)
+        yield lambda row: print(to_text(row), file=file)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -20,6 +20,7 @@ BRIEF = (
 )
 """Questions of stage 1 for a small language model; `brief_questions` returns all of them."""
 
+ItemT = TypeVar("ItemT")
 Row = Mapping[str, Any]
 """A sample in LLaVA's JSON format."""
 
@@ -37,9 +38,14 @@ def row_of(context: ImageContext, kind: str, turns: Sequence[Turn]) -> Row:
 def caption_row(context: ImageContext, draw: np.random.Generator, questions: Sequence[str]) -> Row:
     """Return a sample of stage 1: a brief question and one of the captions."""
     # one caption of COCO's five: stage 1 sees each image once
-    question, answer = str(draw.choice(questions)), str(draw.choice(context.captions))
+    question, answer = pick(draw, questions), pick(draw, context.captions)
     turns = (Turn("human", f"{IMAGE}\n{question}"), Turn("gpt", answer))
     return row_of(context, "caption", turns)
+
+
+def pick(draw: np.random.Generator, items: Sequence[ItemT]) -> ItemT:
+    """Return one of the items, the one that `draw.choice` picks, which makes an array of them."""
+    return items[int(draw.integers(len(items)))]
 
 
 def brief_questions() -> tuple[str, ...]:

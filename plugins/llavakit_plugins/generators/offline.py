@@ -18,6 +18,7 @@ from pydantic import Field
 
 from llavakit import DataError, Generator, ImageContext, Options, Turn
 from llavakit.contracts.data import IMAGE, Box, ResponseKind
+from llavakit_plugins.generation.rows import pick
 
 COLOURS = (
     "red", "green", "blue", "black", "white", "yellow", "pink", "grey", "gray", "brown", "orange",
@@ -108,13 +109,18 @@ class Offline(Generator):
 
     def __init__(self, options: OfflineOptions) -> None:
         self.options = options
+        self._understood: tuple[ImageContext, View] | None = None
 
     def generate(self, context: ImageContext, kind: ResponseKind) -> Sequence[Turn]:
         # a seed of its own for each sample:
         # the result does not depend on the order or on the others
         key = f"{self.options.seed}/{context.id}/{kind}".encode()
         draw = np.random.default_rng(int.from_bytes(sha256(key).digest()[:8], "big"))
-        view = understand(context)
+        # a context comes once for each kind, one behind the other
+        known = self._understood
+        if known is None or known[0] is not context:
+            known = self._understood = context, understand(context)
+        view = known[1]
         write = {
             "conversation": self._conversation,
             "detail": _detail,
@@ -146,10 +152,6 @@ class Offline(Generator):
 Pair = tuple[str, str]
 
 
-def _pick(draw: np.random.Generator, items: Sequence[Thing]) -> Thing:
-    return items[int(draw.integers(len(items)))]
-
-
 def _alone(view: View, key: Callable[[Thing], str | None]) -> list[Thing]:
     """Return the things that share the key with no other."""
     keys = [key(thing) for thing in view.things]
@@ -173,7 +175,7 @@ def _shows(thing: Thing) -> str:
 def _which(view: View, draw: np.random.Generator) -> Pair | None:
     if not (alone := _alone(view, lambda thing: thing.place)):
         return None
-    thing = _pick(draw, alone)
+    thing = pick(draw, alone)
     where = f" at the {thing.place}" if len(view.things) > 1 else ""
     return f"Which {view.noun} is there{where}?", f"{_shows(thing)}.".capitalize()
 
@@ -182,7 +184,7 @@ def _colour(view: View, draw: np.random.Generator) -> Pair | None:
     coloured = [thing for thing in _alone(view, lambda thing: thing.place) if thing.colour]
     if not coloured:
         return None
-    thing = _pick(draw, coloured)
+    thing = pick(draw, coloured)
     where = f" at the {thing.place}" if len(view.things) > 1 else ""
     return f"What colour is the {view.noun}{where}?", f"{_shows(thing)}.".capitalize()
 
@@ -209,15 +211,17 @@ def _count(view: View, draw: np.random.Generator) -> Pair | None:
 
 def _exists(view: View, draw: np.random.Generator) -> Pair | None:
     """Ask about a taken and about a free position equally often."""
+    if len(view.things) == 1:
+        return None
     taken = _alone(view, lambda thing: thing.place)
     free = [place for place in _PLACES if all(thing.place != place for thing in view.things)]
-    if len(view.things) == 1 or not taken or not free:
+    if not taken or not free:
         return None
     # half of the answers are yes: otherwise a model could learn to say yes without looking
     if draw.integers(2):
-        thing = _pick(draw, taken)
+        thing = pick(draw, taken)
         return f"Is there a {view.noun} at the {thing.place}?", f"Yes, {_shows(thing)}."
-    place = str(draw.choice(free))
+    place = pick(draw, free)
     return f"Is there a {view.noun} at the {place}?", f"No, the {place} is empty."
 
 
@@ -233,7 +237,7 @@ def _detail(view: View, draw: np.random.Generator) -> list[Pair]:
     start = f"The canvas is {view.ground} with" if view.ground else "The image shows"
     sentences = [f"{start} {amount} {view.noun}{'' if count == 1 else 's'}."]
     sentences += [f"{_shows(thing)}.".capitalize() for thing in view.things]
-    return [(str(draw.choice(DETAIL)), " ".join(sentences))]
+    return [(pick(draw, DETAIL), " ".join(sentences))]
 
 
 def _reason(view: View, draw: np.random.Generator) -> tuple[str, str, str]:
@@ -256,7 +260,7 @@ def _arithmetic(digits: Sequence[int], draw: np.random.Generator) -> tuple[str, 
         return "Is the digit even or odd?", f"the digit is {NUMBERS[digits[0]]}", f"it is {kind}"
     seen = f"the digits are {' and '.join(NUMBERS[digit] for digit in digits)}"
     forms = ["largest", "smallest"] + ["sum"] * (2 * (len(digits) == 2))
-    form = str(draw.choice(forms))
+    form = pick(draw, forms)
     if form == "sum":
         return "What is the sum of the digits?", seen, f"the sum is {NUMBERS[sum(digits)]}"
     value = max(digits) if form == "largest" else min(digits)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -31,7 +31,7 @@ from llavakit_plugins.generation.contexts import Contexts
 from llavakit_plugins.generation.conversations import Failures, Keeping, checked
 from llavakit_plugins.generation.items import choose
 from llavakit_plugins.generation.options import GenerateOptions
-from llavakit_plugins.generation.output import json_list
+from llavakit_plugins.generation.output import text_list, to_text
 from llavakit_plugins.generation.requests.desk import AtDesk, Desk
 from llavakit_plugins.generation.requests.prompted import PromptedGenerator
 from llavakit_plugins.generation.rows import (
@@ -108,23 +108,18 @@ class Generate(Step):
                 # row by row: a job may have millions
                 with ExitStack() as stack:
                     write = {
-                        label: stack.enter_context(json_list(folder / f"{label}.json"))
+                        label: stack.enter_context(text_list(folder / f"{label}.json"))
                         for label in labels
                     }
-                    # from the seed alone for each source,
-                    # so that another source does not change this one's questions
-                    draw = np.random.default_rng(run.seed)
-                    for index, context in zip(range(share.stop), contexts, strict=False):
-                        row = caption_row(context, draw, BRIEF)
-                        if index in share:
-                            write["captions"](row)
-                            found["captions"] += 1
-                    samples = self._samples(generator, contexts, chosen, share, name, run, kept,
+                    told = _captioned(contexts, share, run.seed, write["captions"])
+                    found["captions"] = len(share)
+                    samples = self._samples(generator, told, chosen, share, name, run, kept,
                                             failures)  # fmt: skip
                     for context, kind, row in samples:
                         cards.see(context, kind, row)
+                        text = to_text(row)
                         for label in ("instruct", kind):
-                            write[label](row)
+                            write[label](text)
                             found[label] += 1
                 counts |= {f"{name}/{label}".lstrip("/"): n for label, n in found.items()}
                 shown = shown or cards.cards()
@@ -139,7 +134,7 @@ class Generate(Step):
     def _samples(
         self,
         generator: Generator,
-        contexts: Contexts,
+        contexts: Iterable[ImageContext],
         chosen: Mapping[ResponseKind, NDArray[np.bool_]],
         share: range,
         name: str,
@@ -148,8 +143,7 @@ class Generate(Step):
         failures: Failures,
     ) -> Iterator[Made]:
         """Yield every sample, in the order of the contexts."""
-        for index in share:
-            context = contexts[index]
+        for index, context in zip(share, contexts, strict=True):
             for kind in self.options.kinds:
                 if chosen[kind][index]:
                     try:
@@ -169,6 +163,20 @@ class Generate(Step):
                 if run.stopping():
                     raise Stopped
                 run.progress(done, len(share), f"generating {name}".strip())
+
+
+def _captioned(
+    contexts: Contexts, share: range, seed: int, write: Callable[[str], None]
+) -> Iterator[ImageContext]:
+    """Yield the contexts of a share, and write the sample of stage 1 of each."""
+    # from the seed alone for each source,
+    # so that another source does not change this one's questions
+    draw = np.random.default_rng(seed)
+    for index, context in zip(range(share.stop), contexts, strict=False):
+        row = caption_row(context, draw, BRIEF)  # those before the share have a draw, too
+        if index in share:
+            write(to_text(row))
+            yield context
 
 
 def _ask_directly(generator: PromptedGenerator) -> None:
