@@ -16,6 +16,7 @@ from tests import published
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny, and several tests run at once
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach for the network
+os.environ.setdefault("PYTHONFAULTHANDLER", "1")  # a process that crashes says where
 os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run on the CPU; read at the first import
 
 

@@ -135,9 +135,10 @@ class Kept:
         most: int,
         preparing: VisionEncoder,
         changes: Mapping[str, Any],
+        processes: int = 1,
     ) -> None:
         self._corpus, self._model, self._dtype = corpus, model, dtype
-        self._preparing = preparing
+        self._preparing, self._processes = preparing, processes
         group = run.process_group
         self._images = in_each(group, lambda: distinct_images(corpus))
         distinct, first_views = self._images.distinct, self._images.first_views
@@ -193,13 +194,16 @@ class Kept:
             self._files.drop(place)
             self._where[number] = -1
         images = [(sample, image)]
-        return torch.cat(list(self._encoded(images))).cpu()
+        return torch.cat(list(self._encoded(images, lambda *_: None, 1))).cpu()
 
     def _encoded(
-        self, images: Sequence[Image], progress: Callable[[int, int, str], None] = lambda *_: None
+        self,
+        images: Sequence[Image],
+        progress: Callable[[int, int, str], None],
+        processes: int,
     ) -> Iterator[Tensor]:
         return encode_images(
-            self._corpus, self._model, images, self._dtype, progress, self._preparing
+            self._corpus, self._model, images, self._dtype, progress, self._preparing, processes
         )
 
     def _encode(
@@ -215,7 +219,7 @@ class Kept:
         written = 0
         ends = np.cumsum(views[numbers])
         done = size = 0
-        for features in self._encoded(images, progress):
+        for features in self._encoded(images, progress, self._processes):
             waiting.append(features.cpu())
             done += len(features)
             size += features.nbytes

@@ -44,14 +44,18 @@ def features_of(corpus: Corpus, model: LlavaModel, options: TrainOptions, run: R
     learns = "vision" in options.train
     dtype = next(model.vision.parameters()).dtype
     preparing = preparation(model, options.prepare, run.build)
+    processes = options.processes_of(model.device.type, run.process_group)
     if options.feature_cache is not None:
         most = int(options.feature_cache_gb * 1e9)
         return Kept(
             corpus, model, dtype=dtype, run=run, folder=options.feature_cache, most=most,
-            preparing=preparing, changes=options.prepare,
+            preparing=preparing, changes=options.prepare, processes=processes,
         )  # fmt: skip
     if not learns and worth_caching(corpus, model, options):
-        how: dict[str, Any] = {"dtype": dtype, "progress": run.progress, "preparing": preparing}
+        how: dict[str, Any] = {
+            "dtype": dtype, "progress": run.progress, "preparing": preparing,
+            "processes": processes,
+        }  # fmt: skip
         return in_each(run.process_group, lambda: Cached(corpus, model, **how))
     workers = options.workers
     if workers is None:
@@ -158,6 +162,7 @@ class Cached:
         dtype: torch.dtype,
         progress: Callable[[int, int, str], None],
         preparing: VisionEncoder | None = None,
+        processes: int = 1,
     ) -> None:
         self._corpus, self._device = corpus, model.device
         self._images = distinct_images(corpus)
@@ -165,7 +170,7 @@ class Cached:
         self._features: Tensor | None = None
         filled = 0
         for found in encode_images(
-            corpus, model, self._images.distinct, dtype, progress, preparing
+            corpus, model, self._images.distinct, dtype, progress, preparing, processes
         ):
             if self._features is None:  # allocated once: `torch.cat` would need it twice
                 shape = (int(first_views[-1]), *found.shape[1:])

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from llavakit import Dataset, Options, PromptTemplate, Tiling, Use
+from llavakit.contracts.run import ProcessGroup
 from llavakit_plugins.training.adamw import Beta
 from llavakit_plugins.training.callbacks import Callback
 from llavakit_plugins.training.kinds import Objective, Optimiser, Schedule
@@ -98,9 +99,9 @@ class TrainOptions(StartOptions):
     feature_cache_gb: float = Field(default=100.0, gt=0, allow_inf_nan=False)
     """Most GB that the features of one encoder take there; images beyond are encoded each time."""
     processes: int = Field(default=1, ge=1)
-    """On a CPU, without torchrun: so many processes share the samples of each step, each with one
-    thread. Small networks learn faster so; each process has gradients of its own. The result
-    depends on the number, not on the machine's cores."""
+    """On a CPU, without torchrun: so many processes share the samples of each step, and the images
+    that are encoded once, each with one thread. Small networks learn faster so; each process has
+    gradients of its own. The result depends on the number, not on the machine's cores."""
     workers: int | None = Field(default=None, ge=0)
     """Processes that read images ahead; 0 reads them in the training process. By default 0 on a
     CPU and up to 8 on a GPU. Also the most that tokenise: by default one a core, up to 8."""
@@ -147,3 +148,7 @@ class TrainOptions(StartOptions):
         if self.keep_best and self.validate_every is None:
             raise ValueError("`keep_best` needs `validate_every`, or there is only the last model")
         return self
+
+    def processes_of(self, device: str, process_group: ProcessGroup) -> int:
+        """Return how many processes may compute beside each other for a device of this type."""
+        return self.processes if device == "cpu" and process_group.size == 1 else 1

@@ -45,8 +45,7 @@ class Order:
     ) -> None:
         self._corpus, self._options, self._steps = corpus, options, steps
         self._seed, self._process_group = run.seed, run.process_group
-        alone = device.type == "cpu" and run.process_group.size == 1
-        self.shares = options.processes if alone else 1
+        self.shares = options.processes_of(device.type, run.process_group)
         """Shares of a step that processes of this device may compute beside each other."""
 
     def due(self, progress: Progress, shares: Sequence[int]) -> Iterator[Due]:

@@ -10,23 +10,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from llavakit import ImageContext, ModelError, Run, VisionEncoder, read_pixels
-from llavakit_plugins.datasets.image_files import inside
-from llavakit_plugins.generation.scenes import FAMILY
+from llavakit import ImageContext, ModelError, Run, VisionEncoder
 from llavakit_plugins.huggingface.products import choose_products
-from llavakit_plugins.training.backbones.distortions import varied_patches
-from llavakit_plugins.training.backbones.loop import Training, shuffled, updates_of
+from llavakit_plugins.training.backbones.batches import Ahead, Batches
+from llavakit_plugins.training.backbones.loop import Training, updates_of
 from llavakit_plugins.training.backbones.options import ContrastiveOptions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-_AT_ONCE = 512  # images
 _MAX_SCALE = math.log(100)  # CLIP's limit on the logit scale, "to prevent training instability"
 
 
@@ -40,8 +36,7 @@ def clip_training(
 ) -> Training:
     """Return the training of a new CLIP on images and captions; in the end `vision` is its half.
 
-    Images are read and weights are drawn here. Raises ModelError if `vision` is not a CLIP,
-    DataError if an image cannot be read.
+    Weights are drawn here, images read in the steps. Raises ModelError if `vision` is not a CLIP.
     """
     from transformers import CLIPConfig, CLIPModel
 
@@ -79,74 +74,27 @@ def clip_training(
     for module in clip.modules():
         if isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight, std=options.loudness)
-    # all images are read once and stay in memory: they are small, and every step needs some
-    pixels = _read(contexts, images, vision, run)
-    edge = target.config.patch_size
-    varied = torch.cat([varied_patches(images, edge) for images in pixels.split(_AT_ONCE)])
     updates = updates_of(clip, options, run)
-    order = _Order(len(files[0]), len(contexts), options, run.seed)
+    batches = Batches(
+        vision, target.config.patch_size, files, images,
+        captions, tokenizer.pad_token_id, options, run.seed,
+    )  # fmt: skip
+    ahead = Ahead(batches.of, options.steps)
 
     def loss_of(step: int) -> Tensor:
-        index, draw = order.batch(step)
-        chosen = [captions[i][int(draw.integers(len(captions[i])))] for i in index]
-        longest = max(map(len, chosen))
-        rows = torch.full((len(index), longest), tokenizer.pad_token_id)
-        for number, ids in enumerate(chosen):
-            rows[number, : len(ids)] = torch.tensor(ids)
-        mask = (torch.arange(longest) < torch.tensor([len(ids) for ids in chosen])[:, None]).long()
+        shown, rows, mask = (part.to(device) for part in ahead.of(step))
         with torch.no_grad():
             clip.logit_scale.clamp_(0, _MAX_SCALE)
-        shown = pixels[index].to(device)
-        if options.distortions is not None:
-            options.distortions.change(shown, varied[index].to(device), edge, draw)
-        logits_BB = clip(
-            input_ids=rows.to(device),
-            attention_mask=mask.to(device),
-            pixel_values=shown,
-        ).logits_per_image
-        truth = torch.arange(len(index), device=device)
+        logits_BB = clip(input_ids=rows, attention_mask=mask, pixel_values=shown).logits_per_image
+        truth = torch.arange(len(rows), device=device)
         loss: Tensor = (F.cross_entropy(logits_BB, truth) + F.cross_entropy(logits_BB.T, truth)) / 2
         return loss
 
     def end() -> None:
+        ahead.end()
         # older versions of transformers wrap the transformer once more, on either side
         inner = getattr(target, "vision_model", target)
         trained = getattr(clip.vision_model, "vision_model", clip.vision_model)
         inner.load_state_dict(trained.state_dict())
 
     return Training("contrastive", updates, options.steps, loss_of, end)
-
-
-def _read(
-    contexts: Sequence[ImageContext], folder: Path, vision: VisionEncoder, run: Run
-) -> Tensor:
-    """Return the pixels of every image, `[number of contexts, 3, H, W]`, float32, on the CPU."""
-    pixels = torch.empty(len(contexts), 3, vision.image_size, vision.image_size)
-    for number, context in enumerate(contexts):
-        where = f"context `{context.id}`"
-        pixels[number] = read_pixels(vision, inside(folder, context.image, where), where)
-        if number % _AT_ONCE == _AT_ONCE - 1:
-            run.progress(number + 1, len(contexts), "reading images")
-    return pixels
-
-
-class _Order:
-    """Decides the images of a step: whole families, reshuffled whenever all have been used.
-
-    The images of a family differ in their digits only, so they are hard negatives of each other.
-    """
-
-    def __init__(self, easy: int, total: int, options: ContrastiveOptions, seed: int) -> None:
-        self._families = (easy // FAMILY, total // FAMILY)
-        self._per = max(1, options.batch_size // FAMILY)
-        self._first = int(options.first * options.steps) if easy < total else 0
-        self._seed = seed
-
-    def batch(self, step: int) -> tuple[list[int], np.random.Generator]:
-        """Return the indices of a step's images, and the step's own random generator."""
-        first = step < self._first
-        families = self._families[0] if first else self._families[1]
-        begin = (step if first else step - self._first) * self._per
-        chosen = shuffled(range(begin, begin + self._per), families, self._seed, int(first))
-        index = [family * FAMILY + member for family in chosen for member in range(FAMILY)]
-        return index, np.random.default_rng([self._seed, 2, step])
