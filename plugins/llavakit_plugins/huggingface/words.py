@@ -1,8 +1,10 @@
-"""Tokenises word by word with a cache, for LLaMA's tokenizers: the same ids, several times faster.
+"""Tokenises word by word with a cache, for LLaMA's tokenizers and those that cut words as GPT-2's:
+the same ids, several times faster.
 
-In these tokenizers no token crosses into the next word or line: spaces stand only before words, and
-a newline is a byte. So the ids of a word are always the same and can be cached, and so can those of
-whole texts, such as a template's own and short answers, which come again and again.
+In LLaMA's no token crosses into the next word or line: spaces stand only before words, and a
+newline is a byte. GPT-2's cuts a text into words by an expression and reads each by itself. So the
+ids of a word are always the same and can be cached, and so can those of whole texts, such as a
+template's own and short answers, which come again and again.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 from llavakit import Ids, QuickReader, Reader, Segment, SpecialTokens
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
     from tokenizers.models import BPE
 
 T = TypeVar("T")
@@ -24,6 +27,12 @@ Piece: TypeAlias = str | bytes
 
 _SPACE = "▁"  # SentencePiece's space
 _WORD = re.compile(r" *[^ ]+| +")  # of a line
+_BYTE_WORD = (
+    re.compile(  # of text in ASCII: of any other, `re` has no classes for GPT-2's expression
+        r"'s|'t|'re|'ve|'m|'ll|'d| ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+(?!\S)|\s+", re.ASCII
+    )
+)
+_BLANK = " \t\n\r\f\v"
 _LONGEST, _MOST = 32, 200_000  # words to remember: their characters, and how many
 _LONGEST_RUN, _MOST_RUNS = 128, 1 << 16  # the same of texts: 25 MB
 _YES, _NO = b"\1", b"\0"
@@ -40,18 +49,26 @@ def by_words(tokenizer: TokenizerT) -> TokenizerT:
 def words_of(reader: Reader) -> QuickReader | None:
     """Return the reader by words, or None for a tokenizer that must see the whole text."""
     from tokenizers.models import BPE
-    from tokenizers.pre_tokenizers import Metaspace
+    from tokenizers.pre_tokenizers import ByteLevel, Metaspace
 
     backend = reader.backend
     model, spaces = backend.model, backend.pre_tokenizer
     added = backend.get_added_tokens_decoder().values()
     if (
         not isinstance(model, BPE)
-        or not isinstance(spaces, Metaspace)
+        or model.dropout is not None
         or backend.normalizer is not None
-        or (spaces.split, spaces.replacement) != (False, _SPACE)
-        or (model.dropout, model.ignore_merges, model.byte_fallback) != (None, False, True)
         or any(t.lstrip or t.rstrip or t.single_word or not t.special for t in added)
+    ):
+        return None
+    if isinstance(spaces, ByteLevel):
+        if spaces.add_prefix_space or not spaces.use_regex:
+            return None
+        return ByteWords(backend, reader.special).read
+    if (
+        not isinstance(spaces, Metaspace)
+        or (spaces.split, spaces.replacement) != (False, _SPACE)
+        or (model.ignore_merges, model.byte_fallback) != (False, True)
     ):
         return None
     vocabulary = backend.get_vocab()
@@ -103,7 +120,7 @@ class Words:
                     run, space = "", self._scheme == "always"
                 elif piece and run:
                     if flag != supervised:
-                        if not _apart(run, piece):
+                        if not self._apart(run, piece):
                             return False
                         found.append((f" {run}" if space else run, flag))
                         run, space, flag = "", False, supervised
@@ -135,7 +152,15 @@ class Words:
     def _run(self, text: str, parts: Sequence[Segment]) -> bytes | None:
         """Return the ids of a text between special tokens; None where it cannot be read here."""
         spells = self._special.pattern.search(text)
-        if _SPACE in text or (spells and self._special.spelt_out(parts)):
+        if spells and self._special.spelt_out(parts):
+            return None
+        ids = self._run_ids(text)
+        if ids is not None and not spells:  # whether it may be read is known then
+            _keep(self._runs, text, ids, _LONGEST_RUN, _MOST_RUNS)
+        return ids
+
+    def _run_ids(self, text: str) -> bytes | None:
+        if _SPACE in text:
             return None
         found: list[bytes] = []
         for number, line in enumerate(text.split("\n")):
@@ -148,13 +173,35 @@ class Words:
             if first:
                 found.append(self._words[first])
             found.extend(map(self._spaced.__getitem__, others))
-        ids = b"".join(found)
-        if not spells:  # whether it may be read is known then
-            _keep(self._runs, text, ids, _LONGEST_RUN, _MOST_RUNS)
-        return ids
+        return b"".join(found)
 
     def _ids(self, word: str) -> bytes:
         return _stored([token.id for token in self._model.tokenize(word.replace(" ", _SPACE))])
+
+    def _apart(self, before: str, behind: str) -> bool:
+        """Say whether a word or a line ends between two texts."""
+        return "\n" in (before[-1], behind[0]) or (behind[0] == " " and before[-1] != " ")
+
+
+class ByteWords(Words):
+    """Reads text in ASCII of a byte-level tokenizer that cuts words by GPT-2's expression."""
+
+    def __init__(self, backend: Tokenizer, special: SpecialTokens) -> None:
+        super().__init__(backend.model, special, "never")
+        self._cutter: Any = backend.pre_tokenizer
+
+    def _run_ids(self, text: str) -> bytes | None:
+        if not text.isascii():
+            return None
+        return b"".join(map(self._words.__getitem__, _BYTE_WORD.findall(text)))
+
+    def _ids(self, word: str) -> bytes:
+        pieces = (piece for piece, _ in self._cutter.pre_tokenize_str(word))  # bytes as letters
+        return _stored([token.id for piece in pieces for token in self._model.tokenize(piece)])
+
+    def _apart(self, before: str, behind: str) -> bool:
+        # where a word begins with blanks depends on what stands behind them
+        return behind[0] in _BLANK and before[-1] not in _BLANK
 
 
 def _stored(ids: Sequence[int]) -> bytes:
@@ -166,8 +213,3 @@ def _keep(memory: dict[str, T], text: str, found: T, longest: int, most: int) ->
         if len(memory) >= most:
             memory.clear()
         memory[text] = found
-
-
-def _apart(before: str, behind: str) -> bool:
-    """Say whether a word or a line ends between two texts."""
-    return "\n" in (before[-1], behind[0]) or (behind[0] == " " and before[-1] != " ")

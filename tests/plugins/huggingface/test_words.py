@@ -1,4 +1,4 @@
-"""Who loads a tokenizer of LLaMA's make has it read by words: several times as fast."""
+"""Who loads a tokenizer of LLaMA's or GPT-2's make has it read by words: several times as fast."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
+from hypothesis import given, settings, strategies as st
 from tests.core.stream.test_prompts import around, llama_like
 from tests.plugins.families import their_model
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
 
 from llavakit import Ids, Segment
 from llavakit.stream.encode import tokenise
@@ -86,6 +89,66 @@ def test_tokens_that_are_added_later_count(read: list[bool]) -> None:
     after, _ = tokenise([Segment("ab<x>", markup=True)], tokenizer)
     assert read == [True, True]
     assert after.tolist() == [before[0], len(tokenizer) - 1] != before.tolist()
+
+
+def gpt2_like(*, trim: bool = True, **cutter: Any) -> Any:
+    """Return a byte-level tokenizer whose tokens are whole words and parts of them."""
+    backend = Tokenizer(models.BPE(unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(**{"add_prefix_space": False, **cutter})
+    backend.decoder = decoders.ByteLevel()
+    backend.post_processor = cast(Any, processors.ByteLevel(trim_offsets=trim))
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<unk>", "<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(["ab cd's 12 we'll\n\n  ab é 34.. cd\t\t12 </s"] * 9, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+
+
+TEXTS = st.lists(
+    st.sampled_from(
+        [*"abcds12'.\n\t\v\x1c\x85é中😀", " ", " ", "  ", "'ll", "'s", "ab", "</s>", "</s", "Ġ"]
+    ),
+    max_size=8,
+).map("".join)
+MADE = [(trim, gpt2_like(trim=trim), by_words(gpt2_like(trim=trim))) for trim in (False, True)]
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    parts=st.lists(st.tuples(TEXTS, st.booleans(), st.sampled_from([False] * 4 + [True]))),
+    made=st.sampled_from(MADE),
+)
+def test_gpt2s_words_are_the_same_one_by_one(
+    parts: list[tuple[str, bool, bool]], made: tuple[bool, Any, Any]
+) -> None:
+    _, whole, words = made
+    segments = []
+    for text, flag, special in parts:
+        segments.append(Segment(text, flag))
+        if special:
+            segments.append(Segment("</s>", flag, markup=True))
+    ids, supervised = tokenise(segments, words)
+    expected_ids, expected = tokenise(segments, whole)
+    assert ids.tolist() == expected_ids.tolist()
+    assert supervised.tolist() == expected.tolist()
+
+
+def test_gpt2s_words_are_read_one_by_one_in_ascii_alone(read: list[bool]) -> None:
+    answer = Segment(" the ab.", supervised=True)
+    for question in ("cd's?\n 12", "é"):
+        tokenise([Segment(question), answer, Segment("</s>", markup=True)], by_words(gpt2_like()))
+    assert read == [True, False]
+
+
+@pytest.mark.parametrize("cutter", [{"add_prefix_space": True}, {"use_regex": False}])
+def test_a_byte_level_tokenizer_with_other_words_is_read_as_it_is(
+    cutter: dict[str, bool], read: list[bool]
+) -> None:
+    tokenise(SEGMENTS, by_words(gpt2_like(**cutter)))
+    assert read == []
 
 
 def test_a_tokenizer_that_must_see_the_whole_text_is_read_as_it_is(read: list[bool]) -> None:

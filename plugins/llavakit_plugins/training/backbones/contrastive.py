@@ -48,10 +48,13 @@ def clip_training(
     assert target is not None
     device = target.device
     contexts = [context for file in files for context in file]
-    texts = [caption for context in contexts for caption in context.captions]
-    found = iter(tokenizer(texts)["input_ids"])  # at once: a call for each takes ten times as long
+    # each text once and all at once: a small world has few, and a call for each takes ten times as
+    # long
+    texts = list({caption: None for context in contexts for caption in context.captions})
+    ids_of = dict(zip(texts, tokenizer(texts)["input_ids"], strict=True))
     captions = [
-        [[*next(found), tokenizer.eos_token_id] for _ in context.captions] for context in contexts
+        [[*ids_of[text], tokenizer.eos_token_id] for text in context.captions]
+        for context in contexts
     ]
     text = {
         **options.text,
