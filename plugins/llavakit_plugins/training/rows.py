@@ -16,7 +16,7 @@ from llavakit_plugins.datasets.columns import Column, Columns, joined
 from llavakit_plugins.training.image_paths import identity_of, name_of
 from llavakit_plugins.training.records import Records
 
-MOST, _LEAST = 1 << 14, 1 << 8  # samples of a block: seconds of work
+MOST, _LEAST = 1 << 14, 1 << 11  # samples of a block: from a tenth of a second to seconds of work
 _SHOWN_EVERY = 256
 _AT_ONCE = 32  # samples, which may hold an image each
 

@@ -48,6 +48,12 @@ from llavakit_plugins.training.torchrun import join
 COUNT = 700  # samples: three blocks
 
 
+@pytest.fixture(autouse=True)
+def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several blocks of few samples."""
+    monkeypatch.setattr(rows, "_LEAST", 256)
+
+
 @pytest.fixture
 def model(write_recipe: RecipeWriter) -> LlavaModel:
     registry = Registry.installed()

@@ -60,6 +60,12 @@ class Counted(Dataset):
         return Sample(f"s{index}", turns)
 
 
+@pytest.fixture(autouse=True)
+def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several blocks of few samples."""
+    monkeypatch.setattr(rows, "_LEAST", 256)
+
+
 @pytest.fixture
 def model(write_recipe: RecipeWriter) -> LlavaModel:
     registry = Registry.installed()
