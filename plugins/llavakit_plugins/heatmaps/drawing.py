@@ -76,35 +76,43 @@ def draw_heat(image: ImageSource, weights_GG: Floats, region: Region) -> Image.I
     `region` is the position of the grid in pixels of the image. The rest of the image, which the
     model did not see, is drawn dark.
     """
-    photo = open_image(image, "the heat map")
-    edge = max(photo.size)
-    scale = min(max(edge, _LEAST), _MOST) / edge
-    size = max(1, round(photo.width * scale)), max(1, round(photo.height * scale))
-    small = scale > 1 and edge <= 128
-    # a digit of 28 pixels would be a blur
-    kind = Image.Resampling.NEAREST if small else Image.Resampling.BICUBIC
-    pixels = np.asarray(photo.resize(size, kind), np.float64)
-    # attention to images may be 0
-    heat, seen = _spread(weights_GG / max(weights_GG.max(), 1e-12), region, scale, size)
-    stops = np.asarray(_STOPS, np.float64)
-    colours = np.stack(
-        [np.interp(heat, np.linspace(0, 1, len(stops)), stops[:, c]) for c in range(3)], axis=-1
-    )
-    grey = pixels.mean(axis=-1, keepdims=True)
-    under = 0.5 * pixels + 0.5 * grey
-    # cold is tinted, too: what is seen differs from what is not
-    share = 0.25 + 0.45 * heat[..., None]
-    mixed = np.where(seen[..., None], (1 - share) * under + share * colours, 0.35 * grey)
-    return Image.fromarray(mixed.clip(0, 255).astype(np.uint8))
+    return _Canvas(image, region, len(weights_GG)).heated(weights_GG)
 
 
-def _spread(
-    weights_GG: Floats, region: Region, scale: float, size: tuple[int, int]
-) -> tuple[Floats, npt.NDArray[np.bool_]]:
-    """Return the heat of every pixel, between cells as a straight line, and which were seen."""
-    down, seen_y = _positions(region[1] * scale, region[3] * scale, size[1], len(weights_GG))
-    across, seen_x = _positions(region[0] * scale, region[2] * scale, size[0], len(weights_GG))
-    return down.T @ weights_GG @ across, seen_y[:, None] & seen_x[None, :]
+class _Canvas:
+    """An image that heat maps of one grid are drawn over: what they have in common."""
+
+    def __init__(self, image: ImageSource, region: Region, cells: int) -> None:
+        photo = open_image(image, "the heat map")
+        edge = max(photo.size)
+        scale = min(max(edge, _LEAST), _MOST) / edge
+        size = max(1, round(photo.width * scale)), max(1, round(photo.height * scale))
+        small = scale > 1 and edge <= 128
+        # a digit of 28 pixels would be a blur
+        kind = Image.Resampling.NEAREST if small else Image.Resampling.BICUBIC
+        pixels = np.asarray(photo.resize(size, kind), np.float64)
+        grey = pixels.mean(axis=-1, keepdims=True)
+        self._under, self._dark = 0.5 * pixels + 0.5 * grey, 0.35 * grey
+        self._down, seen_y = _positions(region[1] * scale, region[3] * scale, size[1], cells)
+        self._across, seen_x = _positions(region[0] * scale, region[2] * scale, size[0], cells)
+        self._seen = seen_y[:, None] & seen_x[None, :]
+
+    def heated(self, weights_GG: Floats) -> Image.Image:
+        """Return the image under the heat of these weights."""
+        # attention to images may be 0
+        relative_GG = weights_GG / max(weights_GG.max(), 1e-12)
+        # between cells it changes as a straight line
+        heat = self._down.T @ relative_GG @ self._across
+        stops = np.asarray(_STOPS, np.float64)
+        colours = np.empty_like(self._under)
+        for c in range(3):
+            colours[..., c] = np.interp(heat, np.linspace(0, 1, len(stops)), stops[:, c])
+        # cold is tinted, too: what is seen differs from what is not
+        share = 0.25 + 0.45 * heat[..., None]
+        colours *= share
+        colours += (1 - share) * self._under
+        mixed = np.where(self._seen[..., None], colours, self._dark)
+        return Image.fromarray(mixed.clip(0, 255).astype(np.uint8))
 
 
 def _positions(
@@ -124,19 +132,18 @@ def draw_attention_maps(
     opened = [open_image(image, "the heat map") for image in images]
     regions = [seen_region(vision, image.size) for image in opened]
     maps = answer.weights_AIGG.double().numpy()
-    large = [
-        draw_heat(image, maps[:, number].mean(axis=0), region)
-        for number, (image, region) in enumerate(zip(opened, regions, strict=True))
+    canvases = [
+        _Canvas(image, region, maps.shape[-1])
+        for image, region in zip(opened, regions, strict=True)
     ]
+    large = [canvas.heated(maps[:, number].mean(axis=0)) for number, canvas in enumerate(canvases)]
     width = sum(tile.width + _MARGIN for tile in large)
     small = max(64, (width - _MARGIN) // _COLUMNS - _MARGIN)
     tiles = []
     for word, weights_IGG in answer.words[:_WORDS]:
         row = [
-            draw_heat(image, weights, region)
-            for image, weights, region in zip(
-                opened, weights_IGG.double().numpy(), regions, strict=True
-            )
+            canvas.heated(weights)
+            for canvas, weights in zip(canvases, weights_IGG.double().numpy(), strict=True)
         ]
         tile = _beside(row)
         tile.thumbnail((small, small))

@@ -21,7 +21,6 @@ from llavakit import (
     explain_write,
 )
 from llavakit.contracts.data import IMAGE, ImageSource
-from llavakit.contracts.model import Sampling
 from llavakit.contracts.run import Planner, StepPlan
 from llavakit.contracts.sections import Card, Gallery
 from llavakit_plugins.heatmaps.drawing import draw_attention_maps
@@ -29,7 +28,7 @@ from llavakit_plugins.reporting.pictures import save_image, save_thumbnail
 from llavakit_plugins.training.starting import StartOptions, missing_model, sketch_start
 
 if TYPE_CHECKING:
-    from llavakit import LlavaModel
+    from llavakit import Answer, LlavaModel
 
 _LOOKS = (
     "Attention from the answer's tokens to the image's patches, the mean over layers and heads: "
@@ -88,7 +87,8 @@ class Export(Step):
                 tokens = self.options.max_new_tokens
                 answer = exported.generate(question, images=images, max_new_tokens=tokens)
                 # greedy decoding on the same device, so that equal weights must give equal text
-                if answer != model.generate(question, images=images, max_new_tokens=tokens):
+                own = model.answers(question, images=images, max_new_tokens=tokens)[0]
+                if answer != own.text:
                     raise ModelError(
                         f"{folder} answers sample `{sample.id}` differently from the model it was "
                         "made of; the export is not faithful"
@@ -101,7 +101,7 @@ class Export(Step):
                     shown = save_thumbnail(images[0], run.directory / "images", f"{index:03}")
                 cards.append(Card(image=shown, lines=lines))
                 if images and len(looks) < self.options.heatmaps:
-                    sheet = self._look(run, model, question, images, f"{index:03}")
+                    sheet = _look(run, model, question, images, own, f"{index:03}")
                     looks.append(Card(image=sheet, lines=lines[:2]))
                 run.progress(len(cards), self.options.count, "trying it")
         parameters = sum(p.numel() for p in model.parameters())
@@ -134,18 +134,25 @@ class Export(Step):
             planner.build(options.format).check(planner.model)
         return None
 
-    def _look(
-        self, run: Run, model: LlavaModel, question: str, images: Sequence[ImageSource], name: str
-    ) -> str:
-        """Draw the attention maps; return the image's name in the step's folder."""
-        from llavakit_plugins.heatmaps.attention_maps import map_attention
 
-        maps = map_attention(model, question, images, Sampling(self.options.max_new_tokens))
-        path = run.directory / "heatmaps" / f"{name}.png"
-        with explain_write(path):
-            path.parent.mkdir(exist_ok=True)
-        save_image(draw_attention_maps(maps, images, model.vision), path)
-        return f"{path.parent.name}/{path.name}"
+def _look(
+    run: Run,
+    model: LlavaModel,
+    question: str,
+    images: Sequence[ImageSource],
+    answer: Answer,
+    name: str,
+) -> str:
+    """Draw the attention maps of an answer; return the image's name in the step's folder."""
+    from llavakit_plugins.heatmaps.attention_maps import map_answer
+
+    ids = [token.id for token in answer.tokens]
+    maps = map_answer(model, model.prompt(question, images), model.prepare(images), ids)
+    path = run.directory / "heatmaps" / f"{name}.png"
+    with explain_write(path):
+        path.parent.mkdir(exist_ok=True)
+    save_image(draw_attention_maps(maps, images, model.vision), path)
+    return f"{path.parent.name}/{path.name}"
 
 
 def _can_load(exporter: Exporter) -> bool:

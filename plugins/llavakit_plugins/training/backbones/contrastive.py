@@ -52,10 +52,8 @@ def clip_training(
     # long
     texts = list({caption: None for context in contexts for caption in context.captions})
     ids_of = dict(zip(texts, tokenizer(texts)["input_ids"], strict=True))
-    captions = [
-        [[*ids_of[text], tokenizer.eos_token_id] for text in context.captions]
-        for context in contexts
-    ]
+    end_of_text = tokenizer.eos_token_id  # which is looked up each time
+    captions = [[[*ids_of[text], end_of_text] for text in context.captions] for context in contexts]
     text = {
         **options.text,
         "vocab_size": len(tokenizer),

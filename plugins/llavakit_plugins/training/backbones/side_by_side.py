@@ -110,7 +110,8 @@ class _Forks:
     def hear(self, seconds: float | None = 0.0) -> bool:
         """Pass on what the forks have said, after waiting so long for a word of them; return
         whether there are some left."""
-        ready: list[Any] = wait(list(self._of_pipe), seconds)
+        # without a fork nobody would say a word, and the whole time would be waited for
+        ready: list[Any] = wait(list(self._of_pipe), seconds) if self._of_pipe else []
         for pipe in ready:
             fork = self._of_pipe[pipe]
             try:
