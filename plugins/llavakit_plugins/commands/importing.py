@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import atexit
 import gc
-import logging
-import os
 import sys
 import tomllib
 from collections.abc import Iterator
@@ -64,31 +61,3 @@ def import_for_training(model: ModelRecipe | None, registry: Registry) -> None:
 
     if issubclass(registry.chosen(model.language), PretrainedLanguage):
         import transformers.modeling_utils  # noqa: F401
-
-
-class Ending:
-    """Ends this process, where `is_well` was called, without taking what it imported to pieces.
-
-    Python would free 700,000 objects one by one, for a quarter of a second. What libraries have
-    registered since, to be called at the end, was called before.
-    """
-
-    def __init__(self) -> None:
-        self._well = False
-        self._process = os.getpid()
-        atexit.register(self._end)
-
-    def is_well(self) -> None:
-        """Say that the program ends with 0, if nothing fails any more."""
-        self._well = True
-
-    def _end(self) -> None:
-        failed = hasattr(sys, "last_value")  # an exception that nobody caught
-        if self._well and not failed and os.getpid() == self._process:  # not in a fork
-            logging.shutdown()
-            for stream in (sys.stdout, sys.stderr):
-                try:
-                    stream.flush()
-                except (OSError, ValueError):  # Python ends with another code, and says why
-                    return
-            os._exit(0)

@@ -51,12 +51,6 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.program:  # until the engine says otherwise: nothing is at stake yet
         # as an exception it may come within the import of a library that catches everything
         signal.signal(signal.SIGINT, _end_at_once)
-        from llavakit_plugins.commands.importing import Ending
-
-        ending = Ending()
-        if (code := _plan_or_run(arguments)) == 0:
-            ending.is_well()
-        return code
     return _plan_or_run(arguments)
 
 

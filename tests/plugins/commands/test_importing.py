@@ -96,34 +96,3 @@ def test_a_run_without_a_model_imports_no_network(folder: Path) -> None:
     (*_, last), _ = run([str(recipe), "--out", str(folder / "drawn")])
     code, enabled, _, imported = json.loads(last)
     assert (code, enabled, imported) == (0, True, False)
-
-
-ENDING = """\
-import atexit, sys
-from llavakit.cli import main
-atexit.register(print, "by Python")  # what was registered first is called last
-code = main()
-atexit.register(print, "ended")
-{then}
-"""
-
-
-@pytest.mark.parametrize(
-    ("then", "given", "code", "said"),
-    [
-        ("sys.exit(code)", [], 0, ["ended"]),
-        ("sys.exit(code)", ["--set", "steps.scenes.test=0"], 2, ["ended", "by Python"]),
-        ("raise ValueError", [], 1, ["ended", "by Python"]),
-    ],
-)
-def test_a_run_that_went_well_ends_by_itself_behind_what_is_to_be_called_at_the_end(
-    folder: Path, then: str, given: list[str], code: int, said: list[str]
-) -> None:
-    recipe = folder / "ended.toml"
-    recipe.write_text('name = "ended"\n[[steps]]\nuse = "scenes"\ntrain = 8\ntest = 8\n')
-    command = [sys.executable, "-c", ENDING.format(then=then), str(recipe), *given]
-    command += ["--out", str(folder / "ended"), "--resume"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == code
-    lines = done.stdout.splitlines()
-    assert [line for line in lines if line in ("ended", "by Python")] == said
