@@ -58,7 +58,7 @@ class AnswerFile:
 
     def get(self, question: Question) -> str | None:
         """Return the answer to a question with the same id, prompt and images, or None."""
-        return self._known.get(_key(row_of(question, "", "")))
+        return self._known.get(_key(row_of(question, "", ""))) if self._known else None
 
     def append(self, questions: Sequence[Question], answers: Sequence[str]) -> None:
         """Append answers and wait until they are on disk."""
@@ -138,4 +138,5 @@ def _key(row: Row) -> bytes:
 
 def names_of(images: Sequence[ImageSource]) -> list[str]:
     """Return the images' paths; an image that is not a file has no lasting name and gives ""."""
-    return [str(image) if isinstance(image, ImageFile) else "" for image in images]
+    # paths first: Python 3.11 takes long to find whether a class is as a Protocol says
+    return [str(image) if isinstance(image, Path | ImageFile) else "" for image in images]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from array import array
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
@@ -22,6 +22,7 @@ from llavakit.contracts.run import Progress
 from llavakit_plugins.datasets.rows import listed
 from llavakit_plugins.evaluation.answer_files import AnswerFile as AnswerFile
 from llavakit_plugins.evaluation.question_files import asked_of
+from llavakit_plugins.training.forked import forked, shares_for
 
 _MORE_TOKENS = 64  # length of a second answer step, as in the original LLaVA's code
 _LOOK = 4  # batches of one process between looks at whether all are to stop
@@ -37,6 +38,9 @@ class Pace:
     batch_size: int
     workers: int
     """Threads that read and prepare images of the next batches; 0 means in the model's thread."""
+    processes: int = 1
+    """Processes that share the batches, where a model of ours is on a CPU, each with one thread,
+    which prepares images, too; see `ask`."""
 
 
 def ask(
@@ -57,6 +61,8 @@ def ask(
     by one. The processes of the file's group take the batches in turn; the main one alone returns
     the answers of all. With a temperature and a seed, each batch is drawn with a seed of its own.
 
+    Of a process that is alone, forks answer where `pace` says so; it keeps what they send.
+
     `stopping` is asked equally often in all processes. Raises DataError for a question that leaves
     no room for an answer, and Stopped if the user asked to stop; the answers until then are in the
     file.
@@ -76,7 +82,13 @@ def ask(
     asked = 0
     # every process counts to the same number: to ask whether to stop, all must
     turns = -(-len(open_batches) // group.size)
-    with closing(_answers(model, questions, own, sampling, pace)) as answered:
+    shares = shares_for(model, group, pace.processes)
+    workers = pace.workers if shares == 1 else 0
+
+    def share(number: int) -> Iterator[tuple[Batch, list[str]]]:
+        return _answers(model, questions, own[number::shares], sampling, workers)
+
+    with closing(forked(shares, share, "answered questions")) as answered:
         for turn in range(turns):
             if turn < len(own):
                 indices, texts = next(answered)
@@ -150,8 +162,8 @@ def _answers(
     questions: Sequence[Question],
     batches: Sequence[tuple[int, Batch]],
     sampling: Sampling,
-    pace: Pace,
-) -> Generator[tuple[Batch, list[str]], None, None]:
+    workers: int,
+) -> Iterator[tuple[Batch, list[str]]]:
     """Yield the answers of each batch, in the batches' order."""
     if not isinstance(model, Answering):
         usual = asdict(Sampling())
@@ -162,7 +174,7 @@ def _answers(
                 prompt, images = asked_of(question)
                 yield batch, [model.generate(prompt, images=list(images), **stated)]
         return
-    for (number, batch), pixels in _prepared(model, questions, batches, pace.workers):
+    for (number, batch), pixels in _prepared(model, questions, batches, workers):
         asked = [questions[index] for index in batch]
         chosen = replace(sampling, seed=_seed(sampling, number))
         prompts = [asked_of(question) for question in asked]

@@ -83,6 +83,8 @@ def refusal(width: int, height: int) -> str | None:
 
 def _opened(source: ImageSource, where: str) -> tuple[Image.Image, str]:
     """Return an image that is not decoded yet, and its name for errors."""
+    if isinstance(source, Image.Image):  # first: a view of one that was opened already
+        return source, f"the image of {where}"
     try:
         found = _in_memory(source, where)
     except DataError:
@@ -108,7 +110,7 @@ def _opened(source: ImageSource, where: str) -> tuple[Image.Image, str]:
 
 
 def _in_memory(source: ImageSource, where: str) -> Path | BytesIO | Image.Image:
-    """Return what is in memory as Pillow reads it, or a file's path."""
+    """Return what is in memory, and no image yet, as Pillow reads it, or a file's path."""
     if isinstance(source, str) and source[:5].lower() == "data:":
         kind, _, written = source.partition(",")
         source = unquote_to_bytes(written)
@@ -131,9 +133,7 @@ def _in_memory(source: ImageSource, where: str) -> Path | BytesIO | Image.Image:
             kind = f"{source.dtype} {source.shape}; pixels are uint8 [H, W, 3]"
             raise DataError(f"the image of {where} is {kind}, or a tensor [3, H, W]")
         return Image.fromarray(source)
-    if not isinstance(source, Image.Image):
-        raise DataError(f"the image of {where} is a {type(source).__name__}; give a file or pixels")
-    return source
+    raise DataError(f"the image of {where} is a {type(source).__name__}; give a file or pixels")
 
 
 def _check_file(source: Path, name: str) -> None:

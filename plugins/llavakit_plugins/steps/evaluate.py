@@ -69,6 +69,8 @@ class EvaluateOptions(StartOptions):
     batch_size: int = Field(default=64, ge=1)
     workers: int = Field(default=2, ge=0)
     """Threads that read and prepare the images of the next batches."""
+    processes: int = Field(default=1, ge=1)
+    """On a CPU, without torchrun: so many processes share the batches, each with one thread."""
     max_new_tokens: int = Field(default=64, ge=1)
     max_length: int = Field(default=2048, ge=2)
     examples: int = Field(default=24, ge=0)
@@ -166,7 +168,7 @@ class Evaluate(Step):
             questions,
             file,
             Sampling(options.max_new_tokens),
-            Pace(options.batch_size, options.workers),
+            Pace(options.batch_size, options.workers, options.processes),
             progress=run.progress,
             stopping=run.stopping,
             note=name,
@@ -227,22 +229,22 @@ class Evaluate(Step):
         return Gallery(title=f"{name}: questions and answers", cards=cards)
 
     def _losses(self, run: Run, model: LlavaModel, metrics: dict[str, float]) -> Table:
+        from llavakit_plugins.evaluation.losses import held_out_losses
         from llavakit_plugins.training.corpus import Corpus
-        from llavakit_plugins.training.features import Encoding
-        from llavakit_plugins.training.validation import held_out_loss
+        from llavakit_plugins.training.forked import shares_for
 
-        rows: list[list[str | float | int | None]] = []
-        dtype = next(model.vision.parameters()).dtype
-        data_sets = [run.build(use) for use in self.options.losses]
-        uses = zip(self.options.losses, data_sets, strict=True)
+        options = self.options
+        data_sets = [run.build(use) for use in options.losses]
+        uses = zip(options.losses, data_sets, strict=True)
         names = _distinct([data[0].kind or use.use for use, data in uses])
-        for name, data in zip(names, data_sets, strict=True):
-            corpus = Corpus(data, model, model.template, self.options.max_length)
-            features = Encoding(corpus, model, workers=0, dtype=dtype, learns=False)
-            # micro-batches of 8,192 tokens: no gradients are kept, so that these need little memory
-            loss = held_out_loss(model, corpus, 8192, features)
-            metrics[f"loss_{name}"] = loss
-            rows.append([name, len(data), round(loss, 4), round(float(np.exp(loss)), 3)])
+        corpora = [Corpus(data, model, model.template, options.max_length) for data in data_sets]
+        shares = shares_for(model, run.process_group, options.processes)
+        losses = held_out_losses(model, corpora, shares)
+        metrics |= {f"loss_{name}": loss for name, loss in zip(names, losses, strict=True)}
+        rows: list[list[str | float | int | None]] = [
+            [name, len(data), round(loss, 4), round(float(np.exp(loss)), 3)]
+            for name, data, loss in zip(names, data_sets, losses, strict=True)
+        ]
         return Table(
             title="Held-out loss by sort of response",
             columns=["response", "samples", "loss a token", "perplexity"],

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from llavakit import LlavaModel, PromptTemplate, Sample
 from llavakit.contracts.data import IMAGE
@@ -99,7 +100,6 @@ class Validation:
             self._model.template = own
 
 
-@torch.no_grad()
 def held_out_loss(
     model: LlavaModel,
     corpus: Corpus,
@@ -116,8 +116,26 @@ def held_out_loss(
     # the sum stays on the device and is read once, at the end: one wait for all micro-batches
     total, targets = torch.zeros((), device=model.device), 0
     micros: Sequence[Sequence[int]] = corpus.batch(list(corpus.samples), capacity).samples
-    for packed, found in features.load(micros):
+    for loss, count in micro_losses(model, micros, features, measure):
         alive()
-        total += model.loss(packed, found) if measure is None else measure(packed, found)[0]
-        targets += measure.weight(packed.samples) if measure else len(packed.targets_M)
+        total += loss
+        targets += count
     return float(total) / targets
+
+
+@torch.no_grad()
+def micro_losses(
+    model: LlavaModel,
+    micros: Iterable[Sequence[int]],
+    features: Features,
+    measure: Measure | None = None,
+) -> Iterator[tuple[Tensor, int]]:
+    """Yield the summed loss of each micro-batch, float32 `[]`, and what it is divided by.
+
+    `micros` holds the samples of each, of the corpus that `features` loads.
+    """
+    for packed, found in features.load(micros):
+        if measure is None:
+            yield model.loss(packed, found), len(packed.targets_M)
+        else:
+            yield measure(packed, found)[0], measure.weight(packed.samples)

@@ -26,6 +26,7 @@ from llavakit.cli import main
 from llavakit.contracts.model import Sampling
 from llavakit.model.folder import create_model, save_model
 from llavakit_plugins.evaluation.answering import AnswerFile, Pace, ask
+from llavakit_plugins.training import forked
 
 EVALUATE = """\
 name = "evaluate"
@@ -267,14 +268,16 @@ def test_two_processes_score_as_one_does(recipe: Path, tmp_path: Path, llava_run
 # -- going on --------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("shares", [1, 2])
 def test_killed_it_goes_on_and_asks_nothing_twice(
-    recipe: Path, tmp_path: Path, llava_run: Command, monkeypatch: pytest.MonkeyPatch
+    recipe: Path, tmp_path: Path, llava_run: Command, monkeypatch: pytest.MonkeyPatch, shares: int
 ) -> None:
-    assert llava_run(recipe, "--out", tmp_path / "whole").code == 0
+    several = ("--set", f"steps.evaluate.processes={shares}")
+    assert llava_run(recipe, "--out", tmp_path / "whole", *several).code == 0
     whole = rows(tmp_path / "whole" / "01-evaluate" / "vqa.jsonl")
     out = tmp_path / "run"
     file = out / "01-evaluate" / "vqa.jsonl"
-    process = processes.start(tmp_path, recipe, "--out", out)
+    process = processes.start(tmp_path, recipe, "--out", out, *several)
     end = time.monotonic() + 90
     while not file.exists() or file.read_bytes().count(b"\n") < 4:
         assert time.monotonic() < end, (tmp_path / "terminal.txt").read_text()
@@ -294,7 +297,8 @@ def test_killed_it_goes_on_and_asks_nothing_twice(
         return plain(self, prompts, *more, **named)
 
     monkeypatch.setattr(LlavaModel, "answer", watch)
-    assert llava_run(recipe, "--out", out, "--resume").code == 0
+    monkeypatch.setattr(forked, "may_fork", lambda: False)  # what is asked elsewhere is not seen
+    assert llava_run(recipe, "--out", out, *several, "--resume").code == 0
     assert len(asked) == len(whole) - kept
     found = rows(file)
     for row in (*whole, *found):
