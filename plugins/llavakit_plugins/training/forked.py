@@ -2,7 +2,7 @@
 
 The processes are forks, which have all that was made before without a copy. Each sends what it
 finds to the process that forked it, which alone writes files and shows progress. So a fork may be
-killed at any time, and at the end all are.
+killed at any time, and at the end all are: what takes long ends at once, which no pool does.
 """
 
 from __future__ import annotations
