@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from functools import partial
 from itertools import islice
@@ -12,13 +14,13 @@ from typing import Literal
 
 from pydantic import Field
 
-from llavakit import ImageContext, Options, Outcome, Run, Step, explain_write
+from llavakit import ImageContext, LlavaError, Options, Outcome, Run, Step, explain_write
 from llavakit.contracts.run import ProcessGroup
 from llavakit.contracts.sections import Card, Gallery
 from llavakit_plugins.generation.contexts import write_contexts
 from llavakit_plugins.generation.scenes import FAMILY, Scene, Split, compose
 from llavakit_plugins.reporting.pictures import save_image
-from llavakit_plugins.training.forks import fork_pool
+from llavakit_plugins.training.forks import begin_fork, held_signals
 from llavakit_plugins.training.workers import processes_for
 
 _SHOWN = 12
@@ -97,11 +99,25 @@ def _savers(folder: Path, group: ProcessGroup) -> Iterator[Callable[[_Saved], ob
     if processes == 1:
         yield partial(_save, folder)
         return
+    context = multiprocessing.get_context("fork")
     waiting: list[Future[None]] = []
-    with fork_pool(processes, "drew scenes") as pool:
-        yield lambda scenes: waiting.append(pool.submit(_save, folder, scenes))
-        for one in waiting:
-            one.result()
+    with ProcessPoolExecutor(processes, context, initializer=begin_fork) as pool:
+
+        def save(scenes: _Saved) -> None:
+            with held_signals():
+                waiting.append(pool.submit(_save, folder, scenes))
+
+        try:
+            yield save
+            for one in waiting:
+                one.result()
+        except BrokenProcessPool as error:
+            raise LlavaError(
+                "a process that drew scenes was killed, as a system does that runs out of memory; "
+                "close other programs"
+            ) from error
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def _save(folder: Path, scenes: _Saved) -> None:

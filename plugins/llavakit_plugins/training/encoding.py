@@ -6,8 +6,7 @@ I uses of images, P patches of a view, D width of the vision encoder.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import partial
+from contextlib import closing
 from typing import NamedTuple
 
 import numpy as np
@@ -18,7 +17,7 @@ from torch import Tensor
 from llavakit import LlavaModel, VisionEncoder
 from llavakit_plugins.datasets.columns import Column
 from llavakit_plugins.training.corpus import Corpus
-from llavakit_plugins.training.forks import fork_pool, may_fork, threads
+from llavakit_plugins.training.forked import forked
 from llavakit_plugins.training.image_paths import ImagePaths
 
 _ENCODE_BATCH = 32  # views that are encoded at once
@@ -40,74 +39,54 @@ def encode_images(
     """Yield the features of the views of images, in their order.
 
     On a CPU several processes may encode, each with one thread; where none may be forked, this one
-    does so, to the same bits. Must be closed. Raises LlavaError for an image that cannot be read,
-    and where a process was killed.
+    does so, to the same bits. Raises LlavaError for an image that cannot be read, and where a
+    process was killed.
     """
-    encoder = _Encoder(corpus, model, dtype, preparing or model.vision)
     if processes == 1:
-        yield from encoder.encode(images, progress)
+        yield from _encode(corpus, model, images, dtype, progress, preparing)
         return
     pieces = [images[begin : begin + _PIECE] for begin in range(0, len(images), _PIECE)]
-    done = 0
-    with _mapped(encoder, processes) as encoded:
-        for piece, (raw, shape) in zip(pieces, encoded(pieces), strict=True):
-            yield torch.from_numpy(raw).view(encoder.dtype).view(shape)
-            done += len(piece)
+
+    def share(number: int) -> Iterator[tuple[int, torch.dtype, npt.NDArray[np.uint8]]]:
+        for index in range(number, len(pieces), processes):
+            batches = _encode(corpus, model, pieces[index], dtype, lambda *_: None, preparing)
+            found = torch.cat(list(batches))
+            # numpy has not all of PyTorch's types
+            yield index, found.dtype, found.view(torch.uint8).numpy()
+
+    held: dict[int, Tensor] = {}
+    done = due = 0
+    with closing(forked(processes, share, "encoded images")) as encoded:
+        for index, kind, raw in encoded:
+            held[index] = torch.from_numpy(raw).view(kind)
+            done += len(pieces[index])
             progress(done, len(images), "encoding images")
+            while due in held:
+                yield held.pop(due)
+                due += 1
 
 
-class _Encoder(NamedTuple):
-    corpus: Corpus
-    model: LlavaModel
-    dtype: torch.dtype
-    preparing: VisionEncoder
-
-    def encode(
-        self, images: Sequence[Image], progress: Callable[[int, int, str], object]
-    ) -> Iterator[Tensor]:
-        """Yield the features of views, a batch at a time."""
-        waiting: list[Tensor] = []
-        for done, image in enumerate(images, start=1):
-            waiting.append(self.corpus.pixels(self.preparing, *image))
-            # an image may have many views, and a video has: no more than needed are held
-            if done < len(images) and sum(map(len, waiting)) < _ENCODE_BATCH:
-                continue
-            for batch in torch.cat(waiting).split(_ENCODE_BATCH):
-                with torch.no_grad():
-                    yield self.model.features(batch.to(self.model.device, self.dtype))
-            waiting.clear()
-            progress(done, len(images), "encoding images")
-
-    def sent(self, images: Sequence[Image]) -> _Sent:
-        """Return the features of views at once, as another process can be sent them."""
-        found = torch.cat(list(self.encode(images, lambda *_: None)))
-        return found.view(torch.uint8).numpy(), tuple(found.shape)
-
-
-_Sent = tuple[npt.NDArray[np.uint8], tuple[int, ...]]
-"""The bytes of features, whatever their type, and their shape."""
-_Mapped = Callable[[Sequence[Sequence[Image]]], Iterator[_Sent]]
-_of_fork: list[_Encoder] = []
-
-
-@contextmanager
-def _mapped(encoder: _Encoder, processes: int) -> Iterator[_Mapped]:
-    """Yield what encodes pieces by one thread each, in forks where there may be some."""
-    if not may_fork():
-        with threads(1):
-            yield partial(map, encoder.sent)
-        return
-
-    def begin() -> None:
-        torch.set_num_threads(1)  # GNU's OpenMP waits for ever for threads that were not forked
-        _of_fork.append(encoder)
-
-    with fork_pool(processes, "encoded images", begin) as pool:
-        yield partial(pool.map, _encode)
-
-
-def _encode(images: Sequence[Image]) -> _Sent:
-    return _of_fork[0].sent(images)
+def _encode(
+    corpus: Corpus,
+    model: LlavaModel,
+    images: Sequence[Image],
+    dtype: torch.dtype,
+    progress: Callable[[int, int, str], object],
+    preparing: VisionEncoder | None,
+) -> Iterator[Tensor]:
+    """Yield the features of the views of images, a batch at a time."""
+    vision = preparing or model.vision
+    waiting: list[Tensor] = []
+    for done, image in enumerate(images, start=1):
+        waiting.append(corpus.pixels(vision, *image))
+        # an image may have many views, and a video has: no more than needed are held
+        if done < len(images) and sum(map(len, waiting)) < _ENCODE_BATCH:
+            continue
+        for batch in torch.cat(waiting).split(_ENCODE_BATCH):
+            with torch.no_grad():
+                yield model.features(batch.to(model.device, dtype))
+        waiting.clear()
+        progress(done, len(images), "encoding images")
 
 
 class DistinctImages(NamedTuple):

@@ -12,8 +12,6 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from threading import Thread
@@ -62,34 +60,6 @@ def begin_fork() -> None:
     leave_signals_to_the_parent()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPS)
     Thread(target=_end_with_parent, daemon=True).start()
-
-
-@contextmanager
-def fork_pool(
-    count: int, did: str, begin: Callable[[], object] = lambda: None
-) -> Iterator[ProcessPoolExecutor]:
-    """Yield a pool of so many forks, each of which first calls `begin`; none is left in the end.
-
-    Raises LlavaError where one was killed, of which `did` says in a clause what they did.
-    """
-    context = multiprocessing.get_context("fork")
-    with ProcessPoolExecutor(count, context, initializer=_begin, initargs=(begin,)) as pool:
-        try:
-            with held_signals():
-                pool.submit(os.getpid)  # the first task begins all of them
-            yield pool
-        except BrokenProcessPool as error:
-            raise LlavaError(
-                f"a process that {did} was killed, as a system does that runs out of memory; close "
-                "other programs"
-            ) from error
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-def _begin(also: Callable[[], object]) -> None:
-    begin_fork()
-    also()
 
 
 def how_ended(code: int) -> str:
