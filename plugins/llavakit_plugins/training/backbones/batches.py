@@ -1,14 +1,12 @@
-"""The batches of images and captions that a CLIP is trained on, made while the step before runs.
+"""The batches of images and captions that a CLIP is trained on.
 
 Shapes: B images in a batch, each with one of its captions, T tokens of the longest of these.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Generic, TypeVar
 
 import numpy as np
 import torch
@@ -20,29 +18,6 @@ from llavakit_plugins.generation.scenes import FAMILY
 from llavakit_plugins.training.backbones.distortions import varied_patches
 from llavakit_plugins.training.backbones.loop import shuffled
 from llavakit_plugins.training.backbones.options import ContrastiveOptions
-
-T = TypeVar("T")
-
-
-class Ahead(Generic[T]):
-    """Makes what a step needs in a thread of its own, while the step before it is computed."""
-
-    def __init__(self, make: Callable[[int], T], steps: int) -> None:
-        self._make, self._steps = make, steps
-        self._thread = ThreadPoolExecutor(1)
-        self._made: dict[int, Future[T]] = {}
-
-    def of(self, step: int) -> T:
-        """Return what `make` makes for a step, and begin with the next. Raises what it raises."""
-        found = self._made.pop(step, None) or self._thread.submit(self._make, step)
-        self._made.clear()  # where steps do not follow each other
-        value = found.result()
-        if step + 1 < self._steps:
-            self._made[step + 1] = self._thread.submit(self._make, step + 1)
-        return value
-
-    def end(self) -> None:
-        self._thread.shutdown()
 
 
 class Batches:

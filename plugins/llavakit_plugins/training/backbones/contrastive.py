@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from llavakit import ImageContext, ModelError, Run, VisionEncoder
 from llavakit_plugins.huggingface.products import choose_products
-from llavakit_plugins.training.backbones.batches import Ahead, Batches
+from llavakit_plugins.training.backbones.batches import Batches
 from llavakit_plugins.training.backbones.loop import Training, updates_of
 from llavakit_plugins.training.backbones.options import ContrastiveOptions
 
@@ -80,10 +80,9 @@ def clip_training(
         vision, target.config.patch_size, files, images,
         captions, tokenizer.pad_token_id, options, run.seed,
     )  # fmt: skip
-    ahead = Ahead(batches.of, options.steps)
 
     def loss_of(step: int) -> Tensor:
-        shown, rows, mask = (part.to(device) for part in ahead.of(step))
+        shown, rows, mask = (part.to(device) for part in batches.of(step))
         with torch.no_grad():
             clip.logit_scale.clamp_(0, _MAX_SCALE)
         logits_BB = clip(input_ids=rows, attention_mask=mask, pixel_values=shown).logits_per_image
@@ -92,7 +91,6 @@ def clip_training(
         return loss
 
     def end() -> None:
-        ahead.end()
         # older versions of transformers wrap the transformer once more, on either side
         inner = getattr(target, "vision_model", target)
         trained = getattr(clip.vision_model, "vision_model", clip.vision_model)
