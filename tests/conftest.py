@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +19,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny, and severa
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach for the network
 os.environ.setdefault("PYTHONFAULTHANDLER", "1")  # a process that crashes says where
 os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run on the CPU; read at the first import
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background has it so, and all
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # that is begun here would, too
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
