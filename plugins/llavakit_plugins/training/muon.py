@@ -23,7 +23,8 @@ class MuonOptions(AdamWOptions):
     """Newton-Schulz iterations that make an update orthogonal."""
     stacked: bool = False
     """Make all matrices of one shape orthogonal together, in float32 instead of bfloat16: faster
-    where they are small and many, and on a CPU without products in bfloat16."""
+    where they are small and many, and on a CPU without products in bfloat16. Those that are divided
+    over devices are gathered one by one, and so made orthogonal in float32."""
     by_adamw: tuple[str, ...] = ("embed", "head")
     """Matrices whose names hold one of these texts are updated by AdamW, with `betas` and `eps`: a
     table of embeddings and a head are no maps between hidden states."""
@@ -42,7 +43,9 @@ class Muon(Optimiser):
 
     def optimizers(self, groups: Sequence[Group]) -> Sequence[torch.optim.Optimizer]:
         import torch  # not before: plans ask only what its state takes
+        from torch.distributed.tensor import DTensor
 
+        from llavakit_plugins.training.muon_divided import DividedMuon
         from llavakit_plugins.training.muon_stacked import StackedMuon
 
         tables: list[dict[str, Any]] = []
@@ -57,19 +60,20 @@ class Muon(Optimiser):
             if rest:
                 others.append(Group(rest, group.peak, group.weight_decay))
         found: list[torch.optim.Optimizer] = []
-        if tables and self.options.stacked:
-            found.append(
-                StackedMuon(
-                    tables, momentum=self.options.momentum, nesterov=self.options.nesterov,
-                    iterations=self.options.iterations,
-                )
-            )  # fmt: skip
+        stacked = self.options.stacked
+        how: dict[str, Any] = {
+            "momentum": self.options.momentum,
+            "nesterov": self.options.nesterov,
+        }
+        iterations = self.options.iterations
+        if any(isinstance(parameter, DTensor) for one in tables for parameter in one["params"]):
+            dtype = torch.float32 if stacked else torch.bfloat16
+            found.append(DividedMuon(tables, iterations=iterations, dtype=dtype, **how))
+        elif tables and stacked:
+            found.append(StackedMuon(tables, iterations=iterations, **how))
         elif tables:
-            muon = torch.optim.Muon(
-                tables, momentum=self.options.momentum, nesterov=self.options.nesterov,
-                ns_steps=self.options.iterations, adjust_lr_fn="match_rms_adamw",
-            )  # fmt: skip
-            found.append(muon)
+            how |= {"ns_steps": iterations, "adjust_lr_fn": "match_rms_adamw"}
+            found.append(torch.optim.Muon(tables, **how))
         if others:
             found.append(fused_adamw(others, self.options))
         return found

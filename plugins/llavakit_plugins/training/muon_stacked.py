@@ -12,9 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
-
-from llavakit import TrainingError
 
 _A, _B, _C = 3.4445, -4.775, 2.0315
 """The polynomial of Muon's Newton-Schulz iteration (Keller Jordan, 2024)."""
@@ -26,7 +23,7 @@ class StackedMuon(torch.optim.Optimizer):
 
     A network of many small matrices waits for the host, which starts 15 products for each of them;
     here they are started once for all matrices of a shape. float32 costs little then, and a CPU
-    without products in bfloat16 is not slowed down. Raises TrainingError for divided weights.
+    without products in bfloat16 is not slowed down.
     """
 
     def __init__(
@@ -37,11 +34,6 @@ class StackedMuon(torch.optim.Optimizer):
         nesterov: bool,
         iterations: int,
     ) -> None:
-        if any(isinstance(parameter, DTensor) for table in tables for parameter in table["params"]):
-            raise TrainingError(
-                "the optimiser `muon` does not stack weights that are divided over devices; leave "
-                "`stacked` out, or do not divide them"
-            )
         super().__init__(tables, {"lr": 0.0, "weight_decay": 0.0})
         self._momentum, self._nesterov, self._iterations = momentum, nesterov, iterations
 
@@ -70,17 +62,18 @@ class StackedMuon(torch.optim.Optimizer):
         torch._foreach_add_(parameters, updates_NRC.unbind(), alpha=-lr * scale)
 
 
-def orthogonal(matrices_NRC: Tensor, iterations: int) -> Tensor:
-    """Return matrices with the same singular vectors and singular values near 1, in float32.
+def orthogonal(matrices_NRC: Tensor, iterations: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return matrices with the same singular vectors and singular values near 1, in `dtype`.
 
     Newton-Schulz iterations bring them to about 0.7 to 1.2 (arXiv 2502.16982, section 2.1).
     """
     tall = matrices_NRC.shape[1] > matrices_NRC.shape[2]
-    x_NRC = matrices_NRC.float()
+    x_NRC = matrices_NRC.to(dtype)
     x_NRC = x_NRC.mT.contiguous() if tall else x_NRC
     x_NRC = x_NRC / torch.linalg.matrix_norm(x_NRC, keepdim=True).clamp(min=1e-7)
     gram_NRR = x_NRC @ x_NRC.mT
-    if x_NRC.shape[2] >= _WIDE * x_NRC.shape[1]:
+    # powers of a Gram matrix need float32
+    if dtype == torch.float32 and x_NRC.shape[2] >= _WIDE * x_NRC.shape[1]:
         x_NRC = _factor(gram_NRR, iterations) @ x_NRC
     else:
         for number in range(iterations):

@@ -18,7 +18,6 @@ from tests.plugins.training.test_sharded_checkpoints import GENTLE, as_if_killed
 from torch import Tensor, nn
 
 from llavakit import TrainingError
-from llavakit_plugins.training import muon_stacked
 from llavakit_plugins.training.adamw import AdamW, AdamWOptions
 from llavakit_plugins.training.adamw8bit import AdamW8bit
 from llavakit_plugins.training.kinds import Group, Optimiser, Schedule
@@ -191,10 +190,48 @@ def test_stacked_matrices_become_orthogonal_as_in_float64() -> None:
     assert not orthogonal(torch.zeros(1, 2, 3), iterations=5).any()
 
 
-def test_divided_weights_are_not_stacked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(muon_stacked, "DTensor", nn.Parameter)
-    with pytest.raises(TrainingError, match="leave `stacked` out"):
-        updates_of(weights(), OPTIMISERS["stacked"]())
+SHAPES = [(1, 24), (24, 1), (2, 24), (5, 7), (24, 16), (16, 48)]
+
+
+def divided_and_whole(arguments: list[str]) -> int:
+    """Take steps with whole matrices and with divided ones; leave in a file what differs."""
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+    dist.init_process_group("gloo")
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    torch.manual_seed(0)
+    whole = {str(shape): nn.Parameter(torch.randn(shape)) for shape in SHAPES}
+    parts = {
+        name: nn.Parameter(distribute_tensor(weight.detach(), mesh, [Shard(0)]))
+        for name, weight in whole.items()
+    }
+    muon, rates = OPTIMISERS[arguments[0]], Rates(Linear(FallingOptions()), 3, 0.0)
+    updates = [
+        Updates([Group(named, 0.1, 0.01)], rates, optimiser=muon(), clip=1e9)
+        for named in (whole, parts)
+    ]
+    for step in range(3):
+        for name, weight in whole.items():
+            weight.grad = torch.randn(weight.shape)
+            parts[name].grad = distribute_tensor(weight.grad, mesh, [Shard(0)])
+        for one in updates:
+            one.step(step)
+    for name, part in parts.items():
+        assert isinstance(part, DTensor)
+        found = part.full_tensor()
+        # one rounding of bfloat16, which may differ in products of several matrices
+        torch.testing.assert_close(found, whole[name], atol=4e-3, rtol=0, msg=name)
+    dist.destroy_process_group()
+    return 0
+
+
+@pytest.mark.parametrize("name", ["muon", "stacked"])
+def test_divided_matrices_of_any_shape_are_updated_as_whole_ones(tmp_path: Path, name: str) -> None:
+    """Also those with fewer rows than devices, as adapters have on many devices."""
+    ended = processes.run_ranks(tmp_path, 3, name, program=divided_and_whole)
+    assert ended.code == 0, ended.said
 
 
 @pytest.mark.parametrize("name", OPTIMISERS)
