@@ -27,10 +27,9 @@ Piece: TypeAlias = str | bytes
 
 _SPACE = "▁"  # SentencePiece's space
 _WORD = re.compile(r" *[^ ]+| +")  # of a line
-_BYTE_WORD = (
-    re.compile(  # of text in ASCII: of any other, `re` has no classes for GPT-2's expression
-        r"'s|'t|'re|'ve|'m|'ll|'d| ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+(?!\S)|\s+", re.ASCII
-    )
+# GPT-2's expression for text in ASCII: of any other, `re` has no classes for it
+_BYTE_WORD = re.compile(
+    r"'s|'t|'re|'ve|'m|'ll|'d| ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+(?!\S)|\s+", re.ASCII
 )
 _BLANK = " \t\n\r\f\v"
 _LONGEST, _MOST = 32, 200_000  # words to remember: their characters, and how many
