@@ -28,6 +28,7 @@ from llavakit_plugins.training.agreement import in_each
 from llavakit_plugins.training.corpus import Corpus
 from llavakit_plugins.training.encoding import distinct_images, encode_images
 from llavakit_plugins.training.feature_cache import Kept
+from llavakit_plugins.training.forked import shares_for
 from llavakit_plugins.training.forks import is_helper, leave_signals_to_the_parent
 from llavakit_plugins.training.options import TrainOptions
 from llavakit_plugins.training.preparing import preparation
@@ -44,7 +45,7 @@ def features_of(corpus: Corpus, model: LlavaModel, options: TrainOptions, run: R
     learns = "vision" in options.train
     dtype = next(model.vision.parameters()).dtype
     preparing = preparation(model, options.prepare, run.build)
-    processes = options.processes_of(model.device.type, run.process_group)
+    processes = shares_for(model, run.process_group, options.processes)
     if options.feature_cache is not None:
         most = int(options.feature_cache_gb * 1e9)
         return Kept(

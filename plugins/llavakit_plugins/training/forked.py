@@ -13,7 +13,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from llavakit import LlavaError, LlavaModel
 from llavakit.contracts.run import ProcessGroup
@@ -25,6 +25,9 @@ from llavakit_plugins.training.forks import (
     threads,
 )
 
+if TYPE_CHECKING:
+    import torch
+
 T = TypeVar("T")
 
 
@@ -34,8 +37,12 @@ def shares_for(model: Any, group: ProcessGroup, processes: int) -> int:
     One alone where the model is on a GPU or none of ours, whose threads a fork would lack, and
     under torchrun, where all cores have work.
     """
-    ours = isinstance(model, LlavaModel) and model.device.type == "cpu"
-    return processes if ours and group.size == 1 else 1
+    return shares_on(model.device, group, processes) if isinstance(model, LlavaModel) else 1
+
+
+def shares_on(device: torch.device, group: ProcessGroup, processes: int) -> int:
+    """Return the same of work on a device."""
+    return processes if device.type == "cpu" and group.size == 1 else 1
 
 
 def forked(count: int, share: Callable[[int], Iterable[T]], did: str) -> Generator[T]:

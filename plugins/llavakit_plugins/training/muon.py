@@ -61,10 +61,7 @@ class Muon(Optimiser):
                 others.append(Group(rest, group.peak, group.weight_decay))
         found: list[torch.optim.Optimizer] = []
         stacked = self.options.stacked
-        how: dict[str, Any] = {
-            "momentum": self.options.momentum,
-            "nesterov": self.options.nesterov,
-        }
+        how: dict[str, Any] = {k: getattr(self.options, k) for k in ("momentum", "nesterov")}
         iterations = self.options.iterations
         if any(isinstance(parameter, DTensor) for one in tables for parameter in one["params"]):
             dtype = torch.float32 if stacked else torch.bfloat16

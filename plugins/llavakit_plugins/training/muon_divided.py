@@ -10,29 +10,20 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from llavakit_plugins.training.muon_stacked import orthogonal
+from llavakit_plugins.training.muon_stacked import StackedMuon, orthogonal
 
 
-class DividedMuon(torch.optim.Optimizer):
-    """torch.optim.Muon's update, scaled to the size of AdamW's, of weights that are divided.
+class DividedMuon(StackedMuon):
+    """The same update as StackedMuon's, of weights that are divided.
 
     One matrix after the other is gathered on all devices, each of which makes it orthogonal, in
     `dtype`, and keeps its share. torch.optim.Muon exchanges messages for each of its products
     there, and cannot update a matrix with fewer rows than devices.
     """
 
-    def __init__(
-        self,
-        tables: Sequence[dict[str, Any]],
-        *,
-        momentum: float,
-        nesterov: bool,
-        iterations: int,
-        dtype: torch.dtype,
-    ) -> None:
-        super().__init__(tables, {"lr": 0.0, "weight_decay": 0.0})
-        self._momentum, self._nesterov = momentum, nesterov
-        self._iterations, self._dtype = iterations, dtype
+    def __init__(self, tables: Sequence[dict[str, Any]], *, dtype: torch.dtype, **how: Any) -> None:
+        super().__init__(tables, **how)
+        self._dtype = dtype
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -40,12 +31,12 @@ class DividedMuon(torch.optim.Optimizer):
         for table in self.param_groups:
             for parameter in table["params"]:
                 if parameter.grad is not None:
-                    update = self._update(parameter, parameter.grad)
+                    update = self._orthogonal(parameter, parameter.grad)
                     scale = 0.2 * math.sqrt(max(parameter.shape))
                     parameter.mul_(1 - table["lr"] * table["weight_decay"])
                     parameter.add_(update, alpha=-table["lr"] * scale)
 
-    def _update(self, parameter: Tensor, gradient: Tensor) -> Tensor:
+    def _orthogonal(self, parameter: Tensor, gradient: Tensor) -> Tensor:
         state = self.state[parameter]
         mean = state.setdefault("momentum_buffer", torch.zeros_like(parameter))
         mean.lerp_(gradient, 1 - self._momentum)

@@ -9,7 +9,6 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from llavakit import Dataset, Options, PromptTemplate, Tiling, Use
-from llavakit.contracts.run import ProcessGroup
 from llavakit_plugins.training.adamw import Beta
 from llavakit_plugins.training.callbacks import Callback
 from llavakit_plugins.training.kinds import Objective, Optimiser, Schedule
@@ -148,7 +147,3 @@ class TrainOptions(StartOptions):
         if self.keep_best and self.validate_every is None:
             raise ValueError("`keep_best` needs `validate_every`, or there is only the last model")
         return self
-
-    def processes_of(self, device: str, process_group: ProcessGroup) -> int:
-        """Return how many processes may compute beside each other for a device of this type."""
-        return self.processes if device == "cpu" and process_group.size == 1 else 1

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from llavakit import Run
 from llavakit_plugins.training.corpus import Batch, Corpus
+from llavakit_plugins.training.forked import shares_on
 from llavakit_plugins.training.options import TrainOptions
 from llavakit_plugins.training.parallel import Micro, own_micros
 from llavakit_plugins.training.progress import Progress
@@ -45,7 +46,7 @@ class Order:
     ) -> None:
         self._corpus, self._options, self._steps = corpus, options, steps
         self._seed, self._process_group = run.seed, run.process_group
-        self.shares = options.processes_of(device.type, run.process_group)
+        self.shares = shares_on(device, run.process_group, options.processes)
         """Shares of a step that processes of this device may compute beside each other."""
 
     def due(self, progress: Progress, shares: Sequence[int]) -> Iterator[Due]:

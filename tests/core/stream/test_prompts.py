@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -105,10 +106,11 @@ PARTS = st.lists(
 )
 
 
-@settings(max_examples=100, deadline=None)
-@given(parts=PARTS, scheme=st.sampled_from(["first", "always", "never"]))
-def test_reading_by_words_changes_nothing(parts: list[tuple[str, bool, bool]], scheme: str) -> None:
-    words, whole = by_words(llama_like(scheme)), llama_like(scheme)
+def read_alike(
+    parts: Sequence[tuple[str, bool, bool]], words: Any, whole: Any
+) -> tuple[list[Segment], Any]:
+    """Return segments of texts, supervised or not, with `</s>` behind them or not, and their ids,
+    which both tokenizers must agree on."""
     segments = []
     for text, flag, special in parts:
         segments.append(Segment(text, flag))
@@ -118,6 +120,14 @@ def test_reading_by_words_changes_nothing(parts: list[tuple[str, bool, bool]], s
     expected_ids, expected_learned = tokenise(segments, whole)
     assert ids.tolist() == expected_ids.tolist()
     assert supervised.tolist() == expected_learned.tolist()
+    return segments, ids
+
+
+@settings(max_examples=100, deadline=None)
+@given(parts=PARTS, scheme=st.sampled_from(["first", "always", "never"]))
+def test_reading_by_words_changes_nothing(parts: list[tuple[str, bool, bool]], scheme: str) -> None:
+    words, whole = by_words(llama_like(scheme)), llama_like(scheme)
+    segments, ids = read_alike(parts, words, whole)
     text = "".join(segment.text for segment in segments)
     if scheme == "always":
         assert ids.tolist() == as_sentencepiece(words)(text)["input_ids"]

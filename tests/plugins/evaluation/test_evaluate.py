@@ -128,6 +128,19 @@ def answer(
     )
 
 
+def count_asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Return a list to which this process adds each prompt that it asks."""
+    asked: list[str] = []
+    plain = LlavaModel.answer
+
+    def watch(self: LlavaModel, prompts: Any, *more: Any, **named: Any) -> list[str]:
+        asked.extend(prompt for prompt, _ in prompts)
+        return plain(self, prompts, *more, **named)
+
+    monkeypatch.setattr(LlavaModel, "answer", watch)
+    return asked
+
+
 def rows(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
@@ -289,14 +302,7 @@ def test_killed_it_goes_on_and_asks_nothing_twice(
     kept = before.count(b"\n")
     assert kept < len(whole), "it was done before it was killed; ask more"
     file.write_bytes(before + b'{"question_id": "q3", "text": "half')  # as a kill may leave it
-    asked: list[str] = []
-    plain = LlavaModel.answer
-
-    def watch(self: LlavaModel, prompts: Any, *more: Any, **named: Any) -> list[str]:
-        asked.extend(prompt for prompt, _ in prompts)
-        return plain(self, prompts, *more, **named)
-
-    monkeypatch.setattr(LlavaModel, "answer", watch)
+    asked = count_asked(monkeypatch)
     monkeypatch.setattr(forked, "may_fork", lambda: False)  # what is asked elsewhere is not seen
     assert llava_run(recipe, "--out", out, *several, "--resume").code == 0
     assert len(asked) == len(whole) - kept

@@ -13,7 +13,14 @@ from typing import Any
 import pytest
 import torch
 from tests.conftest import Command
-from tests.plugins.evaluation.test_evaluate import model, model_folder, questions, recipe, rows
+from tests.plugins.evaluation.test_evaluate import (
+    count_asked,
+    model,
+    model_folder,
+    questions,
+    recipe,
+    rows,
+)
 
 from llavakit import LlavaModel
 from llavakit_plugins.evaluation.answer_files import AnswerFile
@@ -76,19 +83,6 @@ def kept(tmp_path: Path, name: str) -> int:
     """Return how many answers a run that was ended left on the disk."""
     folder = tmp_path / name / "01-evaluate"
     return sum(len(rows(path)) for path in folder.glob("*.jsonl"))
-
-
-def count_asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Return a list to which this process adds each prompt that it asks."""
-    asked: list[str] = []
-    plain = LlavaModel.answer
-
-    def watch(self: LlavaModel, prompts: Any, *more: Any, **named: Any) -> list[str]:
-        asked.extend(prompt for prompt, _ in prompts)
-        return plain(self, prompts, *more, **named)
-
-    monkeypatch.setattr(LlavaModel, "answer", watch)
-    return asked
 
 
 def test_they_answer_and_measure_as_one_does(

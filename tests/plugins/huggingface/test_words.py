@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import pytest
 from hypothesis import given, settings, strategies as st
-from tests.core.stream.test_prompts import around, llama_like
+from tests.core.stream.test_prompts import around, llama_like, read_alike
 from tests.plugins.families import their_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
@@ -125,15 +125,7 @@ def test_gpt2s_words_are_the_same_one_by_one(
     parts: list[tuple[str, bool, bool]], made: tuple[bool, Any, Any]
 ) -> None:
     _, whole, words = made
-    segments = []
-    for text, flag, special in parts:
-        segments.append(Segment(text, flag))
-        if special:
-            segments.append(Segment("</s>", flag, markup=True))
-    ids, supervised = tokenise(segments, words)
-    expected_ids, expected = tokenise(segments, whole)
-    assert ids.tolist() == expected_ids.tolist()
-    assert supervised.tolist() == expected.tolist()
+    read_alike(parts, words, whole)
 
 
 def test_gpt2s_words_are_read_one_by_one_in_ascii_alone(read: list[bool]) -> None:

@@ -43,10 +43,10 @@ class Batches:
         self._varied = torch.empty(len(captions), row, row, dtype=torch.bool)
         self._unread = set(range(len(captions)))
 
-    def of(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
+    def of(self, step: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """Return pixels `[B, 3, H, W]`, float32, tokens `[B, T]`, and 1 where these are no padding.
 
-        All are on the CPU. Raises DataError if an image cannot be read.
+        Pixels are changed on the device. Raises DataError if an image cannot be read.
         """
         index, draw = self._order.batch(step)
         chosen = [self._captions[i][int(draw.integers(len(self._captions[i])))] for i in index]
@@ -56,10 +56,10 @@ class Batches:
             rows[number, : len(ids)] = torch.tensor(ids)
             mask[number, : len(ids)] = 1
         self._read([number for number in index if number in self._unread])
-        shown = self._pixels[index]
+        shown = self._pixels[index].to(device)
         if self._distortions is not None:
-            self._distortions.change(shown, self._varied[index], self._patch, draw)
-        return shown, rows, mask
+            self._distortions.change(shown, self._varied[index].to(device), self._patch, draw)
+        return shown, rows.to(device), mask.to(device)
 
     def _read(self, numbers: list[int]) -> None:
         for number in numbers:

@@ -82,7 +82,7 @@ def clip_training(
     )  # fmt: skip
 
     def loss_of(step: int) -> Tensor:
-        shown, rows, mask = (part.to(device) for part in batches.of(step))
+        shown, rows, mask = batches.of(step, device)
         with torch.no_grad():
             clip.logit_scale.clamp_(0, _MAX_SCALE)
         logits_BB = clip(input_ids=rows, attention_mask=mask, pixel_values=shown).logits_per_image
