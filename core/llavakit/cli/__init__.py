@@ -15,7 +15,6 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from importlib.metadata import entry_points
 from threading import enumerate as threads
 from traceback import format_exception
 from typing import Any
@@ -23,7 +22,7 @@ from typing import Any
 from llavakit import __version__
 from llavakit.contracts.commands import GROUP
 from llavakit.contracts.errors import LlavaError, PluginError
-from llavakit.registry.entry_points import only
+from llavakit.registry.entry_points import entry_points, only
 
 _USAGE = """\
 llava-run RECIPE [--out DIR] [--set a.b.c=value ...] [--plan] [--resume]

@@ -11,12 +11,11 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from importlib.metadata import entry_points
 from typing import TextIO
 
 from llavakit.contracts.run import Progress
 from llavakit.recipe.redaction import redact, shown
-from llavakit.registry.entry_points import imported
+from llavakit.registry.entry_points import entry_points, imported
 
 _QUIET_SECONDS = 3.0  # before what is usually quick is shown
 

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, cast, get_args, get_origin
 
@@ -28,7 +27,7 @@ from llavakit.contracts.run import Step
 from llavakit.recipe.overrides import Key, Source, Span
 from llavakit.recipe.redaction import brief, redact
 from llavakit.registry import LATER, Registry, StepFolders, kind_of
-from llavakit.registry.entry_points import imported
+from llavakit.registry.entry_points import entry_points, imported
 
 _DEEPEST = 50
 

@@ -11,12 +11,11 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from llavakit.contracts.errors import RecipeError
-from llavakit.registry.entry_points import imported
+from llavakit.registry.entry_points import entry_points, imported
 
 Key = tuple[str | int, ...]
 

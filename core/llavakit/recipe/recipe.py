@@ -7,7 +7,6 @@ import re
 import tomllib
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,7 +21,7 @@ from llavakit.recipe.check import Checker, Problem, boundless, problems_in, soun
 from llavakit.recipe.model_choice import ModelRecipe
 from llavakit.recipe.overrides import Key, Source, set_key, stated, step_index
 from llavakit.registry import LATER, Registry
-from llavakit.registry.entry_points import imported
+from llavakit.registry.entry_points import entry_points, imported
 
 
 class StepUse(SkippableUse[Step]):

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from importlib.metadata import entry_points
 from inspect import signature
 from pathlib import Path
 from pkgutil import resolve_name
@@ -18,7 +17,7 @@ from llavakit.contracts import hooks
 from llavakit.contracts.component import Component, Options, Use
 from llavakit.contracts.errors import PluginError, RecipeError, did_you_mean
 from llavakit.registry.choices import StepFolders, kind_of, step_path, texts_in
-from llavakit.registry.entry_points import INSTALL, imported, package_of
+from llavakit.registry.entry_points import INSTALL, entry_points, imported, package_of
 from llavakit.registry.installed import check_hooks, explained, wanted, warn_once
 
 KindT = TypeVar("KindT", bound=Component)

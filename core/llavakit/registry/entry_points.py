@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from functools import lru_cache
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint, EntryPoints, entry_points as read
 from operator import attrgetter
 from traceback import extract_tb
-from typing import Any
+from typing import Any, cast
 
 from llavakit.contracts.errors import PluginError
 
 INSTALL = "the installation of llavakit is older than its files: install it again by pip"
+_read = lru_cache(1)(lambda _changed: read())  # which takes 20 ms where 200 packages are
+
+
+def entry_points(**chosen: str) -> EntryPoints:
+    """Return those of a `group`, and of a `name`; packages are read again once one has changed."""
+    changed = tuple(os.stat(path).st_mtime_ns for path in sys.path if os.path.isdir(path))
+    return cast("EntryPoints", _read(changed).select(**chosen))
 
 
 def only(group: str, name: str) -> Any:

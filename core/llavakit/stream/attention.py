@@ -6,21 +6,17 @@ sample Q rows that look and C columns that are looked at.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from importlib.metadata import entry_points
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from llavakit.contracts.packing import KVCache, Packing, Scoring
-from llavakit.registry.entry_points import imported
+from llavakit.registry.entry_points import entry_points, imported
 
 # found once, at import: torch.compile cannot trace a look-up of entry points
-_CHOOSERS: tuple[Callable[..., Any], ...] = tuple(
-    imported(found) for found in entry_points(group="llavakit.attention")
-)
+_CHOOSERS = tuple(map(imported, entry_points(group="llavakit.attention")))
 """What entry points of the group `llavakit.attention` name: called with the scoring, the widths of
 keys and values and the device, each returns a kernel `(q, k, v, packing, scoring)`, or None."""
 
