@@ -53,6 +53,13 @@ def add(commands: Commands) -> None:
     predict.add_argument(
         "--workers", type=int, default=2, metavar="N", help="threads that prepare images (2)"
     )
+    predict.add_argument(
+        "--processes",
+        type=int,
+        default=1,
+        metavar="N",
+        help="processes that share the batches on a CPU, each with one thread (1)",
+    )
     predict.add_argument("--device", default="auto")
     predict.add_argument(
         "--concurrency", type=int, default=16, metavar="N", help="requests to a service at once"
@@ -75,8 +82,9 @@ def _predict(arguments: argparse.Namespace) -> int:
     from llavakit import join_process_group, say
     from llavakit.contracts.run import Stopped
 
-    if min(arguments.batch_size, arguments.concurrency, arguments.limit or 1) < 1:
-        raise LlavaError("--batch-size, --concurrency and --limit are 1 or more")
+    counts = ("batch_size", "processes", "concurrency")
+    if min(arguments.limit or 1, *(getattr(arguments, name) for name in counts)) < 1:
+        raise LlavaError("--batch-size, --processes, --concurrency and --limit are 1 or more")
     sampling = sampling_of(arguments)
     service = re.match(r"https?://", arguments.model, re.IGNORECASE) is not None
     with (
@@ -189,7 +197,7 @@ def _by_model(
             # one writer: another process of this command would otherwise write to the same folder
             stack.enter_context(job.working())
         model = load_model(path, arguments, device, options)
-        pace = Pace(arguments.batch_size, arguments.workers)
+        pace = Pace(arguments.batch_size, arguments.workers, arguments.processes)
         predict(
             model,
             questions,

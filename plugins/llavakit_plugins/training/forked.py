@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     import torch
 
 T = TypeVar("T")
+_REMEDY = "close other programs, or set `processes` to 1, and run it again (a recipe with --resume)"
 
 
 def shares_for(model: Any, group: ProcessGroup, processes: int) -> int:
@@ -85,8 +86,7 @@ def _forks(count: int, share: Callable[[int], Iterable[T]], did: str) -> Iterato
                 except OSError as error:
                     here.close()
                     raise LlavaError(
-                        f"no process could be begun that {did} ({error}); close other programs, or "
-                        "set processes = 1"
+                        f"no process could be begun that {did} ({error}); {_REMEDY}"
                     ) from error
                 finally:
                     there.close()  # the end of the pipe says that of the process
@@ -111,10 +111,7 @@ def _received(forks: _Forks, did: str) -> Iterator[T]:
                 process = going[pipe]
                 process.join()
                 how = how_ended(process.exitcode or 0)
-                raise LlavaError(
-                    f"a process that {did} {how}; close other programs, or set processes = 1, and "
-                    "go on with --resume"
-                ) from None
+                raise LlavaError(f"a process that {did} {how}; {_REMEDY}") from None
             if isinstance(found, Exception):
                 raise found
             if found:

@@ -107,6 +107,20 @@ def test_questions_become_answers(
     assert out.read_bytes() == before
 
 
+def test_processes_share_the_questions(
+    model: Path, questions: Path, tmp_path: Path, llava_run: Command, refused: Callable[..., str]
+) -> None:
+    outs = [tmp_path / f"{count}.jsonl" for count in (1, 3)]
+    for count, out in zip((1, 3), outs, strict=True):
+        settings = (*SHORT, "--batch-size", 7, "--processes", count)
+        code, _, err = llava_run("predict", model, questions, out, *settings)
+        assert code == 0, err
+        assert "40/40" in err
+    assert outs[0].read_bytes() == outs[1].read_bytes()
+    said = refused("predict", model, questions, tmp_path / "no.jsonl", *SHORT, "--processes", 0)
+    assert "--processes" in said
+
+
 def test_what_is_there_already_is_not_replaced(
     model: Path, questions: Path, tmp_path: Path, llava_run: Command, refused: Callable[..., str]
 ) -> None:
@@ -338,7 +352,10 @@ def test_wrong_uses_are_refused(
     out = tmp_path / "a.jsonl"
     for arguments, said in (
         ((model, tmp_path / "none.jsonl", out), "none.jsonl does not exist"),
-        ((model, questions, out, "--batch-size", 0), "--batch-size, --concurrency and --limit"),
+        (
+            (model, questions, out, "--batch-size", 0),
+            "--batch-size, --processes, --concurrency and --limit",
+        ),
         ((model, questions, out, "--temperature", -1), "temperature"),
         ((model, questions, out, "--set", "quantize=nf4"), "write it as part.option=value"),
         ((tmp_path / "nowhere", questions, out), "nowhere does not exist"),

@@ -146,7 +146,7 @@ def test_a_process_that_is_killed_is_said(
     said = evaluate("run", 2, 2)
     did = {"answer": "answered questions", "loss": "measured losses"}[where]
     assert f"a process that {did} was killed, as a system does that runs out of memory" in said
-    assert "go on with --resume" in said
+    assert "run it again (a recipe with --resume)" in said
     assert "Traceback" not in said
     before = kept(tmp_path, "run")
     assert before in ((4, 8) if where == "answer" else (60,))

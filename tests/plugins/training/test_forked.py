@@ -88,7 +88,7 @@ def test_a_process_that_is_killed_is_one_sentence() -> None:
         list(forked(2, killed, "slept"))
     assert str(caught.value) == (
         "a process that slept was killed, as a system does that runs out of memory; close other "
-        "programs, or set processes = 1, and go on with --resume"
+        "programs, or set `processes` to 1, and run it again (a recipe with --resume)"
     )
     assert not multiprocessing.active_children()
 
@@ -105,7 +105,7 @@ def test_where_no_process_can_be_begun_those_that_were_end(monkeypatch: pytest.M
         return begun[0]
 
     monkeypatch.setattr(multiprocessing.context.ForkProcess, "_Popen", staticmethod(refuse))
-    with pytest.raises(LlavaError, match=r"no process could be begun that squared .*processes = 1"):
+    with pytest.raises(LlavaError, match=r"no process could be begun that squared .*set `processes` to 1"):
         list(forked(3, squares, "squared"))
     assert not runs(begun[0].pid)
 
