@@ -105,7 +105,9 @@ def test_where_no_process_can_be_begun_those_that_were_end(monkeypatch: pytest.M
         return begun[0]
 
     monkeypatch.setattr(multiprocessing.context.ForkProcess, "_Popen", staticmethod(refuse))
-    with pytest.raises(LlavaError, match=r"no process could be begun that squared .*set `processes` to 1"):
+    with pytest.raises(
+        LlavaError, match=r"no process could be begun that squared .*set `processes` to 1"
+    ):
         list(forked(3, squares, "squared"))
     assert not runs(begun[0].pid)
 
