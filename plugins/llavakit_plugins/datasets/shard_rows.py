@@ -1,47 +1,56 @@
-"""What a key's members in a shard say: a conversation, messages, or a caption of an image."""
+"""What a key's members in a shard say: a conversation, messages, or a caption of what is shown."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from zlib import crc32
 
-from llavakit import DataError, ImageSource, and_more
+from llavakit import VIDEO, DataError, ImageSource, and_more
 from llavakit.contracts.data import IMAGE
 from llavakit_plugins.datasets.conversation_rows import Row, RowReader, rows_of
 from llavakit_plugins.datasets.rows import parse_json
 from llavakit_plugins.datasets.stored_files import StoredFile
-from llavakit_plugins.datasets.tar_shards import Group
+from llavakit_plugins.datasets.tar_shards import Group, is_video
 
 _CONVERSATIONS = ("conversations", "messages")
+_MARKS = re.compile(f'{VIDEO}|"type": "video"')  # of a video in a row's JSON
 
 
 @dataclass(frozen=True)
 class MemberReader(RowReader):
-    """Reads a row whose images are members of its key, whatever the row calls them."""
+    """Reads a row whose images and videos are members of its key, whatever the row calls them."""
 
     key: str = ""
     images: Mapping[str, ImageSource] = field(default_factory=dict)
-    """By extension."""
+    """By extension; the files of videos, too."""
 
     def named(self, name: str, where: str, what: str = "image") -> ImageSource:
-        """Return the member that a name stands for; of a single image, any name will do."""
-        found = find_member(name, self.key, tuple(self.images))
+        """Return the member that a name stands for; of a single one, any name will do."""
+        own = _of_kind(what, self.images)
+        found = find_member(name, self.key, own)
         if found is not None:
             return self.images[found]
-        if len(self.images) == 1:  # names of files as they were before they came into the shard
-            return next(iter(self.images.values()))
-        there = and_more([f"{self.key}.{extension}" for extension in self.images])
+        if len(own) == 1:  # names of files as they were before they came into the shard
+            return self.images[own[0]]
+        there = and_more([f"{self.key}.{extension}" for extension in own])
         raise DataError(
             f"{where} shows `{name:.200}`, and "
             + (
-                f"its images are {there}; call it one of them"
+                f"its {what}s are {there}; call it one of them"
                 if there
-                else "has no image beside it"
+                else f"has no {what} beside it"
             )
         )
+
+
+def _of_kind(what: str, extensions: Iterable[str]) -> tuple[str, ...]:
+    """Return the extensions of images, or of videos."""
+    return tuple(one for one in extensions if is_video(one) == (what == "video"))
 
 
 def find_member(name: str, key: str, extensions: Sequence[str]) -> str | None:
@@ -75,7 +84,8 @@ def choose_text(group: Group, shard: StoredFile) -> str:
     if "txt" in group.texts:
         return "txt"
     raise DataError(
-        f"{where} has an image, but neither `json` nor `txt` beside it; add one, or remove it"
+        f"{where} has an image or a video, but neither `json` nor `txt` beside it; add one, or "
+        "remove it"
     )
 
 
@@ -101,41 +111,58 @@ def read_row(
         if any(row.get(name) is not None for name in _CONVERSATIONS):
             given = row.get("id")
             identity = identity if given is None or given == "" else str(given)
-            return reader, {**row, "id": identity, **_shown(row, key, tuple(images))}
+            return reader, {**row, "id": identity, **_shown(row, key, images)}
         caption = row["caption"]
     else:
         caption = _text(key, extension, content, shard)
     where = f"sample `{identity:.200}` of {shard.address}"
     if not caption.strip():
         raise DataError(f"{where}: its caption is empty; remove it, or write one")
-    if len(images) != 1:
-        number = len(images) or "no"
-        raise DataError(f"{where} has {number} images beside its caption; a caption is of one")
+    what = "image" if _of_kind("image", images) or not images else "video"
+    captioned = _of_kind(what, images)  # beside a picture a video is left out
+    if len(captioned) != 1:
+        number = len(captioned) or "no"
+        raise DataError(f"{where} has {number} {what}s beside its caption; a caption is of one")
     question = questions[crc32(identity.encode("utf-8", "surrogatepass")) % len(questions)]
     turns = [("human", f"{IMAGE}\n{question}"), ("gpt", caption.strip())]
     conversations = [{"from": role, "value": text} for role, text in turns]
-    return reader, {"id": identity, "image": next(iter(images)), "conversations": conversations}
+    return reader, {"id": identity, what: captioned[0], "conversations": conversations}
 
 
-def _shown(row: Row, key: str, extensions: Sequence[str]) -> Row:
-    """Return `images` of a row that names none, or as many by other names: those of its key."""
-    given = row.get("images") if row.get("image") is None else row.get("image")
-    names = given if isinstance(given, list) else [given]
-    if given is None or not names:
-        return {} if _in_parts(row) or not extensions else {"image": None, "images": [*extensions]}
+def _shown(row: Row, key: str, extensions: Iterable[str]) -> dict[str, Any]:
+    """Return what a row shows that names nothing, or as much by other names: that of its key.
+
+    Videos that it does not name are shown where it has their placeholder, or there is no image.
+    """
+    images, videos = (_of_kind(what, extensions) for what in ("image", "video"))
+    found = _taken(row, key, "image", images)
+    if videos and (_names(row, "video") or not images or _MARKS.search(json.dumps(row))):
+        found |= _taken(row, key, "video", videos)
+    return found
+
+
+def _names(row: Row, what: str) -> list[Any]:
+    given = row.get(f"{what}s") if row.get(what) is None else row.get(what)
+    return given if isinstance(given, list) else [] if given is None else [given]
+
+
+def _taken(row: Row, key: str, what: str, extensions: tuple[str, ...]) -> dict[str, Any]:
+    names, taken = _names(row, what), {what: None, f"{what}s": [*extensions]}
+    if not names:
+        return {} if _in_parts(row) or not extensions else taken
     known = [isinstance(name, str) and find_member(name, key, extensions) for name in names]
     if any(known) or len(names) != len(extensions) or not all(isinstance(n, str) for n in names):
         return {}
-    return {"image": None, "images": [*extensions]}
+    return taken
 
 
 def _in_parts(row: Row) -> bool:
-    """Say whether parts of messages name images themselves."""
+    """Say whether parts of messages name images or videos themselves."""
     messages: Any = rows_of(row.get("messages"))
     for message in messages if isinstance(messages, list) else ():
         content = rows_of(message.get("content")) if isinstance(message, dict) else None
         for part in content if isinstance(content, list) else ():
-            keys = ("image", "url", "path", "base64", "image_url")
+            keys = ("image", "video", "url", "path", "base64", "image_url", "video_url")
             if isinstance(part, dict) and any(part.get(name) is not None for name in keys):
                 return True
     return False

@@ -29,7 +29,7 @@ from llavakit_plugins.datasets.shard_rows import choose_text, read_row
 from llavakit_plugins.datasets.stored_files import StoredFile, UnreadFile, is_elsewhere
 from llavakit_plugins.datasets.tar_shards import Group, Span, TarImage, read_groups
 
-_VERSION = 2  # of the index, and of what is checked when it is made
+_VERSION = 3  # of the index, and of what is checked when it is made
 _KEPT = 20  # sentences about samples of one shard
 _AT_ONCE = 8  # shards that come over a network
 _PAUSE = 0.1  # seconds between looks at what another process indexes
@@ -55,7 +55,7 @@ class Entry(NamedTuple):
     """Of the member that says what the sample is."""
     text: Span
     images: Mapping[str, TarImage]
-    """By extension."""
+    """And videos, by extension."""
 
 
 class TarIndex:
@@ -263,7 +263,7 @@ def _check(group: Group, shard: StoredFile) -> str:
 
 
 def images_of(group: Group, shard: StoredFile) -> dict[str, TarImage]:
-    """Return the images of a group, by extension."""
+    """Return the images and videos of a group, by extension."""
     return {
         extension: TarImage(shard, f"{group.key}.{extension}", *span)
         for extension, span in group.images.items()

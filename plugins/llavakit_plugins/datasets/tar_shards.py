@@ -18,6 +18,7 @@ TEXTS = ("json", "txt")
 _IMAGES = frozenset(
     ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "pgm", "jfif")
 )
+_VIDEOS = frozenset(("mp4", "webm", "mkv", "mov", "avi", "m4v", "mpg", "mpeg", "ogv", "wmv", "flv"))
 _KEY = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)", re.DOTALL)
 _META = re.compile(r"(.*/)?__[^/]*__", re.DOTALL)  # keys of members about the shard itself
 _LONGEST_TEXT = 1 << 26
@@ -45,7 +46,7 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True)
 class TarImage:
-    """An image in a shard, which is read when it is opened. Can be pickled."""
+    """The file of an image or a video in a shard, read when it is opened. Can be pickled."""
 
     shard: StoredFile
     member: str
@@ -58,7 +59,7 @@ class TarImage:
         return self.shard.stamp
 
     def read_bytes(self) -> bytes:
-        """Return the image's file. Raises DataError where the shard cannot be read."""
+        """Return the whole file. Raises DataError where the shard cannot be read."""
         return self.shard.read(self.start, self.length)
 
     def read(self, start: int, count: int) -> bytes:
@@ -77,7 +78,7 @@ class Group:
     texts: dict[str, bytes] = field(default_factory=dict)
     """What the members of `TEXTS` hold, by extension."""
     images: dict[str, Span] = field(default_factory=dict)
-    """By extension, in the order of the shard."""
+    """And videos; by extension, in the order of the shard."""
     spans: dict[str, Span] = field(default_factory=dict)
     """Of all members, by extension."""
     whole: set[str] = field(default_factory=set)
@@ -91,7 +92,7 @@ class Group:
 
 
 def read_groups(shard: StoredFile) -> Iterator[Group]:
-    """Yield the groups of a shard that have an image or a text, in order.
+    """Yield the groups of a shard that have an image, a video or a text, in order.
 
     Raises DataError, which names the shard and as a rule the member, where it is damaged, cut off,
     compressed, or no tar; a group whose members cannot be used says so itself.
@@ -105,7 +106,7 @@ def read_groups(shard: StoredFile) -> Iterator[Group]:
                 yield group
     if not count:
         raise DataError(
-            f"{shard.address} holds no samples: no image, `json` or `txt`; check what it is"
+            f"{shard.address} holds no samples: no image, video, `json` or `txt`; check what it is"
         )
 
 
@@ -149,9 +150,14 @@ def is_image(extension: str) -> bool:
     return extension.rpartition(".")[2] in _IMAGES
 
 
+def is_video(extension: str) -> bool:
+    """Say whether a member's extension is a video's."""
+    return extension.rpartition(".")[2] in _VIDEOS
+
+
 def _add(group: Group, member: tarfile.TarInfo, extension: str, file: BinaryIO) -> None:
-    """Add a member to its group, where it is an image or a text."""
-    if not is_image(extension) and extension not in TEXTS:
+    """Add a member to its group, where it is an image, a video or a text."""
+    if not (is_image(extension) or is_video(extension) or extension in TEXTS):
         return
     name = f"member `{member.name:.200}`"
     if extension in group.spans:
@@ -169,6 +175,8 @@ def _add(group: Group, member: tarfile.TarInfo, extension: str, file: BinaryIO) 
         # now, while the shard is read from its beginning to its end
         if seems_whole(_Member(file, *group.spans[extension])):
             group.whole.add(extension)
+    elif is_video(extension):
+        group.images[extension] = group.spans[extension]
     elif member.size > _LONGEST_TEXT:
         group.blame(f"{name} has more than {_LONGEST_TEXT >> 20} MB of text; split it")
     else:

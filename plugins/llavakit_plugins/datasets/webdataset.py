@@ -53,7 +53,7 @@ class WebDatasetOptions(Options):
 
 
 class WebDataset(KeptRows):
-    """Samples of an image member (`jpg`, `png`, `webp`, ...) and `json` or `txt` of the same key.
+    """Samples of an image or a video (`jpg`, `png`, `mp4`, ...) and `json` or `txt` of its key.
 
     JSON is a row of LLaVA's, or one with `messages`; it may also be metadata, with the caption in
     it or in `txt`. Shards are indexed once, by size and time; texts and images are read when they

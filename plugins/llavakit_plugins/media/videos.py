@@ -60,7 +60,8 @@ def frames(video: Video, kept: Sequence[int], where: str, upright: bool = False)
     if isinstance(found, Path) and found.is_dir():
         found = _images_of(found, name)
     if isinstance(found, Path | bytes):
-        header = clip(video, where)
+        # bytes, of a shard or an address, are not fetched again
+        header = clip(video if isinstance(found, Path) else Video(found), where)
         decoded = (kept[-1] + 1) * header.width * header.height if kept else 0
         if decoded > MAX_PIXELS:
             raise DataError(

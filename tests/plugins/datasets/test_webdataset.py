@@ -235,7 +235,7 @@ FAULTS: dict[str, tuple[Callable[[tarfile.TarFile], None], str]] = {
     "absolute": (members(("/bad.png", picture(8)), ("/bad.txt", b"x")), "`/bad.png` leaves the"),
     "twice": (members(PNG, CAPTION, PNG), "member `bad.png` is there twice"),
     "apart": (members(("other.cls", b"1"), ("good.json", b"{}")), "key `good` is there again, ap"),
-    "no text": (members(PNG), "`bad` of .* has an image, but neither `json` nor `txt`"),
+    "no text": (members(PNG), "`bad` of .* has an image or a video, but neither"),
     "no image": (members(CAPTION), "sample `a.tar/bad` of .* has no images beside its caption"),
     "no image for a row": (members(("bad.json", row(image="bad.png", conversations=ASK))),
                            "sample `a.tar/bad` of .* shows `bad.png`, and has no image beside it"),
@@ -323,7 +323,7 @@ def broken(kind: str, path: Path) -> str:
         path.write_bytes(b"")
         return "is no tar file"
     if kind == "other members":
-        write_tar(path, [("README.md", b"x"), ("0.cls", b"1"), ("1.mp4", b"2")])
+        write_tar(path, [("README.md", b"x"), ("0.cls", b"1"), ("1.flac", b"2")])
         return "holds no samples"
     if kind == "zeros":
         path.write_bytes(bytes(10240))
