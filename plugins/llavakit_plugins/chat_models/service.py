@@ -83,7 +83,8 @@ class Service:
                 from llavakit_plugins.chat_models.bounded import BoundedClient
             except ImportError as error:
                 raise ChatError(
-                    "the chat model `openai` needs its client: pip install 'llavakit[openai]'"
+                    "the chat model `openai` needs its client, which cannot be imported "
+                    f"({error!s:.300}): pip install 'llavakit[openai]'"
                 ) from error
             self._client = openai.AsyncOpenAI(
                 api_key=self.key or "none",

@@ -26,7 +26,8 @@ def merge_adapter(language: LanguageModel, folder: Path, *, shapes: bool = False
         import peft
     except ImportError as error:
         raise ModelError(
-            f"{folder} holds a LoRA adapter, which peft reads; `pip install llavakit[lora]`"
+            f"{folder} holds a LoRA adapter, which peft reads, and peft cannot be imported "
+            f"({error!s:.300}); `pip install 'llavakit[lora]'`"
         ) from error
     path = next((folder / name for name in _FILES if (folder / name).is_file()), None)
     if path is None:

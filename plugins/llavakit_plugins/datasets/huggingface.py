@@ -112,8 +112,11 @@ class HuggingFace(KeptRows):
     def missing(cls, options: HuggingFaceOptions) -> str | None:
         try:
             import datasets  # noqa: F401
-        except ImportError:
-            return "the data set `huggingface` needs a package: pip install 'llavakit[datasets]'"
+        except ImportError as error:
+            return (
+                "the data set `huggingface` needs `datasets`, which cannot be imported "
+                f"({error!s:.300}): pip install 'llavakit[datasets]'"
+            )
         return None
 
     @classmethod

@@ -27,7 +27,7 @@ def missing_peft() -> str | None:
     """Return what must be installed, or None."""
     if find_spec("peft") is not None:
         return None
-    return "`lora` needs peft; install it with `pip install llavakit[lora]`"
+    return "`lora` needs peft; install it with `pip install 'llavakit[lora]'`"
 
 
 def add_adapters(model: Any, options: LoraOptions) -> None:

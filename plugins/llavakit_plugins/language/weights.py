@@ -121,7 +121,7 @@ def missing_bitsandbytes() -> str | None:
     """Return a sentence on what must be installed for 4-bit weights, or None."""
     if find_spec("bitsandbytes") is not None:
         return None
-    return '`quantize = "nf4"` needs bitsandbytes; install it with `pip install llavakit[lora]`'
+    return "`quantize = \"nf4\"` needs bitsandbytes; install it with `pip install 'llavakit[lora]'`"
 
 
 def _quantized(options: LanguageOptions, small: bool) -> dict[str, Any]:

@@ -117,10 +117,10 @@ def _opened(source: Path | bytes, name: str) -> Iterator[tuple[Any, Any]]:
     """Yield a container and its first video stream. Raises DataError for what cannot be read."""
     try:
         import av
-    except ModuleNotFoundError:
+    except ImportError as error:
         raise DataError(
-            f"{name} needs PyAV to be decoded: `pip install llavakit[video]`; a folder of frames "
-            "is read without it"
+            f"{name} needs PyAV to be decoded, which cannot be imported ({error!s:.300}): `pip "
+            "install 'llavakit[video]'`; a folder of frames is read without it"
         ) from None
     av.logging.set_level(av.logging.PANIC)  # what matters about a damaged file is an error below
     with ExitStack() as stack:

@@ -280,11 +280,13 @@ def test_without_the_package_it_says_which(
 
     def without(name: str, *more: Any, **named: Any) -> Any:
         if name == "datasets":
-            raise ImportError(name)
+            raise ImportError("its own needs another numpy")
         return plain(name, *more, **named)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    assert "pip install 'llavakit[datasets]'" in refused("check-data", path)
+    said = refused("check-data", path)
+    assert "cannot be imported (its own needs another numpy)" in said
+    assert "pip install 'llavakit[datasets]'" in said
 
 
 def test_a_name_of_the_hub_is_asked_for_as_it_is_stated(

@@ -198,7 +198,7 @@ def test_without_pyav_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setitem(__import__("sys").modules, "av", None)
     path = tmp_path / "a.mp4"
     path.write_bytes(b"x")
-    with pytest.raises(DataError, match=r"needs PyAV .* `pip install llavakit\[video\]`"):
+    with pytest.raises(DataError, match=r"needs PyAV .* `pip install 'llavakit\[video\]'`"):
         clip(Video(path), "s")
     folder = write_frames(tmp_path / "clip", greys(3))
     assert len(frames(Video(folder), [0, 2], "s")) == 2

@@ -54,12 +54,13 @@ def pick_provider(device: str) -> str:
 
 
 def runtime_module() -> Any:
-    """Return the module onnxruntime. Raises ModelError if it is not installed."""
+    """Return the module onnxruntime. Raises ModelError if it cannot be imported."""
     try:
         import onnxruntime
     except ImportError as error:
         raise ModelError(
-            "an ONNX model needs onnxruntime; install it with `pip install 'llavakit[onnx]'`"
+            f"an ONNX model needs onnxruntime, which cannot be imported ({error!s:.300}); "
+            "`pip install 'llavakit[onnx]'`"
         ) from error
     return onnxruntime
 
