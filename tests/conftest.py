@@ -171,6 +171,12 @@ data = {{ use = "conversations", path = "{data}/train.json", images = "{data}/im
 
 
 @pytest.fixture
+def by_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products are oneDNN's wherever they can be, also where the CPU gains nothing by it."""
+    monkeypatch.setattr("llavakit_kernels.onednn.faster_here", lambda: True)
+
+
+@pytest.fixture
 def write_recipe(tmp_path: Path, backbones: Path, data: Path) -> RecipeWriter:
     """A function that writes a two-stage recipe of the small model; `change` is replaced in it."""
     rows = json.loads((data / "train.json").read_text())

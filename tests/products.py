@@ -9,9 +9,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from llavakit_kernels import onednn
 
-here = pytest.mark.skipif(
+there = pytest.mark.skipif(
     onednn._operator() is None, reason="this PyTorch has no products by oneDNN"
 )
+
+
+def here(test: Any) -> Any:
+    """Run a test with products by oneDNN, where this PyTorch has them."""
+    return pytest.mark.usefixtures("by_onednn")(there(test))
 
 
 class Counted(TorchDispatchMode):

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 from tests.products import Counted, here
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -42,11 +42,14 @@ def laid_out(how: str, *shape: int, generator: torch.Generator) -> Tensor:
     return torch.randn(shape, generator=generator)
 
 
+ASKED = onednn.faster_here
 LAYOUTS = ("by rows", "by columns", "with gaps", "repeated")
 
 
 @here
-@settings(max_examples=120, deadline=None)
+@settings(
+    max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(
     shape=st.lists(st.integers(1, 4), min_size=0, max_size=2),
     rows=st.sampled_from((1, 2, 3, 7, 16, 33)),
@@ -224,7 +227,7 @@ def test_it_compiles_and_exports_as_a_usual_layer() -> None:
 
 
 @pytest.fixture
-def asked_again() -> Iterator[None]:
+def asked_again(by_onednn: None) -> Iterator[None]:
     """The operator is looked for anew in a test, and after it."""
     onednn._operator.cache_clear()
     yield
@@ -262,6 +265,18 @@ def test_without_the_operator_all_is_torchs_and_said_once(
     (said,) = caplog.messages
     assert reason in said
     assert "torch's own are used" in said
+
+
+@pytest.mark.parametrize(("capability", "fast"), [("AVX512", True), ("AVX2", False)])
+def test_it_multiplies_where_the_cpu_gains_by_it(
+    capability: str, fast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    assert ASKED.__wrapped__() == fast
+    monkeypatch.setattr(onednn, "faster_here", lambda: fast)
+    with Counted() as counted:
+        onednn.Linear(5, 4)(torch.randn(3, 5)).sum().backward()
+    assert (counted.onednn > 0) == (counted.torch == 0) == (fast and onednn._operator() is not None)
 
 
 @here

@@ -18,7 +18,8 @@ class ProductOptions(Options):
 
     products: Products = "torch"
     """What multiplies float32 matrices on a CPU: the library that PyTorch takes (MKL, as a rule),
-    or `onednn`, which is faster on AMD's CPUs and differs in the last bits. No effect elsewhere."""
+    or `onednn`, which is faster on AMD's CPUs with AVX512 and differs in the last bits. No effect
+    without AVX512, or elsewhere."""
 
 
 def choose_products(network: nn.Module, products: Products, *, decodes: bool = False) -> None:

@@ -17,7 +17,7 @@ from tests.core import processes
 from tests.core.peer import make_pair, their_inputs
 from tests.plugins.families import qwen_tokenizer, their_model
 from tests.plugins.training.test_sharded import same, sets
-from tests.products import Counted, here
+from tests.products import Counted, here, there
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
@@ -176,7 +176,7 @@ def weights(model: Path) -> dict[str, bytes]:
     return {file.relative_to(model).as_posix(): file.read_bytes() for file in files}
 
 
-@here
+@there
 def test_a_recipe_trains_with_it_and_resumes_to_the_same_bytes(
     write_recipe: RecipeWriter, tmp_path: Path, llava_run: Command, data: Path
 ) -> None:
@@ -220,7 +220,7 @@ def test_any_model_folder_can_be_asked_with_it(model: Path) -> None:
 
 
 @pytest.fixture
-def without_it(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def without_it(monkeypatch: pytest.MonkeyPatch, by_onednn: None) -> Iterator[None]:
     monkeypatch.setattr(torch.ops, "mkldnn", SimpleNamespace())
     onednn._operator.cache_clear()
     yield
@@ -292,7 +292,7 @@ def test_adapters_beside_weights_of_4_bits(tmp_path: Path) -> None:
         near(parameter.grad, theirs[name].grad)
 
 
-@here
+@there
 def test_divided_weights_learn_by_it(write_recipe: RecipeWriter, tmp_path: Path) -> None:
     """What FSDP has gathered for a layer is a plain tensor: multiplied as one process does."""
     recipe = with_products(write_recipe)
