@@ -42,7 +42,6 @@ def laid_out(how: str, *shape: int, generator: torch.Generator) -> Tensor:
     return torch.randn(shape, generator=generator)
 
 
-ASKED = onednn.faster_here
 LAYOUTS = ("by rows", "by columns", "with gaps", "repeated")
 
 
@@ -272,7 +271,7 @@ def test_it_multiplies_where_the_cpu_gains_by_it(
     capability: str, fast: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    assert ASKED.__wrapped__() == fast
+    assert onednn.faster_here.__wrapped__() == fast
     monkeypatch.setattr(onednn, "faster_here", lambda: fast)
     with Counted() as counted:
         onednn.Linear(5, 4)(torch.randn(3, 5)).sum().backward()

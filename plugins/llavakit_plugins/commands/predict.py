@@ -82,8 +82,8 @@ def _predict(arguments: argparse.Namespace) -> int:
     from llavakit import join_process_group, say
     from llavakit.contracts.run import Stopped
 
-    counts = ("batch_size", "processes", "concurrency")
-    if min(arguments.limit or 1, *(getattr(arguments, name) for name in counts)) < 1:
+    least = min(arguments.batch_size, arguments.processes, arguments.concurrency)
+    if min(least, arguments.limit or 1) < 1:
         raise LlavaError("--batch-size, --processes, --concurrency and --limit are 1 or more")
     sampling = sampling_of(arguments)
     service = re.match(r"https?://", arguments.model, re.IGNORECASE) is not None

@@ -170,13 +170,11 @@ def _add(group: Group, member: tarfile.TarInfo, extension: str, file: BinaryIO) 
         return
     if PurePosixPath(member.name).is_absolute() or ".." in PurePosixPath(member.name).parts:
         group.blame(f"{name} leaves the folder; write the shard from within its folder")
-    if is_image(extension):
+    if extension not in TEXTS:
         group.images[extension] = group.spans[extension]
         # now, while the shard is read from its beginning to its end
-        if seems_whole(_Member(file, *group.spans[extension])):
+        if is_image(extension) and seems_whole(_Member(file, *group.spans[extension])):
             group.whole.add(extension)
-    elif is_video(extension):
-        group.images[extension] = group.spans[extension]
     elif member.size > _LONGEST_TEXT:
         group.blame(f"{name} has more than {_LONGEST_TEXT >> 20} MB of text; split it")
     else:
