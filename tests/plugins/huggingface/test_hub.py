@@ -98,9 +98,9 @@ class _Handler(BaseHTTPRequestHandler):
         elif kind != "resolve" or not (folder / rest[0]).is_file():
             self._send(404, b"", error="EntryNotFound")
         else:
-            self._send(200, (folder / rest[0]).read_bytes(), body=body)
             if body:
                 self.server.sent.append(rest[0])
+            self._send(200, (folder / rest[0]).read_bytes(), body=body)
 
     def _send(
         self, status: int, content: bytes, *, body: bool = True, error: str | None = None

@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from threading import Thread
+from threading import Lock, Thread
 from typing import Any
 
 TOKEN = "hf_AbCdEfGhIjKlMnOpQrStUvWxYz0123456789"
@@ -26,6 +26,7 @@ class HubServer(ThreadingHTTPServer):
         self.files: dict[str, dict[str, bytes]] = {}  #: What was committed, by name and path.
         self.objects: dict[str, bytes] = {}  #: Large files, by their SHA-256.
         self.puts: list[str] = []  #: Large files that arrived, in order.
+        self.lock = Lock()  #: Held while a file is counted: the client sends several at once.
         self.fail_after: int | None = None  #: How many large files are taken before it breaks.
         self.refuse: int | None = None  #: A status that every request gets.
 
@@ -87,14 +88,14 @@ class _Handler(BaseHTTPRequestHandler):
     def do_PUT(self) -> None:
         content = self.rfile.read(int(self.headers["Content-Length"]))
         server, oid = self.server, self.path.rpartition("/")[2]
-        if server.fail_after is not None and len(server.puts) >= server.fail_after:
-            self._json({"error": "the disk is full"}, 400)
-            return
         assert hashlib.sha256(content).hexdigest() == oid
         assert "Authorization" not in self.headers, "a store gets no token"
-        server.objects[oid] = content
-        server.puts.append(oid)
-        self._json({})
+        with server.lock:
+            taken = server.fail_after is None or len(server.puts) < server.fail_after
+            if taken:
+                server.objects[oid] = content
+                server.puts.append(oid)
+        self._json({} if taken else {"error": "the disk is full"}, 200 if taken else 400)
 
     def do_GET(self) -> None:
         if self._may():
