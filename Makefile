@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-EXTRAS := datasets,demo,fsspec,gguf,onnx,openai,lora,mlflow,serve,tensorboard,video,wandb
+EXTRAS := datasets,demo,fsspec,gguf,images,onnx,openai,lora,mlflow,serve,tensorboard,video,wandb
 STAMP := $(VENV)/.installed
 
 .PHONY: demo test test-minimum gpu-wheels lint docs format clean
@@ -46,6 +46,7 @@ $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
 	$(BIN)/python -m pip install --quiet --editable ".[$(EXTRAS)]" --group dev
+	$(BIN)/python -m compileall -q core kernels plugins  # as pip does with all else
 	touch $(STAMP)
 
 clean:

@@ -62,7 +62,7 @@ KERNELS = {  # imported where a kernel runs, which is on Linux with CUDA
     "llavakit_kernels.project_splice.triton", "llavakit_kernels.project_splice.triton_backward",
     "llavakit_kernels.project_splice.triton_embedding", "llavakit_kernels.tiles",
 }  # fmt: skip
-OPTIONAL = {"lmms_eval", "tqdm"}  # an adapter for a package that imports it itself
+OPTIONAL = {"lmms_eval", "numba", "tqdm"}  # an adapter for a package that imports it itself
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a system that lacks them shows it as it is")

@@ -1,23 +1,30 @@
 """Resizes an image with Pillow and keeps its middle, whose bits are those of a whole resize.
 
 Pillow resizes in two passes: the rows first, rounded to bytes, then the columns. Each can be done
-by itself, so that what is cut off afterwards need not be computed. Without torch, as ONNX needs it.
+by itself, so that what is cut off afterwards need not be computed. Where numba is installed, many
+pixels go through loops of our own with the same bits. Without torch, as ONNX needs it.
 """
 
 from __future__ import annotations
 
+import logging
 from functools import lru_cache
 from math import ceil, floor, gcd
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from llavakit_plugins.media.pixel_memory import pixels_of
 from llavakit_plugins.media.thin_images import LONGEST_THIN, RGB, levels, pad_to_square
+
+_log = logging.getLogger("llavakit")
 
 Filter = Image.Resampling
 Floats = npt.NDArray[np.float64]
+Bytes = npt.NDArray[np.uint8]
+Box = tuple[int, int, int, int]
 
 _REACH = {
     Filter.BOX: 0.5,
@@ -27,6 +34,32 @@ _REACH = {
     Filter.LANCZOS: 3.0,
 }
 """How far to each side, in pixels of the smaller image, the pixels lie that one is made of."""
+
+
+_MANY = 100_000_000
+"""Pixels of a process until it loads the compiled loops, which takes as long as they then save."""
+
+
+def resize(image: Image.Image, size: tuple[int, int], how: Filter) -> Image.Image:
+    """Return an RGB image resized to `size`, its width and height; as Pillow's `resize`."""
+    found_HW3 = _by_loops(image, size, (0, 0, *size), how)
+    if found_HW3 is None:
+        return _resize(image, size, how)
+    return Image.merge("RGB", [Image.fromarray(found_HW3[..., colour]) for colour in range(3)])
+
+
+def middle_pixels(image: Image.Image, size: tuple[int, int], edge: int, how: Filter) -> Bytes:
+    """Return the bytes of `resize_middle`, `[edge, edge, 3]`, or four whose last means nothing."""
+    left, top = (size[0] - edge) // 2, (size[1] - edge) // 2
+    found_HW3 = _by_loops(image, size, (left, top, left + edge, top + edge), how)
+    return pixels_of(resize_middle(image, size, edge, how)) if found_HW3 is None else found_HW3
+
+
+def padded_pixels(image: Image.Image, mean: RGB, edge: int, how: Filter) -> Bytes:
+    """Return the bytes of `pad_and_resize`, as `middle_pixels` does."""
+    if _loops() is None:
+        return pixels_of(pad_and_resize(image, mean, edge, how))
+    return middle_pixels(pad_to_square(image, mean), (edge, edge), edge, how)
 
 
 def resize_middle(image: Image.Image, size: tuple[int, int], edge: int, how: Filter) -> Image.Image:
@@ -61,6 +94,52 @@ def pad_and_resize(image: Image.Image, mean: RGB, edge: int, how: Filter) -> Ima
     canvas = Image.new("RGB", (edge, image.width), levels(mean))
     canvas.paste(part, (0, (image.width - image.height) // 2))
     return canvas.resize((edge, edge), how)
+
+
+class _Resized:
+    pixels = 0  #: Of all images so far.
+
+
+def _by_loops(image: Image.Image, size: tuple[int, int], box: Box, how: Filter) -> Bytes | None:
+    """Return a part of the resized image, `[H, W, 3]`; None where Pillow is to do it."""
+    _Resized.pixels += image.width * image.height
+    loops, inside = _loops(), 0 <= box[0] < box[2] <= size[0] and 0 <= box[1] < box[3] <= size[1]
+    if loops is None or not inside or how not in _CURVES or not _rows_first(image, size):
+        return None
+    return _by(loops, image, size, box, how)
+
+
+def _by(loops: Any, image: Image.Image, size: tuple[int, int], box: Box, how: Filter) -> Bytes:
+    pixels = pixels_of(image)
+    if pixels.shape[2] == 3:
+        pixels = np.pad(pixels, ((0, 0), (0, 0), (0, 1)))
+    found_3HW: Bytes = loops.resize_part(pixels.view(np.uint32)[..., 0], size, box, _REACH[how])
+    return found_3HW.transpose(1, 2, 0)
+
+
+def _loops() -> Any:
+    """Return the compiled loops once they pay; None without numba."""
+    return _load() if _Resized.pixels > _MANY else None
+
+
+@lru_cache(maxsize=1)
+def _load() -> Any:
+    """Return the compiled loops if numba is there, and if they give the bits of this Pillow."""
+    try:
+        from llavakit_plugins.media import compiled_resizing as loops
+    except ModuleNotFoundError:
+        return None
+    except (ImportError, RuntimeError) as error:  # no folder for what it compiles, say
+        _log.warning("Pillow resizes images, for numba cannot be used: %.300s", error)
+        return None
+    noise = np.random.default_rng(0).integers(0, 256, (131, 157, 3), dtype=np.uint8)
+    image = Image.fromarray(noise)
+    for how in _CURVES:
+        for size in ((97, 61), (311, 290)):
+            found = _by(loops, image, size, (0, 0, *size), how)
+            if found.tobytes() != image.resize(size, how).tobytes():
+                return None
+    return loops
 
 
 def _rows_first(image: Image.Image, size: tuple[int, int]) -> bool:

@@ -13,6 +13,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from llavakit import ModelError, Shown, View
+from llavakit_plugins.media.resizing import resize
 
 Filter = Literal["nearest", "lanczos", "bilinear", "bicubic", "box", "hamming"]
 Grid = tuple[int, int]  # rows and columns of tiles
@@ -38,7 +39,7 @@ def grid_edge(view: View) -> int:
 
 def resized(image: Image.Image, width: int, height: int, how: Filter) -> Image.Image:
     """Return an image of this size."""
-    return image.resize((width, height), Image.Resampling[how.upper()])
+    return resize(image, (width, height), Image.Resampling[how.upper()])
 
 
 def tiles(image: Image.Image, size: int) -> list[Image.Image]:

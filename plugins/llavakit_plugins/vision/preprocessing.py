@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from llavakit_plugins.media.pixel_memory import pixels_of
-from llavakit_plugins.media.resizing import pad_and_resize, resize_middle
+from llavakit_plugins.media.resizing import middle_pixels, padded_pixels
 from llavakit_plugins.media.thin_images import (
     pad_to_square as pad_to_square,
     without_ends as without_ends,
@@ -49,8 +49,8 @@ def to_square(image: Image.Image, square: Square) -> Tensor:
     # PyTorch's kernel for bytes is several times as fast; its results are a level off in places
     by_torch = square.backend == "torchvision" or (square.fast and how in TORCH_FILTERS)
     if square.aspect == "pad" and not by_torch:
-        image = pad_and_resize(image, square.mean, size, Image.Resampling[how.upper()])
-        return normalise(pixels_of(image), square.mean, square.std)
+        pixels = padded_pixels(image, square.mean, size, Image.Resampling[how.upper()])
+        return normalise(pixels, square.mean, square.std)
     if square.aspect == "pad":
         image = pad_to_square(image, square.mean)
     width, height = size, size
@@ -60,8 +60,8 @@ def to_square(image: Image.Image, square: Square) -> Tensor:
         longest = int(size * max(image.size) / min(image.size))
         width, height = (longest, size) if image.width > image.height else (size, longest)
     if not by_torch:
-        image = resize_middle(image, (width, height), size, Image.Resampling[how.upper()])
-        return normalise(pixels_of(image), square.mean, square.std)
+        pixels = middle_pixels(image, (width, height), size, Image.Resampling[how.upper()])
+        return normalise(pixels, square.mean, square.std)
     pixels_CHW = _resize_bytes(image, (width, height), size, how, part=square.fast)
     return _normalise_bytes(pixels_CHW, square.mean, square.std)
 

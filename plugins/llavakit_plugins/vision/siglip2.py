@@ -19,6 +19,7 @@ from torch import Tensor
 from llavakit_plugins.huggingface.hub import quietly
 from llavakit_plugins.huggingface.naflex import patch_grid
 from llavakit_plugins.media.pixel_memory import pixels_of
+from llavakit_plugins.media.resizing import resize
 from llavakit_plugins.vision.preprocessing import normalise
 from llavakit_plugins.vision.square import RGB, Interpolation
 from llavakit_plugins.vision.vision_transformer import TransformersEncoder
@@ -50,7 +51,7 @@ class Siglip2Naflex(TransformersEncoder):
         patch, edge = self.patch_size, self.image_size // self.patch_size
         rows, columns = patch_grid(*image.size, patch, edge**2)
         how = Image.Resampling[self.square.interpolation.upper()]
-        resized = image.resize((columns * patch, rows * patch), how)
+        resized = resize(image, (columns * patch, rows * patch), how)
         pixels_3HW = normalise(pixels_of(resized), self.square.mean, self.square.std)
         grid = pixels_3HW.unflatten(2, (columns, patch)).unflatten(1, (rows, patch))
         own = grid.permute(1, 3, 0, 2, 4).flatten(0, 1)  # [patches, 3, patch, patch]

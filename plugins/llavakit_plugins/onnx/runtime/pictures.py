@@ -10,8 +10,7 @@ import numpy.typing as npt
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
 
-from llavakit_plugins.media.pixel_memory import pixels_of
-from llavakit_plugins.media.resizing import pad_and_resize, resize_middle
+from llavakit_plugins.media.resizing import middle_pixels, padded_pixels
 from llavakit_plugins.media.thin_images import pad_to_square, without_ends
 
 FloatArray = npt.NDArray[np.float32]
@@ -42,7 +41,7 @@ class Preparation(BaseModel):
         """Return normalised pixels `[3, size, size]` of an RGB image."""
         how = RESAMPLES[self.resample]
         if self.aspect == "pad" and self.resized == self.size:
-            return self._normalised(pad_and_resize(image, self.mean, self.size, how))
+            return self._normalised(padded_pixels(image, self.mean, self.size, how))
         if self.aspect == "pad":
             image = pad_to_square(image, self.mean)
         if self.aspect == "crop":
@@ -56,11 +55,11 @@ class Preparation(BaseModel):
             longest = int(self.resized * max(size) / min(size))
             wide = size[0] >= size[1]
             size = (longest, self.resized) if wide else (self.resized, longest)
-        return self._normalised(resize_middle(image, size, self.size, how))
+        return self._normalised(middle_pixels(image, size, self.size, how))
 
-    def _normalised(self, image: Image.Image) -> FloatArray:
+    def _normalised(self, pixels_HWC: npt.NDArray[np.uint8]) -> FloatArray:
         """Return the pixels, each looked up by its byte, which is faster than to compute them."""
-        pixels_HWC, levels_3L = pixels_of(image), _levels(self.mean, self.std)
+        levels_3L = _levels(self.mean, self.std)
         found_3HW: FloatArray = np.empty((3, *pixels_HWC.shape[:2]), np.float32)
         for colour in range(3):  # no byte is out of range, which `clip` need not check
             np.take(levels_3L[colour], pixels_HWC[..., colour], out=found_3HW[colour], mode="clip")

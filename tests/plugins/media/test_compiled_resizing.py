@@ -1,0 +1,160 @@
+"""Images that numba's loops resize have the bits of Pillow's; they are loaded where they pay."""
+
+from __future__ import annotations
+
+import sys
+from importlib.util import find_spec
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+from PIL import Image
+from tests.plugins.media.test_resizing import FILTERS, SHAPES, noise, resized_size
+from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+
+from llavakit_plugins.media import resizing
+from llavakit_plugins.media.pixel_memory import pixels_of
+from llavakit_plugins.media.resizing import (
+    middle_pixels,
+    pad_and_resize,
+    padded_pixels,
+    resize,
+    resize_middle,
+)
+from llavakit_plugins.onnx.runtime.pictures import Preparation
+from llavakit_plugins.vision.preprocessing import MEAN, STD, Square, to_square
+
+needs_numba = pytest.mark.skipif(
+    find_spec("numba") is None, reason="numba is not installed (pip install 'llavakit[images]')"
+)
+Filter = Image.Resampling
+
+
+@pytest.fixture
+def many(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """The sizes to which the loops resize, from the first image on."""
+    monkeypatch.setattr(resizing._Resized, "pixels", resizing._MANY + 1)
+    made: list[tuple[int, int]] = []
+    by = resizing._by
+
+    def seen(loops: Any, image: Image.Image, size: tuple[int, int], *rest: Any) -> Any:
+        made.append(size)
+        return by(loops, image, size, *rest)
+
+    resizing._load()
+    monkeypatch.setattr(resizing, "_by", seen)
+    return made
+
+
+@needs_numba
+@pytest.mark.parametrize("how", FILTERS, ids=lambda how: how.name)
+@pytest.mark.parametrize("shape", [*SHAPES, (4200, 40), (2500, 2000)], ids=str)
+def test_they_give_the_bits_of_pillow(
+    shape: tuple[int, int], how: Filter, many: list[tuple[int, int]]
+) -> None:
+    image, size, colour = Image.fromarray(noise(shape)), resized_size(shape, 224), (0.02, 0.5, 0.99)
+    found = middle_pixels(image, size, 224, how)[..., :3]
+    assert found.tobytes() == resize_middle(image, size, 224, how).tobytes()
+    found = padded_pixels(image, colour, 224, how)[..., :3]
+    assert found.tobytes() == pad_and_resize(image, colour, 224, how).tobytes()
+    assert resize(image, (90, 70), how).tobytes() == image.resize((90, 70), how).tobytes()
+    curved = how in (Filter.BILINEAR, Filter.BICUBIC)
+    assert ((224, 224) in many) == curved
+    # tall images are Pillow's where it does their columns first
+    assert len(many) >= 2 * curved
+
+
+edges = st.integers(1, 150)
+
+
+@needs_numba
+@settings(max_examples=150, deadline=None)
+@given(edges, edges, edges, edges, st.sampled_from([Filter.BILINEAR, Filter.BICUBIC]), st.data())
+def test_any_part_of_any_size_has_them(
+    width: int, height: int, wide: int, high: int, how: Filter, data: st.DataObject
+) -> None:
+    loops, size = resizing._load(), (wide, high)
+    draw = np.random.default_rng(width * height)
+    # black and white alone: sums beyond a byte are cut
+    pixels = draw.integers(0, 2, (height, width, 3), dtype=np.uint8) * 255
+    image = Image.fromarray(pixels)
+    left, top = data.draw(st.integers(0, wide - 1)), data.draw(st.integers(0, high - 1))
+    right, bottom = data.draw(st.integers(left + 1, wide)), data.draw(st.integers(top + 1, high))
+    box = left, top, right, bottom
+    rows_first = image.resize((wide, height), how).resize(size, how)
+    found = resizing._by(loops, image, size, box, how)
+    assert found.tobytes() == rows_first.crop(box).tobytes()
+
+
+@needs_numba
+@pytest.mark.parametrize("aspect", ["crop", "pad"])
+def test_encoders_read_what_those_of_transformers_read(
+    aspect: Any, many: list[tuple[int, int]]
+) -> None:
+    square = Square(64, aspect, MEAN, STD)
+    shape: Any = {"size": {"shortest_edge": 64}, "crop_size": {"height": 64, "width": 64}}
+    theirs = LlavaImageProcessorPil(do_pad=aspect == "pad", **shape)
+    exported = Preparation(
+        size=64, aspect=aspect, resample="bicubic", resized=64, mean=MEAN, std=STD
+    )
+    for size in ((640, 480), (333, 500), (80, 70)):
+        image = Image.fromarray(noise(size))
+        expected = theirs(image, return_tensors="pt")["pixel_values"][0]
+        assert torch.equal(to_square(image, square), expected)
+        assert (exported.prepare(image) == expected.numpy()).all()
+    assert len(many) >= 4
+
+
+def test_they_are_loaded_only_behind_many_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: list[None] = []
+    monkeypatch.setattr(resizing, "_load", lambda: loaded.append(None))
+    monkeypatch.setattr(resizing._Resized, "pixels", resizing._MANY - 64 * 48)
+    image = Image.fromarray(noise((64, 48)))
+    expected = image.resize((32, 24), Filter.BICUBIC).tobytes()
+    assert resize(image, (32, 24), Filter.BICUBIC).tobytes() == expected
+    assert not loaded
+    assert resize(image, (32, 24), Filter.BICUBIC).tobytes() == expected
+    assert loaded
+
+
+@needs_numba
+def test_a_pillow_with_other_bits_resizes_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    from llavakit_plugins.media import compiled_resizing
+
+    assert resizing._load.__wrapped__() is compiled_resizing
+    right = compiled_resizing.resize_part
+    monkeypatch.setattr(compiled_resizing, "resize_part", lambda *given: right(*given) ^ 1)
+    assert resizing._load.__wrapped__() is None
+
+
+@pytest.mark.parametrize(
+    ("problem", "said"),
+    [
+        (ModuleNotFoundError("No module named 'numba'"), []),
+        (ImportError("Numba needs NumPy 2.5 or less"), ["Numba needs NumPy 2.5 or less"]),
+        (RuntimeError("cannot cache function"), ["cannot cache function"]),
+    ],
+)
+def test_without_numba_pillow_resizes(
+    problem: Exception,
+    said: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    class Refusing:
+        def find_spec(self, name: str, *_: Any) -> None:
+            if name == "llavakit_plugins.media.compiled_resizing":
+                raise problem
+
+    monkeypatch.delitem(sys.modules, "llavakit_plugins.media.compiled_resizing", raising=False)
+    monkeypatch.delattr("llavakit_plugins.media.compiled_resizing", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [Refusing(), *sys.meta_path])
+    assert resizing._load.__wrapped__() is None
+    assert [text.partition("be used: ")[2] for text in caplog.messages] == said
+    monkeypatch.setattr(resizing, "_load", resizing._load.__wrapped__)
+    monkeypatch.setattr(resizing._Resized, "pixels", resizing._MANY)
+    image = Image.fromarray(noise((64, 48)))
+    found = middle_pixels(image, (42, 32), 32, Filter.BICUBIC)
+    assert (found == pixels_of(resize_middle(image, (42, 32), 32, Filter.BICUBIC))).all()
