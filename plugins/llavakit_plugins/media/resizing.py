@@ -35,7 +35,6 @@ _REACH = {
 }
 """How far to each side, in pixels of the smaller image, the pixels lie that one is made of."""
 
-
 _MANY = 100_000_000
 """Pixels of a process until it loads the compiled loops, which takes as long as they then save."""
 
@@ -102,6 +101,8 @@ class _Resized:
 
 def _by_loops(image: Image.Image, size: tuple[int, int], box: Box, how: Filter) -> Bytes | None:
     """Return a part of the resized image, `[H, W, 3]`; None where Pillow is to do it."""
+    if size == image.size:
+        return None
     _Resized.pixels += image.width * image.height
     loops, inside = _loops(), 0 <= box[0] < box[2] <= size[0] and 0 <= box[1] < box[3] <= size[1]
     if loops is None or not inside or how not in _CURVES or not _rows_first(image, size):
