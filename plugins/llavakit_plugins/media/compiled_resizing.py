@@ -11,7 +11,10 @@ from math import ceil
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
+from numba import config, njit
+
+if getattr(config, "DISABLE_JIT", 0):  # in Python these loops would take minutes
+    raise ImportError("NUMBA_DISABLE_JIT is set")
 
 Words = npt.NDArray[np.uint32]
 Bytes = npt.NDArray[np.uint8]
