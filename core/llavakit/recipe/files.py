@@ -138,15 +138,15 @@ def link_folder(link: Path, folder: Path) -> None:
 
 @contextmanager
 def one_writer(directory: Path) -> Iterator[None]:
-    """Hold a lock that the system releases even when the process is killed.
+    """Hold a lock that the system releases even when the process is killed, once its forks end.
 
-    Raises RecipeError where another process holds it.
+    Raises RecipeError where another process holds it, and does not end soon.
     """
     from filelock import FileLock, Timeout  # slow to import, and a plan needs no lock
 
     with explain_write(directory):
         try:
-            lock = FileLock(directory / ".lock").acquire(blocking=False)
+            lock = FileLock(directory / ".lock").acquire(timeout=3)
         except Timeout:
             raise RecipeError(
                 f"another llava-run is writing to {directory}; wait for it or use --out"

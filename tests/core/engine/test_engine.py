@@ -10,6 +10,7 @@ import signal
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
+from threading import Timer
 
 import pytest
 from tests.conftest import Command, RecipeWriter
@@ -170,6 +171,21 @@ def test_two_runs_in_one_folder_are_refused(
     with (run / ".lock").open("w") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
         assert "another llava-run is writing to" in refused(path, "--out", run)
+
+
+def test_what_a_killed_run_leaves_for_a_moment_is_waited_for(
+    done: tuple[Path, Path], llava_run: Command
+) -> None:
+    """Its forks have its lock, and end when they see that it has."""
+    import fcntl
+
+    path, run = done
+    with (run / ".lock").open("w") as left:
+        fcntl.flock(left, fcntl.LOCK_EX)
+        leaving = Timer(0.5, fcntl.flock, (left, fcntl.LOCK_UN))
+        leaving.start()
+        assert llava_run(path, "--out", run).code == 0
+        leaving.join()
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", "\udcff", "[" * 9999, '{"record": 1}'])
