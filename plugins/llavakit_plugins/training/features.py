@@ -29,7 +29,7 @@ from llavakit_plugins.training.corpus import Corpus
 from llavakit_plugins.training.encoding import distinct_images, encode_images
 from llavakit_plugins.training.feature_cache import Kept
 from llavakit_plugins.training.forked import shares_for
-from llavakit_plugins.training.forks import is_helper, leave_signals_to_the_parent
+from llavakit_plugins.training.forks import begin_helper, is_helper
 from llavakit_plugins.training.options import TrainOptions
 from llavakit_plugins.training.preparing import preparation
 
@@ -118,7 +118,7 @@ class Encoding:
             # the whole model, for each worker; a fork shares them. Only Linux forks safely.
             multiprocessing_context=_START if workers else None,
             pin_memory=device.type == "cuda",
-            worker_init_fn=leave_signals_to_the_parent,
+            worker_init_fn=begin_helper,
             generator=torch.Generator(),  # the loader draws a seed: not from the global generator
         )
         for item in loader:

@@ -45,21 +45,22 @@ def held_signals() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def leave_signals_to_the_parent(worker: int = 0) -> None:
-    """Ignore SIGINT and SIGTERM: both often reach the whole process group, also its helpers.
+def begin_helper(worker: int = 0) -> None:
+    """Let this new process leave signals to the one that began it, and end when that one does.
 
-    The process that began this one decides when to stop, and may need it until then: to save a
-    checkpoint, say. `worker` is what a DataLoader gives.
+    SIGINT and SIGTERM often reach the whole process group, also its helpers. The process that began
+    them decides when to stop, and may need them until then: to save a checkpoint, say. One that
+    outlived it could hold its lock of the run's folder. `worker` is what a DataLoader gives.
     """
     for number in _STOPS:
         signal.signal(number, signal.SIG_IGN)
+    Thread(target=_end_with_parent, daemon=True).start()
 
 
 def begin_fork() -> None:
-    """Let this new process leave signals to the one that forked it, and end when that one does."""
-    leave_signals_to_the_parent()
+    """Do the same in a process that was forked under `held_signals`."""
+    begin_helper()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPS)
-    Thread(target=_end_with_parent, daemon=True).start()
 
 
 def how_ended(code: int) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
+import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -14,6 +16,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from tests.conftest import LANGUAGE, Command, RecipeWriter
+from tests.core import processes
+from tests.forks import runs
+from tests.plugins.training.test_forked import where_forks_are
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -180,6 +185,33 @@ def test_images_are_read_by_the_same_processes_all_the_time(
     processes = set(seen.read_text().split())
     assert len(processes) == 2
     assert str(os.getpid()) not in processes
+
+
+@where_forks_are
+def test_those_processes_end_with_the_one_that_is_killed(
+    write_recipe: RecipeWriter, tmp_path: Path
+) -> None:
+    """PyTorch's own look for it every five seconds."""
+    options = {"cache_features": "false", "workers": "2", "epochs": "9999"}
+    sets = [part for key in options for part in ("--set", f"steps.finetune.{key}={options[key]}")]
+    out = tmp_path / "run"
+    process = processes.start(
+        tmp_path, write_recipe(), "--out", out, "--set", "steps.1.skip=true", *sets
+    )
+    end = time.monotonic() + 90
+    events = out / "events.jsonl"
+    while not events.exists() or '"train"' not in events.read_text():
+        assert time.monotonic() < end, (tmp_path / "terminal.txt").read_text()
+        time.sleep(0.05)
+    tasks = Path(f"/proc/{process.pid}/task")
+    readers = {int(pid) for task in tasks.glob("*/children") for pid in task.read_text().split()}
+    assert len(readers) >= 2
+    process.kill()
+    assert processes.finish(process) == -signal.SIGKILL
+    end = time.monotonic() + 2
+    while any(map(runs, readers)):
+        assert time.monotonic() < end, "they read on"
+        time.sleep(0.05)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
