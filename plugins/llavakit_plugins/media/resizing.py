@@ -104,7 +104,8 @@ def _by_loops(image: Image.Image, size: tuple[int, int], box: Box, how: Filter) 
     if size == image.size:
         return None
     _Resized.pixels += image.width * image.height
-    loops, inside = _loops(), 0 <= box[0] < box[2] <= size[0] and 0 <= box[1] < box[3] <= size[1]
+    loops = _loops()
+    inside = 0 <= box[0] < box[2] <= size[0] and 0 <= box[1] < box[3] <= size[1]
     if loops is None or not inside or how not in _CURVES or not _rows_first(image, size):
         return None
     return _by(loops, image, size, box, how)
@@ -158,7 +159,7 @@ def _splits() -> bool:
     return by_pass.tobytes() == image.resize((30, 22), Filter.BICUBIC).tobytes()
 
 
-def _crop(image: Image.Image, box: tuple[int, int, int, int]) -> Image.Image:
+def _crop(image: Image.Image, box: Box) -> Image.Image:
     return image if box == (0, 0, *image.size) else image.crop(box)
 
 

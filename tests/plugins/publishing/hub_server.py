@@ -95,7 +95,10 @@ class _Handler(BaseHTTPRequestHandler):
             if taken:
                 server.objects[oid] = content
                 server.puts.append(oid)
-        self._json({} if taken else {"error": "the disk is full"}, 200 if taken else 400)
+        if taken:
+            self._json({})
+        else:
+            self._json({"error": "the disk is full"}, 400)
 
     def do_GET(self) -> None:
         if self._may():
