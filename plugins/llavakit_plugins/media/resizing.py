@@ -8,6 +8,7 @@ pixels go through loops of our own with the same bits. Without torch, as ONNX ne
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from functools import lru_cache
 from math import ceil, floor, gcd
 from typing import Any, NamedTuple
@@ -56,7 +57,7 @@ def middle_pixels(image: Image.Image, size: tuple[int, int], edge: int, how: Fil
 
 def padded_pixels(image: Image.Image, mean: RGB, edge: int, how: Filter) -> Bytes:
     """Return the bytes of `pad_and_resize`, as `middle_pixels` does."""
-    if _loops() is None:
+    if loops_for(0) is None:
         return pixels_of(pad_and_resize(image, mean, edge, how))
     return middle_pixels(pad_to_square(image, mean), (edge, edge), edge, how)
 
@@ -103,8 +104,7 @@ def _by_loops(image: Image.Image, size: tuple[int, int], box: Box, how: Filter) 
     """Return a part of the resized image, `[H, W, 3]`; None where Pillow is to do it."""
     if size == image.size:
         return None
-    _Resized.pixels += image.width * image.height
-    loops = _loops()
+    loops = loops_for(image.width * image.height)
     inside = 0 <= box[0] < box[2] <= size[0] and 0 <= box[1] < box[3] <= size[1]
     if loops is None or not inside or how not in _CURVES or not _rows_first(image, size):
         return None
@@ -112,16 +112,49 @@ def _by_loops(image: Image.Image, size: tuple[int, int], box: Box, how: Filter) 
 
 
 def _by(loops: Any, image: Image.Image, size: tuple[int, int], box: Box, how: Filter) -> Bytes:
-    pixels = pixels_of(image)
-    if pixels.shape[2] == 3:
-        pixels = np.pad(pixels, ((0, 0), (0, 0), (0, 1)))
-    found_3HW: Bytes = loops.resize_part(pixels.view(np.uint32)[..., 0], size, box, _REACH[how])
-    return found_3HW.transpose(1, 2, 0)
+    return part_by(loops, pixels_of(image), size, box, how).transpose(1, 2, 0)
 
 
-def _loops() -> Any:
-    """Return the compiled loops once they pay; None without numba."""
+def loops_for(pixels: int) -> Any:
+    """Return the compiled loops once they pay, these pixels included; None without numba."""
+    _Resized.pixels += pixels
     return _load() if _Resized.pixels > _MANY else None
+
+
+def part_by(
+    loops: Any,
+    pixels_HWC: Bytes,
+    size: tuple[int, int],
+    box: Box,
+    how: Filter,
+    short: bool = False,
+) -> Bytes:
+    """Return a part, `[3, H, W]`, of pixels that are resized to `size`, its width and height.
+
+    Args:
+        loops: What `loops_for` gave.
+        box: The part's left, upper, right and lower edge.
+        how: Bilinear or bicubic.
+        short: Whether weights are PyTorch's and not Pillow's.
+    """
+    if pixels_HWC.shape[2] == 3:
+        pixels_HWC = np.pad(pixels_HWC, ((0, 0), (0, 0), (0, 1)))
+    words_HW = pixels_HWC.view(np.uint32)[..., 0]
+    found_3HW: Bytes = loops.resize_part(words_HW, size, box, _REACH[how], short)
+    return found_3HW
+
+
+def agree(
+    loops: Any, resize: Callable[[Bytes, tuple[int, int], Filter], Bytes], short: bool = False
+) -> bool:
+    """Return whether the loops give the bytes `[H, W, 3]` that `resize` gives, of random ones."""
+    noise = np.random.default_rng(0).integers(0, 256, (131, 157, 3), dtype=np.uint8)
+    for how in _CURVES:
+        for size in ((97, 61), (311, 290)):
+            found_3HW = part_by(loops, noise, size, (0, 0, *size), how, short)
+            if not np.array_equal(found_3HW.transpose(1, 2, 0), resize(noise, size, how)):
+                return False
+    return True
 
 
 @lru_cache(maxsize=1)
@@ -134,14 +167,11 @@ def _load() -> Any:
     except (ImportError, RuntimeError) as error:  # no folder for what it compiles, say
         _log.warning("Pillow resizes images, for numba cannot be used: %.300s", error)
         return None
-    noise = np.random.default_rng(0).integers(0, 256, (131, 157, 3), dtype=np.uint8)
-    image = Image.fromarray(noise)
-    for how in _CURVES:
-        for size in ((97, 61), (311, 290)):
-            found = _by(loops, image, size, (0, 0, *size), how)
-            if found.tobytes() != image.resize(size, how).tobytes():
-                return None
-    return loops
+    return loops if agree(loops, _whole) else None
+
+
+def _whole(pixels_HW3: Bytes, size: tuple[int, int], how: Filter) -> Bytes:
+    return np.asarray(Image.fromarray(pixels_HW3).resize(size, how))
 
 
 def _rows_first(image: Image.Image, size: tuple[int, int]) -> bool:

@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 from PIL import Image
 from tests.plugins.media.test_resizing import FILTERS, SHAPES, noise, resized_size
+from torch.nn.functional import interpolate
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 from llavakit_plugins.media import resizing
@@ -20,10 +21,12 @@ from llavakit_plugins.media.resizing import (
     middle_pixels,
     pad_and_resize,
     padded_pixels,
+    part_by,
     resize,
     resize_middle,
 )
 from llavakit_plugins.onnx.runtime.pictures import Preparation
+from llavakit_plugins.vision import preprocessing
 from llavakit_plugins.vision.preprocessing import MEAN, STD, Square, to_square
 
 needs_numba = pytest.mark.skipif(
@@ -105,6 +108,56 @@ def test_encoders_read_what_those_of_transformers_read(
         assert torch.equal(to_square(image, square), expected)
         assert (exported.prepare(image) == expected.numpy()).all()
     assert len(many) >= 4
+
+
+@needs_numba
+@settings(max_examples=150, deadline=None)
+@given(edges, edges, edges, edges, st.sampled_from([Filter.BILINEAR, Filter.BICUBIC]), st.data())
+def test_any_part_of_any_size_has_the_bits_of_pytorch(
+    width: int, height: int, wide: int, high: int, how: Filter, data: st.DataObject
+) -> None:
+    draw = np.random.default_rng(width * height)
+    pixels = draw.integers(0, 2, (height, width + 3, 4), dtype=np.uint8)[:, 1:-2] * 255
+    left, top = data.draw(st.integers(0, wide - 1)), data.draw(st.integers(0, high - 1))
+    right, bottom = data.draw(st.integers(left + 1, wide)), data.draw(st.integers(top + 1, high))
+    whole = torch.from_numpy(pixels[..., :3]).permute(2, 0, 1)[None]
+    if (width, height) != (wide, high):
+        whole = interpolate(whole, (high, wide), mode=how.name.lower(), antialias=True)
+    box = left, top, right, bottom
+    found = part_by(resizing._load(), pixels, (wide, high), box, how, short=True)
+    assert (found == whole[0, :, top:bottom, left:right].numpy()).all()
+
+
+@needs_numba
+@pytest.mark.parametrize("aspect", ["crop", "pad", "squash"])
+@pytest.mark.parametrize("fast", [False, True])
+def test_encoders_with_pixels_of_pytorch_read_the_same(
+    aspect: Any, fast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    square = Square(64, aspect, MEAN, STD, fast=fast, backend="torchvision")
+    images = [Image.fromarray(noise(size)) for size in ((200, 150), (80, 70), (41, 63), (900, 333))]
+    expected = [to_square(image, square) for image in images]
+    monkeypatch.setattr(resizing._Resized, "pixels", resizing._MANY + 1)
+    made: list[tuple[int, ...]] = []
+
+    def seen(loops: Any, pixels: Any, *rest: Any, **more: Any) -> Any:
+        made.append(pixels.shape)
+        return part_by(loops, pixels, *rest, **more)
+
+    monkeypatch.setattr(preprocessing, "part_by", seen)
+    found = [to_square(image, square) for image in images]
+    assert all(map(torch.equal, found, expected))
+    # of the last one so much is left out, unless it is shrunk before, that PyTorch is as fast
+    assert len(made) == (4 if fast and aspect != "pad" else 3)
+
+
+@needs_numba
+def test_a_pytorch_with_other_bits_resizes_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    loops = resizing._load()
+    assert preprocessing._agree.__wrapped__(loops)
+    right = preprocessing._resize
+    monkeypatch.setattr(preprocessing, "_resize", lambda *given: right(*given) ^ 1)
+    assert not preprocessing._agree.__wrapped__(loops)
 
 
 def test_they_are_loaded_only_behind_many_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
