@@ -26,55 +26,60 @@ def require_shape(name: str, tensor: Tensor, letters: str, *sizes: int | None) -
 
     `letters` names the dimensions in the message.
     """
-    fits = tensor.dim() == len(sizes) and all(
-        size is None or have == size for have, size in zip(tensor.shape, sizes, strict=False)
-    )
+    shape = tensor.shape
+    fits = len(shape) == len(sizes)
+    for have, size in zip(shape, sizes, strict=False):
+        fits = fits and (size is None or have == size)
     if not fits:
         wanted = ", ".join(
             letter if size is None else f"{letter}={size}"
             for letter, size in zip(letters, sizes, strict=True)
         )
-        raise ValueError(f"`{name}` must be [{wanted}], but its shape is {tuple(tensor.shape)}")
+        raise ValueError(f"`{name}` must be [{wanted}], but its shape is {tuple(shape)}")
 
 
 def require_indices(name: str, tensor: Tensor) -> None:
     """Raise ValueError unless `tensor` holds int64 or int32."""
-    require(
-        tensor.dtype in (torch.int64, torch.int32),
-        f"`{name}` must hold int64 or int32 indices, but is {tensor.dtype}: call .long() on it",
-    )
+    if tensor.dtype not in (torch.int64, torch.int32):
+        raise ValueError(
+            f"`{name}` must hold int64 or int32 indices, but is {tensor.dtype}: call .long() on it"
+        )
 
 
 def require_same_device(**tensors: Tensor | None) -> None:
     """Raise ValueError unless all tensors are on the device of the first one."""
-    given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-    (first, anchor), *others = given.items()
-    for name, tensor in others:
-        require(
-            tensor.device == anchor.device,
-            f"`{name}` is on {tensor.device} but `{first}` on {anchor.device}: move one of them",
-        )
+    first, device = "", None
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if device is None:
+            first, device = name, tensor.device
+        elif tensor.device != device:
+            raise ValueError(
+                f"`{name}` is on {tensor.device} but `{first}` on {device}: move one of them"
+            )
 
 
 def require_same_dtype(**tensors: Tensor | None) -> None:
     """Raise ValueError unless all tensors have the floating dtype of the first one."""
-    given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-    (first, anchor), *others = given.items()
-    require(
-        anchor.is_floating_point(),
-        f"`{first}` must be floating point, but is {anchor.dtype}",
-    )
-    for name, tensor in others:
-        require(
-            tensor.dtype == anchor.dtype,
-            f"`{name}` is {tensor.dtype} but `{first}` is {anchor.dtype}: cast one of them, "
-            "or run under torch.autocast",
-        )
+    first, dtype = "", None
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if dtype is None:
+            first, dtype = name, tensor.dtype
+            if not dtype.is_floating_point:
+                raise ValueError(f"`{first}` must be floating point, but is {dtype}")
+        elif tensor.dtype != dtype:
+            raise ValueError(
+                f"`{name}` is {tensor.dtype} but `{first}` is {dtype}: cast one of them, "
+                "or run under torch.autocast"
+            )
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """Return the dtype of matrix products under the caller's torch.autocast; None without it."""
-    if torch.is_autocast_enabled(device.type):
+    if device.type != "meta" and torch.is_autocast_enabled(device.type):  # which knows no meta
         return torch.get_autocast_dtype(device.type)
     return None
 
@@ -82,7 +87,7 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     """Return a context without autocast for an operator's own products: their dtypes are decided
     before."""
-    if torch.is_autocast_enabled(device.type):
+    if autocast_dtype(device) is not None:
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
 
@@ -93,17 +98,20 @@ def choose(impl: str, *tensors: Tensor) -> Literal["reference", "triton"]:
     "onednn" is the reference with the products of `llavakit_kernels.onednn`.
     Raises ValueError if impl="triton" cannot serve the tensors.
     """
-    require(
-        impl in ("auto", "reference", "triton", "onednn"),
-        f'`impl` must be "auto", "reference", "triton" or "onednn", but is {impl!r}',
-    )
     if impl in ("reference", "onednn"):
+        return "reference"
+    if impl not in ("auto", "triton"):
+        raise ValueError(
+            f'`impl` must be "auto", "reference", "triton" or "onednn", but is {impl!r}'
+        )
+    # In Triton's interpreter a kernel is thousands of times slower: only on request.
+    if impl == "auto" and not tensors[0].is_cuda:
         return "reference"
     reason = _no_triton(tensors)
     if reason is None:
-        # In Triton's interpreter a kernel is thousands of times slower: only on request.
-        return "triton" if impl == "triton" or tensors[0].is_cuda else "reference"
-    require(impl == "auto", f'impl="triton" cannot serve here: {reason}; use impl="auto"')
+        return "triton"
+    if impl == "triton":
+        raise ValueError(f'impl="triton" cannot serve here: {reason}; use impl="auto"')
     return "reference"
 
 

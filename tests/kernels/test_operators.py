@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from llavakit_kernels import linear_cross_entropy, linear_gelu, project_splice
 
@@ -137,6 +139,78 @@ def test_exports_as_one_operator(
     program = torch.export.export(Module(), (tensors(torch.float32, learn=False),))
     names = [str(node.target) for node in program.graph.nodes if "llavakit" in str(node.target)]
     assert names == [f"llavakit.{operator}.default"]
+
+
+class Seen(TorchDispatchMode):
+    """Notes which of our operators PyTorch's dispatcher is asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.names: list[str] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func.namespace == "llavakit":
+            self.names.append(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+OPERATORS = [
+    (splice, "project_splice"),
+    (gelu, "linear_gelu"),
+    (gelu_recomputed, "linear_gelu"),
+    (loss, "linear_cross_entropy"),
+    (loss_in_chunks, "linear_cross_entropy"),
+]
+
+
+@pytest.mark.parametrize(("function", "operator"), OPERATORS)
+def test_plain_tensors_get_the_same_without_the_dispatcher(
+    function: Callable[[dict[str, Tensor]], Tensor],
+    operator: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    given = tensors(torch.float32)
+    leaves = [tensor for tensor in given.values() if tensor.requires_grad]
+
+    def found() -> list[Tensor | None]:
+        out = function(given)
+        return [out, *torch.autograd.grad(out.sum(), leaves, allow_unused=True)]
+
+    with Seen() as seen:
+        plain = found()
+    assert not seen.names
+    monkeypatch.setattr("llavakit_kernels.operators._is_plain", lambda given: False)
+    with Seen() as seen:
+        traced = found()
+    assert f"{operator}.default" in seen.names
+    for one, other in zip(plain, traced, strict=True):
+        assert one is other is None or torch.equal(one, other)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("function", "operator"), OPERATORS)
+def test_tensors_without_values_get_their_shapes(
+    function: Callable[[dict[str, Tensor]], Tensor], operator: str
+) -> None:
+    given = tensors(torch.float32)
+    expected = function(given).shape
+    meta = {name: tensor.to("meta") for name, tensor in given.items()}
+    assert function(meta).shape == expected
+    with FakeTensorMode() as mode, Seen() as seen:
+        fake: dict[str, Tensor] = {n: mode.from_tensor(tensor) for n, tensor in given.items()}
+        assert function(fake).shape == expected
+    assert seen.names == [f"{operator}.default"]
+
+
+def test_gradients_of_gradients_are_refused() -> None:
+    given = tensors(torch.float64)
+    weight = given["weight"]
+    for function in (splice, gelu, loss_in_chunks):
+        leaf = given["hidden"] if function is loss_in_chunks else weight
+        (first,) = torch.autograd.grad(function(given).square().sum(), leaf, create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            first.sum().backward()
 
 
 # opcheck itself reads .grad of tensors that are no leaves.

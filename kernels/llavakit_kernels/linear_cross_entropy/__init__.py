@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from llavakit_kernels import arguments, onednn
 from llavakit_kernels.arguments import require
 from llavakit_kernels.linear_cross_entropy import liger, reference
+from llavakit_kernels.operators import Operator
 
 __all__ = ["linear_cross_entropy"]
 
@@ -122,7 +123,7 @@ def _chunked(
     impl: str,
 ) -> Tensor:
     learns = torch.is_grad_enabled()
-    loss: Tensor = torch.ops.llavakit.linear_cross_entropy(
+    loss: Tensor = _loss(
         hidden,
         weight,
         bias,
@@ -137,7 +138,6 @@ def _chunked(
     return loss
 
 
-@torch.library.custom_op("llavakit::linear_cross_entropy", mutates_args=())
 def _forward(
     hidden: Tensor,
     weight: Tensor,
@@ -155,7 +155,10 @@ def _forward(
     return reference.forward(*given, needs, chunk_rows, impl)
 
 
-@_forward.register_fake
+_loss = Operator("linear_cross_entropy", _forward)
+
+
+@_loss.register_fake
 def _(
     hidden: Tensor,
     weight: Tensor,
@@ -222,4 +225,4 @@ def _backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor 
     return (*gradients, *(None,) * len(rest))
 
 
-_forward.register_autograd(_backward, setup_context=_setup_context)
+_loss.register_autograd(_backward, setup_context=_setup_context)

@@ -13,6 +13,7 @@ from torch import Tensor
 from llavakit_kernels import arguments, onednn
 from llavakit_kernels.arguments import Impl
 from llavakit_kernels.linear_gelu import reference
+from llavakit_kernels.operators import Operator
 
 __all__ = ["linear_gelu"]
 
@@ -50,13 +51,10 @@ def linear_gelu(
         given is not None and given.requires_grad for given in (features, weight, bias)
     )
     with arguments.without_autocast(features.device):
-        out: Tensor = torch.ops.llavakit.linear_gelu(
-            features, weight, bias, impl, learns and not recompute
-        )[0]
+        out: Tensor = _gelu(features, weight, bias, impl, learns and not recompute)[0]
     return out
 
 
-@torch.library.custom_op("llavakit::linear_gelu", mutates_args=())
 def _forward(
     features: Tensor, weight: Tensor, bias: Tensor | None, impl: str, save: bool
 ) -> tuple[Tensor, Tensor]:
@@ -67,7 +65,10 @@ def _forward(
     return triton.forward(features, weight, bias, save)
 
 
-@_forward.register_fake
+_gelu = Operator("linear_gelu", _forward)
+
+
+@_gelu.register_fake
 def _(
     features: Tensor, weight: Tensor, bias: Tensor | None, impl: str, save: bool
 ) -> tuple[Tensor, Tensor]:
@@ -76,7 +77,6 @@ def _(
     return features.new_empty(N, H), features.new_empty((N, H) if save else (0,))
 
 
-@torch.library.custom_op("llavakit::linear_gelu_before_grad", mutates_args=())
 def _before_grad(
     grad: Tensor, features: Tensor, weight: Tensor, bias: Tensor | None, impl: str
 ) -> Tensor:
@@ -87,7 +87,10 @@ def _before_grad(
     return triton.before_grad(grad, features, weight, bias)
 
 
-@_before_grad.register_fake
+_for_before = Operator("linear_gelu_before_grad", _before_grad)
+
+
+@_for_before.register_fake
 def _(grad: Tensor, features: Tensor, weight: Tensor, bias: Tensor | None, impl: str) -> Tensor:
     return features.new_empty(features.shape[0], weight.shape[0])
 
@@ -110,9 +113,7 @@ def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     if ctx.saved:
         before_grad = torch.ops.aten.gelu_backward(grad, before)
     else:
-        before_grad = torch.ops.llavakit.linear_gelu_before_grad(
-            grad, features, weight, bias, ctx.impl
-        )
+        before_grad = _for_before(grad, features, weight, bias, ctx.impl)
     # Plain products, without gather or scatter: the vendor's library is the fastest for these.
     matmul = onednn.chosen(ctx.impl)[1]
     return (
@@ -124,4 +125,4 @@ def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     )
 
 
-_forward.register_autograd(_backward, setup_context=_setup_context)
+_gelu.register_autograd(_backward, setup_context=_setup_context)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from llavakit_kernels import arguments
 from llavakit_kernels.arguments import Impl, require
+from llavakit_kernels.operators import Operator
 from llavakit_kernels.project_splice import reference
 
 __all__ = ["project_splice", "row_sources"]
@@ -71,7 +72,7 @@ def project_splice(
         bias = None if bias is None else bias.to(dtype)
     arguments.require_same_dtype(features=features, weight=weight, bias=bias)
     with arguments.without_autocast(features.device):
-        out: Tensor = torch.ops.llavakit.project_splice(
+        out: Tensor = _splice(
             features,
             weight,
             bias,
@@ -113,8 +114,6 @@ def _require_fit(
     arguments.require_shape("embedding", embedding, "VE", None, E)
     arguments.require_shape("visual_rows", visual_rows, "N", N)
     T = token_ids.shape[0]
-    # not `require`: its message would be formatted in any case, which under torch.compile ties the
-    # graph to these sizes
     if N > T:
         raise ValueError(
             f"`visual_rows` names {N} rows, but `token_ids` makes a stream of only {T}"
@@ -123,16 +122,14 @@ def _require_fit(
         arguments.require_shape("bias", bias, "E", E)
     if sources is not None:
         arguments.require_shape("sources", sources, "T", T)
-        require(
-            sources.dtype == torch.int32,
-            f"`sources` must be int32, but is {sources.dtype}: take it from row_sources()",
-        )
+        if sources.dtype != torch.int32:
+            raise ValueError(
+                f"`sources` must be int32, but is {sources.dtype}: take it from row_sources()"
+            )
     arguments.require_indices("token_ids", token_ids)
     arguments.require_indices("visual_rows", visual_rows)
-    require(
-        embedding.is_floating_point(),
-        f"`embedding` must be floating point, but is {embedding.dtype}",
-    )
+    if not embedding.is_floating_point():
+        raise ValueError(f"`embedding` must be floating point, but is {embedding.dtype}")
     arguments.require_same_device(
         features=features,
         weight=weight,
@@ -175,7 +172,6 @@ def _check_ids(token_ids: Tensor, sources: Tensor, V: int, N: int) -> None:
         )
 
 
-@torch.library.custom_op("llavakit::project_splice", mutates_args=())
 def _forward(
     features: Tensor,
     weight: Tensor,
@@ -195,7 +191,10 @@ def _forward(
     return triton.forward(*given)
 
 
-@_forward.register_fake
+_splice = Operator("project_splice", _forward)
+
+
+@_splice.register_fake
 def _(
     features: Tensor,
     weight: Tensor,
@@ -210,7 +209,6 @@ def _(
     return embedding.new_empty(token_ids.shape[0], embedding.shape[1])
 
 
-@torch.library.custom_op("llavakit::project_splice_features_grad", mutates_args=())
 def _features_grad(grad: Tensor, weight: Tensor, visual_rows: Tensor, impl: str) -> Tensor:
     if arguments.choose(impl, grad, weight) == "reference":
         return reference.features_grad(grad, weight, visual_rows, impl)
@@ -219,12 +217,14 @@ def _features_grad(grad: Tensor, weight: Tensor, visual_rows: Tensor, impl: str)
     return triton_backward.features_grad(grad, weight, visual_rows)
 
 
-@_features_grad.register_fake
+_for_features = Operator("project_splice_features_grad", _features_grad)
+
+
+@_for_features.register_fake
 def _(grad: Tensor, weight: Tensor, visual_rows: Tensor, impl: str) -> Tensor:
     return weight.new_empty(visual_rows.shape[0], weight.shape[1])
 
 
-@torch.library.custom_op("llavakit::project_splice_weight_grad", mutates_args=())
 def _weight_grad(
     grad: Tensor, features: Tensor, visual_rows: Tensor, with_bias: bool, impl: str
 ) -> tuple[Tensor, Tensor]:
@@ -235,7 +235,10 @@ def _weight_grad(
     return triton_backward.weight_grad(grad, features, visual_rows, with_bias)
 
 
-@_weight_grad.register_fake
+_for_weight = Operator("project_splice_weight_grad", _weight_grad)
+
+
+@_for_weight.register_fake
 def _(
     grad: Tensor, features: Tensor, visual_rows: Tensor, with_bias: bool, impl: str
 ) -> tuple[Tensor, Tensor]:
@@ -243,7 +246,6 @@ def _(
     return features.new_empty(E, features.shape[1]), features.new_empty(E if with_bias else 0)
 
 
-@torch.library.custom_op("llavakit::project_splice_embedding_grad", mutates_args=())
 def _embedding_grad(
     grad: Tensor,
     token_ids: Tensor,
@@ -260,7 +262,10 @@ def _embedding_grad(
     return triton_embedding.embedding_grad(grad, token_ids, sources, vocabulary, deterministic)
 
 
-@_embedding_grad.register_fake
+_for_embedding = Operator("project_splice_embedding_grad", _embedding_grad)
+
+
+@_for_embedding.register_fake
 def _(
     grad: Tensor,
     token_ids: Tensor,
@@ -292,15 +297,12 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     features, weight, token_ids, visual_rows, sources = ctx.saved_tensors
     for_features, for_weight, for_bias, _, for_embedding, *_ = ctx.needs_input_grad
     d_features = d_weight = d_bias = d_embedding = None
-    ops = torch.ops.llavakit
     if for_features:
-        d_features = ops.project_splice_features_grad(grad, weight, visual_rows, ctx.impl)
+        d_features = _for_features(grad, weight, visual_rows, ctx.impl)
     if for_weight or for_bias:
-        d_weight, d_bias = ops.project_splice_weight_grad(
-            grad, features, visual_rows, for_bias, ctx.impl
-        )
+        d_weight, d_bias = _for_weight(grad, features, visual_rows, for_bias, ctx.impl)
     if for_embedding:
-        d_embedding = ops.project_splice_embedding_grad(
+        d_embedding = _for_embedding(
             grad, token_ids, sources, ctx.vocabulary, ctx.visual, ctx.impl, ctx.deterministic
         )
     return (
@@ -313,4 +315,4 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     )
 
 
-_forward.register_autograd(_backward, setup_context=_setup_context)
+_splice.register_autograd(_backward, setup_context=_setup_context)
