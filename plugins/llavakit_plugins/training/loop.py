@@ -23,6 +23,7 @@ from llavakit import (
     and_more,
 )
 from llavakit_plugins.huggingface.unread import Unread
+from llavakit_plugins.training import heap
 from llavakit_plugins.training.callbacks import Callbacks
 from llavakit_plugins.training.checkpoints import Best, Checkpoints
 from llavakit_plugins.training.compiling import compiled
@@ -137,6 +138,8 @@ class Trainer:
         Raises Stopped, after saving, if the user asked to stop, and TrainingError, which names the
         samples, if a loss is not finite.
         """
+        if self.model.device.type == "cpu":
+            heap.settle()
         with self.watch, self._saved(), compiled(self.model, self.options, cached=self.cached):
             self._train()
         if self.sharded:

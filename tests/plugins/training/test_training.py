@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from llavakit import Dataset, Recipe, Registry, Use
 from llavakit.model.folder import create_model, load_model
 from llavakit.stream.images import open_image
+from llavakit_plugins.training import heap
 from llavakit_plugins.training.corpus import Corpus
 from llavakit_plugins.training.kinds import Group
 from llavakit_plugins.training.optimiser import Rates, Updates
@@ -145,6 +146,13 @@ def test_bf16_learns_the_same_within_its_precision(
     assert half[0] != full[0]
     for weight in half[2].values():
         assert weight.dtype == torch.float32
+
+
+def test_freed_memory_is_kept_on_a_cpu(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    settled: list[None] = []
+    monkeypatch.setattr(heap, "settle", lambda: settled.append(None))
+    train()
+    assert settled
 
 
 def test_weights_are_rounded_once_a_step(train: Train) -> None:

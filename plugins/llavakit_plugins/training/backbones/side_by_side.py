@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 
 from llavakit import Run, Stopped, TrainingError
+from llavakit_plugins.training import heap
 from llavakit_plugins.training.backbones.loop import Losses, Training, train
 from llavakit_plugins.training.forks import (
     held_signals,
@@ -42,6 +43,7 @@ def optimise(run: Run, *trainings: Training) -> list[Losses]:
     devices = {p.device.type for each in trainings for p in each.updates.named.values()}
     if devices != {"cpu"}:
         return [train(mine, each) for mine, each in pairs]
+    heap.settle()
     beside = max(1, torch.get_num_threads() - len(pairs[1:]))
     if not may_learn_in_forks():
         losses = []
