@@ -26,7 +26,7 @@ WORKDIR /work
 
 FROM base AS cpu
 ARG TORCH_INDEX=""
-ARG EXTRAS="demo,onnx,openai,lora"
+ARG EXTRAS="demo,images,onnx,openai,lora"
 RUN --mount=type=bind,from=wheel,source=/wheels,target=/wheels \
     if [ -n "$TORCH_INDEX" ]; then pip install --no-cache-dir --index-url "$TORCH_INDEX" torch torchvision; fi \
     && pip install --no-cache-dir "$(echo /wheels/llavakit-*.whl)[$EXTRAS]"
@@ -35,7 +35,7 @@ ENTRYPOINT ["llava-run"]
 CMD ["--help"]
 
 FROM base AS cuda
-ARG EXTRAS="demo,onnx,openai,lora,liger"
+ARG EXTRAS="demo,images,onnx,openai,lora,liger"
 # Triton compiles the launchers of its kernels with a C compiler when they first run
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends gcc libc6-dev \
