@@ -58,7 +58,8 @@ class Operator:
 
 
 def _is_plain(given: tuple[Any, ...]) -> bool:
-    if torch.compiler.is_compiling():
+    # what batches or differentiates functions asks more of them than a plain backward pass
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False
     for one in given:
         kind = type(one)

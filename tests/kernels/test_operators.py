@@ -203,6 +203,18 @@ def test_tensors_without_values_get_their_shapes(
     assert seen.names == [f"{operator}.default"]
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_vmap_batches_them() -> None:
+    given = tensors(torch.float32, learn=False)
+
+    def of_weight(weight: Tensor) -> Tensor:
+        return splice(given | {"weight": weight})
+
+    weights = torch.randn(3, E, D)
+    expected = torch.stack([of_weight(weight) for weight in weights])
+    torch.testing.assert_close(torch.func.vmap(of_weight)(weights), expected)
+
+
 def test_gradients_of_gradients_are_refused() -> None:
     given = tensors(torch.float64)
     weight = given["weight"]
