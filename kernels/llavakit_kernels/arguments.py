@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Literal
 
@@ -48,33 +49,38 @@ def require_indices(name: str, tensor: Tensor) -> None:
 
 def require_same_device(**tensors: Tensor | None) -> None:
     """Raise ValueError unless all tensors are on the device of the first one."""
-    first, device = "", None
-    for name, tensor in tensors.items():
-        if tensor is None:
-            continue
-        if device is None:
-            first, device = name, tensor.device
-        elif tensor.device != device:
-            raise ValueError(
-                f"`{name}` is on {tensor.device} but `{first}` on {device}: move one of them"
-            )
+    unlike = _unlike_the_first(tensors, lambda tensor: tensor.device)
+    if unlike is not None:
+        first, device, name, other = unlike
+        raise ValueError(f"`{name}` is on {other} but `{first}` on {device}: move one of them")
 
 
 def require_same_dtype(**tensors: Tensor | None) -> None:
     """Raise ValueError unless all tensors have the floating dtype of the first one."""
-    first, dtype = "", None
+    name, anchor = next((name, tensor) for name, tensor in tensors.items() if tensor is not None)
+    if not anchor.is_floating_point():
+        raise ValueError(f"`{name}` must be floating point, but is {anchor.dtype}")
+    unlike = _unlike_the_first(tensors, lambda tensor: tensor.dtype)
+    if unlike is not None:
+        first, dtype, name, other = unlike
+        raise ValueError(
+            f"`{name}` is {other} but `{first}` is {dtype}: cast one of them, "
+            "or run under torch.autocast"
+        )
+
+
+def _unlike_the_first(
+    tensors: dict[str, Tensor | None], value_of: Callable[[Tensor], object]
+) -> tuple[str, object, str, object] | None:
+    """Return the name and the value of the first, and of one with another value; None without."""
+    first, wanted = "", None
     for name, tensor in tensors.items():
-        if tensor is None:
-            continue
-        if dtype is None:
-            first, dtype = name, tensor.dtype
-            if not dtype.is_floating_point:
-                raise ValueError(f"`{first}` must be floating point, but is {dtype}")
-        elif tensor.dtype != dtype:
-            raise ValueError(
-                f"`{name}` is {tensor.dtype} but `{first}` is {dtype}: cast one of them, "
-                "or run under torch.autocast"
-            )
+        found = wanted if tensor is None else value_of(tensor)
+        if wanted is None:
+            first, wanted = name, found
+        elif found != wanted:
+            return first, wanted, name, found
+    return None
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
