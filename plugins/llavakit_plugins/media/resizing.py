@@ -162,12 +162,13 @@ def _load() -> Any:
     """Return the compiled loops if numba is there, and if they give the bits of this Pillow."""
     try:
         from llavakit_plugins.media import compiled_resizing as loops
+
+        return loops if agree(loops, _whole) else None
     except ModuleNotFoundError:
         return None
-    except (ImportError, RuntimeError) as error:  # no folder for what it compiles, say
+    except Exception as error:  # no folder for what it compiles, or a compiler that fails
         _log.warning("Pillow resizes images, for numba cannot be used: %.300s", error)
         return None
-    return loops if agree(loops, _whole) else None
 
 
 def _whole(pixels_HW3: Bytes, size: tuple[int, int], how: Filter) -> Bytes:

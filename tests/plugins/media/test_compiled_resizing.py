@@ -188,6 +188,7 @@ def test_a_pillow_with_other_bits_resizes_by_itself(monkeypatch: pytest.MonkeyPa
         (ModuleNotFoundError("No module named 'numba'"), []),
         (ImportError("Numba needs NumPy 2.5 or less"), ["Numba needs NumPy 2.5 or less"]),
         (RuntimeError("cannot cache function"), ["cannot cache function"]),
+        (TypeError("No conversion from int8"), ["No conversion from int8"]),  # as numba's are
     ],
 )
 def test_without_numba_pillow_resizes(
