@@ -23,7 +23,6 @@ class Operator:
 
     def __init__(self, name: str, function: Callable[..., Any]) -> None:
         self._operator = torch.library.custom_op(f"llavakit::{name}", function, mutates_args=())
-        self._traced = getattr(torch.ops.llavakit, name)
         self._function = function
 
     def register_fake(self, fake: Callable[..., Any]) -> None:
@@ -54,7 +53,7 @@ class Operator:
 
     def __call__(self, *given: Any) -> Any:
         """Return the function of `given`, which has a value for every argument."""
-        return self._function(*given) if _is_plain(given) else self._traced(*given)
+        return self._function(*given) if _is_plain(given) else self._operator(*given)
 
 
 def _is_plain(given: tuple[Any, ...]) -> bool:
@@ -62,7 +61,6 @@ def _is_plain(given: tuple[Any, ...]) -> bool:
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False
     for one in given:
-        kind = type(one)
-        if (kind not in _PLAIN and isinstance(one, Tensor)) or (kind in _PLAIN and one.is_meta):
+        if isinstance(one, Tensor) and (type(one) not in _PLAIN or one.is_meta):
             return False
     return True

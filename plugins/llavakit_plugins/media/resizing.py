@@ -108,10 +108,6 @@ def _by_loops(image: Image.Image, size: tuple[int, int], box: Box, how: Filter) 
     inside = 0 <= box[0] < box[2] <= size[0] and 0 <= box[1] < box[3] <= size[1]
     if loops is None or not inside or how not in _CURVES or not _rows_first(image, size):
         return None
-    return _by(loops, image, size, box, how)
-
-
-def _by(loops: Any, image: Image.Image, size: tuple[int, int], box: Box, how: Filter) -> Bytes:
     return part_by(loops, pixels_of(image), size, box, how).transpose(1, 2, 0)
 
 

@@ -40,14 +40,13 @@ def many(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     """The sizes to which the loops resize, from the first image on."""
     monkeypatch.setattr(resizing._Resized, "pixels", resizing._MANY + 1)
     made: list[tuple[int, int]] = []
-    by = resizing._by
 
-    def seen(loops: Any, image: Image.Image, size: tuple[int, int], *rest: Any) -> Any:
+    def seen(loops: Any, pixels: Any, size: tuple[int, int], *rest: Any) -> Any:
         made.append(size)
-        return by(loops, image, size, *rest)
+        return part_by(loops, pixels, size, *rest)
 
     resizing._load()
-    monkeypatch.setattr(resizing, "_by", seen)
+    monkeypatch.setattr(resizing, "part_by", seen)
     return made
 
 
@@ -69,25 +68,30 @@ def test_they_give_the_bits_of_pillow(
     assert len(many) >= 2 * curved
 
 
+Sized = tuple[tuple[int, int], tuple[int, int], tuple[int, int, int, int]]
 edges = st.integers(1, 150)
+curved_filters = st.sampled_from([Filter.BILINEAR, Filter.BICUBIC])
+
+
+@st.composite
+def any_part(draw: st.DrawFn) -> Sized:
+    """An image's width and height, those that it is resized to, and a part of that."""
+    width, height, wide, high = (draw(edges) for _ in range(4))
+    left, top = draw(st.integers(0, wide - 1)), draw(st.integers(0, high - 1))
+    right, bottom = draw(st.integers(left + 1, wide)), draw(st.integers(top + 1, high))
+    return (width, height), (wide, high), (left, top, right, bottom)
 
 
 @needs_numba
 @settings(max_examples=150, deadline=None)
-@given(edges, edges, edges, edges, st.sampled_from([Filter.BILINEAR, Filter.BICUBIC]), st.data())
-def test_any_part_of_any_size_has_them(
-    width: int, height: int, wide: int, high: int, how: Filter, data: st.DataObject
-) -> None:
-    loops, size = resizing._load(), (wide, high)
+@given(any_part(), curved_filters)
+def test_any_part_of_any_size_has_them(sized: Sized, how: Filter) -> None:
+    (width, height), size, box = sized
     draw = np.random.default_rng(width * height)
     # black and white alone: sums beyond a byte are cut
     pixels = draw.integers(0, 2, (height, width, 3), dtype=np.uint8) * 255
-    image = Image.fromarray(pixels)
-    left, top = data.draw(st.integers(0, wide - 1)), data.draw(st.integers(0, high - 1))
-    right, bottom = data.draw(st.integers(left + 1, wide)), data.draw(st.integers(top + 1, high))
-    box = left, top, right, bottom
-    rows_first = image.resize((wide, height), how).resize(size, how)
-    found = resizing._by(loops, image, size, box, how)
+    rows_first = Image.fromarray(pixels).resize((size[0], height), how).resize(size, how)
+    found = part_by(resizing._load(), pixels, size, box, how).transpose(1, 2, 0)
     assert found.tobytes() == rows_first.crop(box).tobytes()
 
 
@@ -112,19 +116,16 @@ def test_encoders_read_what_those_of_transformers_read(
 
 @needs_numba
 @settings(max_examples=150, deadline=None)
-@given(edges, edges, edges, edges, st.sampled_from([Filter.BILINEAR, Filter.BICUBIC]), st.data())
-def test_any_part_of_any_size_has_the_bits_of_pytorch(
-    width: int, height: int, wide: int, high: int, how: Filter, data: st.DataObject
-) -> None:
+@given(any_part(), curved_filters)
+def test_any_part_of_any_size_has_the_bits_of_pytorch(sized: Sized, how: Filter) -> None:
+    (width, height), size, box = sized
     draw = np.random.default_rng(width * height)
     pixels = draw.integers(0, 2, (height, width + 3, 4), dtype=np.uint8)[:, 1:-2] * 255
-    left, top = data.draw(st.integers(0, wide - 1)), data.draw(st.integers(0, high - 1))
-    right, bottom = data.draw(st.integers(left + 1, wide)), data.draw(st.integers(top + 1, high))
     whole = torch.from_numpy(pixels[..., :3]).permute(2, 0, 1)[None]
-    if (width, height) != (wide, high):
-        whole = interpolate(whole, (high, wide), mode=how.name.lower(), antialias=True)
-    box = left, top, right, bottom
-    found = part_by(resizing._load(), pixels, (wide, high), box, how, short=True)
+    if (width, height) != size:
+        whole = interpolate(whole, size[::-1], mode=how.name.lower(), antialias=True)
+    left, top, right, bottom = box
+    found = part_by(resizing._load(), pixels, size, box, how, short=True)
     assert (found == whole[0, :, top:bottom, left:right].numpy()).all()
 
 
