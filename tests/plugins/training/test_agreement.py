@@ -6,25 +6,16 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import pytest
 import torch
-from tests.conftest import RecipeWriter
 from tests.plugins.training.ranks import Rank, in_ranks
 
-from llavakit import DataError, Dataset, LlavaError, LlavaModel, Recipe, Registry, Sample, Turn, Use
+from llavakit import DataError, Dataset, LlavaError, LlavaModel, Sample, Turn, Use
 from llavakit.contracts.run import ProcessGroup, Run
-from llavakit.model.folder import create_model
 from llavakit_plugins.training.agreement import in_each
 from llavakit_plugins.training.corpus import Corpus
 from llavakit_plugins.training.measure import Measure, entry_of
 from llavakit_plugins.training.objectives import Dpo, DpoOptions
 from llavakit_plugins.training.tokenised import corpus_of
-
-
-@pytest.fixture
-def model(write_recipe: RecipeWriter) -> LlavaModel:
-    registry = Registry.installed()
-    return create_model(Recipe.load(write_recipe(), registry).parts(), registry, seed=0).eval()
 
 
 class Said(Dataset):

@@ -134,12 +134,6 @@ def about(identity: str, *images: ImageSource) -> Sample:
     return Sample(identity, (Turn("human", question), Turn("gpt", "it is red .")), images)
 
 
-@pytest.fixture
-def model(write_recipe: RecipeWriter) -> LlavaModel:
-    registry = Registry.installed()
-    return create_model(Recipe.load(write_recipe(), registry).parts(), registry, seed=0).eval()
-
-
 @pytest.mark.parametrize("cached", [True, False])
 def test_a_row_is_parsed_once_for_its_tokens_and_its_images(
     model: LlavaModel, data: Path, cached: bool

@@ -24,24 +24,15 @@ from llavakit import (
     LlavaError,
     LlavaModel,
     PackedBatch,
-    Recipe,
-    Registry,
     Sample,
     Turn,
 )
 from llavakit.cli import main
 from llavakit.contracts.run import ProcessGroup, Run
-from llavakit.model.folder import create_model
 from llavakit_plugins.training.corpus import Corpus
 from llavakit_plugins.training.feature_cache import Kept, positions
 from llavakit_plugins.training.features import Cached, features_of
 from llavakit_plugins.training.options import TrainOptions
-
-
-@pytest.fixture
-def model(write_recipe: RecipeWriter) -> LlavaModel:
-    registry = Registry.installed()
-    return create_model(Recipe.load(write_recipe(), registry).parts(), registry, seed=0).eval()
 
 
 class Pictures(Dataset):

@@ -20,7 +20,6 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file
-from tests.conftest import RecipeWriter
 from tests.runs import run_in
 
 from llavakit import (
@@ -29,7 +28,6 @@ from llavakit import (
     LlavaError,
     LlavaModel,
     PromptTemplate,
-    Recipe,
     Registry,
     Run,
     Sample,
@@ -37,7 +35,6 @@ from llavakit import (
     Turn,
     Use,
 )
-from llavakit.model.folder import create_model
 from llavakit_plugins.datasets.columns import Columns, write_columns
 from llavakit_plugins.training import rows, workers
 from llavakit_plugins.training.corpus import Batch, Corpus
@@ -52,12 +49,6 @@ COUNT = 700  # samples: three blocks
 def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several blocks of few samples."""
     monkeypatch.setattr(rows, "_LEAST", 256)
-
-
-@pytest.fixture
-def model(write_recipe: RecipeWriter) -> LlavaModel:
-    registry = Registry.installed()
-    return create_model(Recipe.load(write_recipe(), registry).parts(), registry, seed=0).eval()
 
 
 @pytest.fixture

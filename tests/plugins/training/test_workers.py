@@ -15,15 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.conftest import RecipeWriter
 from tests.runs import run_in
 
 from llavakit import (
     DataError,
     Dataset,
     LlavaModel,
-    Recipe,
-    Registry,
     Sample,
     Stopped,
     TrainingError,
@@ -31,7 +28,6 @@ from llavakit import (
     Use,
 )
 from llavakit.contracts.run import ProcessGroup
-from llavakit.model.folder import create_model
 from llavakit_plugins.training import rows, workers
 from llavakit_plugins.training.tokenised import corpus_of
 
@@ -64,12 +60,6 @@ class Counted(Dataset):
 def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several blocks of few samples."""
     monkeypatch.setattr(rows, "_LEAST", 256)
-
-
-@pytest.fixture
-def model(write_recipe: RecipeWriter) -> LlavaModel:
-    registry = Registry.installed()
-    return create_model(Recipe.load(write_recipe(), registry).parts(), registry, seed=0).eval()
 
 
 @pytest.fixture(autouse=True)
