@@ -20,7 +20,8 @@ from tests.core.engine.test_distributed import llava_run as torchrun
 from tests.plugins.training.test_sharded import events, losses, same, sets, tensors
 from tests.plugins.training.test_sharded_checkpoints import as_if_killed
 
-from llavakit import DataError, PromptTemplate, Registry, Use, load
+from llavakit import DataError, LlavaModel, PromptTemplate, Registry, Use
+from llavakit.model.folder import save_model
 from llavakit.stream.encode import encode
 from llavakit_plugins.datasets.conversation_rows import RowReader
 from llavakit_plugins.training.answers import LastAnswer, both_answers
@@ -229,10 +230,9 @@ def corpus_of(preferences: Path, data: Path, model: Any) -> Corpus:
 
 
 def test_pairs_stay_together_and_only_last_answers_are_supervised(
-    model: Path, preferences: Path, data: Path
+    model: LlavaModel, preferences: Path, data: Path
 ) -> None:
-    made = load(model, device="cpu")
-    corpus = corpus_of(preferences, data, made)
+    corpus = corpus_of(preferences, data, model)
     seen: list[int] = []
     steps = list(corpus.epoch(3, 0, 5, 100))
     assert len(steps) == corpus.steps(5) == 5
@@ -242,7 +242,7 @@ def test_pairs_stay_together_and_only_last_answers_are_supervised(
             seen += micro
     assert sorted(seen) == list(range(48))
     for index in (0, 1):  # two turns, of which the second one is a preference
-        text = made.tokenizer.decode(_supervised(corpus, index))
+        text = str(model.tokenizer.decode(_supervised(corpus, index)))
         assert text.split() == (["a", "square", ".", "</s>"] if index == 0 else
                                 ["it", "is", "a", "square", "</s>"])  # fmt: skip
 
@@ -254,11 +254,12 @@ def _supervised(corpus: Corpus, index: int) -> list[int]:
 
 
 def test_log_probabilities_are_those_of_transformers_on_padded_batches(
-    model: Path, preferences: Path, data: Path
+    model: LlavaModel, preferences: Path, data: Path, tmp_path: Path
 ) -> None:
     from transformers import LlamaForCausalLM
 
-    ours: Any = load(model, device="cpu")
+    save_model(model, tmp_path / "model")
+    ours: Any = model
     corpus = corpus_of(preferences, data, ours)
     text_only = [s for s in corpus.samples if not len(corpus.images[s])]
     batch = corpus.pack(text_only)
@@ -267,7 +268,7 @@ def test_log_probabilities_are_those_of_transformers_on_padded_batches(
         found = entry_of(ours, sharded=False)(
             batch, None, lambda hidden: sample_logprobs(measure._predicted(batch, hidden, None))
         )
-    theirs = LlamaForCausalLM.from_pretrained(model / "language").float()
+    theirs = LlamaForCausalLM.from_pretrained(tmp_path / "model/language").float()
     encoded = [corpus.encoded(sample) for sample in text_only]
     longest = max(len(one.ids) for one in encoded)
     ids = torch.full((len(encoded), longest), 3)
