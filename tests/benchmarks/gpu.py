@@ -108,7 +108,10 @@ CALLS: dict[str, tuple[float, str]] = {
         "environment rates compilation correctness attention models smoke splice1 mlp1 rates-after",
     ),
     "2": (285, "rates compilation1 splice mlp stage1 stage2 small decode models loss rates-after"),
-    "3": (170, "rates decode stage2 small loss profile configurations sanitizer rates-after"),
+    "3": (
+        170,
+        "rates decode stage2 small loss splice profile configurations sanitizer rates-after",
+    ),
 }
 """Three calls that share a quarter of an hour: seconds, and sections in order of their value."""
 
