@@ -21,6 +21,7 @@ from llavakit.contracts.data import IMAGE
 from llavakit.contracts.sections import Card, Gallery
 from llavakit_plugins.generation.items import Item
 from llavakit_plugins.generation.rows import find_image
+from llavakit_plugins.media.images import open_file
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -138,7 +139,7 @@ class Review:
 def _thumbnail(path: Path) -> str:
     """Return a small copy of an image as a data URI, or an empty text if it cannot be read."""
     try:
-        with Image.open(path) as image:
+        with open_file(path) as image:
             small = image.convert("RGB")
             small.thumbnail((_SIDE, _SIDE))
     # Pillow's decoders raise each of these for damaged files

@@ -30,6 +30,10 @@ _BITS, _SAMPLE_FORMAT, _SIGNED = 258, 339, 2  # tags of a TIFF, and a value of t
 _ORIENTATION = 274  # the tag of a camera's note; above 4 its sides are exchanged
 
 
+class PostScriptError(UnidentifiedImageError):
+    """An image is PostScript: a program, which Pillow would have Ghostscript run."""
+
+
 class MissingImage(DataError):
     """There is no such image file."""
 
@@ -67,6 +71,15 @@ def image_size(source: ImageSource, where: str, *, upright: bool = False) -> tup
     return (height, width) if turned else (width, height)
 
 
+def open_file(file: Path | BytesIO) -> Image.Image:
+    """Return a file's image, not decoded yet. Raises as Pillow does, also for PostScript."""
+    opened = Image.open(file)
+    if opened.format == "EPS":
+        opened.close()
+        raise PostScriptError(f"{file} is PostScript")
+    return opened
+
+
 def refusal(width: int, height: int) -> str | None:
     """Say why images of this size are refused, and what to do; None where they are not."""
     if not width or not height:
@@ -100,7 +113,9 @@ def _opened(source: ImageSource, where: str) -> tuple[Image.Image, str]:
         _check_file(found, name)
     try:
         with warnings.catch_warnings(action="ignore"):  # what matters is an error below
-            return Image.open(found), name
+            return open_file(found), name
+    except PostScriptError:
+        raise DataError(f"{name} is PostScript, which is not run; convert it to PNG") from None
     except UnidentifiedImageError:
         raise DataError(f"{name} is not an image Pillow can read; replace it") from None
     except Image.DecompressionBombError as error:

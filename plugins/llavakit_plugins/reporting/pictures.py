@@ -16,6 +16,7 @@ from PIL import Image, ImageOps
 from llavakit import Video, explain_write, open_image
 from llavakit.contracts.data import ImageSource
 from llavakit_plugins.media import frames
+from llavakit_plugins.media.images import open_file
 
 _SIDE = 384  # of an embedded image, in pixels
 _SMALL = 128  # shown magnified, so every pixel is kept: PNG
@@ -70,7 +71,7 @@ class Pictures:
 @lru_cache(maxsize=1024)  # the report is written again after every step
 def _embed(path: Path, modified: int, size: int) -> Picture:
     try:
-        with Image.open(path) as file:
+        with open_file(path) as file:
             # lets libjpeg decode at a fraction of the size,
             # several times as fast; other formats ignore it
             file.draft("RGB", (2 * _SIDE, 2 * _SIDE))

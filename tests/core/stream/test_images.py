@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 from tests.core.processes import small_disk
 
 from llavakit import DataError, LlavaError
@@ -318,6 +318,19 @@ def test_an_image_in_an_archive_is_read_when_it_is_opened(tmp_path: Path, photo:
         check_image(whole, "s")
         with pytest.raises(DataError, match=r"image .*all\.zip/b\.jpg of sample `s` cannot be"):
             check_image(cut, "sample `s`")
+
+
+def test_no_program_reads_postscript(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program, called, path = tmp_path / "gs", tmp_path / "called", tmp_path / "a.jpg"
+    program.write_text(f"#!/bin/sh\ntouch {called}\nexit 1\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)  # Pillow looks once
+    Image.new("RGB", (8, 8)).save(path, "EPS")
+    for read in (open_image, image_size, check_image):
+        with pytest.raises(DataError, match="is PostScript, which is not run; convert it to PNG"):
+            read(path, "sample `7`")
+    assert not called.exists()
 
 
 def test_what_is_no_image_is_refused(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from PIL import Image
 
 from llavakit import DataError, open_image
 from llavakit.contracts.data import ImageFile, ImageSource
+from llavakit_plugins.media.images import open_file
 
 _SENT_AS_IS = {"JPEG": "image/jpeg", "PNG": "image/png", "WEBP": "image/webp", "GIF": "image/gif"}
 """What OpenAI's vision guide lists; a GIF that moves is not among it."""
@@ -76,7 +77,7 @@ def size_of(source: ImageSource, edge: int) -> tuple[int, int]:
 def _size_of_file(path: Path, size: int, modified: int) -> tuple[int, int]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a bomb; it is refused when it is to be sent
-        with Image.open(path) as image:
+        with open_file(path) as image:
             return image.size
 
 
@@ -117,7 +118,7 @@ def _as_it_is(source: ImageSource, edge: int, most_bytes: int) -> tuple[str, byt
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(data)) as image:
+            with open_file(io.BytesIO(data)) as image:
                 kind = _SENT_AS_IS.get(image.format or "")
                 plain = image.getexif().get(_ORIENTATION, 1) == 1 and not _moves(image)
                 if kind is None or not plain or image.mode not in _MODES or max(image.size) > edge:
