@@ -9,7 +9,6 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
-from glob import glob, has_magic
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +32,10 @@ def record_of(recipe: Recipe, until: str) -> Record:
     for name, use in recipe.active_steps():
         steps.append(use.model_dump(mode="json"))
         for text in texts_in(use.options):
-            if text not in files and os.path.isfile(text):  # False for what no path can be, too
-                state = os.stat(text)
-                files[text] = _fingerprint(Path(text), state.st_size, state.st_mtime_ns)
-            elif has_magic(text) and Path(text).suffix:  # many, large files: their sizes must do
-                files.update((path, os.path.getsize(path)) for path in glob(text, recursive=True))
+            path = Path(text)
+            if text not in files and os.path.isfile(path):  # False for what no path can be, too
+                state = path.stat()
+                files[text] = _fingerprint(path, state.st_size, state.st_mtime_ns)
         if name == until:
             break
     record = {

@@ -17,9 +17,7 @@ from tests.conftest import Command, RecipeWriter
 
 import llavakit
 from llavakit import Outcome, Recipe, Registry, Run, Step, hookimpl
-from llavakit.engine.reuse import record_changes
 from llavakit.engine.runner import run as run_recipe
-from llavakit.engine.step_folders import record_of
 
 
 @pytest.fixture
@@ -341,23 +339,6 @@ def test_changed_data_are_a_changed_recipe(
     assert ended.code == 0
     assert "01-pretrain: its data changed" in ended.err
     assert json.loads((run / "01-pretrain" / "artifact.json").read_text())["metrics"]["steps"] == 3
-
-
-def test_shards_behind_a_pattern_are_part_of_what_was_done(
-    write_recipe: RecipeWriter, tmp_path: Path
-) -> None:
-    shards = tmp_path / "shards"
-    shards.mkdir()
-    (shards / "0.tar").write_bytes(b"some")
-    path = write_recipe((f'path = "{tmp_path}/pretrain.json"', f'path = "{shards}/*.tar"'))
-    known = Recipe.load(path, Registry.installed())
-    before = record_of(known, "pretrain")
-    assert record_of(known, "pretrain") == before
-    (shards / "1.tar").write_bytes(b"more")
-    added = record_of(known, "pretrain")
-    assert record_changes(before, added) == [f"files.{shards}/1.tar"]
-    (shards / "0.tar").write_bytes(b"some other")
-    assert record_changes(added, record_of(known, "pretrain")) == [f"files.{shards}/0.tar"]
 
 
 class AskingForADevice(Step):
