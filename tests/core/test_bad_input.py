@@ -81,6 +81,7 @@ def nothing_was_done(folder: Path) -> bool:
         ("{}", "own.json is not a list of objects"),
         ("[1, 2]", "own.json is not a list of objects"),
         ("null", "own.json is not a list of objects"),
+        ('[{"id": 1},\n null]', "own.json is not a list of objects: row 2 on line 2 is none"),
         (b"\x93\xff\xfe[]", "own.json is not UTF-8 text"),
         ("[" * 100_000, "own.json is nested too deeply"),
         (f'[{{"id": {"9" * 5000}}}]', "own.json:1:2: not valid JSON: a number is too long"),

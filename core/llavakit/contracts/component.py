@@ -15,7 +15,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, PrivateAttr, Valida
 class Options(BaseModel):
     """Options of one component, as a recipe states them. Unknown keys are errors."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)  # frozen: all built of them share them
+    # frozen: all built of them share them
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     def alone(self) -> Self:
         """Return options of the same network that name no file or model elsewhere.

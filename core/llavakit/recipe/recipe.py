@@ -31,7 +31,7 @@ class StepUse(SkippableUse[Step]):
 class Machine(BaseModel):
     """What the plan reckons with. Left out: the machine that plans."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     name: str = "this machine"
     devices: int = Field(default=1, ge=1)
@@ -43,7 +43,7 @@ class Machine(BaseModel):
 class Published(BaseModel):
     """A figure of the paper that a recipe is the miniature of; `llava-run compare` shows it."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     table: str  #: Where the paper has it; only figures of one table are compared.
     metric: str  #: Which metric of ours stands beside it, as `step.metric`.
@@ -53,7 +53,7 @@ class Published(BaseModel):
 class Recipe(BaseModel):
     """One run, from start to end. The environment, `LLAVA_SEED=1`, overrides the file."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     name: str
     seed: int = Field(default=0, ge=0, lt=2**63)

@@ -83,8 +83,10 @@ def _predict(arguments: argparse.Namespace) -> int:
     from llavakit.contracts.run import Stopped
 
     least = min(arguments.batch_size, arguments.processes, arguments.concurrency)
-    if min(least, arguments.limit or 1) < 1:
+    if min(least, 1 if arguments.limit is None else arguments.limit) < 1:
         raise LlavaError("--batch-size, --processes, --concurrency and --limit are 1 or more")
+    if arguments.workers < 0:
+        raise LlavaError("--workers is 0 or more")
     sampling = sampling_of(arguments)
     service = re.match(r"https?://", arguments.model, re.IGNORECASE) is not None
     with (

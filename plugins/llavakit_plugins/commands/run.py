@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 def add(commands: Commands) -> None:
     run = commands.add_parser("run", help="run a recipe (the word `run` may be left out)")
     run.add_argument("recipe", help="a recipe file, or the name of a built-in recipe")
-    run.add_argument("--out", type=Path, metavar="DIR", help="run folder (runs/NAME)")
+    run.add_argument("--out", type=_folder, metavar="DIR", help="run folder (runs/NAME)")
     run.add_argument(
         "--set",
         action="append",
@@ -85,6 +85,7 @@ def _plan_or_run(arguments: argparse.Namespace) -> int:
         recipe = Recipe.load(path, registry, arguments.set, inputs=True)
         import_for_training(recipe.model, registry)
     directory = arguments.out or Path("runs") / recipe.name
+    _check_folder(directory)
     reuse = runs_below(arguments.reuse)
     try:
         result = run(recipe, registry, directory, resume=arguments.resume, reuse=finished_in(reuse))
@@ -105,6 +106,26 @@ def _plan_or_run(arguments: argparse.Namespace) -> int:
         seen = report if report.is_file() else directory
         print(shown(f"{recipe.name}: done, see {seen}"))
     return 0
+
+
+def _folder(text: str) -> Path:
+    if not text.strip():
+        raise argparse.ArgumentTypeError("its name is empty; name a folder, or leave --out away")
+    return Path(text)
+
+
+def _check_folder(directory: Path) -> None:
+    """Raise RecipeError where a run would write over files that no run has written."""
+    from llavakit import RecipeError
+
+    if any((directory / name).exists() for name in (".lock", "plan.json")):  # a run's folder
+        return
+    for name in ("recipe.toml", "report.html", "report.md", "events.jsonl", "environment.json"):
+        if (directory / name).exists():
+            raise RecipeError(
+                f"{directory / name} is no run's, and a run would write over it; choose another "
+                "folder by --out"
+            )
 
 
 def _on_devices(recipe: Recipe, number: int | None) -> Recipe:

@@ -49,9 +49,9 @@ def read_list(path: Path, block: int = BLOCK) -> Iterator[Row]:
             if window.next_character():
                 raise window.error("Extra data; a file of JSON lines is named .jsonl")
             raise _no_list(path)
-        for row in window.items():
+        for number, row in enumerate(window.items(), start=1):
             if not isinstance(row.value, dict):
-                raise _no_list(path)
+                raise _no_list(path, f": row {number:,} on line {window.line} is none")
             yield row
         if window.next_character():
             raise window.error("Extra data")
@@ -111,8 +111,8 @@ def _open(path: Path, block: int) -> Iterator[_Window]:
         yield _Window(file, path, block)
 
 
-def _no_list(path: Path) -> DataError:
-    return DataError(f"{path} is not a list of objects; LLaVA's training JSON is one list")
+def _no_list(path: Path, why: str = "") -> DataError:
+    return DataError(f"{path} is not a list of objects{why}; LLaVA's training JSON is one list")
 
 
 class _Doubled:
@@ -143,6 +143,11 @@ class _Window:
         """Where in the window we are."""
         self._byte = self._read  # the file's byte at that offset
         self._line, self._column = 1, 0  # of the window's first character
+
+    @property
+    def line(self) -> int:
+        """The file's line where we are, from 1."""
+        return self._position(self.at)[0]
 
     def next_character(self) -> str:
         """Go on to the next character that is no space and return it; empty at the end."""

@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 from pydantic import Field, model_validator
 
-from llavakit import Build, Dataset, Options, Registry, Sample, Use
+from llavakit import Build, DataError, Dataset, Options, Registry, Sample, Use
+
+_MOST = 1000  # times that a part is used: the indices of all of them are held
 
 
 class MixOptions(Options):
@@ -28,6 +30,8 @@ class MixOptions(Options):
                 raise ValueError(f"give `weights` one number for each of {len(self.parts)} parts")
             if min(self.weights) <= 0:
                 raise ValueError("`weights` are above 0; leave a part out that is not wanted")
+            if max(self.weights) > _MOST:
+                raise ValueError(f"`weights` are up to {_MOST:,}; make more `epochs` of the data")
         return self
 
 
@@ -45,6 +49,12 @@ class Mix(Dataset):
             _choose(len(part), weight, options.seed + number)
             for number, (part, weight) in enumerate(zip(self.parts, weights, strict=True))
         ]
+        for number, (part, chosen) in enumerate(zip(self.parts, self._chosen, strict=True), 1):
+            if len(part) and not len(chosen):
+                raise DataError(
+                    f"part {number} of `mix` is left out: {weights[number - 1]} times its "
+                    f"{len(part)} samples is less than one; raise its weight, or remove the part"
+                )
         self._ends = list(accumulate(map(len, self._chosen)))
 
     @classmethod

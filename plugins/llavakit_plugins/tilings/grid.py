@@ -4,21 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import isqrt
+from typing import Annotated
 
 import numpy as np
 from PIL import Image
-from pydantic import PositiveInt
+from pydantic import Field
 
 from llavakit import Arrangement, Options, Shown, View
 from llavakit_plugins.tilings.geometry import Filter, resized, tiles
 from llavakit_plugins.tilings.video import VideoOptions, WithVideos
 
+_Tiles = Annotated[int, Field(gt=0, le=64)]
+
 
 class GridOptions(Options):
     """Options of `grid`."""
 
-    rows: PositiveInt = 2
-    columns: PositiveInt = 2
+    rows: _Tiles = 2
+    columns: _Tiles = 2
     base: bool = True
     """Whether the whole image is a view, too, the first."""
     interpolation: Filter = "bicubic"

@@ -341,6 +341,29 @@ def test_changed_data_are_a_changed_recipe(
     assert json.loads((run / "01-pretrain" / "artifact.json").read_text())["metrics"]["steps"] == 3
 
 
+@pytest.mark.parametrize("name", ["recipe.toml", "report.html"])
+def test_no_run_writes_over_what_no_run_wrote(
+    write_recipe: RecipeWriter, llava_run: Command, tmp_path: Path, name: str
+) -> None:
+    own = tmp_path / "own"
+    own.mkdir()
+    (own / name).write_text("mine")
+    ended = llava_run(write_recipe(), "--out", own)
+    assert ended.code == 2
+    assert f"{own / name} is no run's" in ended.err
+    assert [path.name for path in own.iterdir()] == [name]
+    assert (own / name).read_text() == "mine"
+
+
+def test_an_empty_folder_name_is_no_folder(
+    write_recipe: RecipeWriter, llava_run: Command, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        llava_run(write_recipe(), "--out", "")
+    assert ended.value.code == 2
+    assert "its name is empty" in capsys.readouterr().err
+
+
 class AskingForADevice(Step):
     """Needs no model, but asks for a device all the same."""
 

@@ -353,6 +353,11 @@ def test_wrong_uses_are_refused(
     for arguments, said in (
         ((model, tmp_path / "none.jsonl", out), "none.jsonl does not exist"),
         (
+            (model, questions, out, "--limit", 0),
+            "--batch-size, --processes, --concurrency and --limit",
+        ),
+        ((model, questions, out, "--workers", -1), "--workers is 0 or more"),
+        (
             (model, questions, out, "--batch-size", 0),
             "--batch-size, --processes, --concurrency and --limit",
         ),

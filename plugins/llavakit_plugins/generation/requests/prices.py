@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 class Price(BaseModel):
     """Prices in USD per million tokens."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     input: float = Field(ge=0)
     output: float = Field(ge=0)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 class Distortions(BaseModel):
     """The largest changes of a patch; each gets its own, drawn evenly."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     rotate: float = Field(default=0.0, ge=0, le=180)
     """Degrees, either way."""

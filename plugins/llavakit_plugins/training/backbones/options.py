@@ -16,7 +16,7 @@ CLIPS_ADAMW = Use[Optimiser].model_validate({"use": "adamw", "betas": (0.9, 0.98
 
 
 class ContrastiveOptions(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     text: Mapping[str, Any] = Field(
         default_factory=lambda: {
@@ -43,7 +43,7 @@ class ContrastiveOptions(BaseModel):
 
 
 class TextOptions(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     steps: int = Field(default=500, ge=1)
     batch_size: int = Field(default=48, ge=1)
