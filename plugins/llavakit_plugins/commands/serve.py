@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 from importlib.util import find_spec
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,7 @@ def _serve(arguments: argparse.Namespace) -> int:
     # A thread that waits for others must not hold its core: the event loop needs it, and a step of
     # a small model takes a hundred times as long where they fight. Read when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    from llavakit import shown
     from llavakit_plugins.serving.guard import Guard, is_loopback, read_keys
     from llavakit_plugins.serving.limits import Limits
     from llavakit_plugins.serving.server import Serving, listen, run
@@ -85,9 +87,11 @@ def _serve(arguments: argparse.Namespace) -> int:
     for flag, (field, factor) in _FIELDS.items():
         value = getattr(arguments, flag)
         if value is not None:
-            if not value > 0 and flag != "grace":
+            if not 0 <= value < inf or (value == 0 and flag != "grace"):
                 raise LlavaError(f"--{flag.replace('_', '-')} {value:g}: give more than 0")
             given[field] = value if factor == 1 else int(value * factor)
+    if arguments.threads is not None and arguments.threads < 1:
+        raise LlavaError(f"--threads {arguments.threads}: give 1 or more")
     limits = Limits(**given)
     keys = read_keys(arguments.api_key_file) if arguments.api_key_file is not None else []
     guard = Guard(host=arguments.host, keys=keys, origins=arguments.allow_origin)
@@ -106,7 +110,7 @@ def _serve(arguments: argparse.Namespace) -> int:
         serving = Serving(
             model, name, guard, limits, arguments.allow_image_host, arguments.log_requests
         )
-        return run(serving, listener, lambda address: _say(f"serving {name} on {address}"))
+        return run(serving, listener, lambda address: _say(shown(f"serving {name} on {address}")))
 
 
 def _say(sentence: str) -> None:

@@ -12,10 +12,9 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from llavakit import shown
 from llavakit_plugins.serving import metrics as prometheus
 from llavakit_plugins.serving.chat import Chat
-from llavakit_plugins.serving.errors import Gone, RequestError
+from llavakit_plugins.serving.errors import Gone, RequestError, on_one_line
 from llavakit_plugins.serving.guard import Guard
 from llavakit_plugins.serving.http import Answer, Endpoint
 from llavakit_plugins.serving.limits import Limits
@@ -185,7 +184,7 @@ class _Watched:
             self._metrics.request(path, status)
             _access.info(
                 "%s %s %d %d bytes %.0f ms",
-                shown(scope["method"])[:16], shown(scope["path"])[:100], status, size,
+                on_one_line(scope["method"])[:16], on_one_line(scope["path"])[:100], status, size,
                 1000 * (time.monotonic() - begun),
             )  # fmt: skip
 

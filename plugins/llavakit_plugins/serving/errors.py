@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from llavakit import shown
+
 _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error",
           429: "rate_limit_error"}  # fmt: skip
 
@@ -43,3 +45,8 @@ class RequestError(Exception):
 
 class Gone(Exception):
     """The client went away: nobody waits for an answer."""
+
+
+def on_one_line(text: str) -> str:
+    r"""Return a stranger's text for a line of the log, which it can neither end nor begin."""
+    return shown(text).replace("\n", r"\n").replace("\t", r"\t")

@@ -23,7 +23,7 @@ from llavakit import LlavaError, LlavaModel
 from llavakit_plugins.serving.app import make_app
 from llavakit_plugins.serving.batch import Batch
 from llavakit_plugins.serving.chat import Chat, deliver
-from llavakit_plugins.serving.errors import RequestError
+from llavakit_plugins.serving.errors import RequestError, on_one_line
 from llavakit_plugins.serving.guard import Guard
 from llavakit_plugins.serving.heatmap import Heatmap, has_heatmaps
 from llavakit_plugins.serving.http import Bodies
@@ -175,10 +175,8 @@ def _batch_of(model: Any, limits: Limits) -> tuple[Batch, int]:
 
 
 def _log_sample(sample: Any) -> None:
-    from llavakit import shown
-
     for turn in sample.turns[-1:]:
-        _log.info("asked: %s (%d images)", shown(turn.text)[:2000], len(sample.images))
+        _log.info("asked: %s (%d images)", on_one_line(turn.text)[:2000], len(sample.images))
 
 
 class _Http(uvicorn.Server):

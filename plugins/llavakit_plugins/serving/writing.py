@@ -69,7 +69,8 @@ class Voice:
 
     def spell(self, token: int) -> str:
         """Return the text of one token by itself, the space in front included."""
-        raw = str(self._texts.convert_ids_to_tokens(token))
+        # None: rows of embeddings beyond the tokenizer's words, as padded ones have
+        raw = self._texts.convert_ids_to_tokens(token) or ""
         return raw.replace(_SPACE, " ") if _SPACE in raw else self._texts.decode([token]) or raw
 
 

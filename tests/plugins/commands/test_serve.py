@@ -121,6 +121,8 @@ def test_what_cannot_be_served(refused: Callable[..., str], folder: Path, tmp_pa
         assert f"port {port}" in refused("serve", folder, "--port", port)
     assert "--port" in refused("serve", folder, "--port", 99999)
     assert "--places 0: give more than 0" in refused("serve", folder, "--places", 0)
+    assert "--grace nan: give more than 0" in refused("serve", folder, "--grace", "nan")
+    assert "--threads 0: give 1 or more" in refused("serve", folder, "--threads", 0)
     assert "key file" in refused("serve", folder, "--api-key-file", tmp_path / "none")
 
 

@@ -166,6 +166,12 @@ def test_keys(lively: LlavaModel, caplog: pytest.LogCaptureFixture) -> None:
     assert KEY not in caplog.text
 
 
+def test_a_path_is_one_line_of_the_log(running: Running, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    assert running.send("/x%0aPOST%20/v1%20200%0d%1b")[0] == 404
+    assert r"GET /x\nPOST /v1 200\r\x1b 404" in caplog.text
+
+
 def test_a_key_file(tmp_path: Path) -> None:
     file = tmp_path / "keys"
     file.write_text(f"{KEY}\n\n{KEY}-2\n")
