@@ -38,7 +38,7 @@ class TrainOptions(StartOptions):
     """Number of held-out questions that are answered at each validation."""
     keep_best: bool = False
     """Whether to keep the model with the lowest held-out loss instead of the last one."""
-    train: dict[Part, float]
+    train: dict[Part, Annotated[float, Field(allow_inf_nan=True)]]  # refused below, all in one way
     """The parts that are trained, each with its peak learning rate."""
     template: Use[PromptTemplate] | None = None
     """A prompt template for this step's data only; by default the model's."""
