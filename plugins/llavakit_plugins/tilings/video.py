@@ -29,7 +29,7 @@ class VideoOptions(Options):
 
     frames: int = Field(default=32, ge=1, le=4096)
     """The most frames of a video that are shown."""
-    rate: float | None = Field(default=None, gt=0, le=1000, allow_inf_nan=False)
+    rate: float | None = Field(default=None, gt=0, le=1000)
     """Frames a second, up to `frames` of them; unset: `frames`, however long the video is."""
     spread: Literal["ends", "parts"] = "ends"
     """"ends": from the first frame to the last, as LLaVA-NeXT's code; "parts": the first of as many

@@ -68,7 +68,7 @@ class TrainOptions(StartOptions):
     """What is made small: the loss of the next token, or a plugin's."""
     callbacks: tuple[Use[Callback], ...] = ()
     """What is called after each step: `[{ use = "norms", every = 100 }]`, or a plugin's."""
-    weight_decay: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    weight_decay: float = Field(default=0.0, ge=0)
     betas: tuple[Beta, Beta] | None = None
     """`betas` of the optimiser, stated here."""
     clip: float = Field(default=1.0, gt=0)
@@ -81,7 +81,7 @@ class TrainOptions(StartOptions):
     parallel: Parallel | None = None
     """On several devices: in how many groups they hold the weights, and how many make up a group.
     `{ replicate = 4, shard = 8 }` divides weights within each of 4 machines of 8 devices (HSDP)."""
-    timeout: float = Field(default=30.0, gt=0, allow_inf_nan=False)
+    timeout: float = Field(default=30.0, gt=0)
     """Minutes that several devices wait for one that does not go on: within a step, or in reading
     its samples. Then all stop, and the one that is behind is named."""
     recompute: bool = False
@@ -95,7 +95,7 @@ class TrainOptions(StartOptions):
     feature_cache: Path | None = None
     """A folder in which the features of a frozen encoder are kept on the disk, for all processes,
     steps and runs that name it. It may be removed at any time that no run is at work."""
-    feature_cache_gb: float = Field(default=100.0, gt=0, allow_inf_nan=False)
+    feature_cache_gb: float = Field(default=100.0, gt=0)
     """Most GB that the features of one encoder take there; images beyond are encoded each time."""
     processes: int = Field(default=1, ge=1)
     """On a CPU, without torchrun: so many processes share the samples of each step, and the images

@@ -34,7 +34,7 @@ def read_processor(options: PretrainedOptions) -> Given:
     return Given(mean, std, filter_of(table, found))
 
 
-Spread = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Spread = Annotated[float, Field(gt=0)]
 
 
 class EncoderOptions(Options):
