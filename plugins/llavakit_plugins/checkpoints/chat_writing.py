@@ -79,38 +79,40 @@ def chat_template(form: PromptFormat, *, space_behind_image: bool, videos: bool 
     `space_behind_image` writes that space out.
     """
     image = form.image.replace(IMAGE, f"{IMAGE} ") if space_behind_image else form.image
-    count = "content.split('<image>') | length - 1"
-    # transformers' processors give a list of parts, and our own code gives a text with marks: both
-    # have to give the same prompt
-    listed = (
-        "{%- set texts = content | selectattr('type', 'equalto', 'text') "
-        "| map(attribute='text') | join('\\n') -%}\n"
-    )
     mark, line = _quote(image), _quote(image + "\n")
+    moving = _quote(IMAGE)  # how a video's part is written among the texts
+    if videos and form.placement == "keep":
+        moving = _quote(image.replace(IMAGE, VIDEO))
+    # transformers' processors give a list of parts, and our own code gives a text with marks: a
+    # list becomes that text here, as `read_messages` joins it
+    listed = (
+        "{%- set joined = namespace(text='') -%}\n"
+        "{%- for part in content -%}\n"
+        f"{{%- set one = {_quote(IMAGE)} if part['type'] in ['image', 'image_url'] else "
+        f"{moving} if part['type'] == 'video' else part['text'] -%}}\n"
+        "{%- set joined.text = joined.text + ('' if loop.first else '\\n') + one -%}\n"
+        "{%- endfor -%}\n"
+        "{%- set content = joined.text -%}\n"
+    )
     if videos:
-        listed += (
+        listed = (
             "{%- set kinds = content | selectattr('type', 'in', ['image', 'video']) "
-            "| map(attribute='type') | list -%}\n{%- set images = kinds | length -%}\n"
+            "| map(attribute='type') | list -%}\n" + listed
         )
         moves = "kinds is defined and kinds[loop.index0] == 'video'"  # a text has none
         mark, line = (
             f"({_quote(one.replace(IMAGE, VIDEO))} if {moves} else {_quote(one)})"
             for one in (image, image + "\n")
         )
-    else:
-        listed += (
-            "{%- set images = content | selectattr('type', 'equalto', 'image') "
-            "| list | length -%}\n"
-        )
+    trimmed = " | trim" if form.trims else ""
     if form.placement == "front":
         text = (
-            f"{{%- set images = {count} -%}}\n"
+            "{%- set images = content.split('<image>') | length - 1 -%}\n"
             "{%- if images -%}{%- set texts = content | replace('<image>', '') | trim -%}\n"
-            f"{{%- else -%}}{{%- set texts = content{' | trim' if form.trims else ''} -%}}"
-            "{%- endif -%}\n"
+            f"{{%- else -%}}{{%- set texts = content{trimmed} -%}}{{%- endif -%}}\n"
         )
     else:
-        kept = f"content | replace('<image>', {_quote(image)}){' | trim' if form.trims else ''}"
+        kept = f"content{trimmed} | replace('<image>', {_quote(image)})"
         text = f"{{%- set images = 0 -%}}{{%- set texts = {kept} -%}}\n"
     if form.shows_question:
         body = (
@@ -132,9 +134,8 @@ def chat_template(form: PromptFormat, *, space_behind_image: bool, videos: bool 
         "{%- set content = message['content'] -%}\n"
         "{%- if message['role'] == 'user' -%}\n"
         f"{{{{- {_quote(form.head)} if loop.first else {_quote(following)} -}}}}\n"
-        f"{{%- if content is string -%}}\n{text}"
-        f"{{%- else -%}}\n{listed}{{%- endif -%}}\n"
-        f"{body}"
+        f"{{%- if content is not string -%}}\n{listed}{{%- endif -%}}\n"
+        f"{text}{body}"
         "{%- elif message['role'] == 'assistant' -%}\n"
         "{%- if content is not string -%}"
         "{%- set content = content | map(attribute='text') | join('\\n') -%}{%- endif -%}\n"

@@ -10,6 +10,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 from llavakit import (
     VIDEO,
@@ -65,7 +66,7 @@ class Dialogue:
         images, self._system = self._start
         self._images, self._turns = [], []
         self._new = [
-            (str(one.source), one) if isinstance(one, Video) else (one, self._fetch(one))
+            (str(one.source), one) if isinstance(one, Video) else (_path(one), self._fetch(one))
             for one in images
         ]
 
@@ -137,7 +138,7 @@ class Dialogue:
         name = _file(text, "/image needs a file: /image photo.jpg")
         image = self._fetch(name)
         width, height = open_image(image, "the next question").size
-        self._new.append((name, image))
+        self._new.append((_path(name), image))
         return f"{width} x {height} pixels, for the next question"
 
     def _set_system(self, text: str) -> str:
@@ -177,6 +178,11 @@ class Dialogue:
                 if text.strip("\n"):
                     parts.append({"type": "text", "text": text.strip("\n")})
             yield {"role": "user", "content": parts}
+
+
+def _path(name: str) -> str:
+    """Return how data sets name an image: a `file:` address by its path."""
+    return unquote(urlsplit(name).path) if name[:5].lower() == "file:" else name
 
 
 def _file(text: str, missing: str) -> str:

@@ -9,7 +9,7 @@ import argparse
 from collections.abc import Container, Mapping
 from typing import Any
 
-from llavakit.contracts.commands import Commands
+from llavakit.contracts.commands import GROUP, Commands
 
 
 def add(commands: Commands) -> None:
@@ -36,7 +36,7 @@ def _plugins(arguments: argparse.Namespace) -> int:
     before = log.level
     log.setLevel(logging.ERROR)  # what is broken is in the list itself
     try:
-        found, broken = _look()
+        found, broken = _look(arguments.broken)
     finally:
         log.setLevel(before)
     if arguments.json:
@@ -101,8 +101,10 @@ def _describe(name: str, *, as_json: bool) -> int:
     return 0
 
 
-def _look() -> tuple[dict[str, list[dict[str, Any]]], list[dict[str, Any]]]:
-    """Return the components of each kind, and the plugins that are broken."""
+def _look(
+    commands: Mapping[str, Exception],
+) -> tuple[dict[str, list[dict[str, Any]]], list[dict[str, Any]]]:
+    """Return the components of each kind, and the plugins and `commands` that are broken."""
     from importlib.metadata import entry_points
 
     from llavakit import Registry, kind_of
@@ -123,8 +125,12 @@ def _look() -> tuple[dict[str, list[dict[str, Any]]], list[dict[str, Any]]]:
         ]
         for kind, origins in kinds.items()
     }
+    faults: list[tuple[str, Exception]] = [*registry.broken.items()]
+    for command, fault in commands.items():
+        point = next(iter(entry_points(group=GROUP, name=command)))
+        faults.append((f"{point.dist.name if point.dist else ''}:{command}", fault))
     broken = []
-    for plugin, fault in registry.broken.items():
+    for plugin, fault in faults:
         package, _, name = plugin.rpartition(":")
         broken.append(
             {

@@ -51,7 +51,10 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.program:  # until the engine says otherwise: nothing is at stake yet
         # as an exception it may come within the import of a library that catches everything
         signal.signal(signal.SIGINT, _end_at_once)
-    return _plan_or_run(arguments)
+    from llavakit import no_exit
+
+    with no_exit(f"{arguments.recipe}"):  # as a plugin may in `plan` or in its options
+        return _plan_or_run(arguments)
 
 
 def _end_at_once(number: int, frame: FrameType | None) -> None:

@@ -79,6 +79,7 @@ def _serve(arguments: argparse.Namespace) -> int:
     # a small model takes a hundred times as long where they fight. Read when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     from llavakit import shown
+    from llavakit_plugins.fetching.images import ImageFetcher
     from llavakit_plugins.serving.guard import Guard, is_loopback, read_keys
     from llavakit_plugins.serving.limits import Limits
     from llavakit_plugins.serving.server import Serving, listen, run
@@ -87,14 +88,16 @@ def _serve(arguments: argparse.Namespace) -> int:
     for flag, (field, factor) in _FIELDS.items():
         value = getattr(arguments, flag)
         if value is not None:
+            least = "0 or more" if flag == "grace" else "more than 0"
             if not 0 <= value < inf or (value == 0 and flag != "grace"):
-                raise LlavaError(f"--{flag.replace('_', '-')} {value:g}: give more than 0")
+                raise LlavaError(f"--{flag.replace('_', '-')} {value:g}: give {least}")
             given[field] = value if factor == 1 else int(value * factor)
     if arguments.threads is not None and arguments.threads < 1:
         raise LlavaError(f"--threads {arguments.threads}: give 1 or more")
     limits = Limits(**given)
     keys = read_keys(arguments.api_key_file) if arguments.api_key_file is not None else []
     guard = Guard(host=arguments.host, keys=keys, origins=arguments.allow_origin)
+    ImageFetcher(arguments.allow_image_host)  # what is no host is said before a model is loaded
     with listen(arguments.host, arguments.port) as listener:  # first: loading may take minutes
         if not keys and not is_loopback(arguments.host):
             _say("warning: whoever reaches this address may ask; give --api-key-file")

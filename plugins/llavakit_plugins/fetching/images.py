@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import http.client
 import ipaddress
+import re
 import socket
 import ssl
 import time
@@ -21,11 +22,12 @@ from threading import Timer
 from typing import Any
 from urllib.parse import SplitResult, urljoin, urlsplit
 
-from llavakit import DataError
+from llavakit import DataError, LlavaError, shown
 
 _PORTS = {"http": 80, "https": 443}
 _REDIRECTS = (301, 302, 303, 307, 308)
 _CHUNK = 1 << 16
+_HOST = re.compile(r"[\w.-]+|[0-9a-fA-F:.]+")  # a name in any script, or a number
 _BEHIND = 0.01  # seconds
 _TRANSLATED = [ipaddress.ip_network(name) for name in ("64:ff9b::/96", "64:ff9b:1::/48")]
 
@@ -43,6 +45,14 @@ class ImageFetcher:
     seconds: float = 10.0
     """For everything: name, connection, redirects and content."""
     redirects: int = 3
+
+    def __post_init__(self) -> None:
+        for host in self.hosts:
+            if not _HOST.fullmatch(host):
+                raise LlavaError(
+                    f"host {shown(host)!r}: give a name alone, such as `example.org`, without "
+                    "scheme, port and path; each host is named by itself"
+                )
 
     def __call__(self, address: str) -> bytes:
         deadline = time.monotonic() + self.seconds

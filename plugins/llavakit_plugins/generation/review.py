@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from llavakit import write_text
+from llavakit import printable, write_text
 from llavakit.contracts.data import IMAGE
 from llavakit.contracts.sections import Card, Gallery
 from llavakit_plugins.generation.items import Item
@@ -107,7 +107,7 @@ class Review:
             unusable=[card for card in unusable if card["id"] not in shown],
             unusable_total=self._unusable.total,
         )
-        write_text(path, text)
+        write_text(path, printable(text))
 
     def _card(self, item: Item) -> dict[str, Any]:
         verdict, entry = item.verdict, item.entry

@@ -25,6 +25,7 @@ MAX_RATIO = 200  #: Of the sides, as Qwen2-VL has it: a resize makes thin images
 
 _ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG)
 _ADDRESS = re.compile(r"(?:^|/)(?:https?|ftps?|s3|gs|hdfs|file|data):", re.IGNORECASE)
+_BEYOND = 0.25  # of floats from 0 to 1, as a resize by curves goes beyond at edges
 _ROWS = 256  # of a grey image of many bits that are scaled at once
 _BITS, _SAMPLE_FORMAT, _SIGNED = 258, 339, 2  # tags of a TIFF, and a value of the second
 _ORIENTATION = 274  # the tag of a camera's note; above 4 its sides are exchanged
@@ -141,7 +142,14 @@ def _in_memory(source: ImageSource, where: str) -> Path | BytesIO | Image.Image:
     if hasattr(source, "detach"):  # a tensor [3, H, W]; one of floats is from 0 to 1
         pixels = source.detach().cpu()
         if pixels.is_floating_point():
-            pixels = (pixels.float().nan_to_num().clamp(0, 1) * 255).round().byte()
+            pixels = pixels.float()
+            least, most = (float(x) for x in pixels.aminmax()) if pixels.numel() else (0.0, 1.0)
+            if not (least >= -_BEYOND and most <= 1 + _BEYOND):
+                raise DataError(
+                    f"the image of {where} has floats from {least:.3g} to {most:.3g}; they lie "
+                    "from 0 to 1, without the encoder's mean and deviation (or are uint8)"
+                )
+            pixels = (pixels.clamp(0, 1) * 255).round().byte()
         source = pixels.permute(1, 2, 0).numpy() if pixels.ndim == 3 else pixels.numpy()
     if isinstance(source, np.ndarray):
         if source.dtype != np.uint8 or source.shape[2:] != (3,) or not source.size:

@@ -8,7 +8,7 @@ from functools import cache
 from jinja2 import BaseLoader, ChoiceLoader, Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from llavakit import duration
+from llavakit import duration, printable
 from llavakit.contracts.sections import Curves, Table
 from llavakit_plugins.reporting.charts import Chart, draw_lines
 from llavakit_plugins.reporting.pictures import Pictures
@@ -18,7 +18,8 @@ from llavakit_plugins.reporting.values import cells, show, verdict, words
 
 def page(report: Report, pictures: Pictures) -> str:
     """Return the page of a run."""
-    return _environment().get_template("report.html.jinja").render(report=report, pictures=pictures)
+    page = _environment().get_template("report.html.jinja")
+    return printable(page.render(report=report, pictures=pictures))
 
 
 def comparison_page(
@@ -26,7 +27,7 @@ def comparison_page(
 ) -> str:
     """Return the page of a comparison of runs."""
     page = _environment().get_template("comparison.html.jinja")
-    return page.render(title=title, facts=facts, sections=sections, notes=notes)
+    return printable(page.render(title=title, facts=facts, sections=sections, notes=notes))
 
 
 @cache

@@ -22,9 +22,9 @@ def render(plan: Plan) -> str:
     rows = [["step", "trains", "samples", "tokens", "steps", "TFLOP", "memory", "time"]]
     known: list[float] = []
     for name, step in plan.steps.items():
-        spent = plan.hours(step)
-        if spent is not None:
-            known.append(spent)
+        spent = None
+        if step.tflop is not None and plan.tflops is not None:
+            known.append(spent := step.tflop / plan.tflops / 3600)
         rows.append(
             [
                 name,

@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 from starlette.types import Scope
 
-from llavakit import LlavaError, hide
+from llavakit import LlavaError, hide, shown
 from llavakit_plugins.serving.errors import RequestError
 
 _LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
@@ -26,7 +26,7 @@ class Guard:
         self, *, host: str, keys: Collection[str] = (), origins: Collection[str] = ()
     ) -> None:
         self._keys = [key.encode() for key in keys]
-        self._origins = frozenset(origins)
+        self._origins = frozenset(map(_read_origin, origins))
         # A page of another site may have its own name point to 127.0.0.1 (DNS rebinding): then
         # the browser takes the server for that site's, but still says its name.
         self._names = _LOOPBACK if is_loopback(host) else None
@@ -65,6 +65,25 @@ class Guard:
                 code="invalid_api_key",
                 headers={"WWW-Authenticate": "Bearer"},
             )
+
+
+def _read_origin(address: str) -> str:
+    """Return a site as browsers name it in `Origin`. Raises LlavaError for what is no site."""
+    if address == "*":
+        return address
+    try:
+        parts = urlsplit(address)
+        host, port = parts.hostname, parts.port
+    except ValueError:
+        host = port = None
+    if not host or not parts.scheme or parts.path.strip("/") or parts.query or parts.fragment:
+        raise LlavaError(
+            f"--allow-origin {shown(address)}: give a site's address without a path, such as "
+            "https://example.org, or * for all"
+        )
+    host = f"[{host}]" if ":" in host else host
+    own = port in (None, {"http": 80, "https": 443}.get(parts.scheme))
+    return f"{parts.scheme}://{host}" if own else f"{parts.scheme}://{host}:{port}"
 
 
 def _name(address: str) -> str | None:

@@ -12,9 +12,9 @@ from typing import Any
 
 from PIL import Image
 
-from llavakit import Encoded, read_messages
+from llavakit import Encoded, Reader, read_messages
 from llavakit.contracts.data import ImageSource, Sample, Video
-from llavakit.contracts.errors import DataError, LlavaError
+from llavakit.contracts.errors import DataError, LlavaError, ModelError
 from llavakit_plugins.fetching.images import ImageFetcher
 from llavakit_plugins.media import clip
 from llavakit_plugins.serving.batch import Prompt
@@ -25,6 +25,9 @@ from llavakit_plugins.serving.scheduler import check_room
 from llavakit_plugins.serving.writing import Choice, Voice
 
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # of some others, Pillow runs a program
+
+
+_PIECE = 1 << 14  # characters
 
 
 @dataclass
@@ -101,6 +104,7 @@ class Preparer:
         try:
             sample = read_messages(messages, where="messages", source=source, video=video)
             self.seen(sample)
+            self._check_size(sample)
             encoded = self._model.prompt(sample, ())
             length = encoded.length(self._model.visual_tokens)
             if length >= self._longest:
@@ -110,6 +114,25 @@ class Preparer:
         except RecursionError:
             raise RequestError(400, "`messages` are nested too deeply") from None
         return sample, encoded, length
+
+    def _check_size(self, sample: Sample) -> None:
+        """Raise ModelError for texts that are far too long, before all of them are tokenised.
+
+        That would take seconds of what all requests share. Pieces may have some tokens more than
+        the whole, and nothing is refused here that has not twice of what there is room for.
+        """
+        backend, count = Reader.of(self._model.tokenizer).backend, 0
+        texts = (sample.system or "", *(turn.text for turn in sample.turns))
+        if sum(map(len, texts)) <= self._longest:
+            return
+        for text in texts:
+            for begin in range(0, len(text), _PIECE):
+                count += len(backend.encode(text[begin : begin + _PIECE], add_special_tokens=False))
+                if count > 2 * self._longest:
+                    raise ModelError(
+                        f"the prompt has more than {count} tokens; the language model reads at "
+                        f"most {self._longest}: shorten it"
+                    )
 
 
 def refused(error: LlavaError) -> RequestError:

@@ -207,6 +207,8 @@ def test_every_way_to_give_an_image_gives_the_same(tmp_path: Path) -> None:
     for name, source in ways(Image.fromarray(drawn), tmp_path).items():
         found = np.asarray(open_image(source, "the prompt")).astype(int)
         assert np.abs(found - drawn).max() <= (name == "bfloat16"), name  # 8 bits of mantissa
+    beyond = torch.tensor([-0.1, 1.1]).expand(3, 4, 2)  # as a bicubic resize leaves it
+    assert np.asarray(open_image(beyond, "the prompt")).tolist()[0] == [[0] * 3, [255] * 3]
 
 
 @pytest.mark.parametrize(
@@ -226,6 +228,10 @@ def test_every_way_to_give_an_image_gives_the_same(tmp_path: Path) -> None:
         (torch.zeros(3, 4, 5).to_sparse(), "no file and no pixels"),
         (torch.zeros(3, 4, 5, dtype=torch.complex64).conj(), "no file and no pixels"),
         (torch.empty(3, 4, 5, device="meta"), "no data"),
+        (torch.full((3, 4, 5), 255.0), "floats from 255 to 255; they lie from 0 to 1"),
+        (torch.linspace(-1.8, 2.2, 60).view(3, 4, 5), "floats from -1.8 to 2.2"),
+        (torch.full((3, 4, 5), torch.nan), "floats from nan to nan"),
+        (torch.zeros(3, 0, 5), "uint8"),
         ("data:image/png;base64,", "not an image Pillow can read"),
         ("data:", "not an image Pillow can read"),
         ("file:///no/such.png", "does not exist"),

@@ -12,7 +12,7 @@ import pytest
 from tests import published
 from tests.conftest import make_tokenizer
 
-from llavakit import ModelError, PromptTemplate, Registry, Turn
+from llavakit import ModelError, PromptTemplate, Registry, Turn, read_messages
 from llavakit.contracts.component import Use
 from llavakit.contracts.data import IMAGE, Sample
 from llavakit.stream.encode import IMAGE_ID, encode, tokenise
@@ -20,7 +20,7 @@ from llavakit.stream.encode import IMAGE_ID, encode, tokenise
 pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 
-from llavakit_plugins.checkpoints.chat_writing import find_format
+from llavakit_plugins.checkpoints.chat_writing import chat_template, find_format
 from llavakit_plugins.checkpoints.prompt_format import PromptFormat
 from llavakit_plugins.huggingface.hub import load_tokenizer
 from llavakit_plugins.onnx.exporter.client import agreeing_template, client_tokenizer, render
@@ -127,14 +127,44 @@ def test_the_system_text_and_the_stop_texts_are_the_models_own() -> None:
     assert form.stops == ("###",)
 
 
+PICTURE, FILM = {"type": "image"}, {"type": "video"}
+
+
+@pytest.mark.parametrize("name", ["vicuna_v1", "llama_2", "mpt", "chat-template"])
 @pytest.mark.parametrize("placement", ["keep", "front"])
-def test_where_images_go(placement: str) -> None:
-    template, tokenizer = _template("vicuna_v1", image_placement=placement), make_tokenizer()
+@pytest.mark.parametrize("content", [
+    f"a {IMAGE} b", f" a\n{IMAGE} ", ["a", PICTURE, "b"], [PICTURE, " two"], [PICTURE, "two "],
+    [PICTURE, "a\n"], ["a ", PICTURE], [" a ", PICTURE, PICTURE, f"b {IMAGE} c"],
+    [PICTURE, "", "a"], [" a ", " b "], [PICTURE],
+])  # fmt: skip
+def test_a_list_of_parts_is_written_as_it_is_read(
+    name: str, placement: str, content: str | list[Any]
+) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'] }} : {{ m['content'] | trim }} {{ eos_token }} "
+        "{% endfor %}{% if add_generation_prompt %}assistant :{% endif %}"
+    )
+    template = _template(name, image_placement=placement)
     form = find_format(template, tokenizer)
     assert form.placement == placement
-    jinja = agreeing_template(template, tokenizer, form)
-    text = f"a {IMAGE} b"
-    assert render(jinja, _chat(text)) == _text(template, tokenizer, text)
+    if isinstance(content, list):
+        content = [{"type": "text", "text": x} if isinstance(x, str) else x for x in content]
+    messages = [{"role": "user", "content": content}]
+    (turn,) = read_messages(messages, [Path("x")] * str(messages).count("image")).turns
+    jinja = chat_template(form, space_behind_image=False)
+    assert render(jinja, messages) == _text(template, tokenizer, turn.text)
+
+
+@pytest.mark.parametrize(("placement", "expected"), [
+    ("front", "<video>\n<image>\na\n\nb"), ("keep", "a\n<video>\nb\n<image>"),
+])  # fmt: skip
+def test_videos_have_their_own_mark(placement: str, expected: str) -> None:
+    template, tokenizer = _template("vicuna_v1", image_placement=placement), make_tokenizer()
+    form = find_format(template, tokenizer)
+    jinja = chat_template(form, space_behind_image=False, videos=True)
+    parts = [{"type": "text", "text": "a"}, FILM, {"type": "text", "text": "b"}, PICTURE]
+    assert expected in render(jinja, _chat(parts))
 
 
 def test_a_template_that_draws_the_place_of_images_is_refused() -> None:

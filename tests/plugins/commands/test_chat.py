@@ -157,10 +157,12 @@ def test_a_dialogue_as_a_person_leads_it(
     assert row == {"id": "said", "messages": expected}
     terminal.type("/system a blue square")
     terminal.type("/reset")
+    assert "33 x 64 pixels" in terminal.type(f"/image {two.as_uri()}")
     terminal.type("what is it ?")
     terminal.type(f"/save {folder / 'again.json'}")
     (row,) = json.loads((folder / "again.json").read_text())
-    begin = [expected[0], {"role": "user", "content": [image(one), text("what is it ?")]}]
+    content = [image(one), image(two), text("what is it ?")]  # as training reads them, by path
+    begin = [expected[0], {"role": "user", "content": content}]
     assert row["messages"][:2] == begin
     assert row["messages"][2]["content"] == model.generate(begin, max_new_tokens=6)
     assert terminal.close() == 0

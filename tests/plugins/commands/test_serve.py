@@ -121,8 +121,12 @@ def test_what_cannot_be_served(refused: Callable[..., str], folder: Path, tmp_pa
         assert f"port {port}" in refused("serve", folder, "--port", port)
     assert "--port" in refused("serve", folder, "--port", 99999)
     assert "--places 0: give more than 0" in refused("serve", folder, "--places", 0)
-    assert "--grace nan: give more than 0" in refused("serve", folder, "--grace", "nan")
+    assert "--grace nan: give 0 or more" in refused("serve", folder, "--grace", "nan")
     assert "--threads 0: give 1 or more" in refused("serve", folder, "--threads", 0)
+    for site in ("nonsense", "https://a.example/page", "http://[", "example.org:80"):
+        assert f"--allow-origin {site}: give" in refused("serve", folder, "--allow-origin", site)
+    for host in ("http://a.example/", "a.example:80", "a.example,b.example", ""):
+        assert f"host '{host}': give" in refused("serve", folder, "--allow-image-host", host)
     assert "key file" in refused("serve", folder, "--api-key-file", tmp_path / "none")
 
 

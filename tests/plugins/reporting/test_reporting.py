@@ -203,6 +203,22 @@ def test_hostile_text_shows_as_text_everywhere(run: Path) -> None:
     assert Page(rendered).text.count("alert('x')</script>") >= 15
 
 
+def test_no_text_drives_a_terminal(run: Path) -> None:
+    text = "a\x1b[2J\x9bb"
+    (run / "environment.json").write_text(json.dumps({text: text}))
+    curves = Curves(title=text, x=text, y=text, series={text: [(0, 1), (1, 2)]}, caption=text)
+    grid = Table(title=text, columns=[text, "b"], rows=[[text, 1]], caption=text)
+    gallery = Gallery(title=text, cards=[Card(image="a.png", lines=[(text, text)])], caption=text)
+    report(
+        run, recipe=make_recipe(**{text: text}), records=[make_record(run, curves, grid, gallery)]
+    )
+    for name in ("report.html", "report.md"):
+        written = (run / name).read_text()
+        assert "\x1b" not in written
+        assert "\x9b" not in written
+        assert "[2J" in written
+
+
 def test_the_page_needs_nothing_from_elsewhere(run: Path) -> None:
     Image.new("RGB", (8, 8)).save(run / "02-evaluate" / "a.png")
     card = Card(image="a.png", lines=[("question", "?")], right=True)

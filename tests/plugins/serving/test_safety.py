@@ -203,8 +203,19 @@ def test_only_this_machine_by_its_own_name(running: Running) -> None:
     Guard(host="0.0.0.0").check({"headers": [(b"host", b"my.machine")], "path": "/"})
 
 
+@pytest.mark.parametrize("role", ["system", "user"])
+def test_a_book_is_refused_before_it_is_tokenised(
+    running: Running, role: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(running.model, "prompt", None)  # to call it would be status 500
+    book = {"role": role, "content": "a b " * 1_000_000}
+    status, answer = running.chat(messages=[book, *asks("what ?")][: 2 if role == "system" else 1])
+    assert status == 400
+    assert answer["error"]["code"] == "context_length_exceeded"
+
+
 def test_pages_of_an_allowed_site_may_ask(lively: LlavaModel) -> None:
-    with serving(lively, origins=("https://mine.example",)) as server:
+    with serving(lively, origins=("https://Mine.example:443/",)) as server:
         status, headers, _ = server.send("/v1/models", Origin="https://mine.example")
         assert status == 200
         assert headers["access-control-allow-origin"] == "https://mine.example"

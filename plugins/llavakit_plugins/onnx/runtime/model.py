@@ -72,6 +72,8 @@ def load(
     `threads` is the number of CPU threads, by default onnxruntime's own choice. Raises ModelError
     if a file is missing or changed, or if the installed onnxruntime does not know its operators.
     """
+    if threads is not None and threads < 1:
+        raise ModelError(f"`threads` is {threads}; give 1 or more, or None")
     folder, chosen = read(Path(path), precision)
     return OnnxModel(folder, chosen, provider=pick_provider(device), threads=threads)
 
