@@ -3,8 +3,7 @@
 On a GPU each step of a formula is a kernel that reads and writes everything; one kernel for all of
 them saves that time, the host's time to launch them, and what they keep for the backward pass.
 
-Shapes: T rows, E width, H query heads, G key-value heads, K head dimension, F width of the hidden
-layer.
+Shapes: T rows, H query heads, G key-value heads, K head dimension, F width of the hidden layer.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from llavakit_kernels.linear_cross_entropy import liger
 
@@ -54,11 +52,6 @@ def gate(activation: Any, gate_TF: Tensor, up_TF: Tensor) -> Tensor:
 
     served_TF: Tensor = LigerSiLUMulFunction.apply(gate_TF, up_TF)
     return served_TF
-
-
-def norm(module: Any, hidden_TE: Tensor) -> Tensor:
-    """Return what a norm of LLaMA's gives, by PyTorch's own function."""
-    return F.rms_norm(hidden_TE, (hidden_TE.shape[-1],), module.weight, module.variance_epsilon)
 
 
 def _served(tensor: Tensor) -> bool:

@@ -12,6 +12,7 @@ import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from types import FunctionType, MethodType
 from typing import Any, cast
 
@@ -90,8 +91,8 @@ class Compiled:
     def _replace(self, blocks: Sequence[nn.Module], kind: type[_Region], named: str) -> None:
         regions: dict[Any, _Region] = {}
         for block in blocks:
-            own = getattr(block.forward, "__func__", None)
-            if getattr(block.forward, "__self__", None) is not block or own is None:
+            own = _function(block)
+            if own is None:
                 raise TrainingError(
                     f"`compile`: `forward` of the blocks of {named} is no method of theirs; {_OFF}"
                 )
@@ -106,6 +107,16 @@ class Compiled:
         trains = torch.is_grad_enabled() and packing.cache is None and packing.watch is None
         current.stream = Traced(packing) if trains else None
         return self._hidden(embeds_TE, packing, rows)
+
+
+def _function(block: nn.Module) -> Any:
+    """Return what a block's `forward` calls with the block first; None for another `forward`."""
+    forward: Any = block.forward
+    if isinstance(forward, partial):
+        bound = len(forward.args) == 1 and forward.args[0] is block and not forward.keywords
+        return forward.func if bound else None
+    own = getattr(forward, "__self__", None) is block
+    return getattr(forward, "__func__", None) if own else None
 
 
 def _blocks(vision: VisionEncoder) -> Sequence[nn.Module]:
