@@ -69,6 +69,7 @@ from .contracts.sections import (
     Table as Table,
 )
 from .engine.distributed import join_process_group as join_process_group
+from .engine.events import finite as finite
 from .engine.interrupts import interrupts as interrupts
 from .engine.plan import Plan as Plan, make_plan as make_plan
 from .engine.progress import (
@@ -160,7 +161,12 @@ from .recipe.redaction import (
     redacted as redacted,
     shown as shown,
 )
-from .registry import Registry as Registry, all_kinds as all_kinds, kind_of as kind_of
+from .registry import (
+    Registry as Registry,
+    all_kinds as all_kinds,
+    kind_of as kind_of,
+    no_exit as no_exit,
+)
 from .stream.attention import (
     packed_attention as packed_attention,
 )

@@ -20,9 +20,9 @@ from traceback import format_exception
 from typing import Any
 
 from llavakit import __version__
-from llavakit.contracts.commands import GROUP
-from llavakit.contracts.errors import LlavaError, PluginError
-from llavakit.registry.entry_points import entry_points, only
+from llavakit.contracts.commands import GROUP, Commands
+from llavakit.contracts.errors import LlavaError, PluginError, and_more
+from llavakit.registry.entry_points import entry_points, explained, only, package_of
 
 _USAGE = """\
 llava-run RECIPE [--out DIR] [--set a.b.c=value ...] [--plan] [--resume]
@@ -30,7 +30,7 @@ llava-run RECIPE [--out DIR] [--set a.b.c=value ...] [--plan] [--resume]
 
 RECIPE is a TOML file or the name of a built-in recipe (llava-run recipes lists them).
 """
-_NEEDS_ALL = ("-h", "--help", "--version", "completion")  # parsers of the other commands, too
+_NEEDS_ALL = ("-h", "--help", "--version", "completion", "plugins")  # the other commands, too
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,11 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     if argv is not None:
         return _main(argv)
-    try:
-        code = _main(None)
-    except Exception:
-        sys.excepthook(*sys.exc_info())
-        code = 1
+    code = _main(None)
     # Sharded weights keep the process group's threads alive behind its end; while the interpreter
     # finalises they abort the process (pytorch issue 190489). The run closed what it had opened.
     # Nor is waited for a tracker that hangs, and for what its library does at exit.
@@ -65,42 +61,45 @@ def _main(argv: Sequence[str] | None) -> int:
         logging.lastResort.setFormatter(_Shown())
     try:
         return _run(arguments, program=argv is None)
-    except LlavaError as error:
-        from llavakit.recipe.redaction import brief, shown  # not for --help
-
-        _let_the_leader_speak()
-        if "LLAVA_TRACEBACK" in os.environ:
-            print(shown("".join(format_exception(error))), end="", file=sys.stderr)
-        print(f"error: {brief(shown(str(error)))}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of our output went away, as `head` does
         sys.stderr.close()
         return 0
+    except Exception as error:
+        from llavakit.recipe.redaction import brief, shown  # not for --help
+
+        if known := isinstance(error, LlavaError):
+            _let_the_leader_speak()
+        elif argv is not None:
+            raise
+        if not known or "LLAVA_TRACEBACK" in os.environ:
+            print(shown("".join(format_exception(error))), end="", file=sys.stderr)
+        if known:
+            print(f"error: {brief(shown(str(error)))}", file=sys.stderr)
+        return 2 if known else 1
 
 
 def _run(arguments: list[str], *, program: bool) -> int:
     parser: argparse.ArgumentParser = _Parser(
-        prog="llava-run",
-        usage=_USAGE,
-        description="Make, try and convert LLaVA models by recipe.",
+        prog="llava-run", usage=_USAGE, description="Make, try and convert LLaVA models by recipe."
     )
     parser.add_argument("--version", action="version", version=f"llava-run {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", title="commands", prog=parser.prog)
-    installed = entry_points(group=GROUP).names
+    installed, broken = entry_points(group=GROUP).names, dict[str, PluginError]()
     if arguments and arguments[0] not in _NEEDS_ALL:
         if arguments[0] not in installed:
             arguments.insert(0, "run")
-        only(GROUP, arguments[0])(commands)
+        _add(arguments[0], commands)
     else:
         for name in sorted(installed, key=lambda name: (name != "run", name)):
             try:
-                only(GROUP, name)(commands)
+                _add(name, commands)
             except PluginError as error:  # listed with the reason: it stops no other
+                broken[name] = error
                 commands.add_parser(name, help=str(error).replace("%", "%%"))
-    known = argparse.Namespace(program=program, parser=parser)
+    known = argparse.Namespace(program=program, parser=parser, broken=broken)
     parsed, rest = parser.parse_known_args(arguments, known)
     if not hasattr(parsed, "command"):
         parser.print_help()
@@ -117,11 +116,26 @@ def _run(arguments: list[str], *, program: bool) -> int:
         raise LlavaError(f"no file can have the name {str(error.filename)[:300]!r}") from error
 
 
-def _let_the_leader_speak() -> None:
-    """Of several processes under torchrun most meet the same error; one that says it is enough.
+def _add(name: str, commands: Commands) -> None:
+    """Add a command that works by itself, helps included. Raises PluginError for any other."""
+    add, package = only(GROUP, name), package_of(next(iter(entry_points(group=GROUP, name=name))))
+    with explained(f"plugin {package} cannot add its command `{name}`"):
+        alone = _Parser(prog="llava-run")
+        add(tried := alone.add_subparsers())
+        taken = {*entry_points(group=GROUP).names, *commands.choices} & {*tried.choices}
+        if taken != {name}:
+            raise PluginError(
+                f"command `{name}` of {package} adds {and_more(tried.choices) or 'none'}; let it "
+                "add one of its own name, and no other command's, or uninstall it"
+            )
+        # ours are tested, and all of them take a while
+        for parser in (alone, *tried.choices.values()) if package != "llavakit" else ():
+            parser.format_help()  # raises where a text has a bare %
+    add(commands)
 
-    The leader ends with it, and torchrun ends the others then.
-    """
+
+def _let_the_leader_speak() -> None:
+    """Wait, under torchrun, for the leader to say what all have met: it then ends the others."""
     if os.environ.get("RANK", "0") != "0":
         time.sleep(10)
 

@@ -67,7 +67,7 @@ class ChatModel(Component):
     def count(self, messages: Sequence[Message]) -> int:
         """Return how many tokens a request has; here a guess of four bytes a token."""
         # 4: around each message
-        return sum(4 + len(message.content.encode()) // 4 for message in messages)
+        return sum(4 + len(message.content.encode(errors="replace")) // 4 for message in messages)
 
     def price(self, input_tokens: int, output_tokens: int) -> float | None:
         """Return what so many tokens cost in USD, or None where that is not known."""

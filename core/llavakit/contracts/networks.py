@@ -57,9 +57,12 @@ class Network(nn.Module, Component):
 
     def save(self, folder: Path) -> None:
         """Write the weights to `folder`, which exists, as safetensors."""
-        # safetensors takes no views with gaps
-        tensors = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
-        save_file(tensors, folder / self.weights_file)
+        tensors = {name: t.contiguous() for name, t in self.state_dict().items()}  # no gaps
+        try:
+            save_file(tensors, folder / self.weights_file)
+        except RuntimeError as error:  # one weight under two names
+            what = f"`{self.name}` shares weights, which its own `save` and `load` must keep"
+            raise ModelError(f"{what}; write both, or share none ({error})") from error
 
     @classmethod
     def load(cls, options: Any, folder: Path, **context: Any) -> Self:
@@ -126,11 +129,11 @@ class Connector(Network):
         images, patches, _ = features_BPD.shape
         # another shape would fit once flattened, with rows of wrong patches
         expected = (images, self.tokens(patches), embeds_TE.shape[1])
-        if tuple(visual_BPE.shape) != expected:
+        found = tuple(visual_BPE.shape) if isinstance(visual_BPE, Tensor) else type(visual_BPE)
+        if found != expected:
             raise ModelError(
-                f"connector `{self.name}` gave {tuple(visual_BPE.shape)} where "
-                f"{expected} was expected: images, `tokens({patches})`, width of the language "
-                "model; fix its `forward` or `tokens`"
+                f"connector `{self.name}` gave {found} where {expected} was expected: images, "
+                f"`tokens({patches})`, width of the language model; fix its `forward` or `tokens`"
             )
         visual_NE, kept = visual_BPE.flatten(0, 1), stream.visual_kept_N
         if kept is not None and stream.weights_KN is not None:  # no other override is given any

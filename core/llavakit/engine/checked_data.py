@@ -13,7 +13,7 @@ from llavakit.engine.progress import say, show_if_slow
 from llavakit.engine.step_folders import read_done, record_of
 from llavakit.recipe.check import parts
 from llavakit.recipe.recipe import Recipe
-from llavakit.registry import KindT, Registry, kind_of, texts_in
+from llavakit.registry import KindT, Registry, StepFolders, kind_of, texts_in
 
 
 def check_data(recipe: Recipe, registry: Registry, directory: Path, since: int = 0) -> CheckedData:
@@ -49,9 +49,7 @@ class CheckedData:
     def keep(self, use: Use[Dataset], data: Dataset) -> None:
         self._kept[use.model_dump_json()] = (_stamps(use.options), data)
 
-    def build(
-        self, use: Use[KindT], /, steps: Mapping[str, Path] | None = None, **context: Any
-    ) -> KindT:
+    def build(self, use: Use[KindT], /, steps: StepFolders | None = None, **context: Any) -> KindT:
         stamps, data = self._kept.pop(use.model_dump_json(), (None, None))
         if isinstance(data, kind_of(use)) and stamps == _stamps(use.options):
             return cast("KindT", data)

@@ -6,6 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
@@ -37,9 +38,9 @@ class EventLog:
     def __call__(self, name: str, /, **values: Any) -> None:
         given = {"time": round(time.time(), 3), "step": self.step, "event": name, **values}
         event = redacted(given)  # a copy: it stays as it is now
-        self._lines.append([_plain(event)], durable=False)  # a training does not wait for the disk
+        self._lines.append([finite(event)], durable=False)  # a training does not wait for the disk
         for watcher in self._watchers:
-            watcher.tell(event)
+            watcher.tell(deepcopy(event))  # its own: it may change it
             if name == "done":  # a report is there before the next step begins, which may fork
                 watcher.settle()
 
@@ -97,7 +98,7 @@ class _Watcher(Thread):
             while (call := self._calls.get()) is not None:
                 call()
                 self._called += 1
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             known = isinstance(error, LlavaError)  # a sentence of ours, such as of a full disk
             _log.warning(
                 "tracker `%s` failed%s; it sees nothing more of this run, which goes on",
@@ -105,12 +106,12 @@ class _Watcher(Thread):
             )  # fmt: skip
 
 
-def _plain(value: Any) -> Any:
-    """JSON has no NaN and no infinity: they become null, so that any reader can read on."""
+def finite(value: Any) -> Any:
+    """Return a value for JSON, which has no NaN and no infinity: they become null."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [finite(item) for item in value]
     return value

@@ -37,20 +37,13 @@ class Plan(BaseModel):
     """What `--plan` prints and plan.json holds."""
 
     recipe: str
-    own_model: bool = True
-    """Whether `parts` are the recipe's [model]; else what its steps start from."""
+    own_model: bool = True  #: Whether `parts` are the recipe's [model]; else its steps' start.
     parts: dict[str, PartPlan]
     visual_tokens: int | None  #: Of an image of 640 x 480 pixels; None where no model is known.
     steps: dict[str, StepPlan]
     machine: Machine
     tflops: float | None  #: Rate reckoned with, of all devices; None: nothing to reckon.
     measured: bool  #: Whether that rate was measured on this machine just now.
-
-    def hours(self, step: StepPlan) -> float | None:
-        """Return the time of a step at the rate reckoned with."""
-        if step.tflop is None or self.tflops is None:
-            return None
-        return step.tflop / self.tflops / 3600
 
 
 class RecipePlanner:

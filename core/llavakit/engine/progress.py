@@ -71,6 +71,4 @@ def duration(seconds: float) -> str:
         return f"{whole} s"
     if whole < 3600:
         return f"{whole // 60} min {whole % 60:02} s"
-    if whole < 48 * 3600:
-        return f"{seconds / 3600:.1f} h"
-    return f"{seconds / 86400:.1f} days"
+    return f"{seconds / 3600:.1f} h" if whole < 48 * 3600 else f"{seconds / 86400:.1f} days"

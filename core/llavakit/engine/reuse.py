@@ -18,15 +18,14 @@ from llavakit.recipe.files import fingerprint, new_folder
 STEP_DONE = "artifact.json"  # written last: it says that the step finished
 
 Contents = Mapping[str, str | int]
-Finder = Callable[[str, Mapping[str, Any], Path], tuple[Path | None, list[str]]]
+Record = Mapping[str, Any]
+Finder = Callable[[str, Record, Path], tuple[Path | None, list[str]]]
 """A step's name, its record and the run's folder: where it is finished elsewhere, or why not."""
 
 
 def step_contents(folder: Path) -> Contents:
     """Return what lies in a step's folder: the hash of each file, of a very large one its size."""
-    files = (
-        path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != STEP_DONE
-    )
+    files = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.name != STEP_DONE]
     return {path.relative_to(folder).as_posix(): fingerprint(path) for path in files}
 
 

@@ -4,43 +4,27 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from llavakit.contracts.errors import PluginError, and_more
-from llavakit.contracts.run import (
-    Build,
-    Event,
-    Outcome,
-    ProcessGroup,
-    Progress,
-    Run,
-    Step,
-    Stopped,
-    Stopping,
-)
+from llavakit.contracts.run import Outcome, ProcessGroup, Progress, Run, Step, Stopped, Stopping
 from llavakit.engine.checked_data import check_data
 from llavakit.engine.distributed import Device, join_process_group, was_restarted
 from llavakit.engine.environment import recipe_text, write_environment
-from llavakit.engine.events import EventLog
+from llavakit.engine.events import EventLog, finite
 from llavakit.engine.interrupts import interrupts
 from llavakit.engine.plan import make_plan
 from llavakit.engine.progress import duration, say, show_progress
-from llavakit.engine.reuse import STEP_DONE, Finder, step_contents, take_step
-from llavakit.engine.step_folders import (
-    Record,
-    nothing_half_begun,
-    prepare,
-    read_done,
-    record_of,
-    set_aside,
-)
+from llavakit.engine.reuse import STEP_DONE, Finder, Record, step_contents, take_step
+from llavakit.engine.step_folders import none_half_begun, prepare, read_done, record_of, set_aside
 from llavakit.engine.step_models import StepModel, link_newest
 from llavakit.recipe.files import explain_write, one_writer, write_text
 from llavakit.recipe.recipe import Recipe, StepUse
-from llavakit.registry import Registry
+from llavakit.registry import Registry, no_exit
 
 
 def run(
@@ -62,8 +46,10 @@ def run(
     Raises LlavaError for what the user can fix, and Stopped after an interrupt.
     """
     with join_process_group(recipe.device) as (process_group, device):
-        if _has_networks(recipe, registry):
-            device.find()  # one that is not there is said before anything is done
+        steps = (registry.get(Step, use.use) for _, use in recipe.active_steps())
+        # making data needs neither a device nor torch; one that is not there is said at once
+        if recipe.model is not None or any(step.needs_model for step in steps):
+            device.find()
         work = _Work(recipe, registry, directory, process_group, device)
         if not process_group.is_main:
             _assist(work)
@@ -74,12 +60,6 @@ def run(
             if not work.together:  # within a step the others stop as it did, or torchrun acts
                 process_group.broadcast(_Order(None))
     return {name: directory / name for name, _ in recipe.active_steps()}
-
-
-def _has_networks(recipe: Recipe, registry: Registry) -> bool:
-    """Say whether a run needs a device, and torch; making data needs neither."""
-    steps = (registry.get(Step, use.use) for _, use in recipe.active_steps())
-    return recipe.model is not None or any(step.needs_model for step in steps)
 
 
 def _lead(work: _Work, *, resume: bool, reuse: Finder) -> None:
@@ -122,8 +102,8 @@ class _Work:
     directory: Path
     process_group: ProcessGroup
     device: Device
-    log: Event = field(default_factory=lambda: _ignore)
-    build: Build | None = None  #: What builds components for steps; None: the registry.
+    log: Callable[..., None] = field(default_factory=lambda: _ignore)
+    build: Callable[..., Any] | None = None  #: Builds parts of steps; None: the registry.
     together: bool = False  #: Whether all processes are at work on the same step.
     folders: dict[str, Path] = field(default_factory=dict)  #: Of done steps, by all their names.
 
@@ -131,22 +111,22 @@ class _Work:
         self, name: str, use: StepUse, progress: Progress, stopping: Stopping, *, again: bool
     ) -> Outcome:
         """Run one step; `again` says whether to go on from what its folder holds."""
-        step = self.registry.build(use, steps=self.folders)
-        return step.run(
-            Run(
-                directory=self.directory / name,
-                earlier=dict(self.folders),
-                build=partial(self.build or self.registry.build, steps=dict(self.folders)),
-                seed=self.recipe.seed,
-                resume=again,
-                find_device=self.device.find,
-                model=StepModel(self.recipe, self.registry, dict(self.folders), self.device),
-                progress=progress,
-                event=self.log,
-                stopping=stopping,
-                process_group=self.process_group if step.together else ProcessGroup(),
-            )
+        step, earlier = self.registry.build(use, steps=self.folders), dict(self.folders)
+        given = Run(
+            directory=self.directory / name,
+            earlier=earlier,
+            build=partial(self.build or self.registry.build, steps=dict(earlier)),
+            seed=self.recipe.seed,
+            resume=again,
+            find_device=self.device.find,
+            model=StepModel(self.recipe, self.registry, dict(earlier), self.device),
+            progress=progress,
+            event=self.log,
+            stopping=stopping,
+            process_group=self.process_group if step.together else ProcessGroup(),
         )
+        with no_exit(f"step `{use.use}`"):
+            return step.run(given)
 
 
 def _done_before(work: _Work, name: str, record: Record, reuse: Finder) -> bool:
@@ -177,7 +157,7 @@ def _one_step(
     folder = work.directory / name
     again = prepare(folder, record, resume=resume)
     begun = time.monotonic()
-    with nothing_half_begun(folder), show_progress(name) as progress:
+    with none_half_begun(folder), show_progress(name) as progress:
         if work.registry.get(Step, use.use).together:
             work.process_group.broadcast(_Order(name, again, dict(work.folders)))
             work.together = work.process_group.size > 1  # an error now is for torchrun to end
@@ -187,17 +167,16 @@ def _one_step(
     seconds = time.monotonic() - begun
     write_environment(work.device.known, work.directory)  # the step may have asked for one
     metrics = _checked_metrics(use, outcome)
-    done = {
-        "record": record,
-        "seconds": round(seconds, 1),
-        "metrics": metrics,
-        "sections": [section.model_dump(mode="json") for section in outcome.sections],
-        "contents": step_contents(folder),
-    }
+    sections = [section.model_dump(mode="json") for section in outcome.sections]
+    done = {"record": record, "seconds": round(seconds, 1), "metrics": metrics}
+    done |= {"sections": sections, "contents": step_contents(folder)}
     # written when all else is there: its presence means that the step finished
-    write_text(folder / STEP_DONE, json.dumps(done, indent=1, ensure_ascii=False))
-    work.log("done", seconds=round(seconds, 1), **metrics)
-    say(f"{name}: {_metrics(metrics)}{duration(seconds)}")
+    text = json.dumps(finite(done), indent=1, ensure_ascii=False, allow_nan=False)
+    write_text(folder / STEP_DONE, text)
+    work.log("done", **{"seconds": round(seconds, 1), **metrics})
+    digits = {name: ",.0f" if float(m).is_integer() else ",.4g" for name, m in metrics.items()}
+    figures = "".join(f"{key} {value:{digits[key]}}, " for key, value in metrics.items())
+    say(f"{name}: {figures}{duration(seconds)}")
 
 
 def _checked_metrics(use: StepUse, outcome: object) -> dict[str, float]:
@@ -250,8 +229,3 @@ def _agreed(process_group: ProcessGroup, stopping: Stopping) -> Stopping:
 
 def _ignore(*_: object, **__: object) -> None:
     """Show nothing, write nothing: the leader does."""
-
-
-def _metrics(metrics: Mapping[str, float]) -> str:
-    digits = {name: ",.0f" if float(m).is_integer() else ",.4g" for name, m in metrics.items()}
-    return "".join(f"{name} {value:{digits[name]}}, " for name, value in metrics.items())

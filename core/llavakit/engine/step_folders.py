@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -14,15 +14,13 @@ from typing import Any
 
 from llavakit.contracts.errors import RecipeError, and_more
 from llavakit.engine.progress import say
-from llavakit.engine.reuse import STEP_DONE, record_changes
+from llavakit.engine.reuse import STEP_DONE, Record, record_changes
 from llavakit.recipe.files import explain_write, fingerprint, write_text
 from llavakit.recipe.recipe import Recipe
 from llavakit.recipe.redaction import redacted
 from llavakit.registry import texts_in
 
 _BEGUN = "begun.json"  # there before the step does anything, with what it is to do
-
-Record = Mapping[str, Any]
 
 
 def record_of(recipe: Recipe, until: str) -> Record:
@@ -38,12 +36,8 @@ def record_of(recipe: Recipe, until: str) -> Record:
                 files[text] = _fingerprint(path, state.st_size, state.st_mtime_ns)
         if name == until:
             break
-    record = {
-        "model": None if recipe.model is None else recipe.model.model_dump(mode="json"),
-        "seed": recipe.seed,
-        "steps": steps,
-        "files": files,
-    }
+    model = None if recipe.model is None else recipe.model.model_dump(mode="json")
+    record = {"model": model, "seed": recipe.seed, "steps": steps, "files": files}
     plain: Record = redacted(json.loads(json.dumps(record)))  # tuples become lists, as in the file
     return plain
 
@@ -53,14 +47,23 @@ def _fingerprint(path: Path, size: int, modified: int) -> str | int:
     return fingerprint(path)
 
 
-def read_done(folder: Path) -> dict[str, Any] | None:
+def read_done(folder: Path, name: str = STEP_DONE) -> dict[str, Any] | None:
     """Return what a step said when it was done, and of what `record`; None where it was not."""
-    return _read(folder / STEP_DONE)
+    path = folder / name
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(value, dict) or not isinstance(value.get("record"), dict):
+            raise ValueError("it holds no record")
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError, RecursionError) as error:
+        raise RecipeError(f"{path} is damaged ({error}); move its folder away and rerun") from error
+    return value
 
 
 def prepare(folder: Path, record: Record, *, resume: bool) -> bool:
     """Make the step's folder ready; return whether to go on from what it holds."""
-    begun = _read(folder / _BEGUN)
+    begun = read_done(folder, _BEGUN)
     if begun is not None and begun["record"] == record and not (folder / STEP_DONE).exists():
         if resume:
             say(f"{folder.name}: going on where it was interrupted")
@@ -91,7 +94,7 @@ def set_aside(folder: Path) -> Path:
 
 
 @contextmanager
-def nothing_half_begun(folder: Path) -> Iterator[None]:
+def none_half_begun(folder: Path) -> Iterator[None]:
     """Remove the folder of a step that failed before it left anything."""
     try:
         yield
@@ -99,17 +102,3 @@ def nothing_half_begun(folder: Path) -> Iterator[None]:
         if all(item.name == _BEGUN for item in folder.iterdir()):
             shutil.rmtree(folder)
         raise
-
-
-def _read(path: Path) -> dict[str, Any] | None:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(value, dict) or not isinstance(value.get("record"), dict):
-            raise ValueError("it holds no record")
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (OSError, ValueError, RecursionError) as error:
-        raise RecipeError(
-            f"{path} is damaged ({error}); move its folder away and run again"
-        ) from error
-    return value

@@ -28,8 +28,7 @@ def newest_model(folders: Mapping[str, Path]) -> Path | None:
 
 def link_newest(directory: Path, folders: Mapping[str, Path]) -> None:
     """Point `model` at the last step's model, relatively, so that the run can be moved."""
-    newest = newest_model(folders)
-    if newest is None:
+    if (newest := newest_model(folders)) is None:
         return
     link = directory / "model"
     if link.exists() and not link.is_symlink():  # a folder of the user's own

@@ -6,3 +6,4 @@ from .choices import (
     texts_in as texts_in,
 )
 from .components import KindT as KindT, Registry as Registry
+from .installed import no_exit as no_exit

@@ -10,8 +10,7 @@ from typing import Any, cast
 from llavakit.contracts import hooks
 from llavakit.contracts.component import Component, Use
 from llavakit.contracts.errors import did_you_mean
-from llavakit.registry.entry_points import package_of
-from llavakit.registry.installed import explained
+from llavakit.registry.entry_points import explained, package_of
 
 StepFolders = Mapping[str, Path]  #: Folders of earlier steps, by their names in a recipe.
 
@@ -48,7 +47,8 @@ def kind_of(use: Use[Any] | type[Use[Any]] | str) -> type[Component]:
     """Return the kind of a `Use[Kind]`, or of its name alone, which is imported only now."""
     if isinstance(use, str):
         own = hooks.OWN.get(use)
-        with explained(package_of(own) if own else hooks.PROJECT, f"its kind {use}"):
+        package = package_of(own) if own else hooks.PROJECT
+        with explained(f"plugin {package} cannot load its kind {use}"):
             return cast("type[Component]", own.load() if own else resolve_name(f"llavakit:{use}"))
     for base in (use if isinstance(use, type) else type(use)).__mro__:
         metadata = getattr(base, "__pydantic_generic_metadata__", None)

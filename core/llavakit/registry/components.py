@@ -17,8 +17,8 @@ from llavakit.contracts import hooks
 from llavakit.contracts.component import Component, Options, Use
 from llavakit.contracts.errors import PluginError, RecipeError, did_you_mean
 from llavakit.registry.choices import StepFolders, kind_of, step_path, texts_in
-from llavakit.registry.entry_points import INSTALL, entry_points, imported, package_of
-from llavakit.registry.installed import check_hooks, explained, wanted, warn_once
+from llavakit.registry.entry_points import INSTALL, entry_points, explained, imported, package_of
+from llavakit.registry.installed import check_hooks, no_exit, wanted, warn_once
 
 KindT = TypeVar("KindT", bound=Component)
 ComponentT = TypeVar("ComponentT", bound=Component)
@@ -152,8 +152,7 @@ class Registry:
         told = {name: context.pop(name) for name in ("progress", "patches") if name in context}
         own = context.pop("build", None)
         if "build" in takes:
-            sketch = {"shapes": True} if shapes else {}
-            context["build"] = own or partial(self.build, steps=steps, **sketch, **told)
+            context["build"] = own or partial(self.build, steps=steps, shapes=shapes, **told)
         context |= {name: value for name, value in told.items() if name in takes}
         try:
             # before it runs, so that its own TypeErrors stay its own
@@ -164,7 +163,8 @@ class Registry:
                 f"{_path_of(component)} is built as {component.__name__}({given}), which its "
                 f"`__init__` does not take: {error}"
             ) from error
-        return factory(options, **context)
+        with no_exit(f"component {_path_of(component)}"):
+            return factory(options, **context)
 
     def origins(self, kind: type[Component] | str) -> dict[str, tuple[str, str]]:
         """Return the package and version of each component of a kind, or of one by its name."""
@@ -186,7 +186,8 @@ class Registry:
         for implementation in getattr(self._manager.hook, hooks.KINDS[kind][0]).get_hookimpls():
             plugin = implementation.plugin_name
             offers: tuple[_Offer, ...] = ()
-            with self._sparing(plugin), explained(plugin, f"its {kind} components"):
+            failed = f"plugin {plugin} cannot load its {kind} components"
+            with self._sparing(plugin), explained(failed):
                 offers = tuple(_offers_of(plugin, implementation.function(), kind))
             for offer in offers:
                 other = found.setdefault(offer.name, offer)
@@ -225,7 +226,7 @@ class _Offer:
             )
         if not isinstance(self.source, str):
             return _checked(self.plugin, self.source, kind)
-        with explained(self.plugin, f"its {kind.__name__} `{self.name}`"):
+        with explained(f"plugin {self.plugin} cannot load its {kind.__name__} `{self.name}`"):
             found = resolve_name(self.source)
         component = _checked(self.plugin, found, kind)
         if component.name != self.name:
@@ -262,18 +263,15 @@ def _offers_of(plugin: str, returned: object, kind: str) -> Iterator[_Offer]:
 
 
 def _checked(plugin: str, component: Any, kind: type[KindT]) -> type[KindT]:
+    whose = f"{_path_of(component)} of {plugin}"
     if not (isinstance(component, type) and issubclass(component, kind)):
-        raise PluginError(f"{_path_of(component)} of {plugin} is not a {kind.__name__}")
+        raise PluginError(f"{whose} is not a {kind.__name__}")
     if not isinstance(getattr(component, "name", None), str):
-        raise PluginError(f"{_path_of(component)} of {plugin} has no `name`; give it one")
+        raise PluginError(f"{whose} has no `name`; give it one")
     if missing := ", ".join(f"`{name}`" for name in sorted(component.__abstractmethods__)):
-        raise PluginError(
-            f"{_path_of(component)} of {plugin} lacks {missing}, which every {kind.__name__} has"
-        )
+        raise PluginError(f"{whose} lacks {missing}, which every {kind.__name__} has")
     if not (isinstance(component.Options, type) and issubclass(component.Options, Options)):
-        raise PluginError(
-            f"`Options` of {_path_of(component)} of {plugin} must derive from llavakit.Options"
-        )
+        raise PluginError(f"`Options` of {whose} must derive from llavakit.Options")
     return component
 
 

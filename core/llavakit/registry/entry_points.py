@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from importlib.metadata import EntryPoint, EntryPoints, entry_points as read
 from operator import attrgetter
@@ -35,14 +37,21 @@ def only(group: str, name: str) -> Any:
 
 def imported(point: EntryPoint) -> Any:
     """Return what an entry point names. Raises PluginError where it cannot be imported."""
-    try:
+    with explained(f"plugin `{point.name}` of {package_of(point)} failed to import"):
         return point.load()
-    except Exception as error:
-        package = package_of(point)
+
+
+@contextmanager
+def explained(failed: str) -> Iterator[None]:
+    """Say of an error whose it is, whatever it is."""
+    try:
+        yield
+    except PluginError:
+        raise
+    except (Exception, SystemExit) as error:
         raise PluginError(
-            f"plugin `{point.name}` of {package} failed to import: {told(error)}; fix it or "
-            "install it again (LLAVA_TRACEBACK=1 shows more), or uninstall it (pip uninstall "
-            f"{package})"
+            f"{failed}: {told(error)}; fix it or install it again (LLAVA_TRACEBACK=1 shows more), "
+            "or uninstall it"
         ) from error
 
 
@@ -54,11 +63,12 @@ def package_of(point: EntryPoint) -> str:
 _name = lru_cache(attrgetter("name"))  # which parses the metadata each time
 
 
-def told(error: Exception) -> str:
+def told(error: BaseException) -> str:
     """Return what an error says, and the file and line where it was raised."""
     if isinstance(error, SyntaxError):
         return f"{error.msg} ({error.filename}, line {error.lineno})"
-    # importlib's own frames say nothing of the plugin
-    frames = [f for f in extract_tb(error.__traceback__) if "importlib" not in f.filename]
+    # the first frame is that of `explained`, and importlib's say nothing of the plugin
+    frames = [f for f in extract_tb(error.__traceback__)[1:] if "importlib" not in f.filename]
     where = f" ({frames[-1].filename}, line {frames[-1].lineno})" if len(frames) > 1 else ""
-    return f"{error or type(error).__name__}{where}"
+    exits = f"it calls sys.exit({error})" if isinstance(error, SystemExit) else ""
+    return f"{exits or str(error) or type(error).__name__}{where}"

@@ -47,17 +47,12 @@ def wanted(points: Iterable[EntryPoint]) -> list[EntryPoint]:
 
 
 @contextmanager
-def explained(plugin: str, what: str) -> Iterator[None]:
-    """Say of an error whose it is, whatever it is."""
+def no_exit(whose: str) -> Iterator[None]:
+    """Turn an exit, which would look as if all were done, into a PluginError."""
     try:
         yield
-    except PluginError:
-        raise
-    except Exception as error:
-        raise PluginError(
-            f"plugin {plugin} cannot load {what}: {told(error)}; "
-            "install it and what it needs again (LLAVA_TRACEBACK=1 shows more), or uninstall it"
-        ) from error
+    except SystemExit as error:
+        raise PluginError(f"{whose} cannot go on: {told(error)}; raise an error there") from error
 
 
 _said: set[str] = set()

@@ -51,8 +51,7 @@ class Encoded:
     ids: IntArray
     supervised: BoolArray
     max_length: int | None = None  #: Rows to keep once images are spliced in, as the original does.
-    arranged: tuple[Arrangement, ...] | None = None
-    """The rows of each image; None: each has those of one view, in order."""
+    arranged: tuple[Arrangement, ...] | None = None  #: Of each image; None: one view, in order.
 
     @property
     def image_count(self) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
+from numbers import Integral
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -105,10 +106,18 @@ class Views(NamedTuple):
             return (open_image(source, where, edge, upright=self.upright),)
         if isinstance(source, Video):
             shown, kept = self._shown(source, where, images)
-            frames = media().frames(source, kept, where, self.upright)
-            return [view for one in frames for view in self.tiling.cut(one, shown, self.view)]
-        image = open_image(source, where, upright=self.upright)  # whole: its size decides
-        return self.tiling.cut(image, Shown(*image.size, images), self.view)
+            pictures = media().frames(source, kept, where, self.upright)
+        else:
+            pictures = [open_image(source, where, upright=self.upright)]  # whole: its size decides
+            shown = Shown(*pictures[0].size, images)
+        views = [view for one in pictures for view in self.tiling.cut(one, shown, self.view)]
+        found, expected = [getattr(view, "mode", None) for view in views], self.of(shown).views
+        if found != ["RGB"] * expected:
+            raise ModelError(
+                f"tiling `{self.tiling.name}` cuts an image of {where} into {len(views)} views, "
+                f"{found[:3]}; let `cut` give as many RGB images as `arrange` says: {expected}"
+            )
+        return views
 
     def read(self, encoder: VisionEncoder, source: ImageSource, where: str, images: int) -> Tensor:
         """Return the pixels `[views, 3, H, W]` of one of a sample's, which has so many `images`."""
@@ -120,6 +129,22 @@ class Views(NamedTuple):
 
 @lru_cache(maxsize=512)
 def _arranged(tiling: Tiling | None, shown: Shown, view: View) -> Arrangement:
+    if not isinstance(view.tokens, Integral) or view.tokens < 1:
+        raise ModelError(
+            f"the connector makes {view.tokens!r} tokens of a view; let its `tokens`, and that of "
+            "the vision encoder, return a whole number from 1 on"
+        )
     if tiling is None:
         return Arrangement(1, np.arange(view.tokens)[:, None])
-    return tiling.arrange(shown, view)
+    made, least = tiling.arrange(shown, view), -1 if tiling.separates else 0
+    index_RK, weights_RK = (getattr(made, name, None) for name in ("index_RK", "weights_RK"))
+    whole = isinstance(index_RK, np.ndarray) and (index_RK.dtype, index_RK.ndim) == (np.int64, 2)
+    within = whole and index_RK.size and least <= index_RK.min()
+    within = within and index_RK.max() < made.views * view.tokens
+    if not within or np.shape(weights_RK) not in ((), np.shape(index_RK)):
+        raise ModelError(
+            f"tiling `{tiling.name}` lays an image of {shown.width} x {shown.height} out in rows "
+            f"that its views do not have; let `arrange` give an index [R, K] of int64, from {least}"
+            f" to {view.tokens} a view, and weights of that shape or none"
+        )
+    return made

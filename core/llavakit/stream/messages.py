@@ -35,9 +35,7 @@ class Visuals:
         if mark[0] == VIDEO and not left:
             if _HTML.match(mark.string):
                 return VIDEO
-            raise DataError(
-                f"{self._where}: a `{VIDEO}` has no video to show; give one, or remove it"
-            )
+            raise DataError(f"{self._where}: a `{VIDEO}` has no video to show: give or remove it")
         self.shown.append(left.pop(0) if left else None)
         return IMAGE
 

@@ -24,7 +24,7 @@ def score_command(
     parser_class: type[argparse.ArgumentParser] = argparse.ArgumentParser,
 ) -> int:
     """Run `llava-run score` with what stands behind it; `parser_class` is the command line's."""
-    from llavakit import did_you_mean, printable_json, shown
+    from llavakit import did_you_mean, finite, printable_json, shown
     from llavakit_plugins.commands.options import build_from
     from llavakit_plugins.reporting.plain import plain
 
@@ -52,7 +52,7 @@ def score_command(
     for note in result.notes:
         print(shown(f"note: {note}"), file=sys.stderr)
     if as_json:
-        print(printable_json(json.dumps(result.data, indent=2, allow_nan=False)))
+        print(printable_json(json.dumps(finite(result.data), indent=2)))
     else:
         print(shown("\n\n".join(plain(table) for table in result.tables)))
     return 0

@@ -14,6 +14,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+from llavakit import finite
 from llavakit.contracts.errors import RecipeError
 from llavakit.contracts.sections import Table
 from llavakit_plugins.comparing.runs import Group, group_runs, read_runs
@@ -34,7 +35,9 @@ class Cell:
 
     @property
     def std(self) -> float | None:
-        """The sample's standard deviation; None for a single run."""
+        """The sample's standard deviation; None for a single run, NaN where a value is NaN."""
+        if not all(map(math.isfinite, self.values)):
+            return math.nan if len(self.values) > 1 else None
         # of a sample: few seeds stand for all
         return stdev(self.values) if len(self.values) > 1 else None
 
@@ -246,7 +249,7 @@ class Comparison:
             for order in self.orders
         ]
         whole = {"groups": groups, "orders": orders, "left_out": list(self.left_out)}
-        return json.dumps(whole, indent=2)
+        return json.dumps(finite(whole), indent=2, allow_nan=False)
 
 
 def _plain(cell: str | float | int | None) -> str:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, BeforeValidator, ValidationError, field_validator
 
 from llavakit.contracts.errors import RecipeError
 from llavakit.contracts.sections import Section
@@ -26,6 +27,14 @@ class RunFolder:
     steps: Mapping[str, Mapping[str, Any]]
     """What was chosen for each step that is not skipped, in order, by the name of its folder."""
     recipe: Mapping[str, Any]
+
+
+def _number(value: object) -> object:
+    """Return NaN for JSON's null: what is not finite is written so."""
+    return math.nan if value in (None, math.inf, -math.inf) else value
+
+
+Number = Annotated[float, BeforeValidator(_number)]
 
 
 class StepRecord(BaseModel):
@@ -71,8 +80,22 @@ def read_record(folder: Path) -> StepRecord:
 
 class _Stored(BaseModel):
     seconds: float = 0.0
-    metrics: dict[str, float]
+    metrics: dict[str, Number]
     sections: list[Section] = []
+
+    @field_validator("sections", mode="before")
+    @classmethod
+    def _with_numbers(cls, sections: Any) -> Any:
+        """Return them with numbers where curves have null."""
+        for section in sections if isinstance(sections, list) else []:
+            series = section.get("series") if isinstance(section, dict) else None
+            for points in series.values() if isinstance(series, dict) else []:
+                if isinstance(points, list):
+                    points[:] = [
+                        [_number(number) for number in point] if isinstance(point, list) else point
+                        for point in points
+                    ]
+        return sections
 
     def record(self, folder: Path) -> StepRecord:
         return StepRecord(name=folder.name, folder=folder, **dict(self))

@@ -36,6 +36,7 @@ from llavakit.contracts.run import Planner, ProcessGroup, StepPlan
 from llavakit.contracts.sections import Card, Gallery, Section, Table
 from llavakit_plugins.evaluation.answer_files import AnswerFile
 from llavakit_plugins.evaluation.benchmarks.llava_bench import LlavaBench
+from llavakit_plugins.evaluation.returned import checked_score, questions_of
 from llavakit_plugins.reporting.pictures import save_thumbnail
 from llavakit_plugins.training.starting import StartOptions, missing_model, sketch_start
 
@@ -101,7 +102,7 @@ class Evaluate(Step):
         names = _distinct([use.label or use.use for use in uses])
         for name, use in zip(names, uses, strict=True):
             benchmark = run.build(use)
-            questions = benchmark.questions()
+            questions = questions_of(benchmark)
             variants = {"sighted": questions}
             if self.options.blind:
                 variants["blind"] = shuffle_images(questions, run.seed)
@@ -192,7 +193,8 @@ class Evaluate(Step):
                 alone = replace(alone, stopping=stopping)
             # in a folder of its own: a benchmark may keep
             # reviews or replies there, for a resumed run
-            score = benchmark.score_in(alone, questions, answers)
+            scored = benchmark.score_in(alone, questions, answers)
+            score = checked_score(benchmark, scored, len(questions))
         if not any(folder.iterdir()):
             folder.rmdir()
         # the file is written again, whole, now that each row can say whether its answer is right

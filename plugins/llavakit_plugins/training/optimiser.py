@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from llavakit import TrainingError
+from llavakit import PluginError, TrainingError
 from llavakit_plugins.training.adamw import AdamW, AdamWOptions
 from llavakit_plugins.training.kinds import Group, Optimiser, Schedule, Stateful
 from llavakit_plugins.training.parallel import divided_like
@@ -33,6 +33,40 @@ class Rates:
         return self._schedule.share(step - self._rising, self._steps - self._rising)
 
 
+def _taken_by(
+    optimizers: Sequence[torch.optim.Optimizer], named: Mapping[str, nn.Parameter], whose: str
+) -> dict[nn.Parameter, torch.optim.Optimizer]:
+    """Return the one that updates each parameter. Raises PluginError where it is not one each."""
+    if not isinstance(optimizers, Sequence) or not all(
+        isinstance(one, torch.optim.Optimizer) for one in optimizers
+    ):
+        raise PluginError(
+            f"optimiser `{whose}` returned {optimizers!r:.80} from `optimizers`; return a list of "
+            "optimisers of torch"
+        )
+    taken: dict[nn.Parameter, torch.optim.Optimizer] = {}
+    names = {parameter: name for name, parameter in named.items()}
+    for one in optimizers:
+        for parameter in (parameter for table in one.param_groups for parameter in table["params"]):
+            if parameter not in names:
+                raise PluginError(
+                    f"optimiser `{whose}` takes a weight of shape {tuple(parameter.shape)} that is "
+                    "not trained; its `optimizers` must take those of the groups alone"
+                )
+            if parameter in taken:
+                raise PluginError(
+                    f"optimiser `{whose}` takes `{names[parameter]}` twice; its `optimizers` must "
+                    "take each parameter once"
+                )
+            taken[parameter] = one
+    if missing := [name for name, parameter in named.items() if parameter not in taken]:
+        raise PluginError(
+            f"optimiser `{whose}` leaves out {len(missing)} parameters, the first is "
+            f"`{missing[0]}`; its `optimizers` must take all of them"
+        )
+    return taken
+
+
 class Updates:
     """Clips all gradients by their common norm and updates every group of parameters.
 
@@ -54,16 +88,10 @@ class Updates:
         self._peaks, self._share = [group.peak for group in groups], rates
         self._stopped: Tensor | None = None
         self._optimizers = optimiser.optimizers(groups)
-        self._of: dict[nn.Parameter, torch.optim.Optimizer] = {}
+        self._of = _taken_by(self._optimizers, self.named, optimiser.name)
         for one in self._optimizers:
             for table in one.param_groups:
                 table["peak"] = table["lr"]
-                self._of |= dict.fromkeys(table["params"], one)
-        if missing := [name for name, p in self.named.items() if p not in self._of]:
-            raise TrainingError(
-                f"optimiser `{optimiser.name}` leaves out {len(missing)} parameters, the first is "
-                f"`{missing[0]}`; its `optimizers` must take all of them"
-            )
 
     def step(self, step: int, loss: Tensor | None = None) -> tuple[Tensor, float]:
         """Update the weights and clear the gradients.

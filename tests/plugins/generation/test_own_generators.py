@@ -636,3 +636,25 @@ def test_a_sort_that_the_generator_has_not_is_said_at_its_line(
     own.write_text(path.read_text().replace("tagger", "offline"))
     with pytest.raises(RecipeError, match=r"offline.toml:\d+: .*writes no `tags`; it writes conv"):
         Recipe.load(own, registry)
+
+
+def test_a_reply_with_half_a_character_is_asked_for_again(service: Service, tmp_path: Path) -> None:
+    job = Job(tmp_path, service, '{ use = "twice", chat = CHAT }', "attempts = 2\nbudget_usd = 5")
+    service.actions = [lambda handler, body: handler.answer("a bus \ud83d")]
+    job.run()
+    assert job.ids() == ALL
+    assert len(service.asked) == 21  # the first question twice, and nothing of the first reply
+    assert not any("\ud83d" in user_text(body) for body in service.asked)
+
+
+class Counting(ChatModel):
+    """Counts by the guess that every chat model has."""
+
+    name = "counting"
+
+    def complete(self, messages: Sequence[Message]) -> str:
+        return ""
+
+
+def test_a_question_with_half_a_character_is_counted() -> None:
+    assert Counting().count([Message("user", "x" * 8 + "\ud83d")]) == 4 + 2

@@ -17,7 +17,7 @@ from tests.plugins.training.test_sharded import losses, same, sets, tensors
 from tests.plugins.training.test_sharded_checkpoints import GENTLE, as_if_killed
 from torch import Tensor, nn
 
-from llavakit import TrainingError
+from llavakit import PluginError
 from llavakit_plugins.training.adamw import AdamW, AdamWOptions
 from llavakit_plugins.training.adamw8bit import AdamW8bit
 from llavakit_plugins.training.kinds import Group, Optimiser, Schedule
@@ -282,13 +282,27 @@ def test_a_state_of_8_bits_is_read_by_another_number_of_devices() -> None:
     assert (read - expected).abs().max() < 0.02 * expected.abs().max()
 
 
-def test_a_parameter_that_is_left_out_is_named() -> None:
-    class Half(AdamW):
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda give, groups: give(groups[:1]),
+         r"`adamw` leaves out 1 parameters, the first is `embed.weight"),
+        (lambda give, groups: [*give(groups), *give(groups[1:])],
+         r"`adamw` takes `embed.weight` twice"),
+        (lambda give, groups: [*give(groups), torch.optim.SGD([nn.Parameter(torch.zeros(3))])],
+         r"`adamw` takes a weight of shape \(3,\) that is not trained"),
+        (lambda give, groups: None, r"`adamw` returned None from `optimizers`"),
+        (lambda give, groups: [nn.Linear(1, 1)], r"return a list of optimisers of torch"),
+    ],
+    ids=["missing", "twice", "foreign", "none", "no optimiser"],
+)  # fmt: skip
+def test_an_optimiser_takes_each_parameter_once(change: Any, sentence: str) -> None:
+    class Odd(AdamW):
         def optimizers(self, groups: Any) -> Any:
-            return super().optimizers(groups[:1])
+            return change(super().optimizers, groups)
 
-    with pytest.raises(TrainingError, match=r"leaves out 1 parameters, the first is `embed.weight"):
-        updates_of(weights(), Half(AdamWOptions()))
+    with pytest.raises(PluginError, match=sentence):
+        updates_of(weights(), Odd(AdamWOptions()))
 
 
 # -- in a recipe -------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from threading import Lock
 from typing import Any, TypeVar, cast
 
 from llavakit import Build, ChatError, ChatModel, Message, Reply, ReplyError, Use, kind_of
+from llavakit.contracts.data import is_cut
 from llavakit_plugins.generation.requests.ledger import Ledger, Request, hash_messages, record_of
 from llavakit_plugins.generation.requests.rounds import Round
 from llavakit_plugins.generation.requests.send import Sender
@@ -28,7 +29,7 @@ ItemT = TypeVar("ItemT")
 
 
 class EmptyReply(ReplyError):
-    """A reply without text. It is paid for; another attempt may give one with text."""
+    """A reply without text, or with half a character. It is paid for; another attempt may do."""
 
 
 @dataclass
@@ -210,6 +211,8 @@ class AtDesk(ChatModel):
         reply = self._desk.ask(self.inner, messages)
         if not reply.text:
             raise EmptyReply(f"`{self.inner.name}` gives an empty reply ({reply.finish})")
+        if is_cut(reply.text):  # no request and no file could hold it
+            raise EmptyReply(f"`{self.inner.name}` gives half a character (a lone surrogate)")
         return reply.text
 
     async def reply(self, messages: Sequence[Message], draw: int = 0) -> Reply:
