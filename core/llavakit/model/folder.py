@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from llavakit.contracts.component import Options, Use
-from llavakit.contracts.errors import ModelError
+from llavakit.contracts.errors import ModelError, RecipeError
 from llavakit.contracts.interfaces import PromptTemplate
 from llavakit.contracts.networks import Connector, LanguageModel, VisionEncoder
 from llavakit.model.llava import LlavaModel
@@ -132,11 +132,8 @@ def save_model(model: LlavaModel, folder: Path) -> None:
             getattr(model, name).save(inner)
         if (newline_E := model.image_newline) is not None:
             save_file({"image_newline": newline_E.detach().contiguous()}, partial / _TILING)
-        files = {
-            file.relative_to(partial).as_posix(): digest(file)
-            for file in sorted(partial.rglob("*"))
-            if file.is_file()
-        }
+        written = [file for file in sorted(partial.rglob("*")) if file.is_file()]
+        files = {file.relative_to(partial).as_posix(): digest(file) for file in written}
         manifest = {
             "format": _FORMAT,
             "widths": {"vision": model.vision.width, "language": model.language.width},
@@ -202,6 +199,8 @@ def load_model(
         model = _made_of(recipe, registry, read)
         if model.image_newline is not None:
             model.image_newline = nn.Parameter(load_file(folder / _TILING)["image_newline"])
+    except RecipeError as error:  # of a package that is not installed here
+        raise ModelError(f"{path}: {error}; install the package that has it") from error
     except (KeyError, ValidationError, RuntimeError, OSError, SafetensorError) as error:
         raise ModelError(f"{path} does not describe the weights beside it: {error}") from error
     model.to(device)

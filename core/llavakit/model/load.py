@@ -20,13 +20,15 @@ from llavakit.recipe.files import peek_json
 from llavakit.recipe.model_choice import MANIFEST, PARTS, ModelRecipe, is_model
 from llavakit.registry import Registry
 
+_DTYPES = ("None", "auto", "float32", "float64", "bfloat16", "float16")
+
 
 def load(
     path: str | Path,
     *,
     registry: Registry | None = None,
     device: str | torch.device = "auto",
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     base: str | Path | None = None,
     vision: str | Path | None = None,
     template: str | None = None,
@@ -36,13 +38,17 @@ def load(
 
     `path` may also be a name on Hugging Face's hub, such as `llava-hf/llava-1.5-7b-hf`.
     The result is a `Model`: it has `generate`, `generate_ids` and `logits`. `device="auto"` is CUDA
-    where there is one, else MPS, else the CPU. Some layouts leave things out: `base` is the folder
-    of the language model that an adapter or a projector belongs to, `vision` that of the vision
-    encoder, `template` the name of the prompt template. `options` change those of a model folder's
-    parts, as in `{"language": {"quantize": "nf4"}}`. Raises ModelError where the folder holds no
-    model that this installation reads, or lacks one of these.
+    where there is one, else MPS, else the CPU; `dtype`, such as "bfloat16", is by default that of
+    the files. Some layouts leave things out: `base` is the folder of the language model that an
+    adapter or a projector belongs to, `vision` that of the vision encoder, `template` the name of
+    the prompt template. `options` change those of a model folder's parts, as in
+    `{"language": {"quantize": "nf4"}}`. Raises ModelError where the folder holds no model that this
+    installation reads, or lacks one of these.
     """
-    path = Path(path)
+    path, kind = Path(path), str(dtype).removeprefix("torch.")
+    if kind not in _DTYPES:
+        raise ModelError(f"`dtype` is {dtype!r:.80}; it is one of {', '.join(_DTYPES)}")
+    dtype = getattr(torch, kind, None)
     target = pick_device(device)
     registry = registry or Registry.installed()
     path = _find(path, registry, "give the folder a run or an export wrote")

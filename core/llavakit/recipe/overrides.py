@@ -11,6 +11,7 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from math import inf
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,7 +51,8 @@ class Source:
             return locate(self.text, *spellings)
         nowhere = Span(1, 0, 0)
         if any(self.key == key[: len(self.key)] for key in spellings):
-            return Location(nowhere, len(self.key))
+            # what --set gives stands for all below it, and the environment is merged with files
+            return Location(nowhere, inf if self.said.startswith("--set ") else len(self.key))
         around = [len(key) for key in spellings if key == self.key[: len(key)]]
         return Location(nowhere, max(around, default=0) - 0.5)  # a file that says it comes first
 

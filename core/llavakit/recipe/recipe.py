@@ -160,6 +160,9 @@ def _environment() -> Iterator[Source]:
     for name, value in os.environ.items():
         if name.upper().startswith("LLAVA_"):
             key = tuple(name[len("LLAVA_") :].lower().split("__"))
+            if len(key) > 1 and key[0] not in (known := Recipe.model_fields):
+                hint = did_you_mean(key[0], known, f"a recipe has {', '.join(known)}")
+                raise RecipeError(f"environment variable {name}: no `{key[0]}` in a recipe; {hint}")
             yield Source(said=f"environment variable {name}={value}", key=key)
 
 

@@ -348,6 +348,14 @@ def test_a_bad_set_is_named(tmp_path: Path, override: str, sentence: str) -> Non
     assert sentence in problems(write(tmp_path, BASE), override)
 
 
+def test_a_table_that_set_gives_is_named_for_all_in_it(tmp_path: Path) -> None:
+    path = write(tmp_path, MODEL.replace('"mlp"', '"mlp", depth = 3') + STEP)
+    override = 'model.connector={use = "mlp", depth = 0}'
+    assert problems(path, override).startswith(f"--set {override}: option `depth`")
+    later = problems(path, override, "model.connector.depth=-1")
+    assert later.startswith("--set model.connector.depth=-1: option `depth`")
+
+
 def test_the_environment_wins_over_the_file_and_set_over_both(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -374,6 +382,7 @@ def test_the_environment_wins_over_the_file_and_set_over_both(
     [
         ("LLAVA_SEED", "-4", "environment variable LLAVA_SEED=-4: option `seed`"),
         ("LLAVA_MODEL", "{", "the environment sets a table by LLAVA_"),
+        ("LLAVA_MODLE__CONNECTOR__USE", "x", "LLAVA_MODLE__CONNECTOR__USE: no `modle` in a"),
         ("LLAVA_MODEL__CONECTOR__USE", "x", "LLAVA_MODEL__CONECTOR__USE=x: unknown option"),
         ("LLAVA_MODEL__CONNECTOR__DEPTH", "0", "LLAVA_MODEL__CONNECTOR__DEPTH=0: option `depth`"),
     ],
