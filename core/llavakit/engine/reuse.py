@@ -17,7 +17,7 @@ from llavakit.recipe.files import fingerprint, new_folder
 
 STEP_DONE = "artifact.json"  # written last: it says that the step finished
 
-Contents = Mapping[str, str | int]
+Contents = Mapping[str, str]
 Record = Mapping[str, Any]
 Finder = Callable[[str, Record, Path], tuple[Path | None, list[str]]]
 """A step's name, its record and the run's folder: where it is finished elsewhere, or why not."""

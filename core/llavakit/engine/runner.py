@@ -197,9 +197,6 @@ def _checked_metrics(use: StepUse, outcome: object) -> dict[str, float]:
     return metrics
 
 
-# -- several processes -----------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class _Order:
     """What the leader asks of the others."""

@@ -20,30 +20,38 @@ from llavakit.recipe.recipe import Recipe
 from llavakit.recipe.redaction import redacted
 from llavakit.registry import texts_in
 
+_OF_MODELS = ("config.json", "model.toml", "adapter_config.json")
+_KINDS = (".json", ".toml", ".safetensors", ".bin", ".model", ".txt")  # of a model's files
 _BEGUN = "begun.json"  # there before the step does anything, with what it is to do
 
 
 def record_of(recipe: Recipe, until: str) -> Record:
     """Return everything that decides what a step's folder holds. Hashes the data it names."""
-    steps: list[Any] = []
-    files: dict[str, str | int] = {}
+    steps, files = list[Any](), dict[str, str]()
+    model = None if recipe.model is None else recipe.model.model_dump(mode="json")
     for name, use in recipe.active_steps():
         steps.append(use.model_dump(mode="json"))
-        for text in texts_in(use.options):
-            path = Path(text)
-            if text not in files and os.path.isfile(path):  # False for what no path can be, too
-                state = path.stat()
-                files[text] = _fingerprint(path, state.st_size, state.st_mtime_ns)
+        for text in texts_in([use.options, model]):
+            for path in _files_at(text):
+                state = os.stat(path)
+                files[path] = _fingerprint(Path(path), state.st_size, state.st_mtime_ns)
         if name == until:
             break
-    model = None if recipe.model is None else recipe.model.model_dump(mode="json")
     record = {"model": model, "seed": recipe.seed, "steps": steps, "files": files}
-    plain: Record = redacted(json.loads(json.dumps(record)))  # tuples become lists, as in the file
-    return plain
+    return dict(redacted(json.loads(json.dumps(record))))  # tuples become lists, as in the file
+
+
+def _files_at(text: str) -> Iterator[str]:
+    """Yield the file that an option names, or those of the model in the folder that it names."""
+    if os.path.isfile(text):  # False for what no path can be, too
+        yield text
+    elif text and any(os.path.isfile(os.path.join(text, name)) for name in _OF_MODELS):
+        found = (path for path in sorted(Path(text).rglob("*.*")) if path.suffix in _KINDS)
+        yield from (str(path) for path in found if path.is_file())
 
 
 @lru_cache(maxsize=256)  # every step's record has the data of the steps before it
-def _fingerprint(path: Path, size: int, modified: int) -> str | int:
+def _fingerprint(path: Path, size: int, modified: int) -> str:
     return fingerprint(path)
 
 

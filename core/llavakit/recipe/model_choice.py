@@ -17,10 +17,14 @@ MANIFEST = "model.toml"  #: The file of a model folder that names the parts.
 PARTS = ("vision", "connector", "language")
 
 
-class ModelRecipe(BaseModel):
-    """The parts of the model."""
+class StatedTable(BaseModel):
+    """A table of a recipe. Unknown keys are errors."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class ModelRecipe(StatedTable):
+    """The parts of the model."""
 
     vision: Use["VisionEncoder"]
     connector: Use["Connector"]

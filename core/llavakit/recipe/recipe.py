@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import EnvSettingsSource, SettingsError
 
 from llavakit.contracts.component import SkippableUse, Use
@@ -18,7 +18,7 @@ from llavakit.contracts.errors import RecipeError, did_you_mean
 from llavakit.contracts.interfaces import Tracker
 from llavakit.contracts.run import Step
 from llavakit.recipe.check import Checker, Problem, boundless, problems_in, sound
-from llavakit.recipe.model_choice import ModelRecipe
+from llavakit.recipe.model_choice import ModelRecipe, StatedTable
 from llavakit.recipe.overrides import Key, Source, set_key, stated, step_index
 from llavakit.registry import LATER, Registry
 from llavakit.registry.entry_points import entry_points, imported
@@ -28,10 +28,8 @@ class StepUse(SkippableUse[Step]):
     """A step of a recipe."""
 
 
-class Machine(BaseModel):
+class Machine(StatedTable):
     """What the plan reckons with. Left out: the machine that plans."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     name: str = "this machine"
     devices: int = Field(default=1, ge=1)
@@ -40,20 +38,16 @@ class Machine(BaseModel):
     usd_per_hour: float = Field(default=0.0, ge=0)  #: Price of all devices together.
 
 
-class Published(BaseModel):
+class Published(StatedTable):
     """A figure of the paper that a recipe is the miniature of; `llava-run compare` shows it."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     table: str  #: Where the paper has it; only figures of one table are compared.
     metric: str  #: Which metric of ours stands beside it, as `step.metric`.
     value: float
 
 
-class Recipe(BaseModel):
+class Recipe(StatedTable):
     """One run, from start to end. The environment, `LLAVA_SEED=1`, overrides the file."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     name: str
     seed: int = Field(default=0, ge=0, lt=2**63)
@@ -94,12 +88,7 @@ class Recipe(BaseModel):
 
     @classmethod
     def load(
-        cls,
-        path: Path,
-        registry: Registry,
-        overrides: Sequence[str] = (),
-        *,
-        inputs: bool = False,
+        cls, path: Path, registry: Registry, overrides: Sequence[str] = (), *, inputs: bool = False
     ) -> Recipe:
         """Read a recipe and check every component and option that it names.
 
@@ -150,9 +139,6 @@ class Recipe(BaseModel):
         for number, use in enumerate(self.steps, start=1):
             if not use.skip:
                 yield f"{number:02}-{use.use}", use
-
-
-# -- reading ---------------------------------------------------------------------------------------
 
 
 def _environment() -> Iterator[Source]:

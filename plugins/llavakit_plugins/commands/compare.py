@@ -16,7 +16,8 @@ def add(commands: Commands) -> None:
         action="append",
         default=[],
         metavar="NAME",
-        help="show only this, for example evaluate.sighted_* (evaluations)",
+        help="show only this, for example evaluate.sighted_* (evaluations, or the last step that "
+        "all recipes have)",
     )
     compare.add_argument("--html", type=Path, metavar="FILE", help="also write a page")
     compare.add_argument("--csv", type=Path, metavar="FILE", help="also write a table")
@@ -33,7 +34,8 @@ def _compare(arguments: argparse.Namespace) -> int:
     if arguments.csv is not None:
         write_text(arguments.csv, found.csv())
     if arguments.html is not None:
-        facts = [f"{sum(len(group.runs) for group in found.groups)} runs", *map(str, found.orders)]
+        runs = f"{sum(len(group.runs) for group in found.groups)} runs"
+        facts = [runs, *map(str, found.orders), *found.notes]
         sections = [found.table(), *([found.order_table()] if found.orders else [])]
         page = comparison_page("Runs side by side", facts, sections, found.left_out)
         write_text(arguments.html, page)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 from llavakit.contracts.commands import Commands
@@ -28,6 +29,7 @@ def _export(arguments: argparse.Namespace) -> int:
     exporter = build_from(registry.get(Exporter, arguments.format), arguments.set, registry)
     # before the model is loaded, which may take minutes
     refuse_to_replace(arguments.out)
+    refuse_to_mix(arguments.out, arguments.model, arguments.base, arguments.vision)
     model = load_model(arguments.model, arguments)
     if not isinstance(model, LlavaModel):
         raise ModelError(
@@ -38,3 +40,16 @@ def _export(arguments: argparse.Namespace) -> int:
     for name, value in exporter.export(model.merged(), arguments.out).items():
         print(shown(f"{name}: {value}"))
     return 0
+
+
+def refuse_to_mix(out: Path, *sources: Path | None) -> None:
+    """Raise ModelError for a folder to write that is one of those to read, or lies inside one."""
+    for source in sources:
+        # a name on the hub is no folder; links are followed, as one may lead into the other
+        if source is not None and source.is_dir():
+            place = Path(os.path.realpath(out))
+            if place.is_relative_to(os.path.realpath(source)):
+                raise ModelError(
+                    f"{out} lies inside {source}, which is read and must stay as it is; name a "
+                    "folder outside of it"
+                )

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from llavakit.contracts.commands import Commands
 from llavakit.contracts.errors import ModelError
+from llavakit_plugins.commands.export import refuse_to_mix
 from llavakit_plugins.commands.flags import add_model, load_model, refuse_to_replace
 
 
@@ -21,6 +22,7 @@ def _import(arguments: argparse.Namespace) -> int:
     from llavakit import LlavaModel, save_model, shown
 
     refuse_to_replace(arguments.out)
+    refuse_to_mix(arguments.out, arguments.source, arguments.base, arguments.vision)
     model = load_model(arguments.source, arguments)
     if not isinstance(model, LlavaModel):
         raise ModelError(

@@ -36,10 +36,11 @@ def add(commands: Commands) -> None:
 def _push(arguments: argparse.Namespace) -> int:
     import shutil
 
-    from llavakit import LlavaModel, Registry, Use, shown, write_text
+    from llavakit import LlavaModel, Registry, Use, new_folder, shown, write_text
     from llavakit.contracts.interfaces import Exporter
+    from llavakit_plugins.evaluation.predicting import fingerprint
     from llavakit_plugins.publishing.card import read_story, write_card
-    from llavakit_plugins.publishing.layouts import lay_out
+    from llavakit_plugins.publishing.layouts import close_staging, lay_out, open_staging
     from llavakit_plugins.publishing.push import check_name, missing_token, send_folder
 
     try:
@@ -51,20 +52,28 @@ def _push(arguments: argparse.Namespace) -> int:
     story = read_story(arguments.model)
     # beside the model and not in the system's temporary folder, which may be too small for a model
     beside = arguments.model.absolute().parent / f".push-{name.replace('/', '--')}"
-    folder: Path = arguments.staging or beside
+    staging: Path = arguments.staging or beside
+    if staging.resolve().is_relative_to(arguments.model.resolve()):
+        raise ModelError(f"{staging} lies in the model's folder; name a place beside it")
+    if arguments.as_is and not arguments.model.is_dir():
+        raise ModelError(f"{arguments.model} is no folder; leave out --as-is")
+    uses = arguments.format or ["hf"]
+    content = {
+        "model": str(arguments.model.resolve()),
+        "files": fingerprint(arguments.model) if arguments.model.is_dir() else "",
+        "formats": None if arguments.as_is else uses,
+    }
+    folder = open_staging(staging, content)
     if arguments.as_is:
-        if not arguments.model.is_dir():
-            raise ModelError(f"{arguments.model} is no folder; leave out --as-is")
-        if folder.exists():
-            shutil.rmtree(folder)
-        shutil.copytree(arguments.model, folder)
+        if not folder.exists():
+            with new_folder(folder) as partial:
+                shutil.copytree(arguments.model, partial, dirs_exist_ok=True)
         found = [n for n, e in Registry.installed().all(Exporter).items() if e.recognises(folder)]
         # the card says how to load the files: by the layout that recognises them
         layouts = {found[0] if found else "llavakit": ""}
     else:
         registry = Registry.installed()
-        formats = [Use[Exporter](use=use) for use in arguments.format or ["hf"]]
-        exporters = [registry.build(use) for use in formats]
+        exporters = [registry.build(Use[Exporter](use=use)) for use in uses]
         model = load_model(arguments.model, arguments)
         if not isinstance(model, LlavaModel):
             raise ModelError(
@@ -74,6 +83,6 @@ def _push(arguments: argparse.Namespace) -> int:
     write_text(folder / "README.md", write_card(name, story, layouts, arguments.licence))
     message = f"{name.rpartition('/')[2]}, by llava-run push"
     address = send_folder(folder, name, private=arguments.private, message=message)
-    shutil.rmtree(folder, ignore_errors=True)
+    close_staging(staging)
     print(shown(f"pushed: {address}"))
     return 0

@@ -102,6 +102,8 @@ class Comparison:
     groups: Sequence[Group]
     metrics: Sequence[str]
     left_out: Sequence[str]
+    notes: Sequence[str] = ()
+    """What is to be known of the metrics that are shown."""
 
     def cell(self, group: Group, metric: str) -> Cell | None:
         """Return a metric over the seeds, or None where no run of the group has it."""
@@ -189,6 +191,8 @@ class Comparison:
         for order in self.orders:
             lines += ["", f"{order}:" if order.agreeing < len(order.pairs) else f"{order}."]
             lines += [f"  not: {pair}" for pair in order.pairs if not pair.agrees]
+        if self.notes:
+            lines += ["", *(f"note: {sentence}" for sentence in self.notes)]
         if self.left_out:
             lines += ["", *(f"left out: {sentence}" for sentence in self.left_out)]
         return "\n".join(lines)
@@ -248,7 +252,12 @@ class Comparison:
             }
             for order in self.orders
         ]
-        whole = {"groups": groups, "orders": orders, "left_out": list(self.left_out)}
+        whole = {
+            "groups": groups,
+            "orders": orders,
+            "left_out": list(self.left_out),
+            "notes": list(self.notes),
+        }
         return json.dumps(finite(whole), indent=2, allow_nan=False)
 
 
@@ -259,24 +268,46 @@ def _plain(cell: str | float | int | None) -> str:
 def compare(folders: Sequence[Path], wanted: Sequence[str] = ()) -> Comparison:
     """Compare the runs in these folders.
 
-    `wanted` are metrics, as `evaluate.*`; by default those of evaluations, or of the last step
-    where nothing was evaluated. Raises RecipeError where there is no finished run, or none has such
+    `wanted` are metrics, as `evaluate.*`; by default those of evaluations, or where nothing was
+    evaluated those of the last step that all recipes have (of each recipe's own last step where
+    they have none in common). Raises RecipeError where there is no finished run, or none has such
     a metric.
     """
     runs, problems = read_runs(folders)
     if not runs:
         raise RecipeError("\n".join(["there is no finished run to compare", *problems]))
     groups, repeated = group_runs(runs)
+    left_out = [*problems, *repeated]
     known = list(dict.fromkeys(metric for run in runs for metric in run.metrics))
-    metrics = [m for m in known if any(fnmatchcase(m, pattern) for pattern in wanted)]
-    if wanted and not metrics:
-        raise RecipeError(
-            f"no run has a metric like {', '.join(wanted)}; there are: {', '.join(known) or 'none'}"
-        )
-    if not wanted:
-        # what is compared is what was tested, not losses
-        metrics = [m for m in known if m.partition(".")[0].endswith("evaluate")]
+    if wanted:
+        metrics = [m for m in known if any(fnmatchcase(m, pattern) for pattern in wanted)]
+        if not metrics:
+            there = ", ".join(known) or "none"
+            raise RecipeError(f"no run has a metric like {', '.join(wanted)}; there are: {there}")
+        return Comparison(groups, metrics, left_out)
+    # what is compared is what was tested, not losses
+    metrics, notes = [m for m in known if _step(m).endswith("evaluate")], []
     if not metrics:
-        last = known[-1].partition(".")[0] if known else ""
-        metrics = [m for m in known if m.partition(".")[0] == last]
-    return Comparison(groups, metrics, [*problems, *repeated])
+        steps, sentence = _last_steps(groups)
+        metrics = [m for m in known if _step(m) in steps]
+        notes += [sentence] if len(metrics) < len(known) else []
+    empty = [group.name for group in groups if not any(map(group.values, metrics))]
+    if metrics and empty:
+        notes.append(f"nothing that is shown was measured by {', '.join(empty)}")
+    if notes and (others := [m for m in known if m not in metrics]):
+        notes.append(f"--metric NAME shows others; there are: {', '.join(others)}")
+    return Comparison(groups, metrics, left_out, notes)
+
+
+def _step(metric: str) -> str:
+    return metric.partition(".")[0]
+
+
+def _last_steps(groups: Sequence[Group]) -> tuple[set[str], str]:
+    """Return the last step that all groups have, or else each one's own, and a sentence on it."""
+    steps = [dict.fromkeys(_step(m) for run in group.runs for m in run.metrics) for group in groups]
+    steps = [found for found in steps if found]  # one that measured nothing has no say
+    common = [step for step in (steps[0] if steps else ()) if all(step in s for s in steps)]
+    if common:
+        return {common[-1]}, f"`{common[-1]}` is shown, the last step that all recipes have"
+    return {[*found][-1] for found in steps}, "no step is in all recipes: the last of each is shown"

@@ -2,10 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
-from llavakit import Exporter, LlavaModel
+from llavakit import Exporter, LlavaModel, ModelError, peek_json, write_text
+
+_MARK, _UPLOAD = "push.json", "upload"
+
+
+def open_staging(folder: Path, content: Mapping[str, Any]) -> Path:
+    """Return where in `folder` files are laid out: what an attempt with the same `content` left.
+
+    `content` is all that decides on the files. Raises ModelError for a folder that holds anything
+    else than what a push laid out: nothing of it may be sent or removed.
+    """
+    upload = folder / _UPLOAD
+    try:
+        if folder.exists() and any(folder.iterdir()):
+            known = peek_json(folder / _MARK)
+            if not known or {item.name for item in folder.iterdir()} - {_MARK, _UPLOAD}:
+                raise ModelError(
+                    f"{folder} holds what no push has laid out; let --staging name a folder that "
+                    "is empty or not there"
+                )
+            if known == content:
+                return upload
+            if upload.exists():
+                shutil.rmtree(upload)
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise ModelError(f"{folder} cannot hold what is sent: {reason}; name another") from error
+    write_text(folder / _MARK, json.dumps(content))
+    return upload
+
+
+def close_staging(folder: Path) -> None:
+    """Remove what was laid out, and the folder."""
+    shutil.rmtree(folder / _UPLOAD, ignore_errors=True)
+    with suppress(OSError):
+        (folder / _MARK).unlink()
+        folder.rmdir()
 
 
 def lay_out(model: LlavaModel, exporters: Sequence[Exporter], folder: Path) -> dict[str, str]:

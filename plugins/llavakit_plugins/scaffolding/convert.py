@@ -6,19 +6,20 @@ its day for flags that are left out. Every flag that has no counterpart is said.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import PurePosixPath
 from typing import Any
 
-from llavakit import Component, RecipeError, Registry, Tracker
+from llavakit import Component, RecipeError, Registry, Tracker, one_line
 from llavakit.contracts.interfaces import PromptTemplate
 from llavakit_plugins.scaffolding.names import NAMES
+from llavakit_plugins.scaffolding.readable import refuse_unreadable
 from llavakit_plugins.scaffolding.scripts import Command
+from llavakit_plugins.scaffolding.toml_value import toml
 
 _USUAL_DEVICES = 8  # of the paper's runs
 _TEMPLATES = {"pretrain": "plain", "llama": "vicuna_v1", "v1": "vicuna_v1"}
@@ -37,15 +38,16 @@ class Converted:
 
     def to_toml(self, head: str) -> str:
         """Return the recipe's text, with the remarks as comments at its head."""
-        lines = [f"# {head}", *(f"# {remark}" for remark in self.remarks), ""]
+        # a line break or a control character would end the comment, or the recipe
+        lines = [f"# {one_line(text)}" for text in (head, *self.remarks)] + [""]
         tables = {name: value for name, value in self.recipe.items() if isinstance(value, dict)}
         for name, value in self.recipe.items():
             if name not in tables and name != "steps":
-                lines.append(f"{name} = {_toml(value)}")
+                lines.append(f"{name} = {toml(value)}")
         for name, table in tables.items():
-            lines += ["", f"[{name}]", *(f"{key} = {_toml(value)}" for key, value in table.items())]
+            lines += ["", f"[{name}]", *(f"{key} = {toml(value)}" for key, value in table.items())]
         for step in self.recipe["steps"]:
-            lines += ["", "[[steps]]", *(f"{key} = {_toml(value)}" for key, value in step.items())]
+            lines += ["", "[[steps]]", *(f"{key} = {toml(value)}" for key, value in step.items())]
         return "\n".join(lines) + "\n"
 
 
@@ -53,7 +55,8 @@ def convert(commands: Sequence[Command], devices: int | None = None) -> Converte
     """Return one recipe with a step for each command, in order: alignment, then tuning.
 
     `devices` is on how many each was meant to run, where the launcher does not say it; 8 where
-    nobody does. Raises RecipeError for flags whose values cannot be meant, or of two models.
+    nobody does. Raises RecipeError for flags whose values cannot be meant, or of two models, and
+    for those of which no recipe can be made that is read again.
     """
     steps = [
         _Reading(command, devices, first=not number) for number, command in enumerate(commands)
@@ -81,6 +84,8 @@ def convert(commands: Sequence[Command], devices: int | None = None) -> Converte
         step.as_step(parts[-1], needs_model=needs_model, own=own)
         for step, own in zip(steps, parts, strict=True)
     ]
+    understood = [step.understood() for step in steps]
+    refuse_unreadable(found.recipe, understood, parts)
     for step in steps:
         found.remarks += step.remarks_in(several=len(steps) > 1)
     return found
@@ -125,6 +130,11 @@ class _Reading:
         if value != int(value):
             self.say(name, f"rounded up to {math.ceil(value)}")
         return math.ceil(value)
+
+    def understood(self) -> Command:
+        """Return the command with those flags alone that went into the recipe."""
+        flags = {name: value for name, value in self.flags.items() if name in self.used}
+        return replace(self.command, flags=flags)
 
     def say(self, name: str, sentence: str) -> None:
         value = self.flags.get(name)
@@ -337,10 +347,18 @@ class _Reading:
         strategy = self.text("save_strategy", "steps")
         if strategy == "steps":
             how["checkpoint_every"] = self.whole("save_steps", 500)
-            how["keep"] = self.whole("save_total_limit", 1)
         else:
-            self.used |= {"save_steps", "save_total_limit"}
+            self.used.add("save_steps")
             self.say("save_strategy", f"{NAMES['save_strategy'].say}: the default is taken")
+        limit = self.whole("save_total_limit", 0)
+        if strategy != "no":
+            how["keep"] = max(limit, 1)
+            if limit < 1:  # of the Trainer: no limit
+                given = self.flags.get("save_total_limit", "is left out")
+                self.remarks.append(
+                    f"--save_total_limit {given}: the Trainer keeps all checkpoints, a run here "
+                    "the last `keep`: 1 is taken"
+                )
         for name in ("evaluation_strategy", "eval_strategy"):
             if self.text(name, "no") != "no":
                 self.say(name, "name `held_out` data and `validate_every`")
@@ -375,17 +393,3 @@ class _Reading:
 @cache
 def _installed(kind: type[Component]) -> frozenset[str]:
     return frozenset(Registry.installed().origins(kind))
-
-
-def _toml(value: Any) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, str):
-        return json.dumps(value, ensure_ascii=False)
-    if isinstance(value, Mapping):
-        inner = ", ".join(f"{key} = {_toml(item)}" for key, item in value.items())
-        return f"{{ {inner} }}" if inner else "{}"
-    if isinstance(value, list):
-        return f"[{', '.join(map(_toml, value))}]"
-    # `repr` gives the shortest digits that are read back as the same number
-    return repr(value)

@@ -16,8 +16,11 @@ import pytest
 from tests.conftest import Command, RecipeWriter
 
 import llavakit
-from llavakit import Outcome, Recipe, Registry, Run, Step, hookimpl
+from llavakit import ModelRecipe, Outcome, Recipe, Registry, Run, Step, hookimpl
 from llavakit.engine.runner import run as run_recipe
+from llavakit.engine.step_folders import record_of
+from llavakit.recipe import files
+from llavakit.recipe.recipe import StepUse
 
 
 @pytest.fixture
@@ -339,6 +342,39 @@ def test_changed_data_are_a_changed_recipe(
     assert ended.code == 0
     assert "01-pretrain: its data changed" in ended.err
     assert json.loads((run / "01-pretrain" / "artifact.json").read_text())["metrics"]["steps"] == 3
+
+
+@pytest.mark.parametrize("changed", ["model.safetensors", "config.json", "inner/large.bin"])
+def test_another_model_in_a_folder_s_place_is_a_changed_recipe(
+    changed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(files, "HASHED_BYTES", 4000)
+    for folder in ("start", "clip"):
+        (tmp_path / folder / "inner").mkdir(parents=True)
+        for name in ("config.json", "model.safetensors", "a.png"):
+            (tmp_path / folder / name).write_bytes(b"{}")
+        (tmp_path / folder / "inner" / "large.bin").write_bytes(bytes(5000))
+    part = {"use": "clip", "source": "clip"}
+    model = {"vision": part, "connector": {"use": "linear"}, "language": {"use": "vicuna"}}
+    steps = [{"use": "pretrain"}, {"use": "finetune", "init": "start", "data": {"path": ""}}]
+    recipe = Recipe.model_construct(
+        seed=0,
+        model=ModelRecipe.model_validate(model),
+        steps=tuple(StepUse.model_validate(step) for step in steps),
+    )
+    records = [record_of(recipe, name) for name in ("01-pretrain", "02-finetune")]
+    assert len(records[0]["files"]) == 3  # of clip's; no image
+    assert len(records[1]["files"]) == 6
+    (tmp_path / "clip" / "a.png").write_bytes(b"another")
+    assert record_of(recipe, "01-pretrain") == records[0]
+    written = bytearray((tmp_path / "start" / changed).read_bytes())
+    written[len(written) // 2] ^= 1  # of the same size
+    (tmp_path / "start" / changed).write_bytes(written)
+    assert record_of(recipe, "01-pretrain") == records[0]
+    assert record_of(recipe, "02-finetune") != records[1]
+    (tmp_path / "clip" / changed).write_bytes(written)
+    assert record_of(recipe, "01-pretrain") != records[0]
 
 
 @pytest.mark.parametrize("name", ["recipe.toml", "report.html"])

@@ -153,6 +153,84 @@ def test_metrics_can_be_chosen(
     assert "no run has a metric like acuracy; there are: pretrain.loss, evaluate.accuracy" in text
 
 
+@pytest.fixture
+def make_steps(tmp_path: Path) -> MakeRun:
+    """A function that writes a finished run of these steps; all but `export` have a loss."""
+
+    def make(name: str, *steps: str) -> Path:
+        run = tmp_path / name
+        for number, use in enumerate(steps, 1):
+            step = run / f"{number:02}-{use}"
+            step.mkdir(parents=True)
+            metrics = {} if use == "export" else {"loss": number / 2}
+            text = json.dumps({"record": {}, "metrics": metrics})
+            (step / "artifact.json").write_text(text)
+        recipe = {"name": name, "seed": 0, "steps": [{"use": use} for use in steps]}
+        (run / "recipe.toml").write_text(tomli_w.dumps(recipe))
+        return run
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("others", "shown", "said"),
+    [
+        # (each recipe's steps), the columns, what is said of them
+        (
+            [("pretrain", "finetune"), ("pretrain", "finetune", "prefer")],
+            {"a": {"finetune.loss"}, "b": {"finetune.loss"}},
+            ["`finetune` is shown, the last step that all recipes have",
+             "--metric NAME shows others; there are: pretrain.loss, prefer.loss"],
+        ),
+        (
+            [("pretrain", "finetune", "prefer"), ("pretrain", "finetune")],
+            {"a": {"finetune.loss"}, "b": {"finetune.loss"}},
+            ["`finetune` is shown, the last step that all recipes have",
+             "--metric NAME shows others; there are: pretrain.loss, prefer.loss"],
+        ),
+        (
+            [("pretrain",), ("finetune", "prefer")],
+            {"a": {"pretrain.loss"}, "b": {"prefer.loss"}},
+            ["no step is in all recipes: the last of each is shown",
+             "--metric NAME shows others; there are: finetune.loss"],
+        ),
+        (
+            [("pretrain",), ("finetune",)],
+            {"a": {"pretrain.loss"}, "b": {"finetune.loss"}},
+            [],
+        ),
+        (
+            [("finetune",), ("finetune", "evaluate")],
+            {"a": set(), "b": {"evaluate.loss"}},
+            ["nothing that is shown was measured by a",
+             "--metric NAME shows others; there are: finetune.loss"],
+        ),
+        ([("export",), ("finetune",)], {"a": set(), "b": {"finetune.loss"}},
+         ["nothing that is shown was measured by a"]),
+    ],
+)  # fmt: skip
+def test_recipes_of_other_steps_are_compared_by_what_they_share(
+    others: list[tuple[str, ...]],
+    shown: dict[str, set[str]],
+    said: list[str],
+    make_steps: MakeRun,
+    llava_run: Command,
+    tmp_path: Path,
+) -> None:
+    runs = [make_steps(name, *steps) for name, steps in zip("ab", others, strict=True)]
+    found = json.loads(llava_run("compare", *runs, "--json").out)
+    assert {g["recipe"]: {*g["metrics"]} for g in found["groups"]} == shown
+    assert found["notes"] == said
+    page = tmp_path / "page.html"
+    out = llava_run("compare", *runs, "--html", page).out
+    assert [line for line in out.splitlines() if line.startswith("note: ")] == [
+        f"note: {sentence}" for sentence in said
+    ]
+    assert all(sentence in page.read_text() for sentence in said)
+    # who chose the metrics knows what else there is
+    assert "note: " not in llava_run("compare", *runs, "--metric", "finetune.*").out
+
+
 def test_a_page_and_a_table_are_written(
     make_run: MakeRun, llava_run: Command, tmp_path: Path
 ) -> None:

@@ -6,6 +6,7 @@ The client reads its address and its mode when it is imported, so it runs in a p
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -142,17 +143,53 @@ def test_an_upload_that_breaks_off_goes_on_where_it_was(
     assert "push again: what was sent is not sent again" in broken.stderr
     assert "Traceback" not in broken.stderr
     assert len(hub.puts) == 1
-    stamp = (tmp_path / "staged" / "model.safetensors").stat().st_mtime_ns
+    laid_out = tmp_path / "staged" / "upload" / "config.json"
+    laid_out.write_bytes(laid_out.read_bytes() + b" ")  # to be known again
     hub.fail_after = None
     done = llava(*arguments, *staging)
     assert done.returncode == 0, done.stderr
     assert len(hub.puts) == len(set(hub.puts)), "a large file was sent twice"
     assert {"config.json", "model.safetensors", "original/config.json"} <= set(hub.files["lab/two"])
-    assert stamp > 0
+    assert hub.files["lab/two"]["config.json"].endswith(b" "), "what was there was laid out anew"
+    assert not (tmp_path / "staged").exists()
     arrived = write(hub, "lab/two", tmp_path / "arrived")
     ours = llavakit.load(trained / "model", device="cpu").generate_ids("what ?")
     for folder in (arrived, arrived / "original"):
         assert llavakit.load(folder, device="cpu").generate_ids("what ?") == ours
+
+
+def test_another_model_in_its_place_is_laid_out_anew(
+    trained: Path, hub: HubServer, llava: Push, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(trained / "model", tmp_path / "model")
+    hub.refuse = 403
+    assert llava("push", folder, "lab/next", "--as-is").returncode == 2
+    assert (tmp_path / ".push-lab--next" / "upload" / "model.toml").is_file()
+    changed = (folder / "model.toml").read_text() + "# trained again\n"
+    (folder / "model.toml").write_text(changed)
+    hub.refuse = None
+    assert llava("push", folder, "lab/next", "--as-is").returncode == 0
+    assert hub.files["lab/next"]["model.toml"].decode() == changed
+    assert not (tmp_path / ".push-lab--next").exists()
+
+
+@pytest.mark.parametrize("how", [[], ["--as-is"]])
+def test_nothing_of_the_users_is_sent_or_removed(
+    how: list[str], trained: Path, refused: Callable[..., str], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    own = tmp_path / "own"
+    own.mkdir()
+    (own / "thesis.txt").write_text("years of work")
+    model = shutil.copytree(trained / "model", tmp_path / "model")
+    before = sorted(tmp_path.rglob("*"))
+    for staging in (own, own / "thesis.txt", tmp_path):
+        assert f"{staging} " in refused("push", model, "lab/small", *how, "--staging", staging)
+    for staging in (model, model / "new"):
+        said = refused("push", model, "lab/small", *how, "--staging", staging)
+        assert f"{staging} lies in the model's folder" in said
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_a_step_pushes_the_model_of_its_run(

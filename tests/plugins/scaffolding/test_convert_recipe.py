@@ -203,6 +203,96 @@ def test_what_cannot_be_converted_is_said(
     assert sentence in refused("convert-recipe", tmp_path / "run.sh")
 
 
+ADAPTER = "--pretrain_mm_mlp_adapter a/mm_projector.bin"
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("--warmup_ratio 1.0", "--warmup_ratio 1.0: option `warmup`"),
+        ("--seed -5", "--seed -5: option `seed`"),
+        ("--per_device_train_batch_size 0", "--per_device_train_batch_size 0: option `batch_size`"),
+        ("--gradient_accumulation_steps 0", "--gradient_accumulation_steps 0: option `batch_size`"),
+        (
+            "--tune_mm_mlp_adapter True --freeze_mm_mlp_adapter True",
+            "--tune_mm_mlp_adapter True, --freeze_mm_mlp_adapter True: option `train`",
+        ),
+        (
+            "--tune_type_llm frozen --tune_type_connector frozen",
+            "--tune_type_connector frozen: opt",
+        ),
+        ("--learning_rate 0", "--learning_rate 0: option `train`"),
+        ("--mm_projector_lr -1", "--mm_projector_lr -1: option `train`"),
+        ("--num_train_epochs 0", "--num_train_epochs 0: option `epochs`"),
+        ("--num_train_epochs 1e30", "--num_train_epochs 1e30: option `epochs`"),
+        ("--adam_beta2 1.5", "--adam_beta2 1.5: option `betas`"),
+        ("--max_grad_norm 0", "--max_grad_norm 0: option `clip`"),
+        ("--save_steps 0", "--save_steps 0: option `checkpoint_every`"),
+        ("--logging_steps 0", "--logging_steps 0: option `log_every`"),
+        ("--model_max_length 1", "--model_max_length 1: option `max_length`"),
+        ("--mm_projector_type mlp0x_gelu", "--mm_projector_type mlp0x_gelu: option `depth`"),
+        ("--lora_enable True --lora_r 0", "--lora_r 0: option `rank`"),
+        (f"--lora_enable True --lora_r 0 {ADAPTER}", "--lora_r 0: option `rank`"),
+    ],
+)
+def test_a_recipe_that_could_not_be_read_is_not_written(
+    flags: str, said: str, tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    given = "--model_name_or_path vicuna --vision_tower clip --version v1 --data_path d.json"
+    (tmp_path / "run.sh").write_text(f"\npython train.py {given} {flags}\n")
+    text = refused("convert-recipe", tmp_path / "run.sh", "--out", tmp_path / "made.toml")
+    assert text.startswith(f"{tmp_path / 'run.sh'}, line 2: --")
+    assert said in text
+    assert "change the script" in text
+    assert not (tmp_path / "made.toml").exists()
+
+
+def test_the_script_of_the_step_is_named(tmp_path: Path, refused: Callable[..., str]) -> None:
+    first = write_script(tmp_path, "v1_5/pretrain", warmup_ratio="1.0")
+    second = write_script(tmp_path, "v1_5/finetune", weight_decay="-1")
+    one, other = refused("convert-recipe", first, second).splitlines()
+    assert one.startswith(f"{first}, line ")
+    assert "--warmup_ratio 1.0: option `warmup` of `pretrain`" in one
+    assert other.startswith(f"{second}, line ")
+    assert "--weight_decay -1: option `weight_decay` of `finetune`" in other
+
+
+@pytest.mark.parametrize(
+    ("limit", "strategy", "keep", "said"),
+    [
+        ("3", "steps", 3, ""),
+        ("3", "epoch", 3, ""),
+        ("0", "steps", 1, "--save_total_limit 0: the Trainer keeps all checkpoints"),
+        ("-1", "epoch", 1, "--save_total_limit -1: the Trainer keeps all checkpoints"),
+        (None, "steps", 1, "--save_total_limit is left out: the Trainer keeps all checkpoints"),
+        (None, "no", None, ""),  # there are none to keep
+    ],
+)
+def test_how_many_checkpoints_are_kept_is_the_script_s_or_is_said(
+    limit: str | None,
+    strategy: str,
+    keep: int | None,
+    said: str,
+    tmp_path: Path,
+    converted: Convert,
+) -> None:
+    path = write_script(tmp_path, "v1_5/finetune", save_total_limit=limit, save_strategy=strategy)
+    recipe = converted(path)
+    assert recipe["steps"][0].get("keep") == keep
+    assert said in recipe["said"]
+    assert ("the Trainer keeps all" in recipe["said"]) == bool(said)
+
+
+def test_a_variable_of_odd_characters_stays_in_its_place(
+    tmp_path: Path, converted: Convert
+) -> None:
+    path = write_script(tmp_path, "v1_5/finetune", image_folder="$D", some_flag="$D")
+    odd = "a\x7f\x01\nseed = 3"
+    recipe = converted(path, flags=("--define", f"D={odd}"))
+    assert recipe["seed"] == 42
+    assert recipe["steps"][0]["data"]["images"] == odd
+
+
 def test_other_wrong_uses_are_said(tmp_path: Path, refused: Callable[..., str]) -> None:
     path = write_script(tmp_path, "v1_5/finetune")
     other = write_script(tmp_path, "pretrain")

@@ -1,0 +1,56 @@
+"""`llava-run import` and `export` write into no folder that they read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from tests.conftest import Command
+from tests.plugins.onnx_models import make_model
+
+from llavakit import save_model
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    save_model(make_model(), tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.mark.parametrize("command", [("import",), ("export", "--format", "hf")])
+@pytest.mark.parametrize("out", ["model/sub", "model/a/b", "link/sub", "other/../model/sub"])
+def test_nothing_is_written_into_the_model(
+    model: Path, out: str, command: tuple[str, ...], refused: Callable[..., str], tmp_path: Path
+) -> None:
+    (tmp_path / "link").symlink_to(model)
+    (tmp_path / "other").mkdir()
+    before = sorted(model.rglob("*"))
+    name, *options = command
+    for source in (model, tmp_path / "link"):
+        text = refused(name, source, tmp_path / out, *options)
+        assert text == (
+            f"{tmp_path / out} lies inside {source}, which is read and must stay as it is; "
+            "name a folder outside of it"
+        )
+    assert sorted(model.rglob("*")) == before
+
+
+def test_nor_into_what_the_layout_leaves_out(
+    model: Path, refused: Callable[..., str], tmp_path: Path
+) -> None:
+    (tmp_path / "base").mkdir()
+    text = refused("import", model, tmp_path / "base" / "x", "--base", tmp_path / "base")
+    assert f"lies inside {tmp_path / 'base'}, which is read" in text
+
+
+def test_a_folder_beside_the_model_is_written(
+    model: Path, llava_run: Command, tmp_path: Path
+) -> None:
+    """Also one whose name begins like the model's, and one that a link within it leads to."""
+    (tmp_path / "elsewhere").mkdir()
+    (model / "away").symlink_to(tmp_path / "elsewhere")
+    for out in (tmp_path / "model-hf", model / "away" / "copy"):
+        code, _, err = llava_run("import", model, out)
+        assert code == 0, err
+        assert (out / "model.toml").is_file()
