@@ -82,7 +82,8 @@ def ask(
     asked = 0
     # every process counts to the same number: to ask whether to stop, all must
     turns = -(-len(open_batches) // group.size)
-    shares = shares_for(model, group, pace.processes)
+    # by all batches, also those that are answered: an attempt that goes on computes as the first
+    shares = min(shares_for(model, group, pace.processes), max(1, len(batches)))
     workers = pace.workers if shares == 1 else 0
 
     def share(number: int) -> Iterator[tuple[Batch, list[str]]]:

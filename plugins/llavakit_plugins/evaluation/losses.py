@@ -30,6 +30,8 @@ def held_out_losses(model: LlavaModel, corpora: Sequence[Corpus], shares: int) -
         for samples in corpus.batch(list(corpus.samples), _ROWS).samples
     ]
 
+    shares = min(shares, max(1, len(micros)))
+
     def share(first: int) -> Iterator[tuple[int, float, int]]:
         for index in range(first, len(micros), shares):
             number, samples = micros[index]

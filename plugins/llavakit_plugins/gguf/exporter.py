@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from llavakit import Exporter, ModelError, Options, new_folder
+from llavakit_plugins.language.at_hand import tokenizer_at_hand
 
 if TYPE_CHECKING:
     from llavakit import LlavaModel
@@ -45,10 +46,13 @@ class Gguf(Exporter):
         needs_gguf()
         from llavakit_plugins.gguf.language import language_tensors
         from llavakit_plugins.gguf.vision import projector, vision_tensors
+        from llavakit_plugins.gguf.vocabulary import check_tokenizer
 
         language_tensors(model.language)
         vision_tensors(model.vision)
         projector(model)
+        if (tokenizer := tokenizer_at_hand(model.language)) is not None:
+            check_tokenizer(tokenizer)
 
     def export(self, model: LlavaModel, folder: Path) -> Mapping[str, Any]:
         """Write both files, read every tensor back, and return how far each type is off.

@@ -32,32 +32,26 @@ def write_vocabulary(
     `rows` are those of the embedding. Raises ModelError for a tokenizer that llama.cpp has not.
     """
     tokenizer: Any = language.tokenizer
-    table = json.loads(tokenizer.backend_tokenizer.to_str())
+    table, pieces, split = _read(tokenizer)
     names = {number: text for text, number in tokenizer.get_vocab().items() if number < rows}
     added = tokenizer.added_tokens_decoder
     # llama.cpp wants a text for each row of the table,
     # also for rows that the tokenizer does not use
     tokens = [names.get(number, f"[PAD{number}]") for number in range(rows)]
     kinds = [TokenType.NORMAL if number in names else TokenType.UNUSED for number in range(rows)]
-    pieces = pieces_of(tokenizer)
-    if pieces is not None or _falls_back_to_bytes(table):
+    if split is None:
         scores = _scores(pieces, table, tokens, kinds)
         writer.add_tokenizer_model("llama")
         writer.add_tokenizer_pre("default")
         writer.add_add_space_prefix(True)
-    elif table["model"]["type"] == "BPE":
+    else:
         scores = None
         writer.add_tokenizer_model("gpt2")
-        writer.add_tokenizer_pre(_split(table))
+        writer.add_tokenizer_pre(split)
         merges = table["model"]["merges"]
         # an empty list has no type in GGUF, and llama.cpp wants the key
         listed = [m if isinstance(m, str) else " ".join(m) for m in merges]
         writer.add_token_merges(listed or ["<none> <none>"])
-    else:
-        raise ModelError(
-            f"a tokenizer of the kind {table['model']['type']} is not written as GGUF, only "
-            "SentencePiece's of LLaMA and byte-level BPE; `--format hf` keeps it"
-        )
     for number, token in added.items():
         if number < rows:
             tokens[number] = token.content
@@ -69,6 +63,26 @@ def write_vocabulary(
         writer.add_token_scores(scores)
     writer.add_token_types(kinds)
     _write_special(writer, language, adds_bos)
+
+
+def check_tokenizer(tokenizer: Any) -> None:
+    """Raise ModelError for a tokenizer that llama.cpp has not."""
+    _read(tokenizer)
+
+
+def _read(tokenizer: Any) -> tuple[dict[str, Any], bytes | None, str | None]:
+    """Return a tokenizer's table, its SentencePiece model if it has one, and llama.cpp's name of
+    how it splits text before merges, which SentencePiece does not."""
+    table: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
+    pieces = pieces_of(tokenizer)
+    if pieces is not None or _falls_back_to_bytes(table):
+        return table, pieces, None
+    if table["model"]["type"] != "BPE":
+        raise ModelError(
+            f"a tokenizer of the kind {table['model']['type']} is not written as GGUF, only "
+            "SentencePiece's of LLaMA and byte-level BPE; `--format hf` keeps it"
+        )
+    return table, None, _split(table)
 
 
 def _falls_back_to_bytes(table: Mapping[str, Any]) -> bool:

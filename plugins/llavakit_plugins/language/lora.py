@@ -33,14 +33,21 @@ def missing_peft() -> str | None:
 def add_adapters(model: Any, options: LoraOptions) -> None:
     """Insert adapters into a transformers model, in place. New adapters do not change its output.
 
-    Raises ModelError if peft is not installed, or if the model lacks a target.
+    Raises ModelError if peft is not installed, if the model lacks a target, or if one is its head.
     """
     if (reason := missing_peft()) is not None:
         raise ModelError(reason)
     from peft import LoraConfig, inject_adapter_in_model
 
-    linear = {name.rpartition(".")[2] for name, m in model.named_modules() if _is_linear(m)}
+    head = model.get_output_embeddings()
+    layers = [(name.rpartition(".")[2], m) for name, m in model.named_modules() if _is_linear(m)]
+    linear = {name for name, layer in layers if layer is not head}
     unknown = sorted(set(options.targets) - linear)
+    if unknown and any(name == unknown[0] for name, _ in layers):
+        raise ModelError(
+            f"lora.targets: `{unknown[0]}` is the head, which the loss multiplies by without "
+            "calling it, so an adapter there would not learn; leave it out"
+        )
     if unknown:
         raise ModelError(
             f"lora.targets: the language model has no linear layer called `{unknown[0]}`; it has "

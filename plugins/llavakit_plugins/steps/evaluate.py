@@ -21,6 +21,7 @@ from llavakit import (
     ModelError,
     Outcome,
     Question,
+    RecipeError,
     Run,
     Score,
     Step,
@@ -72,7 +73,7 @@ class EvaluateOptions(StartOptions):
     """Threads that read and prepare the images of the next batches."""
     processes: int = Field(default=1, ge=1)
     """On a CPU, without torchrun: so many processes share the batches, each with one thread."""
-    max_new_tokens: int = Field(default=64, ge=1)
+    max_new_tokens: int = Field(default=64, ge=1, le=10**9)
     max_length: int = Field(default=2048, ge=2)
     examples: int = Field(default=24, ge=0)
     """Answers to show in the report."""
@@ -133,6 +134,11 @@ class Evaluate(Step):
 
     @classmethod
     def plan(cls, options: EvaluateOptions, planner: Planner) -> StepPlan | None:
+        if not options.losses and all(use.skip for use in options.benchmarks):
+            raise RecipeError(
+                "step `evaluate` measures nothing: name a benchmark that is not skipped, or data "
+                "in `losses`; `skip = true` leaves out the whole step"
+            )
         sketch_start(planner, options)
         if options.losses or options.changes:  # which not every layout allows
             _ = planner.has_model  # for its errors

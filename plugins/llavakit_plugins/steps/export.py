@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from inspect import getattr_static, signature
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 import llavakit
 from llavakit import (
@@ -42,9 +42,15 @@ class ExportOptions(StartOptions):
     tries: Use[Dataset] | None = None
     """Samples whose first question the exported model must answer as the model does."""
     count: int = Field(default=8, ge=1)
-    max_new_tokens: int = 96
+    max_new_tokens: int = Field(default=96, ge=1, le=10**9)
     heatmaps: int = Field(default=0, ge=0)
     """Number of tries that are shown with attention maps, word by word."""
+
+    @model_validator(mode="after")
+    def _shows_tries(self) -> Self:
+        if self.heatmaps and self.tries is None:
+            raise ValueError("`heatmaps` shows some of `tries`: name a data set there")
+        return self
 
 
 class Export(Step):

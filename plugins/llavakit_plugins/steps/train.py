@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any
 from llavakit import (
     ModelError,
     Outcome,
+    PromptTemplate,
     Run,
     Sample,
     Shown,
     Step,
+    Turn,
     Views,
     link_folder,
 )
@@ -22,7 +24,9 @@ from llavakit.contracts.data import IMAGE
 from llavakit.contracts.run import Planner, StepPlan
 from llavakit.contracts.sections import Card, Curves, Gallery, Section
 from llavakit_plugins.datasets.usual_visuals import LONG, usual_visuals
+from llavakit_plugins.language.at_hand import tokenizer_at_hand
 from llavakit_plugins.reporting.pictures import save_thumbnail
+from llavakit_plugins.templates.chat import ChatTemplate
 from llavakit_plugins.training.division import parts_of_weights
 from llavakit_plugins.training.memory import device_memory, network_note
 from llavakit_plugins.training.options import TrainOptions
@@ -159,6 +163,8 @@ class TrainStep(Step):
         for part in trained:
             require_weights(part, planner.trainable(part))
         preparation(planner.model, options.prepare, planner.build)  # for its errors
+        if options.template is not None:
+            _try_template(planner.build(options.template), planner.model)
         notes = [
             f"of `{part}`, {planner.trainable(part):,} parameters learn"
             for part in trained
@@ -219,6 +225,14 @@ class TrainStep(Step):
             **need,
             note="; ".join(notes),
         )
+
+
+def _try_template(template: PromptTemplate, model: LlavaModel) -> None:
+    """Raise ModelError where a step's template needs one of the tokenizer, which has none."""
+    if not isinstance(template, ChatTemplate):
+        return
+    if (tokenizer := tokenizer_at_hand(model.language)) is not None:
+        template.segments((Turn("human", "?"), Turn("gpt", "!")), tokenizer)
 
 
 def _about_videos(views: Views, length: int) -> list[str]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from llavakit import Dataset, Options, PromptTemplate, Tiling, Use
 from llavakit_plugins.training.adamw import Beta
@@ -17,7 +18,25 @@ from llavakit_plugins.training.starting import StartOptions
 Part = Literal["vision", "connector", "language"]
 
 
-class Parallel(Options):
+class _Numbers(Options):
+    """Options whose numbers are not `true` or `false`, which pydantic would read as 1 and 0."""
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _is_no_boolean(cls, stated: Any, info: ValidationInfo) -> Any:
+        table = stated.values() if isinstance(stated, dict) else stated
+        values = [stated] if isinstance(table, str) or not isinstance(table, Iterable) else table
+        wanted = cls.model_fields[str(info.field_name)].annotation
+        if any(isinstance(value, bool) for value in values) and _has_number(wanted):
+            raise ValueError("true and false are no numbers: state one")
+        return stated
+
+
+def _has_number(annotation: Any) -> bool:
+    return annotation in (int, float) or any(map(_has_number, get_args(annotation)))
+
+
+class Parallel(_Numbers):
     """How devices share the weights: `replicate` groups, each of which holds them all, divided."""
 
     replicate: int = Field(default=1, ge=1)
@@ -25,7 +44,7 @@ class Parallel(Options):
     """Devices among which the weights are divided. `all`: all of a group."""
 
 
-class TrainOptions(StartOptions):
+class TrainOptions(_Numbers, StartOptions):
     """Options of training. The defaults are those of the original LLaVA: AdamW without weight
     decay, 3 % warm-up, cosine schedule, gradients clipped at norm 1."""
 
@@ -140,10 +159,16 @@ class TrainOptions(StartOptions):
             raise ValueError("`validate_every` looks at `held_out`: name a data set there")
         if self.shard is False and self.parallel is not None:
             raise ValueError("`parallel` divides weights and `shard = false` does not: state one")
-        if self.feature_cache is not None and "vision" in self.train:
-            raise ValueError("`feature_cache` is for a frozen encoder: `train` names `vision`")
+        for name in ("feature_cache", "cache_features"):
+            if getattr(self, name) and "vision" in self.train:
+                raise ValueError(f"`{name}` is for a frozen encoder: `train` names `vision`")
         if self.compile and self.processes > 1:
             raise ValueError("compiled blocks cannot learn in `processes`: state one of both")
+        if self.processes > self.batch_size:
+            raise ValueError(
+                f"`processes = {self.processes}` share the samples of a step, and `batch_size = "
+                f"{self.batch_size}`: state no more of them"
+            )
         if self.keep_best and self.validate_every is None:
             raise ValueError("`keep_best` needs `validate_every`, or there is only the last model")
         return self

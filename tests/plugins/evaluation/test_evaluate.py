@@ -553,6 +553,24 @@ price = {{ input = 2, output = 4 }}
     assert sorted(row["text"] for row in final) == sorted(written)
 
 
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ("max_new_tokens=0", "`max_new_tokens` of `evaluate`"),
+        ("max_new_tokens=1000000001", "`max_new_tokens` of `evaluate`"),
+        ("benchmarks=[]", "step `evaluate` measures nothing: name a benchmark"),
+        ("benchmarks.vqa.skip=true", "step `evaluate` measures nothing: name a benchmark"),
+    ],
+)
+def test_what_evaluates_nothing_is_refused(
+    recipe: Path, refused: Callable[..., str], tmp_path: Path, change: str, sentence: str
+) -> None:
+    out = tmp_path / "run"
+    for more in (("--plan",), ("--out", out)):
+        assert sentence in refused(recipe, *more, "--set", f"steps.evaluate.{change}")
+    assert not out.exists()
+
+
 def test_a_recipe_without_a_model_needs_a_folder(refused: Callable[..., str]) -> None:
     text = refused("evaluate")
     assert "missing option `model`" in text

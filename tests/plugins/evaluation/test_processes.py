@@ -100,6 +100,24 @@ def test_they_answer_and_measure_as_one_does(
     assert len(asked) == 120
 
 
+def test_no_more_are_begun_than_there_is_work(
+    evaluate: Evaluates, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = evaluate("one", 1)
+    begun: list[int] = []
+    plain = forked.forked
+
+    def counted(count: int, *given: Any) -> Any:
+        begun.append(count)
+        assert count < 100, "too many"  # before they are begun
+        return plain(count, *given)
+
+    for module in ("answering", "losses"):
+        monkeypatch.setattr(f"llavakit_plugins.evaluation.{module}.forked", counted)
+    assert evaluate("many", 100_000) == one
+    assert begun == [8, 8, 2]  # 30 questions by 4, twice; a micro-batch of each set of data
+
+
 def test_a_stop_keeps_what_was_answered(
     evaluate: Evaluates, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from tests import published
-from tests.conftest import LANGUAGE, VISION, Command, make_tokenizer
+from tests.conftest import LANGUAGE, VISION, Command, RecipeWriter, make_tokenizer
 
 import llavakit
 from llavakit import Exporter, LlavaModel, ModelError, ModelRecipe, Registry, Turn, Use
@@ -340,6 +340,18 @@ def test_other_language_models_are_refused_before_training(
             Gguf(GgufOptions()).check(model)
     finally:
         type(own).model_type = "llama"
+
+
+def test_a_tokenizer_without_a_place_is_refused_before_training(
+    write_recipe: RecipeWriter, refused: Callable[..., str], tmp_path: Path
+) -> None:
+    path = write_recipe()
+    export = '\n[[steps]]\nuse = "export"\nformat = { use = "gguf" }\n'
+    path.write_text(path.read_text() + export)
+    for more in (("--plan",), ("--out", tmp_path / "run")):
+        said = refused(path, *more, "--set", "model.vision.aspect=pad")
+        assert "a tokenizer of the kind WordLevel is not written as GGUF" in said
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_command_writes_both_files(

@@ -349,3 +349,21 @@ def test_the_report_of_an_export_shows_where_it_looks(
     for card in gallery["cards"]:
         assert (out / "03-export" / card["image"]).is_file()
     assert "Where it looks" in (out / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("option", "sentence"),
+    [
+        ("heatmaps = 3", "`heatmaps` shows some of `tries`: name a data set there"),
+        ("max_new_tokens = 0", "`max_new_tokens` of `export`"),
+        ("max_new_tokens = 1_000_000_001", "`max_new_tokens` of `export`"),
+    ],
+)
+def test_an_export_that_cannot_be_tried_is_refused_before_anything_is_trained(
+    write_recipe: RecipeWriter, refused: Callable[..., str], option: str, sentence: str
+) -> None:
+    path = write_recipe()
+    path.write_text(f'{path.read_text()}\n[[steps]]\nuse = "export"\n{option}\n')
+    said = refused(path, "--plan")
+    assert sentence in said
+    assert "small.toml:" in said

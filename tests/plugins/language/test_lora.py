@@ -135,6 +135,16 @@ def test_adapters_are_where_the_original_puts_them(tmp_path: Path) -> None:
 def test_targets_and_files_that_do_not_fit_are_named(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"no linear layer called `qkv`; it has .*q_proj"):
         Vicuna(VicunaOptions(config=LANGUAGE, lora=LoraOptions(targets=("qkv",))))
+    kinds: tuple[tuple[Any, Any], ...] = (
+        (Vicuna, LANGUAGE),
+        (CausalLM, config_of("qwen2")),
+    )
+    for kind, config in kinds:
+        lora = LoraOptions(targets=("q_proj", "lm_head"))
+        with pytest.raises(ModelError, match=r"lora\.targets: `lm_head` is the head, which"):
+            kind(kind.Options(config=config, lora=lora))
+        with pytest.raises(ModelError, match=r"it has (?!.*lm_head).*q_proj"):
+            kind(kind.Options(config=config, lora=LoraOptions(targets=("qkv",))))
     language = adapted("llama", tmp_path / "base")
     (tmp_path / "saved").mkdir()
     language.save(tmp_path / "saved")

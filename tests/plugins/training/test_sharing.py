@@ -103,8 +103,9 @@ def test_shares_arrive_where_one_process_does(learn: Learns) -> None:
 
 @where_forks_learn
 def test_more_processes_than_samples(learn: Learns) -> None:
-    events, _ = learn("many", "processes=5", "batch_size=2", "max_steps=3")
-    alone, _ = learn("one", "batch_size=2", "max_steps=3")
+    """Of 24 samples, the third step has 4."""
+    events, _ = learn("many", "processes=5", "batch_size=10", "max_steps=3")
+    alone, _ = learn("one", "batch_size=10", "max_steps=3")
     losses = [event["loss"] for event in alone if "loss" in event]
     assert [event["loss"] for event in events if "loss" in event] == pytest.approx(losses, abs=1e-4)
 

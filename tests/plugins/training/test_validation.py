@@ -233,12 +233,71 @@ def test_damaged_best_weights_are_named(
         ("validate_every=2", "name a data set there"),
         ("keep_best=true", "`keep_best` needs `validate_every`"),
         ("samples=-1", "option `samples` of `finetune`"),
+        ("train={ connector = true }", "`train` of `finetune`: true and false are no numbers"),
+        ("epochs=true", "`epochs` of `finetune`: true and false are no numbers"),
+        ("max_steps=true", "`max_steps` of `finetune`: true and false are no numbers"),
+        ("betas=[false, 0.9]", "`betas` of `finetune`: true and false are no numbers"),
+        ("parallel={ shard = true }", "true and false are no numbers"),
+        ("processes=9", "`processes = 9` share the samples of a step, and `batch_size = 8`"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(
     write_recipe: RecipeWriter, refused: Callable[..., str], option: str, sentence: str
 ) -> None:
     assert sentence in refused(write_recipe(), "--set", f"steps.finetune.{option}")
+
+
+def test_features_of_an_encoder_that_learns_are_not_kept(
+    write_recipe: RecipeWriter, refused: Callable[..., str]
+) -> None:
+    path = write_recipe()
+    learns = ("--plan", "--set", "steps.finetune.train={ vision = 1e-4 }", "--set")
+    said = refused(path, *learns, "steps.finetune.cache_features=true")
+    assert "`cache_features` is for a frozen encoder: `train` names `vision`" in said
+
+
+def test_a_template_that_the_tokenizer_lacks_is_refused_before_training(
+    write_recipe: RecipeWriter, refused: Callable[..., str], tmp_path: Path
+) -> None:
+    own = ("--set", 'steps.finetune.template={ use = "chat-template" }')
+    for more in (("--plan",), ("--out", tmp_path / "run")):
+        assert "the tokenizer has no chat template" in refused(write_recipe(), *more, *own)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_quoted_number_is_one(write_recipe: RecipeWriter, llava_run: Command) -> None:
+    sets = ("--set", "steps.finetune.batch_size='4'")
+    assert llava_run(write_recipe(), "--plan", *sets).code == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        ("layer = -1", "layer"),
+        ("norm = true", "norm"),
+        ('select = "cls_patch"', "select"),
+        ('dtype = "bfloat16"', "dtype"),
+        ('products = "onednn"', "products"),
+        ("config = { num_hidden_layers = 3 }", "config"),
+    ],
+)
+def test_what_changes_no_pixels_is_not_prepared(
+    write_recipe: RecipeWriter, refused: Callable[..., str], change: str, name: str
+) -> None:
+    prepare = f'steps.finetune.prepare={{ aspect = "pad", {change} }}'
+    said = refused(write_recipe(), "--plan", "--set", prepare)
+    assert f"`prepare` of `clip`: `{name}` changes no pixels" in said
+
+
+def test_every_option_of_pixels_may_be_prepared(
+    write_recipe: RecipeWriter, llava_run: Command
+) -> None:
+    pixels = (
+        'aspect = "squash", mean = [0.5, 0.5, 0.5], std = [0.5, 0.5, 0.5], fast = true, '
+        'interpolation = "bilinear", backend = "torchvision"'
+    )
+    done = llava_run(write_recipe(), "--plan", "--set", f"steps.finetune.prepare={{ {pixels} }}")
+    assert done.code == 0, done.err
 
 
 @pytest.mark.slow
