@@ -75,9 +75,9 @@ def _main(argv: Sequence[str] | None) -> int:
         elif argv is not None:
             raise
         if not known or "LLAVA_TRACEBACK" in os.environ:
-            print(shown("".join(format_exception(error))), end="", file=sys.stderr)
+            sys.stderr.write(shown("".join(format_exception(error))))
         if known:
-            print(f"error: {brief(shown(str(error)))}", file=sys.stderr)
+            sys.stderr.write(f"error: {brief(shown(str(error)))}\n")
         return 2 if known else 1
 
 

@@ -54,7 +54,7 @@ class Sampling:
     def __post_init__(self) -> None:
         stops = self.stop if isinstance(self.stop, list | tuple) else ("",)
         if not all(isinstance(text, str) and text for text in stops):
-            raise ModelError("`stop` is a list of texts, and an empty one stops none: leave it out")
+            raise ModelError("`stop` is a list of texts; an empty text stops none: leave it out")
         for name, (low, high) in _RANGES.items():
             value = getattr(self, name)
             known = isinstance(value, Integral if isinstance(low, int) else Real)

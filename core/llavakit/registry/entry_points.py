@@ -67,8 +67,8 @@ def told(error: BaseException) -> str:
     """Return what an error says, and the file and line where it was raised."""
     if isinstance(error, SyntaxError):
         return f"{error.msg} ({error.filename}, line {error.lineno})"
-    # the first frame is that of `explained`, and importlib's say nothing of the plugin
-    frames = [f for f in extract_tb(error.__traceback__)[1:] if "importlib" not in f.filename]
+    trace = extract_tb(error.__traceback__)[1:]  # without `explained`, importlib, wandb's sys.exit
+    frames = [f for f in trace if "importlib" not in f.filename and f.name != "exit"]
     where = f" ({frames[-1].filename}, line {frames[-1].lineno})" if len(frames) > 1 else ""
     exits = f"it calls sys.exit({error})" if isinstance(error, SystemExit) else ""
     return f"{exits or str(error) or type(error).__name__}{where}"

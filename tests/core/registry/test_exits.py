@@ -54,9 +54,17 @@ def test_at_import_it_is_a_broken_plugin(
 
 
 @pytest.mark.parametrize("name", ["quits", "plans"])
+@pytest.mark.parametrize("watched", [False, True])
 def test_a_step_is_named(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, llava_run: Command
+    watched: bool, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, llava_run: Command
 ) -> None:
+    if watched:  # as wandb does, to know how a program ended
+        before = sys.exit
+
+        def exit(code: Any = 0) -> None:
+            before(code)
+
+        monkeypatch.setattr(sys, "exit", exit)
     monkeypatch.syspath_prepend(tmp_path)
     distribution(tmp_path, "llava-steps", "llava_steps_that_exit", STEPS)
     monkeypatch.delitem(sys.modules, "llava_steps_that_exit", raising=False)
