@@ -11,7 +11,7 @@ from typing import Any
 
 from llavakit import Exporter, LlavaModel, ModelError, peek_json, write_text
 
-_MARK, _UPLOAD = "push.json", "upload"
+_MARK, _UPLOAD = "llavakit-push.json", "upload"
 
 
 def open_staging(folder: Path, content: Mapping[str, Any]) -> Path:
@@ -22,18 +22,18 @@ def open_staging(folder: Path, content: Mapping[str, Any]) -> Path:
     """
     upload = folder / _UPLOAD
     try:
-        if folder.exists() and any(folder.iterdir()):
-            known = peek_json(folder / _MARK)
-            if not known or {item.name for item in folder.iterdir()} - {_MARK, _UPLOAD}:
-                raise ModelError(
-                    f"{folder} holds what no push has laid out; let --staging name a folder that "
-                    "is empty or not there"
-                )
-            if known == content:
-                return upload
-            if upload.exists():
-                shutil.rmtree(upload)
         folder.mkdir(parents=True, exist_ok=True)
+        known = peek_json(folder / _MARK)
+        ours = {*_names(_MARK), *(_names(_UPLOAD) if known else ())}
+        if {item.name for item in folder.iterdir()} - ours:
+            raise ModelError(
+                f"{folder} holds what no push has laid out; let --staging name a folder that is "
+                "empty or not there"
+            )
+        if known == content:
+            return upload
+        if upload.exists():
+            shutil.rmtree(upload)
     except OSError as error:
         reason = error.strerror or str(error)
         raise ModelError(f"{folder} cannot hold what is sent: {reason}; name another") from error
@@ -43,10 +43,17 @@ def open_staging(folder: Path, content: Mapping[str, Any]) -> Path:
 
 def close_staging(folder: Path) -> None:
     """Remove what was laid out, and the folder."""
-    shutil.rmtree(folder / _UPLOAD, ignore_errors=True)
+    for name in _names(_UPLOAD):
+        shutil.rmtree(folder / name, ignore_errors=True)
     with suppress(OSError):
-        (folder / _MARK).unlink()
+        for name in _names(_MARK):
+            (folder / name).unlink(missing_ok=True)
         folder.rmdir()
+
+
+def _names(name: str) -> tuple[str, ...]:
+    """Return a name, and those beside it of what a killed process had half written."""
+    return name, f".{name}.partial", f".{name}.old"
 
 
 def lay_out(model: LlavaModel, exporters: Sequence[Exporter], folder: Path) -> dict[str, str]:

@@ -165,6 +165,8 @@ def test_another_model_in_its_place_is_laid_out_anew(
     hub.refuse = 403
     assert llava("push", folder, "lab/next", "--as-is").returncode == 2
     assert (tmp_path / ".push-lab--next" / "upload" / "model.toml").is_file()
+    (tmp_path / ".push-lab--next" / ".upload.partial").mkdir()  # as a kill leaves it
+    (tmp_path / ".push-lab--next" / ".upload.old").mkdir()
     changed = (folder / "model.toml").read_text() + "# trained again\n"
     (folder / "model.toml").write_text(changed)
     hub.refuse = None
