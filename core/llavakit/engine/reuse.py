@@ -24,7 +24,7 @@ Finder = Callable[[str, Record, Path], tuple[Path | None, list[str]]]
 
 
 def step_contents(folder: Path) -> Contents:
-    """Return what lies in a step's folder: the hash of each file, of a very large one of samples."""
+    """Return what lies in a step's folder: the hash of each file, of a large one of samples."""
     files = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.name != STEP_DONE]
     return {path.relative_to(folder).as_posix(): fingerprint(path) for path in files}
 
