@@ -120,7 +120,7 @@ def fetch_config(options: PretrainedOptions, part: str = "vision_config") -> dic
     if find_file(options, "config.json") is None:
         try:
             cached_file(options.source, "config.json", revision=options.revision or "main")
-        except OSError as error:
+        except Exception as error:  # of a connection that breaks off, httpx's own, too
             raise ModelError(f"`{options.source}` has no config.json: {error}") from error
     return read_config(options, part)
 
@@ -155,8 +155,8 @@ def fetch_folder(source: str, revision: str | None = None, *, weights: bool = Tr
             )
             if any(folder.glob(pattern)):
                 break
-    except (OSError, ValueError) as error:
-        reason = str(error).partition("\n")[0]
+    except Exception as error:  # of a connection that breaks off, httpx's own, too
+        reason = str(error).partition("\n")[0] or type(error).__name__
         raise ModelError(
             f"`{source}` is no folder, and the hub's model of that name cannot be had: {reason}"
         ) from error

@@ -72,7 +72,7 @@ def _explained(name: str) -> Iterator[None]:
         }.get(status or 0, "push again: what was sent is not sent again")
         reason = " ".join(str(error).split())
         raise ModelError(f"the hub refused to take {name} ({reason:.300}); {remedy}") from error
-    except (OSError, RuntimeError) as error:  # no connection, in whichever library's words
+    except Exception as error:  # no connection, in whichever library's words: httpx has its own
         raise ModelError(
             f"{name} could not be sent ({' '.join(str(error).split()):.300}); push again: what was "
             "sent is not sent again"

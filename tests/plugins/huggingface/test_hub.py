@@ -20,6 +20,9 @@ from tests.plugins.checkpoints.test_layouts_original import Made, make
 from tests.plugins.families import qwen_tokenizer, their_model
 from tests.plugins.made_checkpoints import PROMPTS, pictures
 
+from llavakit import ModelError
+from llavakit_plugins.huggingface.hub import PretrainedOptions, fetch_config, fetch_folder
+
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 READ = """\
@@ -193,3 +196,25 @@ def test_a_shard_that_the_hub_lacks_is_named(hub: Hub, tmp_path: Path) -> None:
     shard.unlink()
     (said,) = read(hub, tmp_path / "home", {})
     assert f"lacks {shard.name}, which model.safetensors.index.json names" in said
+
+
+class Broken(Exception):
+    """As httpx raises: of no common kind, and perhaps without a word."""
+
+
+@pytest.mark.parametrize("said", ["the connection broke off", ""])
+def test_a_connection_that_breaks_off_is_a_sentence(
+    said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+    import transformers.utils.hub
+
+    def fetch(*_: object, **__: object) -> None:
+        raise Broken(said)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    monkeypatch.setattr(transformers.utils.hub, "cached_file", fetch)
+    with pytest.raises(ModelError, match=f"cannot be had: {said or 'Broken'}"):
+        fetch_folder("lab/model", None)
+    with pytest.raises(ModelError, match=r"`lab/model` has no config\.json"):
+        fetch_config(PretrainedOptions(source="lab/model"))

@@ -34,8 +34,10 @@ def hub() -> Iterator[HubServer]:
 def llava(hub: HubServer, tmp_path: Path) -> Push:
     """A function that runs `llava-run` in a process whose hub is ours."""
 
-    def call(*arguments: object, token: str | None = TOKEN) -> subprocess.CompletedProcess[str]:
-        own = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_XET": "1"}
+    def call(
+        *arguments: object, token: str | None = TOKEN, url: str = hub.url
+    ) -> subprocess.CompletedProcess[str]:
+        own = {"HF_ENDPOINT": url, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_XET": "1"}
         environment = {**os.environ, **own, "HF_HUB_OFFLINE": "0", "NO_PROXY": "*"}
         environment.pop("HF_TOKEN", None)
         if token is not None:
@@ -156,6 +158,17 @@ def test_an_upload_that_breaks_off_goes_on_where_it_was(
     ours = llavakit.load(trained / "model", device="cpu").generate_ids("what ?")
     for folder in (arrived, arrived / "original"):
         assert llavakit.load(folder, device="cpu").generate_ids("what ?") == ours
+
+
+def test_without_a_connection_it_says_how_to_go_on(
+    trained: Path, llava: Push, tmp_path: Path
+) -> None:
+    nowhere = ("--staging", tmp_path / "staged")
+    done = llava("push", trained / "model", "lab/x", "--as-is", *nowhere, url="http://127.0.0.1:9")
+    assert done.returncode == 2
+    assert "lab/x could not be sent" in done.stderr
+    assert "push again" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_another_model_in_its_place_is_laid_out_anew(
