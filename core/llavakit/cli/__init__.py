@@ -61,6 +61,15 @@ def _main(argv: Sequence[str] | None) -> int:
         logging.lastResort.setFormatter(_Shown())
     try:
         return _run(arguments, program=argv is None)
+    except LlavaError as error:
+        from llavakit.recipe.redaction import brief, shown  # not for --help
+
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(10)  # torchrun's leader has met it, too: it says so and ends the others
+        if "LLAVA_TRACEBACK" in os.environ:
+            sys.stderr.write(shown("".join(format_exception(error))))
+        sys.stderr.write(f"error: {brief(shown(str(error)))}\n")
+        return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -68,17 +77,12 @@ def _main(argv: Sequence[str] | None) -> int:
         sys.stderr.close()
         return 0
     except Exception as error:
-        from llavakit.recipe.redaction import brief, shown  # not for --help
-
-        if known := isinstance(error, LlavaError):
-            _let_the_leader_speak()
-        elif argv is not None:
+        if argv is not None:
             raise
-        if not known or "LLAVA_TRACEBACK" in os.environ:
-            sys.stderr.write(shown("".join(format_exception(error))))
-        if known:
-            sys.stderr.write(f"error: {brief(shown(str(error)))}\n")
-        return 2 if known else 1
+        from llavakit.recipe.redaction import shown
+
+        sys.stderr.write(shown("".join(format_exception(error))))
+        return 1
 
 
 def _run(arguments: list[str], *, program: bool) -> int:
@@ -117,27 +121,21 @@ def _run(arguments: list[str], *, program: bool) -> int:
 
 
 def _add(name: str, commands: Commands) -> None:
-    """Add a command that works by itself, helps included. Raises PluginError for any other."""
+    """Add a command. Raises PluginError for a package's that does not work by itself."""
     add, package = only(GROUP, name), package_of(next(iter(entry_points(group=GROUP, name=name))))
-    with explained(f"plugin {package} cannot add its command `{name}`"):
-        alone = _Parser(prog="llava-run")
-        add(tried := alone.add_subparsers())
-        taken = {*entry_points(group=GROUP).names, *commands.choices} & {*tried.choices}
-        if taken != {name}:
-            raise PluginError(
-                f"command `{name}` of {package} adds {and_more(tried.choices) or 'none'}; let it "
-                "add one of its own name, and no other command's, or uninstall it"
-            )
-        # ours are tested, and all of them take a while
-        for parser in (alone, *tried.choices.values()) if package != "llavakit" else ():
-            parser.format_help()  # raises where a text has a bare %
+    if package != "llavakit":  # ours are tested, and to try all of them takes a while
+        with explained(f"plugin {package} cannot add its command `{name}`"):
+            alone = _Parser(prog="llava-run")
+            add(tried := alone.add_subparsers())
+            taken = {*entry_points(group=GROUP).names, *commands.choices} & {*tried.choices}
+            if taken != {name}:
+                raise PluginError(
+                    f"command `{name}` of {package} adds {and_more(tried.choices) or 'none'}; let "
+                    "it add one of its own name, and no other command's, or uninstall it"
+                )
+            for parser in (alone, *tried.choices.values()):
+                parser.format_help()  # raises where a text has a bare %
     add(commands)
-
-
-def _let_the_leader_speak() -> None:
-    """Wait, under torchrun, for the leader to say what all have met: it then ends the others."""
-    if os.environ.get("RANK", "0") != "0":
-        time.sleep(10)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -16,27 +16,28 @@ from llavakit.contracts.errors import RecipeError, and_more
 from llavakit.engine.progress import say
 from llavakit.engine.reuse import STEP_DONE, Record, record_changes
 from llavakit.recipe.files import explain_write, fingerprint, write_text
+from llavakit.recipe.model_choice import MANIFEST
 from llavakit.recipe.recipe import Recipe
 from llavakit.recipe.redaction import redacted
 from llavakit.registry import texts_in
 
-_OF_MODELS = ("config.json", "model.toml", "adapter_config.json")
+_OF_MODELS = (MANIFEST, "config.json", "adapter_config.json")
 _KINDS = (".json", ".toml", ".safetensors", ".bin", ".model", ".txt")  # of a model's files
 _BEGUN = "begun.json"  # there before the step does anything, with what it is to do
 
 
 def record_of(recipe: Recipe, until: str) -> Record:
     """Return everything that decides what a step's folder holds. Hashes the data it names."""
-    steps, files = list[Any](), dict[str, str]()
     model = None if recipe.model is None else recipe.model.model_dump(mode="json")
+    steps, named, files = list[Any](), list[Any]([model]), dict[str, str]()
     for name, use in recipe.active_steps():
         steps.append(use.model_dump(mode="json"))
-        for text in texts_in([use.options, model]):
-            for path in _files_at(text):
-                state = os.stat(path)
-                files[path] = _fingerprint(Path(path), state.st_size, state.st_mtime_ns)
+        named.append(use.options)
         if name == until:
             break
+    for path in (path for text in dict.fromkeys(texts_in(named)) for path in _files_at(text)):
+        state = os.stat(path)
+        files[path] = _fingerprint(Path(path), state.st_size, state.st_mtime_ns)
     record = {"model": model, "seed": recipe.seed, "steps": steps, "files": files}
     return dict(redacted(json.loads(json.dumps(record))))  # tuples become lists, as in the file
 

@@ -10,7 +10,6 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
 
 from llavakit import (
     VIDEO,
@@ -31,6 +30,7 @@ from llavakit import (
 from llavakit.contracts.data import IMAGE
 from llavakit.contracts.errors import LlavaError
 from llavakit_plugins.media import clip
+from llavakit_plugins.media.images import local_path
 
 HELP = """\
 /image FILE    show an image with the next question; `<image>` in it says where, else in front
@@ -66,7 +66,9 @@ class Dialogue:
         images, self._system = self._start
         self._images, self._turns = [], []
         self._new = [
-            (str(one.source), one) if isinstance(one, Video) else (_path(one), self._fetch(one))
+            (str(one.source), one)
+            if isinstance(one, Video)
+            else (local_path(one), self._fetch(one))
             for one in images
         ]
 
@@ -138,7 +140,7 @@ class Dialogue:
         name = _file(text, "/image needs a file: /image photo.jpg")
         image = self._fetch(name)
         width, height = open_image(image, "the next question").size
-        self._new.append((_path(name), image))
+        self._new.append((local_path(name), image))
         return f"{width} x {height} pixels, for the next question"
 
     def _set_system(self, text: str) -> str:
@@ -178,11 +180,6 @@ class Dialogue:
                 if text.strip("\n"):
                     parts.append({"type": "text", "text": text.strip("\n")})
             yield {"role": "user", "content": parts}
-
-
-def _path(name: str) -> str:
-    """Return how data sets name an image: a `file:` address by its path."""
-    return unquote(urlsplit(name).path) if name[:5].lower() == "file:" else name
 
 
 def _file(text: str, missing: str) -> str:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 
 from llavakit.contracts.commands import Commands
 from llavakit.contracts.errors import ModelError
-from llavakit_plugins.commands.flags import add_model, add_settings, load_model, refuse_to_replace
+from llavakit_plugins.commands.flags import (
+    add_model,
+    add_settings,
+    load_model,
+    refuse_to_mix,
+    refuse_to_replace,
+)
 
 
 def add(commands: Commands) -> None:
@@ -40,16 +45,3 @@ def _export(arguments: argparse.Namespace) -> int:
     for name, value in exporter.export(model.merged(), arguments.out).items():
         print(shown(f"{name}: {value}"))
     return 0
-
-
-def refuse_to_mix(out: Path, *sources: Path | None) -> None:
-    """Raise ModelError for a folder to write that is one of those to read, or lies inside one."""
-    for source in sources:
-        # a name on the hub is no folder; links are followed, as one may lead into the other
-        if source is not None and source.is_dir():
-            place = Path(os.path.realpath(out))
-            if place.is_relative_to(os.path.realpath(source)):
-                raise ModelError(
-                    f"{out} lies inside {source}, which is read and must stay as it is; name a "
-                    "folder outside of it"
-                )

@@ -113,3 +113,19 @@ def refuse_to_replace(folder: Path) -> None:
     """Raise ModelError for a folder that holds something: writing would replace it whole."""
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         raise ModelError(f"{folder} is there already; name a new folder, or remove that one")
+
+
+def refuse_to_mix(out: Path, *sources: Path | None) -> None:
+    """Raise ModelError for a folder to write that is one of those to read, or lies inside one."""
+    for source in sources:
+        # a name on the hub is no folder; links are followed, as one may lead into the other
+        if source is not None and source.is_dir() and lies_in(out, source):
+            raise ModelError(
+                f"{out} lies inside {source}, which is read and must stay as it is; name a "
+                "folder outside of it"
+            )
+
+
+def lies_in(path: Path, folder: Path) -> bool:
+    """Say whether a path is a folder or lies inside it, links followed."""
+    return path.resolve().is_relative_to(folder.resolve())

@@ -7,8 +7,7 @@ from pathlib import Path
 
 from llavakit.contracts.commands import Commands
 from llavakit.contracts.errors import ModelError
-from llavakit_plugins.commands.export import refuse_to_mix
-from llavakit_plugins.commands.flags import add_model, load_model, refuse_to_replace
+from llavakit_plugins.commands.flags import add_model, load_model, refuse_to_mix, refuse_to_replace
 
 
 def add(commands: Commands) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from llavakit.contracts.commands import Commands
 from llavakit.contracts.errors import ModelError
-from llavakit_plugins.commands.flags import add_model, load_model
+from llavakit_plugins.commands.flags import add_model, lies_in, load_model
 
 
 def add(commands: Commands) -> None:
@@ -53,7 +53,7 @@ def _push(arguments: argparse.Namespace) -> int:
     # beside the model and not in the system's temporary folder, which may be too small for a model
     beside = arguments.model.absolute().parent / f".push-{name.replace('/', '--')}"
     staging: Path = arguments.staging or beside
-    if staging.resolve().is_relative_to(arguments.model.resolve()):
+    if lies_in(staging, arguments.model):
         raise ModelError(f"{staging} lies in the model's folder; name a place beside it")
     if arguments.as_is and not arguments.model.is_dir():
         raise ModelError(f"{arguments.model} is no folder; leave out --as-is")

@@ -125,14 +125,19 @@ def _opened(source: ImageSource, where: str) -> tuple[Image.Image, str]:
         raise _undecodable(name, error) from error
 
 
+def local_path(name: str) -> str:
+    """Return the path that a `file:` address names; any other name as it is."""
+    return unquote(urlsplit(name).path) if name[:5].lower() == "file:" else name
+
+
 def _in_memory(source: ImageSource, where: str) -> Path | BytesIO | Image.Image:
     """Return what is in memory, and no image yet, as Pillow reads it, or a file's path."""
     if isinstance(source, str) and source[:5].lower() == "data:":
         kind, _, written = source.partition(",")
         source = unquote_to_bytes(written)
         source = b64decode(source) if kind.endswith(";base64") else source
-    if isinstance(source, str) and source[:5].lower() == "file:":
-        source = unquote(urlsplit(source).path)
+    if isinstance(source, str):
+        source = local_path(source)
     if isinstance(source, str | Path):
         return Path(source)
     if isinstance(source, ImageFile):

@@ -9,14 +9,20 @@ from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import unquote, unquote_to_bytes, urlsplit
+from urllib.parse import unquote_to_bytes
 
 from PIL.Image import Image
 
 from llavakit import Clip, DataError, ImageSource, Video
 from llavakit.contracts.data import ImageFile
 from llavakit_plugins.media import video_files
-from llavakit_plugins.media.images import MissingImage, image_size, open_image, refusal
+from llavakit_plugins.media.images import (
+    MissingImage,
+    image_size,
+    local_path,
+    open_image,
+    refusal,
+)
 
 FRAMES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm"))
 """Suffixes of the files of a folder that are frames."""
@@ -110,8 +116,8 @@ def _source(video: Video, where: str) -> tuple[Path | bytes | Sequence[ImageSour
             raise DataError(
                 f"the video of {where} is no address of base64 ({error}); fix it"
             ) from None
-    if isinstance(source, str) and source[:5].lower() == "file:":
-        source = unquote(urlsplit(source).path)
+    if isinstance(source, str):
+        source = local_path(source)
     if isinstance(source, bytes | bytearray | memoryview):
         if not len(source):
             raise DataError(f"the video of {where} is empty; replace it")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import tomllib
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -87,14 +88,10 @@ class _Stored(BaseModel):
     @classmethod
     def _with_numbers(cls, sections: Any) -> Any:
         """Return them with numbers where curves have null."""
-        for section in sections if isinstance(sections, list) else []:
-            series = section.get("series") if isinstance(section, dict) else None
-            for points in series.values() if isinstance(series, dict) else []:
-                if isinstance(points, list):
-                    points[:] = [
-                        [_number(number) for number in point] if isinstance(point, list) else point
-                        for point in points
-                    ]
+        with suppress(AttributeError, TypeError):  # of another form: what reads them says it
+            for section in sections:
+                for points in section.get("series", {}).values():
+                    points[:] = [[_number(number) for number in point] for point in points]
         return sections
 
     def record(self, folder: Path) -> StepRecord:

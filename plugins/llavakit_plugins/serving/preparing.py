@@ -25,9 +25,7 @@ from llavakit_plugins.serving.scheduler import check_room
 from llavakit_plugins.serving.writing import Choice, Voice
 
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # of some others, Pillow runs a program
-
-
-_PIECE = 1 << 14  # characters
+_PIECE = 1 << 14  # characters of a text that are tokenised at once, where only the size matters
 
 
 @dataclass
@@ -121,10 +119,10 @@ class Preparer:
         That would take seconds of what all requests share. Pieces may have some tokens more than
         the whole, and nothing is refused here that has not twice of what there is room for.
         """
-        backend, count = Reader.of(self._model.tokenizer).backend, 0
         texts = (sample.system or "", *(turn.text for turn in sample.turns))
         if sum(map(len, texts)) <= self._longest:
             return
+        backend, count = Reader.of(self._model.tokenizer).backend, 0
         for text in texts:
             for begin in range(0, len(text), _PIECE):
                 count += len(backend.encode(text[begin : begin + _PIECE], add_special_tokens=False))
