@@ -107,11 +107,11 @@ class _Watcher(Thread):
 
 
 def finite(value: Any) -> Any:
-    """Return a value for JSON, which has no NaN and no infinity: they become null."""
+    """Return a value for JSON in UTF-8: no NaN and infinity (null), no half characters (U+FFFD)."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
+    if isinstance(value, str):
+        return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     if isinstance(value, Mapping):
         return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(item) for item in value]
-    return value
+    return [finite(item) for item in value] if isinstance(value, list | tuple) else value

@@ -145,11 +145,11 @@ def _render(report: Report) -> Iterator[object]:
     head.add_column()
     head.add_column(justify="right")
     head.add_column()
-    unread = report.rows - report.samples
+    unread, mixed = report.rows - report.samples, report.videos > 0
     for name, value, remark in (
         ("samples", report.samples, f"{unread:,} rows cannot be used" if unread else ""),
-        ("  with one image", report.image_samples, ""),
-        ("  with several images", report.multi_image_samples, ""),
+        (f"  with one image{' or video' * mixed}", report.image_samples, ""),
+        (f"  with several images{' or videos' * mixed}", report.multi_image_samples, ""),
         ("  text only", report.text_samples, ""),
         *([("  preferences", report.preferences, "")] if report.preferences else []),
         ("turns", report.turns, f"{report.most_turns} at most in one sample"),

@@ -30,7 +30,7 @@ from llavakit import (
 from llavakit.contracts.data import IMAGE
 from llavakit.contracts.errors import LlavaError
 from llavakit_plugins.media import clip
-from llavakit_plugins.media.images import local_path
+from llavakit_plugins.media.addresses import local_path
 
 HELP = """\
 /image FILE    show an image with the next question; `<image>` in it says where, else in front

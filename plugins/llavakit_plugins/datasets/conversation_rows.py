@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from base64 import b64decode
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,6 +13,7 @@ from llavakit import VIDEO, DataError, ImageSource, Sample, Turn, Video, Visuals
 from llavakit.contracts.data import Finding
 from llavakit_plugins.datasets.image_files import inside
 from llavakit_plugins.datasets.preferences import KEYS, as_conversation, is_preference
+from llavakit_plugins.media.addresses import embedded, is_embedded
 
 _ROLES = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt"}
 _OF_ROWS = frozenset(
@@ -95,7 +95,7 @@ class RowReader:
     def image(self, named: object, where: str, what: str = "image") -> ImageSource:
         """Return an image that a row names: a path below the folder, a `data:` address, or what a
         data set with images inside has, `{"bytes": ..., "path": ...}`."""
-        if isinstance(named, str) and named[:5].lower() != "data:":
+        if isinstance(named, str) and not is_embedded(named):
             return self.named(named, where, what)
         if isinstance(named, Mapping) and _is_inside(named):
             return bytes(named["bytes"])
@@ -104,11 +104,11 @@ class RowReader:
         if isinstance(named, bytes):
             return named
         if isinstance(named, str):
-            head, _, content = named.partition(",")
+            head = named.partition(",")[0]
             try:
-                if not head.endswith(";base64"):
+                if not head.lower().endswith(";base64"):
                     raise ValueError("it does not end in `;base64`")
-                return b64decode(content, validate=True)
+                return embedded(named)
             except ValueError as error:
                 raise DataError(
                     f"{where}: the {what} `{head:.80}` is no address of base64: {error}; fix it"

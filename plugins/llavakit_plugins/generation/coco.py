@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 
 from llavakit import DataError, ImageContext, new_file
-from llavakit.contracts.data import Box
+from llavakit.contracts.data import Box, is_cut
 from llavakit_plugins.datasets.json_stream import read_member
 from llavakit_plugins.datasets.text_files import open_text
 from llavakit_plugins.generation.contexts import to_line
 
 _log = logging.getLogger("llavakit")
-_LARGEST = 1 << 32  # limit of ids and sizes, which are kept as unsigned 32-bit integers
+_IDS, _SIDES = 1 << 63, 1 << 32  # limits of ids and of sizes in pixels
 _FIRST = 1 << 16  # bytes that are read to tell one large JSON object from one object per line
 
 
@@ -45,7 +45,7 @@ def convert_coco(captions: Path, instances: Path | None, out: Path) -> None:
             raise DataError(f"{captions}: two images have the id {identity}; give each its own")
         image_rows[identity] = len(names)
         names.append(_text(image, "file_name", captions))
-        size = [_number(image, side, captions) for side in ("width", "height")]
+        size = [_number(image, side, captions, _SIDES) for side in ("width", "height")]
         if not all(size):
             raise DataError(f"{captions}: image {identity} is {size[0]}x{size[1]} pixels; fix that")
         sizes.extend(size)
@@ -85,7 +85,7 @@ def _boxes(
     """Return image, category and corners `[B, 4]` of all boxes, sorted by image, and the names of
     the categories."""
     # arrays of numbers: a Python object for each of COCO's 860,000 boxes would take gigabytes
-    of, which, corners = array("I"), array("I"), array("d")
+    of, which, corners = array("I"), array("Q"), array("d")
     categories: dict[int, str] = {}
     if path is not None:
         for item in _items(path, "categories"):
@@ -109,7 +109,7 @@ def _boxes(
     # stable, so that the boxes of an image keep COCO's order
     order = np.argsort(images, kind="stable")
     table = np.frombuffer(corners, np.float64).reshape(-1, 4) if corners else np.zeros((0, 4))
-    kinds = np.frombuffer(which, np.uint32) if which else np.zeros(0, np.uint32)
+    kinds = np.frombuffer(which, np.uint64) if which else np.zeros(0, np.uint64)
     return images[order], kinds[order].tolist(), table[order], categories
 
 
@@ -156,11 +156,19 @@ def _text(item: dict[str, Any], name: str, path: Path) -> str:
     value = _field(item, name, path)
     if not isinstance(value, str):
         raise DataError(f"{path}: `{name}` is {value!r:.60}, no text: {str(item)[:120]}")
+    if is_cut(value):
+        raise DataError(
+            f"{path}: `{name}` of entry {item.get('id')!s:.60} ends within a character (half an "
+            "emoji); fix it"
+        )
     return value
 
 
-def _number(item: dict[str, Any], name: str, path: Path) -> int:
+def _number(item: dict[str, Any], name: str, path: Path, limit: int = _IDS) -> int:
     value = _field(item, name, path)
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < _LARGEST:
-        raise DataError(f"{path}: `{name}` is {value!r:.60}, no whole number: {str(item)[:120]}")
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < limit:
+        raise DataError(
+            f"{path}: `{name}` is {value!r:.60}, no whole number from 0 to {limit - 1}: "
+            f"{str(item)[:120]}"
+        )
     return value

@@ -168,6 +168,12 @@ def _parse(line: str, where: str) -> ImageContext:
                 f"{where}: the corners of `{box.category}` are within 0..1, shares of the image's "
                 f"width and height, got {list(box.corners)}; divide them by its size"
             )
+        left, top, right, bottom = box.corners
+        if left > right or top > bottom:
+            raise DataError(
+                f"{where}: the box of `{box.category}` ends before it begins, {list(box.corners)}; "
+                "`bbox` is left, top, right and bottom, not left, top, width and height"
+            )
     if not any(map(str.strip, captions)):
         raise DataError(f"{where}: context `{context.id}` has no captions; remove the line")
     return context

@@ -7,11 +7,9 @@ import os
 import re
 import stat
 import warnings
-from base64 import b64decode
 from io import BytesIO
 from pathlib import Path
 from unicodedata import normalize
-from urllib.parse import unquote, unquote_to_bytes, urlsplit
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +17,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from llavakit import DataError, ImageSource
 from llavakit.contracts.data import ImageFile
+from llavakit_plugins.media.addresses import embedded, is_embedded, local_path
 
 MAX_PIXELS = 178_956_970  #: Pillow's own limit for a decompression bomb (twice its warning level).
 MAX_RATIO = 200  #: Of the sides, as Qwen2-VL has it: a resize makes thin images huge.
@@ -125,19 +124,10 @@ def _opened(source: ImageSource, where: str) -> tuple[Image.Image, str]:
         raise _undecodable(name, error) from error
 
 
-def local_path(name: str) -> str:
-    """Return the path that a `file:` address names; any other name as it is."""
-    return unquote(urlsplit(name).path) if name[:5].lower() == "file:" else name
-
-
 def _in_memory(source: ImageSource, where: str) -> Path | BytesIO | Image.Image:
     """Return what is in memory, and no image yet, as Pillow reads it, or a file's path."""
-    if isinstance(source, str) and source[:5].lower() == "data:":
-        kind, _, written = source.partition(",")
-        source = unquote_to_bytes(written)
-        source = b64decode(source) if kind.endswith(";base64") else source
     if isinstance(source, str):
-        source = local_path(source)
+        source = embedded(source) if is_embedded(source) else local_path(source)
     if isinstance(source, str | Path):
         return Path(source)
     if isinstance(source, ImageFile):

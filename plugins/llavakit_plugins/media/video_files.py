@@ -33,6 +33,8 @@ _LEVEL = (
     Image.Transpose.ROTATE_180, Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.FLIP_TOP_BOTTOM
 )  # fmt: skip
 _UNIT = 1 << 16  # 1 in a display matrix
+_BLOCK, _LINES = 128, 1024
+"""What decoders have beside a frame, in pixels: sides of whole blocks, and lines to work in."""
 
 
 def clip(source: Path | bytes, name: str, upright: bool = False) -> Clip:
@@ -70,9 +72,27 @@ def _check_end(count: int, expected: int, name: str) -> None:
 def _is_sideways(source: Path | bytes, name: str) -> bool:
     """Say whether width and height of a file change places where it is turned upright."""
     with _opened(source, name) as (container, stream):
-        first = next(container.decode(stream), None)
+        first = next(_decoded(container, stream, name), None)
         turn = None if first is None else _turn_of(first)
         return turn is not None and turn not in _LEVEL
+
+
+def _decoded(container: Any, stream: Any, name: str) -> Iterator[Any]:
+    """Yield the frames. Raises DataError for one that is larger than the header says.
+
+    What may be decoded is decided by the header; FFmpeg, asked so, decodes no frame far above it.
+    """
+    context = stream.codec_context
+    width, height = context.width, context.height
+    most = (width + _BLOCK) * max(height + _BLOCK, _LINES)
+    context.options = {"max_pixels": str(most)}
+    for frame in container.decode(stream):
+        if frame.width * frame.height > width * height:
+            raise DataError(
+                f"{name} has a frame of {frame.width}x{frame.height} pixels, and its header says "
+                f"{width}x{height}; convert it to one size"
+            )
+        yield frame
 
 
 def _turn_of(frame: Any) -> Image.Transpose | None:
@@ -101,7 +121,7 @@ def frames(
     found: list[Image.Image] = []
     with _opened(source, name) as (container, stream):
         count, last = 0, cast("Any", None)
-        for last in container.decode(stream):
+        for last in _decoded(container, stream, name):
             while len(found) < len(kept) and kept[len(found)] == count:
                 found.append(_image_of(last, upright))
             count += 1
@@ -123,6 +143,7 @@ def _opened(source: Path | bytes, name: str) -> Iterator[tuple[Any, Any]]:
             "install 'llavakit[video]'`; a folder of frames is read without it"
         ) from None
     av.logging.set_level(av.logging.PANIC)  # what matters about a damaged file is an error below
+    found = False
     with ExitStack() as stack:
         try:
             # an open file, not a name: in a name FFmpeg would see addresses and patterns
@@ -140,13 +161,15 @@ def _opened(source: Path | bytes, name: str) -> Iterator[tuple[Any, Any]]:
             stream = container.streams.video[0]
             if stream.codec_context is None:  # of a codec that nobody knows
                 raise DataError(f"{name} is not a video that PyAV can read; replace it")
+            found = True
             yield container, stream
         except av.FFmpegError as error:
-            if error.errno == EINVAL:  # what is not in the list of formats
+            if error.errno == EINVAL and not found:  # what is not in the list of formats
                 raise DataError(f"{name} is not a video that PyAV can read; replace it") from None
+            larger = ", or a frame larger than the header says" if error.errno == EINVAL else ""
             raise DataError(
-                f"{name} cannot be decoded ({error.strerror:.200}); it may be truncated: fetch it "
-                "again or remove the sample"
+                f"{name} cannot be decoded ({error.strerror:.200}); it may be truncated{larger}: "
+                "fetch it again or remove the sample"
             ) from error
         except DataError:
             raise

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import os
 import re
-from base64 import b64decode
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import unquote_to_bytes
 
 from PIL.Image import Image
 
 from llavakit import Clip, DataError, ImageSource, Video
 from llavakit.contracts.data import ImageFile
 from llavakit_plugins.media import video_files
+from llavakit_plugins.media.addresses import embedded, is_embedded, local_path
 from llavakit_plugins.media.images import (
     MissingImage,
     image_size,
-    local_path,
     open_image,
     refusal,
 )
@@ -107,17 +105,13 @@ def _source(video: Video, where: str) -> tuple[Path | bytes | Sequence[ImageSour
         return _source(source, where)
     if isinstance(source, ImageFile) and not isinstance(source, Path):
         return source.read_bytes(), f"video {source!s:.1000} of {where}"
-    if isinstance(source, str) and source[:5].lower() == "data:":
-        kind, _, written = source.partition(",")
-        plain = unquote_to_bytes(written)
+    if isinstance(source, str):
         try:
-            source = b64decode(plain, validate=True) if kind.endswith(";base64") else plain
+            source = embedded(source) if is_embedded(source) else local_path(source)
         except ValueError as error:
             raise DataError(
                 f"the video of {where} is no address of base64 ({error}); fix it"
             ) from None
-    if isinstance(source, str):
-        source = local_path(source)
     if isinstance(source, bytes | bytearray | memoryview):
         if not len(source):
             raise DataError(f"the video of {where} is empty; replace it")

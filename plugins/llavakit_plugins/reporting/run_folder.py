@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import tomllib
 from collections.abc import Mapping
 from contextlib import suppress
@@ -17,6 +18,8 @@ from llavakit.contracts.sections import Section
 
 RECORD = "artifact.json"
 """The file that a finished step leaves in its folder."""
+_HALF = re.compile(r"(?<!\\)((?:\\\\)*)\\u[dD][89a-fA-F][0-9a-fA-F]{2}")
+"""Half a character, which older records may hold: a whole one is written as it is."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,7 @@ def read_record(folder: Path) -> StepRecord:
     """Return what the finished step in `folder` said. Raises RecipeError where it is damaged."""
     path = folder / RECORD
     try:
-        said = path.read_text(encoding="utf-8")
+        said = _HALF.sub(r"\1\\ufffd", path.read_text(encoding="utf-8"))
         return _Stored.model_validate_json(said).record(folder)
     except (OSError, ValidationError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path} is damaged ({error}); run its recipe again") from error

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
 import io
 import warnings
 from collections.abc import Callable, Sequence
@@ -17,6 +15,7 @@ from llavakit.contracts.data import ImageSource, Sample, Video
 from llavakit.contracts.errors import DataError, LlavaError, ModelError
 from llavakit_plugins.fetching.images import ImageFetcher
 from llavakit_plugins.media import clip
+from llavakit_plugins.media.addresses import embedded, is_embedded
 from llavakit_plugins.serving.batch import Prompt
 from llavakit_plugins.serving.errors import RequestError
 from llavakit_plugins.serving.limits import Limits
@@ -178,14 +177,13 @@ def read_video(given: object, most: int) -> Video:
 
 def _sent(given: object, what: str, address: str) -> bytes:
     """Return what a `data:` address holds."""
-    head, comma, payload = given.partition(",") if isinstance(given, str) else ("", "", "")
-    if not comma or head[:5].lower() != "data:" or not head.endswith(";base64"):
+    head, comma, _ = given.partition(",") if isinstance(given, str) else ("", "", "")
+    if not comma or not is_embedded(head) or not head.lower().endswith(";base64"):
         raise DataError(
             f"{what} is sent within the request, as `{address};base64,...`; this server reads no "
             "files and no other addresses"
         )
     try:
-        # without `validate`, Python drops characters that are not base64 and decodes the rest
-        return base64.b64decode(payload, validate=True)
-    except (binascii.Error, ValueError):
+        return embedded(str(given))
+    except ValueError:
         raise DataError(f"{what}'s base64 is broken; send it again") from None

@@ -7,10 +7,10 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, model_validator
 
 import llavakit
 from llavakit import (
@@ -21,7 +21,6 @@ from llavakit import (
     ModelError,
     Outcome,
     Question,
-    RecipeError,
     Run,
     Score,
     Step,
@@ -80,6 +79,15 @@ class EvaluateOptions(StartOptions):
     model_id: str | None = None
     """What answer files call the model; its folder where absent."""
 
+    @model_validator(mode="after")
+    def _measure_something(self) -> Self:
+        if not self.losses and all(use.skip for use in self.benchmarks):
+            raise ValueError(
+                "step `evaluate` measures nothing: name a benchmark that is not skipped, or data "
+                "in `losses`; `skip = true` leaves out the whole step"
+            )
+        return self
+
 
 class Evaluate(Step):
     """Asks every benchmark's questions, and measures the loss of held-out data.
@@ -134,11 +142,6 @@ class Evaluate(Step):
 
     @classmethod
     def plan(cls, options: EvaluateOptions, planner: Planner) -> StepPlan | None:
-        if not options.losses and all(use.skip for use in options.benchmarks):
-            raise RecipeError(
-                "step `evaluate` measures nothing: name a benchmark that is not skipped, or data "
-                "in `losses`; `skip = true` leaves out the whole step"
-            )
         sketch_start(planner, options)
         if options.losses or options.changes:  # which not every layout allows
             _ = planner.has_model  # for its errors

@@ -288,7 +288,7 @@ def test_what_cannot_be_changed_is_said_by_plan_and_run_alike(
     [
         (FINETUNE + "data = DATA", "`finetune` needs one: add [model], or state `init`"),
         ('[[steps]]\nuse = "export"', "`export` needs one: add [model], or state `init`"),
-        ('[[steps]]\nuse = "evaluate"', "`evaluate` needs one"),
+        ('[[steps]]\nuse = "evaluate"\nlosses = [DATA]', "`evaluate` needs one"),
         (FINETUNE + ADAPTED + "data = DATA", "`changes` is about the model that `init` names"),
         (FINETUNE + 'load = { base = "x" }\ndata = DATA', "`load` is about the model that `init`"),
         (FINETUNE + 'init = "ONNX"\ndata = DATA', "its layout keeps no weights"),
@@ -300,7 +300,7 @@ def test_what_cannot_be_changed_is_said_by_plan_and_run_alike(
         ),
         (
             '[[steps]]\nuse = "export"\ninit = "HF"\nformat = { use = "hf" }\n'
-            + '[[steps]]\nuse = "evaluate"',
+            + '[[steps]]\nuse = "evaluate"\nlosses = [DATA]',
             "`evaluate` needs one",
         ),
         (

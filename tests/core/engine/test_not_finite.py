@@ -1,4 +1,4 @@
-"""What a step reports that is no number is null in its record: JSON that any reader takes."""
+"""What a step reports that is no number, or no text, is in its record JSON that anything reads."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ class Odd(Step):
         values = {"loss": math.nan, "rate": math.inf, "seconds": 1.0, "right": 0.5}
         points = [(1.0, 2.0), (2.0, math.nan), (3.0, -math.inf)]
         curves = Curves(title="loss", x="step", y="loss", series={"all": points})
-        return Outcome(values, [curves, Table(title="t", columns=["a"], rows=[[math.nan]])])
+        rows: list[list[str | float | int | None]] = [[math.nan], ["half an emoji \ud83d, one 😀"]]
+        return Outcome(values, [curves, Table(title="t", columns=["a"], rows=rows)])
 
 
 def strict(text: str) -> Any:
@@ -47,6 +48,7 @@ def test_records_and_comparisons_are_json(tmp_path: Path, llava_run: Command) ->
     found = strict((folder / "artifact.json").read_text())
     assert found["metrics"] == {"loss": None, "rate": None, "seconds": 1.0, "right": 0.5}
     assert found["sections"][0]["series"] == {"all": [[1.0, 2.0], [2.0, None], [3.0, None]]}
+    assert found["sections"][1]["rows"] == [[None], ["half an emoji \ufffd, one 😀"]]
 
     record = read_record(folder)
     assert math.isnan(record.metrics["loss"])
@@ -54,6 +56,15 @@ def test_records_and_comparisons_are_json(tmp_path: Path, llava_run: Command) ->
     assert isinstance(curves, Curves)
     assert [math.isnan(value) for _, value in curves.series["all"]] == [False, True, True]
     assert (tmp_path / "run0" / "report.html").is_file()  # by a tracker, which had read it
+
+    # a record of before held the half as it came, and its run had no report
+    record_file = folder / "artifact.json"
+    written = record_file.read_text()
+    record_file.write_text(written.replace("\ufffd", r"\ud83d, no half: \\ud83d"))
+    table = read_record(folder).sections[1]
+    assert isinstance(table, Table)
+    assert table.rows[1] == ["half an emoji \ufffd, no half: \\ud83d, one 😀"]
+    record_file.write_text(written)
 
     runs = [tmp_path / "run0", tmp_path / "run1"]
     code, out, _ = llava_run("compare", *runs, "--json")

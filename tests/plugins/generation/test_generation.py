@@ -274,6 +274,10 @@ def test_what_cannot_be_meant_is_refused(
         ({"id": "0001"}, "has context `0001` more than once"),
         ({"image": "../secret.jpg"}, "image `../secret.jpg` of context `0003` of"),
         ({"captions": ["half a \ud83d"]}, "contexts.jsonl:4: a text ends within a character"),
+        (
+            {"instances": [{"category": "a", "bbox": [0.9, 0.5, 0.1, 0.6]}]},
+            "contexts.jsonl:4: the box of `a` ends before it begins",
+        ),
     ],
 )
 def test_what_could_not_be_used_is_said_before_it_is_paid_for(

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import struct
-from base64 import b64encode
+from base64 import b64encode, encodebytes
+from fractions import Fraction
+from io import BytesIO
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 import pytest
@@ -192,6 +195,46 @@ def test_what_would_take_hours_to_decode_is_refused(
     assert len(frames(Video(path), [0, 19], "s")) == 2
     with pytest.raises(DataError, match="more than is safe to decode; cut or shrink it"):
         frames(Video(path), [0, 29], "s")
+
+
+def _growing(path: Path, sizes: list[tuple[int, int]]) -> Path:
+    """Write JPEG images as the frames of a video whose header knows the first one's size."""
+    av: Any = pytest.importorskip("av")
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mjpeg", rate=10)
+        stream.width, stream.height = sizes[0]
+        stream.pix_fmt = "yuvj420p"
+        stream.codec_context.open()
+        for number, size in enumerate(sizes):
+            file = BytesIO()
+            Image.new("RGB", size, (200, 30, 30)).save(file, "JPEG")
+            packet = av.Packet(file.getvalue())
+            packet.stream, packet.pts, packet.dts = stream, number, number
+            packet.time_base, packet.is_keyframe = Fraction(1, 10), True
+            container.mux(packet)
+    return path
+
+
+@pytest.mark.parametrize("name", ["a.mkv", "a.avi"])
+def test_frames_are_no_larger_than_the_header_says(tmp_path: Path, name: str) -> None:
+    small, larger, large = (96, 72), (120, 90), (3000, 2000)
+    same = _growing(tmp_path / name, [small] * 4)
+    assert [image.size for image in frames(Video(same), [0, 3], "s")] == [small] * 2
+    path = _growing(tmp_path / name, [small, small, larger, small])
+    assert len(frames(Video(path), [0, 1], "s")) == 2
+    with pytest.raises(DataError, match="a frame of 120x90 pixels, and its header says 96x72"):
+        frames(Video(path), [0, 3], "s")
+    path = _growing(tmp_path / name, [small, large])
+    with pytest.raises(DataError, match="or a frame larger than the header says"):
+        frames(Video(path), [1], "s")  # which FFmpeg does not decode
+    with pytest.raises(DataError, match="or a frame larger than the header says"):
+        check_video(Video(path), "s", thorough=True)
+
+
+def test_addresses_may_have_line_ends_and_escapes(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "a.mp4", greys(12))
+    for written in (encodebytes(path.read_bytes()).decode(), quote(b64encode(path.read_bytes()))):
+        assert len(frames(Video(f"data:video/mp4;base64,{written}"), [0, 11], "s")) == 2
 
 
 def test_without_pyav_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

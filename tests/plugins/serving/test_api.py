@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import threading
+from base64 import b64encode, encodebytes
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 import pytest
@@ -237,6 +239,25 @@ def test_an_image_may_be_of_any_common_kind(running: Running) -> None:
         assert status == 200, body
         text = body["choices"][0]["message"]["content"]
         assert text == running.model.generate(messages, max_new_tokens=4)
+
+
+def test_base64_in_lines_is_what_it_is_in_one(running: Running) -> None:
+    data = picture(7)
+    texts = []
+    for written in (b64encode(data), encodebytes(data), quote(b64encode(data)).encode()):
+        content = [
+            {"type": "text", "text": QUESTION},
+            {
+                "type": "image_url",
+                "image_url": {"url": f"data:image/png;base64,{written.decode()}"},
+            },
+        ]
+        messages = [{"role": "user", "content": content}]
+        status, body = running.chat(messages=messages, max_tokens=4)
+        assert status == 200, body
+        texts.append(body["choices"][0]["message"]["content"])
+        assert texts[-1] == running.model.generate(messages, max_new_tokens=4)
+    assert len(set(texts)) == 1
 
 
 def test_threads_of_one_client(running: Running) -> None:
