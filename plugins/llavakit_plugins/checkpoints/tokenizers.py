@@ -14,7 +14,8 @@ from llavakit_plugins.huggingface.json_files import read_json, refuse_devices
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+_WHOLE = "tokenizer.json"
+_VOCABULARIES = (_WHOLE, "tokenizer.model", "vocab.json")
 _OTHERS = ("special_tokens_map.json", "added_tokens.json", "merges.txt")
 _SETTINGS = "tokenizer_config.json"
 _LLAMA = (None, "LLaMATokenizer", "LlamaTokenizer")
@@ -58,11 +59,34 @@ def read_tokenizer(folder: Path, model_type: str) -> PreTrainedTokenizerBase:
 def _settings(folder: Path) -> dict[str, Any]:
     """Return tokenizer_config.json; of a bare tokenizer.model with what 4.x took for granted."""
     path = folder / _SETTINGS
-    table = read_json(path) if path.is_file() else {}
-    if _is_bare(folder) and table.get("tokenizer_class") in _LLAMA:
-        table = {"add_bos_token": True, **table, "tokenizer_class": "LlamaTokenizer"}
+    table: dict[str, Any] = read_json(path) if path.is_file() else {}
+    name = table.get("tokenizer_class")
+    if _is_bare(folder) and name in _LLAMA:
+        return {"add_bos_token": True, **table, "tokenizer_class": "LlamaTokenizer"}
+    if (folder / _WHOLE).is_file() and name in ("LlamaTokenizer", "LlamaTokenizerFast"):
+        return table | _spacing(read_json(folder / _WHOLE), table)
     return table
 
 
+def _spacing(whole: dict[str, Any], stated: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings by which transformers' class puts spaces in front as the file does.
+
+    The class goes by them and not by the file; a processor of the folder goes by the file.
+    """
+    for part in _parts(whole, "pre_tokenizer", "pretokenizers"):
+        if part.get("type") == "Metaspace":
+            scheme = part.get("prepend_scheme", "always")
+            return {"legacy": scheme == "always", "add_prefix_space": scheme != "never"}
+    kinds = [part.get("type") for part in _parts(whole, "normalizer", "normalizers")]
+    # files of before `legacy` came; where it is stated, it is what the original's tokenizer did
+    return {"legacy": True} if "Prepend" in kinds and stated.get("legacy") is None else {}
+
+
+def _parts(whole: dict[str, Any], key: str, inner: str) -> list[dict[str, Any]]:
+    found = whole.get(key)
+    parts = found.get(inner, [found]) if isinstance(found, dict) else []
+    return [part for part in parts if isinstance(part, dict)]
+
+
 def _is_bare(folder: Path) -> bool:
-    return (folder / "tokenizer.model").is_file() and not (folder / "tokenizer.json").is_file()
+    return (folder / "tokenizer.model").is_file() and not (folder / _WHOLE).is_file()

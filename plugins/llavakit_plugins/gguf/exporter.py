@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from llavakit_plugins.vision.vision_transformer import TransformersEncoder
 
 _log = logging.getLogger("llavakit")
+_SQUARE = {
+    "crop": "cut to the square in their middle",
+    "squash": "stretched to a square",
+}
 
 
 class GgufOptions(Options):
@@ -64,6 +68,7 @@ class Gguf(Exporter):
         from llavakit_plugins.gguf.files import write_file
         from llavakit_plugins.gguf.language import architecture, describe_language, language_tensors
         from llavakit_plugins.gguf.vision import describe_vision, projector, vision_tensors
+        from llavakit_plugins.gguf.vocabulary import remarks
 
         language, vision = language_tensors(model.language), vision_tensors(model.vision)
         vision |= projector(model)
@@ -72,15 +77,17 @@ class Gguf(Exporter):
         if learned["aspect"] != "pad":
             _log.warning(
                 "llama.cpp pads every image to a square, and this model learned from images with "
-                '`vision.aspect = "%s"`: give llama.cpp square images, or expect other answers',
-                learned["aspect"],
-            )
+                '`vision.aspect = "%s"`: give llama.cpp images %s, or expect other answers',
+                learned["aspect"], _SQUARE[learned["aspect"]],
+            )  # fmt: skip
         if learned["fast"]:
             _log.warning(
                 "llama.cpp resizes every image whole, and this model learned from images with "
                 "`vision.fast = true`, 2 to 3 of 255 levels off on average: expect other answers, "
                 "or train it with `fast = false`"
             )
+        for sentence in remarks(model.language):
+            _log.warning("%s", sentence)
         own, other = self.options.type, self.options.vision_type
         figures: dict[str, float] = {}
         with new_folder(folder) as fresh:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from llavakit import LanguageModel, ModelError
+from llavakit.contracts.data import IMAGE
 from llavakit_plugins.checkpoints.chat_writing import write_chat
 from llavakit_plugins.checkpoints.parts import language_state
 from llavakit_plugins.gguf.vocabulary import write_vocabulary
@@ -16,6 +17,7 @@ from llavakit_plugins.gguf.vocabulary import write_vocabulary
 if TYPE_CHECKING:
     from llavakit import LlavaModel
 
+_MEDIA = "<__media__>"  # what llama.cpp's programs write in a message's text for an image
 _ARCHITECTURES = {"llama": gguf.MODEL_ARCH.LLAMA, "qwen2": gguf.MODEL_ARCH.QWEN2}
 
 
@@ -107,7 +109,7 @@ def describe_language(writer: gguf.GGUFWriter, model: LlavaModel) -> None:
     write_vocabulary(writer, model.language, rows, adds_bos=model.template.adds_bos)
     chat = write_chat(model.template, model.language.tokenizer)
     if chat is not None:
-        writer.add_chat_template(chat)
+        writer.add_chat_template(chat.replace(IMAGE, _MEDIA))
 
 
 def identity(width: int, like: Tensor) -> Tensor:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import gguf
 from gguf import TokenType
 
-from llavakit import LanguageModel, ModelError
+from llavakit import LanguageModel, ModelError, Reader
 from llavakit_plugins.huggingface.tokenizer_writing import pieces_of
 
 # what ByteLevel itself splits by
@@ -22,6 +22,11 @@ _SPLITS = {
     r"|\s*[\r\n]+|\s+(?!\S)|\s+": "llama-bpe",
 }
 """How text is split before merges, by the regular expression that llama.cpp has under a name."""
+_KNOWN_ENDS = (
+    "<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "</s>", "<|eom_id|>",
+    "<|end_of_text|>", "<end_of_utterance>", "<eos>",
+)  # fmt: skip
+"""Tokens that llama.cpp takes for ends by their names."""
 
 
 def write_vocabulary(
@@ -43,7 +48,7 @@ def write_vocabulary(
         scores = _scores(pieces, table, tokens, kinds)
         writer.add_tokenizer_model("llama")
         writer.add_tokenizer_pre("default")
-        writer.add_add_space_prefix(True)
+        writer.add_add_space_prefix(_begins_with_space(tokenizer, table))
     else:
         scores = None
         writer.add_tokenizer_model("gpt2")
@@ -76,6 +81,7 @@ def _read(tokenizer: Any) -> tuple[dict[str, Any], bytes | None, str | None]:
     table: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
     pieces = pieces_of(tokenizer)
     if pieces is not None or _falls_back_to_bytes(table):
+        _check_pieces(table)
         return table, pieces, None
     if table["model"]["type"] != "BPE":
         raise ModelError(
@@ -87,6 +93,39 @@ def _read(tokenizer: Any) -> tuple[dict[str, Any], bytes | None, str | None]:
 
 def _falls_back_to_bytes(table: Mapping[str, Any]) -> bool:
     return bool(table["model"].get("byte_fallback"))
+
+
+def _parts(table: Mapping[str, Any], key: str, inner: str) -> list[dict[str, Any]]:
+    """Return the parts of a tokenizer's normalizer or pre-tokenizer, which may be a sequence."""
+    found = table.get(key)
+    return list(found.get(inner, [found])) if found else []
+
+
+def _check_pieces(table: Mapping[str, Any]) -> None:
+    """Raise ModelError where a text is changed before SentencePiece's merges as in no LLaMA."""
+    spaces = {"pattern": {"String": " "}, "content": "▁"}
+    normalizers = _parts(table, "normalizer", "normalizers")
+    others = [
+        part["type"]
+        for part in normalizers
+        if part["type"] != "Prepend"
+        and not (part["type"] == "Replace" and part.items() >= spaces.items())
+    ]
+    for part in _parts(table, "pre_tokenizer", "pretokenizers"):
+        # a text whose spaces are all replaced has none to split at
+        splits = part["type"] == "Split" and part["pattern"] == {"String": " "} and normalizers
+        if part["type"] != "Metaspace" and not splits:
+            others.append(part["type"])
+    if others:
+        raise ModelError(
+            f"llama.cpp does nothing like {', '.join(others)} of this tokenizer to a text before "
+            "it merges SentencePiece's pieces; `--format hf` keeps it"
+        )
+
+
+def _begins_with_space(tokenizer: Any, table: Mapping[str, Any]) -> bool:
+    kinds = [part["type"] for part in _parts(table, "normalizer", "normalizers")]
+    return "Prepend" in kinds or Reader.of(tokenizer).scheme != "never"
 
 
 def _scores(
@@ -122,19 +161,57 @@ def _scores(
 
 def _split(table: Mapping[str, Any]) -> str:
     """Return llama.cpp's name of how text is split before it is merged."""
-    before = table.get("pre_tokenizer") or {}
-    parts = before.get("pretokenizers", [before])
-    regexes = [part["pattern"].get("Regex") for part in parts if part.get("type") == "Split"]
-    if not regexes and any(p.get("type") == "ByteLevel" for p in parts):
-        own = any(p.get("use_regex", True) for p in parts if p["type"] == "ByteLevel")
-        regexes = [_GPT2] if own or not table["model"]["merges"] else []
-    name = _SPLITS.get(regexes[0] or "") if len(regexes) == 1 else None
+    changed = [part["type"] for part in _parts(table, "normalizer", "normalizers")]
+    if set(changed) - {"NFC"}:  # which Qwen2 has, and llama.cpp leaves out
+        raise ModelError(
+            f"llama.cpp does nothing like {', '.join(changed)} of this tokenizer to a text before "
+            "it merges bytes; `--format hf` keeps it"
+        )
+    parts = _parts(table, "pre_tokenizer", "pretokenizers")
+    own = parts[-1].get("use_regex", True) if parts else False
+    name = None
+    match [part["type"] for part in parts]:
+        case ["ByteLevel"] if own or not table["model"]["merges"]:
+            name = _SPLITS[_GPT2]
+        case ["Digits", "ByteLevel"] if own and parts[0]["individual_digits"]:
+            name = "smollm"
+        case ["Split", "ByteLevel"] if not own:
+            name = _SPLITS.get(parts[0]["pattern"].get("Regex", ""))
     if name is None:
         raise ModelError(
             "llama.cpp has no name for the way in which this tokenizer splits text before it "
-            "merges bytes; GGUF is written for those of GPT-2, Qwen2 and Llama 3"
+            "merges bytes; GGUF is written for those of GPT-2, SmolLM, Qwen2 and Llama 3"
+        )
+    if parts[-1].get("add_prefix_space", True):
+        raise ModelError(
+            "this tokenizer puts a space in front of a text before it merges bytes "
+            "(`add_prefix_space`), and llama.cpp puts none; `--format hf` keeps it"
         )
     return name
+
+
+def remarks(language: LanguageModel) -> Iterator[str]:
+    """Yield what llama.cpp does otherwise than the tokenizer, though it takes it."""
+    tokenizer: Any = language.tokenizer
+    if Reader.of(tokenizer).scheme == "first":
+        yield (
+            "llama.cpp puts a space in front of texts behind special tokens, too, and this "
+            "tokenizer (`legacy = false`) in front of the first alone: later turns of a "
+            "conversation begin with other tokens there"
+        )
+    left = [name for name in map(tokenizer.convert_ids_to_tokens, _ends(language)[2:])
+            if name not in _KNOWN_ENDS]  # fmt: skip
+    if left:
+        yield (
+            f"GGUF has a place for three tokens that end an answer: at {', '.join(left)} "
+            "llama.cpp writes on"
+        )
+
+
+def _ends(language: LanguageModel) -> list[int]:
+    """Return what ends an answer besides the tokenizer's own end."""
+    tokenizer: Any = language.tokenizer
+    return sorted(language.end_ids - {tokenizer.eos_token_id})
 
 
 def _write_special(writer: gguf.GGUFWriter, language: LanguageModel, adds_bos: bool) -> None:
@@ -147,9 +224,10 @@ def _write_special(writer: gguf.GGUFWriter, language: LanguageModel, adds_bos: b
                 "unk": writer.add_unk_token_id, "pad": writer.add_pad_token_id,
             }[name]  # fmt: skip
             write(number)
-    ends = sorted(language.end_ids - {tokenizer.eos_token_id})
-    if ends:  # of a turn: llama.cpp stops at it, too
-        writer.add_eot_token_id(ends[0])
+    ends = _ends(language)
+    places = (writer.add_eot_token_id, writer.add_eom_token_id)  # of a turn, of a message
+    for write_end, number in zip(places, ends, strict=False):
+        write_end(number)
     begins = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
     writer.add_add_bos_token(bool(adds_bos and begins and tokenizer.bos_token_id is not None))
     writer.add_add_eos_token(False)

@@ -12,6 +12,8 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from llavakit import Reader
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -89,6 +91,8 @@ def complete_tokenizer(
     }
     if "Llama" in name:
         table |= {key: origin.settings[key] for key in _KEPT if key in origin.settings} | table
+        if (legacy := _is_legacy(tokenizer)) is not None:
+            table["legacy"] = legacy  # the class goes by it, and not by the file
         ids = tokenizer("a")["input_ids"]
         table["add_bos_token"] = ids[:1] == [tokenizer.bos_token_id]
         table["add_eos_token"] = ids[-1:] == [tokenizer.eos_token_id]
@@ -113,6 +117,14 @@ def _class_name(table: dict[str, Any], origin: Origin, as_imported: bool) -> str
         return name
     known = isinstance(imported, str) and imported not in _NEW
     return str(imported) if known and as_imported else _WHOLE
+
+
+def _is_legacy(tokenizer: PreTrainedTokenizerBase) -> bool | None:
+    """Say whether texts behind special tokens get a space in front, too; None where none does."""
+    reader = Reader.of(tokenizer)
+    if "Prepend" in str(reader.backend.normalizer):
+        return True
+    return None if reader.scheme == "never" else reader.scheme == "always"
 
 
 def _state(tokenizer: PreTrainedTokenizerBase) -> str:

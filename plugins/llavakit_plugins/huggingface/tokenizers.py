@@ -115,9 +115,33 @@ def _merge_by_score(tokenizer: Any, model: Path) -> None:
 
     pieces = SentencePieceProcessor(model_file=str(model))
     table = json.loads(tokenizer.backend_tokenizer.to_str())
-    if table["model"].get("type") != "BPE":
-        return
-    count = pieces.get_piece_size()
-    scores = {pieces.id_to_piece(number): pieces.get_score(number) for number in range(count)}
-    table["model"]["merges"].sort(key=lambda pair: -scores.get("".join(pair), 0.0))
-    tokenizer.backend_tokenizer.model = Tokenizer.from_str(json.dumps(table)).model
+    if table["model"].get("type") == "BPE":
+        count = pieces.get_piece_size()
+        scores = {pieces.id_to_piece(number): pieces.get_score(number) for number in range(count)}
+        table["model"]["merges"].sort(key=lambda pair: -scores.get("".join(pair), 0.0))
+        tokenizer.backend_tokenizer.model = Tokenizer.from_str(json.dumps(table)).model
+    if type(tokenizer).__name__.startswith("Llama") and tokenizer.add_prefix_space is not False:
+        _check_kind(pieces.serialized_model_proto())
+
+
+def _check_kind(model: bytes) -> None:
+    """Raise ModelError for a file of another kind than LLaMA's, as which it was read.
+
+    SentencePiece's own defaults are: unigrams, letters and spaces that are normalised.
+    """
+    from sentencepiece import sentencepiece_model_pb2 as messages
+
+    proto: Any = vars(messages)["ModelProto"]()
+    proto.ParseFromString(model)
+    spec, trainer = proto.normalizer_spec, proto.trainer_spec
+    others = {
+        "not BPE": trainer.model_type != trainer.BPE,
+        "letters are normalised": bool(spec.precompiled_charsmap),
+        "spaces are left out": spec.remove_extra_whitespaces,
+        "no space in front": not spec.add_dummy_prefix,
+    }
+    if found := ", ".join(name for name, here in others.items() if here):
+        raise ModelError(
+            f"tokenizer.model is not of LLaMA's kind ({found}), as which it would be read; give "
+            "its tokenizer.json"
+        )

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable, Mapping
 from itertools import pairwise
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
@@ -20,6 +24,12 @@ from llavakit.testing import ExporterContract, byte_tokenizer
 from llavakit_plugins.gguf.exporter import Gguf, GgufOptions
 
 gguf = pytest.importorskip("gguf", reason="the extra gguf is not installed")
+from llavakit_plugins.gguf.vocabulary import (  # noqa: E402
+    _SPLITS as vocabulary_rules,
+    check_tokenizer,
+    remarks,
+    write_vocabulary,
+)
 
 SHAPE = {**LANGUAGE, "hidden_size": 64, "vocab_size": 260, "bos_token_id": 1, "eos_token_id": 2}
 MODELS = [("clip", "linear", "llama"), ("clip", "mlp", "qwen2"), ("siglip", "mlp", "llama")]
@@ -240,16 +250,17 @@ def test_the_tokenizer_and_the_chat_template_are_the_models(
     assert text == "".join(segment.text for segment in segments)
 
 
-def vocabulary(tokenizer: Any, folder: Path, rows: int) -> dict[str, Any]:
+def speaking(tokenizer: Any, ends: frozenset[int] = frozenset({2})) -> Any:
+    """Return what a vocabulary is written of."""
+    return SimpleNamespace(tokenizer=tokenizer, end_ids=ends)
+
+
+def vocabulary(
+    tokenizer: Any, folder: Path, rows: int, ends: frozenset[int] = frozenset({2})
+) -> dict[str, Any]:
     """Return what is written of a tokenizer."""
-    from llavakit_plugins.gguf.vocabulary import write_vocabulary
-
-    class Language:
-        end_ids = frozenset({2})
-
-    Language.tokenizer = tokenizer  # type: ignore[attr-defined]
     writer = gguf.GGUFWriter(str(folder / "t.gguf"), "llama")
-    write_vocabulary(writer, cast(Any, Language()), rows, adds_bos=True)
+    write_vocabulary(writer, speaking(tokenizer, ends), rows, adds_bos=True)
     values = {key: value.value for table in writer.kv_data for key, value in table.items()}
     return {key.removeprefix("tokenizer.ggml."): value for key, value in values.items()}
 
@@ -291,6 +302,144 @@ def test_without_its_file_llamas_tokenizer_has_scores_that_merge_the_same(tmp_pa
             place = -max(known)[1]
             parts[place : place + 2] = [pairs[place]]
         assert parts == tokenizer.convert_ids_to_tokens(tokenizer(text)["input_ids"])[1:]
+
+
+def byte_level(cutter: Any, normalizer: Any = None) -> Any:
+    """Return a byte-level tokenizer with merges, which cuts texts as asked."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer, backend.decoder = cutter, decoders.ByteLevel()
+    if normalizer is not None:
+        backend.normalizer = normalizer
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )  # fmt: skip
+    backend.train_from_iterator(["a cat and a dog, 12 of them"] * 9, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+
+
+def cutters() -> dict[str, Any]:
+    from tokenizers import Regex, normalizers, pre_tokenizers as cut
+
+    def after(first: Any, **own: Any) -> Any:
+        return cut.Sequence([first, cut.ByteLevel(add_prefix_space=False, **own)])
+
+    qwen2 = cut.Split(
+        Regex(next(regex for regex, name in vocabulary_rules.items() if name == "qwen2")),
+        "isolated",
+    )
+    plain = cut.ByteLevel(add_prefix_space=False)
+    return {
+        "gpt-2": (plain,),
+        "smollm": (after(cut.Digits(individual_digits=True)),),
+        "qwen2": (after(qwen2, use_regex=False), normalizers.NFC()),
+        "digits together": (after(cut.Digits(individual_digits=False)),),
+        "split twice": (after(qwen2, use_regex=True),),
+        "prefix": (cut.ByteLevel(add_prefix_space=True),),
+        "lower": (plain, normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])),
+    }
+
+
+@pytest.mark.parametrize("name", ["gpt-2", "smollm", "qwen2"])
+def test_how_bytes_are_cut_has_llama_cpp_s_name(name: str, tmp_path: Path) -> None:
+    values = vocabulary(byte_level(*cutters()[name]), tmp_path, 310)
+    assert (values["model"], values["pre"]) == ("gpt2", name)
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("digits together", "no name for the way in which this tokenizer splits text"),
+        ("split twice", "no name for the way in which this tokenizer splits text"),
+        ("prefix", r"puts a space in front of a text before it merges bytes \(`add_prefix_space`"),
+        ("lower", "nothing like NFKC, Lowercase of this tokenizer to a text before it merges"),
+    ],
+)
+def test_what_llama_cpp_would_read_otherwise_is_refused(name: str, sentence: str) -> None:
+    with pytest.raises(ModelError, match=sentence):
+        check_tokenizer(byte_level(*cutters()[name]))
+
+
+def llamas(**settings: Any) -> Any:
+    """Return LLaMA's tokenizer with settings of its own, as transformers' class has it."""
+    from transformers import AutoTokenizer
+
+    with TemporaryDirectory() as folder:
+        shutil.copy(published.llama(), Path(folder) / "tokenizer.model")
+        stated = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, **settings}
+        (Path(folder) / "tokenizer_config.json").write_text(json.dumps(stated))
+        return AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("settings", "space", "said"),
+    [
+        ({"legacy": True}, True, []),
+        ({"legacy": False}, True, ["llama.cpp puts a space in front of texts behind special"]),
+        ({"legacy": False, "add_prefix_space": False}, False, []),
+    ],
+)
+def test_the_space_in_front_is_the_tokenizer_s(
+    settings: dict[str, bool], space: bool, said: list[str], tmp_path: Path
+) -> None:
+    tokenizer = llamas(**settings)
+    assert vocabulary(tokenizer, tmp_path, len(tokenizer))["add_space_prefix"] is space
+    found = list(remarks(speaking(tokenizer)))
+    assert [sentence[: len(words)] for words, sentence in zip(said, found, strict=True)] == said
+
+
+def test_letters_that_are_changed_before_pieces_are_refused() -> None:
+    from tokenizers import normalizers
+
+    tokenizer = llamas(legacy=True)
+    tokenizer.backend_tokenizer.normalizer = normalizers.NFKC()
+    with pytest.raises(ModelError, match="nothing like NFKC of this tokenizer"):
+        check_tokenizer(tokenizer)
+
+
+def test_three_tokens_end_an_answer_and_others_are_told(tmp_path: Path) -> None:
+    tokenizer = byte_level(*cutters()["gpt-2"])
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
+    other = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    for ends, left in (({2}, []), ({2, 7, 9}, []), ({2, 7, 9, other}, []), ({2, 7, 9, 11}, [11])):
+        values = vocabulary(tokenizer, tmp_path, 310, frozenset(ends))
+        places = [values.get(f"{name}_token_id") for name in ("eot", "eom")]
+        assert [place for place in places if place is not None] == sorted(ends - {2})[:2]
+        said = list(remarks(speaking(tokenizer, frozenset(ends))))
+        names = tokenizer.convert_ids_to_tokens(left)
+        assert [sentence.partition(": at ")[2].split()[0] for sentence in said] == names
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        [{"type": "image"}, {"type": "text", "text": "What is it?"}],
+        [{"type": "text", "text": "What is it?"}, {"type": "text", "text": "<__media__>"}],
+        "<__media__>What is it?",
+        "<__media__>\nWhat is it?",
+    ],
+    ids=["part", "text behind", "one text", "a line"],
+)
+def test_the_chat_template_knows_llama_cpp_s_image(
+    content: Any, written: tuple[LlavaModel, Path]
+) -> None:
+    """As its programs hand messages over: with its mark for an image among the text."""
+    import jinja2
+
+    model, folder = written
+    fields, _ = read(folder / "model-f32.gguf")
+    template = jinja2.Environment().from_string(fields["tokenizer.chat_template"])
+    text = template.render(
+        messages=[{"role": "user", "content": content}], add_generation_prompt=True
+    )
+    turns = (Turn("human", "<image>\nWhat is it?"),)
+    shown = "".join(s.text for s in model.template.segments(turns, model.language.tokenizer))
+    assert text == shown.replace("<image>", "<__media__>")
 
 
 # -- what has no place ----------------------------------------------------------------------------
@@ -375,7 +524,8 @@ def test_the_command_writes_both_files(
     ("options", "said"),
     [
         ({"aspect": "pad"}, []),
-        ({"aspect": "crop"}, ['`vision.aspect = "crop"`']),
+        ({"aspect": "crop"}, ['`vision.aspect = "crop"`: give llama.cpp images cut to the square']),
+        ({"aspect": "squash"}, ['`vision.aspect = "squash"`: give llama.cpp images stretched']),
         ({"aspect": "pad", "fast": True}, ["`vision.fast = true`"]),
     ],
 )
@@ -385,7 +535,10 @@ def test_pixels_other_than_those_learned_from_are_said(
     """By what a model folder remembers, and not by what it was opened with."""
     model = make_model("clip", "linear", "llama", tmp_path / "language", of_vision=options)
     save_model(model, tmp_path / "model")
-    opened = {"aspect": "squash", "fast": not options.get("fast", False)}
+    opened = {
+        "aspect": "crop" if options["aspect"] != "crop" else "squash",
+        "fast": not options.get("fast", False),
+    }
     with pytest.warns(UserWarning, match="is given them with"):
         model = llavakit.load(tmp_path / "model", device="cpu", options={"vision": opened})
     caplog.clear()
