@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -19,6 +20,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny, and severa
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach for the network
 os.environ.setdefault("PYTHONFAULTHANDLER", "1")  # a process that crashes says where
 os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run on the CPU; read at the first import
+gc.set_threshold(50_000, 20, 100)  # as in `llava-run`, which does not search what it has imported
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background has it so, and all
     signal.signal(signal.SIGINT, signal.default_int_handler)  # that is begun here would, too
 

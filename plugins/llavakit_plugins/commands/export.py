@@ -33,8 +33,8 @@ def _export(arguments: argparse.Namespace) -> int:
     registry = Registry.installed()
     exporter = build_from(registry.get(Exporter, arguments.format), arguments.set, registry)
     # before the model is loaded, which may take minutes
-    refuse_to_replace(arguments.out)
     refuse_to_mix(arguments.out, arguments.model, arguments.base, arguments.vision)
+    refuse_to_replace(arguments.out)
     model = load_model(arguments.model, arguments)
     if not isinstance(model, LlavaModel):
         raise ModelError(

@@ -120,9 +120,11 @@ def refuse_to_mix(out: Path, *sources: Path | None) -> None:
     for source in sources:
         # a name on the hub is no folder; links are followed, as one may lead into the other
         if source is not None and source.is_dir() and lies_in(out, source):
+            where = (
+                f"lies inside {source}" if out.resolve() != source.resolve() else "is the source"
+            )
             raise ModelError(
-                f"{out} lies inside {source}, which is read and must stay as it is; name a "
-                "folder outside of it"
+                f"{out} {where}, which is read and must stay as it is; name a folder outside of it"
             )
 
 

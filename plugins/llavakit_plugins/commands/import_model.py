@@ -20,8 +20,8 @@ def add(commands: Commands) -> None:
 def _import(arguments: argparse.Namespace) -> int:
     from llavakit import LlavaModel, save_model, shown
 
-    refuse_to_replace(arguments.out)
     refuse_to_mix(arguments.out, arguments.source, arguments.base, arguments.vision)
+    refuse_to_replace(arguments.out)
     model = load_model(arguments.source, arguments)
     if not isinstance(model, LlavaModel):
         raise ModelError(

@@ -44,6 +44,20 @@ def test_nor_into_what_the_layout_leaves_out(
     assert f"lies inside {tmp_path / 'base'}, which is read" in text
 
 
+@pytest.mark.parametrize("words", [("export", "--format", "hf"), ("import",)])
+def test_the_source_itself_is_not_said_to_be_in_the_way(
+    refused: Callable[..., str], tmp_path: Path, words: tuple[str, ...]
+) -> None:
+    """Who is told that a folder is there already, and to remove it, may do so."""
+    command, *more = words
+    source = tmp_path / "model"
+    source.mkdir()
+    (source / "model.toml").write_text("")
+    text = refused(command, source, source, *more)
+    assert f"{source} is the source, which is read and must stay as it is" in text
+    assert "remove" not in text
+
+
 def test_a_folder_beside_the_model_is_written(
     model: Path, llava_run: Command, tmp_path: Path
 ) -> None:
