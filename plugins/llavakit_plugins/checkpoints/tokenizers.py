@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from llavakit import ModelError, write_text
 from llavakit_plugins.huggingface.hub import load_tokenizer
 from llavakit_plugins.huggingface.json_files import read_json, refuse_devices
+from llavakit_plugins.huggingface.tokenizer_json import parts_of, prepends
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -73,19 +74,12 @@ def _spacing(whole: dict[str, Any], stated: dict[str, Any]) -> dict[str, Any]:
 
     The class goes by them and not by the file; a processor of the folder goes by the file.
     """
-    for part in _parts(whole, "pre_tokenizer", "pretokenizers"):
-        if part.get("type") == "Metaspace":
+    for part in parts_of(whole, "pre_tokenizer"):
+        if part["type"] == "Metaspace":
             scheme = part.get("prepend_scheme", "always")
             return {"legacy": scheme == "always", "add_prefix_space": scheme != "never"}
-    kinds = [part.get("type") for part in _parts(whole, "normalizer", "normalizers")]
     # files of before `legacy` came; where it is stated, it is what the original's tokenizer did
-    return {"legacy": True} if "Prepend" in kinds and stated.get("legacy") is None else {}
-
-
-def _parts(whole: dict[str, Any], key: str, inner: str) -> list[dict[str, Any]]:
-    found = whole.get(key)
-    parts = found.get(inner, [found]) if isinstance(found, dict) else []
-    return [part for part in parts if isinstance(part, dict)]
+    return {"legacy": True} if prepends(whole) and stated.get("legacy") is None else {}
 
 
 def _is_bare(folder: Path) -> bool:

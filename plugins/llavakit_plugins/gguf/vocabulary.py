@@ -10,6 +10,7 @@ import gguf
 from gguf import TokenType
 
 from llavakit import LanguageModel, ModelError, Reader
+from llavakit_plugins.huggingface.tokenizer_json import parts_of, prepends
 from llavakit_plugins.huggingface.tokenizer_writing import pieces_of
 
 # what ByteLevel itself splits by
@@ -48,7 +49,7 @@ def write_vocabulary(
         scores = _scores(pieces, table, tokens, kinds)
         writer.add_tokenizer_model("llama")
         writer.add_tokenizer_pre("default")
-        writer.add_add_space_prefix(_begins_with_space(tokenizer, table))
+        writer.add_add_space_prefix(prepends(table) or Reader.of(tokenizer).scheme != "never")
     else:
         scores = None
         writer.add_tokenizer_model("gpt2")
@@ -95,23 +96,17 @@ def _falls_back_to_bytes(table: Mapping[str, Any]) -> bool:
     return bool(table["model"].get("byte_fallback"))
 
 
-def _parts(table: Mapping[str, Any], key: str, inner: str) -> list[dict[str, Any]]:
-    """Return the parts of a tokenizer's normalizer or pre-tokenizer, which may be a sequence."""
-    found = table.get(key)
-    return list(found.get(inner, [found])) if found else []
-
-
 def _check_pieces(table: Mapping[str, Any]) -> None:
     """Raise ModelError where a text is changed before SentencePiece's merges as in no LLaMA."""
     spaces = {"pattern": {"String": " "}, "content": "▁"}
-    normalizers = _parts(table, "normalizer", "normalizers")
+    normalizers = parts_of(table, "normalizer")
     others = [
         part["type"]
         for part in normalizers
         if part["type"] != "Prepend"
         and not (part["type"] == "Replace" and part.items() >= spaces.items())
     ]
-    for part in _parts(table, "pre_tokenizer", "pretokenizers"):
+    for part in parts_of(table, "pre_tokenizer"):
         # a text whose spaces are all replaced has none to split at
         splits = part["type"] == "Split" and part["pattern"] == {"String": " "} and normalizers
         if part["type"] != "Metaspace" and not splits:
@@ -121,11 +116,6 @@ def _check_pieces(table: Mapping[str, Any]) -> None:
             f"llama.cpp does nothing like {', '.join(others)} of this tokenizer to a text before "
             "it merges SentencePiece's pieces; `--format hf` keeps it"
         )
-
-
-def _begins_with_space(tokenizer: Any, table: Mapping[str, Any]) -> bool:
-    kinds = [part["type"] for part in _parts(table, "normalizer", "normalizers")]
-    return "Prepend" in kinds or Reader.of(tokenizer).scheme != "never"
 
 
 def _scores(
@@ -161,13 +151,13 @@ def _scores(
 
 def _split(table: Mapping[str, Any]) -> str:
     """Return llama.cpp's name of how text is split before it is merged."""
-    changed = [part["type"] for part in _parts(table, "normalizer", "normalizers")]
+    changed = [part["type"] for part in parts_of(table, "normalizer")]
     if set(changed) - {"NFC"}:  # which Qwen2 has, and llama.cpp leaves out
         raise ModelError(
             f"llama.cpp does nothing like {', '.join(changed)} of this tokenizer to a text before "
             "it merges bytes; `--format hf` keeps it"
         )
-    parts = _parts(table, "pre_tokenizer", "pretokenizers")
+    parts = parts_of(table, "pre_tokenizer")
     own = parts[-1].get("use_regex", True) if parts else False
     name = None
     match [part["type"] for part in parts]:

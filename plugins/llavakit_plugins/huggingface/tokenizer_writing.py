@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from llavakit import Reader
+from llavakit_plugins.huggingface.tokenizer_json import prepends
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -122,7 +123,7 @@ def _class_name(table: dict[str, Any], origin: Origin, as_imported: bool) -> str
 def _is_legacy(tokenizer: PreTrainedTokenizerBase) -> bool | None:
     """Say whether texts behind special tokens get a space in front, too; None where none does."""
     reader = Reader.of(tokenizer)
-    if "Prepend" in str(reader.backend.normalizer):
+    if prepends(json.loads(reader.backend.to_str())):
         return True
     return None if reader.scheme == "never" else reader.scheme == "always"
 
