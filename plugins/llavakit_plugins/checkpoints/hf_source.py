@@ -12,6 +12,7 @@ import torch
 
 from llavakit import ModelError, Registry
 from llavakit_plugins.checkpoints.families import FAMILIES, ONEVISION, VIDEO, Family
+from llavakit_plugins.checkpoints.original_adapter import refuse_others
 from llavakit_plugins.checkpoints.parts import (
     Parts,
     make_language,
@@ -75,6 +76,7 @@ def read_hf(
         )
     weights = Weights.within(folder, dtype)
     if weights is None:
+        refuse_others(folder)
         raise ModelError(f"{folder} holds no weights; copy its model.safetensors, or its shards")
     states = _sort(weights)
     vision_table = _with_defaults(

@@ -13,7 +13,26 @@ from llavakit_plugins.huggingface.json_files import read_json
 from llavakit_plugins.huggingface.unread import being_left
 from llavakit_plugins.huggingface.weights import Weights
 
+ADAPTER = "adapter_config.json"
 _FILES = ("adapter_model.safetensors", "adapter_model.bin")
+
+
+def refuse_others(folder: Path) -> None:
+    """Raise ModelError for an adapter of transformers' LLaVA, as trl and peft leave it.
+
+    The original adds to the language model alone, and names its layers so.
+    """
+    if not (folder / ADAPTER).is_file():
+        return
+    mapping = read_json(folder / ADAPTER).get("auto_mapping")
+    name = str(mapping.get("base_model_class")) if isinstance(mapping, dict) else ""
+    path = next((folder / name for name in _FILES if (folder / name).is_file()), None)
+    keys = [key for key, _ in Weights.of_file(path).items()] if path is not None else []
+    if name.endswith("ForConditionalGeneration") or any(".language_model." in key for key in keys):
+        raise ModelError(
+            f"{folder} is an adapter of transformers' LLaVA, which is not read; merge it with peft "
+            "(`merge_and_unload`), save the model with its processor, and give that folder"
+        )
 
 
 def merge_adapter(language: LanguageModel, folder: Path, *, shapes: bool = False) -> None:
@@ -32,7 +51,7 @@ def merge_adapter(language: LanguageModel, folder: Path, *, shapes: bool = False
     path = next((folder / name for name in _FILES if (folder / name).is_file()), None)
     if path is None:
         raise ModelError(f"{folder} lacks {_FILES[0]}; copy the whole adapter")
-    table = read_json(folder / "adapter_config.json")
+    table = read_json(folder / ADAPTER)
     if table.get("peft_type") != "LORA":
         raise ModelError(
             f"{folder}: the adapter is of type {table.get('peft_type')!r}; LORA can be read"
@@ -52,6 +71,7 @@ def merge_adapter(language: LanguageModel, folder: Path, *, shapes: bool = False
             # peft 0.21 reads a property that transformers 5.23 has renamed
             warnings.simplefilter("ignore", FutureWarning)
             warnings.filterwarnings("ignore", "for .*: copying from a non-meta parameter")
+            warnings.filterwarnings("ignore", "`lora_bias=True` was passed")  # an error below
             known = library.LoraConfig.from_peft_type(**table)
             # the adapter is merged and not trained, so that it needs no gradients
             known.inference_mode = True
@@ -72,6 +92,19 @@ def merge_adapter(language: LanguageModel, folder: Path, *, shapes: bool = False
             f"the adapter in {folder} {what} {wrong[0]}, unlike its adapter_config.json and base "
             "model say; is --base the model it was trained on?"
         )
-    network.model = tuned.unload() if shapes else tuned.merge_and_unload()
+    for name, layer in tuned.named_modules():
+        based = getattr(layer, "base_layer", None)
+        if known.lora_bias and based is not None and getattr(based, "bias", None) is None:
+            raise ModelError(
+                f"the adapter in {folder} adds a bias to {name} (`lora_bias`), for which the base "
+                "model has no place; train it without"
+            )
+    try:
+        network.model = tuned.unload() if shapes else tuned.merge_and_unload()
+    except (ValueError, TypeError, RuntimeError, NotImplementedError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ModelError(
+            f"peft cannot merge the adapter in {folder} into its base model ({reason})"
+        ) from error
     # peft has frozen the base model; which parts learn is decided later, by the recipe
     language.requires_grad_(True)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from llavakit import ModelError, PromptTemplate, Registry
-from llavakit_plugins.checkpoints.original_adapter import merge_adapter
+from llavakit_plugins.checkpoints.original_adapter import ADAPTER, merge_adapter, refuse_others
 from llavakit_plugins.checkpoints.original_delta import add_base, is_delta
 from llavakit_plugins.checkpoints.original_text import (
     TOKENS,
@@ -54,7 +54,7 @@ from llavakit_plugins.huggingface.json_files import (
 from llavakit_plugins.huggingface.vocabulary import with_rows
 from llavakit_plugins.huggingface.weights import Weights
 
-ADAPTER, PROJECTOR, BESIDE = "adapter_config.json", "mm_projector.bin", "non_lora_trainables.bin"
+PROJECTOR, BESIDE = "mm_projector.bin", "non_lora_trainables.bin"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
@@ -143,6 +143,7 @@ def read_original(
 
 def _config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
+    refuse_others(folder)
     if not path.is_file():
         raise ModelError(
             f"{folder} holds no config.json: the original writes it at the end of training, and "

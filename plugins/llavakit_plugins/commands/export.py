@@ -12,7 +12,7 @@ from llavakit_plugins.commands.flags import (
     add_settings,
     load_model,
     refuse_to_mix,
-    refuse_to_replace,
+    writing,
 )
 
 
@@ -34,14 +34,15 @@ def _export(arguments: argparse.Namespace) -> int:
     exporter = build_from(registry.get(Exporter, arguments.format), arguments.set, registry)
     # before the model is loaded, which may take minutes
     refuse_to_mix(arguments.out, arguments.model, arguments.base, arguments.vision)
-    refuse_to_replace(arguments.out)
-    model = load_model(arguments.model, arguments)
-    if not isinstance(model, LlavaModel):
-        raise ModelError(
-            f"{arguments.model} can be run but not written in another layout; export the model "
-            "folder that it was made of"
-        )
-    # other programs read no LoRA adapters in these layouts: they are added to the weights
-    for name, value in exporter.export(model.merged(), arguments.out).items():
+    with writing(arguments.out):
+        model = load_model(arguments.model, arguments)
+        if not isinstance(model, LlavaModel):
+            raise ModelError(
+                f"{arguments.model} can be run but not written in another layout; export the model "
+                "folder that it was made of"
+            )
+        # other programs read no LoRA adapters in these layouts: they are added to the weights
+        figures = exporter.export(model.merged(), arguments.out)
+    for name, value in figures.items():
         print(shown(f"{name}: {value}"))
     return 0

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -113,6 +114,34 @@ def refuse_to_replace(folder: Path) -> None:
     """Raise ModelError for a folder that holds something: writing would replace it whole."""
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         raise ModelError(f"{folder} is there already; name a new folder, or remove that one")
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Hold a lock on a folder to write while the block makes it.
+
+    Raises ModelError where it holds something already, or another process writes it.
+    """
+    from filelock import FileLock, Timeout  # slow to import
+
+    from llavakit import explain_write
+
+    file = folder.absolute().with_name(f".{folder.absolute().name}.lock")
+    with explain_write(folder):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            lock = FileLock(file).acquire(timeout=0)
+        except Timeout:
+            raise ModelError(
+                f"another llava-run is writing {folder}; wait for it, or name another folder"
+            ) from None
+    with lock:
+        try:
+            refuse_to_replace(folder)
+            yield
+        finally:
+            with suppress(OSError):
+                file.unlink()
 
 
 def refuse_to_mix(out: Path, *sources: Path | None) -> None:

@@ -233,7 +233,6 @@ class _Seen:
     def measure(self, sample: Sample) -> None:
         """Count a sample's turns and tokens; of a preference those with either answer."""
         if sample.rejected is not None:
-            self._preferences += 1
             worse = (*sample.turns[:-1], Turn("gpt", sample.rejected))
             with_worse = replace(sample, turns=worse, rejected=None)
             try:
@@ -255,6 +254,7 @@ class _Seen:
         except DataError as error:
             self.find(Finding("prompt template", str(error)))
             return
+        self._preferences += sample.rejected is not None
         self._by_images[min(2, len(sample.images))] += 1
         self._turns += len(sample.turns)
         self._most_turns = max(self._most_turns, len(sample.turns))

@@ -97,7 +97,7 @@ class WebDataset(KeptRows):
         found = []
         if self._broken:
             found.append(
-                f"{len(self._broken)} shards are left out: "
+                f"{len(self._broken)} shard{'s are' if len(self._broken) > 1 else ' is'} left out: "
                 f"{and_more(list(self._broken.values()), _NAMED)}"
             )
         if self._out:

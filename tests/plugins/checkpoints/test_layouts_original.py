@@ -9,6 +9,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tests.conftest import LANGUAGE, VISION, make_tokenizer
-from tests.plugins.made_checkpoints import NativeExporter, pictures, shaken, weight_files
+from tests.plugins.made_checkpoints import (
+    NativeExporter,
+    make_hf,
+    pictures,
+    shaken,
+    weight_files,
+)
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -333,6 +340,42 @@ def test_a_lora_adapter_is_merged(tmp_path: Path) -> None:
     (adapter / "config.json").unlink()
     with pytest.raises(ModelError, match="its saves in between lack it"):
         llavakit.load(adapter, device="cpu", base=base, vision=made.tower)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+@pytest.mark.parametrize("task", [None, "CAUSAL_LM"])
+@pytest.mark.parametrize("beside", [False, True])
+def test_an_adapter_of_transformers_llava_is_named(
+    tmp_path: Path, beside: bool, task: str | None
+) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    theirs: Any = make_hf(tmp_path / "hf")
+    config = LoraConfig(r=2, target_modules=["q_proj"], task_type=task)
+    get_peft_model(theirs, config).save_pretrained(str(tmp_path / "adapter"))
+    if beside:  # as the advice of other errors would have it
+        shutil.copy(tmp_path / "hf" / "config.json", tmp_path / "adapter")
+    with pytest.raises(ModelError, match=r"adapter is an adapter of transformers' LLaVA"):
+        llavakit.load(tmp_path / "adapter", device="cpu")
+
+
+@pytest.mark.filterwarnings("ignore")  # peft's own, as the adapter is made
+def test_biases_without_a_place_are_named(tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    made = make(tmp_path)
+    base, adapter = tmp_path / "vicuna", tmp_path / "adapter"
+    made.language.save_pretrained(base)
+    make_tokenizer().save_pretrained(base)
+    config = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", lora_bias=True)
+    get_peft_model(made.language, config).save_pretrained(str(adapter))
+    (adapter / "config.json").write_text(json.dumps(made.config))
+    state = {f"model.mm_projector.{n}": v for n, v in made.projector.state_dict().items()}
+    torch.save({f"base_model.model.{name}": value for name, value in state.items()},
+               adapter / "non_lora_trainables.bin")  # fmt: skip
+    for read in (sketched, partial(llavakit.load, device="cpu")):
+        with pytest.raises(ModelError, match=r"adds a bias to .*q_proj \(`lora_bias`\)"):
+            read(adapter, base=base, vision=made.tower)
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])

@@ -10,6 +10,7 @@ from tests.conftest import Command
 from tests.plugins.onnx_models import make_model
 
 from llavakit import save_model
+from llavakit_plugins.commands.flags import writing
 
 
 @pytest.fixture
@@ -56,6 +57,23 @@ def test_the_source_itself_is_not_said_to_be_in_the_way(
     text = refused(command, source, source, *more)
     assert f"{source} is the source, which is read and must stay as it is" in text
     assert "remove" not in text
+
+
+@pytest.mark.parametrize("words", [("export", "--format", "hf"), ("import",)])
+def test_two_processes_do_not_write_one_folder(
+    model: Path, refused: Callable[..., str], llava_run: Command, tmp_path: Path,
+    words: tuple[str, ...],
+) -> None:  # fmt: skip
+    command, *more = words
+    out = tmp_path / "a" / "out"
+    with writing(out):
+        said = f"another llava-run is writing {out}; wait for it, or name another folder"
+        assert said in refused(command, model, out, *more)
+    assert list(out.parent.iterdir()) == []
+    out.mkdir()
+    (out / "theirs").write_text("")  # written meanwhile
+    assert f"{out} is there already" in refused(command, model, out, *more)
+    assert [path.name for path in out.parent.rglob("*")] == ["out", "theirs"]
 
 
 def test_a_folder_beside_the_model_is_written(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -664,6 +665,68 @@ def test_a_report_that_describes_other_graphs_is_refused(
     folder = copytree(exported.folder, tmp_path / "copy")
     _restate(folder, section, key, value)
     with pytest.raises(ModelError, match=message):
+        llavakit.load(folder, device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("tiling", "message"),
+    [
+        ({"use": "anyres", "grids": [[0, 1]]}, r"reads \(`tiling.grids.0.0`: "),
+        ({"x": 1}, r"reads \(`tiling.use`: "),
+        ({"use": "grid", "rows": 100_000}, r"reads \(`tiling.rows`: "),
+        ({"use": "anyres"}, "does not list tiling.safetensors, which the model needs"),
+    ],
+)
+def test_a_tiling_that_cannot_be_is_refused(
+    exported: Exported, tmp_path: Path, tiling: dict[str, Any], message: str
+) -> None:
+    folder = copytree(exported.folder, tmp_path / "copy")
+    report = json.loads((folder / "export.json").read_text())
+    (folder / "export.json").write_text(json.dumps(report | {"tiling": tiling}))
+    with pytest.raises(ModelError, match=message):
+        llavakit.load(folder, device="cpu")
+
+
+@pytest.mark.parametrize("content", [b"garbage", {"x": 48}, {"image_newline": 3}])
+def test_a_learned_row_that_is_none_is_refused(
+    exported: Exported, tmp_path: Path, content: bytes | dict[str, int]
+) -> None:
+    from safetensors.numpy import save_file
+
+    folder = copytree(exported.folder, tmp_path / "copy")
+    file = folder / "tiling.safetensors"
+    if isinstance(content, bytes):
+        file.write_bytes(content)
+    else:
+        save_file({name: np.zeros(n, np.float32) for name, n in content.items()}, file)
+    report = json.loads((folder / "export.json").read_text())
+    report["sha256"][file.name] = digest(file)
+    (folder / "export.json").write_text(json.dumps(report | {"tiling": {"use": "anyres"}}))
+    with pytest.raises(ModelError, match=r"tiling.safetensors holds no `image_newline` of \d+ num"):
+        llavakit.load(folder, device="cpu")
+
+
+def test_a_graph_s_own_words_reach_no_terminal(
+    exported: Exported, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """onnxruntime would log names of nodes as they are; what it raises is a sentence."""
+    folder = copytree(exported.folder, tmp_path / "copy")
+    _restate(folder, "prompt", "beginning", [5000])
+    with pytest.raises(ModelError, match="onnxruntime cannot run the graph embed_tokens"):
+        llavakit.load(folder, device="cpu").generate(QUESTION)
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_a_pipe_in_place_of_a_file_is_not_waited_for(exported: Exported, tmp_path: Path) -> None:
+    folder = copytree(exported.folder, tmp_path / "copy")
+    report = json.loads((folder / "export.json").read_text())
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).unlink()
+        os.mkfifo(folder / name)
+        report["sha256"].pop(name)
+    (folder / "export.json").write_text(json.dumps(report))
+    with pytest.raises(ModelError, match=r"lacks tokenizer(_config)?.json; copy"):
         llavakit.load(folder, device="cpu")
 
 

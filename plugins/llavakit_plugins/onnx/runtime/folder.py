@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from llavakit import Registry, Tiling, Use, differs, listed_file
@@ -114,7 +115,10 @@ class Folder:
         """
         if self.manifest.tiling is None:
             return None
-        tiling = Registry.installed().build(Use[Tiling].model_validate(self.manifest.tiling))
+        try:
+            tiling = Registry.installed().build(Use[Tiling].model_validate(self.manifest.tiling))
+        except ValidationError as error:
+            raise _unreadable(self.path / REPORT, error, "tiling.") from error
         if tiling.pools and CONNECTOR not in self.graphs:
             raise ModelError(
                 f"{self.path / REPORT} has a tiling that pools features in front of the connector, "
@@ -128,10 +132,33 @@ class Folder:
         """The graphs that answer: with the connector, where that is one."""
         return GRAPHS if self.manifest.shapes.feature_width is None else (*GRAPHS, CONNECTOR)
 
-    def newline(self) -> Any:
-        """Return the learned row `[E]` of the tiling, or None."""
-        path = self.path / NEWLINE
-        return load_file(path)["image_newline"] if path.is_file() else None
+    def newline(self, tiling: Tiling | None) -> Any:
+        """Return the learned row `[E]` of a tiling that has one, else None.
+
+        Raises ModelError where its file is not what an export writes.
+        """
+        if tiling is None or not tiling.separates:
+            return None
+        self.require(NEWLINE)
+        try:
+            row_E = load_file(self.path / NEWLINE)["image_newline"]
+            known = row_E.dtype.kind == "f" and row_E.shape == (self.manifest.shapes.width,)
+        except (SafetensorError, LookupError, OSError):
+            known = False
+        if not known:
+            raise ModelError(
+                f"{self.path / NEWLINE} holds no `image_newline` of {self.manifest.shapes.width} "
+                "numbers; copy the folder again, or export the model again"
+            )
+        return row_E
+
+    def require(self, name: str) -> None:
+        """Raise ModelError for a file that the report does not list: its hash was not compared."""
+        if name not in self.manifest.sha256:
+            raise ModelError(
+                f"{self.path / REPORT} does not list {name}, which the model needs; copy the whole "
+                "folder again, or export the model again"
+            )
 
     def json(self, name: str) -> dict[str, Any]:
         """Return the content of a JSON file."""
@@ -160,11 +187,7 @@ def read(path: Path, precision: str | None) -> tuple[Folder, str]:
     try:
         manifest = Manifest.model_validate(_json(path / REPORT))
     except ValidationError as error:
-        where = ".".join(str(part) for part in error.errors()[0]["loc"])
-        raise ModelError(
-            f"{path / REPORT} is not one this llavakit reads (`{where}`: "
-            f"{error.errors()[0]['msg']}); export the model again"
-        ) from error
+        raise _unreadable(path / REPORT, error) from error
     if manifest.format != FORMAT:
         raise ModelError(
             f"{path / REPORT} has format {manifest.format}, this llavakit reads {FORMAT}; "
@@ -186,13 +209,12 @@ def read(path: Path, precision: str | None) -> tuple[Folder, str]:
             continue
         if differs(file, known):
             raise ModelError(f"{file} differs from what {REPORT} says; copy the folder again")
+    for name in ("tokenizer.json", "tokenizer_config.json"):  # a pipe would be waited for
+        if not (path / name).is_file():
+            raise ModelError(f"{path} lacks {name}; copy the whole folder again")
     folder = Folder(path, manifest)
-    for name in (graph_file(graph, chosen) for graph in folder.graphs):
-        if name not in manifest.sha256:
-            raise ModelError(
-                f"{path / REPORT} does not list {name}, which the model needs; copy the whole "
-                "folder again, or export the model again"
-            )
+    for graph in folder.graphs:
+        folder.require(graph_file(graph, chosen))
     _warn_of_other_pixels(path / REPORT, manifest)
     return folder, chosen
 
@@ -210,6 +232,15 @@ def _warn_of_other_pixels(report: Path, manifest: Manifest) -> None:
                 f"model that learned with `vision.{name} = {now!r}`, or ask it in PyTorch",
                 stacklevel=3,
             )
+
+
+def _unreadable(report: Path, error: ValidationError, front: str = "") -> ModelError:
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    return ModelError(
+        f"{report} is not one this llavakit reads (`{front}{where}`: {first['msg']}); export the "
+        "model again"
+    )
 
 
 def _stems(precision: str) -> tuple[str, ...]:

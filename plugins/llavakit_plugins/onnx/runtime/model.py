@@ -95,7 +95,7 @@ class OnnxModel(Answering[FloatArray]):
         self.prefixes = Prefixes()
         """The last dialogues, read already."""
         self._tiling = folder.tiling()
-        self._newline_E = folder.newline()
+        self._newline_E = folder.newline(self._tiling)
         self._array = array
         """Converts the numpy array that `logits` returns, for example to a tensor."""
         self._sessions = {

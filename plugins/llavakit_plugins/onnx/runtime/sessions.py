@@ -84,7 +84,9 @@ def open_session(
     """
     runtime = runtime_module()
     options = runtime.SessionOptions()
-    options.log_severity_level = 3  # errors only
+    # errors come as exceptions; its log, with a graph's own words in it, goes past our sentences.
+    # Why CUDA's libraries cannot be loaded is said there alone
+    options.log_severity_level = 4 if provider == "cpu" else 3
     # the arena would keep the memory of a long prompt or of an image for the life of the session
     options.enable_cpu_mem_arena = False
     if graph != DECODER:  # idle threads of the other sessions would spin while the decoder works
