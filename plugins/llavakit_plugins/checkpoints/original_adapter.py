@@ -25,10 +25,10 @@ def refuse_others(folder: Path) -> None:
     if not (folder / ADAPTER).is_file():
         return
     mapping = read_json(folder / ADAPTER).get("auto_mapping")
-    name = str(mapping.get("base_model_class")) if isinstance(mapping, dict) else ""
+    model = str(mapping.get("base_model_class")) if isinstance(mapping, dict) else ""
     path = next((folder / name for name in _FILES if (folder / name).is_file()), None)
     keys = [key for key, _ in Weights.of_file(path).items()] if path is not None else []
-    if name.endswith("ForConditionalGeneration") or any(".language_model." in key for key in keys):
+    if model.endswith("ForConditionalGeneration") or any(".language_model." in key for key in keys):
         raise ModelError(
             f"{folder} is an adapter of transformers' LLaVA, which is not read; merge it with peft "
             "(`merge_and_unload`), save the model with its processor, and give that folder"

@@ -126,7 +126,9 @@ def writing(folder: Path) -> Iterator[None]:
 
     from llavakit import explain_write
 
-    file = folder.absolute().with_name(f".{folder.absolute().name}.lock")
+    path = folder.absolute()
+    file = path.with_name(f".{path.name}.lock")
+    made = [parent for parent in path.parents if not parent.exists()]
     with explain_write(folder):
         file.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -140,8 +142,10 @@ def writing(folder: Path) -> Iterator[None]:
             refuse_to_replace(folder)
             yield
         finally:
-            with suppress(OSError):
+            with suppress(OSError):  # folders that hold something stay
                 file.unlink()
+                for parent in made:
+                    parent.rmdir()
 
 
 def refuse_to_mix(out: Path, *sources: Path | None) -> None:

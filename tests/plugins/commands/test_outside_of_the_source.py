@@ -69,11 +69,18 @@ def test_two_processes_do_not_write_one_folder(
     with writing(out):
         said = f"another llava-run is writing {out}; wait for it, or name another folder"
         assert said in refused(command, model, out, *more)
-    assert list(out.parent.iterdir()) == []
-    out.mkdir()
+    assert not out.parent.exists()
+    out.mkdir(parents=True)
     (out / "theirs").write_text("")  # written meanwhile
     assert f"{out} is there already" in refused(command, model, out, *more)
     assert [path.name for path in out.parent.rglob("*")] == ["out", "theirs"]
+
+
+def test_what_cannot_be_read_leaves_no_folders(refused: Callable[..., str], tmp_path: Path) -> None:
+    for command in (("export", "--format", "hf"), ("import",)):
+        name, *more = command
+        refused(name, tmp_path / "none", tmp_path / "a" / "b" / "out", *more)
+        assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_beside_the_model_is_written(
