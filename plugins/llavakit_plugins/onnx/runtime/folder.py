@@ -139,7 +139,6 @@ class Folder:
         """
         if tiling is None or not tiling.separates:
             return None
-        self.require(NEWLINE)
         try:
             row_E = load_file(self.path / NEWLINE)["image_newline"]
             known = row_E.dtype.kind == "f" and row_E.shape == (self.manifest.shapes.width,)
@@ -213,8 +212,11 @@ def read(path: Path, precision: str | None) -> tuple[Folder, str]:
         if not (path / name).is_file():
             raise ModelError(f"{path} lacks {name}; copy the whole folder again")
     folder = Folder(path, manifest)
+    tiling = folder.tiling()
     for graph in folder.graphs:
         folder.require(graph_file(graph, chosen))
+    if tiling is not None and tiling.separates:
+        folder.require(NEWLINE)
     _warn_of_other_pixels(path / REPORT, manifest)
     return folder, chosen
 
