@@ -181,7 +181,7 @@ def test_import_replaces_nothing(model: Path, refused: Callable[..., str], tmp_p
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
     assert "is there already; name a new folder" in refused("import", model, tmp_path / "mine")
-    assert "is there already; name a new folder" in refused("import", model, model)
+    assert "is the source, which is read and must stay as it is" in refused("import", model, model)
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
 
 

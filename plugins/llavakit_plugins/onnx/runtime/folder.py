@@ -208,9 +208,6 @@ def read(path: Path, precision: str | None) -> tuple[Folder, str]:
             continue
         if differs(file, known):
             raise ModelError(f"{file} differs from what {REPORT} says; copy the folder again")
-    for name in ("tokenizer.json", "tokenizer_config.json"):  # a pipe would be waited for
-        if not (path / name).is_file():
-            raise ModelError(f"{path} lacks {name}; copy the whole folder again")
     folder = Folder(path, manifest)
     tiling = folder.tiling()
     for graph in folder.graphs:

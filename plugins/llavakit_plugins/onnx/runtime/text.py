@@ -27,6 +27,8 @@ class TextTokenizer:
         from tokenizers import Tokenizer
 
         path = folder.file("tokenizer.json")
+        if not path.is_file():  # a pipe would be waited for
+            raise ModelError(f"{folder.path} lacks {path.name}; copy the whole folder again")
         try:
             backend = Tokenizer.from_file(str(path))
             backend.encode("a \0 \U0010fffd")  # of no word list: what stands for others is there
