@@ -17,6 +17,10 @@ ADAPTER = "adapter_config.json"
 _FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
 
+def _file_in(folder: Path) -> Path | None:
+    return next((folder / name for name in _FILES if (folder / name).is_file()), None)
+
+
 def refuse_others(folder: Path) -> None:
     """Raise ModelError for an adapter of transformers' LLaVA, as trl and peft leave it.
 
@@ -26,8 +30,8 @@ def refuse_others(folder: Path) -> None:
         return
     mapping = read_json(folder / ADAPTER).get("auto_mapping")
     model = str(mapping.get("base_model_class")) if isinstance(mapping, dict) else ""
-    path = next((folder / name for name in _FILES if (folder / name).is_file()), None)
-    keys = [key for key, _ in Weights.of_file(path).items()] if path is not None else []
+    path = _file_in(folder)
+    keys = () if path is None else Weights.of_file(path)  # a mapping: no tensor is read for them
     if model.endswith("ForConditionalGeneration") or any(".language_model." in key for key in keys):
         raise ModelError(
             f"{folder} is an adapter of transformers' LLaVA, which is not read; merge it with peft "
@@ -48,7 +52,7 @@ def merge_adapter(language: LanguageModel, folder: Path, *, shapes: bool = False
             f"{folder} holds a LoRA adapter, which peft reads, and peft cannot be imported "
             f"({error!s:.300}); `pip install 'llavakit[lora]'`"
         ) from error
-    path = next((folder / name for name in _FILES if (folder / name).is_file()), None)
+    path = _file_in(folder)
     if path is None:
         raise ModelError(f"{folder} lacks {_FILES[0]}; copy the whole adapter")
     table = read_json(folder / ADAPTER)

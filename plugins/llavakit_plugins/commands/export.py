@@ -6,11 +6,10 @@ import argparse
 from pathlib import Path
 
 from llavakit.contracts.commands import Commands
-from llavakit.contracts.errors import ModelError
 from llavakit_plugins.commands.flags import (
     add_model,
     add_settings,
-    load_model,
+    load_weights,
     refuse_to_mix,
     writing,
 )
@@ -26,7 +25,7 @@ def add(commands: Commands) -> None:
 
 
 def _export(arguments: argparse.Namespace) -> int:
-    from llavakit import LlavaModel, Registry, shown
+    from llavakit import Registry, shown
     from llavakit.contracts.interfaces import Exporter
     from llavakit_plugins.commands.options import build_from
 
@@ -35,12 +34,8 @@ def _export(arguments: argparse.Namespace) -> int:
     # before the model is loaded, which may take minutes
     refuse_to_mix(arguments.out, arguments.model, arguments.base, arguments.vision)
     with writing(arguments.out):
-        model = load_model(arguments.model, arguments)
-        if not isinstance(model, LlavaModel):
-            raise ModelError(
-                f"{arguments.model} can be run but not written in another layout; export the model "
-                "folder that it was made of"
-            )
+        otherwise = "not written in another layout; export the model folder that it was made of"
+        model = load_weights(arguments.model, arguments, otherwise)
         # other programs read no LoRA adapters in these layouts: they are added to the weights
         figures = exporter.export(model.merged(), arguments.out)
     for name, value in figures.items():

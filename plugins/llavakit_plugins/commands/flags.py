@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from llavakit.contracts.errors import LlavaError, ModelError
 
 if TYPE_CHECKING:
+    from llavakit import LlavaModel
     from llavakit.contracts.model import Sampling
 
 
@@ -108,6 +109,20 @@ def load_model(
         template=arguments.template,
         options=options,
     )
+
+
+def load_weights(path: Path, arguments: argparse.Namespace, otherwise: str) -> LlavaModel:
+    """Return the model at `path`, as `load_model` does.
+
+    Raises ModelError for a layout that can only be run; `otherwise` says what cannot be done with
+    it, and the remedy.
+    """
+    from llavakit import LlavaModel
+
+    model = load_model(path, arguments)
+    if not isinstance(model, LlavaModel):
+        raise ModelError(f"{path} can be run but {otherwise}")
+    return model
 
 
 def refuse_to_replace(folder: Path) -> None:

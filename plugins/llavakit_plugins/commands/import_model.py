@@ -6,8 +6,7 @@ import argparse
 from pathlib import Path
 
 from llavakit.contracts.commands import Commands
-from llavakit.contracts.errors import ModelError
-from llavakit_plugins.commands.flags import add_model, load_model, refuse_to_mix, writing
+from llavakit_plugins.commands.flags import add_model, load_weights, refuse_to_mix, writing
 
 
 def add(commands: Commands) -> None:
@@ -18,16 +17,14 @@ def add(commands: Commands) -> None:
 
 
 def _import(arguments: argparse.Namespace) -> int:
-    from llavakit import LlavaModel, save_model, shown
+    from llavakit import save_model, shown
 
     refuse_to_mix(arguments.out, arguments.source, arguments.base, arguments.vision)
     with writing(arguments.out):
-        model = load_model(arguments.source, arguments)
-        if not isinstance(model, LlavaModel):
-            raise ModelError(
-                f"{arguments.source} can be run but not turned into a model folder: its layout "
-                "keeps no weights that training could go on from"
-            )
-        save_model(model, arguments.out)
+        otherwise = (
+            "not turned into a model folder: its layout keeps no weights that training could go "
+            "on from"
+        )
+        save_model(load_weights(arguments.source, arguments, otherwise), arguments.out)
     print(shown(f"wrote {arguments.out}"))
     return 0

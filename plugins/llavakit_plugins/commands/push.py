@@ -7,7 +7,7 @@ from pathlib import Path
 
 from llavakit.contracts.commands import Commands
 from llavakit.contracts.errors import ModelError
-from llavakit_plugins.commands.flags import add_model, lies_in, load_model
+from llavakit_plugins.commands.flags import add_model, lies_in, load_weights
 
 
 def add(commands: Commands) -> None:
@@ -36,7 +36,7 @@ def add(commands: Commands) -> None:
 def _push(arguments: argparse.Namespace) -> int:
     import shutil
 
-    from llavakit import LlavaModel, Registry, Use, new_folder, shown, write_text
+    from llavakit import Registry, Use, new_folder, shown, write_text
     from llavakit.contracts.interfaces import Exporter
     from llavakit_plugins.evaluation.predicting import fingerprint
     from llavakit_plugins.publishing.card import read_story, write_card
@@ -74,11 +74,8 @@ def _push(arguments: argparse.Namespace) -> int:
     else:
         registry = Registry.installed()
         exporters = [registry.build(Use[Exporter](use=use)) for use in uses]
-        model = load_model(arguments.model, arguments)
-        if not isinstance(model, LlavaModel):
-            raise ModelError(
-                f"{arguments.model} can be run but not written in another layout; add --as-is"
-            )
+        otherwise = "not written in another layout; add --as-is"
+        model = load_weights(arguments.model, arguments, otherwise)
         layouts = lay_out(model, exporters, folder)
     write_text(folder / "README.md", write_card(name, story, layouts, arguments.licence))
     message = f"{name.rpartition('/')[2]}, by llava-run push"

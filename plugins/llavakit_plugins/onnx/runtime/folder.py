@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -108,8 +109,9 @@ class Folder:
             return self.file(small)
         return self.file(graph_file(graph, precision))
 
+    @cached_property
     def tiling(self) -> Tiling | None:
-        """Return the tiling. Raises PluginError where it is not installed.
+        """The tiling. Raises PluginError where it is not installed.
 
         Raises ModelError for one that pools features, where the connector is no graph of its own.
         """
@@ -132,12 +134,12 @@ class Folder:
         """The graphs that answer: with the connector, where that is one."""
         return GRAPHS if self.manifest.shapes.feature_width is None else (*GRAPHS, CONNECTOR)
 
-    def newline(self, tiling: Tiling | None) -> Any:
-        """Return the learned row `[E]` of a tiling that has one, else None.
+    def newline(self) -> Any:
+        """Return the learned row `[E]` of the tiling, None where it has none.
 
         Raises ModelError where its file is not what an export writes.
         """
-        if tiling is None or not tiling.separates:
+        if self.tiling is None or not self.tiling.separates:
             return None
         try:
             row_E = load_file(self.path / NEWLINE)["image_newline"]
@@ -209,10 +211,9 @@ def read(path: Path, precision: str | None) -> tuple[Folder, str]:
         if differs(file, known):
             raise ModelError(f"{file} differs from what {REPORT} says; copy the folder again")
     folder = Folder(path, manifest)
-    tiling = folder.tiling()
     for graph in folder.graphs:
         folder.require(graph_file(graph, chosen))
-    if tiling is not None and tiling.separates:
+    if folder.tiling is not None and folder.tiling.separates:
         folder.require(NEWLINE)
     _warn_of_other_pixels(path / REPORT, manifest)
     return folder, chosen

@@ -94,8 +94,8 @@ class OnnxModel(Answering[FloatArray]):
         self._tokenizer = TextTokenizer.of(folder)
         self.prefixes = Prefixes()
         """The last dialogues, read already."""
-        self._tiling = folder.tiling()
-        self._newline_E = folder.newline(self._tiling)
+        self._tiling = folder.tiling
+        self._newline_E = folder.newline()
         self._array = array
         """Converts the numpy array that `logits` returns, for example to a tensor."""
         self._sessions = {
