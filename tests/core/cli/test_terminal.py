@@ -69,10 +69,8 @@ def test_answers_as_they_come_and_errors(
 def test_export_and_import(
     llava_run: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from llavakit_plugins.commands import export
-
     model = SimpleNamespace(merged=lambda: None)
-    monkeypatch.setattr(export, "load_model", lambda *_: model)
+    monkeypatch.setattr("llavakit_plugins.commands.flags.load_model", lambda *_: model)
     monkeypatch.setattr("llavakit.LlavaModel", SimpleNamespace)
     exporter = SimpleNamespace(export=lambda *_: {EVIL: EVIL})
     monkeypatch.setattr("llavakit_plugins.commands.options.build_from", lambda *_: exporter)
@@ -167,9 +165,8 @@ def test_bytes_that_are_no_text(llava_run: Command, setting: str) -> None:
 def test_a_written_folder(
     llava_run: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from llavakit_plugins.commands import import_model
-
-    monkeypatch.setattr(import_model, "load_model", lambda *_: SimpleNamespace())
+    loaded = SimpleNamespace()
+    monkeypatch.setattr("llavakit_plugins.commands.flags.load_model", lambda *_: loaded)
     monkeypatch.setattr("llavakit.LlavaModel", SimpleNamespace)
     monkeypatch.setattr("llavakit.save_model", lambda *_: None)
     code, out, err = llava_run("import", "m", tmp_path / EVIL)
