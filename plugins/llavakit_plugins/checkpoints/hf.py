@@ -68,12 +68,18 @@ class Hf(Exporter):
         *,
         device: torch.device,
         dtype: torch.dtype | None,
+        base: Path | None = None,
         template: str | None = None,
     ) -> LlavaModel:
-        """Return the model; `template` names its prompt template where the folder's is not it."""
+        """Return the model.
+
+        `base` is the folder of the LLaVA that an adapter of peft or trl was trained with,
+        `template` the name of the prompt template where the folder's is not it.
+        """
         registry = Registry.installed()
-        parts = read_hf(folder, registry, dtype=dtype, template=template)
-        return parts.join(registry, folder).to(device).eval()
+        shapes = device.type == "meta"  # for plans: nothing is merged
+        parts = read_hf(folder, registry, dtype=dtype, base=base, template=template, shapes=shapes)
+        return parts.join(registry, folder, device)
 
     @classmethod
     def fetch(cls, name: str) -> Path | None:

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from llavakit import ModelError, Registry
+from llavakit_plugins.checkpoints.adapters import find_base, is_of_transformers, merged_state
 from llavakit_plugins.checkpoints.families import FAMILIES, ONEVISION, VIDEO, Family
-from llavakit_plugins.checkpoints.original_adapter import refuse_others
 from llavakit_plugins.checkpoints.parts import (
     Parts,
     make_language,
@@ -23,7 +23,8 @@ from llavakit_plugins.checkpoints.pinpoints import anyres_of
 from llavakit_plugins.checkpoints.precision import State
 from llavakit_plugins.checkpoints.projectors import Layer
 from llavakit_plugins.checkpoints.prompts import choose_template
-from llavakit_plugins.checkpoints.tokenizers import read_tokenizer
+from llavakit_plugins.checkpoints.tokenizers import has_tokenizer, read_tokenizer
+from llavakit_plugins.huggingface.hub import quietly
 from llavakit_plugins.huggingface.json_files import (
     check_shape,
     peek_json,
@@ -49,6 +50,11 @@ _PREFIXES = (
 
 
 def is_hf(folder: Path) -> bool:
+    """Return whether a folder holds one of transformers' LLaVAs, or an adapter of one."""
+    return _is_whole(folder) or is_of_transformers(folder)
+
+
+def _is_whole(folder: Path) -> bool:
     """Return whether a folder's config.json describes a vision model and a language model.
 
     ONNX folders have such a file, too, but theirs contains settings for transformers.js.
@@ -60,12 +66,20 @@ def is_hf(folder: Path) -> bool:
 
 
 def read_hf(
-    folder: Path, registry: Registry, *, dtype: torch.dtype | None, template: str | None
+    folder: Path,
+    registry: Registry,
+    *,
+    dtype: torch.dtype | None,
+    base: Path | None = None,
+    template: str | None = None,
+    shapes: bool = False,
 ) -> Parts:
     """Return the parts of the model in a folder, weights in `dtype`, or as they are.
 
+    An adapter is added to the weights in `base`; with `shapes` the two are compared alone.
     Raises ModelError for what is damaged, missing, or cannot be expressed here.
     """
+    adapter, folder = _adapter_and_base(folder, base)
     refuse_devices(folder)
     config = read_json(folder / "config.json")
     family = FAMILIES.get(str(config.get("model_type")))
@@ -76,9 +90,8 @@ def read_hf(
         )
     weights = Weights.within(folder, dtype)
     if weights is None:
-        refuse_others(folder)
         raise ModelError(f"{folder} holds no weights; copy its model.safetensors, or its shards")
-    states = _sort(weights)
+    states = _sort(weights, weights.home)
     vision_table = _with_defaults(
         config["vision_config"], family.vision, f"{folder}: config.json, `vision_config`"
     )
@@ -88,6 +101,9 @@ def read_hf(
     # some versions note a tied head in the outer table alone
     if config.get("tie_word_embeddings") and "lm_head.weight" not in states["language"]:
         text_table["tie_word_embeddings"] = True
+    if adapter is not None:
+        merged = merged_state(_network(folder, family, dtype, shapes=shapes), adapter)
+        states = states if shapes else _sort(merged, folder)
     vision_use, vision = make_vision(
         vision_table,
         states["vision"],
@@ -113,7 +129,9 @@ def read_hf(
         if newline_E is None
         else anyres_of(family, config, vision, folder, language.max_length)
     )
-    tokenizer = read_tokenizer(folder, str(text_table["model_type"]))
+    # training may have changed the chat template, too, and trl saves it beside the adapter
+    source = adapter if adapter is not None and has_tokenizer(adapter) else folder
+    tokenizer = read_tokenizer(source, str(text_table["model_type"]))
     set_tokenizer(language, tokenizer, folder)
     return Parts(
         vision,
@@ -127,7 +145,42 @@ def read_hf(
     )
 
 
-def _sort(weights: Weights) -> dict[str, dict[str, torch.Tensor]]:
+def _adapter_and_base(folder: Path, base: Path | None) -> tuple[Path | None, Path]:
+    """Return the folder of an adapter, if it is one, and that of a whole model."""
+    if Weights.within(folder) is not None or not is_of_transformers(folder):
+        if base is not None:
+            raise ModelError(
+                f"{folder} is a whole model in the layout `hf`, which needs no `base`; leave it out"
+            )
+        return None, folder
+    whole = find_base(folder, base, "LoRA adapter", "LLaVA")
+    if not _is_whole(whole):
+        raise ModelError(
+            f"{whole} is none of transformers' LLaVAs; give the folder of the one that the adapter "
+            f"in {folder} was trained with as --base DIR"
+        )
+    return folder, whole
+
+
+def _network(folder: Path, family: Family, dtype: torch.dtype | None, *, shapes: bool) -> Any:
+    """Return a whole model as transformers reads it; with `shapes` on the meta device."""
+    network = family.network()
+    try:
+        with quietly(report=False), torch.device("meta" if shapes else "cpu"):
+            if shapes:
+                return network(network.config_class.from_pretrained(folder))
+            found, report = network.from_pretrained(
+                folder, dtype=dtype or "auto", output_loading_info=True
+            )
+    except Exception as error:  # transformers has errors of many kinds for a damaged folder
+        reason = " ".join(str(error).split())[:200]
+        raise ModelError(f"transformers cannot read {folder} ({reason}); copy it again") from error
+    if missing := sorted(report["missing_keys"]):
+        raise ModelError(f"{folder} lacks {missing[0]}; copy the whole checkpoint")
+    return found
+
+
+def _sort(weights: Mapping[str, torch.Tensor], home: Path) -> dict[str, dict[str, torch.Tensor]]:
     """Return the tensors of each part, by the names that the part itself has for them."""
     parts = ("language", "vision", "projector", "newline")
     states: dict[str, dict[str, torch.Tensor]] = {part: {} for part in parts}
@@ -139,7 +192,7 @@ def _sort(weights: Weights) -> dict[str, dict[str, torch.Tensor]]:
                 break
         else:
             raise ModelError(
-                f"{weights.home} holds {name}, which no LLaVA of transformers has; is it the "
+                f"{home} holds {name}, which no LLaVA of transformers has; is it the "
                 "checkpoint of another model?"
             )
     return states

@@ -86,7 +86,7 @@ class Original(Exporter):
             template=template,
             shapes=device.type == "meta",  # for plans: nothing is merged
         )
-        return parts.join(registry, folder).to(device).eval()
+        return parts.join(registry, folder, device)
 
     def export(self, model: LlavaModel, folder: Path) -> Mapping[str, Any]:
         """Write the folder, read it back with transformers, and return how far the two are apart.

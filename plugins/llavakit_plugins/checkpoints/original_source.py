@@ -20,7 +20,12 @@ import torch
 from torch import Tensor
 
 from llavakit import ModelError, PromptTemplate, Registry
-from llavakit_plugins.checkpoints.original_adapter import ADAPTER, merge_adapter, refuse_others
+from llavakit_plugins.checkpoints.adapters import (
+    ADAPTER,
+    find_base,
+    is_of_transformers,
+    merge_adapter,
+)
 from llavakit_plugins.checkpoints.original_delta import add_base, is_delta
 from llavakit_plugins.checkpoints.original_text import (
     TOKENS,
@@ -68,7 +73,7 @@ def is_original(folder: Path) -> bool:
     return bool(
         described
         or kind.startswith("llava_")
-        or (folder / ADAPTER).is_file()
+        or ((folder / ADAPTER).is_file() and not is_of_transformers(folder))
         or (folder / PROJECTOR).is_file()
     )
 
@@ -143,7 +148,6 @@ def read_original(
 
 def _config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
-    refuse_others(folder)
     if not path.is_file():
         raise ModelError(
             f"{folder} holds no config.json: the original writes it at the end of training, and "
@@ -200,7 +204,7 @@ class _Pieces:
             pieces._complete(folder, base, shapes=shapes)
         else:
             what = "LoRA adapter" if adapter else "projector"
-            pieces = cls(_base(folder, base, what), dtype)
+            pieces = cls(find_base(folder, base, what), dtype)
             assert pieces.base is not None
             found = Weights.within(pieces.base, dtype)
             if found is None:
@@ -267,20 +271,6 @@ class _Pieces:
         self.language |= trained.language
         self.vision |= trained.vision
         self.newline |= trained.newline
-
-
-def _base(folder: Path, given: Path | None, what: str) -> Path:
-    """Return the folder of the language model that a checkpoint builds on."""
-    if given is not None:
-        return given
-    named = peek_json(folder / ADAPTER).get("base_model_name_or_path")
-    if isinstance(named, str) and Path(named).is_dir():
-        return Path(named)
-    known = f" (it was `{named}`)" if isinstance(named, str) else ""
-    raise ModelError(
-        f"{folder} holds a {what} alone; give the folder of the language model it was trained "
-        f"with{known} as --base DIR"
-    )
 
 
 def _widened(pieces: _Pieces, tokens: int, vocabulary: int) -> dict[str, Tensor]:

@@ -68,8 +68,8 @@ class Parts:
     tiling: Use[Tiling] | None = None
     image_newline: Tensor | None = None
 
-    def join(self, registry: Registry, where: object) -> LlavaModel:
-        """Return the model. Raises ModelError where the projector fits neither side."""
+    def join(self, registry: Registry, where: object, device: torch.device) -> LlavaModel:
+        """Return the model on a device. Raises ModelError where the projector fits neither side."""
         use, connector = make_connector(
             self.projector, self.vision.width, self.language.width, registry, where
         )
@@ -83,6 +83,9 @@ class Parts:
         model = join_model(recipe, registry, self.vision, connector, self.language)
         if self.image_newline is not None:
             model.image_newline = nn.Parameter(self.image_newline)
+        model = model.to(device).eval()
+        network: Any = self.language
+        network.model.tie_weights()  # what is moved to the meta device is shared no more
         return model
 
 

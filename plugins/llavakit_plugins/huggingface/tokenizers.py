@@ -56,7 +56,7 @@ def fast_tokenizer(
 
     `settings` change those that are written there.
     """
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedConfig
     from transformers.utils.hub import cached_file
 
     revision = revision or "main"
@@ -75,6 +75,8 @@ def fast_tokenizer(
     def bare() -> str | None:
         return held("tokenizer.model") if held("tokenizer.json") is None else None
 
+    if _is_of_ours(Path(source)):
+        settings["config"] = PreTrainedConfig()
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             source, revision=revision, **settings
@@ -87,6 +89,16 @@ def fast_tokenizer(
     if (model := bare()) is not None:
         _merge_by_score(tokenizer, Path(model))
     return tokenizer
+
+
+def _is_of_ours(folder: Path) -> bool:
+    """Return whether a tokenizer is that of a model folder of ours, which is whole.
+
+    Knowing the kind of the model, transformers 5 makes some tokenizers anew: a Qwen2 gets Qwen2's,
+    whatever its folder says.
+    """
+    written = (folder / "tokenizer.json", folder.parent / "model.toml")
+    return folder.name == "language" and all(file.is_file() for file in written)
 
 
 def _from_file(path: Path) -> PreTrainedTokenizerBase:

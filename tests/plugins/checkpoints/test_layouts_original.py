@@ -342,23 +342,6 @@ def test_a_lora_adapter_is_merged(tmp_path: Path) -> None:
         llavakit.load(adapter, device="cpu", base=base, vision=made.tower)
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
-@pytest.mark.parametrize("task", [None, "CAUSAL_LM"])
-@pytest.mark.parametrize("beside", [False, True])
-def test_an_adapter_of_transformers_llava_is_named(
-    tmp_path: Path, beside: bool, task: str | None
-) -> None:
-    from peft import LoraConfig, get_peft_model
-
-    theirs: Any = make_hf(tmp_path / "hf")
-    config = LoraConfig(r=2, target_modules=["q_proj"], task_type=task)
-    get_peft_model(theirs, config).save_pretrained(str(tmp_path / "adapter"))
-    if beside:  # as the advice of other errors would have it
-        shutil.copy(tmp_path / "hf" / "config.json", tmp_path / "adapter")
-    with pytest.raises(ModelError, match=r"adapter is an adapter of transformers' LLaVA"):
-        llavakit.load(tmp_path / "adapter", device="cpu")
-
-
 @pytest.mark.filterwarnings("ignore")  # peft's own, as the adapter is made
 def test_biases_without_a_place_are_named(tmp_path: Path) -> None:
     from peft import LoraConfig, get_peft_model
@@ -486,7 +469,6 @@ def test_what_the_layout_cannot_express_is_refused(
 
 
 def test_siglip_and_qwen_are_refused_and_sent_to_hf(tmp_path: Path) -> None:
-    from tests.plugins.made_checkpoints import make_hf
 
     make_hf(tmp_path / "s", vision="siglip")
     with pytest.raises(ModelError, match="and not `siglip`; `--format hf`"):
@@ -633,7 +615,6 @@ def test_a_tower_that_is_nowhere_is_named(tmp_path: Path) -> None:
 
 
 def test_sources_that_a_layout_has_no_use_for_are_refused(tmp_path: Path) -> None:
-    from tests.plugins.made_checkpoints import make_hf
 
     make_hf(tmp_path / "hf")
     with pytest.raises(ModelError, match="layout `hf`, which needs no `base`"):

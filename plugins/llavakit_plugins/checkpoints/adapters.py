@@ -1,15 +1,18 @@
-"""Merges a LoRA adapter into the language model that it was trained on."""
+"""Merges a LoRA adapter into the model that it was trained on, with peft."""
 
 from __future__ import annotations
 
 import re
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from llavakit import LanguageModel, ModelError
 from llavakit_plugins.huggingface.hub import quietly
-from llavakit_plugins.huggingface.json_files import read_json
+from llavakit_plugins.huggingface.json_files import peek_json, read_json
 from llavakit_plugins.huggingface.unread import being_left
 from llavakit_plugins.huggingface.weights import Weights
 
@@ -21,30 +24,71 @@ def _file_in(folder: Path) -> Path | None:
     return next((folder / name for name in _FILES if (folder / name).is_file()), None)
 
 
-def refuse_others(folder: Path) -> None:
-    """Raise ModelError for an adapter of transformers' LLaVA, as trl and peft leave it.
+def is_of_transformers(folder: Path) -> bool:
+    """Return whether a folder holds an adapter of transformers' LLaVA, as trl and peft leave it.
 
     The original adds to the language model alone, and names its layers so.
     """
-    if not (folder / ADAPTER).is_file():
-        return
-    mapping = read_json(folder / ADAPTER).get("auto_mapping")
-    model = str(mapping.get("base_model_class")) if isinstance(mapping, dict) else ""
-    path = _file_in(folder)
-    keys = () if path is None else Weights.of_file(path)  # a mapping: no tensor is read for them
-    if model.endswith("ForConditionalGeneration") or any(".language_model." in key for key in keys):
-        raise ModelError(
-            f"{folder} is an adapter of transformers' LLaVA, which is not read; merge it with peft "
-            "(`merge_and_unload`), save the model with its processor, and give that folder"
-        )
+    mapping = peek_json(folder / ADAPTER).get("auto_mapping")
+    if isinstance(mapping, dict) and str(mapping.get("base_model_class")).endswith(_CLASS):
+        return True
+    path = _file_in(folder) if (folder / ADAPTER).is_file() else None
+    try:
+        keys = () if path is None else Weights.of_file(path)  # no tensor is read for them
+    except ModelError:  # said where it is read
+        return False
+    return any(_PARTS.search(key) for key in keys)
+
+
+_CLASS = "ForConditionalGeneration"
+_PARTS = re.compile(r"\.(language_model|multi_modal_projector)\.")
+
+
+def find_base(folder: Path, given: Path | None, what: str, model: str = "language model") -> Path:
+    """Return the folder of the `model` that the `what` in `folder` was trained with.
+
+    Raises ModelError where it is neither given nor where the adapter says.
+    """
+    if given is not None:
+        return given
+    named = peek_json(folder / ADAPTER).get("base_model_name_or_path")
+    if isinstance(named, str) and Path(named).is_dir():
+        return Path(named)
+    known = f" (it was `{named}`)" if isinstance(named, str) else ""
+    raise ModelError(
+        f"{folder} holds a {what} alone; give the folder of the {model} it was trained with{known} "
+        "as --base DIR"
+    )
 
 
 def merge_adapter(language: LanguageModel, folder: Path, *, shapes: bool = False) -> None:
-    """Add the adapter in `folder` to the weights of `language`, with peft.
+    """Add the adapter in `folder` to the weights of `language`.
 
     With `shapes` the two are compared, and `language` is left with shapes alone.
     Raises ModelError where the adapter is damaged or belongs to another model.
     """
+    network: Any = language
+    if (unread := being_left()) is not None:
+        unread.read(language)  # what is added to must be there
+    model = network.model.to("meta") if shapes else network.model
+    network.model = _merged(model, folder, shapes=shapes)
+    # peft has frozen the base model; which parts learn is decided later, by the recipe
+    language.requires_grad_(True)
+
+
+def merged_state(network: Any, folder: Path) -> Mapping[str, Tensor]:
+    """Return the weights of one of transformers' LLaVAs with the adapter in `folder` added.
+
+    On the meta device the two are compared alone. Raises ModelError as `merge_adapter` does.
+    """
+    merged = _merged(network, folder, shapes=next(network.parameters()).is_meta)
+    state: dict[str, Tensor] = merged.state_dict()
+    if merged.lm_head.weight is merged.get_input_embeddings().weight:
+        del state["lm_head.weight"]
+    return state
+
+
+def _merged(model: Any, folder: Path, *, shapes: bool) -> Any:
     try:
         import peft
     except ImportError as error:
@@ -60,11 +104,7 @@ def merge_adapter(language: LanguageModel, folder: Path, *, shapes: bool = False
         raise ModelError(
             f"{folder}: the adapter is of type {table.get('peft_type')!r}; LORA can be read"
         )
-    network: Any = language
     library: Any = peft
-    if (unread := being_left()) is not None:
-        unread.read(language)  # what is added to must be there
-    model = network.model.to("meta") if shapes else network.model
     # a key may have the adapter's name in it, which peft leaves out when it saves
     state = {
         re.sub(r"\.default\.weight$", ".weight", name): value
@@ -80,18 +120,23 @@ def merge_adapter(language: LanguageModel, folder: Path, *, shapes: bool = False
             # the adapter is merged and not trained, so that it needs no gradients
             known.inference_mode = True
             tuned = library.PeftModel(model, known)
-            report = library.set_peft_model_state_dict(tuned, state)
+            own, all_of_them = (
+                library.get_peft_model_state_dict(tuned, save_embedding_layers=also)
+                for also in (False, True)  # the base's, which peft may save, too
+            )
+            names = {_plain(name): name for name in all_of_them}
+            state = {names.get(_plain(name), name): value for name, value in state.items()}
+            wrong = [name for name in own if name not in state]
+            what = "lacks" if wrong else "has"
+            if not wrong:
+                wrong = library.set_peft_model_state_dict(tuned, state).unexpected_keys
     except (ValueError, TypeError, KeyError, RuntimeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ModelError(
             f"the adapter in {folder} does not fit its base model ({reason}); is --base the "
             "model it was trained on?"
         ) from error
-    missing = [name for name in report.missing_keys if "lora_" in name]
-    # only the adapter's own keys may be missing: the base model's are never in its file
-    wrong = [*missing, *report.unexpected_keys]
     if wrong:
-        what = "lacks" if missing else "has"
         raise ModelError(
             f"the adapter in {folder} {what} {wrong[0]}, unlike its adapter_config.json and base "
             "model say; is --base the model it was trained on?"
@@ -104,11 +149,14 @@ def merge_adapter(language: LanguageModel, folder: Path, *, shapes: bool = False
                 "model has no place; train it without"
             )
     try:
-        network.model = tuned.unload() if shapes else tuned.merge_and_unload()
+        return tuned.unload() if shapes else tuned.merge_and_unload()
     except (ValueError, TypeError, RuntimeError, NotImplementedError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ModelError(
             f"peft cannot merge the adapter in {folder} into its base model ({reason})"
         ) from error
-    # peft has frozen the base model; which parts learn is decided later, by the recipe
-    language.requires_grad_(True)
+
+
+def _plain(name: str) -> str:
+    """Return a tensor's name without the levels that versions of transformers add or leave out."""
+    return re.sub(r"(^|\.)(base_model|model|language_model|vision_model)(?=\.)", "", name)
