@@ -21,7 +21,8 @@ from typing import Any
 
 from llavakit import __version__
 from llavakit.contracts.commands import GROUP, Commands
-from llavakit.contracts.errors import LlavaError, PluginError, and_more
+from llavakit.contracts.errors import LlavaError, PluginError, RecipeError, and_more
+from llavakit.recipe.redaction import brief, shown
 from llavakit.registry.entry_points import entry_points, explained, only, package_of
 
 _USAGE = """\
@@ -62,13 +63,12 @@ def _main(argv: Sequence[str] | None) -> int:
     try:
         return _run(arguments, program=argv is None)
     except LlavaError as error:
-        from llavakit.recipe.redaction import brief, shown  # not for --help
-
         if os.environ.get("RANK", "0") != "0":
             time.sleep(10)  # torchrun's leader has met it, too: it says so and ends the others
         if "LLAVA_TRACEBACK" in os.environ:
             sys.stderr.write(shown("".join(format_exception(error))))
-        sys.stderr.write(f"error: {brief(shown(str(error)))}\n")
+        text = str(error).replace("\n", "\n" if isinstance(error, RecipeError) else r"\n")
+        sys.stderr.write(f"error: {brief(shown(text))}\n")
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -79,8 +79,6 @@ def _main(argv: Sequence[str] | None) -> int:
     except Exception as error:
         if argv is not None:
             raise
-        from llavakit.recipe.redaction import shown
-
         sys.stderr.write(shown("".join(format_exception(error))))
         return 1
 
@@ -142,8 +140,6 @@ class _Parser(argparse.ArgumentParser):
     """Shows no argument and no help raw; the parsers of commands are of this class, too."""
 
     def _print_message(self, message: str, file: Any = None) -> None:
-        from llavakit.recipe.redaction import brief, shown
-
         super()._print_message(brief(shown(message)), file)
 
 
@@ -151,6 +147,5 @@ class _Shown(logging.Formatter):
     """Lets through what may be shown."""
 
     def format(self, record: logging.LogRecord) -> str:
-        from llavakit.recipe.redaction import shown
-
-        return shown(super().format(record))
+        text = shown(super().format(record))
+        return text.replace("\n", r"\n") if record.name == "llavakit" else text

@@ -54,9 +54,8 @@ def create_model(
 
     def make(name: str, use: Use[Any], **context: Any) -> Any:
         torch.manual_seed(seeds[name])
-        if (part := given.get(name)) is not None:
-            return part
-        return registry.build(use, **context)
+        part = given.get(name)
+        return registry.build(use, **context) if part is None else part
 
     target = torch.device(device)
     with torch.random.fork_rng([target] if target.type == "cuda" else []):  # none of other devices

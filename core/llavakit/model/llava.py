@@ -30,6 +30,8 @@ from llavakit.stream.tiling import Tiling, View
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_USED = ("scaling", "_active_adapter", "_disable_adapters", "_forward_hooks", "_forward_pre_hooks")
+
 
 class LlavaModel(nn.Module, Answering[Tensor]):
     """A LLaVA: images become embeddings in the rows of a text stream.
@@ -201,11 +203,15 @@ class LlavaModel(nn.Module, Answering[Tensor]):
         return generate_stream(self.language, embeds_TE, packing, sampling, ids, **given)
 
     def _stamp(self) -> object:
-        """Return what changes when weights do, or the precision that they are used in."""
-        kind, weights = self.device.type, list(self.parameters())
+        """Return what changes when weights do, or how they are used: precision, adapters, hooks."""
+        kind, weights = self.device.type, [*self.parameters(), *self.buffers()]
         half = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
-        versions = [0 if one.is_inference() else one._version for one in weights]
-        return half, versions, [(id(one), one.dtype, one.device) for one in weights]
+        marks = [(id(w), w.dtype, w.device, w.is_inference() or w._version) for w in weights]
+        # what is written through `data`, as averaged weights are, has no version
+        full = [one.detach() for one in weights if one.numel()]
+        middles = [one[tuple(size // 2 for size in one.shape)].item() for one in full]
+        used = [[vars(one).get(name) for name in _USED] for one in self.modules()]
+        return half, marks, f"{middles}{used}"
 
     def _embed(self, batch: PackedBatch, pixels_IHW: Tensor | None) -> Tensor:
         features_IPD = None if pixels_IHW is None else self.features(pixels_IHW)

@@ -77,8 +77,9 @@ def distribution(scores_SV: Any, options: Sequence[Sampling]) -> Any:
     likeliest's (arXiv 2407.01082). Of equal ones at a border all stay.
     """
     array, scores_SV = _library(scores_SV), _wide(scores_SV)
-    scores_SV = scores_SV / _column(scores_SV, [one.temperature for one in options])
-    weights_SV = array.exp(scores_SV - array.amax(scores_SV, -1)[:, None])  # the likeliest has 1
+    scores_SV = scores_SV - array.amax(scores_SV, -1)[:, None]  # the likeliest has 0
+    warmth = [max(one.temperature, 1e-30) for one in options]  # of less, no number has the inverse
+    weights_SV = array.exp(scores_SV / _column(scores_SV, warmth))
     cut = [s for s, one in enumerate(options) if one.top_k or one.top_p < 1]
     if cut:  # sorting a vocabulary takes longer than all else
         ranked_SV = array.sort(-weights_SV[cut], -1)

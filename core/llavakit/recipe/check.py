@@ -216,7 +216,7 @@ def problems_in(
             hint = f'write {{ use = "NAME" }}; got {_show(item["input"])}'
             yield Problem(where, f"option {option}{owner} is a table", hint)
         elif item["type"] == "extra_forbidden":
-            hint = did_you_mean(str(last), known, f"known: {', '.join(known)}")
+            hint = did_you_mean(str(last), known, f"known: {', '.join(known)}" if known else "")
             for names in entry_points(group="llavakit.displays", name="names"):  # of other programs
                 hint = imported(names)(str(last)) or hint
             yield Problem(where, f"unknown option `{last}`{owner}", hint)
@@ -236,13 +236,13 @@ def problems_in(
 
 
 def _fields(model: type[BaseModel], path: Sequence[str | int]) -> Iterator[str]:
-    """Yield the option names of the model that `path` leads to, where that is a plain one."""
+    """Yield the option names of the model that `path` leads to, where that is a single one."""
     for part in path:
-        field = model.model_fields.get(str(part))
-        annotation = field.annotation if field else None
-        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+        kind = field.annotation if (field := model.model_fields.get(str(part))) else None
+        models = [one for one in (kind, *get_args(kind)) if isinstance(one, type(BaseModel))]
+        if len(models) != 1:
             return
-        model = annotation
+        model = models[0]
     yield from model.model_fields
 
 

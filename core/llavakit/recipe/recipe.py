@@ -268,10 +268,10 @@ def missing_model(steps: Sequence[StepUse], registry: Registry) -> Iterator[Prob
             continue
         with suppress(RecipeError, ValidationError):  # which is said elsewhere
             step = registry.chosen(use)
-            if step.needs_model and not left and use.options.get("init") is None:
-                # the first one: what stands behind it may have its model
-                needing = needing or use.use
-            left = left or "model" in (step.leaves(registry.options(use)) or {})
+            if not (left or needing) and step.needs_model and use.options.get("init") is None:
+                needing = use.use  # the first one: what stands behind it may have its model
+            before, left = left, True  # unless its options can be read, and say otherwise
+            left = before or "model" in (step.leaves(registry.options(use)) or {})
     if needing or not steps:
         hint = f"`{needing}` needs one: add [model], or state `init`" if needing else "add it"
         yield Problem((), "missing option `model`", hint)

@@ -105,7 +105,7 @@ def read_messages(
     if any(one is None for one in visuals.shown):
         raise DataError(f"{where} show more images than are given with them; give those, too")
     sample = Sample(id, tuple(turns), visuals.all, kind, system)
-    sample.check(where)
+    sample.check(where.removeprefix(f"sample `{id:.200}` of "))
     return sample
 
 

@@ -173,7 +173,9 @@ def _render(report: Report) -> Iterator[object]:
     for sort in report.findings:
         what = "stops a training" if sort.stops else "does not stop a training"
         yield Text(shown(f"{sort.sort}: {sort.count:,} ({what})"), "bold")
-        yield from (Text(shown(f"  {message}")) for message in sort.messages[:_SHOWN])
+        yield from (
+            Text(shown(f"  {message}".replace("\n", r"\n"))) for message in sort.messages[:_SHOWN]
+        )
         if sort.count > _SHOWN:
             yield Text(f"  and {sort.count - _SHOWN:,} more; --json lists {KEPT} of each sort")
     yield Text(f"{report.rows:,} rows in {report.seconds:,.1f} s")

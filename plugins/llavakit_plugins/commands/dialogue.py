@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -77,6 +78,11 @@ class Dialogue:
 
         An answer that is stopped counts as far as it came.
         """
+        if re.search("[\udc80-\udcff]", question):  # how Python reads bytes that are no UTF-8
+            raise LlavaError(
+                "the question is no text in UTF-8; check the encoding of the terminal, or of the "
+                "file it comes from"
+            )
         # new images go in front, as in LLaVA's training data;
         # a mark in the question says another place
         new = self._new

@@ -120,11 +120,13 @@ class RowReader:
         """Return the image, or what it is, of a name. DataError for one that leaves the folder."""
         return inside(self.folder, name, where, what)
 
-    def _content(self, row: Row, identity: str, where: str) -> Sample:
+    def _content(self, row: Row, identity: str, where: str, said: str = "`messages`") -> Sample:
         images = self._visuals(row, where)
         if is_preference(row):
             plain, rejected = as_conversation(row, where, rows_of)
-            return replace(self._content(plain, identity, where), rejected=rejected)
+            before = [f"`{key}`" for key in ("messages", "prompt") if row.get(key) is not None]
+            said = before[0] if before else "`chosen` and `rejected`"
+            return replace(self._content(plain, identity, where, said), rejected=rejected)
         if "messages" not in row:
             turns, system = _conversation(row, where)
             if any(VIDEO in turn.text for turn in turns) or row.get("video") or row.get("videos"):
@@ -135,7 +137,7 @@ class RowReader:
         sample = read_messages(
             self._with_images(rows_of(row["messages"]), where),
             images,
-            where=f"{where}: `messages`",
+            where=f"{where}: {said}",
             source=lambda named: self.image(named, where),
             video=lambda named: self.video(named, where),
             id=identity,

@@ -17,7 +17,7 @@ from llavakit_plugins.datasets.rows import parse_json
 from llavakit_plugins.datasets.stored_files import StoredFile
 from llavakit_plugins.datasets.tar_shards import Group, is_video
 
-_CONVERSATIONS = ("conversations", "messages")
+_CONVERSATIONS = ("conversations", "messages", "chosen", "rejected")
 _MARKS = re.compile(f'{VIDEO}|"type": "video"')  # of a video in a row's JSON
 
 
@@ -78,8 +78,8 @@ def choose_text(group: Group, shard: StoredFile) -> str:
         if isinstance(row.get("caption"), str):
             return "json"
         raise DataError(
-            f"{where}: its `json` has none of `conversations`, `messages` and `caption` (it has "
-            f"{and_more(list(row), 8)}), and there is no `txt` beside it; add one"
+            f"{where}: its `json` has none of `conversations`, `messages`, `chosen` and `caption` "
+            f"(it has {and_more(list(row), 8)}), and there is no `txt` beside it; add one"
         )
     if "txt" in group.texts:
         return "txt"
@@ -158,8 +158,8 @@ def _taken(row: Row, key: str, what: str, extensions: tuple[str, ...]) -> dict[s
 
 def _in_parts(row: Row) -> bool:
     """Say whether parts of messages name images or videos themselves."""
-    messages: Any = rows_of(row.get("messages"))
-    for message in messages if isinstance(messages, list) else ():
+    said = [rows_of(row.get(name)) for name in ("messages", "prompt", "chosen")]
+    for message in (one for some in said if isinstance(some, list) for one in some):
         content = rows_of(message.get("content")) if isinstance(message, dict) else None
         for part in content if isinstance(content, list) else ():
             keys = ("image", "video", "url", "path", "base64", "image_url", "video_url")

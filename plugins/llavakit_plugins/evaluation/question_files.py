@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, overload
@@ -172,7 +172,9 @@ def _rows(path: Path) -> Iterable[Row]:
 def _question(row: Mapping[str, Any], number: int, reader: RowReader) -> Question:
     if "messages" in row or "conversations" in row:
         given = row.get("id", row.get("question_id"))
-        return question_of(reader.sample({**row, "id": given}, number), reader.data)
+        question = question_of(reader.sample({**row, "id": given}, number), reader.data)
+        # a number stays one, as of other rows: programs that read the answers join by it
+        return replace(question, id=given) if type(given) is int else question
     return question_row(row, f"{reader.data}, row {number + 1}", reader.folder).question
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from llavakit import ModelError
 from llavakit_plugins.huggingface.hub import quietly
+from llavakit_plugins.huggingface.json_files import read_json
 from llavakit_plugins.language import four_bits
 from llavakit_plugins.language.options import LoraOptions as LoraOptions, is_adapter as is_adapter
 
@@ -106,6 +107,7 @@ def load_adapters(model: Any, folder: Path) -> None:
         read = load_file(folder / _WEIGHTS)
     except (OSError, SafetensorError) as error:
         raise ModelError(f"the adapters in {folder} cannot be read: {error}") from error
+    _check_scale(model.peft_config["default"], folder)
     tensors = {name.removeprefix(_PREFIX): tensor for name, tensor in read.items()}
     wanted = {name: tensor.shape for name, tensor in get_peft_model_state_dict(model).items()}
     found = {name: tensor.shape for name, tensor in tensors.items()}
@@ -116,6 +118,18 @@ def load_adapters(model: Any, folder: Path) -> None:
             "the rank and targets they were trained with"
         )
     set_peft_model_state_dict(model, tensors)
+
+
+def _check_scale(made: Any, folder: Path) -> None:
+    """Raise ModelError where adapters count for more or less than `lora` says."""
+    stated = read_json(folder / "adapter_config.json")
+    for key in ("lora_alpha", "alpha_pattern", "use_rslora"):
+        own = getattr(made, key)
+        if (value := stated.get(key) or type(own)()) != own:
+            raise ModelError(
+                f"{folder} was trained with `{key}` {value!r:.80}, and `lora` of this model makes "
+                f"it {own!r:.80}; merge the adapters with peft, or put back what was there"
+            )
 
 
 def merge_adapters(model: Any) -> Any:

@@ -66,6 +66,20 @@ def test_answers_as_they_come_and_errors(
     assert not CONTROL.search(out + err)
 
 
+def test_a_line_end_of_foreign_text_begins_no_line(llava_run: Command, tmp_path: Path) -> None:
+    turns = [{"from": "human", "value": "<image>\nwhat ?"}, {"from": "gpt", "value": "red"}]
+    row = {"id": "a\nerror: run this", "image": "gone.png", "conversations": turns}
+    (tmp_path / "rows.json").write_text(json.dumps([row]))
+    code, out, err = llava_run("check-data", tmp_path / "rows.json", "--images", tmp_path)
+    assert code == 2
+    assert "a\\nerror: run this" in out
+    row["conversations"] = []
+    (tmp_path / "rows.json").write_text(json.dumps([row]))
+    code, _, err = llava_run("predict", "m", tmp_path / "rows.json", tmp_path / "out.jsonl")
+    assert code == 2
+    assert err.count("\n") == 1
+
+
 def test_export_and_import(
     llava_run: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

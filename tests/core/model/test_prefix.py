@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -180,6 +180,70 @@ def test_weights_and_training_are_never_answered_from_before(model: LlavaModel) 
     with reading(changed) as read:
         changed.generate(messages, **NEW)
     assert read.images == 1
+
+
+def through_data(model: LlavaModel) -> None:
+    for part in model.language.parameters():  # as averaged weights are put in
+        part.data.copy_(part.data * 1.5)
+
+
+def by_vectors(model: LlavaModel) -> None:
+    vector = torch.nn.utils.parameters_to_vector(model.language.parameters())
+    torch.nn.utils.vector_to_parameters(vector * 1.5, model.language.parameters())
+
+
+def by_a_hook(model: LlavaModel) -> None:
+    model.language.blocks[0].register_forward_hook(
+        lambda _, __, out: (out[0] * 0.5, *out[1:]) if isinstance(out, tuple) else out * 0.5
+    )
+
+
+def as_inference(model: LlavaModel) -> None:
+    with torch.inference_mode():
+        for name, part in model.language.named_parameters():
+            if "layers" in name:
+                part.mul_(1.5)
+
+
+@pytest.mark.parametrize("change", [through_data, by_vectors, by_a_hook, as_inference])
+def test_changes_without_a_version_are_seen(
+    model: LlavaModel, change: Callable[[LlavaModel], None]
+) -> None:
+    changed = copy.deepcopy(model)
+    messages = [TURNS[0], assistant("a blue one ."), TURNS[1]]
+    changed.generate(messages, **NEW)
+    change(changed)
+    with reading(changed) as read:
+        answer = changed.generate(messages, **NEW)
+    assert read.images == 1
+    assert answer == anew(changed, messages)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_adapters_that_are_switched_are_seen(model: LlavaModel) -> None:
+    from peft import LoraConfig, inject_adapter_in_model
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    changed = copy.deepcopy(model)
+    language: Any = changed.language
+    inject_adapter_in_model(LoraConfig(target_modules=["q_proj"]), language.model)
+    tuned: list[Any] = [part for part in changed.modules() if isinstance(part, BaseTunerLayer)]
+    for part in tuned:
+        torch.nn.init.normal_(part.lora_B["default"].weight)
+    messages = [TURNS[0], assistant("a blue one ."), TURNS[1]]
+    switches: list[Callable[[Any], Any]] = [
+        lambda part: part.scale_layer(20.0),
+        lambda part: part.enable_adapters(False),
+        lambda part: part.enable_adapters(True),
+    ]
+    for switch in switches:
+        changed.generate(messages, **NEW)
+        for part in tuned:
+            switch(part)
+        with reading(changed) as read:
+            answer = changed.generate(messages, **NEW)
+        assert read.images == 1
+        assert answer == anew(changed, messages)
 
 
 def test_questions_of_a_batch_are_not_kept(model: LlavaModel) -> None:

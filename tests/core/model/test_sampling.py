@@ -78,6 +78,15 @@ def test_tokens_are_drawn_as_in_transformers(options: dict[str, Any], numpy: boo
 
 
 @pytest.mark.parametrize("numpy", [False, True], ids=["torch", "numpy"])
+@pytest.mark.parametrize("temperature", [1e-307, 5e-324])
+def test_the_smallest_temperatures_are_greedy(temperature: float, numpy: bool) -> None:
+    logits = some_logits(5)
+    given = [Written(Sampling(temperature=temperature, seed=3)) for _ in logits]
+    found = choose_tokens(logits.numpy() if numpy else logits, given)
+    assert [token.id for token in found] == logits.argmax(-1).tolist()
+
+
+@pytest.mark.parametrize("numpy", [False, True], ids=["torch", "numpy"])
 def test_penalties_are_those_of_openai_on_what_was_written(numpy: bool) -> None:
     """`mu[j] - c[j] * frequency - (c[j] > 0) * presence`, c counting the answer's tokens alone."""
     logits, sampling = some_logits(), Sampling(frequency_penalty=0.4, presence_penalty=-1.5)

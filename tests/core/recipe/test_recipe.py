@@ -122,6 +122,25 @@ def test_no_text_is_a_traceback(tmp_path: Path, text: str, sentence: str) -> Non
     assert sentence in problems(write(tmp_path, text))
 
 
+def test_an_option_of_a_table_that_may_be_left_out(tmp_path: Path) -> None:
+    lora = '[model.language]\nuse = "vicuna"\nlora = { rnk = 4 }\n'
+    text = MODEL.replace("[model]\n", f"{lora}[model]\n")
+    text = "\n".join(line for line in text.splitlines() if not line.startswith("language ="))
+    found = problems(write(tmp_path, f"{text}\n{STEP}"))
+    assert "unknown option `rnk`" in found
+    assert "did you mean `rank`?" in found
+    found = problems(write(tmp_path, f"{text}\n{STEP}".replace("rnk", "use_dora")))
+    assert "known: rank, alpha, dropout, targets" in found
+
+
+def test_a_step_that_cannot_be_read_blames_none_behind_it(tmp_path: Path) -> None:
+    first = STEP.replace("pretrain", "finetune") + 'init = "m"\nlearning_rat = 1\n'
+    found = problems(write(tmp_path, first + STEP), inputs=True)
+    assert "unknown option `learning_rat`" in found
+    assert "missing option `model`" not in found
+    assert "missing option `model`" in problems(write(tmp_path, STEP), inputs=True)
+
+
 def test_a_file_that_is_no_text_or_not_there_is_named(tmp_path: Path) -> None:
     path = tmp_path / "r.toml"
     path.write_bytes(b"\xff\xfe")

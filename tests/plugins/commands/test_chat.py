@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -186,6 +186,11 @@ def test_an_answer_is_stopped_and_the_chat_goes_on(folder: Path) -> None:
             running.process.kill()
             running.process.wait()
         os.close(running.end)
+
+
+def test_bytes_that_are_no_text_are_named(folder: Path, refused: Callable[..., str]) -> None:
+    found = refused("chat", folder / "model", "--prompt", "a\udcff")
+    assert "the question is no text in UTF-8" in found
 
 
 def test_one_question_takes_every_flag(folder: Path, model: LlavaModel, llava_run: Command) -> None:

@@ -346,6 +346,17 @@ def test_rows_that_ask_nothing_are_named(
     assert not (tmp_path / "a.jsonl.work").exists()
 
 
+def test_numbers_of_questions_stay_numbers(model: Path, tmp_path: Path, llava_run: Command) -> None:
+    asked = [{"role": "user", "content": "what ?"}]
+    given = [{"question_id": 7, "text": "what ?"}, {"question_id": 8, "messages": asked},
+             {"id": 9, "messages": asked}, {"id": "10", "messages": asked}]  # fmt: skip
+    path = tmp_path / "q.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in given))
+    code, _, err = llava_run("predict", model, path, tmp_path / "a.jsonl", *SHORT)
+    assert code == 0, err
+    assert [row["question_id"] for row in rows(tmp_path / "a.jsonl")] == [7, 8, 9, "10"]
+
+
 def test_wrong_uses_are_refused(
     model: Path, questions: Path, tmp_path: Path, refused: Callable[..., str]
 ) -> None:

@@ -199,6 +199,24 @@ def test_parts_of_messages_name_members(tmp_path: Path) -> None:
     assert shown(sample) == [picture(1), picture(0)]
 
 
+def test_preferences_name_members(tmp_path: Path) -> None:
+    parts = [{"type": "image"}, {"type": "text", "text": "what ?"}]
+    answers = {"chosen": "red .", "rejected": "blue ."}
+    members = [
+        ("1.png", picture(0)), ("1.txt", b"no caption"),
+        ("1.json", row(prompt="what ?", **answers)),
+        ("2.png", picture(1)),
+        ("2.json", row(prompt=[{"role": "user", "content": parts}], images=["x.png"], **answers)),
+        ("3.png", picture(2)),
+        ("3.json", row(conversations=talk("<image>\nwhat ?", "-")[:1], **answers)),
+    ]  # fmt: skip
+    found = list(build(write_tar(tmp_path / "a.tar", members)))
+    assert [shown(sample) for sample in found] == [[picture(number)] for number in range(3)]
+    for sample in found:
+        assert [turn.text for turn in sample.turns] == ["<image>\nwhat ?", "red ."]
+        assert sample.rejected == "blue ."
+
+
 # -- samples that cannot be used -------------------------------------------------------------------
 
 GOOD: Members = [("good.png", picture(7)), ("good.txt", b"good .")]

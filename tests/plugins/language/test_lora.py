@@ -153,6 +153,13 @@ def test_targets_and_files_that_do_not_fit_are_named(tmp_path: Path) -> None:
     )
     with pytest.raises(ModelError, match="does not hold the adapters that `lora` describes"):
         Vicuna.load(other, tmp_path / "saved")
+    path = tmp_path / "saved" / "adapter" / "adapter_config.json"
+    stated = json.loads(path.read_text())
+    for changed in ({"use_rslora": True}, {"lora_alpha": 3}, {"alpha_pattern": {"q_proj": 1}}):
+        path.write_text(json.dumps({**stated, **changed}))
+        with pytest.raises(ModelError, match=f"was trained with `{next(iter(changed))}`"):
+            Vicuna.load(language.options, tmp_path / "saved")
+    path.write_text(json.dumps(stated))
     (tmp_path / "saved" / "adapter" / "adapter_model.safetensors").write_bytes(b"{}")
     with pytest.raises(ModelError, match="cannot be read"):
         Vicuna.load(language.options, tmp_path / "saved")

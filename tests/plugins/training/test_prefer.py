@@ -184,7 +184,11 @@ def test_a_preferences_images_are_read() -> None:
         ({"chosen": "red", "rejected": "blue"}, "answer no common question"),
         ({"chosen": [ASKED, GOOD], "rejected": [GOOD, BAD]}, "answer no common question"),
         ({"prompt": "a", "messages": [ASKED], "chosen": "red", "rejected": "blue"}, "keep one"),
-        ({"prompt": 3, "chosen": "red", "rejected": "blue"}, "`messages`"),
+        ({"prompt": 3, "chosen": "red", "rejected": "blue"}, "^sample `#1` of rows: `prompt`"),
+        (
+            {"image": "a.png", "chosen": [ASKED, GOOD], "rejected": [ASKED, BAD]},
+            "^sample `#1` of rows: `chosen` and `rejected` has 1 image for 0",
+        ),
     ],
 )
 def test_what_is_no_preference_is_said(row: dict[str, Any], said: str) -> None:
