@@ -114,44 +114,55 @@ def test_peft(ours: LlavaModel, folder: Path, image: Image.Image, tmp_path: Path
     assert losses[-1] < losses[0]
     adapted.eval().save_pretrained(tmp_path / "adapter")
     again: Any = PeftModel.from_pretrained(fresh(), tmp_path / "adapter").eval()
+    with torch.no_grad():
+        expected = adapted(**inputs).logits[0]
+    ours_adapted = llavakit.load(tmp_path / "adapter", base=folder, device="cpu")
+    found = ours_adapted.logits("USER: <image>\n" + QUESTION, [image], raw=True)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
     merged = again.merge_and_unload()
     merged.save_pretrained(tmp_path / "merged")
     processor.save_pretrained(tmp_path / "merged")
     back = llavakit.load(tmp_path / "merged", device="cpu")
-    with torch.no_grad():
-        expected = adapted(**inputs).logits[0]
     found = back.logits("USER: <image>\n" + QUESTION, [image], raw=True)
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.skipif(
-    find_spec("trl") is None or find_spec("datasets") is None,
-    reason="trl is absent (pip install trl)",
-)
+@pytest.mark.skipif(find_spec("datasets") is None, reason="datasets is absent")
 @pytest.mark.filterwarnings("ignore")
-def test_trl(folder: Path, image: Image.Image, tmp_path: Path) -> None:
+@pytest.mark.parametrize("lora", [False, True])
+def test_trl(folder: Path, image: Image.Image, tmp_path: Path, lora: bool) -> None:
     from datasets import Dataset
-    from transformers import AutoProcessor
-    from trl import SFTConfig, SFTTrainer
+    from peft import LoraConfig, PeftModel
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    trl: Any = pytest.importorskip("trl")
 
     said = {"role": "assistant", "content": [{"type": "text", "text": "it is red ."}]}
     asked = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": QUESTION}]}
     rows = [{"messages": [asked, said], "images": [image]} for _ in range(4)]
-    trainer: Any = SFTTrainer(
+    trainer: Any = trl.SFTTrainer(
         model=str(folder),
-        args=SFTConfig(
+        args=trl.SFTConfig(
             output_dir=str(tmp_path / "out"), max_steps=3, per_device_train_batch_size=2,
             learning_rate=1e-2, logging_steps=1, report_to="none", use_cpu=True, max_length=None,
             save_strategy="no", bf16=False, gradient_checkpointing=False,
         ),
         train_dataset=Dataset.from_list(rows),
         processing_class=AutoProcessor.from_pretrained(folder, backend="pil"),
+        peft_config=LoraConfig(target_modules="all-linear") if lora else None,
     )  # fmt: skip
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[-1] < losses[0], json.dumps(losses)
     trainer.save_model(str(tmp_path / "tuned"))
-    back = llavakit.load(tmp_path / "tuned", device="cpu")
+    back = llavakit.load(tmp_path / "tuned", device="cpu")  # which names its base
+    plain: Any = AutoModelForImageTextToText.from_pretrained(folder if lora else tmp_path / "tuned")
+    theirs = PeftModel.from_pretrained(plain, tmp_path / "tuned") if lora else plain
+    inputs = trainer.processing_class(
+        text=["USER: <image>\n" + QUESTION], images=[image], return_tensors="pt"
+    )
+    inputs.pop("token_type_ids", None)
     with torch.no_grad():
-        found = back.logits(QUESTION, [image])
-    assert torch.isfinite(found).all()
+        expected = theirs.eval()(**inputs).logits[0]
+    found = back.logits("USER: <image>\n" + QUESTION, [image], raw=True)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)

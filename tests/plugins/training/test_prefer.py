@@ -92,8 +92,7 @@ def test_the_loss_is_that_of_the_papers(
 
 @pytest.mark.parametrize("kind", ["sigmoid", "hinge", "ipo"])
 def test_the_loss_and_the_rewards_are_those_of_trl(kind: Any) -> None:
-    pytest.importorskip("trl", reason="trl is not installed: pip install trl")
-    from trl.trainer.dpo_trainer import DPOTrainer
+    theirs: Any = pytest.importorskip("trl.trainer.dpo_trainer")
 
     predicted, _, _ = numbers()
     pairs = len(predicted.counts) // 2
@@ -126,9 +125,9 @@ def test_the_loss_and_the_rewards_are_those_of_trl(kind: Any) -> None:
         "input_ids": torch.zeros_like(mask), "attention_mask": torch.ones_like(mask),
         "completion_mask": mask, "ref_chosen_logps": chosen, "ref_rejected_logps": rejected,
     }  # fmt: skip
-    theirs = DPOTrainer._compute_loss(trainer, lambda **_: out, inputs, False)
+    loss = theirs.DPOTrainer._compute_loss(trainer, lambda **_: out, inputs, False)
     ours, figures = Dpo(DpoOptions(beta=0.3, loss=kind)).loss(predicted)
-    assert (ours / pairs).item() == pytest.approx(theirs.item(), rel=1e-5)
+    assert (ours / pairs).item() == pytest.approx(loss.item(), rel=1e-5)
     names = ("rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins")
     for name, value in zip(names, figures, strict=True):
         assert (value / pairs).item() == pytest.approx(told["train"][name][0], rel=1e-4), name
