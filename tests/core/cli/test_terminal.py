@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -78,6 +80,26 @@ def test_a_line_end_of_foreign_text_begins_no_line(llava_run: Command, tmp_path:
     code, _, err = llava_run("predict", "m", tmp_path / "rows.json", tmp_path / "out.jsonl")
     assert code == 2
     assert err.count("\n") == 1
+
+
+def test_warnings_are_lines_and_tracebacks_stay_tracebacks() -> None:
+    script = """
+import logging, llavakit.cli
+try:
+    llavakit.cli.main(["--version"])
+except SystemExit:
+    pass
+log = logging.getLogger("llavakit")
+log.warning("image `a\\nerror: b` is broken")
+try:
+    1 / 0
+except ZeroDivisionError:
+    log.exception("it ended")
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    lines = done.stderr.splitlines()
+    assert lines[0] == r"image `a\nerror: b` is broken"
+    assert lines[1:3] == ["it ended", "Traceback (most recent call last):"]
 
 
 def test_export_and_import(

@@ -5,22 +5,31 @@ from __future__ import annotations
 import base64
 import io
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from PIL import Image
-from tests.plugins.serving.conftest import Running, asks, picture, serving, until
+from PIL import Image, ImageOps
+from tests.plugins.serving.conftest import Running, asks, data_url, picture, serving, until
+from tests.plugins.serving.pages import (
+    HELD,
+    ask,
+    begin,
+    finish,
+    flower,
+    launched,
+    needs_chromium,
+    opened,
+    say,
+    sync_api,
+    titles,
+)
 
 from llavakit import LlavaModel
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-pytestmark = pytest.mark.skipif(
-    CHROMIUM is None, reason="no Chromium on this machine (on Debian: apt install chromium)"
-)
-sync_api = pytest.importorskip("playwright.sync_api", reason="the browser is driven by playwright")
+pytestmark = needs_chromium
 
 QUESTION = "what colour is the picture ?"
 SENDS = """([selector, name, base64]) => {
@@ -37,10 +46,8 @@ SENDS = """([selector, name, base64]) => {
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+    with launched() as browser:
         yield browser
-        browser.close()
 
 
 @pytest.fixture
@@ -48,46 +55,27 @@ def page(browser: Any, running: Running) -> Iterator[Any]:
     yield from opened(browser, running)
 
 
-def opened(browser: Any, server: Running, **options: Any) -> Iterator[Any]:
-    """Yield the page; fail where it complained, or asked anyone but the server."""
-    context = browser.new_context(viewport={"width": 1180, "height": 780}, **options)
-    context.set_default_timeout(15_000)
-    page = context.new_page()
-    complaints: list[str] = []
-    page.on("console", lambda line: complaints.append(line.text) if own(line.text) else None)
-    page.on("pageerror", lambda error: complaints.append(str(error)))
-    asked: list[str] = []
-    page.on("request", lambda request: asked.append(request.url))
-    page.goto(server.url)
-    sync_api.expect(page.locator("#model")).to_have_text("small")
-    yield page
-    context.close()
-    assert not complaints
-    assert all(url.startswith((server.url, "data:", "blob:")) for url in asked)
-
-
-def own(line: str) -> bool:
-    """Say whether a line of the console is the page's, and not the browser's about a status."""
-    return not line.startswith("Failed to load resource: the server responded with a status")
+@pytest.fixture
+def held(browser: Any, running: Running) -> Iterator[Any]:
+    """A page whose answers the test writes."""
+    yield from opened(browser, running, script=HELD)
 
 
 @pytest.fixture(scope="module")
 def photo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A photograph, of those that scikit-learn brings."""
-    datasets = pytest.importorskip("sklearn.datasets")
-    pixels = datasets.load_sample_image("flower.jpg")
-    file: Path = tmp_path_factory.mktemp("photo") / "flower.jpg"
-    Image.fromarray(pixels).save(file, quality=90)
-    return file
+    return flower(tmp_path_factory.mktemp("photo"))
 
 
-def ask(page: Any, text: str, count: int) -> str:
-    """Type a question, send it by Enter, and return the answer, the `count`-th."""
-    page.locator("#ask").fill(text)
-    page.keyboard.press("Enter")
-    whole = page.locator(".message.assistant").nth(count - 1)
-    whole.locator(".tools").wait_for()
-    return str(whole.locator(".text").inner_text())
+def turned(kind: str, orientation: int) -> bytes:
+    """Return the file of a photograph that a camera took while it was held otherwise."""
+    image = Image.new("RGB", (96, 48), "white")
+    image.paste("red", (0, 0, 48, 24))
+    image.paste("blue", (48, 24, 96, 48))
+    note = Image.Exif()
+    note[274] = orientation
+    file = io.BytesIO()
+    image.save(file, kind, exif=note, quality=95)
+    return file.getvalue()
 
 
 def shown(text: str) -> str:
@@ -218,6 +206,98 @@ def test_a_key_is_asked_for(browser: Any, lively: LlavaModel) -> None:
         sync_api.expect(page.locator("#model")).to_have_text("small")
         assert ask(page, "what is it ?", 1)
         context.close()
+
+
+def test_photos_are_sent_upright(held: Any) -> None:
+    def sent(data: bytes, kind: str) -> bytes:
+        file = {"name": "photo", "mimeType": f"image/{kind.lower()}", "buffer": data}
+        held.locator("#files").set_input_files(file)
+        sync_api.expect(held.locator("#pictures img")).to_have_count(1)
+        [image, _] = begin(held, "what is it ?")["content"]
+        finish(held)
+        return base64.b64decode(image["image_url"]["url"].split(",")[1])
+
+    padding = bytes(4_000_000)  # behind the end of the image: a large file
+    for kind, orientation, more in (
+        *(("JPEG", orientation, b"") for orientation in range(2, 9)),
+        ("JPEG", 6, padding), ("PNG", 6, b""),
+    ):  # fmt: skip
+        data = turned(kind, orientation)
+        upright = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
+        got = Image.open(io.BytesIO(sent(data + more, kind)))
+        assert got.getexif().get(274, 1) == 1
+        assert got.size == upright.size
+        assert np.abs(np.asarray(got, float) - np.asarray(upright, float)).mean() < 8
+    for kind in ("JPEG", "PNG", "WEBP"):  # as it is, where nothing is to be turned
+        assert sent(turned(kind, 1), kind) == turned(kind, 1)
+
+
+def test_heat_maps_of_turned_photos(page: Any) -> None:
+    data, canvas = turned("JPEG", 6), page.locator("#heat-images canvas")
+    page.locator("#files").set_input_files(
+        {"name": "photo.jpg", "mimeType": "image/jpeg", "buffer": data}
+    )
+    sync_api.expect(page.locator("#pictures img")).to_have_count(1)
+    ask(page, QUESTION, 1)
+    page.get_by_role("button", name="Heat map").click()
+    sync_api.expect(canvas).to_be_visible()
+    assert canvas.evaluate("(canvas) => canvas.height === 2 * canvas.width")
+
+    # one kept before photos were sent upright: the server sees its pixels as they are stored
+    asked = {"role": "user", "text": QUESTION, "images": [data_url(data, "image/jpeg")]}
+    messages = [asked, {"role": "assistant", "text": "red .", "note": "2 tokens"}]
+    old = {"id": "old", "title": "old", "changed": 0, "settings": {}, "messages": messages}
+    page.evaluate("async (old) => (await import('/store.js')).keep(old)", old)
+    page.reload()
+    titles(page).filter(has_text="old").click()
+    page.get_by_role("button", name="Heat map").click()
+    sync_api.expect(canvas).to_be_visible()
+    assert canvas.evaluate("(canvas) => canvas.width === 2 * canvas.height")
+
+
+def test_right_to_left_text(held: Any) -> None:
+    for text, direction in (("مرحبا (test).", "rtl"), ("hello", "ltr")):
+        begin(held, text)
+        say(held, text)
+        sync_api.expect(held.locator(".message .text")).to_have_text([text, text])
+        for place in (held.locator(".message .text"), titles(held).first):
+            for found in place.all():
+                sync_api.expect(found).to_have_css("direction", direction)
+        held.locator("#ask").fill(text)
+        sync_api.expect(held.locator("#ask")).to_have_css("direction", direction)
+        held.get_by_role("button", name="New dialogue").click()
+
+
+def test_dropped_text_is_left_to_the_browser(page: Any) -> None:
+    taken = """([name, file]) => {
+      const data = new DataTransfer();
+      if (file) data.items.add(new File(["text"], "text.txt", { type: "text/plain" }));
+      else data.setData("text/plain", "words");
+      const given = { bubbles: true, cancelable: true, dataTransfer: data };
+      return !document.querySelector("#ask").dispatchEvent(new DragEvent(name, given));
+    }"""
+    for file in (False, True):
+        page.evaluate(taken, ["dragenter", file])
+        assert page.locator("#drop").is_visible() == file
+        for name in ("dragover", "drop"):
+            assert page.evaluate(taken, [name, file]) == file
+
+
+def test_parameters_are_taken_by_done_alone(held: Any) -> None:
+    field = held.get_by_label("Temperature")
+    for chosen, given, end, kept in (
+        ("9", None, "Escape", ""), ("0.5", 0.5, "Enter", "0.5"), ("9", 0.5, "Escape", "0.5")
+    ):  # fmt: skip
+        held.get_by_role("button", name="Parameters").click()
+        field.fill(chosen)
+        held.keyboard.press(end)
+        sync_api.expect(held.locator("#parameters")).to_be_hidden()
+        begin(held, "what is it ?")
+        assert held.evaluate("() => window.asked.temperature ?? null") == given
+        finish(held)
+        held.get_by_role("button", name="Parameters").click()
+        sync_api.expect(field).to_have_value(kept)
+        held.keyboard.press("Escape")
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

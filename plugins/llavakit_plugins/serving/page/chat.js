@@ -1,23 +1,27 @@
 // The page: dialogues, the composer, and what the model answers, shown as text and never as HTML.
 
-import { allDialogues, forget, keep } from "./store.js";
-import { answer, heatmap, theModel, toMessages } from "./service.js";
+import { allDialogues, dropPart, forget, keep, keepPart, newId, read, whenOthersChange } from "./store.js";
+import { NUMBERS, answer, dataUrl, heatmap, theModel, toMessages } from "./service.js";
 import { show as showHeat } from "./heat.js";
 
 const find = (selector) => document.querySelector(selector);
 const log = find("#log"), input = find("#ask"), status = find("#status");
 const parameters = find("#parameters"), nav = find("#dialogues");
-const LARGEST = 4_000_000, EDGE = 2048;  // bytes of an image that is sent as it is; else its edge
+const nothing = () => ({ text: "", images: [] });
 
 let model = null;
 let dialogue = fresh();
+let opening = 0;  // counts what was opened, so that the last wins
 let pictures = [];  // data URLs, to be sent with the next question
+let reading = null;  // while images are read: a promise of whether all could be
 let edited = null;  // which message is being edited
+let draft = nothing();  // what the composer held before
 let running = null;  // aborts the answer that comes
+let ended = Promise.resolve();  // fulfilled once that answer is kept
 
 function fresh() {
   const settings = JSON.parse(localStorage.getItem("settings") ?? "{}");
-  return { id: crypto.randomUUID?.() ?? String(Math.random()), title: "", changed: 0, settings, messages: [] };
+  return { id: newId(), title: "", changed: 0, settings, messages: [] };
 }
 
 function element(name, { text, ...attributes } = {}, ...children) {
@@ -32,6 +36,8 @@ function element(name, { text, ...attributes } = {}, ...children) {
 }
 
 // -- the conversation
+
+const textBox = (text = "") => element("div", { class: "text", dir: "auto", text });
 
 function render() {
   if (!dialogue.messages.length) {
@@ -51,7 +57,7 @@ function renderMessage(message, index) {
     const shown = message.images.map((src, n) => element("img", { src, alt: `Image ${n + 1}` }));
     whole.append(element("div", { class: "images" }, ...shown));
   }
-  if (message.text) whole.append(element("div", { class: "text", text: message.text }));
+  if (message.text) whole.append(textBox(message.text));
   if (message.wrong) whole.append(element("div", { class: "wrong", role: "alert", text: message.wrong }));
   const tools = element("div", { class: "tools" });
   const tool = (text, act) => tools.append(element("button", { type: "button", text, onclick: act }));
@@ -78,10 +84,18 @@ async function copy(text) {
 }
 
 async function submit() {
+  if (running) return;
+  const asked = dialogue, images = pictures;
+  let all = true;
+  while (reading) all = await reading;
   const text = input.value.trim();
-  if (running || !(text || pictures.length)) return;
+  if (!all || running || !(text || pictures.length)) return;
+  if (dialogue !== asked || pictures !== images) {
+    status.textContent = "Not sent, as another dialogue or question was opened meanwhile.";
+    return;
+  }
   if (edited !== null) dialogue.messages.length = edited;
-  dialogue.messages.push({ role: "user", text, images: pictures });
+  dialogue.messages.push({ role: "user", text, images });
   dialogue.title ||= text.slice(0, 60) || "An image";
   leaveEditing();
   await write();
@@ -93,23 +107,34 @@ async function regenerate() {
   await write();
 }
 
+const write = () => (ended = writeAnswer());
+
+function stop() {
+  running?.abort();
+  return ended;
+}
+
 // Asks for the answer to the dialogue's last question, and shows it as it comes.
-async function write() {
+async function writeAnswer() {
   const current = dialogue, asked = toMessages(current.settings.system, current.messages);
   const reply = { role: "assistant", text: "", images: [] };
   current.messages.push(reply);
   running = new AbortController();
   controls();
   render();
-  const whole = log.lastElementChild, text = element("div", { class: "text" });
+  const whole = log.lastElementChild, text = textBox();
   whole.append(text);
   whole.classList.add("writing");
   whole.setAttribute("aria-busy", "true");
   await save(current);
+  const { id } = current, keepShown = () => keepPart(id, reply.text);
+  const timer = setInterval(keepShown, 1000);
+  addEventListener("pagehide", keepShown);
   const begun = performance.now();
   let first = null;
   try {
-    const { finish, usage } = await answer(asked, sampling(current.settings), running.signal, (piece) => {
+    keepShown();  // in place of an earlier answer's
+    const { finish, usage } = await answer(asked, current.settings, running.signal, (piece) => {
       first ??= performance.now();
       const below = log.scrollHeight - log.scrollTop - log.clientHeight < 60;
       reply.text += piece;
@@ -126,8 +151,11 @@ async function write() {
     else reply.wrong = error.message;
     if (error.status === 401) openParameters("key");
   }
-  running = null;
+  clearInterval(timer);
+  removeEventListener("pagehide", keepShown);
   await save(current);
+  dropPart(id);
+  running = null;
   controls();
   if (dialogue === current) render();
 }
@@ -158,25 +186,27 @@ function grow() {
   input.style.height = `${input.scrollHeight}px`;
 }
 
-function edit(index) {
-  if (running) return;
-  const { text, images } = dialogue.messages[index];
+function compose({ text, images }, index = null) {
   edited = index;
   input.value = text;
-  pictures = [...(images ?? [])];
-  find("#editing").hidden = false;
+  pictures = images;
+  find("#editing").hidden = index === null;
   showPictures();
   grow();
+}
+
+function edit(index) {
+  if (running) return;
+  if (edited === null) draft = { text: input.value, images: pictures };
+  const { text, images } = dialogue.messages[index];
+  compose({ text, images: [...(images ?? [])] }, index);
   input.focus();
 }
 
+// Empties the composer; after an edit, gives back what it held before.
 function leaveEditing() {
-  edited = null;
-  pictures = [];
-  input.value = "";
-  find("#editing").hidden = true;
-  showPictures();
-  grow();
+  compose(draft);
+  draft = nothing();
 }
 
 function showPictures() {
@@ -188,48 +218,42 @@ function showPictures() {
     }))));
 }
 
-async function addFiles(files) {
-  for (const file of files) {
-    if (!file.type.startsWith("image/")) {
-      status.textContent = `${file.name} is no image.`;
-      continue;
-    }
-    try {
-      pictures.push(await dataUrl(file));
-      status.textContent = "";
-    } catch {
-      status.textContent = `${file.name || "The image"} cannot be read by this browser.`;
-    }
-  }
-  showPictures();
-  input.focus();
+function addFiles(files) {
+  const mine = readImages(files, pictures, reading);
+  reading = mine;
+  mine.then(() => { if (reading === mine) reading = null; });
 }
 
-async function dataUrl(file) {
-  const plain = ["image/png", "image/jpeg", "image/webp", "image/gif"].includes(file.type);
-  let blob = file;
-  const bitmap = await createImageBitmap(file);  // also shows whether it can be read
-  if (!plain || file.size > LARGEST) {
-    const scale = Math.min(1, EDGE / Math.max(bitmap.width, bitmap.height));
-    const canvas = new OffscreenCanvas(Math.round(bitmap.width * scale), Math.round(bitmap.height * scale));
-    canvas.getContext("2d").drawImage(bitmap, 0, 0, canvas.width, canvas.height);
-    blob = await canvas.convertToBlob({ type: "image/jpeg", quality: 0.92 });
+// Adds to `images`, which by the end another question may have replaced in the composer.
+async function readImages(files, images, earlier) {
+  const before = await earlier ?? true;  // one after another, so that they stay in order
+  const wrong = [];
+  status.textContent = "Reading the image…";
+  for (const file of files) {
+    try {
+      if (file.type.startsWith("image/")) images.push(await dataUrl(file));
+      else wrong.push(`${file.name} is no image.`);
+    } catch {
+      wrong.push(`${file.name || "The image"} cannot be read by this browser.`);
+    }
   }
-  bitmap.close();
-  return new Promise((resolve, reject) => {
-    const reader = new FileReader();
-    reader.onload = () => resolve(reader.result);
-    reader.onerror = () => reject(reader.error);
-    reader.readAsDataURL(blob);
-  });
+  status.textContent = wrong.join(" ");
+  showPictures();
+  input.focus();
+  return before && !wrong.length;
 }
 
 // -- dialogues
 
+const TOLD = {
+  copied: "Another tab went on with this dialogue: this one is now a copy.",
+  deleted: "This dialogue was deleted, and is no longer kept.",
+};
+
 async function save(which) {
-  which.changed = Date.now();
   try {
-    await keep(which);
+    const outcome = await keep(which);
+    if (outcome !== "kept") status.textContent = TOLD[outcome];
   } catch {
     status.textContent = "This browser cannot keep the dialogue: its storage is full or off.";
   }
@@ -241,28 +265,39 @@ async function list() {
   nav.querySelector("ul").replaceChildren(...known.map((each) => element("li", {
     class: each.id === dialogue.id ? "current" : "",
   },
-    element("button", { type: "button", text: each.title, onclick: () => open(each) }),
+    element("button", { type: "button", dir: "auto", text: each.title, onclick: () => open(each.id) }),
     element("button", {
       type: "button", class: "quiet", text: "×", "aria-label": `Delete ${each.title}`,
       onclick: () => remove(each),
     }))));
 }
 
-function open(which) {
-  running?.abort();
-  dialogue = which;
-  leaveEditing();
-  render();
-  list();
+// Stops the answer that comes, and shows the dialogue of this id, or a new one.
+async function open(id) {
+  const turn = ++opening;
+  if (id !== dialogue.id) {
+    let found;
+    do {
+      await stop();  // it may be the one that is opened
+      found = id ? await read(id) : fresh();
+    } while (running);  // a question was sent meanwhile
+    if (turn !== opening) return;
+    if (found) {
+      dialogue = found;
+      if (edited !== null) leaveEditing();
+      render();
+    } else status.textContent = "This dialogue was deleted.";
+    list();
+  }
   if (matchMedia("(max-width: 720px)").matches) toggleMenu(false);
   input.focus();
 }
 
 async function remove(which) {
   if (!confirm(`Delete "${which.title}"?`)) return;
+  if (which.id === dialogue.id) await open();
   await forget(which.id);
-  if (which.id === dialogue.id) open(fresh());
-  else await list();
+  await list();
 }
 
 function toggleMenu(shown = nav.hidden) {
@@ -272,24 +307,17 @@ function toggleMenu(shown = nav.hidden) {
 
 // -- parameters
 
-const NUMBERS = ["temperature", "top_p", "top_k", "max_tokens", "seed"];
-
-function sampling(settings) {
-  const chosen = {};
-  for (const name of NUMBERS) if (settings[name] !== undefined) chosen[name] = settings[name];
-  if (settings.stop) chosen.stop = settings.stop;
-  return chosen;
-}
-
 function openParameters(focus = "temperature") {
   const { elements } = parameters.querySelector("form");
   for (const name of [...NUMBERS, "system", "stop"]) elements[name].value = dialogue.settings[name] ?? "";
   elements.key.value = sessionStorage.getItem("key") ?? "";
+  parameters.returnValue = "";
   parameters.showModal();
   elements[focus].focus();
 }
 
 function takeParameters() {
+  if (parameters.returnValue !== "done") return;  // Escape
   const { elements } = parameters.querySelector("form");
   const settings = {};
   for (const name of NUMBERS) if (elements[name].value !== "") settings[name] = elements[name].valueAsNumber;
@@ -323,8 +351,8 @@ async function greet() {
 // -- what a person does
 
 find("#composer").addEventListener("submit", (event) => { event.preventDefault(); submit(); });
-find("#stop").addEventListener("click", () => running?.abort());
-find("#new").addEventListener("click", () => open(fresh()));
+find("#stop").addEventListener("click", stop);
+find("#new").addEventListener("click", () => open());
 find("#menu").addEventListener("click", () => toggleMenu());
 find("#theme").addEventListener("click", turnTheme);
 find("#options").addEventListener("click", () => openParameters());
@@ -337,8 +365,8 @@ input.addEventListener("keydown", (event) => {
   if (event.key === "Escape" && edited !== null) leaveEditing();
 });
 document.addEventListener("keydown", (event) => {
-  if (event.key === "Escape" && running && !document.querySelector("dialog[open]")) running.abort();
-  if (event.key.toLowerCase() === "o" && event.ctrlKey && event.shiftKey) { event.preventDefault(); open(fresh()); }
+  if (event.key === "Escape" && running && !document.querySelector("dialog[open]")) stop();
+  if (event.key.toLowerCase() === "o" && event.ctrlKey && event.shiftKey) { event.preventDefault(); open(); }
 });
 document.addEventListener("paste", (event) => {
   const files = [...(event.clipboardData?.files ?? [])];
@@ -346,14 +374,18 @@ document.addEventListener("paste", (event) => {
 });
 let over = 0;
 const dropping = (change) => { over = Math.max(0, over + change); find("#drop").hidden = !over; };
-document.addEventListener("dragenter", () => dropping(1));
-document.addEventListener("dragleave", () => dropping(-1));
-document.addEventListener("dragover", (event) => event.preventDefault());
-document.addEventListener("drop", (event) => {
+const onFiles = (name, act) => document.addEventListener(name, (event) => {
+  if (event.dataTransfer.types.includes("Files")) act(event);  // the browser itself drops text
+});
+onFiles("dragenter", () => dropping(1));
+onFiles("dragleave", () => dropping(-1));
+onFiles("dragover", (event) => event.preventDefault());
+onFiles("drop", (event) => {
   event.preventDefault();
   dropping(-over);
   addFiles([...event.dataTransfer.files]);
 });
+whenOthersChange(list);
 
 document.documentElement.dataset.theme = localStorage.getItem("theme") ?? "";
 render();

@@ -1,5 +1,7 @@
 // Draws where an answer looked: a heat map over each image, for the whole answer or one word.
 
+import { setUpright } from "./service.js";
+
 const STOPS = [[0, 0, 4], [87, 16, 110], [188, 55, 84], [249, 142, 9], [252, 255, 164]];
 
 function colour(heat) {
@@ -23,9 +25,9 @@ function picture(weights, grid) {
 }
 
 function draw(canvas, image, weights, grid, region) {
-  const scale = Math.min(3, Math.max(1, 360 / Math.max(image.naturalWidth, image.naturalHeight)));
-  canvas.width = Math.round(image.naturalWidth * scale);
-  canvas.height = Math.round(image.naturalHeight * scale);
+  const scale = Math.min(3, Math.max(1, 360 / Math.max(image.width, image.height)));
+  canvas.width = Math.round(image.width * scale);
+  canvas.height = Math.round(image.height * scale);
   const context = canvas.getContext("2d");
   context.filter = "grayscale(0.6)";
   context.drawImage(image, 0, 0, canvas.width, canvas.height);
@@ -35,11 +37,12 @@ function draw(canvas, image, weights, grid, region) {
   context.drawImage(picture(weights, grid), left, top, right - left, bottom - top);
 }
 
+// The image as it is stored: the server's regions are of the pixels before any EXIF orientation.
 async function loaded(url) {
-  const image = new Image();
-  image.src = url;
-  await image.decode();
-  return image;
+  const [, type, data] = url.match(/^data:([^;,]*);base64,(.*)$/);
+  const bytes = Uint8Array.from(atob(data), (letter) => letter.charCodeAt(0));
+  setUpright(bytes.buffer);  // as Chromium 150 ignores createImageBitmap's imageOrientation: "none"
+  return createImageBitmap(new Blob([bytes], { type }));
 }
 
 // Fills the dialog with what the server found; `urls` are the images, in order.
@@ -64,6 +67,7 @@ export async function show(dialog, found, urls) {
     for (const button of buttons) button.setAttribute("aria-pressed", button === chosen);
     images.forEach((image, n) => draw(canvases[n], image, maps[n], found.grid, found.regions[n]));
   }
+  buttons[0].dir = "ltr";  // so that the answer's words alone set the direction
   dialog.querySelector("#heat-words").replaceChildren(...buttons);
   choose(buttons[0], words[0].maps);
   dialog.showModal();
