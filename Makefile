@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 EXTRAS := datasets,demo,fsspec,gguf,images,onnx,openai,lora,mlflow,serve,tensorboard,video,wandb
+DEV_GROUPS := --group dev --group peers
 STAMP := $(VENV)/.installed
 
 .PHONY: demo test test-minimum gpu-wheels lint docs format clean
@@ -17,7 +18,7 @@ test: $(STAMP)
 test-minimum:
 	mkdir -p $(VENV)-minimum
 	$(PYTHON) tests/minimum.py > $(VENV)-minimum/constraints.txt
-	PIP_CONSTRAINT=$(abspath $(VENV)-minimum/constraints.txt) $(MAKE) test VENV=$(VENV)-minimum
+	PIP_CONSTRAINT=$(abspath $(VENV)-minimum/constraints.txt) $(MAKE) test VENV=$(VENV)-minimum DEV_GROUPS="--group dev"
 
 # What a machine with a GPU and no network lacks, in .wheels: see docs/benchmarks.md.
 gpu-wheels: $(STAMP)
@@ -45,7 +46,7 @@ format: $(STAMP)
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
-	$(BIN)/python -m pip install --quiet --editable ".[$(EXTRAS)]" --group dev
+	$(BIN)/python -m pip install --quiet --editable ".[$(EXTRAS)]" $(DEV_GROUPS)
 	$(BIN)/python -m compileall -q core kernels plugins  # as pip does with all else
 	touch $(STAMP)
 
