@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from llavakit import ReplyError
+from llavakit import ChatError, ReplyError
 
 
 class Fault(Exception):
@@ -44,6 +44,26 @@ class Refused(ReplyError):
     def __init__(self, message: str, complaint: Complaint) -> None:
         super().__init__(message, lasting=True)
         self.complaint = complaint
+
+
+class EndsJob(ReplyError):
+    """What is wrong with this request would be with every other: the key, the model or the credit.
+
+    A line of a batch that other lines contradict may pass all the same.
+    """
+
+    def __init__(self, message: str, status: int, complaint: Complaint) -> None:
+        super().__init__(message)
+        self.status, self.complaint = status, complaint
+
+
+class Absent(ChatError):
+    """The service does not know a path, or what an id names."""
+
+    def __init__(self, message: str, said: str) -> None:
+        super().__init__(message)
+        self.said = said
+        """The service's own words."""
 
 
 _SAYING = (

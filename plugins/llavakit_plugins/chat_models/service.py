@@ -224,7 +224,7 @@ class Service:
         complaint = read_complaint(error.body, f"no reason given, by {type(error).__name__}")
         verdict = self.judge(status, complaint)
         if verdict is None:
-            return await self._fatal(status, complaint)
+            return await self.fatal(status, complaint)
         if isinstance(verdict, Fault):
             pause = retry_after(error.response.headers)
             busy = status == 429 or pause is not None
@@ -269,7 +269,7 @@ class Service:
             _log.info("%s calls `%s` `%s`", self.where, blamed, other)
         return blamed != self.limit_field and blamed not in self.options.extra
 
-    async def _fatal(self, status: int, complaint: Complaint) -> ChatError:
+    async def fatal(self, status: int, complaint: Complaint) -> ChatError:
         """Return what ends the job: the key, the model or the address is wrong."""
         o = self.options
         said, where = self.clean(complaint.said), self.where
@@ -283,6 +283,11 @@ class Service:
                 "with --resume"
             )
         served = await self.served()
+        if o.model in served:
+            return ChatError(
+                f"{where} lists the model `{o.model}` but has no chat completions of it: {said}; "
+                "check `base_url` (most end in /v1)"
+            )
         hint = "check `model` and `base_url` (most end in /v1)"
         if served:
             hint = did_you_mean(o.model, served, f"it serves: {', '.join(sorted(served)[:20])}")

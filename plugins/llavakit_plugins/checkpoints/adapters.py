@@ -52,9 +52,11 @@ def find_base(folder: Path, given: Path | None, what: str, model: str = "languag
     if given is not None:
         return given
     named = peek_json(folder / ADAPTER).get("base_model_name_or_path")
-    if isinstance(named, str) and Path(named).is_dir():
-        return Path(named)
-    known = f" (it was `{named}`)" if isinstance(named, str) else ""
+    known = ""
+    if isinstance(named, str) and named:  # peft before 0.19 writes "" of a model without a name
+        if Path(named).is_dir():
+            return Path(named)
+        known = f" (it was `{named}`)"
     raise ModelError(
         f"{folder} holds a {what} alone; give the folder of the {model} it was trained with{known} "
         "as --base DIR"

@@ -19,7 +19,7 @@ from llavakit_plugins.media.addresses import embedded, is_embedded
 from llavakit_plugins.serving.batch import Prompt
 from llavakit_plugins.serving.errors import RequestError
 from llavakit_plugins.serving.limits import Limits
-from llavakit_plugins.serving.requests import ChatRequest, read_chat
+from llavakit_plugins.serving.requests import ChatRequest, check_messages, read_chat
 from llavakit_plugins.serving.scheduler import check_room
 from llavakit_plugins.serving.writing import Choice, Voice
 
@@ -98,6 +98,7 @@ class Preparer:
             add()
             return read_video(given, self._limits.video_pixels)
 
+        check_messages(messages)
         try:
             sample = read_messages(messages, where="messages", source=source, video=video)
             self.seen(sample)

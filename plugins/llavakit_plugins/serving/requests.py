@@ -31,6 +31,13 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
     "web_search_options": (None,),
 }
 
+_MESSAGE = {"role", "content", "name", "cache_control"}
+_PART = {"type", "cache_control"}
+_PICTURES = ("image", "image_url", "video", "video_url")
+_NAMED = {*_PICTURES, "url", "path", "base64"}  # each of these can name a part's picture
+# what clients fill in where they have nothing to say, such as `message.model_dump()`
+_NOTHING: tuple[Any, ...] = (None, "", [], {})
+
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Body = TypeVar("Body", bound=BaseModel)
 
@@ -38,7 +45,7 @@ Body = TypeVar("Body", bound=BaseModel)
 class StreamOptions(BaseModel):
     """How an answer is sent in pieces."""
 
-    model_config = ConfigDict(extra="ignore", strict=True)
+    model_config = ConfigDict(extra="allow", strict=True)
     include_usage: bool = False
 
 
@@ -120,12 +127,7 @@ def read_chat(body: bytes, limits: Limits) -> ChatRequest:
                 code="unsupported_parameter",
             )
         if name not in _PLAIN and name not in _IGNORED:
-            raise RequestError(
-                400,
-                f"Unrecognized request argument supplied: {name:.100}",
-                param=f"{name:.100}",
-                code="unknown_parameter",
-            )
+            raise _unknown(name)
     if (request.n or 1) > limits.choices:
         raise RequestError(400, f"`n` is at most {limits.choices} here", param="n")
     if request.top_logprobs is not None and not request.logprobs:
@@ -134,7 +136,54 @@ def read_chat(body: bytes, limits: Limits) -> ChatRequest:
         raise RequestError(
             400, "`stream_options` is only for `stream: true`", param="stream_options"
         )
+    if request.stream_options is not None:
+        more = request.stream_options.model_extra or {}
+        _check_fields(more, {"include_obfuscation"}, "stream_options")
     return request
+
+
+def check_messages(messages: list[Any]) -> None:
+    """Raise RequestError for a field of a message that the server does not know.
+
+    What is no message or part at all, the reader of messages refuses.
+    """
+    for number, message in enumerate(messages):
+        if not isinstance(message, dict):
+            continue
+        where, content = f"messages[{number}]", message.get("content")
+        _check_fields(message, _MESSAGE, where)
+        for place, part in enumerate(content if isinstance(content, list) else ()):
+            if isinstance(part, dict):
+                _check_part(part, f"{where}.content[{place}]")
+
+
+def _check_part(part: dict[str, Any], where: str) -> None:
+    kind = part.get("type")
+    if kind == "text":
+        _check_fields(part, {*_PART, "text"}, where)
+    elif kind in _PICTURES:
+        # a second picture in one part would not be looked at
+        named = [name for name in part if name in _NAMED and part[name] is not None][:1]
+        _check_fields(part, {*_PART, *named}, where)
+        for name in named:
+            if isinstance(part[name], dict):
+                _check_fields(part[name], {"url", "detail"}, f"{where}.{name}")
+
+
+def _check_fields(table: dict[str, Any], known: set[str], where: str) -> None:
+    """Raise RequestError for a field that is not known and says something."""
+    for name, value in table.items():
+        if name not in known and value not in _NOTHING:
+            raise _unknown(f"{where}.{name}")
+
+
+def _unknown(name: str) -> RequestError:
+    return RequestError(
+        400,
+        f"Unrecognized request argument supplied: {name:.100}",
+        param=f"{name:.100}",
+        code="unknown_parameter",
+    )
 
 
 def read_body(kind: type[Body], body: bytes) -> Body:

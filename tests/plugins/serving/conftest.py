@@ -10,8 +10,8 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -41,12 +41,14 @@ class Running:
     port: int
     server: Server
     model: Any
+    clients: ExitStack = field(default_factory=ExitStack)
 
     def client(self, **options: Any) -> Any:
         openai = pytest.importorskip("openai")
-        return openai.OpenAI(
+        client = openai.OpenAI(
             base_url=f"{self.url}/v1", **{"api_key": "none", "max_retries": 0, **options}
         )
+        return self.clients.enter_context(client)
 
     def connect(self, timeout: float = 20) -> socket.socket:
         return socket.create_connection(("127.0.0.1", self.port), timeout)
@@ -110,7 +112,9 @@ def serving(
     thread.start()
     try:
         assert ready.wait(20)
-        yield Running(f"http://127.0.0.1:{port}", port, server, model)
+        running = Running(f"http://127.0.0.1:{port}", port, server, model)
+        with running.clients:
+            yield running
     finally:
         server.stop()
         thread.join(30)

@@ -208,6 +208,86 @@ def test_errors_are_openais(running: Running) -> None:
     assert running.send("/v1/chat/completions")[0] == 405
 
 
+def part(kind: str = "text", **fields: Any) -> dict[str, Any]:
+    return {"type": kind, **({"text": QUESTION} if kind == "text" else {}), **fields}
+
+
+def shows(**fields: Any) -> dict[str, Any]:
+    return part("image_url", **{"image_url": PIXELS, **fields})
+
+
+def says(*parts: dict[str, Any], **fields: Any) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": list(parts) or QUESTION, **fields}]
+
+
+PIXELS = {"url": data_url(picture(1))}
+CALL = {"id": "x", "type": "function", "function": {"name": "x", "arguments": "{}"}}
+CALLED = [*says(), {"role": "assistant", "content": "it is red .", "tool_calls": [CALL]}, *says()]
+
+
+@pytest.mark.parametrize(
+    ("messages", "field"),
+    [
+        (says(foo=1), "[0].foo"),
+        (says(foo=False), "[0].foo"),
+        (CALLED, "[1].tool_calls"),
+        (says(part(foo=1)), "[0].content[0].foo"),
+        (says(part(image_url=PIXELS)), "[0].content[0].image_url"),
+        (says(part(), shows(text="?")), "[0].content[1].text"),
+        (says(shows(url=PIXELS["url"])), "[0].content[0].url"),
+        (says(shows(image_url={**PIXELS, "crop": [0, 1]})), "[0].content[0].image_url.crop"),
+        (says(part("video_url", video_url={"fps": 2})), "[0].content[0].video_url.fps"),
+    ],
+)
+def test_a_field_that_is_not_known_is_refused_wherever_it_stands(
+    running: Running, messages: list[dict[str, Any]], field: str
+) -> None:
+    for path, more in (
+        ("/v1/chat/completions", {"max_tokens": 2}),
+        ("/v1/heatmaps", {"answer": "it is red ."}),
+    ):
+        status, _, data = running.send(path, {"messages": messages, **more})
+        error = json.loads(data)["error"]
+        assert (status, error["param"]) == (400, f"messages{field}"), error
+        assert error["message"] == f"Unrecognized request argument supplied: messages{field}"
+        assert error["code"] == "unknown_parameter"
+
+
+@pytest.mark.parametrize("options", [{"include_usge": True}, {"continuous_usage_stats": True}])
+def test_options_of_a_stream_are_known_or_refused(
+    running: Running, options: dict[str, Any]
+) -> None:
+    asked = {"messages": says(), "max_tokens": 2, "stream": True}
+    status, body = running.chat(**asked, stream_options=options)
+    assert (status, body["error"]["param"]) == (400, f"stream_options.{next(iter(options))}")
+    known = {"include_usage": True, "include_obfuscation": False, "other": None}
+    status, _, data = running.send("/v1/chat/completions", {**asked, "stream_options": known})
+    assert status == 200
+    assert b'"usage":{"prompt_tokens"' in data
+
+
+def test_what_clients_send_unasked_changes_no_answer(running: Running) -> None:
+    question, image = asks(QUESTION), asks(QUESTION, picture(2))
+    shown, text = image[0]["content"]
+    client = running.client()
+
+    def answer(*messages: Any) -> Any:
+        found = client.chat.completions.create(model="small", max_tokens=12, messages=messages)
+        return found.choices[0].message
+
+    first = answer(*image)
+    plain = {"role": "assistant", "content": first.content}
+    truth = answer(*image, plain, *question).content
+    shown = {**shown, "image_url": {**shown["image_url"], "detail": "high"}, "text": None}
+    cache = {"cache_control": {"type": "ephemeral"}}
+    asked = {"role": "user", "content": [shown, {**text, **cache}], "name": "ann", "tool_calls": []}
+    names = ("refusal", "tool_calls", "audio", "function_call")
+    filled = {**plain, **dict.fromkeys(names), "annotations": []}
+    for replied in (first.model_dump(), filled):
+        assert answer(asked, replied, {**question[0], **cache}).content == truth
+    client.close()
+
+
 def test_our_own_chat_model_asks_the_server(running: Running) -> None:
     from llavakit import ChatModel, Message, Use
 
