@@ -79,14 +79,14 @@ def prepare(folder: Path, record: Record, *, resume: bool) -> bool:
             return True
         aside = set_aside(folder)
         say(f"{folder.name}: starts over; the interrupted attempt is in {aside} (--resume goes on)")
-    elif folder.exists():
+    elif folder.exists() and any(folder.iterdir()):
         aside = set_aside(folder)
         what = f" ({and_more(record_changes(begun['record'], record))})" if begun else ""
         same = begun and {**begun["record"], "files": {}} == {**record, "files": {}}
         whose = "its data" if same else "the recipe"
         say(f"{folder.name}: {whose} changed{what}, so it is done again; the old one is in {aside}")
     with explain_write(folder):
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / _BEGUN, json.dumps({"record": record}))
     return False
 

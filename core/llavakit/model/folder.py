@@ -122,9 +122,9 @@ def _described(use: Use[Any], registry: Registry, *, inner: bool = False) -> dic
     return table
 
 
-def save_model(model: LlavaModel, folder: Path) -> None:
+def save_model(model: LlavaModel, folder: str | Path) -> None:
     """Write a model folder, whole or not at all."""
-    with new_folder(folder) as partial:
+    with new_folder(Path(folder)) as partial:
         for name in PARTS:
             inner = _part_folder(partial, name)
             inner.mkdir(exist_ok=True)

@@ -34,8 +34,8 @@ _STATED = re.compile(  # `token = "..."` in a recipe, `key=...` behind --set, `"
     r"(\"(?:[^\"\\]|\\.)*\"|'[^']*'|(?!\[hidden\])[^\s\"',;}\])]+)",
     re.IGNORECASE,
 )
-_URL = re.compile(r"[a-z][a-z0-9+.-]{0,30}://[^\s\"'`<>]+", re.IGNORECASE)
-_USER = re.compile(r"(?<=://)(?:[^/?#@]*@)+|(?<=://)[^/?#@:]*:(?!\d+(?:[/?#]|$))[^@]*@")
+_URL = re.compile(r"[a-z][a-z0-9+.-]{1,30}:/[^\s\"'`<>]+", re.IGNORECASE)  # one slash: in a Path
+_USER = re.compile(r"(?<=:/)(/?)(?:(?:[^/?#@]*@)+|[^/?#@:]*:(?!\d+(?:[/?#]|$))[^@]*@)")
 _IN_PATH = re.compile(
     rf"(?<=/)(?:{_KEY}|(?=\w*\d)(?=\w*[a-z])[a-z0-9]{{20,}})(?=[/?#]|$)", re.IGNORECASE
 )
@@ -82,7 +82,7 @@ def _hide_stated(found: re.Match[str]) -> str:
 
 
 def _plain_url(url: str) -> str:
-    url, mark, fragment = _USER.sub(f"{HIDDEN}@", url).partition("#")
+    url, mark, fragment = _USER.sub(rf"\1{HIDDEN}@", url).partition("#")
     url = _QUERY.sub(rf"\1{HIDDEN}", _IN_PATH.sub(HIDDEN, url))
     return f"{url}#{HIDDEN}" if mark and fragment else url + mark
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from llavakit import LanguageModel, ModelError
 from llavakit_plugins.huggingface.hub import quietly
@@ -29,19 +29,26 @@ def is_of_transformers(folder: Path) -> bool:
 
     The original adds to the language model alone, and names its layers so.
     """
-    mapping = peek_json(folder / ADAPTER).get("auto_mapping")
+    table = peek_json(folder / ADAPTER)
+    mapping, base = table.get("auto_mapping"), table.get("base_model_name_or_path")
     if isinstance(mapping, dict) and str(mapping.get("base_model_class")).endswith(_CLASS):
+        return True
+    if isinstance(base, str) and base and "vision_config" in peek_json(Path(base) / "config.json"):
         return True
     path = _file_in(folder) if (folder / ADAPTER).is_file() else None
     try:
         keys = () if path is None else Weights.of_file(path)  # no tensor is read for them
     except ModelError:  # said where it is read
         return False
-    return any(_PARTS.search(key) for key in keys)
+    # the original's never add to the head; of transformers' LLaVA, one may add to nothing else
+    plain = [_plain(key) for key in keys]
+    return any(map(_PARTS.search, keys)) or (
+        bool(plain) and all(key.startswith(".lm_head.") for key in plain)
+    )
 
 
 _CLASS = "ForConditionalGeneration"
-_PARTS = re.compile(r"\.(language_model|multi_modal_projector)\.")
+_PARTS = re.compile(r"\.(language_model|multi_modal_projector|vision_tower)\.")
 
 
 def find_base(folder: Path, given: Path | None, what: str, model: str = "language model") -> Path:
@@ -61,6 +68,16 @@ def find_base(folder: Path, given: Path | None, what: str, model: str = "languag
         f"{folder} holds a {what} alone; give the folder of the {model} it was trained with{known} "
         "as --base DIR"
     )
+
+
+def require_lora(folder: Path) -> dict[str, Any]:
+    """Return an adapter's configuration. Raises ModelError for another kind than LoRA."""
+    table = read_json(folder / ADAPTER)
+    if table.get("peft_type") != "LORA":
+        raise ModelError(
+            f"{folder}: the adapter is of type {table.get('peft_type')!r}; LORA can be read"
+        )
+    return table
 
 
 def merge_adapter(language: LanguageModel, folder: Path, *, shapes: bool = False) -> None:
@@ -83,11 +100,19 @@ def merged_state(network: Any, folder: Path) -> Mapping[str, Tensor]:
 
     On the meta device the two are compared alone. Raises ModelError as `merge_adapter` does.
     """
+    path = _file_in(folder)
+    keys = {} if path is None else Weights.of_file(path)  # no tensor is read for its shape
+    rows = {keys[key].shape[0] for key in keys if _TABLE.search(key)}
+    if len(rows) == 1 and rows != {len(network.get_input_embeddings().weight)}:
+        network.resize_token_embeddings(*rows, mean_resizing=False)  # trained with new tokens
     merged = _merged(network, folder, shapes=next(network.parameters()).is_meta)
     state: dict[str, Tensor] = merged.state_dict()
     if merged.lm_head.weight is merged.get_input_embeddings().weight:
         del state["lm_head.weight"]
     return state
+
+
+_TABLE = re.compile(r"(^|\.)(embed_tokens|lm_head)(\.base_layer)?\.weight$")
 
 
 def _merged(model: Any, folder: Path, *, shapes: bool) -> Any:
@@ -101,11 +126,7 @@ def _merged(model: Any, folder: Path, *, shapes: bool) -> Any:
     path = _file_in(folder)
     if path is None:
         raise ModelError(f"{folder} lacks {_FILES[0]}; copy the whole adapter")
-    table = read_json(folder / ADAPTER)
-    if table.get("peft_type") != "LORA":
-        raise ModelError(
-            f"{folder}: the adapter is of type {table.get('peft_type')!r}; LORA can be read"
-        )
+    table = require_lora(folder)
     library: Any = peft
     # a key may have the adapter's name in it, which peft leaves out when it saves
     state = {
@@ -114,14 +135,12 @@ def _merged(model: Any, folder: Path, *, shapes: bool) -> Any:
     }
     try:
         with quietly(report=False), warnings.catch_warnings():
-            # peft 0.21 reads a property that transformers 5.23 has renamed
-            warnings.simplefilter("ignore", FutureWarning)
-            warnings.filterwarnings("ignore", "for .*: copying from a non-meta parameter")
-            warnings.filterwarnings("ignore", "`lora_bias=True` was passed")  # an error below
+            warnings.simplefilter("ignore")  # what is wrong is an error below
             known = library.LoraConfig.from_peft_type(**table)
             # the adapter is merged and not trained, so that it needs no gradients
             known.inference_mode = True
             tuned = library.PeftModel(model, known)
+            _untie(tuned)
             own, all_of_them = (
                 library.get_peft_model_state_dict(tuned, save_embedding_layers=also)
                 for also in (False, True)  # the base's, which peft may save, too
@@ -132,7 +151,7 @@ def _merged(model: Any, folder: Path, *, shapes: bool) -> Any:
             what = "lacks" if wrong else "has"
             if not wrong:
                 wrong = library.set_peft_model_state_dict(tuned, state).unexpected_keys
-    except (ValueError, TypeError, KeyError, RuntimeError, AttributeError) as error:
+    except (ValueError, TypeError, LookupError, RuntimeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ModelError(
             f"the adapter in {folder} does not fit its base model ({reason}); is --base the "
@@ -151,12 +170,23 @@ def _merged(model: Any, folder: Path, *, shapes: bool) -> Any:
                 "model has no place; train it without"
             )
     try:
-        return tuned.unload() if shapes else tuned.merge_and_unload()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return tuned.unload() if shapes else tuned.merge_and_unload()
     except (ValueError, TypeError, RuntimeError, NotImplementedError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ModelError(
             f"peft cannot merge the adapter in {folder} into its base model ({reason})"
         ) from error
+
+
+def _untie(tuned: Any) -> None:
+    """Give the head weights of its own where it shares the embedding's and either has an adapter:
+    what is added to one of them is not added to the other."""
+    head, table = tuned.get_output_embeddings(), tuned.get_input_embeddings()
+    bases = [getattr(layer, "base_layer", layer) for layer in (head, table)]
+    if bases != [head, table] and bases[0].weight is bases[1].weight:
+        bases[0].weight = nn.Parameter(bases[0].weight.detach().clone())
 
 
 def _plain(name: str) -> str:

@@ -32,10 +32,13 @@ from llavakit_plugins.huggingface.json_files import (
     refuse_devices,
     shown,
 )
+from llavakit_plugins.huggingface.vocabulary import fit_tokenizer
 from llavakit_plugins.huggingface.weights import Weights
 from llavakit_plugins.vision.pixels import Pixels, read_pixels, usual_pixels
 
 _log = logging.getLogger("llavakit")
+States = dict[str, dict[str, torch.Tensor]]
+"""The tensors of each part, by the names that the part itself has for them."""
 
 _PREFIXES = (
     # the names of version 4.36 to 4.51, which 5 writes again; those of 4.52 on; the rest of both
@@ -47,6 +50,9 @@ _PREFIXES = (
     (r"^(?:model\.)?multi_modal_projector\.", "projector", ""),
     (r"^(?:model\.)?image_newline$", "newline", "image_newline"),
 )
+
+
+_TABLE = "model.embed_tokens.weight"
 
 
 def is_hf(folder: Path) -> bool:
@@ -102,8 +108,10 @@ def read_hf(
     if config.get("tie_word_embeddings") and "lm_head.weight" not in states["language"]:
         text_table["tie_word_embeddings"] = True
     if adapter is not None:
-        merged = merged_state(_network(folder, family, dtype, shapes=shapes), adapter)
-        states = states if shapes else _sort(merged, folder)
+        network = _network(folder, family, dtype, shapes=shapes)
+        states = _taken(states, _sort(merged_state(network, adapter), folder), shapes=shapes)
+        if _TABLE in states["language"]:
+            text_table["vocab_size"] = len(states["language"][_TABLE])
     vision_use, vision = make_vision(
         vision_table,
         states["vision"],
@@ -132,6 +140,7 @@ def read_hf(
     # training may have changed the chat template, too, and trl saves it beside the adapter
     source = adapter if adapter is not None and has_tokenizer(adapter) else folder
     tokenizer = read_tokenizer(source, str(text_table["model_type"]))
+    fit_tokenizer(tokenizer, language.head.out_features, source)
     set_tokenizer(language, tokenizer, folder)
     return Parts(
         vision,
@@ -180,10 +189,22 @@ def _network(folder: Path, family: Family, dtype: torch.dtype | None, *, shapes:
     return found
 
 
-def _sort(weights: Mapping[str, torch.Tensor], home: Path) -> dict[str, dict[str, torch.Tensor]]:
+def _taken(base: States, merged: States, *, shapes: bool) -> States:
+    """Return the tensors with an adapter; for shapes alone the base's, but for tables that grew."""
+    if not shapes:
+        return merged
+    grown = {
+        name: torch.zeros((), dtype=value.dtype).expand(value.shape)  # as large as one number
+        for name, value in merged["language"].items()
+        if value.shape != base["language"].get(name, value).shape
+    }
+    return {**base, "language": base["language"] | grown}
+
+
+def _sort(weights: Mapping[str, torch.Tensor], home: Path) -> States:
     """Return the tensors of each part, by the names that the part itself has for them."""
     parts = ("language", "vision", "projector", "newline")
-    states: dict[str, dict[str, torch.Tensor]] = {part: {} for part in parts}
+    states: States = {part: {} for part in parts}
     for name in weights:
         for pattern, part, prefix in _PREFIXES:
             match = re.match(pattern, name)

@@ -25,6 +25,7 @@ from llavakit_plugins.checkpoints.adapters import (
     find_base,
     is_of_transformers,
     merge_adapter,
+    require_lora,
 )
 from llavakit_plugins.checkpoints.original_delta import add_base, is_delta
 from llavakit_plugins.checkpoints.original_text import (
@@ -148,6 +149,8 @@ def read_original(
 
 def _config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
+    if (folder / ADAPTER).is_file():
+        require_lora(folder)
     if not path.is_file():
         raise ModelError(
             f"{folder} holds no config.json: the original writes it at the end of training, and "

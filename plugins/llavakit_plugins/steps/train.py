@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llavakit import (
+    DataError,
     ModelError,
     Outcome,
     PromptTemplate,
@@ -18,6 +19,7 @@ from llavakit import (
     Step,
     Turn,
     Views,
+    and_more,
     link_folder,
 )
 from llavakit.contracts.data import IMAGE
@@ -87,6 +89,12 @@ class TrainStep(Step):
             run, data, model, as_read, options.max_length, unlearned=options.unlearned,
             together=together, workers=options.workers,
         )  # fmt: skip
+        if "language" not in options.train and not len(corpus.images.identities):
+            parts = and_more(options.train, spell="`{}`".format)
+            raise DataError(
+                f"`train` names {parts} alone, which learn from images, and the data has none; let "
+                "`language` learn, or choose data with images"
+            )
         if corpus.skipped:
             notes.append(f"Nothing is learned from {corpus.name_skipped()}: they are left out.")
         for note in notes:

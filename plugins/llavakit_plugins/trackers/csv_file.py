@@ -28,9 +28,11 @@ class CsvFile(SeriesTracker):
 
     def start(self, start: Start) -> None:
         self._path = start.folder / "metrics.csv"
-        with explain_write(self._path):
-            new = not self._path.exists() or not self._path.stat().st_size
-        if new:
+        with explain_write(self._path), self._path.open("a+b") as file:
+            file.seek(0)
+            whole = sum(len(line) for line in file if line.endswith(b"\n"))
+            file.truncate(whole)  # without half a line, which a kill or a full disk leaves
+        if not whole:
             self._write([_COLUMNS])
 
     def numbers(self, step: str, at: int, numbers: Mapping[str, float]) -> None:

@@ -240,7 +240,8 @@ class Trainer:
                     with self._autocast():
                         loss, figures = self.measure(packed, features)
                         loss = loss / weight * float(micro.counts)
-                    loss.backward()
+                    if loss.requires_grad:  # not of a text alone, where nothing learns from it
+                        loss.backward()
                     sums[0] += loss.detach()
                     sums[1:] += figures / weight * float(micro.counts)
                     if micro.counts:
@@ -296,8 +297,7 @@ class Trainer:
             for packed, features in self.features.load(self.corpus.groups(batch.all_samples)):
                 if not torch.isfinite(self.measure(packed, features)[0]):
                     bad.append(packed.samples[0])
-        named = bad or batch.all_samples
-        names = and_more(named, _NAMED, lambda sample: f"`{self.corpus.name(sample)}`")
+        names = and_more(bad or batch.all_samples, _NAMED, lambda one: f"`{self.corpus.name(one)}`")
         return (
             f"{what}; samples: {names}. Lower the learning rate, or look at these samples; "
             "--resume goes on from the last checkpoint"

@@ -104,6 +104,8 @@ class Updates:
         norm = nn.utils.clip_grad_norm_(list(self.named.values()), self.clip)
         if isinstance(norm, DTensor):  # of sharded parameters: the norm is summed over the devices
             norm = norm.full_tensor()
+        if loss is not None:
+            norm = norm.to(loss.device)  # without any gradient, it is on the CPU
         finite = torch.isfinite(norm) if loss is None else torch.isfinite(norm + loss)
         stopped = (~finite).float()
         if self._stopped is not None:

@@ -104,6 +104,18 @@ def test_a_changed_recipe_goes_on_from_the_first_changed_step(
     assert (run / "superseded" / "02-finetune.2").is_dir()
 
 
+def test_a_folder_that_was_only_just_made_is_taken(
+    write_recipe: RecipeWriter, llava_run: Command, tmp_path: Path
+) -> None:
+    """As a kill or a full disk leaves it, before it is noted what the step was made of."""
+    run = tmp_path / "run"
+    (run / "01-pretrain").mkdir(parents=True)
+    code, _, err = llava_run(write_recipe(), "--out", run, "--set", "steps.2.skip=true")
+    assert code == 0, err
+    assert "changed" not in err
+    assert not (run / "superseded").exists()
+
+
 def test_what_does_not_change_a_step_does_not_redo_it(
     done: tuple[Path, Path], llava_run: Command
 ) -> None:

@@ -205,7 +205,7 @@ def test_a_failed_save_leaves_the_old_folder(
 
     monkeypatch.setattr(model.connector, "save", fail)
     with pytest.raises(llavakit.LlavaError, match="No space left on device"):
-        save_model(model, folder)
+        save_model(model, str(folder))
     assert {
         f: f.read_bytes() for f in folder.parent.rglob("*") if f.is_file() and f in before
     } == before

@@ -47,7 +47,7 @@ def _no_other_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
         "eyJhbGciOiJI.eyJzdWIiOiIx.c2lnbmF0dXJl", "2Jsk-proj-abcdefgh0123456789",
         "\x1b[2Jsk-live-abcdefgh0123", "\x1b[Hsk-live-abcdefgh0123", r"\nhf_abcdefghijklmnopqrst",
         r"\u001b[2Jsk-live-abcdefgh0123", "%0Ask-live-abcdefgh0123", "Xsk-proj-abcdefgh0123456789",
-        "my_gsk_abcdefghij0123456789",
+        "my_gsk_abcdefghij0123456789", f"https:/me:{SECRET}@host/m", f"s3:/{SECRET}@bucket/m",
     ],
 )  # fmt: skip
 def test_a_secret_is_not_shown(text: str) -> None:
@@ -69,7 +69,8 @@ def test_a_secret_is_not_shown(text: str) -> None:
         "ask-me-anything-2024", "task-2024-evaluation-of-models-7b", "asterisk-2024-11-27-1234567",
         "risk-llava15finetuning", "layer8_attention_output_weight", "monkey-island-2-special",
         "disk-12345678-1234-1234-1234-123456789abc", "task-0123456789abcdef0123456789abcdef",
-        "keyJoiners.transform.x1", "a task-123456789012345678",
+        "keyJoiners.transform.x1", "a task-123456789012345678", "http:/localhost:8000/a@b",
+        "file:/tmp/a@b/c", "C:/Users/a1b2c3d4e5f6a7b8c9d0e1f2/x",
     ],
 )  # fmt: skip
 def test_what_is_no_secret_is_shown_as_it_is(text: str) -> None:

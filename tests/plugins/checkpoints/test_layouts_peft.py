@@ -28,6 +28,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "grids": ((1, 1), (1, 2)), "family": "Onevision", "vision": "siglip", "language": "qwen2"
     },
 }  # fmt: skip
+TIED: dict[str, dict[str, Any]] = {"vision": "siglip", "language": "qwen2"}  # type: ignore[dict-item]
 ADAPTERS: dict[str, dict[str, Any]] = {
     "language": {"target_modules": r".*language_model.*\.(q_proj|down_proj)"},
     "everywhere": {"target_modules": "all-linear", "use_rslora": True},
@@ -89,6 +90,80 @@ def test_adapters_are_merged(tmp_path: Path, family: str, adapter: str) -> None:
     save_model(ours, tmp_path / "ours")  # to train on, say
     again = load_model(tmp_path / "ours", Registry.installed(), device=torch.device("cpu"))
     same_logits(made, again.eval())
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"target_modules": ["lm_head", "q_proj"]},
+        {"target_modules": ["embed_tokens", "q_proj"]},
+        {"target_modules": ["embed_tokens", "q_proj"], "ensure_weight_tying": True},
+        {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]},
+    ],
+    ids=["head", "table", "both", "saved"],
+)
+def test_a_head_that_is_the_embedding_takes_no_others_part(
+    tmp_path: Path, config: dict[str, Any], recwarn: pytest.WarningsRecorder
+) -> None:
+    made = make(tmp_path, config, **TIED)
+    recwarn.clear()
+    ours = llavakit.load(made.adapter, base=made.base, device="cpu")
+    assert not recwarn.list
+    same_logits(made, ours)
+    assert sketch_any(made.adapter, Registry.installed(), base=made.base) is not None
+    save_model(ours, tmp_path / "ours")
+    again = load_model(tmp_path / "ours", Registry.installed(), device=torch.device("cpu"))
+    same_logits(made, again.eval())
+
+
+@pytest.mark.parametrize("family", [{}, TIED], ids=["apart", "tied"])
+@pytest.mark.parametrize("lora", [False, True])
+def test_new_tokens_that_were_trained(tmp_path: Path, family: dict[str, Any], lora: bool) -> None:
+    """The usual way: the tokenizer and the tables grow, and the adapter holds them whole."""
+    from peft import LoraConfig, get_peft_model
+
+    network = make_hf(tmp_path / "base", **family)
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(["<image>"], special_tokens=True)
+    tokenizer.add_tokens([f"new{number}" for number in range(60)])
+    network.resize_token_embeddings(len(tokenizer))
+    tables = ["embed_tokens", "lm_head"]
+    config = (
+        LoraConfig(target_modules=["q_proj", *tables])
+        if lora
+        else LoraConfig(target_modules=["q_proj"], modules_to_save=tables)
+    )
+    tuned: Any = get_peft_model(network, config)
+    with torch.no_grad():
+        for parameter in tuned.parameters():
+            if parameter.requires_grad:
+                parameter += 0.05 * torch.randn_like(parameter)
+    tuned.save_pretrained(str(tmp_path / "adapter"))
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    made = Made(tmp_path / "base", tmp_path / "adapter", tuned.eval())
+    ours = llavakit.load(made.adapter, base=made.base, device="cpu")
+    assert ours.language.head.out_features == len(tokenizer) > 64
+    same_logits(made, ours)
+    sketched = sketch_any(made.adapter, Registry.installed(), base=made.base)
+    assert sketched is not None
+    assert sketched.language.head.out_features == len(tokenizer)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"target_modules": r".*vision_tower.*q_proj", "task_type": "CAUSAL_LM"},
+        {"target_modules": ["lm_head"], "task_type": "CAUSAL_LM"},
+    ],
+    ids=["vision", "head"],
+)
+def test_what_an_adapter_belongs_to_is_seen_by_its_layers(
+    tmp_path: Path, config: dict[str, Any]
+) -> None:
+    made = make(tmp_path, config)
+    path = made.adapter / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "auto_mapping": None}))
+    same_logits(made, llavakit.load(made.adapter, base=made.base, device="cpu"))
 
 
 def before_4_52(name: str) -> str:
@@ -182,7 +257,15 @@ def test_what_is_wrong_is_said(tmp_path: Path) -> None:
         gone = next(name for name in state if part in name)
         save_file({k: v for k, v in state.items() if k != gone}, path)
         refused(f"lacks .*{part}.*, unlike its adapter_config.json")
-    path.write_bytes(path.read_bytes()[:100])
+    save_file({"prompt_embeddings": torch.zeros(2, 48)}, path)
+    settings = made.adapter / "adapter_config.json"
+    before = settings.read_text()
+    settings.write_text(json.dumps({"peft_type": "PROMPT_TUNING", "task_type": "CAUSAL_LM"}))
+    refused("the adapter is of type 'PROMPT_TUNING'; LORA can be read")
+    settings.write_text(json.dumps({**json.loads(before), "trainable_token_indices": [5000]}))
+    refused("does not fit its base model")
+    settings.write_text(before)
+    path.write_bytes(path.read_bytes()[:50])
     refused("damaged or cut short")
     path.unlink()
     refused("lacks adapter_model.safetensors; copy the whole adapter")

@@ -23,7 +23,7 @@ from llavakit.cli import main
 from llavakit.testing import TrackerContract
 from llavakit_plugins.trackers.csv_file import CsvFile
 from llavakit_plugins.trackers.mlflow import MLflow
-from llavakit_plugins.trackers.series import TrackerOptions
+from llavakit_plugins.trackers.series import Start, TrackerOptions
 from llavakit_plugins.trackers.tensorboard import TensorBoard
 from llavakit_plugins.trackers.trackio import Trackio
 from llavakit_plugins.trackers.wandb import WandB
@@ -236,6 +236,16 @@ class TestCsv(TrackerContract):
 
     def recorded(self, tracker: Tracker, folder: Path) -> str:
         return (folder / "metrics.csv").read_text()
+
+
+def test_a_half_line_of_csv_is_not_gone_on_from(tmp_path: Path) -> None:
+    whole = "step,at,name,value\n01-finetune,1,loss,2.5\n"
+    (tmp_path / "metrics.csv").write_text(whole + "01-fine")
+    start = Start(tmp_path, "run", {}, "")
+    with_csv = CsvFile(TrackerOptions())
+    with_csv.start(start)
+    with_csv.numbers("01-finetune", 1, {"loss": 2.5})
+    assert (tmp_path / "metrics.csv").read_text() == whole + "01-finetune,1,loss,2.5\n"
 
 
 @needs["tensorboard"]

@@ -135,6 +135,34 @@ def test_samples_with_several_images_and_with_none_go_together(
     assert_equal(whole, train(GENTLE, "cache_features=false", changes=changes), 2e-6)
 
 
+def test_micro_batches_of_text_alone_where_only_the_connector_learns(train: Train) -> None:
+    alone = "train={ connector = 1e-2 }"
+    whole = train(alone)
+    assert_equal(whole, train(alone, "micro_batch_tokens=8"), 2e-6)
+
+
+@pytest.mark.parametrize("optimiser", ["adamw", "adamw8bit", "muon"])
+def test_steps_of_text_alone_where_only_the_connector_learns(train: Train, optimiser: str) -> None:
+    options = ("train={ connector = 1e-2 }", "batch_size=1", f'optimiser={{ use = "{optimiser}" }}')
+    losses, norms, _ = train(*options)
+    assert len(losses) == 48
+    assert norms.count(0) == 8  # four texts in each of two epochs
+    assert all(map(math.isfinite, losses))
+
+
+def test_data_without_images_teaches_a_connector_nothing(
+    write_recipe: RecipeWriter, refused: Callable[..., str], tmp_path: Path, data: Path
+) -> None:
+    rows = [row for row in json.loads((data / "train.json").read_text()) if "image" not in row]
+    (tmp_path / "texts.json").write_text(json.dumps(rows))
+    path = write_recipe((f"{data}/train.json", str(tmp_path / "texts.json")))
+    options = ("--set", "steps.1.skip=true", "--set", "steps.finetune.train={ connector = 1e-2 }")
+    found = refused(path, "--out", tmp_path / "run", *options)
+    assert (
+        "`train` names `connector` alone, which learn from images, and the data has none" in found
+    )
+
+
 def test_bf16_learns_the_same_within_its_precision(
     train: Train, caplog: pytest.LogCaptureFixture
 ) -> None:
