@@ -147,5 +147,5 @@ class _Shown(logging.Formatter):
     """Lets through what may be shown."""
 
     def format(self, record: logging.LogRecord) -> str:
-        text, ours = shown(super().format(record)), record.name == "llavakit"
+        text, ours = shown(super().format(record)), record.name.startswith("llavakit")
         return text.replace("\n", r"\n") if ours and not record.exc_info else text

@@ -79,7 +79,7 @@ def prepare(folder: Path, record: Record, *, resume: bool) -> bool:
             return True
         aside = set_aside(folder)
         say(f"{folder.name}: starts over; the interrupted attempt is in {aside} (--resume goes on)")
-    elif folder.exists() and any(folder.iterdir()):
+    elif folder.exists() and (folder.is_file() or any(folder.iterdir())):
         aside = set_aside(folder)
         what = f" ({and_more(record_changes(begun['record'], record))})" if begun else ""
         same = begun and {**begun["record"], "files": {}} == {**record, "files": {}}

@@ -156,7 +156,7 @@ def read_hf(
 
 def _adapter_and_base(folder: Path, base: Path | None) -> tuple[Path | None, Path]:
     """Return the folder of an adapter, if it is one, and that of a whole model."""
-    if Weights.within(folder) is not None or not is_of_transformers(folder):
+    if not is_of_transformers(folder) or Weights.within(folder) is not None:
         if base is not None:
             raise ModelError(
                 f"{folder} is a whole model in the layout `hf`, which needs no `base`; leave it out"
