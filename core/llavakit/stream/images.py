@@ -89,7 +89,7 @@ class Views(NamedTuple):
             name = "single" if self.tiling is None else self.tiling.name
             raise ModelError(
                 f"{where} shows a video, and the tiling `{name}` shows none as it is set; give it "
-                "`video = {}` under [model.tiling], or [tiling] of the model's model.toml"
+                "`video = {}` under [model.tiling], or in `changes.tiling` behind `init`"
             )
         return Shown(clip.width, clip.height, images, len(frames)), frames
 

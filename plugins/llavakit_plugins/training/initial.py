@@ -43,7 +43,7 @@ def start(run: Run, options: StartOptions, **given: Any) -> LlavaModel:
         # new adapters are random: seeded as for a new language model, and without an effect on
         # the numbers that are drawn later
         torch.manual_seed(run.seed + 1)
-        return change_parts(model, changes)
+        return change_parts(model, changes).to(model.device)  # a tiling's row may be new
 
 
 def start_unread(run: Run, options: StartOptions) -> tuple[LlavaModel, Unread]:

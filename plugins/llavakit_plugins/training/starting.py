@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from pydantic import Field, ValidationError, model_validator
 
-from llavakit import PARTS, ModelError, Options, Tiling, problems_in
+from llavakit import PARTS, ModelError, Options, Registry, Tiling, Use, problems_in
 from llavakit.contracts.component import ModelPath
 from llavakit.contracts.run import Planner
 from llavakit_plugins.huggingface.hub import PretrainedOptions, find_file, missing_source
@@ -40,14 +40,15 @@ class StartOptions(Options):
     load: LoadOptions = LoadOptions()
     """What the layout of `init` does not store."""
     changes: dict[str, dict[str, Any]] = Field(default_factory=dict)
-    """Changed options of the parts of `init`: `{ language = { lora = { rank = 128 } } }`."""
+    """Changed options of the parts of `init`, `{ language = { lora = { rank = 128 } } }`, and of
+    its tiling, `{ tiling = { use = "anyres" } }`."""
 
     @model_validator(mode="after")
     def _are_about_a_folder(self) -> Self:
         stated = [name for name in ("load", "changes") if name in self.model_fields_set]
         if self.init is None and stated:
             raise ValueError(f"`{stated[0]}` is about the model that `init` names: state `init`")
-        if unknown := sorted(self.changes.keys() - {*PARTS}):
+        if unknown := sorted(self.changes.keys() - {*_CHANGED}):
             raise ValueError(f"`changes`: a model has no part `{unknown[0]}`, but {_LISTED}")
         return self
 
@@ -57,7 +58,8 @@ class StartOptions(Options):
         return {name: value for name, value in self.load if value is not None}
 
 
-_LISTED = ", ".join(PARTS)
+_CHANGED = (*PARTS, "tiling")
+_LISTED = ", ".join(_CHANGED)
 
 
 def missing_model(options: StartOptions) -> str | None:
@@ -95,31 +97,54 @@ def sketch_start(planner: Planner, options: StartOptions) -> None:
 def change_parts(model: LlavaModel, changes: Mapping[str, Mapping[str, Any]]) -> LlavaModel:
     """Return a model that shares `model`'s networks and has other options.
 
-    `changes` are options by part, such as `{"vision": {"layer": -1}}`. Raises ModelError for
-    options that a part does not have, and for a context that has no room for one image.
+    `changes` are options by part, such as `{"vision": {"layer": -1}}`, or of its tiling. Raises
+    ModelError for options that a part does not have, and for a context that has no room for one
+    image.
     """
     parts = {name: getattr(model, name) for name in PARTS}
     choices = dict(model.choices)
+    tiling, newline_E = model.tiling, model.image_newline
     for name, table in changes.items():
+        if name == "tiling":
+            tiling, choices[name] = _other_tiling(choices.get(name), table)
+            newline_E = newline_E if tiling.separates else None
+            if not tiling.varies:
+                del choices[name]
+            continue
         part, choice = parts[name], {**choices[name], **table}
-        stated = {key: value for key, value in choice.items() if key != "use"}
-        try:
-            options = part.Options.model_validate(stated)
-        except ValidationError as error:
-            problem = next(problems_in(error, part.Options, (name,), f" of `{part.name}`"))
-            sentence = "; ".join(filter(None, (problem.message, problem.hint)))
-            raise ModelError(f"`changes`: {sentence}") from error
-        parts[name] = part.with_options(options)
+        parts[name] = part.with_options(_options(part, choice, name))
         choices[name] = choice
     if not changes:
         return model
     changed = type(model)(  # a model, or a plan's outline of one
-        **parts, template=model.template, choices=choices,
-        tiling=model.tiling, image_newline=model.image_newline,
-    )  # fmt: skip
+        **parts, template=model.template, choices=choices, tiling=tiling, image_newline=newline_E
+    )
     if (rows := len(changed.views.of().index_RK)) >= changed.language.max_length:
         raise ModelError(
             f"`changes`: one image takes {rows} tokens, but the language model "
             f"reads {changed.language.max_length}; leave it a longer context"
         )
     return changed.train(model.training)
+
+
+def _other_tiling(
+    before: Mapping[str, Any] | None, table: Mapping[str, Any]
+) -> tuple[Tiling, dict[str, Any]]:
+    """Return a tiling with changed options, and the choice that makes it again."""
+    usual = before or {"use": "single"}
+    same = table.get("use", usual["use"]) == usual["use"]
+    choice = {**usual, **table} if same else dict(table)
+    use, registry = Use[Tiling].model_validate(choice), Registry.installed()
+    _options(registry.chosen(use), choice, "tiling")
+    return registry.build(use), choice
+
+
+def _options(component: Any, choice: Mapping[str, Any], name: str) -> Any:
+    """Return a component's options. Raises ModelError for those that it does not have."""
+    stated = {key: value for key, value in choice.items() if key != "use"}
+    try:
+        return component.Options.model_validate(stated)
+    except ValidationError as error:
+        problem = next(problems_in(error, component.Options, (name,), f" of `{component.name}`"))
+        sentence = "; ".join(filter(None, (problem.message, problem.hint)))
+        raise ModelError(f"`changes`: {sentence}") from error

@@ -219,6 +219,33 @@ def test_other_options_of_a_model_can_be_changed(
         assert model.language.max_length == 96
 
 
+def test_another_tiling_is_learned_and_kept(
+    folders: Mapping[str, Path], write: Callable[..., Path], llava_run: Command, tmp_path: Path
+) -> None:
+    tiling = '{ use = "anyres", grids = [[1, 2]], video = { frames = 3 } }'
+    start = f'{FINETUNE}init = "INIT"\nchanges = {{ tiling = {tiling} }}\ndata = DATA'
+    for layout in LAYOUTS:
+        path = write(start.replace("INIT", str(folders[layout])))
+        assert planned(path).steps["01-finetune"].samples == 8
+        done = llava_run(path, "--out", tmp_path / layout)
+        assert done.code == 0, done.err
+        model: Any = llavakit.load(tmp_path / layout / "model", device="cpu")
+        assert model.tiling.name == "anyres"
+        assert model.tiling.options.video.frames == 3
+        assert model.image_newline is not None
+    ended = processes.run_ranks(tmp_path, 2, path, "--out", tmp_path / "two", "--set", "seed=0",
+                                "--set", "steps.1.shard=true")  # fmt: skip
+    assert ended.code == 0, ended.said
+    same(tmp_path / LAYOUTS[-1] / "model", tmp_path / "two" / "model")
+    # and back: one view, without the learned row
+    back = start.replace(tiling, '{ use = "single" }').replace("INIT", f"{tmp_path}/two/model")
+    assert llava_run(write(back), "--out", tmp_path / "back").code == 0
+    model = llavakit.load(tmp_path / "back" / "model", device="cpu")
+    assert model.tiling is None
+    assert model.image_newline is None
+    assert "tiling" not in model.choices
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_how_weights_are_read_can_be_changed_of_any_layout(
     layout: str,
@@ -263,6 +290,9 @@ def test_how_weights_are_read_can_be_changed_of_divided_weights(
         ("changes = { langauge = {} }", "a model has no part `langauge`, but vision, connector"),
         ("changes = { language = { lorra = {} } }", "unknown option `lorra` of `vicuna`"),
         ("changes = { connector = { depth = 3 } }", "cannot be changed once it is there"),
+        ('changes = { tiling = { use = "anyres", gridz = 2 } }', "unknown option `gridz` of `anyr"),
+        ('changes = { tiling = { use = "anyrez" } }', "did you mean `anyres`"),
+        ("changes = { tiling = { frames = 2 } }", "unknown option `frames` of `single`"),
         ("changes = { language = { max_length = 16 } }", "leave it a longer context"),
         ('load = { base = "FOLDER" }', "needs no `base`; leave it out"),
         ('load = { template = "vicunna" }', "did you mean `vicuna_v1`"),
