@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -171,3 +172,26 @@ def until(true: Callable[[], bool], seconds: float = 20) -> None:
     while not true():
         assert time.monotonic() < end, "it never came true"
         time.sleep(0.005)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    from tests.plugins.serving.pages import launched
+
+    with launched() as browser:
+        yield browser
+
+
+@pytest.fixture
+def held(browser: Any, running: Running) -> Iterator[Any]:
+    """A page whose answers the test writes."""
+    from tests.plugins.serving.pages import HELD, opened
+
+    yield from opened(browser, running, script=HELD)
+
+
+@pytest.fixture(scope="module")
+def photo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tests.plugins.serving.pages import flower
+
+    return flower(tmp_path_factory.mktemp("photo"))

@@ -14,12 +14,9 @@ import pytest
 from PIL import Image, ImageOps
 from tests.plugins.serving.conftest import Running, asks, data_url, picture, serving, until
 from tests.plugins.serving.pages import (
-    HELD,
     ask,
     begin,
     finish,
-    flower,
-    launched,
     needs_chromium,
     opened,
     say,
@@ -44,26 +41,9 @@ SENDS = """([selector, name, base64]) => {
 }"""  # what a hand does that drops or pastes a file
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with launched() as browser:
-        yield browser
-
-
 @pytest.fixture
 def page(browser: Any, running: Running) -> Iterator[Any]:
     yield from opened(browser, running)
-
-
-@pytest.fixture
-def held(browser: Any, running: Running) -> Iterator[Any]:
-    """A page whose answers the test writes."""
-    yield from opened(browser, running, script=HELD)
-
-
-@pytest.fixture(scope="module")
-def photo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return flower(tmp_path_factory.mktemp("photo"))
 
 
 def turned(kind: str, orientation: int) -> bytes:

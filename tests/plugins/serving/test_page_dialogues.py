@@ -3,43 +3,20 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pytest
-from tests.plugins.serving.conftest import Running, until
+from tests.plugins.serving.conftest import until
 from tests.plugins.serving.pages import (
-    HELD,
     begin,
     finish,
-    flower,
-    launched,
     needs_chromium,
-    opened,
     say,
     sync_api,
     titles,
 )
 
 pytestmark = needs_chromium
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with launched() as browser:
-        yield browser
-
-
-@pytest.fixture
-def held(browser: Any, running: Running) -> Iterator[Any]:
-    """A page whose answers the test writes."""
-    yield from opened(browser, running, script=HELD)
-
-
-@pytest.fixture(scope="module")
-def photo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return flower(tmp_path_factory.mktemp("photo"))
 
 
 def test_a_question_waits_for_its_image(held: Any, photo: Path) -> None:
