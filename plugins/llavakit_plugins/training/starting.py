@@ -132,8 +132,10 @@ def _other_tiling(
 ) -> tuple[Tiling, dict[str, Any]]:
     """Return a tiling with changed options, and the choice that makes it again."""
     usual = before or {"use": "single"}
-    same = table.get("use", usual["use"]) == usual["use"]
-    choice = {**usual, **table} if same else dict(table)
+    name = table.get("use", usual["use"])
+    if not isinstance(name, str):
+        raise ModelError(f"`changes`: `use` of `tiling` is a name, got {name!r:.40}")
+    choice = {**usual, **table} if name == usual["use"] else dict(table)
     use, registry = Use[Tiling].model_validate(choice), Registry.installed()
     _options(registry.chosen(use), choice, "tiling")
     return registry.build(use), choice

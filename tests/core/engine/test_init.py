@@ -293,6 +293,7 @@ def test_how_weights_are_read_can_be_changed_of_divided_weights(
         ('changes = { tiling = { use = "anyres", gridz = 2 } }', "unknown option `gridz` of `anyr"),
         ('changes = { tiling = { use = "anyrez" } }', "did you mean `anyres`"),
         ("changes = { tiling = { frames = 2 } }", "unknown option `frames` of `single`"),
+        ("changes = { tiling = { use = 3 } }", "`use` of `tiling` is a name, got 3"),
         ("changes = { language = { max_length = 16 } }", "leave it a longer context"),
         ('load = { base = "FOLDER" }', "needs no `base`; leave it out"),
         ('load = { template = "vicunna" }', "did you mean `vicuna_v1`"),
