@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from typing import Any
 
-from llavakit import Answering, DataError, Encoded, LlavaModel, Question, Stopped
+from llavakit import Answering, DataError, Encoded, LlavaModel, ModelError, Question, Stopped
 from llavakit.contracts.model import Sampling
 from llavakit.contracts.run import Progress
 from llavakit_plugins.datasets.rows import listed
@@ -132,8 +132,14 @@ class _Room:
         return None
 
     def taken(self, question: Question, begun: str = "") -> int:
-        """Return how many rows of the sequence a question takes."""
-        encoded: Encoded = self.model.prompt(*asked_of(question), begun=begun)
+        """Return how many rows of the sequence a question takes.
+
+        Raises ModelError, naming the question, where the model cannot read it.
+        """
+        try:
+            encoded: Encoded = self.model.prompt(*asked_of(question), begun=begun)
+        except ModelError as error:
+            raise ModelError(f"question `{question.id!s:.200}`: {error}") from error
         return encoded.length(self.visual_tokens)
 
 

@@ -130,6 +130,18 @@ def test_a_model_without_videos_refuses_them(
         assert f"`{tiling}` shows none as it is set" in said
 
 
+def test_a_question_that_a_model_cannot_read_is_named(
+    write_recipe: RecipeWriter, llava_run: Command, refused: Callable[..., str], clips: Path,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    out = tmp_path / "run"
+    assert llava_run(write_recipe(), "--out", out, "--set", "steps.2.skip=true").code == 0
+    said = refused("predict", out / "model", clips / "rows.json", tmp_path / "a.jsonl")
+    assert "question `v0`: the prompt shows a video, and the tiling `single`" in said
+    assert "`changes.tiling` behind `init`" in said
+    assert not (tmp_path / "a.jsonl").exists()
+
+
 def test_pooling_in_front_takes_a_connector_of_single_patches(write_recipe: RecipeWriter) -> None:
     registry = Registry.installed()
     change = ("[model.template]", f"[model.tiling]\n{TILINGS['next'][2:-2]}\n\n[model.template]")
