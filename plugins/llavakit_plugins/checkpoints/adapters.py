@@ -90,7 +90,7 @@ def merge_adapter(language: LanguageModel, folder: Path, *, shapes: bool = False
     if (unread := being_left()) is not None:
         unread.read(language)  # what is added to must be there
     model = network.model.to("meta") if shapes else network.model
-    network.model = _merged(model, folder, shapes=shapes)
+    network.model = _merged(model, folder, _read(folder), shapes=shapes)
     # peft has frozen the base model; which parts learn is decided later, by the recipe
     language.requires_grad_(True)
 
@@ -100,12 +100,11 @@ def merged_state(network: Any, folder: Path) -> Mapping[str, Tensor]:
 
     On the meta device the two are compared alone. Raises ModelError as `merge_adapter` does.
     """
-    path = _file_in(folder)
-    keys = {} if path is None else Weights.of_file(path)  # no tensor is read for its shape
-    rows = {keys[key].shape[0] for key in keys if _TABLE.search(key)}
+    adapter = _read(folder)
+    rows = {len(value) for name, value in adapter.items() if _TABLE.search(name)}
     if len(rows) == 1 and rows != {len(network.get_input_embeddings().weight)}:
         network.resize_token_embeddings(*rows, mean_resizing=False)  # trained with new tokens
-    merged = _merged(network, folder, shapes=next(network.parameters()).is_meta)
+    merged = _merged(network, folder, adapter, shapes=next(network.parameters()).is_meta)
     state: dict[str, Tensor] = merged.state_dict()
     if merged.lm_head.weight is merged.get_input_embeddings().weight:
         del state["lm_head.weight"]
@@ -115,7 +114,19 @@ def merged_state(network: Any, folder: Path) -> Mapping[str, Tensor]:
 _TABLE = re.compile(r"(^|\.)(embed_tokens|lm_head)(\.base_layer)?\.weight$")
 
 
-def _merged(model: Any, folder: Path, *, shapes: bool) -> Any:
+def _read(folder: Path) -> dict[str, Tensor]:
+    """Return an adapter's tensors. Raises ModelError where its file is missing or damaged."""
+    path = _file_in(folder)
+    if path is None:
+        raise ModelError(f"{folder} lacks {_FILES[0]}; copy the whole adapter")
+    # a key may have the adapter's name in it, which peft leaves out when it saves
+    return {
+        re.sub(r"\.default\.weight$", ".weight", name): value
+        for name, value in Weights.of_file(path).items()
+    }
+
+
+def _merged(model: Any, folder: Path, state: Mapping[str, Tensor], *, shapes: bool) -> Any:
     try:
         import peft
     except ImportError as error:
@@ -123,16 +134,8 @@ def _merged(model: Any, folder: Path, *, shapes: bool) -> Any:
             f"{folder} holds a LoRA adapter, which peft reads, and peft cannot be imported "
             f"({error!s:.300}); `pip install 'llavakit[lora]'`"
         ) from error
-    path = _file_in(folder)
-    if path is None:
-        raise ModelError(f"{folder} lacks {_FILES[0]}; copy the whole adapter")
     table = require_lora(folder)
     library: Any = peft
-    # a key may have the adapter's name in it, which peft leaves out when it saves
-    state = {
-        re.sub(r"\.default\.weight$", ".weight", name): value
-        for name, value in Weights.of_file(path).items()
-    }
     try:
         with quietly(report=False), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what is wrong is an error below

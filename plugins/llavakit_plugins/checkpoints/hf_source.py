@@ -32,7 +32,6 @@ from llavakit_plugins.huggingface.json_files import (
     refuse_devices,
     shown,
 )
-from llavakit_plugins.huggingface.vocabulary import fit_tokenizer
 from llavakit_plugins.huggingface.weights import Weights
 from llavakit_plugins.vision.pixels import Pixels, read_pixels, usual_pixels
 
@@ -140,8 +139,7 @@ def read_hf(
     # training may have changed the chat template, too, and trl saves it beside the adapter
     source = adapter if adapter is not None and has_tokenizer(adapter) else folder
     tokenizer = read_tokenizer(source, str(text_table["model_type"]))
-    fit_tokenizer(tokenizer, language.head.out_features, source)
-    set_tokenizer(language, tokenizer, folder)
+    set_tokenizer(language, tokenizer, folder, source)
     return Parts(
         vision,
         vision_use,

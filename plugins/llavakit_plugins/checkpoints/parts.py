@@ -193,12 +193,18 @@ def make_language(
     return Use[LanguageModel].model_validate({"use": component.name, **options}), language
 
 
-def set_tokenizer(language: LanguageModel, tokenizer: PreTrainedTokenizerBase, where: Path) -> None:
-    """Give a language model its tokenizer, and the end tokens of generation_config.json.
+def set_tokenizer(
+    language: LanguageModel,
+    tokenizer: PreTrainedTokenizerBase,
+    where: Path,
+    source: Path | None = None,
+) -> None:
+    """Give a language model its tokenizer, and the end tokens of generation_config.json in `where`.
 
-    Raises ModelError where the tokenizer writes more tokens than the model has rows for.
+    Raises ModelError, which names the tokenizer's own folder `source` if that is another, where the
+    tokenizer writes more tokens than the model has rows for.
     """
-    fit_tokenizer(tokenizer, language.head.out_features, where)
+    fit_tokenizer(tokenizer, language.head.out_features, source or where)
     language.tokenizer = tokenizer
     ends = end_tokens(where / "generation_config.json")
     if ends is not None:

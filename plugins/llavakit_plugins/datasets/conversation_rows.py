@@ -123,9 +123,7 @@ class RowReader:
     def _content(self, row: Row, identity: str, where: str, said: str = "`messages`") -> Sample:
         images = self._visuals(row, where)
         if is_preference(row):
-            plain, rejected = as_conversation(row, where, rows_of)
-            before = [f"`{key}`" for key in ("messages", "prompt") if row.get(key) is not None]
-            said = before[0] if before else "`chosen` and `rejected`"
+            plain, rejected, said = as_conversation(row, where, rows_of)
             return replace(self._content(plain, identity, where, said), rejected=rejected)
         if "messages" not in row:
             turns, system = _conversation(row, where)

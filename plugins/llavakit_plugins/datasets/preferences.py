@@ -21,8 +21,9 @@ def is_preference(row: Row) -> bool:
     return "chosen" in row or "rejected" in row
 
 
-def as_conversation(row: Row, where: str, rows_of: RowsOf) -> tuple[Row, str]:
-    """Return a row without the keys of preferences, and the text of the rejected answer.
+def as_conversation(row: Row, where: str, rows_of: RowsOf) -> tuple[Row, str, str]:
+    """Return a row without the keys of preferences, the text of the rejected answer, and what an
+    error calls the conversation: the keys that it stands behind.
 
     Answers stand behind `conversations` (LLaVA's form), `messages` or `prompt` (a text, or
     messages, as in trl), as texts, turns or a list of one message; or each with all that was said
@@ -37,6 +38,7 @@ def as_conversation(row: Row, where: str, rows_of: RowsOf) -> tuple[Row, str]:
     before = [key for key in ("conversations", "messages", "prompt") if row.get(key) is not None]
     if len(before) > 1:
         raise DataError(f"{where} has `{before[0]}` and `{before[1]}`; keep one of them")
+    said = f"`{before[0]}`" if before else "`chosen` and `rejected`"
     if not before:
         prompt, chosen, rejected = _common(chosen, rejected, where)
     chosen_text, rejected_text = (
@@ -45,16 +47,17 @@ def as_conversation(row: Row, where: str, rows_of: RowsOf) -> tuple[Row, str]:
     )
     if "conversations" in before:
         turns = rows_of(row["conversations"])
-        return {**plain, "conversations": _after(turns, _turn("gpt", chosen_text))}, rejected_text
+        turns = _after(turns, _turn("gpt", chosen_text))
+        return {**plain, "conversations": turns}, rejected_text, said
     if isinstance(prompt, str):
         named = row.get("images") if row.get("images") is not None else row.get("image")
         images = len(named) if isinstance(named, list) else int(named is not None)
         marks = f"{IMAGE}\n" * (images if IMAGE not in prompt else 0)
         turns = [_turn("human", marks + prompt), _turn("gpt", chosen_text)]
-        return {**plain, "conversations": turns}, rejected_text
+        return {**plain, "conversations": turns}, rejected_text, said
     messages = rows_of(row["messages"]) if "messages" in before else prompt
     last = {"role": "assistant", "content": chosen_text}
-    return {**plain, "messages": _after(messages, last)}, rejected_text
+    return {**plain, "messages": _after(messages, last)}, rejected_text, said
 
 
 def _after(turns: object, last: Row) -> object:

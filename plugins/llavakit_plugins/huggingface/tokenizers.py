@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llavakit import write_text
+from llavakit import is_model, write_text
 from llavakit.contracts.errors import ModelError
 from llavakit_plugins.huggingface.tokenizer_faults import (
     is_fault,
@@ -29,7 +29,7 @@ def find_tokenizer(source: str) -> PreTrainedTokenizerBase:
     """
     path = Path(source)
     try:
-        ours = (path / "model.toml").is_file()
+        ours = is_model(path)
         for place in (path, path / "tokenizer.json", path / "language" / "tokenizer.json"):
             refuse_large_ids(place if place.name == "tokenizer.json" else None)
         with without_panics():
@@ -97,8 +97,8 @@ def _is_of_ours(folder: Path) -> bool:
     Knowing the kind of the model, transformers 5 makes some tokenizers anew: a Qwen2 gets Qwen2's,
     whatever its folder says.
     """
-    written = (folder / "tokenizer.json", folder.parent / "model.toml")
-    return folder.name == "language" and all(file.is_file() for file in written)
+    whole = (folder / "tokenizer.json").is_file()
+    return whole and folder.name == "language" and is_model(folder.parent)
 
 
 def _from_file(path: Path) -> PreTrainedTokenizerBase:
